@@ -1,0 +1,47 @@
+"""Every error that a user of gemcutter can meet.
+
+Each error carries `.problems`: all that was found wrong, collected before anything was allocated or written.
+A message says what is wrong, where (file:tensor, config key or request field), what was expected and found, and the remedy.
+This module knows nothing of models; it imports the standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class GemcutterError(Exception):
+    """Report one failure with all its problems.
+
+    `summary` is one line; `problems` are the single findings, shown one a line below it.
+    """
+
+    def __init__(self, summary: str, problems: Iterable[str] = ()) -> None:
+        self.summary = summary
+        self.problems: tuple[str, ...] = tuple(problems) or (summary,)
+        super().__init__(summary)
+
+    def __str__(self) -> str:
+        if self.problems == (self.summary,):
+            return self.summary
+        return "\n".join([self.summary, *(f"  {problem}" for problem in self.problems)])
+
+
+class ConfigError(GemcutterError):
+    """A config.json that is unknown, contradictory or incomplete."""
+
+
+class CheckpointError(GemcutterError):
+    """A checkpoint that can't be read or does not match its plan."""
+
+
+class RequestError(GemcutterError):
+    """A request that can't be served as asked: bad ids, too long a prompt, an impossible option."""
+
+
+class CapacityError(GemcutterError):
+    """Not enough memory or pages for what was asked."""
+
+
+class KernelError(GemcutterError):
+    """No kernel accepts a site, or a kernel was asked for where it can't run."""
