@@ -1,0 +1,107 @@
+"""Storage of keys and values, page by page.
+
+Owns one pair of tensors per KV-*writing* layer and the page books of every group; layers that only read have no storage at all. Refuses to know
+sequences: a page is taken, shared and dropped by `table.py`. Pages of a group are numbered alike in all its layers.
+Shape letters: T slots, K key heads, E head dim.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemcutter.errors import CapacityError
+from gemcutter.ops.step import Span
+from gemcutter.plan import ModelPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PageCount:
+    """How many pages a group has, and how many positions one page holds."""
+
+    pages: int
+    tokens: int
+
+
+class PageBook:
+    """Which pages of one group are free, and how many tables hold each of the others."""
+
+    def __init__(self, count: PageCount) -> None:
+        self.tokens = count.tokens
+        self.holders = [0] * count.pages
+        self._free = set(range(count.pages))
+        self._lowest = list(range(count.pages))  # a heap that may name pages taken since
+
+    @property
+    def free(self) -> int:
+        """Count the free pages."""
+        return len(self._free)
+
+    def take(self, after: int | None) -> int:
+        """Take a free page: the one that follows `after` if it can be had, so that reading stays a view; else the lowest."""
+        if after is not None and after + 1 in self._free:
+            page = after + 1
+        else:
+            while self._lowest and self._lowest[0] not in self._free:
+                heapq.heappop(self._lowest)
+            if not self._lowest:
+                raise CapacityError("no free cache page is left")
+            page = heapq.heappop(self._lowest)
+        self._free.remove(page)
+        self.holders[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """Let one more table hold a page."""
+        self.holders[page] += 1
+
+    def drop(self, page: int) -> None:
+        """Let one table go of a page; it is free once nobody holds it."""
+        self.holders[page] -= 1
+        if not self.holders[page]:
+            self._free.add(page)
+            heapq.heappush(self._lowest, page)
+
+
+class PagedPool:
+    """Keys and values of all writing layers: [T, K, E] each, T = pages x tokens of the layer's group."""
+
+    def __init__(
+        self, plan: ModelPlan, counts: Mapping[int | None, PageCount], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.groups = plan.groups()
+        self.books = {group.window: PageBook(counts[group.window]) for group in self.groups}
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        for layer in plan.writers:
+            count = counts[layer.window]
+            shape = (count.pages * count.tokens, layer.kv_heads, layer.head_dim)
+            self.keys[layer.index] = torch.empty(shape, dtype=dtype, device=device)
+            self.values[layer.index] = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of all storage, touched or not."""
+        return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
+
+    def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
+        """Store keys and values of a writing layer, one slot a row."""
+        self.keys[layer].index_copy_(0, slots_N, k_NKE)
+        self.values[layer].index_copy_(0, slots_N, v_NKE)
+
+    def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
+        """Give keys and values [T, K, E] of a span: views where its pages are consecutive, copies else."""
+        return self.keys[layer][span.where], self.values[layer][span.where]
+
+    def copy_page(self, window: int | None, source: int, target: int) -> None:
+        """Copy one page of a group in all its layers."""
+        tokens = self.books[window].tokens
+        old, new = (slice(page * tokens, (page + 1) * tokens) for page in (source, target))
+        layers = next(group.layers for group in self.groups if group.window == window)
+        for layer in layers:
+            self.keys[layer][new] = self.keys[layer][old]
+            self.values[layer][new] = self.values[layer][old]

@@ -1,0 +1,124 @@
+"""Block tables: where one sequence's positions lie, group by group.
+
+`reserve` takes pages for a step's rows, `commit` keeps the accepted ones; nothing is freed in between, so layers that read late in a step see
+what the writer saw, and rejecting draft rows is `commit(accepted)`. Windowed groups let go of pages that no later query can see.
+A fork shares pages and copies one only when it is about to be written. Refuses to know tokens and requests; read `pool.py` for storage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gemcutter.cache.pool import PagedPool
+from gemcutter.errors import CapacityError
+from gemcutter.ops.step import Span
+
+
+@dataclass(slots=True)
+class _Run:
+    """The pages that a sequence holds in one group: its pages number `first`, first + 1, ..."""
+
+    first: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+class Table:
+    """The block tables of one sequence, one a group."""
+
+    def __init__(self, pool: PagedPool) -> None:
+        self.pool = pool
+        self.length = 0  # committed positions
+        self.reserved = 0  # rows of the step under way
+        self._runs: dict[int | None, _Run] = {window: _Run() for window in pool.books}
+
+    def reserve(self, rows: int) -> None:
+        """Take pages for the next `rows` positions. Raises CapacityError, with nothing taken, if they are not to be had."""
+        wanted = {window: self._missing(window, rows) for window in self._runs}
+        for window, (pages, copies) in wanted.items():
+            if pages + copies > self.pool.books[window].free:
+                raise CapacityError(f"the cache has {self.pool.books[window].free} free pages, {pages + copies} are needed")
+        for window, (pages, copies) in wanted.items():
+            self._grow(window, pages, copies)
+        self.reserved = rows
+
+    def _missing(self, window: int | None, rows: int) -> tuple[int, int]:
+        """Count the pages to add, and the shared page (0 or 1) to copy because this step writes into it."""
+        book, run = self.pool.books[window], self._runs[window]
+        pages = -(-(self.length + rows) // book.tokens) - run.first - len(run.pages)
+        writes_into = rows and self.length % book.tokens and book.holders[run.pages[-1]] > 1
+        return pages, int(bool(writes_into))
+
+    def _grow(self, window: int | None, pages: int, copies: int) -> None:
+        book, run = self.pool.books[window], self._runs[window]
+        if copies:
+            shared = run.pages.pop()
+            run.pages.append(book.take(run.pages[-1] if run.pages else None))
+            self.pool.copy_page(window, shared, run.pages[-1])
+            book.drop(shared)
+        for _ in range(pages):
+            run.pages.append(book.take(run.pages[-1] if run.pages else None))
+
+    def commit(self, accepted: int) -> None:
+        """Keep the first `accepted` reserved rows, forget the others, and let go of pages that no later query sees."""
+        assert 0 <= accepted <= self.reserved
+        self.length += accepted
+        self.reserved = 0
+        for window, run in self._runs.items():
+            book = self.pool.books[window]
+            while run.first + len(run.pages) > -(-self.length // book.tokens):
+                book.drop(run.pages.pop())
+            oldest = 0 if window is None else max(0, self.length - window + 1)  # the next query sees position oldest and later
+            gone = oldest // book.tokens - run.first
+            for page in run.pages[: max(gone, 0)]:
+                book.drop(page)
+            del run.pages[: max(gone, 0)]
+            run.first += max(gone, 0)
+
+    def slots(self, window: int | None) -> Tensor:
+        """Give the slot of each reserved row, [N]."""
+        book, run = self.pool.books[window], self._runs[window]
+        positions = torch.arange(self.length, self.length + self.reserved)
+        pages = torch.tensor(run.pages)[positions // book.tokens - run.first]
+        return pages * book.tokens + positions % book.tokens
+
+    def span(self, window: int | None) -> Span:
+        """Give what this step may read: all held positions, the reserved rows included."""
+        book, run = self.pool.books[window], self._runs[window]
+        start, stop = run.first * book.tokens, self.length + self.reserved
+        if run.pages and run.pages[-1] - run.pages[0] == len(run.pages) - 1 and sorted(run.pages) == run.pages:
+            low = run.pages[0] * book.tokens
+            return Span(start, slice(low, low + stop - start))
+        slots = torch.tensor(run.pages)[:, None] * book.tokens + torch.arange(book.tokens)
+        return Span(start, slots.flatten()[: stop - start])
+
+    def can_rewind(self, length: int) -> bool:
+        """Tell whether a fork could continue from `length`: every windowed group still holds what the next query sees."""
+        return length <= self.length and all(
+            run.first * self.pool.books[window].tokens <= max(0, length - (window or length) + 1)
+            for window, run in self._runs.items()
+        )
+
+    def fork(self, length: int | None = None) -> Table:
+        """Make a table that shares this one's first `length` positions (all by default)."""
+        length = self.length if length is None else length
+        assert not self.reserved and self.can_rewind(length)
+        twin = Table(self.pool)
+        twin.length = length
+        for window, run in self._runs.items():
+            book = self.pool.books[window]
+            pages = run.pages[: max(0, -(-length // book.tokens) - run.first)]
+            twin._runs[window] = _Run(run.first, pages)
+            for page in pages:
+                book.share(page)
+        return twin
+
+    def release(self) -> None:
+        """Let go of all pages; the table is empty afterwards."""
+        for window, run in self._runs.items():
+            for page in run.pages:
+                self.pool.books[window].drop(page)
+            self._runs[window] = _Run()
+        self.length = self.reserved = 0

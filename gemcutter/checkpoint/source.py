@@ -1,0 +1,477 @@
+"""A checkpoint's files as named, lazy, memory-mapped tensors.
+
+Owns the safetensors container: which files make up a checkpoint, what their headers promise, and how a tensor's bytes reach
+torch without a copy. Every header is taken for hostile, and all problems of all files are reported at once, before anything
+is mapped. Refuses to know tensor names, models and quantization: those live in `checkpoint/formats/`.
+torch is imported only when a tensor is asked for, so headers can be listed in milliseconds. Read next: `write.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import reprlib
+import threading
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemcutter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+METADATA_KEY = "__metadata__"
+
+# safetensors spelling -> (bytes of one item, torch's name for it). Types below one byte are not part of any Gemma 4 release.
+DTYPES = {
+    "BOOL": (1, "bool"),
+    "U8": (1, "uint8"),
+    "I8": (1, "int8"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "U16": (2, "uint16"),
+    "I16": (2, "int16"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "U32": (4, "uint32"),
+    "I32": (4, "int32"),
+    "F32": (4, "float32"),
+    "U64": (8, "uint64"),
+    "I64": (8, "int64"),
+    "F64": (8, "float64"),
+    "C64": (8, "complex64"),
+}
+
+_JSON_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit; the largest real header is a few MB
+_MAX_BYTES = 2**63 - 1  # torch and the kernel address with signed 64-bit integers
+
+_FOREIGN_FILES = {
+    ".gguf": "a GGUF file, which is not a safetensors checkpoint",
+    ".npz": "a NumPy archive, as early MLX conversions wrote",
+    ".bin": "a PyTorch pickle, which can run code when it is read",
+    ".pth": "a PyTorch pickle, which can run code when it is read",
+    ".pt": "a PyTorch pickle, which can run code when it is read",
+}
+
+# Hostile headers hold megabytes where a word belongs, and control characters: messages show a clipped, escaped form.
+_clipped = reprlib.Repr()
+_clipped.maxstring = _clipped.maxlong = 120
+
+# warnings.catch_warnings swaps process-wide state, so two loader threads must not do it at the same time.
+_warnings_lock = threading.Lock()
+
+
+class MappedFile:
+    """Map one file read-only on first use, and share that mapping among all its tensors.
+
+    The mapping lives as long as any view of it. Raises OSError where `path` can't be examined.
+    """
+
+    __slots__ = ("_lock", "_mapping", "_stamp", "path", "size_bytes")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp = _stamp(os.stat(path))
+        self.size_bytes = self._stamp[0]  # by the time of the stat; the mapping insists that it still holds
+        self._mapping: mmap.mmap | None = None
+        self._lock = threading.Lock()
+
+    def mapping(self) -> mmap.mmap:
+        """Return the read-only mapping of the whole file.
+
+        Raises CheckpointError if the file has changed since its header was read, or can't be mapped.
+        """
+        with self._lock:
+            if self._mapping is None:
+                self._mapping = self._open()
+            return self._mapping
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Tell the kernel that the pages wholly inside this byte range need not stay in memory; views of them stay valid."""
+        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._mapping is not None and start < end and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def _open(self) -> mmap.mmap:
+        try:
+            with open(self.path, "rb") as file:
+                # A file that shrank would kill the process at the first touch of a page beyond its end.
+                if _stamp(os.fstat(file.fileno())) != self._stamp:
+                    raise CheckpointError(f"{self.path} changed while it was being read; open the checkpoint again")
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} can't be mapped: {error.strerror}; check its permissions and free memory"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """Describe one stored tensor, and read it when asked.
+
+    `dtype` has the safetensors spelling; containers with block formats put their own name there and offer only `raw()`.
+    `offset` is absolute in the file; `nbytes` is the stored size.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+    mapped: MappedFile = field(repr=False)
+
+    @property
+    def file(self) -> Path:
+        """Return the file that holds the tensor."""
+        return self.mapped.path
+
+    @property
+    def origin(self) -> str:
+        """Return "file.safetensors:name", for messages."""
+        return f"{self.file.name}:{self.name}"
+
+    def torch(self) -> Tensor:
+        """Return the tensor, `shape` and `dtype` as stored: a view of the mapped file, copied only if the file misaligns it.
+
+        Never write to the result: its pages are read-only and the process would die. Clone it first.
+        Raises CheckpointError for a dtype without a torch counterpart, or a file that changed or can't be mapped.
+        """
+        import torch
+
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.origin} is stored as {self.dtype}, which torch has no dtype for; unpack its raw() bytes"
+            )
+        itemsize, torch_name = DTYPES[self.dtype]
+        dtype: torch.dtype = getattr(torch, torch_name)
+        if self.nbytes == 0:
+            return torch.empty(self.shape, dtype=dtype)
+        flat = self.raw()
+        if self.offset % itemsize:
+            flat = flat.clone()
+        return flat.view(dtype).view(self.shape)
+
+    def raw(self) -> Tensor:
+        """Return the stored bytes as uint8 `[nbytes]`, a read-only view of the mapped file.
+
+        Raises CheckpointError if the file has changed since its header was read, or can't be mapped.
+        """
+        import torch
+
+        if self.nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        mapping = self.mapped.mapping()
+        with _warnings_lock, warnings.catch_warnings():
+            # The one thing torch warns of here is the point: the mapping is read-only.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+            return torch.frombuffer(mapping, dtype=torch.uint8, count=self.nbytes, offset=self.offset)
+
+    def release(self) -> None:
+        """Let the kernel drop the tensor's pages, once it has been copied elsewhere. Views stay valid and are read again."""
+        self.mapped.release(self.offset, self.nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Source:
+    """Hold an opened checkpoint: its files, the tensors they promise, and the JSON files beside them."""
+
+    path: Path
+    folder: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, LazyTensor]
+    metadata: dict[str, str]
+
+    @classmethod
+    def open(cls, path: Path) -> Source:
+        """Read the headers of the checkpoint at `path`: a folder, or one .safetensors file.
+
+        In a folder, the index names the files to read; without one it is `model.safetensors`, or else every .safetensors file.
+        Raises CheckpointError with every problem of every file, before anything is mapped.
+        """
+        problems: list[str] = []
+        files, weight_map = _find_files(path, problems)
+        tensors: dict[str, LazyTensor] = {}
+        metadata: dict[str, str] = {}
+        held: dict[str, set[str]] = {}
+        for file in files:
+            num_known = len(problems)
+            shard_tensors, shard_metadata = _read_shard(file, problems)
+            if len(problems) == num_known:  # what a damaged shard lacks is known only once it is whole
+                held[file.name] = {tensor.name for tensor in shard_tensors}
+            metadata = shard_metadata | metadata
+            for tensor in shard_tensors:
+                first = tensors.setdefault(tensor.name, tensor)
+                if first is not tensor:
+                    problems.append(f"{tensor.origin}: is in {first.file.name} as well; a tensor belongs in one file")
+        problems += _missing_from_shards(weight_map, held)
+        if problems:
+            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+            raise CheckpointError(f"{path} can't be opened ({count}, nothing was mapped); download or convert it again", problems)
+        return cls(path, path if os.path.isdir(path) else path.parent, files, tensors, metadata)
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the stored size of all tensors, in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Return the JSON object in the file `name` beside the tensors, or None where there is no such file.
+
+        Raises CheckpointError, naming file and line, for a file that can't be read or holds anything but a JSON object.
+        """
+        file = self.folder / name
+        if not os.path.lexists(file):
+            return None
+        try:
+            return _read_object(file)
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}; repair it or download it again") from error
+
+
+def tensor_nbytes(dtype: object, shape: object) -> int:
+    """Return the bytes that a tensor of this dtype (safetensors spelling) and shape takes.
+
+    Raises ValueError, saying what is wrong, for an unknown dtype, a malformed shape or a size beyond 63 bits.
+    """
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype {shown(dtype)} is unknown; known are {', '.join(DTYPES)}")
+    # bool is an int to isinstance, and True is no size.
+    if not isinstance(shape, list | tuple) or any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"shape {shown(shape)} is not a list of non-negative integers")
+    extent = DTYPES[dtype][0]
+    for size in shape:
+        extent *= max(size, 1)  # a zero counts as one: torch multiplies the other sizes into strides all the same
+        if extent > _MAX_BYTES:
+            raise ValueError(f"shape {shown(shape)} of {dtype} takes more than 2**63 bytes")
+    return 0 if 0 in shape else extent
+
+
+def name_problem(name: str) -> str | None:
+    """Say what is wrong with a tensor name, or return None."""
+    if name == METADATA_KEY:
+        return f"tensor name {name} is reserved"
+    # Unprintable covers terminal escapes and lone surrogates, which no message or file could carry.
+    return None if name.isprintable() else f"tensor name {shown(name)} holds unprintable characters"
+
+
+def shown(value: object) -> str:
+    """Return `value` as a message may show it: clipped, and with unprintable characters escaped."""
+    return _clipped.repr(value)
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+# ---- which files ----
+
+
+def _find_files(path: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """Return the files to read, and the index's map from tensor to file name (empty where there is no index)."""
+    if os.path.isfile(path):
+        if path.suffix in _FOREIGN_FILES:
+            raise CheckpointError(f"{path} is {_FOREIGN_FILES[path.suffix]}; pass a .safetensors file or a folder of them")
+        return (path,), {}
+    if not os.path.isdir(path):
+        state = "is neither a file nor a folder" if os.path.lexists(path) else "does not exist"
+        raise CheckpointError(f"{path} {state}; pass a folder that holds .safetensors files, or one such file")
+    if os.path.lexists(path / INDEX_NAME):
+        return _indexed_files(path, problems)
+    if os.path.lexists(path / SINGLE_NAME):
+        return (path / SINGLE_NAME,), {}
+    try:
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be listed: {error.strerror}; check its permissions") from error
+    files = tuple(path / name for name in names if name.endswith(".safetensors"))
+    if not files:
+        raise CheckpointError(_nothing_to_read(path, names))
+    return files, {}
+
+
+def _nothing_to_read(folder: Path, names: list[str]) -> str:
+    for name in names:
+        kind = _FOREIGN_FILES.get(Path(name).suffix)
+        if kind:
+            return f"{folder} holds no .safetensors file, only {name}: {kind}; use the safetensors release, or convert it"
+    found = f"only {', '.join(names[:4])}" if names else "it is empty"
+    return f"{folder} holds no .safetensors file ({found}); pass the folder with the weights, or finish its download"
+
+
+def _indexed_files(folder: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """Return the shards that the index names and its weight map, noting what is wrong with either."""
+    try:
+        weight_map = _read_object(folder / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()) or not weight_map:
+            raise ValueError("holds no weight_map, an object from tensor names to file names")
+    except ValueError as error:
+        problems.append(f"{INDEX_NAME}: {error}")
+        return (), {}
+    shards: list[Path] = []
+    for shard in dict.fromkeys(weight_map.values()):
+        # Judge the name and not the resolved path: a hub cache rightly links its files from elsewhere.
+        if shard in ("", ".", "..") or not shard.isprintable() or any(mark in shard for mark in "/\\:"):
+            problems.append(f"{INDEX_NAME}: shard {shown(shard)} is not the name of a file in the folder")
+        elif not os.path.isfile(folder / shard):
+            remedy = f"remove the index to read {SINGLE_NAME} alone" if os.path.isfile(folder / SINGLE_NAME) else "download it"
+            problems.append(f"{INDEX_NAME}: shard {shown(shard)} is absent; {remedy}")
+        else:
+            shards.append(folder / shard)
+    return tuple(shards), weight_map
+
+
+def _missing_from_shards(weight_map: dict[str, str], held: dict[str, set[str]]) -> list[str]:
+    """Report, a line per shard, the tensors that the index places in it and it does not hold. Shards not in `held` are not judged."""
+    missing: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        if shard in held and name not in held[shard]:
+            missing.setdefault(shard, []).append(name)
+    return [
+        f"{shard}: lacks {len(names)} tensor{'s' if len(names) > 1 else ''} that {INDEX_NAME} places in it: {shown(names)}"
+        for shard, names in missing.items()
+    ]
+
+
+# ---- what a header promises ----
+
+
+def _read_shard(file: Path, problems: list[str]) -> tuple[list[LazyTensor], dict[str, str]]:
+    """Return one file's tensors and metadata as far as they are sound, noting every problem."""
+    try:
+        _insist_on_file(file)
+        mapped = MappedFile(file)
+        header, data_start = _read_header(mapped)
+    except OSError as error:
+        problems.append(f"{file.name}: can't be read: {error.strerror}")
+        return [], {}
+    except ValueError as error:
+        problems.append(f"{file.name}: {error}")
+        return [], {}
+    num_known = len(problems)
+    metadata = header.pop(METADATA_KEY, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        problems.append(f"{file.name}: {METADATA_KEY} is not an object of strings")
+        metadata = {}
+    found = [_read_entry(name, entry, mapped, data_start, problems) for name, entry in header.items()]
+    tensors = [tensor for tensor in found if tensor is not None]
+    problems += _check_spans(tensors, mapped, data_start, is_complete=len(problems) == num_known)
+    return tensors, metadata
+
+
+def _read_header(mapped: MappedFile) -> tuple[dict[str, Any], int]:
+    """Return the header object and the offset at which the data starts. Raises ValueError, or OSError."""
+    with open(mapped.path, "rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError(f"is truncated: {len(prefix)} bytes, and the length of the header alone takes 8")
+        length = int.from_bytes(prefix, "little")
+        # Judge the number before anything of that size is allocated.
+        if length > _JSON_LIMIT_BYTES:
+            raise ValueError(f"is not a safetensors file: its header would take {length:,} bytes, above {_JSON_LIMIT_BYTES:,}")
+        if 8 + length > mapped.size_bytes:
+            raise ValueError(f"is truncated: its header takes {length:,} bytes, the file has {mapped.size_bytes:,}")
+        return _parse_object(file.read(length), "the header"), 8 + length
+
+
+def _read_entry(name: str, entry: object, mapped: MappedFile, data_start: int, problems: list[str]) -> LazyTensor | None:
+    """Return the tensor that one entry of the header describes, or None with its problems noted."""
+    faults = [fault] if (fault := name_problem(name)) else []
+    fields = entry if isinstance(entry, dict) else {}
+    nbytes, span = None, _span(fields.get("data_offsets"))
+    try:
+        nbytes = tensor_nbytes(fields.get("dtype"), fields.get("shape"))
+    except ValueError as error:
+        faults.append(str(error))
+    if span is None:
+        faults.append(f"data_offsets {shown(fields.get('data_offsets'))} are not two ascending offsets")
+    elif nbytes is not None and span[1] - span[0] != nbytes:
+        faults.append(f"data_offsets span {span[1] - span[0]:,} bytes, dtype and shape take {nbytes:,}")
+    if faults or nbytes is None or span is None:
+        problems += [f"{mapped.path.name}:{shown(name)[1:-1]}: {fault}" for fault in faults]
+        return None
+    return LazyTensor(name, fields["dtype"], tuple(fields["shape"]), nbytes, data_start + span[0], mapped)
+
+
+def _span(offsets: object) -> tuple[int, int] | None:
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
+        return None
+    return (offsets[0], offsets[1]) if 0 <= offsets[0] <= offsets[1] <= _MAX_BYTES else None
+
+
+def _check_spans(tensors: list[LazyTensor], mapped: MappedFile, data_start: int, *, is_complete: bool) -> list[str]:
+    """Report tensors that overlap or leave the file, and bytes that no tensor owns (judged only if `is_complete`)."""
+    file, size = mapped.path.name, mapped.size_bytes
+    problems = []
+    end, last = data_start, ""
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset < end:
+            problems.append(f"{tensor.origin}: overlaps {last}")
+        elif tensor.offset > end and is_complete:
+            problems.append(
+                f"{tensor.origin}: starts {tensor.offset - end:,} bytes after the tensor before it; gaps are not allowed"
+            )
+        if tensor.offset + tensor.nbytes >= end:
+            end, last = tensor.offset + tensor.nbytes, tensor.name
+    if end > size:
+        cut = [tensor.name for tensor in tensors if tensor.offset + tensor.nbytes > size]
+        problems.append(
+            f"{file}: is truncated: {size:,} bytes of {end:,}; {len(cut)} of {len(tensors)} tensors are cut: {shown(cut)}"
+        )
+    elif end < size and is_complete:
+        problems.append(f"{file}: {size - end:,} bytes after the last tensor belong to none")
+    return problems
+
+
+# ---- files and JSON ----
+
+
+def _insist_on_file(file: Path) -> None:
+    if not os.path.isfile(file):  # opening a pipe would wait forever
+        raise ValueError("is not a file, or is a link to nothing")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises ValueError, saying what is wrong with the file, also where it can't be read."""
+    try:
+        _insist_on_file(file)
+        if os.path.getsize(file) > _JSON_LIMIT_BYTES:
+            raise ValueError(f"takes {os.path.getsize(file):,} bytes, above {_JSON_LIMIT_BYTES:,}")
+        return _parse_object(file.read_bytes(), "the file")
+    except OSError as error:
+        raise ValueError(f"can't be read: {error.strerror}") from error
+
+
+def _parse_object(raw: bytes, what: str) -> dict[str, Any]:
+    """Return the JSON object in `raw`. Raises ValueError whatever the bytes are; `what` names them in its message."""
+    repeated: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            repeated.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        return members
+
+    try:
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{what} is not valid UTF-8 at line {line} (byte {error.start:,})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{what} nests too deeply to be a checkpoint's") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{what} is not acceptable JSON: {error}") from None
+    if repeated:
+        raise ValueError(f"{what} repeats the key{'s' if len(repeated) > 1 else ''} {shown(repeated)}")
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{what} holds {shown(parsed)} at line 1, not a JSON object")
+    return parsed

@@ -1,0 +1,351 @@
+"""A typed reader of `config.json` in Hugging Face's spelling.
+
+Owns the foreign keys: every key is read, ignored by name, or an error, and all errors come at once.
+Refuses to know layer arithmetic: which layer owns what is decided in `plan.py`, from the values read here.
+Read `plan.py` next. Standard library only.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemcutter.errors import ConfigError
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# Keys that say nothing about the decoder's maths: training, bookkeeping, library internals, media token ids.
+IGNORED = frozenset(
+    """
+    _name_or_path _attn_implementation attn_implementation _experts_implementation add_cross_attention architectures
+    attention_dropout auto_map begin_suppress_tokens boa_token_id boa_token_index boi_token_id boi_token_index
+    chunk_size_feed_forward cross_attention_hidden_size audio_token_id decoder_start_token_id eoa_token_id eoa_token_index eoi_token_id
+    eoi_token_index finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label image_token_id image_token_index
+    initializer_range is_causal is_decoder is_encoder_decoder is_heterogeneous label2id mm_tokens_per_image output_attentions output_hidden_states
+    prefix problem_type pruned_heads remove_invalid_values return_dict sep_token_id suppress_tokens task_specific_params
+    tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript transformers_version unsloth_fixed unsloth_version
+    unsloth_tag use_bfloat16 use_cache video_token_id vision_soft_tokens_per_image model_name license_name
+    """.split()
+)
+# Towers have readers of their own; the decoder only notes that they are there.
+TOWERS = ("vision_config", "audio_config")
+TEXT_TYPES = ("gemma4_text", "gemma4_unified_text")
+WRAPPER_TYPES = ("gemma4", "gemma4_unified")
+DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary parameters of one attention type; `kind` is "default" or "proportional"."""
+
+    kind: str
+    theta: float
+    partial: float = 1.0
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """The decoder's part of a config, typed, in the published spelling of its keys."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    sliding_window: int
+    layer_types: tuple[str, ...]
+    rope: Mapping[str, RopeConfig]
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 131072
+    final_logit_softcapping: float | None = None
+    num_kv_shared_layers: int = 0
+    attention_k_eq_v: bool = False
+    use_double_wide_mlp: bool = False
+    global_head_dim: int | None = None
+    num_global_key_value_heads: int | None = None
+    per_layer: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    hidden_size_per_layer_input: int = 0
+    vocab_size_per_layer_input: int = 0
+    num_experts: int = 0
+    top_k_experts: int = 0
+    moe_intermediate_size: int = 0
+    bidirectional: str | None = None
+    pad_token_id: int = 0
+    bos_token_id: int | None = 2
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A whole config.json: the decoder, what surrounds it, and what a drafter adds."""
+
+    text: TextConfig
+    model_type: str
+    dtype: str = "bfloat16"
+    eos_token_ids: tuple[int, ...] = ()
+    towers: tuple[str, ...] = ()
+    quantization: Mapping[str, Any] | None = None
+    backbone_hidden_size: int | None = None
+    num_centroids: int = 0
+    centroid_top_k: int = 0
+
+    @property
+    def is_drafter(self) -> bool:
+        """Tell whether this is an assistant: a drafter whose layers all read their target's keys and values."""
+        return self.backbone_hidden_size is not None
+
+
+class _Keys:
+    """The keys of one JSON object: hands out typed values, and reports what was wrong or never asked for."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str, problems: list[str]) -> None:
+        self.raw, self.where, self.problems = raw, where, problems
+        self.seen: set[str] = set()
+
+    def problem(self, key: str, text: str) -> None:
+        self.problems.append(f"{self.where}{key}: {text}")
+
+    def has(self, key: str) -> bool:
+        self.seen.add(key)
+        return self.raw.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 2**31) -> int:
+        if not self.has(key):
+            if default is None:
+                self.problem(key, "missing; a Gemma 4 config needs this integer")
+            return low if default is None else default
+        value = self.raw[key]
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.problem(key, f"expected an integer from {low} to {high}, found {value!r}")
+            return low if default is None else default
+        return value
+
+    def number(self, key: str, default: float, low: float = 0.0) -> float:
+        if not self.has(key):
+            return default
+        value = self.raw[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= low:
+            self.problem(key, f"expected a finite number above {low:g}, found {value!r}")
+            return default
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        if not self.has(key):
+            return default
+        if not isinstance(self.raw[key], bool):
+            self.problem(key, f"expected true or false, found {self.raw[key]!r}")
+            return default
+        return bool(self.raw[key])
+
+    def text(self, key: str, allowed: Sequence[str], default: str) -> str:
+        if not self.has(key):
+            return default
+        if self.raw[key] not in allowed:
+            self.problem(key, f"expected one of {', '.join(allowed)}, found {self.raw[key]!r}")
+            return default
+        return str(self.raw[key])
+
+    def table(self, key: str) -> Mapping[str, Any]:
+        if not self.has(key):
+            return {}
+        if not isinstance(self.raw[key], dict):
+            self.problem(key, f"expected an object, found {type(self.raw[key]).__name__}")
+            return {}
+        return dict(self.raw[key])
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        if not self.has(key):
+            return ()
+        value = self.raw[key]
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+            self.problem(key, f"expected a token id or a list of them, found {value!r}")
+            return ()
+        return tuple(values)
+
+    def refuse_rest(self, ignore: Sequence[str]) -> None:
+        for key in sorted(self.raw.keys() - self.seen - IGNORED):
+            if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore):
+                self.problem(key, f"unknown key ({self.raw[key]!r:.60}); if it can't change the maths, pass --ignore {key}")
+
+
+def read(raw: Mapping[str, Any], source: str = "config.json", ignore: Sequence[str] = ()) -> ModelConfig:
+    """Read a config.json object (nested or flat, published or per-layer spelling).
+
+    `ignore` holds patterns of keys to pass over. Raises ConfigError with every problem found.
+    """
+    problems: list[str] = []
+    top = _Keys(raw, "", problems)
+    model_type = top.text("model_type", TEXT_TYPES + WRAPPER_TYPES + DRAFTER_TYPES, "gemma4_text")
+    if not top.has("model_type"):
+        problems.append("model_type: missing; a Gemma 4 config has one of gemma4, gemma4_text, gemma4_unified, gemma4_assistant")
+    if problems:  # another family: the rest would only be noise
+        raise ConfigError(f"{source} is not a Gemma 4 config", problems)
+    nested = model_type not in TEXT_TYPES
+    inner = _Keys(top.table("text_config"), "text_config.", problems) if nested else top
+    if nested:
+        inner.text("model_type", TEXT_TYPES, "gemma4_text")
+    towers = tuple(name.removesuffix("_config") for name in TOWERS if top.table(name))
+    tied = top.flag("tie_word_embeddings", inner.flag("tie_word_embeddings", True))
+    eos = tuple(dict.fromkeys(top.ids("eos_token_id") + inner.ids("eos_token_id")))
+    top.ids("pad_token_id"), top.ids("bos_token_id")
+    dtype = str(
+        raw.get("dtype") or raw.get("torch_dtype") or inner.raw.get("dtype") or inner.raw.get("torch_dtype") or "bfloat16"
+    )
+    top.seen.update(("dtype", "torch_dtype"))
+    inner.seen.update(("dtype", "torch_dtype"))
+    quantization = (top.table("quantization_config"), top.table("quantization"))
+    backbone, centroids, centroid_top_k = _drafter(top, model_type)
+    text = _text(inner, tied)
+    if nested:
+        inner.refuse_rest(ignore)
+    top.refuse_rest(ignore)
+    if problems:
+        raise ConfigError(f"{source} does not describe a Gemma 4 model ({_count(problems)})", problems)
+    return ModelConfig(
+        text, model_type, dtype, eos, towers, quantization[0] or quantization[1] or None, backbone, centroids, centroid_top_k
+    )
+
+
+def _count(problems: list[str]) -> str:
+    return f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+
+
+def _drafter(top: _Keys, model_type: str) -> tuple[int | None, int, int]:
+    if model_type not in DRAFTER_TYPES:
+        return None, 0, 0
+    backbone = top.integer("backbone_hidden_size")
+    ordered = top.flag("use_ordered_embeddings", False)
+    centroids = top.integer("num_centroids", 2048)
+    top_k = top.integer("centroid_intermediate_top_k", 32)
+    return (backbone, centroids, top_k) if ordered else (backbone, 0, 0)
+
+
+def _text(keys: _Keys, tied: bool) -> TextConfig:
+    layers = keys.integer("num_hidden_layers", high=4096)
+    moe = keys.flag("enable_moe_block", False)
+    ple = keys.integer("hidden_size_per_layer_input", 0, low=0)
+    vocab = keys.integer("vocab_size", 262144)
+    keys.text("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    if keys.flag("attention_bias", False):
+        keys.problem("attention_bias", "no Gemma 4 has attention biases; expected false")
+    bidirectional = keys.text("use_bidirectional_attention", ("vision", "all"), "") or None
+    if bidirectional == "all":
+        keys.problem("use_bidirectional_attention", '"all" makes an encoder; this engine runs causal decoders')
+    config = TextConfig(
+        vocab_size=vocab,
+        hidden_size=keys.integer("hidden_size"),
+        intermediate_size=keys.integer("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=keys.integer("num_attention_heads"),
+        num_key_value_heads=keys.integer("num_key_value_heads"),
+        head_dim=keys.integer("head_dim", 256),
+        sliding_window=keys.integer("sliding_window", 512),
+        layer_types=_layer_types(keys, layers),
+        rope=_rope(keys),
+        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+        max_position_embeddings=keys.integer("max_position_embeddings", 131072),
+        final_logit_softcapping=keys.number("final_logit_softcapping", 0.0) or None,
+        num_kv_shared_layers=keys.integer("num_kv_shared_layers", 0, low=0),
+        attention_k_eq_v=keys.flag("attention_k_eq_v", False),
+        use_double_wide_mlp=keys.flag("use_double_wide_mlp", False),
+        global_head_dim=keys.integer("global_head_dim") if keys.has("global_head_dim") else None,
+        num_global_key_value_heads=_optional(keys, "num_global_key_value_heads"),
+        per_layer=_per_layer(keys, layers),
+        hidden_size_per_layer_input=ple,
+        vocab_size_per_layer_input=keys.integer("vocab_size_per_layer_input", vocab, low=0),
+        num_experts=_moe_size(keys, moe, "num_experts"),
+        top_k_experts=_moe_size(keys, moe, "top_k_experts"),
+        moe_intermediate_size=_moe_size(keys, moe, "moe_intermediate_size"),
+        bidirectional=bidirectional,
+        pad_token_id=keys.integer("pad_token_id", 0, low=0),
+        bos_token_id=keys.integer("bos_token_id", 2, low=0),
+        tie_word_embeddings=tied,
+    )
+    keys.ids("eos_token_id")
+    _check(keys, config)
+    return config
+
+
+def _optional(keys: _Keys, key: str) -> int | None:
+    return keys.integer(key) if keys.has(key) else None
+
+
+def _moe_size(keys: _Keys, moe: bool, key: str) -> int:
+    if key == "moe_intermediate_size":  # an older spelling of the same key, dropped by later releases
+        alias = keys.has("expert_intermediate_size")
+        if alias and not keys.has(key):
+            key = "expert_intermediate_size"
+    if not moe:
+        keys.has(key)
+        return 0
+    return keys.integer(key)
+
+
+def _layer_types(keys: _Keys, layers: int) -> tuple[str, ...]:
+    period = keys.integer("sliding_window_pattern", 6)
+    if not keys.has("layer_types"):
+        kinds = [SLIDING if (i + 1) % period else FULL for i in range(layers)]
+        return (*kinds[:-1], FULL)  # the last layer is global in every Gemma 4
+    kinds = keys.raw["layer_types"]
+    if not isinstance(kinds, list) or any(kind not in (SLIDING, FULL) for kind in kinds):
+        keys.problem("layer_types", f"expected a list of {SLIDING!r} and {FULL!r}, found {kinds!r:.80}")
+        return (FULL,) * layers
+    if len(kinds) != layers:
+        keys.problem("layer_types", f"names {len(kinds)} layers, but num_hidden_layers is {layers}")
+        return (FULL,) * layers
+    return tuple(kinds)
+
+
+def _rope(keys: _Keys) -> dict[str, RopeConfig]:
+    ropes = {SLIDING: RopeConfig("default", 1e4), FULL: RopeConfig("proportional", 1e6, 0.25)}
+    if keys.has("rope_local_base_freq") or keys.has("rope_theta"):  # flattened by some converters
+        ropes[SLIDING] = RopeConfig("default", keys.number("rope_local_base_freq", 1e4))
+        ropes[FULL] = RopeConfig("proportional", keys.number("rope_theta", 1e6), 0.25)
+    if keys.has("rope_scaling"):
+        keys.problem("rope_scaling", "not part of Gemma 4; scaling is rope_parameters.<type>.factor")
+    table = keys.table("rope_parameters")
+    for name, raw in table.items():
+        if name not in (SLIDING, FULL) or not isinstance(raw, dict):
+            keys.problem(f"rope_parameters.{name}", f"expected objects for {SLIDING} and {FULL}, found {raw!r:.60}")
+            continue
+        inner = _Keys(raw, f"{keys.where}rope_parameters.{name}.", keys.problems)
+        kind = inner.text("rope_type", ("default", "proportional"), ropes[name].kind)
+        partial = inner.number("partial_rotary_factor", 1.0)
+        if partial > 1.0 or (kind == "default" and partial != 1.0):
+            inner.problem("partial_rotary_factor", f"{partial:g} does not go with rope_type {kind!r}")
+        ropes[name] = RopeConfig(kind, inner.number("rope_theta", ropes[name].theta), partial, inner.number("factor", 1.0))
+        inner.refuse_rest(())
+    return ropes
+
+
+def _per_layer(keys: _Keys, layers: int) -> dict[int, dict[str, int]]:
+    overrides: dict[int, dict[str, int]] = {}
+    for name, raw in keys.table("per_layer_config").items():
+        if not str(name).isdecimal() or not 0 <= int(name) < layers or not isinstance(raw, dict):
+            keys.problem(f"per_layer_config.{name}", f"expected an object for a layer from 0 to {layers - 1}, found {raw!r:.60}")
+            continue
+        inner = _Keys(raw, f"{keys.where}per_layer_config.{name}.", keys.problems)
+        overrides[int(name)] = {key: inner.integer(key) for key in ("head_dim", "num_key_value_heads") if inner.has(key)}
+        inner.refuse_rest(())
+    return overrides
+
+
+def _check(keys: _Keys, config: TextConfig) -> None:
+    """Report keys that contradict each other; what depends on a layer's place is checked by the plan."""
+    if config.num_kv_shared_layers > config.num_hidden_layers:
+        keys.problem(
+            "num_kv_shared_layers", f"{config.num_kv_shared_layers} of {config.num_hidden_layers} layers can't be shared"
+        )
+    if config.num_experts and config.top_k_experts > config.num_experts:
+        keys.problem("top_k_experts", f"{config.top_k_experts} of {config.num_experts} experts can't be chosen")
+    if config.layer_types[-1] != FULL:
+        keys.problem("layer_types", f"the last layer must be {FULL!r}, found {config.layer_types[-1]!r}")
+    if config.hidden_size_per_layer_input and not config.vocab_size_per_layer_input:
+        keys.problem("vocab_size_per_layer_input", "0 rows, but hidden_size_per_layer_input asks for per-layer embeddings")

@@ -1,0 +1,121 @@
+"""The engine: requests in, `step()` after `step()`, events out.
+
+Owns one decoder, one pool and the scheduler; batch generation, chat and a server differ only in how many requests they submit. Ids and arrays
+only: no strings, no JSON, no files. Read `scheduler.py` for what runs, `runner.py` for what a step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+from gemcutter.cache.pool import PagedPool
+from gemcutter.cache.prefix import PrefixCache
+from gemcutter.engine.memory import page_counts
+from gemcutter.engine.request import Event, Finish, Request, Sequence
+from gemcutter.engine.runner import run_step
+from gemcutter.engine.scheduler import Scheduler
+from gemcutter.errors import RequestError
+from gemcutter.model.text import Decoder
+
+
+class Engine:
+    """Runs requests over a decoder.
+
+    `context` is the longest sequence in tokens, `max_rows` the rows of one step (the chunk of a long prompt), `max_sequences` how many run at
+    once, `checkpoints` how many finished prompts and replies stay in the cache for reuse.
+    """
+
+    def __init__(self, decoder: Decoder, context: int, max_rows: int = 512, max_sequences: int = 1, checkpoints: int = 0) -> None:
+        self.decoder = decoder
+        self.context = min(context, decoder.plan.context)
+        counts = page_counts(decoder.plan, self.context, max_rows, max_sequences, checkpoints)
+        self.pool = PagedPool(decoder.plan, counts, decoder.dtype, decoder.device)
+        self.prefix = PrefixCache(checkpoints)
+        self.scheduler = Scheduler(self.pool, max_rows, max_sequences, self.prefix)
+        self._sequences: dict[int, Sequence] = {}
+        self._numbers = count()
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and give its number. Raises RequestError if it can never run."""
+        problems = list(self._problems(request))
+        if problems:
+            raise RequestError("the request can't be served", problems)
+        sequence = Sequence(next(self._numbers), request)
+        self._sequences[sequence.number] = sequence
+        self.scheduler.waiting.append(sequence)
+        return sequence.number
+
+    def _problems(self, request: Request) -> Iterator[str]:
+        vocab = self.decoder.plan.vocab
+        if not request.prompt:
+            yield "request.prompt: empty; a prompt needs at least one token (raw text gets <bos>)"
+        outside = sorted({token for token in request.prompt if not 0 <= token < vocab})
+        if outside:
+            yield f"request.prompt: ids {outside[:5]} are outside the vocabulary of {vocab}"
+        room = self.context - (1 if request.max_tokens else 0)
+        if len(request.prompt) > room:
+            yield f"request.prompt: {len(request.prompt)} tokens, the context holds {self.context}; raise --context or shorten it"
+        if request.max_tokens < 0:
+            yield f"request.max_tokens: {request.max_tokens}; expected 0 or more"
+        sampling = request.sampling
+        named = {"logit_bias": sampling.logit_bias, "suppress": sampling.suppress}
+        for name, ids in named.items():
+            if bad := [token for token in ids if not 0 <= token < vocab]:
+                yield f"sampling.{name}: ids {bad[:5]} are outside the vocabulary of {vocab}"
+
+    @property
+    def has_work(self) -> bool:
+        """Tell whether any request is unfinished."""
+        return bool(self._sequences)
+
+    def step(self) -> list[Event]:
+        """Run one step; give the tokens and ends that it brought."""
+        works = self.scheduler.schedule()
+        if not works:
+            return []
+        try:
+            choices = run_step(self.decoder, self.pool, works)
+        except BaseException:  # an interrupt leaves the tables as they were before the step
+            for work in works:
+                work.table.commit(0)
+            raise
+        events = []
+        for work, choice in zip(works, choices, strict=True):
+            work.table.commit(work.rows)
+            if choice is not None:
+                events.append(self._advance(work.sequence, choice))
+        return events
+
+    def _advance(self, sequence: Sequence, choice: Event) -> Event:
+        """Append a chosen token, or end the sequence; keep checkpoints at the ends of prompt and reply."""
+        request = sequence.request
+        if sequence.in_prompt and sequence.table is not None:
+            self.prefix.keep(request.prompt, sequence.table)
+        finish = None
+        if choice.token is None or len(sequence.reply) >= request.max_tokens:
+            finish = Finish.LENGTH
+        elif choice.token in request.stop_ids:
+            finish = Finish.STOP
+        else:
+            sequence.tokens.append(choice.token)
+            if len(sequence.reply) >= request.max_tokens or len(sequence.tokens) >= self.context:
+                finish = Finish.LENGTH
+        token = None if finish is Finish.STOP else choice.token
+        if finish is not None:
+            self._end(sequence)
+        return Event(choice.request, token, choice.logprobs, finish, choice.prompt)
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            self.prefix.keep(tuple(sequence.tokens[: sequence.table.length]), sequence.table)
+        self.scheduler.leave(sequence)
+        del self._sequences[sequence.number]
+
+    def cancel(self, number: int) -> Event | None:
+        """End a request now; what it computed stays as a checkpoint. Gives its last event, or None if it has ended already."""
+        sequence = self._sequences.get(number)
+        if sequence is None:
+            return None
+        self._end(sequence)
+        return Event(number, finish=Finish.CANCELLED)

@@ -1,0 +1,30 @@
+"""How many pages a pool needs.
+
+Owns the arithmetic between tokens, sequences and pages; the byte counts come from the plan. Refuses to know devices.
+"""
+
+from __future__ import annotations
+
+from gemcutter.cache.pool import PageCount
+from gemcutter.plan import ModelPlan
+
+PAGE_TOKENS = 64
+
+
+def page_counts(
+    plan: ModelPlan, context: int, rows: int, sequences: int = 1, checkpoints: int = 0, page_tokens: int = PAGE_TOKENS
+) -> dict[int | None, PageCount]:
+    """Size every group for `sequences` sequences of up to `context` tokens each, stepped `rows` rows at a time.
+
+    A windowed group keeps the window and the rows in flight, whose ends share pages with neighbours; a checkpoint keeps a window of its own.
+    """
+    counts = {}
+    for group in plan.groups():
+        whole = -(-context // page_tokens)
+        if group.window is None:
+            counts[None] = PageCount(whole * sequences + checkpoints, page_tokens)  # a checkpoint's last page is copied on write
+            continue
+        window = min(whole, -(-(group.window - 1) // page_tokens) + 1)
+        in_flight = min(whole, -(-(group.window - 1 + rows) // page_tokens) + 1)
+        counts[group.window] = PageCount(in_flight * sequences + window * checkpoints, page_tokens)
+    return counts

@@ -1,0 +1,298 @@
+"""Every word and sentence in plain PyTorch: the specification, and the fallback.
+
+Each row's result depends on that row and its own sequence alone, bit for bit: matrix products run over tiles of a fixed number of rows and
+attention over blocks of keys aligned to absolute positions, so that neighbours, chunk sizes and batch order change nothing.
+Shape letters: N rows, M kept rows, D hidden, H heads, K key heads, G heads per key head, E head dim, F mlp width, V vocabulary, X experts,
+L layers, P per-layer-embedding dim, T keys. Refuses to know devices and speed; read `torch_fast.py` for that.
+
+Source: the oracle is transformers' gemma4 in float32. Deviates in bfloat16: scores, router and expert sums stay in float32 (docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemcutter.ops.step import Pool, Span, Step, window_mask
+from gemcutter.plan import LayerPlan, ModelPlan
+from gemcutter.quant import Weight
+
+ROW_TILE = 16  # rows of one matrix product; fixed, so that a row never meets another kernel
+KEY_BLOCK = 256  # keys of one softmax update, aligned to absolute positions
+WEIGHT_TILE = 1 << 20  # elements of a weight that are converted at a time: the model is never held twice
+
+Param = Weight | Tensor
+Linear = Callable[[Tensor, Weight], Tensor]
+Attention = Callable[[Tensor, Step, Pool], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The bound words that sentences are written in."""
+
+    linear: Linear
+    attention: Attention | None = None  # only where a layer attends
+
+
+def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    """Divide by the root mean square over the last axis and multiply by the weight itself (not 1 + weight), in float32."""
+    wide = x.float()
+    normed = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
+    return (normed if weight_D is None else normed * weight_D).to(x.dtype)
+
+
+def rope(x_NHE: Tensor, cos_N1C: Tensor, sin_N1C: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + E/2) in x's own dtype; pairs that stay have cos 1 and sin 0."""
+    low, high = x_NHE.chunk(2, dim=-1)
+    return torch.cat((low * cos_N1C - high * sin_N1C, high * cos_N1C + low * sin_N1C), dim=-1)
+
+
+def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """Multiply the tanh-GELU of the gate with the up projection."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """Squash logits smoothly into (-cap, cap)."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def weight_tiles(weight: Weight) -> list[Tensor]:
+    """Cut a matrix into views of at most WEIGHT_TILE elements, in row order."""
+    rows = max(ROW_TILE, WEIGHT_TILE // weight.columns)
+    return [tile for part in weight.parts for tile in part.split(rows)]
+
+
+def linear(x_ND: Tensor, weight: Weight) -> Tensor:
+    """Multiply rows with a matrix [F, D]: products and sums in float32, one rounding to x's dtype; [N, F]."""
+    rows, columns = x_ND.shape
+    padded = F.pad(x_ND.float(), (0, 0, 0, -rows % ROW_TILE)).view(-1, ROW_TILE, columns)
+    out = torch.empty(rows, weight.rows, dtype=x_ND.dtype)
+    offset = 0
+    for tile in weight_tiles(weight):
+        wide = tile.float().t()
+        for index, block in enumerate(padded):
+            start = index * ROW_TILE
+            out[start : start + ROW_TILE, offset : offset + wide.shape[1]] = (block @ wide)[: rows - start]
+        offset += wide.shape[1]
+    return out
+
+
+def build_attention(layer: LayerPlan) -> Attention:
+    """Build attention of a layer's queries over what its `kv_layer` wrote: scale 1, softmax in float32, no score cap."""
+
+    def attention(q_NHE: Tensor, step: Step, pool: Pool) -> Tensor:
+        out = torch.empty_like(q_NHE)
+        for index, span in enumerate(step.spans[layer.window]):
+            low, high = step.row_start[index], step.row_start[index + 1]
+            if low == high:
+                continue
+            k_TKE, v_TKE = pool.read(layer.kv_layer, span)
+            for start in range(low, high, ROW_TILE):
+                rows = slice(start, min(start + ROW_TILE, high))
+                out[rows] = _attend_tile(q_NHE[rows], step.positions_N[rows], k_TKE, v_TKE, span, layer.window)
+        return out
+
+    return attention
+
+
+def _attend_tile(q_nHE: Tensor, positions_n: Tensor, k_TKE: Tensor, v_TKE: Tensor, span: Span, window: int | None) -> Tensor:
+    """Attend for up to ROW_TILE rows of one sequence, one aligned block of keys after the other."""
+    rows, heads, dim = q_nHE.shape
+    key_heads = k_TKE.shape[1]
+    group = heads // key_heads
+    pad = ROW_TILE - rows
+    q_KRE = (
+        F.pad(q_nHE.float(), (0, 0, 0, 0, 0, pad))
+        .view(ROW_TILE, key_heads, group, dim)
+        .permute(1, 0, 2, 3)
+        .reshape(key_heads, -1, dim)
+    )
+    positions = F.pad(positions_n, (0, pad), value=-1)  # padding rows see nothing
+    top = torch.full((key_heads, ROW_TILE, group, 1), -torch.inf)
+    total = torch.zeros_like(top)
+    out = torch.zeros(key_heads, ROW_TILE, group, dim)
+    oldest = 0 if window is None else max(0, int(positions_n[0]) - window + 1)
+    for block in range(oldest // KEY_BLOCK * KEY_BLOCK, int(positions_n[-1]) + 1, KEY_BLOCK):
+        k_KBE, v_KBE = (_key_block(x, span.start, block) for x in (k_TKE, v_TKE))
+        seen = window_mask(positions, torch.arange(block, block + KEY_BLOCK), window)[None, :, None, :]
+        scores = (q_KRE @ k_KBE.transpose(1, 2)).view(key_heads, ROW_TILE, group, KEY_BLOCK)
+        scores = torch.where(seen, scores, -torch.inf)
+        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+        anchor = torch.where(new_top == -torch.inf, 0.0, new_top)  # a row that has seen nothing yet stays at zero, not NaN
+        weights = torch.exp(scores - anchor)
+        shrink = torch.exp(top - anchor)
+        total = total * shrink + weights.sum(-1, keepdim=True)
+        mixed = weights.view(key_heads, -1, KEY_BLOCK) @ v_KBE
+        out = out * shrink + mixed.view_as(out)
+        top = new_top
+    out = out / torch.where(total == 0, 1.0, total)
+    return out.permute(1, 0, 2, 3).reshape(ROW_TILE, heads, dim)[:rows].to(q_nHE.dtype)
+
+
+def _key_block(x_TKE: Tensor, first: int, block: int) -> Tensor:
+    """Give positions block to block + KEY_BLOCK - 1 as [K, B, E] in float32, zeros where the span has none."""
+    low, high = max(block - first, 0), min(block + KEY_BLOCK - first, x_TKE.shape[0])
+    before = max(first - block, 0)
+    found = x_TKE[low:high].float()
+    return F.pad(found, (0, 0, 0, 0, before, KEY_BLOCK - before - found.shape[0])).transpose(0, 1)
+
+
+def build_embed(plan: ModelPlan, params: Mapping[str, Param], words: Words, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Build the token embedding: rows times sqrt(D), the root rounded to the compute dtype first."""
+    table, scale = matrix(params, "embed.tokens"), torch.tensor(plan.hidden**0.5, dtype=dtype)
+
+    def embed(ids_N: Tensor) -> Tensor:
+        return table.gather(ids_N, dtype) * scale.to(ids_N.device)
+
+    return embed
+
+
+def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Build the per-layer embeddings of a span of layers: (token row + normed projection of the embedding) / sqrt(2)."""
+    table, project, norm = params["embed.ple"], matrix(params, "ple.in"), params["ple.norm"]
+    assert isinstance(table, Tensor) and isinstance(norm, Tensor)
+    token_scale, dim = torch.tensor(plan.ple_dim**0.5, dtype=dtype), plan.ple_dim
+
+    def ple(x_ND: Tensor, ple_ids_N: Tensor, first: int, last: int) -> Tensor:
+        rows = table[:, first * dim : last * dim].index_select(0, ple_ids_N.to(table.device))
+        tokens = rows.to(x_ND.device, dtype) * token_scale.to(x_ND.device)
+        context = words.linear(x_ND, project.slice(first * dim, last * dim)) * plan.hidden**-0.5
+        context = rms_norm(context.view(-1, last - first, dim), norm, plan.eps)
+        return (context + tokens.view_as(context)) * 2**-0.5
+
+    return ple
+
+
+def build_project(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Callable[..., Tensor]:
+    """Build norm, in-projection, q/k/v norms and RoPE: writes k and v of all rows iff the plan says so, gives q [M, H, E].
+
+    In the last writer, rows that the step does not keep stop here: their keys and values are made, their queries are not.
+    """
+    norm, q_norm = vector(params, "attn.norm"), vector(params, "attn.q_norm")
+    k_norm = vector(params, "attn.k_norm") if layer.writes else None
+    weight = matrix(params, "attn.in")
+    query, keys = weight.part("q"), weight.part(*(name for name, _ in layer.attn_parts() if name != "q"))
+    kv_width = layer.kv_heads * layer.head_dim
+    is_last_writer = layer.index == plan.first_reader - 1
+
+    def write(kv_NX: Tensor, step: Step, pool: Pool) -> None:
+        k_raw = kv_NX[:, :kv_width].reshape(-1, layer.kv_heads, layer.head_dim)
+        v_raw = kv_NX[:, kv_width:].reshape_as(k_raw) if kv_NX.shape[1] > kv_width else k_raw  # QK_ONLY: the raw key projection
+        k = rope(rms_norm(k_raw, k_norm, plan.eps), *step.rope[layer.rope])
+        pool.write(layer.index, step.slots[layer.window], k, rms_norm(v_raw, None, plan.eps))
+
+    def project(x_ND: Tensor, step: Step, pool: Pool) -> Tensor:
+        normed = rms_norm(x_ND, norm, plan.eps)
+        if layer.writes:
+            write(words.linear(normed, keys), step, pool)
+        if is_last_writer and step.keep_M is not None:
+            normed, step = normed[step.keep_M], step.kept()
+        q = words.linear(normed, query).view(-1, layer.heads, layer.head_dim)
+        return rope(rms_norm(q, q_norm, plan.eps), *step.rope[layer.rope])
+
+    return project
+
+
+def build_attend(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Attention:
+    """Build attention over the pages of the layer's `kv_layer`: [M, H, E] to [M, H, E]."""
+    assert words.attention is not None
+    return words.attention
+
+
+def build_mix(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build the out-projection of the attention, its norm and the residual."""
+    weight, post_norm = matrix(params, "attn.out"), vector(params, "attn.post_norm")
+
+    def mix(x_MD: Tensor, o_MHE: Tensor) -> Tensor:
+        return x_MD + rms_norm(words.linear(o_MHE.flatten(1), weight), post_norm, plan.eps)
+
+    return mix
+
+
+def build_feed(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
+    """Build the feed-forward: the dense branch, plus the experts where the plan has some; norms and residual."""
+    norm, post_norm = vector(params, "mlp.norm"), vector(params, "mlp.post_norm")
+    w_in, w_out = matrix(params, "mlp.in"), matrix(params, "mlp.out")
+
+    def dense(x_MD: Tensor) -> Tensor:
+        gate, up = words.linear(rms_norm(x_MD, norm, plan.eps), w_in).chunk(2, dim=1)
+        return words.linear(gelu_mul(gate, up), w_out)
+
+    if layer.moe is None:
+        return lambda x_MD: x_MD + rms_norm(dense(x_MD), post_norm, plan.eps)
+    experts = _build_experts(plan, layer, params, words)
+    dense_norm, expert_norm = vector(params, "mlp.branch_norm"), vector(params, "moe.branch_norm")
+
+    def feed(x_MD: Tensor) -> Tensor:
+        both = rms_norm(dense(x_MD), dense_norm, plan.eps) + rms_norm(experts(x_MD), expert_norm, plan.eps)
+        return x_MD + rms_norm(both, post_norm, plan.eps)
+
+    return feed
+
+
+def _build_experts(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
+    """Build router and experts. Both read the residual stream; the router in float32, so that its choice is stable."""
+    moe = layer.moe
+    assert moe is not None
+    norm, router = vector(params, "moe.norm"), matrix(params, "moe.router")
+    scale, expert_scale = vector(params, "moe.router_scale") * plan.hidden**-0.5, vector(params, "moe.expert_scale")
+    w_in, w_out = matrix(params, "moe.in"), matrix(params, "moe.out")
+
+    def experts(x_MD: Tensor) -> Tensor:
+        chance_MX = words.linear(rms_norm(x_MD.float(), None, plan.eps) * scale, router).softmax(-1)
+        weights, chosen = chance_MX.topk(moe.top_k, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True) * expert_scale[chosen]
+        normed = rms_norm(x_MD, norm, plan.eps)
+        out = torch.zeros(x_MD.shape, dtype=torch.float32, device=x_MD.device)
+        for (
+            index
+        ) in chosen.unique().tolist():  # ascending, so that a row sums its experts in one order whatever its neighbours chose
+            rows, slots = (chosen == index).nonzero(as_tuple=True)
+            gate, up = words.linear(normed[rows], w_in.expert(index)).chunk(2, dim=1)
+            found = words.linear(gelu_mul(gate, up), w_out.expert(index))
+            out[rows] += found.float() * weights[rows, slots, None]
+        return out.to(x_MD.dtype)
+
+    return experts
+
+
+def build_inject(
+    plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build the per-layer-embedding gate: the residual opens P gates, the gated row goes back to D, normed."""
+    gate, w_out, post_norm = matrix(params, "ple.gate"), matrix(params, "ple.out"), vector(params, "ple.post_norm")
+
+    def inject(x_MD: Tensor, ple_MP: Tensor) -> Tensor:
+        gated = gelu_mul(words.linear(x_MD, gate), ple_MP)
+        return x_MD + rms_norm(words.linear(gated, w_out), post_norm, plan.eps)
+
+    return inject
+
+
+def build_head(plan: ModelPlan, params: Mapping[str, Param], words: Words, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Build the head: normed rows [R, D] to soft-capped logits [R, V] in float32."""
+    weight = matrix(params, "embed.tokens" if plan.tied_head else "head")
+
+    def head(h_RD: Tensor) -> Tensor:
+        return softcap(words.linear(h_RD, weight).float(), plan.softcap)
+
+    return head
+
+
+def matrix(params: Mapping[str, Param], name: str) -> Weight:
+    """Give a parameter that must be a matrix."""
+    found = params[name]
+    assert isinstance(found, Weight), name
+    return found
+
+
+def vector(params: Mapping[str, Param], name: str) -> Tensor:
+    """Give a parameter that must be a float32 vector."""
+    found = params[name]
+    assert isinstance(found, Tensor), name
+    return found

@@ -1,0 +1,89 @@
+"""One step of the decoder: flat rows of any number of sequences.
+
+Prefill, chunk, decode and verification differ only in row counts. Owns the `Step` and the protocol of the pool it writes to and reads from;
+refuses to know requests and page accounting. Shape letters: N rows, M kept rows, S sequences, T keys, K key heads, E head dim.
+Read `engine/step.py` for who builds it, `cache/pool.py` for the pool.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gemcutter.plan import RopeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The keys of one sequence in one group: positions start, start + 1, ... lie in the slots `where` of the pool.
+
+    `where` is a slice when the pages are consecutive (then reading is a view), else slot numbers [T].
+    """
+
+    start: int
+    where: slice | Tensor
+
+
+class Pool(Protocol):
+    """What kernels need of the cache: storage of the layers that write."""
+
+    def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
+        """Store keys and values of a writing layer."""
+
+    def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
+        """Give keys and values [T, K, E] of a span."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Flat rows of S sequences; row_start has S + 1 entries, sequence s owns rows row_start[s] to row_start[s + 1] - 1.
+
+    `positions_N` are absolute. `spans` and `slots` are keyed by window (None: the global group): what each sequence may read, this step's rows
+    included, and where each row's keys go. `keep_M` lists the rows whose logits or states are wanted, ascending; None keeps all.
+    """
+
+    ids_N: Tensor
+    ple_ids_N: Tensor
+    positions_N: Tensor
+    row_start: tuple[int, ...]
+    spans: dict[int | None, tuple[Span, ...]]
+    slots: dict[int | None, Tensor]
+    keep_M: Tensor | None
+    rope: dict[RopeSpec, tuple[Tensor, Tensor]]  # cos and sin [N, 1, E/2] for these rows, in the compute dtype
+
+    def kept(self) -> Step:
+        """Narrow the step to the rows it keeps; what has been written stays readable."""
+        if self.keep_M is None:
+            return self
+        keep, rows = self.keep_M, self.keep_M.tolist()
+        return replace(
+            self,
+            ids_N=self.ids_N[keep],
+            ple_ids_N=self.ple_ids_N[keep],
+            positions_N=self.positions_N[keep],
+            row_start=tuple(bisect_left(rows, start) for start in self.row_start),
+            slots={},
+            keep_M=None,
+            rope={spec: (cos[keep], sin[keep]) for spec, (cos, sin) in self.rope.items()},
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Count the rows."""
+        return self.row_start[-1]
+
+    @property
+    def keeps_none(self) -> bool:
+        """Tell whether no row is wanted, as in the middle chunks of a prompt."""
+        return self.keep_M is not None and self.keep_M.numel() == 0
+
+
+def window_mask(q_positions_M: Tensor, k_positions_T: Tensor, window: int | None) -> Tensor:
+    """Tell which keys each query sees, [M, T]: not later than itself, and at most `window` of them counting its own."""
+    distance = q_positions_M[:, None] - k_positions_T[None, :]
+    seen = distance >= 0
+    return seen if window is None else torch.logical_and(seen, distance < window)

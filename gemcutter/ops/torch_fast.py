@@ -1,0 +1,67 @@
+"""Faster words on torch's own kernels: library matrix products and fused attention.
+
+Owns no mathematics: each function here equals its namesake in `reference.py` within rounding. Rows may depend on their neighbours in the last
+bits, since libraries choose kernels by shape. Read `bind.py` for when these are chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemcutter.ops.reference import Attention, weight_tiles
+from gemcutter.ops.step import Pool, Span, Step, window_mask
+from gemcutter.plan import LayerPlan
+from gemcutter.quant import Weight
+
+
+def linear_native(x_ND: Tensor, weight: Weight) -> Tensor:
+    """Multiply with the library's kernel for the stored dtype, one call a part."""
+    wide = torch.promote_types(x_ND.dtype, weight.dtype)  # differs for the router alone, whose rows are float32
+    products = [F.linear(x_ND.to(wide), part.to(wide)) for part in weight.parts]
+    return (products[0] if len(products) == 1 else torch.cat(products, dim=1)).to(x_ND.dtype)
+
+
+def linear_tiled(x_ND: Tensor, weight: Weight) -> Tensor:
+    """Multiply in float32, one converted tile of the weight at a time.
+
+    Where the processor has no bfloat16 products, the library's bfloat16 kernel is several times slower than converting a tile that stays in
+    the cache and calling the float32 kernel (docs/log.md). One bfloat16 row is the exception: its kernel only streams the weight.
+    """
+    if x_ND.shape[0] == 1 and x_ND.dtype == weight.dtype:
+        return linear_native(x_ND, weight)
+    wide = x_ND.float()
+    out = torch.empty(x_ND.shape[0], weight.rows)
+    tiles = weight_tiles(weight)
+    scratch = torch.empty(max(tile.numel() for tile in tiles))
+    offset = 0
+    for tile in tiles:
+        narrow = scratch[: tile.numel()].view(tile.shape).copy_(tile)
+        torch.mm(wide, narrow.t(), out=out[:, offset : offset + tile.shape[0]])
+        offset += tile.shape[0]
+    return out.to(x_ND.dtype)
+
+
+def build_attention(layer: LayerPlan) -> Attention:
+    """Build fused attention, one call a sequence; keys that no query of the call sees are not read."""
+
+    def attention(q_NHE: Tensor, step: Step, pool: Pool) -> Tensor:
+        out = torch.empty_like(q_NHE)
+        for index, span in enumerate(step.spans[layer.window]):
+            rows = slice(step.row_start[index], step.row_start[index + 1])
+            if rows.start < rows.stop:
+                out[rows] = _attend(q_NHE[rows], step.positions_N[rows], *pool.read(layer.kv_layer, span), span, layer.window)
+        return out
+
+    return attention
+
+
+def _attend(q_nHE: Tensor, positions_n: Tensor, k_TKE: Tensor, v_TKE: Tensor, span: Span, window: int | None) -> Tensor:
+    first, last = int(positions_n[0]), int(positions_n[-1])
+    oldest = span.start if window is None else max(span.start, first - window + 1)
+    keys = slice(oldest - span.start, last + 1 - span.start)
+    seen = window_mask(positions_n, torch.arange(oldest, last + 1, device=q_nHE.device), window) if len(positions_n) > 1 else None
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_nHE, k_TKE[keys], v_TKE[keys]))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0, enable_gqa=True)
+    return out[0].transpose(0, 1)

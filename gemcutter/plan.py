@@ -1,0 +1,421 @@
+"""The one place where a Gemma 4 model's topology is decided.
+
+`derive` turns a typed config into a `ModelPlan`: which layer owns which projections, which layer's keys and values it reads, and every
+size. Modules, loader, cache, memory planner, kernels, benchmarks and documents read the plan and decide nothing themselves.
+Refuses to know tensors, files and devices: standard library only, `import gemcutter.plan` works without torch.
+Read `config.py` for the keys behind it, `model/text.py` for the maths it drives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from gemcutter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gemcutter.config import ModelConfig, RopeConfig, TextConfig
+
+UNBOUND = -1  # kv_layer of a drafter's layer that has not met its target yet
+
+
+class Attn(Enum):
+    """What a layer's queries may see: the last `window` positions, or all of them."""
+
+    SLIDING = "sliding"
+    GLOBAL = "global"
+
+
+class Proj(Enum):
+    """Which projections and norms a layer owns."""
+
+    QKV = "qkv"  # own keys, own values
+    QK_ONLY = "qk"  # the value is the raw key projection, normed without a weight (global layers of 12B, 26B-A4B, 31B)
+    Q_ONLY = "q"  # reads what another layer wrote (E2B 15..34, E4B 24..41, every drafter layer)
+
+    @property
+    def writes(self) -> bool:
+        """Tell whether the layer writes keys and values to the cache."""
+        return self is not Proj.Q_ONLY
+
+
+class Access(Enum):
+    """How a tensor is read: whole in every step, or only by the rows that a step's tokens name."""
+
+    DENSE = "dense"
+    ROWS = "rows"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary embedding of one layer: the first `pairs` of head_dim/2 pairs (i, i + head_dim/2) rotate, the others stay."""
+
+    theta: float
+    head_dim: int
+    pairs: int
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MoEPlan:
+    """A mixture of experts beside the dense branch: `top_k` of `experts`, each `width` wide."""
+
+    experts: int
+    top_k: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What one layer is, owns and reads."""
+
+    index: int
+    attn: Attn
+    proj: Proj
+    kv_layer: int  # whose pages this layer reads; == index iff it writes
+    kv_owner: str  # "self", or "target" for a drafter
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None  # keys that a query may see, itself included; None: all
+    rope: RopeSpec
+    mlp_width: int
+    moe: MoEPlan | None
+    ple_dim: int
+
+    @property
+    def writes(self) -> bool:
+        """Tell whether the layer writes keys and values."""
+        return self.proj.writes
+
+    def attn_parts(self) -> tuple[tuple[str, int], ...]:
+        """List the rows of the in-projection: what this layer's place in the model needs, and nothing else."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            Proj.QKV: (("q", q), ("k", kv), ("v", kv)),
+            Proj.QK_ONLY: (("q", q), ("k", kv)),
+            Proj.Q_ONLY: (("q", q),),
+        }[self.proj]
+
+    def kv_elements(self) -> int:
+        """Count the cache elements that one token costs in this layer: keys and values, 0 for a reader."""
+        return 2 * self.kv_heads * self.head_dim if self.writes else 0
+
+    def visible(self, tokens: int) -> int:
+        """Count the keys that the query at position tokens - 1 sees."""
+        return tokens if self.window is None else min(tokens, self.window)
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Writers that share one block table, because they keep the same span of positions."""
+
+    name: str  # "sliding" or "global"
+    window: int | None
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One tensor that the model needs: the contract between checkpoint, model, memory planner and tests."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, int], ...] = ()  # rows of the second-to-last axis, stored apart in most checkpoints
+    access: Access = Access.DENSE
+    default: float | None = None  # what a checkpoint that lacks the tensor means
+    integer: bool = False
+    buffer: bool = False  # not counted as a parameter (layer scalars, token order)
+
+    @property
+    def elements(self) -> int:
+        """Count the elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A whole decoder: its layers and the sizes around them."""
+
+    layers: tuple[LayerPlan, ...]
+    hidden: int
+    vocab: int
+    softcap: float | None
+    eps: float
+    context: int  # positions the model was made for
+    ple_vocab: int
+    ple_dim: int
+    pad_id: int
+    tied_head: bool
+    bidirectional: bool  # media rows of one block see each other in windowed layers
+    backbone: int | None = None  # a drafter's: the target's hidden size
+    centroids: int = 0
+    centroid_top_k: int = 0
+
+    @property
+    def is_drafter(self) -> bool:
+        """Tell whether the plan is an assistant's."""
+        return self.backbone is not None
+
+    @property
+    def writers(self) -> tuple[LayerPlan, ...]:
+        """List the layers that write keys and values."""
+        return tuple(layer for layer in self.layers if layer.writes)
+
+    @property
+    def first_reader(self) -> int:
+        """Give the index from which on all layers are Q_ONLY; the number of layers if there are none."""
+        return max((layer.index + 1 for layer in self.layers if layer.writes), default=0)
+
+    def groups(self) -> tuple[KVGroup, ...]:
+        """List the groups of writers with one window, in the order of their first layer."""
+        windows = dict.fromkeys(layer.window for layer in self.writers)
+        return tuple(
+            KVGroup("global" if window is None else "sliding", window, tuple(w.index for w in self.writers if w.window == window))
+            for window in windows
+        )
+
+    def last_writer(self, attn: Attn) -> int:
+        """Give the layer whose keys a reader of this attention type reads. Raises ConfigError if none writes."""
+        found = [layer.index for layer in self.writers if layer.attn is attn]
+        if not found:
+            raise ConfigError(f"no {attn.value} layer writes keys and values")
+        return found[-1]
+
+    def params(self) -> Iterator[ParamSpec]:
+        """List every tensor of the decoder under its canonical name."""
+        hidden, ple_width = self.hidden, len(self.layers) * self.ple_dim
+        yield ParamSpec("embed.tokens", (self.vocab, hidden))
+        if not self.tied_head:
+            yield ParamSpec("head", (self.vocab, hidden))
+        if self.ple_dim:
+            yield ParamSpec("embed.ple", (self.ple_vocab, ple_width), access=Access.ROWS)
+            yield ParamSpec("ple.in", (ple_width, hidden))
+            yield ParamSpec("ple.norm", (self.ple_dim,))
+        for layer in self.layers:
+            yield from _layer_params(layer, hidden)
+        yield ParamSpec("norm", (hidden,))
+        if self.backbone is not None:
+            yield ParamSpec("draft.in", (hidden, 2 * self.backbone))
+            yield ParamSpec("draft.out", (self.backbone, hidden))
+        if self.centroids:
+            yield ParamSpec("draft.centroids", (self.centroids, hidden))
+            yield ParamSpec("draft.order", (self.vocab,), integer=True, buffer=True)
+
+    def num_params(self) -> int:
+        """Count the parameters of the decoder, the tied head once, buffers left out (as model cards count)."""
+        return sum(spec.elements for spec in self.params() if not spec.buffer)
+
+    def weight_bytes(self, itemsize: float = 2.0, rows_access: bool = True) -> int:
+        """Count the bytes of all tensors at `itemsize` bytes an element; `rows_access=False` leaves the PLE table out."""
+        return int(itemsize * sum(spec.elements for spec in self.params() if rows_access or spec.access is Access.DENSE))
+
+    def kv_bytes(self, tokens: int, itemsize: float = 2.0) -> int:
+        """Count the cache bytes that a sequence of `tokens` needs: windows for windowed writers, nothing for readers."""
+        return int(itemsize * sum(layer.kv_elements() * layer.visible(tokens) for layer in self.writers))
+
+    def read_bytes(self, tokens: int = 0, itemsize: float = 2.0, kv_itemsize: float = 2.0) -> int:
+        """Count the bytes that decoding one token must read: weights once, its embedding rows, keys and values of `tokens`."""
+        weights = sum(self._read_elements(spec) for spec in self.params())
+        if self.tied_head:
+            weights += self.hidden  # the table is read whole as the head, and one row of it as the embedding
+        kv = sum(
+            self.layers[layer.kv_layer].kv_elements() * layer.visible(tokens) for layer in self.layers if layer.kv_layer >= 0
+        )
+        return int(itemsize * weights + kv_itemsize * kv)
+
+    def _read_elements(self, spec: ParamSpec) -> int:
+        if spec.access is Access.ROWS or (spec.name == "embed.tokens" and not self.tied_head):
+            return spec.shape[1]
+        if spec.name.endswith(("moe.in", "moe.out")):
+            moe = next(layer.moe for layer in self.layers if layer.moe)
+            return spec.elements // moe.experts * moe.top_k
+        return spec.elements
+
+    def flops(self, tokens: int, wanted: int = 1, skip_rows: bool = True, attention: bool = True) -> int:
+        """Count the floating-point operations of a prefill of `tokens` rows, `wanted` of which need logits.
+
+        2 per multiply-accumulate. With `skip_rows`, unwanted rows stop once the last writer has its keys and values;
+        without it they pass every layer. The head runs on wanted rows either way. `attention` adds scores and values.
+        """
+        total = 2 * self.vocab * self.hidden * wanted
+        last = self.first_reader - 1
+        for layer in self.layers:
+            rows = tokens if not skip_rows or layer.index < last else wanted
+            total += 2 * _row_macs(layer, self.hidden) * rows
+            total += 2 * 2 * layer.heads * layer.head_dim * _seen(layer, tokens, rows) if attention else 0
+            if skip_rows and layer.index == last:  # keys and values are still made for all rows
+                kv_rows = sum(rows for part, rows in layer.attn_parts() if part != "q")
+                total += 2 * self.hidden * kv_rows * (tokens - wanted)
+        return total
+
+
+def _seen(layer: LayerPlan, tokens: int, rows: int) -> int:
+    """Sum the visible keys over the last `rows` of `tokens` queries."""
+    first = tokens - rows + 1
+    if layer.window is None:
+        return (first + tokens) * rows // 2
+    ramp = max(0, min(tokens, layer.window) - first + 1)  # queries that see fewer keys than the window
+    return (2 * first + ramp - 1) * ramp // 2 + (rows - ramp) * layer.window
+
+
+def _row_macs(layer: LayerPlan, hidden: int) -> int:
+    """Count the multiply-accumulates of one row in one layer's matrix products, its share of the PLE projection included."""
+    attn = hidden * (sum(rows for _, rows in layer.attn_parts()) + layer.heads * layer.head_dim)
+    mlp = 3 * hidden * layer.mlp_width
+    moe = hidden * (layer.moe.experts + 3 * layer.moe.top_k * layer.moe.width) if layer.moe else 0
+    return attn + mlp + moe + 3 * hidden * layer.ple_dim
+
+
+def _layer_params(layer: LayerPlan, hidden: int) -> Iterator[ParamSpec]:
+    prefix = f"layers.{layer.index}."
+    parts, width, moe = layer.attn_parts(), layer.mlp_width, layer.moe
+
+    def spec(name: str, *shape: int, parts: tuple[tuple[str, int], ...] = ()) -> ParamSpec:
+        return ParamSpec(prefix + name, shape, parts)
+
+    yield spec("attn.norm", hidden)
+    yield spec("attn.in", sum(rows for _, rows in parts), hidden, parts=parts)
+    yield spec("attn.q_norm", layer.head_dim)
+    if layer.writes:
+        yield spec("attn.k_norm", layer.head_dim)
+    yield spec("attn.out", hidden, layer.heads * layer.head_dim)
+    yield spec("attn.post_norm", hidden)
+    yield spec("mlp.norm", hidden)
+    yield spec("mlp.in", 2 * width, hidden, parts=(("gate", width), ("up", width)))
+    yield spec("mlp.out", hidden, width)
+    yield spec("mlp.post_norm", hidden)
+    if moe:
+        yield spec("mlp.branch_norm", hidden)
+        yield spec("moe.norm", hidden)
+        yield spec("moe.branch_norm", hidden)
+        yield spec("moe.router", moe.experts, hidden)
+        yield spec("moe.router_scale", hidden)
+        yield spec("moe.expert_scale", moe.experts)
+        yield spec("moe.in", moe.experts, 2 * moe.width, hidden, parts=(("gate", moe.width), ("up", moe.width)))
+        yield spec("moe.out", moe.experts, hidden, moe.width)
+    if layer.ple_dim:
+        yield spec("ple.gate", layer.ple_dim, hidden)
+        yield spec("ple.out", hidden, layer.ple_dim)
+        yield spec("ple.post_norm", hidden)
+    yield ParamSpec(prefix + "scale", (1,), default=1.0, buffer=True)
+
+
+def derive(config: ModelConfig, target: ModelPlan | None = None) -> ModelPlan:
+    """Decide every layer of a model from its config.
+
+    `target` binds a drafter's layers to the layers of its target that write what they read; without it a drafter's `kv_layer` stays
+    UNBOUND. Raises ConfigError that lists every layer with a problem and why.
+    """
+    text, problems = config.text, list[str]()
+    attns = [Attn.SLIDING if kind == "sliding_attention" else Attn.GLOBAL for kind in text.layer_types]
+    first_shared = text.num_hidden_layers - text.num_kv_shared_layers
+    if config.is_drafter and first_shared:
+        problems.append(
+            f"num_kv_shared_layers is {text.num_kv_shared_layers}, but a drafter's {len(attns)} layers all read their target"
+        )
+        first_shared = 0
+    layers = tuple(_layer(config, attns, index, first_shared, target, problems) for index in range(len(attns)))
+    if problems:
+        raise ConfigError(f"the config contradicts itself ({len(problems)} problem{'s' if len(problems) > 1 else ''})", problems)
+    if target is not None and config.backbone_hidden_size != target.hidden:
+        raise ConfigError(
+            f"the drafter was made for a hidden size of {config.backbone_hidden_size}, its target has {target.hidden}"
+        )
+    return ModelPlan(
+        layers,
+        hidden=text.hidden_size,
+        vocab=text.vocab_size,
+        softcap=text.final_logit_softcapping,
+        eps=text.rms_norm_eps,
+        context=text.max_position_embeddings,
+        ple_vocab=text.vocab_size_per_layer_input if text.hidden_size_per_layer_input else 0,
+        ple_dim=text.hidden_size_per_layer_input,
+        pad_id=text.pad_token_id,
+        tied_head=text.tie_word_embeddings,
+        bidirectional=text.bidirectional == "vision",
+        backbone=config.backbone_hidden_size,
+        centroids=config.num_centroids,
+        centroid_top_k=config.centroid_top_k,
+    )
+
+
+def _layer(
+    config: ModelConfig, attns: list[Attn], index: int, first_shared: int, target: ModelPlan | None, problems: list[str]
+) -> LayerPlan:
+    text, attn = config.text, attns[index]
+    shared = index >= first_shared
+    k_eq_v = text.attention_k_eq_v and attn is Attn.GLOBAL
+    proj = Proj.Q_ONLY if shared else Proj.QK_ONLY if k_eq_v else Proj.QKV
+    head_dim, kv_heads = _head_sizes(text, attn, index, problems)
+    if text.num_attention_heads % kv_heads:
+        problems.append(f"layer {index}: {text.num_attention_heads} query heads can't be grouped over {kv_heads} key heads")
+    layer = LayerPlan(
+        index,
+        attn,
+        proj,
+        kv_layer=_kv_layer(config, attns, index, first_shared, target, problems),
+        kv_owner="target" if config.is_drafter else "self",
+        heads=text.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        window=text.sliding_window if attn is Attn.SLIDING else None,
+        rope=_rope(text.rope["sliding_attention" if attn is Attn.SLIDING else "full_attention"], head_dim),
+        mlp_width=text.intermediate_size * (2 if text.use_double_wide_mlp and shared and not config.is_drafter else 1),
+        moe=MoEPlan(text.num_experts, text.top_k_experts, text.moe_intermediate_size) if text.num_experts else None,
+        ple_dim=text.hidden_size_per_layer_input,
+    )
+    if target is not None and layer.kv_layer >= 0:
+        source = target.layers[layer.kv_layer]
+        if (source.kv_heads, source.head_dim) != (kv_heads, head_dim):
+            problems.append(
+                f"layer {index}: has {kv_heads} key heads of {head_dim}, its target's layer {source.index} writes "
+                f"{source.kv_heads} of {source.head_dim}: not a drafter of this target"
+            )
+    return layer
+
+
+def _head_sizes(text: TextConfig, attn: Attn, index: int, problems: list[str]) -> tuple[int, int]:
+    """Resolve head_dim and key heads of a layer from both spellings: global_* keys, or one object a layer."""
+    head_dim, kv_heads = text.head_dim, text.num_key_value_heads
+    if attn is Attn.GLOBAL:
+        published = text.global_head_dim if text.global_head_dim or text.per_layer else 512  # what a config without both means
+        head_dim = published or head_dim
+        if text.attention_k_eq_v and text.num_global_key_value_heads:
+            kv_heads = text.num_global_key_value_heads
+    override = text.per_layer.get(index, {})
+    for key, value in (("head_dim", head_dim), ("num_key_value_heads", kv_heads)):
+        spelled_twice = attn is Attn.GLOBAL and (text.global_head_dim if key == "head_dim" else text.num_global_key_value_heads)
+        if spelled_twice and override.get(key, value) != value:
+            problems.append(f"layer {index}: per_layer_config says {key} {override[key]}, the global_* keys say {value}")
+    head_dim, kv_heads = override.get("head_dim", head_dim), override.get("num_key_value_heads", kv_heads)
+    if head_dim % 2:
+        problems.append(f"layer {index}: head_dim {head_dim} is odd; rotary pairs need an even one")
+    return head_dim, kv_heads
+
+
+def _kv_layer(
+    config: ModelConfig, attns: list[Attn], index: int, first_shared: int, target: ModelPlan | None, problems: list[str]
+) -> int:
+    if index < first_shared:
+        return index
+    attn = attns[index]
+    if config.is_drafter:
+        return UNBOUND if target is None else target.last_writer(attn)
+    sources = [i for i in range(first_shared) if attns[i] is attn]
+    if not sources:
+        problems.append(
+            f"layer {index} is Q_ONLY ({config.text.num_kv_shared_layers} of {len(attns)} layers share keys and values) but no "
+            f"{attn.value} layer before layer {first_shared} writes keys and values for it to read"
+        )
+        return UNBOUND
+    return sources[-1]
+
+
+def _rope(rope: RopeConfig, head_dim: int) -> RopeSpec:
+    # "proportional" rotates int(partial * head_dim // 2) pairs, with exponents over the whole head_dim
+    pairs = int(rope.partial * head_dim // 2) if rope.kind == "proportional" else head_dim // 2
+    return RopeSpec(rope.theta, head_dim, pairs, rope.factor if rope.kind == "proportional" else 1.0)

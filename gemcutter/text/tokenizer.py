@@ -1,0 +1,188 @@
+"""Text to token ids and back, for the vocabulary that a checkpoint brings.
+
+Owns the reading of `tokenizer.json` and `tokenizer_config.json`, the single BOS, and the bytes that each id stands for.
+Refuses to know special ids by number: a marker is looked up by its piece, because small models number them differently.
+Decoding is done here rather than by the `tokenizers` library, so that one text and its stream are the same: the library turns a
+whole run of byte pieces into U+FFFD when one of them is wrong, which nobody can do before the run has ended.
+Read `stream.py` next (ids to text while they arrive), or `chat.py` (conversations to prompts).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from gemcutter.errors import CheckpointError, RequestError
+
+BOS = "<bos>"
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# A Gemma tokenizer gives these back unchanged: leading spaces, a capital, an accent, an emoji (bytes, in small vocabularies).
+PROBE = "  Probe é🙂\n"
+
+
+class Tokenizer:
+    """Encode and decode text with one vocabulary; safe to share between threads.
+
+    `special_tokens` maps the attribute names of tokenizer_config.json (`bos_token`, `eot_token`, ...) to pieces; `special_ids`
+    holds every id that is a marker and not text.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], *, origin: str = "tokenizer.json"
+    ) -> None:
+        """Take over `backend`; its post-processor, truncation and padding are switched off.
+
+        Raises CheckpointError, naming `origin`, when the vocabulary has no BOS or is not of Gemma's kind.
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        backend.post_processor = None
+        self._backend = backend
+        self._markerless = _without_markers(backend)
+        self.special_tokens: dict[str, str] = {"bos_token": BOS, **special_tokens}
+        named = (self.id_of(piece) for piece in self.special_tokens.values())
+        flagged = (id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.special_ids: frozenset[int] = frozenset(flagged) | {id for id in named if id is not None}
+        self.vocab_size: int = backend.get_vocab_size()
+        self.bos_id: int = self._find_bos(origin)
+        self._check_round_trip(origin)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json, and tokenizer_config.json if there is one, from a checkpoint's folder.
+
+        Raises CheckpointError, naming the file and the remedy, when a file is missing, damaged or of another kind.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: copy tokenizer.json from the original checkpoint into this folder")
+        special_tokens = read_special_tokens(folder / "tokenizer_config.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # hostile files make the library panic, and its panic is no Exception
+            raise CheckpointError(f"{path} can't be read ({error}): download the file again") from error
+        return cls(backend, special_tokens, origin=str(path))
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        """Return the ids of `text`; markers in it (`<|turn>`) become their ids, as prompts from a template need.
+
+        With `bos` the result starts with exactly one BOS, also when the text brings it along; without it none is added.
+        Raises RequestError for text that is not valid Unicode.
+        """
+        ids = _encode(self._backend, text)
+        return ids if not bos or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of untrusted `text`: what looks like a marker stays text, and no BOS is added.
+
+        Raises RequestError for text that is not valid Unicode.
+        """
+        return _encode(self._markerless, text)
+
+    def decode(self, ids: Iterable[int], *, special: bool) -> str:
+        """Return the text of `ids`, with the markers printed or, without `special`, left out; bad UTF-8 becomes U+FFFD.
+
+        Raises RequestError for ids outside the vocabulary.
+        """
+        shown = (id for id in ids if special or id not in self.special_ids)
+        return b"".join(map(self.bytes_of, shown)).decode("utf-8", errors="replace")
+
+    def piece(self, id: int) -> str:
+        """Return the vocabulary's own spelling of `id`: `▁` for a space, `<0xNN>` for a byte.
+
+        Raises RequestError for an id outside the vocabulary.
+        """
+        try:
+            piece = self._backend.id_to_token(id)
+        except (OverflowError, TypeError):
+            piece = None
+        if piece is None:
+            raise RequestError(f"token id {id!r} is not in the vocabulary: expected an integer from 0 to {self.vocab_size - 1}")
+        return piece
+
+    def bytes_of(self, id: int) -> bytes:
+        """Return the UTF-8 bytes that `id` adds to a text; a byte piece adds one, maybe a part of a character.
+
+        Raises RequestError for an id outside the vocabulary.
+        """
+        piece = self.piece(id)
+        byte = BYTE_PIECE.fullmatch(piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+
+    def id_of(self, piece: str) -> int | None:
+        """Return the id of `piece`, or None when the vocabulary has no such piece."""
+        return self._backend.token_to_id(piece)
+
+    def _find_bos(self, origin: str) -> int:
+        piece = self.special_tokens["bos_token"]
+        bos_id = self.id_of(piece)
+        if bos_id is None:
+            raise CheckpointError(
+                f"{origin} has no BOS token: expected the piece {piece!r}; use the tokenizer.json of a Gemma 4 checkpoint"
+            )
+        return bos_id
+
+    def _check_round_trip(self, origin: str) -> None:
+        """Refuse tokenizers of another kind (byte-level, lower-casing, without byte fallback) before they garble a text."""
+        try:
+            found = self.decode(self.encode(PROBE, bos=False), special=True)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic, as in `load`
+            raise CheckpointError(f"{origin} can't encode a test text ({error}): download the file again") from error
+        if found != PROBE:
+            raise CheckpointError(
+                f"{origin} is not a tokenizer of Gemma's kind: the test text {PROBE!r} came back as {found!r}; "
+                "use the tokenizer.json of a Gemma 4 checkpoint"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`.
+
+    Raises CheckpointError, naming the file, when it can't be read or holds anything but an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}): download the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object: download the file again")
+    return value
+
+
+def read_special_tokens(path: Path) -> dict[str, str]:
+    """Return the special tokens that a tokenizer_config.json names, by attribute; a missing file names none.
+
+    A token is a string or a serialised object with its text in `content`; named extra tokens count as attributes too.
+    Raises CheckpointError for a damaged file.
+    """
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    extra = config.get("extra_special_tokens")
+    entries = {**(extra if isinstance(extra, dict) else {}), **config}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+
+
+def _without_markers(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Return a tokenizer over the same vocabulary (shared, not copied) that recognises no added tokens."""
+    plain = tokenizers.Tokenizer(backend.model)
+    plain.normalizer = backend.normalizer
+    plain.pre_tokenizer = backend.pre_tokenizer
+    return plain
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    except TypeError as error:  # how the library refuses a lone surrogate
+        raise RequestError("the text can't be encoded: expected a string of valid Unicode, without lone surrogates") from error
