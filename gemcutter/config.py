@@ -20,15 +20,16 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 # Keys that say nothing about the decoder's maths: training, bookkeeping, library internals, media token ids.
 IGNORED = frozenset(
     """
-    _name_or_path _attn_implementation attn_implementation _experts_implementation add_cross_attention architectures
-    attention_dropout auto_map begin_suppress_tokens boa_token_id boa_token_index boi_token_id boi_token_index
-    chunk_size_feed_forward cross_attention_hidden_size audio_token_id decoder_start_token_id eoa_token_id eoa_token_index eoi_token_id
-    eoi_token_index finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label image_token_id image_token_index
-    initializer_range is_causal is_decoder is_encoder_decoder is_heterogeneous label2id mm_tokens_per_image output_attentions output_hidden_states
-    prefix problem_type pruned_heads remove_invalid_values return_dict sep_token_id suppress_tokens task_specific_params
-    tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript transformers_version unsloth_fixed unsloth_version
-    unsloth_tag use_bfloat16 use_cache video_token_id vision_soft_tokens_per_image model_name license_name
-    """.split()
+    _attn_implementation _experts_implementation _name_or_path add_cross_attention architectures attention_dropout
+    attn_implementation audio_token_id auto_map begin_suppress_tokens boa_token_id boa_token_index boi_token_id
+    boi_token_index chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id eoa_token_id
+    eoa_token_index eoi_token_id eoi_token_index finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing id2label image_token_id image_token_index initializer_range is_causal is_decoder
+    is_encoder_decoder is_heterogeneous label2id license_name mm_tokens_per_image model_name output_attentions
+    output_hidden_states prefix problem_type pruned_heads remove_invalid_values return_dict sep_token_id suppress_tokens
+    task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript transformers_version
+    unsloth_fixed unsloth_tag unsloth_version use_bfloat16 use_cache video_token_id vision_soft_tokens_per_image
+    """.split()  # noqa: SIM905
 )
 # Towers have readers of their own; the decoder only notes that they are there.
 TOWERS = ("vision_config", "audio_config")

@@ -1,9 +1,9 @@
 """The one place where a Gemma 4 model's topology is decided.
 
-`derive` turns a typed config into a `ModelPlan`: which layer owns which projections, which layer's keys and values it reads, and every
-size. Modules, loader, cache, memory planner, kernels, benchmarks and documents read the plan and decide nothing themselves.
-Refuses to know tensors, files and devices: standard library only, `import gemcutter.plan` works without torch.
-Read `config.py` for the keys behind it, `model/text.py` for the maths it drives.
+`derive` turns a typed config into a `ModelPlan`: which layer owns which projections, which layer's keys and values it reads,
+and every size. Modules, loader, cache, memory planner, kernels, benchmarks and documents read the plan and decide nothing
+themselves. Refuses to know tensors, files and devices: standard library only, `import gemcutter.plan` works without torch. Read
+`config.py` for the keys behind it, `model/text.py` for the maths it drives.
 """
 
 from __future__ import annotations
@@ -307,8 +307,8 @@ def _layer_params(layer: LayerPlan, hidden: int) -> Iterator[ParamSpec]:
 def derive(config: ModelConfig, target: ModelPlan | None = None) -> ModelPlan:
     """Decide every layer of a model from its config.
 
-    `target` binds a drafter's layers to the layers of its target that write what they read; without it a drafter's `kv_layer` stays
-    UNBOUND. Raises ConfigError that lists every layer with a problem and why.
+    `target` binds a drafter's layers to the layers of its target that write what they read; without it a drafter's `kv_layer`
+    stays UNBOUND. Raises ConfigError that lists every layer with a problem and why.
     """
     text, problems = config.text, list[str]()
     attns = [Attn.SLIDING if kind == "sliding_attention" else Attn.GLOBAL for kind in text.layer_types]

@@ -1,8 +1,8 @@
 """Storage of keys and values, page by page.
 
-Owns one pair of tensors per KV-*writing* layer and the page books of every group; layers that only read have no storage at all. Refuses to know
-sequences: a page is taken, shared and dropped by `table.py`. Pages of a group are numbered alike in all its layers.
-Shape letters: T slots, K key heads, E head dim.
+Owns one pair of tensors per KV-*writing* layer and the page books of every group; layers that only read have no storage at all.
+Refuses to know sequences: a page is taken, shared and dropped by `table.py`. Pages of a group are numbered alike in all its
+layers. Shape letters: T slots, K key heads, E head dim.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Reuse of what earlier requests left in the cache: checkpoints of finished prompts and replies.
 
-A checkpoint is a fork of a block table that is never stepped. A new prompt continues from the longest one that shares its beginning and still
-holds the windows there. Refuses to know text; ids only. Checkpoints are dropped, oldest first, when their number or the pages run out.
+A checkpoint is a fork of a block table that is never stepped. A new prompt continues from the longest one that shares its
+beginning and still holds the windows there. Refuses to know text; ids only. Checkpoints are dropped, oldest first, when their
+number or the pages run out.
 """
 
 from __future__ import annotations

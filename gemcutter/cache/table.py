@@ -1,8 +1,9 @@
 """Block tables: where one sequence's positions lie, group by group.
 
-`reserve` takes pages for a step's rows, `commit` keeps the accepted ones; nothing is freed in between, so layers that read late in a step see
-what the writer saw, and rejecting draft rows is `commit(accepted)`. Windowed groups let go of pages that no later query can see.
-A fork shares pages and copies one only when it is about to be written. Refuses to know tokens and requests; read `pool.py` for storage.
+`reserve` takes pages for a step's rows, `commit` keeps the accepted ones; nothing is freed in between, so layers that read late
+in a step see what the writer saw, and rejecting draft rows is `commit(accepted)`. Windowed groups let go of pages that no later
+query can see. A fork shares pages and copies one only when it is about to be written. Refuses to know tokens and requests; read
+`pool.py` for storage.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class Table:
     def fork(self, length: int | None = None) -> Table:
         """Make a table that shares this one's first `length` positions (all by default)."""
         length = self.length if length is None else length
-        assert not self.reserved and self.can_rewind(length)
+        assert not self.reserved
+        assert self.can_rewind(length)
         twin = Table(self.pool)
         twin.length = length
         for window, run in self._runs.items():

@@ -78,11 +78,9 @@ def _snapshot(repo: str, revision: str | None, *, is_cached_only: bool) -> Path:
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
     """Return the complete cached copy, if there is one. The hub's own fallback covers some network failures, not all."""
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
     try:
         return _snapshot(repo, revision, is_cached_only=True)
-    except (LocalEntryNotFoundError, HFValidationError):
+    except Exception:  # whatever it is, the failure to tell is the download's
         return None
 
 

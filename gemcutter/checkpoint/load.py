@@ -1,8 +1,8 @@
 """Fills a plan's parameters from matched pieces.
 
-Owns the policy of memory: on the CPU a tensor that is stored no wider than it is computed stays mapped, in place and unfused; anything else is
-copied once, tile by tile, and its mapped pages are given back at once. Rows-only tables (the per-layer embeddings) always stay mapped. Knows no
-format. Read `match.py` for what comes in, `quant/__init__.py` for what goes out.
+Owns the policy of memory: on the CPU a tensor that is stored no wider than it is computed stays mapped, in place and unfused;
+anything else is copied once, tile by tile, and its mapped pages are given back at once. Rows-only tables (the per-layer
+embeddings) always stay mapped. Knows no format. Read `match.py` for what comes in, `quant/__init__.py` for what goes out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ COPY_BYTES = 16 << 20  # mapped bytes converted between two releases of their pa
 def load_params(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
 ) -> dict[str, Weight | Tensor]:
-    """Give every parameter of the plan: matrices as Weights, vectors as float32 tensors, the rows-only table as a mapped tensor."""
+    """Give every parameter of the plan: matrices as Weights, vectors as float32 tensors, the rows-only table as a mapped
+    tensor.
+    """
     pieces = checkpoint.matched.pieces
     total = sum(piece.data.nbytes for found in pieces.values() for piece in found)
     done, params = 0, dict[str, Weight | Tensor]()
@@ -52,7 +54,7 @@ def _load(spec: ParamSpec, pieces: tuple[Piece, ...], dtype: torch.dtype, device
     else:
         parts = tuple(_copy(piece, dtype, device) for piece in pieces)
     if len(parts) == 1 and spec.parts:  # stored as one: cut into its parts, so that all matrices of a kind look alike
-        parts = parts[0].split([rows for _, rows in spec.parts], dim=-2)
+        parts = torch.split(parts[0], [rows for _, rows in spec.parts], dim=-2)
     return Weight(parts, names)
 
 

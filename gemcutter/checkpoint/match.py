@@ -1,7 +1,8 @@
 """Matches what a checkpoint holds against what the plan needs, from headers alone.
 
-Owns `Piece` (one stored tensor under its canonical name), `Checkpoint` (a source with config, plan and matched pieces) and the one error that
-lists every missing, misshaped and unknown tensor. Refuses to know foreign names (`formats/`) and to allocate (`load.py`). Imports no torch.
+Owns `Piece` (one stored tensor under its canonical name), `Checkpoint` (a source with config, plan and matched pieces) and the
+one error that lists every missing, misshaped and unknown tensor. Refuses to know foreign names (`formats/`) and to allocate
+(`load.py`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ def _has_part(spec: ParamSpec, part: str | None) -> bool:
 
 
 def _is_redundant(plan: ModelPlan, piece: Piece, owned: set[str]) -> bool:
-    """Tell whether some layer owns such a tensor and this one, by its plan, does not; or whether it is the head of a tied model."""
+    """Tell whether some layer owns such a tensor and this one, by its plan, does not; or whether it is the head of a tied
+    model.
+    """
     assert piece.name is not None
     if piece.name == "head":
         return plan.tied_head

@@ -329,7 +329,7 @@ def _indexed_files(folder: Path, problems: list[str]) -> tuple[tuple[Path, ...],
 
 
 def _missing_from_shards(weight_map: dict[str, str], held: dict[str, set[str]]) -> list[str]:
-    """Report, a line per shard, the tensors that the index places in it and it does not hold. Shards not in `held` are not judged."""
+    """Report, a line per shard, the tensors that the index places in it and that it lacks. `held` lists the sound shards."""
     missing: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         if shard in held and name not in held[shard]:

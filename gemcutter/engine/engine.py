@@ -1,7 +1,7 @@
 """The engine: requests in, `step()` after `step()`, events out.
 
-Owns one decoder, one pool and the scheduler; batch generation, chat and a server differ only in how many requests they submit. Ids and arrays
-only: no strings, no JSON, no files. Read `scheduler.py` for what runs, `runner.py` for what a step does.
+Owns one decoder, one pool and the scheduler; batch generation, chat and a server differ only in how many requests they submit.
+Ids and arrays only: no strings, no JSON, no files. Read `scheduler.py` for what runs, `runner.py` for what a step does.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gemcutter.model.text import Decoder
 class Engine:
     """Runs requests over a decoder.
 
-    `context` is the longest sequence in tokens, `max_rows` the rows of one step (the chunk of a long prompt), `max_sequences` how many run at
-    once, `checkpoints` how many finished prompts and replies stay in the cache for reuse.
+    `context` is the longest sequence in tokens, `max_rows` the rows of one step (the chunk of a long prompt), `max_sequences`
+    how many run at once, `checkpoints` how many finished prompts and replies stay in the cache for reuse.
     """
 
     def __init__(self, decoder: Decoder, context: int, max_rows: int = 512, max_sequences: int = 1, checkpoints: int = 0) -> None:

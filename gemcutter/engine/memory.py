@@ -16,9 +16,10 @@ def page_counts(
 ) -> dict[int | None, PageCount]:
     """Size every group for `sequences` sequences of up to `context` tokens each, stepped `rows` rows at a time.
 
-    A windowed group keeps the window and the rows in flight, whose ends share pages with neighbours; a checkpoint keeps a window of its own.
+    A windowed group keeps the window and the rows in flight, whose ends share pages with neighbours; a checkpoint keeps a
+    window of its own.
     """
-    counts = {}
+    counts: dict[int | None, PageCount] = {}
     for group in plan.groups():
         whole = -(-context // page_tokens)
         if group.window is None:

@@ -27,9 +27,9 @@ class Finish(Enum):
 class Request:
     """One prompt and what is wanted of it.
 
-    `prompt_logprobs` asks for the log-probability of every prompt token but the first, with that many alternatives; `hidden_states` for the
-    final-normed state of every prompt row; `top_logits` for the best logits at the last prompt position. The first two make all
-    prompt rows pass all layers.
+    `prompt_logprobs` asks for the log-probability of every prompt token but the first, with that many alternatives;
+    `hidden_states` for the final-normed state of every prompt row; `top_logits` for the best logits at the last prompt
+    position. The first two make all prompt rows pass all layers.
     """
 
     prompt: tuple[int, ...]

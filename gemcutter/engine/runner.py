@@ -1,7 +1,7 @@
 """One step on the decoder, and what is made of its states: tokens, log-probabilities, reports.
 
-Owns the order head, report, sample; runs the head a few rows at a time, so that a prompt's log-probabilities never need all its logits at once.
-Refuses to know queues and pages.
+Owns the order head, report, sample; runs the head a few rows at a time, so that a prompt's log-probabilities never need all its
+logits at once. Refuses to know queues and pages.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From logits to a token: penalties, temperature, truncation, and a draw that depends on nothing but seed and position.
 
-Owns `Sampling` and the arithmetic behind it; refuses to know sequences, batches and text. The draw is counter-based, so the same seed gives the
-same tokens alone, in a batch, and after a preemption. Shape letters: V vocabulary, C candidates.
+Owns `Sampling` and the arithmetic behind it; refuses to know sequences, batches and text. The draw is counter-based, so the
+same seed gives the same tokens alone, in a batch, and after a preemption. Shape letters: V vocabulary, C candidates.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from gemcutter.errors import RequestError
 class Sampling:
     """How a token is chosen. The defaults are greedy; a `temperature` above 0 samples.
 
-    Order: soft cap (in the head), suppressed ids and bias, penalties, temperature, top-k, top-p, min-p. `repetition_penalty` looks at prompt and
-    reply, presence and frequency penalties at the reply. `logprobs` asks for the n best log-probabilities of each token, taken before all
-    penalties. Raises RequestError with every field that is out of range.
+    Order: soft cap (in the head), suppressed ids and bias, penalties, temperature, top-k, top-p, min-p. `repetition_penalty`
+    looks at prompt and reply, presence and frequency penalties at the reply. `logprobs` asks for the n best log-probabilities
+    of each token, taken before all penalties. Raises RequestError with every field that is out of range.
     """
 
     temperature: float = 0.0

@@ -1,7 +1,8 @@
 """Which rows run in the next step.
 
-Owns the queue: decode rows first, then prompt chunks within the row budget, then new requests while pages last. When pages run out, checkpoints
-go first, then the youngest sequence gives up its pages and starts again later with all its tokens. Refuses to know tensors and text.
+Owns the queue: decode rows first, then prompt chunks within the row budget, then new requests while pages last. When pages run
+out, checkpoints go first, then the youngest sequence gives up its pages and starts again later with all its tokens. Refuses to
+know tensors and text.
 """
 
 from __future__ import annotations

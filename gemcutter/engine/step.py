@@ -1,7 +1,7 @@
 """Builds the flat rows of one step from scheduled work.
 
-Owns the order of rows and the translation of block tables to slots and spans; refuses to know why the work was chosen. Read `ops/step.py` for
-the type.
+Owns the order of rows and the translation of block tables to slots and spans; refuses to know why the work was chosen. Read
+`ops/step.py` for the type.
 """
 
 from __future__ import annotations

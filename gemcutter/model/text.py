@@ -1,8 +1,8 @@
 """The decoder: embed, layers, head. A page to read aloud.
 
-Owns the order of a layer's sentences and the dropping of rows; refuses to know which kernels run them, where keys are stored and what a
-request is. Every fact about a layer comes from its plan. Shape letters: N rows, M kept rows, R rows for the head, D hidden, H heads, E head
-dim, V vocabulary, P per-layer-embedding dim. Read `ops/reference.py` for the sentences.
+Owns the order of a layer's sentences and the dropping of rows; refuses to know which kernels run them, where keys are stored
+and what a request is. Every fact about a layer comes from its plan. Shape letters: N rows, M kept rows, R rows for the head, D
+hidden, H heads, E head dim, V vocabulary, P per-layer-embedding dim. Read `ops/reference.py` for the sentences.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Decoder:
     def forward(self, step: Step, pool: Pool, observe: Observer | None = None) -> Tensor:
         """Run a step: write its keys and values, give the final-normed states [M, D] of the rows it keeps.
 
-        Rows whose states nobody wants stop in the last writer, once their keys and values are written; no later layer and no head sees them.
-        `observe` is called with every layer's output.
+        Rows whose states nobody wants stop in the last writer, once their keys and values are written; no later layer and no
+        head sees them. `observe` is called with every layer's output.
         """
         cut, kept = self.plan.first_reader - 1, step.kept()
         x_ND = self.embed(step.ids_N)

@@ -1,8 +1,9 @@
 """The vocabulary of kernels: what can be computed, and where.
 
-Words are small (`linear`, `attention`); sentences are a layer's lines (`project, attend, mix, feed, inject`) and the model's ends (`embed, ple,
-head`), written in words. A provider may replace a word or a whole sentence. This module imports no torch, so that the choice can be explained
-from headers alone. Read `bind.py` for the table of providers, `reference.py` for what each verb means.
+Words are small (`linear`, `attention`); sentences are a layer's lines (`project, attend, mix, feed, inject`) and the model's
+ends (`embed, ple, head`), written in words. A provider may replace a word or a whole sentence. This module imports no torch, so
+that the choice can be explained from headers alone. Read `bind.py` for the table of providers, `reference.py` for what each
+verb means.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ SENTENCES = ("embed", "ple", "project", "attend", "mix", "feed", "inject", "head
 class Site:
     """Where a kernel would run; everything static.
 
-    `device` and `dtype` are spelled as torch spells them ("cpu", "bfloat16"); `stored` is the weights' dtype; `invariant` asks that a row's
-    result not depend on its neighbours, bit for bit.
+    `device` and `dtype` are spelled as torch spells them ("cpu", "bfloat16"); `stored` is the weights' dtype; `invariant` asks
+    that a row's result not depend on its neighbours, bit for bit.
     """
 
     verb: str

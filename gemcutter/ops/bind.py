@@ -1,7 +1,8 @@
 """The table of kernels, and the choice among them.
 
-Owns `PROVIDERS`, in order of preference, and `choose`, which takes the first that accepts a site and keeps the refusals' reasons, so that
-"why is this slow here?" has an answer. Imports no torch until a kernel is built. Add a kernel: one file, and its rows here.
+Owns `PROVIDERS`, in order of preference, and `choose`, which takes the first that accepts a site and keeps the refusals'
+reasons, so that "why is this slow here?" has an answer. Imports no torch until a kernel is built. Add a kernel: one file, and
+its rows here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ CHOICES = ("auto", "reference")
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """One implementation of one verb. `accepts` gives None or the reason why not; `build` names the function as "module:function"."""
+    """One implementation of one verb. `accepts` gives None or the reason why not; `build` names the function as
+    "module:function".
+    """
 
     verb: str
     name: str
@@ -89,7 +92,7 @@ PROVIDERS = (
 
 def choose(site: Site) -> Choice:
     """Take the first provider of the site's verb that accepts it. Raises KernelError with all refusals if none does."""
-    refusals = []
+    refusals = list[tuple[str, str]]()
     for provider in PROVIDERS:
         if provider.verb != site.verb:
             continue

@@ -1,11 +1,13 @@
 """Every word and sentence in plain PyTorch: the specification, and the fallback.
 
-Each row's result depends on that row and its own sequence alone, bit for bit: matrix products run over tiles of a fixed number of rows and
-attention over blocks of keys aligned to absolute positions, so that neighbours, chunk sizes and batch order change nothing.
-Shape letters: N rows, M kept rows, D hidden, H heads, K key heads, G heads per key head, E head dim, F mlp width, V vocabulary, X experts,
-L layers, P per-layer-embedding dim, T keys. Refuses to know devices and speed; read `torch_fast.py` for that.
+Each row's result depends on that row and its own sequence alone, bit for bit: matrix products run over tiles of a fixed number
+of rows and attention over blocks of keys aligned to absolute positions, so that neighbours, chunk sizes and batch order change
+nothing. Shape letters: N rows, M kept rows, D hidden, H heads, K key heads, G heads per key head, E head dim, F mlp width, V
+vocabulary, X experts, L layers, P per-layer-embedding dim, T keys. Refuses to know devices and speed; read `torch_fast.py` for
+that.
 
-Source: the oracle is transformers' gemma4 in float32. Deviates in bfloat16: scores, router and expert sums stay in float32 (docs/numerics.md).
+Source: the oracle is transformers' gemma4 in float32. Deviates in bfloat16: scores, router and expert sums stay in float32
+(docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
 def weight_tiles(weight: Weight) -> list[Tensor]:
     """Cut a matrix into views of at most WEIGHT_TILE elements, in row order."""
     rows = max(ROW_TILE, WEIGHT_TILE // weight.columns)
-    return [tile for part in weight.parts for tile in part.split(rows)]
+    return [tile for part in weight.parts for tile in torch.split(part, rows)]
 
 
 def linear(x_ND: Tensor, weight: Weight) -> Tensor:
@@ -154,8 +156,7 @@ def build_embed(plan: ModelPlan, params: Mapping[str, Param], words: Words, dtyp
 
 def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words, dtype: torch.dtype) -> Callable[..., Tensor]:
     """Build the per-layer embeddings of a span of layers: (token row + normed projection of the embedding) / sqrt(2)."""
-    table, project, norm = params["embed.ple"], matrix(params, "ple.in"), params["ple.norm"]
-    assert isinstance(table, Tensor) and isinstance(norm, Tensor)
+    table, project, norm = vector(params, "embed.ple"), matrix(params, "ple.in"), vector(params, "ple.norm")
     token_scale, dim = torch.tensor(plan.ple_dim**0.5, dtype=dtype), plan.ple_dim
 
     def ple(x_ND: Tensor, ple_ids_N: Tensor, first: int, last: int) -> Tensor:
@@ -292,7 +293,7 @@ def matrix(params: Mapping[str, Param], name: str) -> Weight:
 
 
 def vector(params: Mapping[str, Param], name: str) -> Tensor:
-    """Give a parameter that must be a float32 vector."""
+    """Give a parameter that must be a plain tensor: a float32 vector, or the rows-only table."""
     found = params[name]
     assert isinstance(found, Tensor), name
     return found

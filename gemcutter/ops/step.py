@@ -1,8 +1,8 @@
 """One step of the decoder: flat rows of any number of sequences.
 
-Prefill, chunk, decode and verification differ only in row counts. Owns the `Step` and the protocol of the pool it writes to and reads from;
-refuses to know requests and page accounting. Shape letters: N rows, M kept rows, S sequences, T keys, K key heads, E head dim.
-Read `engine/step.py` for who builds it, `cache/pool.py` for the pool.
+Prefill, chunk, decode and verification differ only in row counts. Owns the `Step` and the protocol of the pool it writes to and
+reads from; refuses to know requests and page accounting. Shape letters: N rows, M kept rows, S sequences, T keys, K key heads,
+E head dim. Read `engine/step.py` for who builds it, `cache/pool.py` for the pool.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Pool(Protocol):
 class Step:
     """Flat rows of S sequences; row_start has S + 1 entries, sequence s owns rows row_start[s] to row_start[s + 1] - 1.
 
-    `positions_N` are absolute. `spans` and `slots` are keyed by window (None: the global group): what each sequence may read, this step's rows
-    included, and where each row's keys go. `keep_M` lists the rows whose logits or states are wanted, ascending; None keeps all.
+    `positions_N` are absolute. `spans` and `slots` are keyed by window (None: the global group): what each sequence may read,
+    this step's rows included, and where each row's keys go. `keep_M` lists the rows whose logits or states are wanted,
+    ascending; None keeps all.
     """
 
     ids_N: Tensor

@@ -1,7 +1,7 @@
 """Faster words on torch's own kernels: library matrix products and fused attention.
 
-Owns no mathematics: each function here equals its namesake in `reference.py` within rounding. Rows may depend on their neighbours in the last
-bits, since libraries choose kernels by shape. Read `bind.py` for when these are chosen.
+Owns no mathematics: each function here equals its namesake in `reference.py` within rounding. Rows may depend on their
+neighbours in the last bits, since libraries choose kernels by shape. Read `bind.py` for when these are chosen.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def linear_native(x_ND: Tensor, weight: Weight) -> Tensor:
 def linear_tiled(x_ND: Tensor, weight: Weight) -> Tensor:
     """Multiply in float32, one converted tile of the weight at a time.
 
-    Where the processor has no bfloat16 products, the library's bfloat16 kernel is several times slower than converting a tile that stays in
-    the cache and calling the float32 kernel (docs/log.md). One bfloat16 row is the exception: its kernel only streams the weight.
+    Where the processor has no bfloat16 products, the library's bfloat16 kernel is several times slower than converting a tile
+    that stays in the cache and calling the float32 kernel (docs/log.md). One bfloat16 row is the exception: its kernel only
+    streams the weight.
     """
     if x_ND.shape[0] == 1 and x_ND.dtype == weight.dtype:
         return linear_native(x_ND, weight)

@@ -1,7 +1,8 @@
-"""Weights as the kernels see them: matrices whose rows may lie in several places, dense today, packed schemes beside them later.
+"""Weights as the kernels see them: matrices whose rows may lie in several places, dense today, packed schemes beside them
+later.
 
-Owns `Weight`. A checkpoint usually stores q, k and v apart; a Weight stacks them without copying, so a mapped file is used in place.
-Refuses to know layers and files. Read `ops/reference.py` for who consumes it, `checkpoint/load.py` for who makes it.
+Owns `Weight`. A checkpoint usually stores q, k and v apart; a Weight stacks them without copying, so a mapped file is used in
+place. Refuses to know layers and files. Read `ops/reference.py` for who consumes it, `checkpoint/load.py` for who makes it.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.real_tokenizer import fixtures, real_tokenizer
 
 from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.text import tokenizer as module
 from gemcutter.text.tokenizer import Tokenizer
+from tests.real_tokenizer import fixtures, real_tokenizer
 
 DEMO = Path(module.__file__).resolve().parents[1] / "demo"
 TOKENIZER = Tokenizer.load(DEMO)

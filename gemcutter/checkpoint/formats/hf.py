@@ -1,7 +1,8 @@
 """Hugging Face layouts: the released files, what `save_pretrained` writes, and the unquantised QAT exports.
 
-Owns the translation from their tensor names to canonical ones; refuses to know shapes and which layer needs what. Towers are told apart before
-any rule looks at `layers.N`, because a tower's layers carry the decoder's names. Source: the layouts of google/gemma-4-* and transformers.
+Owns the translation from their tensor names to canonical ones; refuses to know shapes and which layer needs what. Towers are
+told apart before any rule looks at `layers.N`, because a tower's layers carry the decoder's names. Source: the layouts of
+google/gemma-4-* and transformers.
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+"""gemcutter: the inference engine for the Gemma 4 family.
+
+    import gemcutter
+    model = gemcutter.load("demo")
+    print(model.chat([{"role": "user", "content": "What is a lantern?"}]).text)
+
+Names resolve lazily, so that `import gemcutter` and `gemcutter.plan` cost no torch. Read `api.py` for what `load` gives.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gemcutter.errors import CapacityError, CheckpointError, ConfigError, GemcutterError, KernelError, RequestError
+
+if TYPE_CHECKING:
+    from gemcutter.api import Chunk, Completion, Model, load
+    from gemcutter.engine.engine import Engine
+    from gemcutter.engine.request import Request
+    from gemcutter.engine.sampling import Sampling
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "api",
+    "Model": "api",
+    "Completion": "api",
+    "Chunk": "api",
+    "Engine": "engine.engine",
+    "Request": "engine.request",
+    "Sampling": "engine.sampling",
+}
+
+__all__ = [
+    "CapacityError",
+    "CheckpointError",
+    "Chunk",
+    "Completion",
+    "ConfigError",
+    "Engine",
+    "GemcutterError",
+    "KernelError",
+    "Model",
+    "Request",
+    "RequestError",
+    "Sampling",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gemcutter' has no attribute {name!r}")
+    return getattr(import_module(f"gemcutter.{_HOMES[name]}"), name)

@@ -1,0 +1,256 @@
+"""The public façade: load a model, get text.
+
+The only place where text meets ids and files meet modules: a tokenizer and a chat template on one side, the engine on the other.
+Owns `load`, `Model` and what they return; refuses to know kernels, pages and wire formats. Read `engine/engine.py` for what runs
+beneath, `text/stream.py` for how ids become text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
+
+import torch
+
+from gemcutter.checkpoint.hub import locate
+from gemcutter.checkpoint.load import Progress, load_params
+from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.engine.engine import Engine
+from gemcutter.engine.request import Event, Finish, PromptReport, Request
+from gemcutter.engine.sampling import Sampling, TokenLogprobs
+from gemcutter.errors import KernelError, RequestError
+from gemcutter.model.text import Decoder
+from gemcutter.ops.bind import CHOICES
+from gemcutter.text.chat import ChatTemplate
+from gemcutter.defaults import Defaults
+from gemcutter.text.stream import TextStream
+from gemcutter.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]  # raw text, token ids, or a conversation
+
+DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Wall-clock seconds of one request. `prefill_tokens` counts computed prompt rows, `cached_tokens` those found in the
+    cache.
+    """
+
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A stretch of new text; the last chunk of a request carries its completion."""
+
+    text: str
+    kind: Literal["content", "reasoning"] = "content"
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a request brought: `tokens` without the stop token, `text` without stop strings, markers and reasoning."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: Literal["stop", "length", "cancelled"]
+    prompt_tokens: tuple[int, ...]
+    reasoning: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt: PromptReport = field(default_factory=PromptReport)
+    timings: Timings = field(default_factory=Timings)
+
+
+class Model:
+    """A loaded model. One thread at a time; several streams may be read in turns."""
+
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, engine: Engine, load_s: float) -> None:
+        self.checkpoint, self.decoder, self.engine, self.load_s = checkpoint, decoder, engine, load_s
+        self.plan = checkpoint.plan
+        self.tokenizer = Tokenizer.load(checkpoint.source.folder)
+        self.template = ChatTemplate.find(checkpoint.source.folder, self.tokenizer)
+        self.defaults = Defaults.read(checkpoint.source.read_json("generation_config.json"), checkpoint.config, self.tokenizer)
+        self._mail: dict[int, deque[Event]] = {}
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> Completion: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]: ...
+    def generate(self, prompts: str | Sequence[Prompt], **options: Any) -> Completion | list[Completion]:
+        """Continue one raw text, or a list of prompts (texts, id lists, conversations) in one batch.
+
+        Options are `max_tokens`, `stop`, `ignore_eos`, the fields of `Sampling` and of `Request`. Raises RequestError.
+        """
+        if isinstance(prompts, str):
+            return self._complete(self.submit(prompts, **options))
+        streams = [self.submit(prompt, **options) for prompt in prompts]
+        return [self._complete(stream) for stream in streams]
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
+        """Answer a conversation through the checkpoint's chat template. Raises RequestError if it has none."""
+        return self._complete(self.submit(messages, **options))
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+        """Continue one prompt chunk by chunk; stopping early cancels the request and keeps what was computed for reuse."""
+        return self.submit(prompt, **options)
+
+    def submit(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+        """Queue a prompt now and give the stream of its chunks; queued prompts run together once any stream is read."""
+        stop: Sequence[str] = options.pop("stop", ())
+        ids = self.encode(prompt, **{name: options.pop(name) for name in ("enable_thinking", "tools") if name in options})
+        request = self._request(ids, options)
+        stream = TextStream.after(ids, self.tokenizer, stop=stop)
+        number = self.engine.submit(request)
+        self._mail[number] = deque()
+        return self._read(number, request, stream)
+
+    def encode(self, prompt: Prompt, *, enable_thinking: bool = False, tools: Sequence[Message] | None = None) -> list[int]:
+        """Give the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True)
+        if prompt and isinstance(prompt[0], Mapping):
+            if self.template is None:
+                raise RequestError("this checkpoint has no chat template (a base model?); pass raw text instead of messages")
+            return self.template.encode(prompt, enable_thinking=enable_thinking, tools=tools)  # type: ignore[arg-type]
+        ids = [token for token in prompt if isinstance(token, int)]
+        if len(ids) < len(prompt):
+            raise RequestError("request.prompt: expected text, a list of token ids or a list of messages")
+        return ids
+
+    def _request(self, ids: Sequence[int], options: dict[str, Any]) -> Request:
+        own = {
+            name: options.pop(name)
+            for name in ("max_tokens", "prompt_logprobs", "hidden_states", "top_logits")
+            if name in options
+        }
+        stop_ids = frozenset() if options.pop("ignore_eos", False) else self.defaults.stop_ids
+        sampling = options.pop("sampling", None)
+        if sampling is None:
+            unknown = sorted(set(options) - set(Sampling.__slots__))
+            if unknown:
+                raise RequestError(
+                    f"unknown options: {', '.join(unknown)}", [f"{name}: not an option of a request" for name in unknown]
+                )
+            sampling = self.defaults.sampling(options)
+        elif options:
+            raise RequestError(f"pass either `sampling` or {', '.join(sorted(options))}, not both")
+        return Request(tuple(ids), sampling, stop_ids=stop_ids, **own)
+
+    def _events(self, number: int) -> Iterator[Event]:
+        mail = self._mail[number]
+        while True:
+            while not mail:
+                for event in self.engine.step():
+                    self._mail[event.request].append(event)
+            event = mail.popleft()
+            yield event
+            if event.finish is not None:
+                return
+
+    def _read(self, number: int, request: Request, stream: TextStream) -> Iterator[Chunk]:
+        tokens, logprobs, report = list[int](), list[TokenLogprobs](), PromptReport()
+        finish, started, first = Finish.CANCELLED, time.perf_counter(), 0.0
+        try:
+            for event in self._events(number):
+                first = first or time.perf_counter()
+                report = event.prompt or report
+                if event.logprobs is not None and event.token is not None:
+                    logprobs.append(event.logprobs)
+                if event.token is not None:
+                    tokens.append(event.token)
+                    yield from (Chunk(piece.text, piece.kind) for piece in stream.push(event.token))
+                finish = event.finish or finish
+                if stream.stopped is not None:
+                    finish = Finish.STOP
+                    break
+            yield from (Chunk(piece.text, piece.kind) for piece in stream.finish())
+        finally:  # also when the reader goes away
+            self.engine.cancel(number)
+            del self._mail[number]
+        ended = time.perf_counter()
+        timings = Timings(
+            len(request.prompt) - report.cached_tokens,
+            first - started,
+            max(len(tokens) - 1, 0),
+            ended - first,
+            report.cached_tokens,
+        )
+        completion = Completion(
+            stream.text, tuple(tokens), finish.value, request.prompt, stream.reasoning, tuple(logprobs), report, timings
+        )
+        yield Chunk("", completion=completion)
+
+    def _complete(self, chunks: Iterator[Chunk]) -> Completion:
+        completion = None
+        for chunk in chunks:
+            completion = chunk.completion
+        assert completion is not None
+        return completion
+
+
+def load(
+    model: str,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    kernels: str = "auto",
+    context: int | None = None,
+    max_rows: int = 512,
+    max_sequences: int = 8,
+    checkpoints: int = 4,
+    ignore: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Model:
+    """Load a checkpoint: a folder, a .safetensors file, a hub id, or "demo".
+
+    `dtype` is the compute dtype ("float32" or "bfloat16"; default: the checkpoint's own). `kernels` is "auto", or "reference"
+    for the plain definitions, whose rows never depend on their neighbours. `context` bounds a sequence, `max_rows` a step,
+    `max_sequences` a batch; `checkpoints` finished prompts and replies are kept for reuse. Raises CheckpointError or
+    ConfigError with everything that is wrong.
+    """
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(locate(model), ignore)
+    place, compute = check_device(device), check_dtype(dtype or checkpoint.config.dtype)
+    if kernels not in CHOICES:
+        raise KernelError(f"kernels: expected one of {', '.join(CHOICES)}, found {kernels!r}")
+    if checkpoint.plan.is_drafter:
+        raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
+    params = load_params(checkpoint, compute, place, progress)
+    decoder = Decoder(checkpoint.plan, params, compute, place, kernels)
+    engine = Engine(decoder, context or DEFAULT_CONTEXT, max_rows, max_sequences, checkpoints)
+    built = Model(checkpoint, decoder, engine, 0.0)
+    built.load_s = time.perf_counter() - started
+    return built
+
+
+def check_dtype(name: str) -> torch.dtype:
+    """Give the compute dtype of a name. Raises KernelError; float16 overflows in this family and is refused."""
+    if name in ("float16", "f16", "fp16", "half"):
+        raise KernelError("dtype float16: activations of this family exceed its range; use bfloat16 or float32")
+    if name not in DTYPES:
+        raise KernelError(f"dtype: expected float32 or bfloat16, found {name!r}")
+    return DTYPES[name]
+
+
+def check_device(name: str) -> torch.device:
+    """Give the device of a name. Raises KernelError if there is none such."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise KernelError(f"device: expected cpu or cuda, found {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise KernelError("device cuda: torch finds no CUDA device here; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise KernelError(f"device: expected cpu or cuda, found {name!r}")
+    return device
