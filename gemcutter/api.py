@@ -18,6 +18,7 @@ import torch
 from gemcutter.checkpoint.hub import locate
 from gemcutter.checkpoint.load import Progress, load_params
 from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.defaults import Defaults
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Event, Finish, PromptReport, Request
 from gemcutter.engine.sampling import Sampling, TokenLogprobs
@@ -25,7 +26,6 @@ from gemcutter.errors import KernelError, RequestError
 from gemcutter.model.text import Decoder
 from gemcutter.ops.bind import CHOICES
 from gemcutter.text.chat import ChatTemplate
-from gemcutter.defaults import Defaults
 from gemcutter.text.stream import TextStream
 from gemcutter.text.tokenizer import Tokenizer
 

@@ -1,7 +1,7 @@
 """Gemma 4's real vocabulary and templates for tests, from a folder of public fixtures that is not part of this project.
 
 The folder is named by GEMCUTTER_SPEC, or is `../shared/spec` beside the checkout; where neither is there, the tests skip.
-The tokenizer is rebuilt from the list of pieces and the merges, once per test session because that takes seconds.
+The tokenizer is rebuilt from the list of pieces and the merges, once per test run because that takes seconds.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def real_tokenizer() -> Tokenizer:
     return _build(fixtures())
 
 
+@functools.cache
 def real_template(name: str) -> ChatTemplate:
     """Return the template `chat_template.{name}.jinja` over the real tokenizer, or skip the test that asks."""
     path = fixtures() / f"chat_template.{name}.jinja"

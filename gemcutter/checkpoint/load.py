@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gemcutter.checkpoint.match import Checkpoint, Piece
+from gemcutter.checkpoint.match import Checkpoint
+from gemcutter.checkpoint.piece import Piece
 from gemcutter.plan import Access, ParamSpec
 from gemcutter.quant import Weight
 

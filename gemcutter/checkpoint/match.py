@@ -1,6 +1,6 @@
 """Matches what a checkpoint holds against what the plan needs, from headers alone.
 
-Owns `Piece` (one stored tensor under its canonical name), `Checkpoint` (a source with config, plan and matched pieces) and the
+Owns `Checkpoint` (a source with config, plan and matched pieces) and the
 one error that lists every missing, misshaped and unknown tensor. Refuses to know foreign names (`formats/`) and to allocate
 (`load.py`). Imports no torch.
 """
@@ -13,29 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemcutter import config as configs
-from gemcutter.checkpoint.source import LazyTensor, Source
+from gemcutter.checkpoint.formats import hf
+from gemcutter.checkpoint.piece import Piece
+from gemcutter.checkpoint.source import Source
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan, ParamSpec, derive
 
 FLOATS = ("BF16", "F16", "F32")
 INTEGERS = ("I64", "I32")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One stored tensor: which part of which parameter it is, or that it is none of the decoder's.
-
-    `name` None means unknown to the format; a `name` in parentheses, such as "(vision tower)", is known and not the decoder's.
-    """
-
-    name: str | None
-    part: str | None
-    data: LazyTensor
-
-    @property
-    def label(self) -> str:
-        """Name the parameter and part for a message."""
-        return f"{self.name}[{self.part}]" if self.part else str(self.name)
 
 
 @dataclass(slots=True)
@@ -76,19 +61,8 @@ def open_checkpoint(path: Path, ignore: Sequence[str] = ()) -> Checkpoint:
 
     `ignore` holds patterns of config keys and tensor names to pass over. Raises ConfigError or CheckpointError with all problems.
     """
-    from gemcutter.checkpoint.formats import hf
-
     source = Source.open(path)
-    raw = source.read_json("config.json")
-    if raw is None:
-        raise CheckpointError(f"{path}: no config.json beside the weights; it is needed to know what they are")
-    config = configs.read(raw, f"{source.folder / 'config.json'}", ignore)
-    if config.quantization is not None:
-        kind = config.quantization.get("quant_method") or config.quantization.get("mode") or "MLX affine"
-        raise CheckpointError(
-            f"{path}: the weights are quantized ({kind}); this version reads dense checkpoints (BF16, F16, F32). "
-            "Use the unquantized checkpoint that it was made from"
-        )
+    config = hf.config(source, ignore)
     plan = derive(config)
     return Checkpoint(source, config, plan, match(plan, hf.pieces(source), str(path), ignore), hf.NAME)
 
@@ -165,5 +139,5 @@ def _part_shape(spec: ParamSpec, rows: int) -> tuple[int, ...]:
 def _hint(spec: ParamSpec, piece: Piece) -> str:
     """Name the config key that most likely explains a wrong shape."""
     if ".mlp." in spec.name and any(2 * a == b or a == 2 * b for a, b in zip(spec.shape, piece.data.shape, strict=False)):
-        return ": does config.json say use_double_wide_mlp as the weights do?"
+        return ": half or twice the width that config.json gives this layer; are both of one model?"
     return ""

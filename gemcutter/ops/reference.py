@@ -73,7 +73,7 @@ def linear(x_ND: Tensor, weight: Weight) -> Tensor:
     """Multiply rows with a matrix [F, D]: products and sums in float32, one rounding to x's dtype; [N, F]."""
     rows, columns = x_ND.shape
     padded = F.pad(x_ND.float(), (0, 0, 0, -rows % ROW_TILE)).view(-1, ROW_TILE, columns)
-    out = torch.empty(rows, weight.rows, dtype=x_ND.dtype)
+    out = x_ND.new_empty(rows, weight.rows)
     offset = 0
     for tile in weight_tiles(weight):
         wide = tile.float().t()
@@ -115,13 +115,13 @@ def _attend_tile(q_nHE: Tensor, positions_n: Tensor, k_TKE: Tensor, v_TKE: Tenso
         .reshape(key_heads, -1, dim)
     )
     positions = F.pad(positions_n, (0, pad), value=-1)  # padding rows see nothing
-    top = torch.full((key_heads, ROW_TILE, group, 1), -torch.inf)
+    top = q_KRE.new_full((key_heads, ROW_TILE, group, 1), -torch.inf)
     total = torch.zeros_like(top)
-    out = torch.zeros(key_heads, ROW_TILE, group, dim)
+    out = q_KRE.new_zeros(key_heads, ROW_TILE, group, dim)
     oldest = 0 if window is None else max(0, int(positions_n[0]) - window + 1)
     for block in range(oldest // KEY_BLOCK * KEY_BLOCK, int(positions_n[-1]) + 1, KEY_BLOCK):
         k_KBE, v_KBE = (_key_block(x, span.start, block) for x in (k_TKE, v_TKE))
-        seen = window_mask(positions, torch.arange(block, block + KEY_BLOCK), window)[None, :, None, :]
+        seen = window_mask(positions, torch.arange(block, block + KEY_BLOCK, device=q_KRE.device), window)[None, :, None, :]
         scores = (q_KRE @ k_KBE.transpose(1, 2)).view(key_heads, ROW_TILE, group, KEY_BLOCK)
         scores = torch.where(seen, scores, -torch.inf)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
@@ -250,9 +250,7 @@ def _build_experts(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param
         weights = weights / weights.sum(-1, keepdim=True) * expert_scale[chosen]
         normed = rms_norm(x_MD, norm, plan.eps)
         out = torch.zeros(x_MD.shape, dtype=torch.float32, device=x_MD.device)
-        for (
-            index
-        ) in chosen.unique().tolist():  # ascending, so that a row sums its experts in one order whatever its neighbours chose
+        for index in sorted(set(chosen.flatten().tolist())):  # ascending: a row sums its experts in one order in any batch
             rows, slots = (chosen == index).nonzero(as_tuple=True)
             gate, up = words.linear(normed[rows], w_in.expert(index)).chunk(2, dim=1)
             found = words.linear(gelu_mul(gate, up), w_out.expert(index))

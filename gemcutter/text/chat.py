@@ -45,7 +45,7 @@ class ChatTemplate:
         try:
             syntax_tree = environment.parse(source)
             self.variables: frozenset[str] = frozenset(jinja2.meta.find_undeclared_variables(syntax_tree))
-            self._template = environment.from_string(source)
+            self._template = environment.from_string(syntax_tree)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{origin}:{error.lineno}: the chat template is not valid Jinja: {error.message}") from error
         except Exception as error:  # absurd nesting fails in Python's own parser or recursion limit

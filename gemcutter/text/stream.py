@@ -172,7 +172,7 @@ class _Lane:
         if self._held is None:
             return text
         held = self._held = self._held + text
-        if not is_last and any(header.startswith(held) and header != held for header in self._headers):
+        if not is_last and any(header.startswith(held) for header in self._headers):
             return ""
         self._held = None
         header = next((header for header in self._headers if held.startswith(header)), "")

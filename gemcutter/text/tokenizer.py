@@ -35,13 +35,12 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], *, origin: str = "tokenizer.json"
     ) -> None:
-        """Take over `backend`; its post-processor, truncation and padding are switched off.
+        """Take over `backend`; its truncation and padding are switched off.
 
         Raises CheckpointError, naming `origin`, when the vocabulary has no BOS or is not of Gemma's kind.
         """
         backend.no_truncation()
         backend.no_padding()
-        backend.post_processor = None
         self._backend = backend
         self._markerless = _without_markers(backend)
         self.special_tokens: dict[str, str] = {"bos_token": BOS, **special_tokens}

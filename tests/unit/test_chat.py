@@ -35,7 +35,8 @@ def call(arguments: object) -> list[dict[str, Any]]:
 def test_demo_template_renders_and_encodes() -> None:
     chat = ChatTemplate.find(DEMO, TOKENIZER)
     assert chat is not None
-    messages = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": [{"type": "text", "text": " Hello "}]}]
+    parts = [{"type": "text", "text": " Hello "}]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": parts}]
     prompt = chat.render(messages)
     assert prompt == "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nHello<turn|>\n<|turn>model\n"
     ids = chat.encode(messages)

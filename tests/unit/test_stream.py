@@ -140,6 +140,7 @@ def test_channels_keep_both_texts_apart(segments: list[tuple[bool, list[int]]], 
         (f"{OPEN}Hm, thought\n{CLOSE}Yes.", "Yes.", "Hm, thought\n"),
         (f"A{CLOSE}B", "AB", ""),
         (f"{OPEN}thought\nA{OPEN}thought\nB{CLOSE}C", "C", "AB"),
+        (f"{OPEN}thou{OPEN}thought\nB{CLOSE}C", "C", "thouB"),
         (f"{OPEN}thought\nA{CLOSE}B{OPEN}thought\nC{CLOSE}D", "BD", "AC"),
         (f"{OPEN}thought\nnever ends", "", "never ends"),
         (f"{OPEN}thou", "", "thou"),
@@ -239,7 +240,12 @@ def test_a_tokenizer_without_channels_has_one_text() -> None:
 def test_every_id_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = TOKENIZER.encode("some text that goes on and on ", bos=False) * 50
     seen: list[int] = []
-    monkeypatch.setattr(TOKENIZER, "bytes_of", lambda id: seen.append(id) or Tokenizer.bytes_of(TOKENIZER, id))
+
+    def count(id: int) -> bytes:
+        seen.append(id)
+        return Tokenizer.bytes_of(TOKENIZER, id)
+
+    monkeypatch.setattr(TOKENIZER, "bytes_of", count)
     assert run(ids, stop=["nowhere"]).text.startswith("some text")
     assert seen == ids
 

@@ -8,10 +8,12 @@ google/gemma-4-* and transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from gemcutter.checkpoint.match import Piece
+from gemcutter import config as configs
+from gemcutter.checkpoint.piece import Piece
 from gemcutter.checkpoint.source import LazyTensor, Source
+from gemcutter.errors import CheckpointError
 
 NAME = "Hugging Face safetensors"
 
@@ -66,6 +68,21 @@ LAYERED: dict[str, tuple[str, str | None]] = {
     "layer_scalar": ("scale", None),
 }
 LAYER = re.compile(r"layers\.(\d+)\.(?:moe\.)?(.+)")
+
+
+def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
+    """Read the config beside the weights. Raises CheckpointError if there is none or the weights are quantized, ConfigError for bad keys."""
+    raw = source.read_json("config.json")
+    if raw is None:
+        raise CheckpointError(f"{source.folder}: no config.json beside the weights; copy it from the original checkpoint")
+    found = configs.read(raw, str(source.folder / "config.json"), ignore)
+    if found.quantization is not None:
+        kind = found.quantization.get("quant_method") or found.quantization.get("mode") or "MLX affine"
+        raise CheckpointError(
+            f"{source.path}: the weights are quantized ({kind}); this version reads dense checkpoints (BF16, F16, F32). "
+            "Use the unquantized checkpoint that it was made from"
+        )
+    return found
 
 
 def pieces(source: Source) -> Iterator[Piece]:

@@ -1,0 +1,28 @@
+# Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
+.PHONY: demo check lint types test readme clean
+SOURCES := gemcutter tests bench examples tools
+
+demo: .venv/.installed
+	.venv/bin/gemcutter run demo "What is a lantern?" -n 48
+
+check: lint types test
+
+lint: .venv/.installed-dev
+	.venv/bin/ruff check $(SOURCES)
+	.venv/bin/ruff format --check $(SOURCES)
+
+types: .venv/.installed-dev
+	.venv/bin/mypy
+
+# One thread a process: two test processes share two cores, and threads of both would get in each other's way.
+test: .venv/.installed-dev
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests
+
+.venv/.installed: pyproject.toml tools/install.sh
+	tools/install.sh
+
+.venv/.installed-dev: pyproject.toml tools/install.sh
+	tools/install.sh dev
+
+clean:
+	rm -rf .venv build *.egg-info

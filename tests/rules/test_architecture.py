@@ -1,0 +1,119 @@
+"""The house's rules, checked on the syntax tree: who imports whom, where topology keys may stand, file sizes and names."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "gemcutter"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Each part of the package and the parts it may import; `errors` may be imported by all.
+MAY_IMPORT = {
+    "errors": set(),
+    "plan": {"config"},  # for type checking only, see test_plan_is_standard_library_only
+    "config": set(),
+    "quant": set(),
+    "ops": {"plan", "quant"},
+    "model": {"plan", "quant", "ops"},
+    "cache": {"plan", "ops"},
+    "engine": {"plan", "model", "cache", "ops"},
+    "checkpoint": {"plan", "config", "quant"},
+    "text": set(),
+    "defaults": {"config", "engine", "text"},
+    "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "defaults"},
+    "cli": {"plan", "config", "checkpoint", "ops", "text", "api", "engine"},
+    "__init__": {"api", "engine"},
+}
+TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use_double_wide_mlp", "global_head_dim")
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
+VAGUE_CLASSES = ("Manager", "Handler", "Helper", "Impl", "Wrapper", "Base")
+BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module"}
+
+
+def part_of(path: Path) -> str:
+    """Give the part of the package that a file belongs to."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """Give the parts of the package that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "gemcutter" else [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("gemcutter.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_house(path: Path) -> None:
+    part = part_of(path)
+    allowed = MAY_IMPORT[part] | {part, "errors", "__version__"}
+    assert imported_parts(path) <= allowed
+
+
+def test_checkpoint_formats_alone_know_each_other_through_match() -> None:
+    for path in (PACKAGE / "checkpoint" / "formats").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert "checkpoint.formats" not in (node.module or ""), f"{path}: a format imports a format"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_topology_keys_stand_in_one_place(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    if relative.name in ("config.py", "plan.py", "synth.py") or "formats" in relative.parts:
+        return  # synth writes configs in the foreign spelling
+    text = path.read_text()
+    assert not [key for key in TOPOLOGY_KEYS if key in text]
+
+
+@pytest.mark.parametrize("path", sorted([*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]), ids=str)
+def test_files_are_short_and_named(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 600
+    assert path.stem not in VAGUE_NAMES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_and_classes_are_documented_and_plain(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or not tree.body, f"{path} has no docstring"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            assert not node.name.endswith(VAGUE_CLASSES), node.name
+            bases = {base.id if isinstance(base, ast.Name) else getattr(base, "attr", "") for base in node.bases}
+            assert bases <= BASES, f"{node.name} inherits from {bases - BASES}"
+
+
+def test_transformers_is_never_imported() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] in ("transformers", "mlx", "mlx_lm", "peft", "llama_cpp")], path
+
+
+@pytest.mark.parametrize("module", ["gemcutter", "gemcutter.plan", "gemcutter.config", "gemcutter.checkpoint.match", "gemcutter.ops.bind"])
+def test_headers_and_plans_need_no_torch(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_plan_is_standard_library_only() -> None:
+    tree = ast.parse((PACKAGE / "plan.py").read_text())
+    direct = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) or "" for node in direct}
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"gemcutter"}
+    assert {name for name in names if name.startswith("gemcutter")} == {"gemcutter.errors"}
