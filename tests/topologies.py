@@ -51,6 +51,7 @@ def _size(pattern: int, layers: int, **traits: Any) -> Raw:
         "head_dim": 8,
         "global_head_dim": 16,
         "sliding_window": 8,
+        "max_position_embeddings": 4096,
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
         "final_logit_softcapping": 30.0,
@@ -184,9 +185,14 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Fill a model so that no parameter can be left out or taken for another unseen.
 
     Matrices keep the size of what they multiply; vectors lie around 1; logits reach the bend of the soft cap; the router's
-    chances differ.
+    chances differ; per-layer gates stay open, since norms would blow up the rounding of closed ones.
     """
-    sizes = {"embed_tokens.weight": 5.0, "lm_head.weight": 5.0, "router.proj.weight": 2 * model.config.hidden_size**0.5}
+    sizes = {
+        "embed_tokens.weight": 5.0,
+        "lm_head.weight": 5.0,
+        "router.proj.weight": 2 * model.config.hidden_size**0.5,
+        "per_layer_input_gate.weight": 0.2,
+    }
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
         if name.endswith(("inv_freq", "embed_scale")):

@@ -1,6 +1,7 @@
 """What a format yields: one stored tensor under its canonical name.
 
-Owns the contract between `formats/`, which know foreign names, and `match.py`, which knows the plan; each may change without the other.
+Owns the contract between `formats/`, which know foreign names, and `match.py`, which knows the plan; each may change without
+the other.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ import numpy as np
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.formats import hf
+from gemcutter.checkpoint.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write import Spec, write_json, write_sharded
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ModelPlan, ParamSpec, derive
 
-DEMO = files("gemcutter") / "demo"
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BLOCK_ELEMENTS = 1_048_583  # drawn once a tensor and repeated; a prime, so that no two rows of a table are the same
 BYTES = 2  # of a bfloat16, the dtype of all tensors
@@ -167,7 +166,7 @@ def spell_config(size: Size) -> dict[str, Any]:
 
 
 def _demo_config() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((DEMO_FOLDER / "config.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -241,7 +240,7 @@ def _copy(name: str, out: Path) -> None:
     """Copy one of the demo's files; it gets its name once it is complete."""
     part = out / f".{name}.part"
     try:
-        part.write_bytes((DEMO / name).read_bytes())
+        part.write_bytes((DEMO_FOLDER / name).read_bytes())
         part.replace(out / name)
     except OSError as error:
         part.unlink(missing_ok=True)

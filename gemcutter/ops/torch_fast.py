@@ -59,10 +59,19 @@ def build_attention(layer: LayerPlan) -> Attention:
 
 
 def _attend(q_nHE: Tensor, positions_n: Tensor, k_TKE: Tensor, v_TKE: Tensor, span: Span, window: int | None) -> Tensor:
+    """Attend for the rows of one sequence. The G query heads of a key head are laid out as rows, so keys are read once for all
+    of them.
+    """
+    rows, heads, dim = q_nHE.shape
+    key_heads = k_TKE.shape[1]
     first, last = int(positions_n[0]), int(positions_n[-1])
     oldest = span.start if window is None else max(span.start, first - window + 1)
     keys = slice(oldest - span.start, last + 1 - span.start)
-    seen = window_mask(positions_n, torch.arange(oldest, last + 1, device=q_nHE.device), window) if len(positions_n) > 1 else None
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_nHE, k_TKE[keys], v_TKE[keys]))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    q_1KRE = q_nHE.transpose(0, 1).reshape(1, key_heads, -1, dim)
+    k_1KTE, v_1KTE = (x[keys].transpose(0, 1)[None] for x in (k_TKE, v_TKE))
+    seen = None
+    if rows > 1:
+        positions_T = torch.arange(oldest, last + 1, device=q_nHE.device)
+        seen = window_mask(positions_n, positions_T, window).repeat(heads // key_heads, 1)
+    out = F.scaled_dot_product_attention(q_1KRE, k_1KTE, v_1KTE, attn_mask=seen, scale=1.0)
+    return out.view(heads, rows, dim).transpose(0, 1)

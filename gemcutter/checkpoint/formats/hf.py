@@ -71,7 +71,9 @@ LAYER = re.compile(r"layers\.(\d+)\.(?:moe\.)?(.+)")
 
 
 def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
-    """Read the config beside the weights. Raises CheckpointError if there is none or the weights are quantized, ConfigError for bad keys."""
+    """Read the config beside the weights. Raises CheckpointError if there is none or the weights are quantized, ConfigError for
+    bad keys.
+    """
     raw = source.read_json("config.json")
     if raw is None:
         raise CheckpointError(f"{source.folder}: no config.json beside the weights; copy it from the original checkpoint")
