@@ -171,11 +171,10 @@ def build_oracle(raw: Raw, seed: int = 0) -> PreTrainedModel:
     if raw["model_type"] == "gemma4_unified_text":
         model = Gemma4UnifiedForCausalLM(Gemma4UnifiedTextConfig(**kwargs, attn_implementation="eager"))
     else:
-        # Recording states is what keeps transformers from dropping rows, which fails in models without per-layer embeddings.
-        config = Gemma4TextConfig(
-            **kwargs, attn_implementation="eager", experts_implementation="eager", output_hidden_states=True
-        )
+        config = Gemma4TextConfig(**kwargs, attn_implementation="eager", experts_implementation="eager")
         model = Gemma4ForCausalLM(config)
+    # Asked to record states, transformers leaves out its own skipping of rows, which fails without per-layer embeddings.
+    model.config.output_hidden_states = True
     _randomise(model, torch.Generator().manual_seed(seed))
     return model.eval()
 
@@ -217,13 +216,12 @@ def saved_config(model: PreTrainedModel) -> Raw:
 
 
 def build_decoder(
-    model: PreTrainedModel, raw: Raw, dtype: torch.dtype = torch.float32, kernels: str = "auto", plan: ModelPlan | None = None
+    model: PreTrainedModel, plan: ModelPlan, dtype: torch.dtype = torch.float32, kernels: str = "auto"
 ) -> Decoder:
-    """Build the decoder of a config over a transformers model's weights, as `dtype`.
+    """Build the decoder of a plan over a transformers model's weights, as `dtype`.
 
     The plan's parameters must be the model's own, one for one: what is missing raises KeyError, what is left over AssertionError.
     """
-    plan = plan_of(raw) if plan is None else plan
     state = dict(model.state_dict())
     if plan.tied_head:
         del state["lm_head.weight"]

@@ -28,7 +28,7 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _UNWANTED = ["*/*", "consolidated*"]
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII)
-_LOCAL_LOOK = re.compile(r"[./~\\].*|[A-Za-z]:[/\\].*|.*(\.safetensors|\.gguf|\.json|[/\\])", re.DOTALL)
+_LOCAL_LOOK = re.compile(r"[./~].*|[A-Za-z]:/.*|.*\\.*|.*(\.safetensors|\.gguf|\.json|/)", re.DOTALL)
 
 
 def locate(model: str) -> Path:

@@ -1,0 +1,74 @@
+"""What a failed command line says, and the exit code it ends with.
+
+Owns the words for errors that are no GemcutterError: bad usage, interrupts, closed pipes, full disks, lack of memory, and the
+unexpected. Never shows a traceback unless GEMCUTTER_DEBUG is set. Read `gemcutter/errors.py` for the errors that explain
+themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import typer
+
+from gemcutter.errors import GemcutterError
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+DEBUG = "GEMCUTTER_DEBUG"
+ALLOCATORS = ("can't allocate memory", "out of memory")  # how torch words what Python calls a MemoryError
+
+# The class that all errors of usage share. Typer exports only this child of it, and has moved the parent between its versions.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def report(error: BaseException) -> int:
+    """Print what went wrong on stderr and give the exit code."""
+    if isinstance(error, UsageError):
+        return _tell(_usage(error), MISUSED)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return _tell("", INTERRUPTED)
+    if isinstance(error, BrokenPipeError):
+        return FAILED  # whoever read the output has gone, and so has the reason to speak
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAILED
+    if os.environ.get(DEBUG):
+        traceback.print_exception(error)
+        return FAILED
+    return _tell(f"error: {describe(error)}", FAILED)
+
+
+def describe(error: BaseException) -> str:
+    """Say in words what an error means and what to do about it."""
+    if isinstance(error, GemcutterError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in ALLOCATORS):
+        return "out of memory; lower --context, or choose a smaller model (`gemcutter inspect MODEL` shows what one needs)"
+    return f"{type(error).__name__}: {_one_line(str(error))} (unexpected; set {DEBUG}=1 to see the traceback)"
+
+
+def discard_output() -> None:
+    """Send what stdout still holds nowhere, so that the interpreter's last flush can't fail once more."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        return  # no stdout of the process's own
+
+
+def _usage(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "gemcutter"
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    return f"{command}: {_one_line(message).rstrip('.')}; see {command} --help"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _tell(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
