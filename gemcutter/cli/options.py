@@ -1,17 +1,17 @@
 """The options that several verbs share.
 
-Owns their names, help texts and checks; a bad value is told before torch is imported, or at least before a model is loaded.
+Owns their names, help texts and checks: a bad value is told before a model is loaded, most of them before torch is imported.
 Refuses to know what a verb does with them. Read `loading.py` for how a model comes from them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from gemcutter.cli.failure import UsageError
 from gemcutter.errors import RequestError
 from gemcutter.ops.bind import CHOICES
 
@@ -30,32 +30,21 @@ def check_dtype(name: str | None) -> str | None:
 
 
 def check_device(name: str) -> str:
-    """Accept the name of a device, whether or not there is one. Raises typer.BadParameter."""
+    """Accept the name of a device, whether or not this machine has it. Raises typer.BadParameter."""
     if not DEVICE.fullmatch(name):
         raise typer.BadParameter(f"expected cpu, cuda or cuda:N, found {name!r}")
     return name
 
 
 def check_kernels(name: str) -> str:
-    """Accept one of the sets of kernels. Raises typer.BadParameter."""
+    """Accept the name of a set of kernels. Raises typer.BadParameter."""
     if name not in CHOICES:
         raise typer.BadParameter(f"expected {' or '.join(CHOICES)}, found {name!r}")
     return name
 
 
-def parse_counts(text: str) -> tuple[int, ...]:
-    """Read positive numbers with commas between them. Raises typer.BadParameter."""
-    counts = parse_ids(text)
-    if not counts or min(counts) < 1:
-        raise typer.BadParameter(f"expected positive numbers with commas between them, found {text!r}")
-    return counts
-
-
-def parse_ids(text: str) -> tuple[int, ...]:
-    """Read integers with commas between them, of any sign; what may be a token id is the engine's to say.
-
-    Raises typer.BadParameter.
-    """
+def parse_integers(text: str) -> tuple[int, ...]:
+    """Read integers with commas between them; none in an empty text. Raises typer.BadParameter."""
     try:
         return tuple(int(word) for word in text.split(",")) if text.strip() else ()
     except ValueError:
@@ -63,29 +52,70 @@ def parse_ids(text: str) -> tuple[int, ...]:
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Keep the options that were given; the checkpoint's own defaults fill in the others."""
+    """Keep the options that were given; a checkpoint's own defaults fill in the others."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def check_sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """Give sampling options back if the engine would take them. Raises typer.BadParameter that names all it would not."""
+    """Give sampling options back if the engine takes them. Raises UsageError that names all it does not."""
     from gemcutter.engine.sampling import Sampling
 
     try:
         Sampling(**options)
     except RequestError as error:
-        raise _misuse("; ".join(error.problems)) from None
+        raise UsageError("; ".join(error.problems)) from None
     return options
 
 
-def misuse(problem: str) -> Exception:
-    """Make the error for options that don't go together."""
-    return _misuse(problem)
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help='Folder, .safetensors file, hub id (owner/name), or "demo".', show_default=False)
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Pass over tensors and config keys that match, such as 'blk.*.foo'; repeatable."),
+]
 
+# ---- how to compute ----
 
-def _misuse(problem: str) -> Exception:
-    return typer.BadParameter(problem)
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|bfloat16", help="Compute in this dtype.  [default: the checkpoint's own]", callback=check_dtype
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Compute on this device.", callback=check_device)]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|reference",
+        help='"reference" takes the plain definitions, whose results never depend on what else is in a batch.',
+        callback=check_kernels,
+    ),
+]
+Context = Annotated[
+    int | None, typer.Option(metavar="TOKENS", min=1, help="Room for prompt and reply.  [default: 32768]", show_default=False)
+]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="CPU threads.  [default: torch's choice]", show_default=False)
+]
 
+# ---- what to choose; the engine checks the ranges ----
 
-def _option(*names: str, help: str, metavar: str | None = None, check: Callable[..., Any] | None = None, **more: Any) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, callback=check, **more)
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", help="0 is greedy.  [default: the checkpoint's generation_config.json, else 0]")
+]
+TopK = Annotated[int | None, typer.Option(metavar="K", help="Sample from the K most likely tokens; 0 switches this off.")]
+TopP = Annotated[float | None, typer.Option(metavar="P", help="Sample from the fewest tokens whose probabilities reach P.")]
+MinP = Annotated[float | None, typer.Option(metavar="P", help="Drop tokens below P times the best one's probability.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(metavar="R", help="Above 1: disfavour the tokens of prompt and reply.")
+]
+PresencePenalty = Annotated[float | None, typer.Option(metavar="X", help="Taken off the logits of tokens in the reply.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(metavar="X", help="The same, once for each time that they occur.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")]
+
+# ---- what to say ----
+
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")]
+Think = Annotated[bool, typer.Option("--think", help="Let the model reason before it answers.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
