@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from gemcutter.errors import CapacityError, CheckpointError, ConfigError, GemcutterError, KernelError, RequestError
 
 if TYPE_CHECKING:
-    from gemcutter.api import Chunk, Completion, Model, load
+    from gemcutter.api import Model, load
+    from gemcutter.completion import Chunk, Completion, Stream
     from gemcutter.engine.engine import Engine
     from gemcutter.engine.request import Request
     from gemcutter.engine.sampling import Sampling
@@ -25,8 +26,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "api",
     "Model": "api",
-    "Completion": "api",
-    "Chunk": "api",
+    "Chunk": "completion",
+    "Completion": "completion",
+    "Stream": "completion",
     "Engine": "engine.engine",
     "Request": "engine.request",
     "Sampling": "engine.sampling",
@@ -45,6 +47,7 @@ __all__ = [
     "Request",
     "RequestError",
     "Sampling",
+    "Stream",
     "load",
 ]
 

@@ -8,20 +8,19 @@ beneath, `text/stream.py` for how ids become text.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import torch
 
 from gemcutter.checkpoint.hub import locate
 from gemcutter.checkpoint.load import Progress, load_params
 from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.completion import Chunk, Completion, Mail, Stream, Timings
 from gemcutter.defaults import Defaults
 from gemcutter.engine.engine import Engine
-from gemcutter.engine.request import Event, Finish, PromptReport, Request
-from gemcutter.engine.sampling import Sampling, TokenLogprobs
+from gemcutter.engine.request import Request
+from gemcutter.engine.sampling import Sampling
 from gemcutter.errors import KernelError, RequestError
 from gemcutter.model.text import Decoder
 from gemcutter.ops.bind import CHOICES
@@ -29,47 +28,13 @@ from gemcutter.text.chat import ChatTemplate
 from gemcutter.text.stream import TextStream
 from gemcutter.text.tokenizer import Tokenizer
 
+__all__ = ["Chunk", "Completion", "Message", "Model", "Prompt", "Stream", "Timings", "load"]
+
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]  # raw text, token ids, or a conversation
 
 DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Wall-clock seconds of one request. `prefill_tokens` counts computed prompt rows, `cached_tokens` those found in the
-    cache.
-    """
-
-    prefill_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_tokens: int = 0
-    decode_s: float = 0.0
-    cached_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A stretch of new text; the last chunk of a request carries its completion."""
-
-    text: str
-    kind: Literal["content", "reasoning"] = "content"
-    completion: Completion | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What a request brought: `tokens` without the stop token, `text` without stop strings, markers and reasoning."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: Literal["stop", "length", "cancelled"]
-    prompt_tokens: tuple[int, ...]
-    reasoning: str = ""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt: PromptReport = field(default_factory=PromptReport)
-    timings: Timings = field(default_factory=Timings)
 
 
 class Model:
@@ -81,7 +46,7 @@ class Model:
         self.tokenizer = Tokenizer.load(checkpoint.source.folder)
         self.template = ChatTemplate.find(checkpoint.source.folder, self.tokenizer)
         self.defaults = Defaults.read(checkpoint.source.read_json("generation_config.json"), checkpoint.config, self.tokenizer)
-        self._mail: dict[int, deque[Event]] = {}
+        self._mail = Mail(engine)
 
     @overload
     def generate(self, prompts: str, **options: Any) -> Completion: ...
@@ -93,27 +58,22 @@ class Model:
         Options are `max_tokens`, `stop`, `ignore_eos`, the fields of `Sampling` and of `Request`. Raises RequestError.
         """
         if isinstance(prompts, str):
-            return self._complete(self.submit(prompts, **options))
-        streams = [self.submit(prompt, **options) for prompt in prompts]
-        return [self._complete(stream) for stream in streams]
+            return self.stream(prompts, **options).finish()
+        streams = [self.stream(prompt, **options) for prompt in prompts]
+        return [stream.finish() for stream in streams]
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
         """Answer a conversation through the checkpoint's chat template. Raises RequestError if it has none."""
-        return self._complete(self.submit(messages, **options))
+        return self.stream(messages, **options).finish()
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
-        """Continue one prompt chunk by chunk; stopping early cancels the request and keeps what was computed for reuse."""
-        return self.submit(prompt, **options)
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+        """Queue a prompt now and give the stream of its chunks; queued prompts run together once any stream is read.
 
-    def submit(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
-        """Queue a prompt now and give the stream of its chunks; queued prompts run together once any stream is read."""
+        Closing or dropping the stream cancels the request and keeps what was computed for reuse. Raises RequestError.
+        """
         stop: Sequence[str] = options.pop("stop", ())
         ids = self.encode(prompt, **{name: options.pop(name) for name in ("enable_thinking", "tools") if name in options})
-        request = self._request(ids, options)
-        stream = TextStream.after(ids, self.tokenizer, stop=stop)
-        number = self.engine.submit(request)
-        self._mail[number] = deque()
-        return self._read(number, request, stream)
+        return Stream(self._mail, self._request(ids, options), TextStream.after(ids, self.tokenizer, stop=stop))
 
     def encode(self, prompt: Prompt, *, enable_thinking: bool = False, tools: Sequence[Message] | None = None) -> list[int]:
         """Give the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template."""
@@ -146,57 +106,6 @@ class Model:
         elif options:
             raise RequestError(f"pass either `sampling` or {', '.join(sorted(options))}, not both")
         return Request(tuple(ids), sampling, stop_ids=stop_ids, **own)
-
-    def _events(self, number: int) -> Iterator[Event]:
-        mail = self._mail[number]
-        while True:
-            while not mail:
-                for event in self.engine.step():
-                    self._mail[event.request].append(event)
-            event = mail.popleft()
-            yield event
-            if event.finish is not None:
-                return
-
-    def _read(self, number: int, request: Request, stream: TextStream) -> Iterator[Chunk]:
-        tokens, logprobs, report = list[int](), list[TokenLogprobs](), PromptReport()
-        finish, started, first = Finish.CANCELLED, time.perf_counter(), 0.0
-        try:
-            for event in self._events(number):
-                first = first or time.perf_counter()
-                report = event.prompt or report
-                if event.logprobs is not None and event.token is not None:
-                    logprobs.append(event.logprobs)
-                if event.token is not None:
-                    tokens.append(event.token)
-                    yield from (Chunk(piece.text, piece.kind) for piece in stream.push(event.token))
-                finish = event.finish or finish
-                if stream.stopped is not None:
-                    finish = Finish.STOP
-                    break
-            yield from (Chunk(piece.text, piece.kind) for piece in stream.finish())
-        finally:  # also when the reader goes away
-            self.engine.cancel(number)
-            del self._mail[number]
-        ended = time.perf_counter()
-        timings = Timings(
-            len(request.prompt) - report.cached_tokens,
-            first - started,
-            max(len(tokens) - 1, 0),
-            ended - first,
-            report.cached_tokens,
-        )
-        completion = Completion(
-            stream.text, tuple(tokens), finish.value, request.prompt, stream.reasoning, tuple(logprobs), report, timings
-        )
-        yield Chunk("", completion=completion)
-
-    def _complete(self, chunks: Iterator[Chunk]) -> Completion:
-        completion = None
-        for chunk in chunks:
-            completion = chunk.completion
-        assert completion is not None
-        return completion
 
 
 def load(

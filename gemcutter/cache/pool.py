@@ -80,8 +80,14 @@ class PagedPool:
         for layer in plan.writers:
             count = counts[layer.window]
             shape = (count.pages * count.tokens, layer.kv_heads, layer.head_dim)
-            self.keys[layer.index] = torch.empty(shape, dtype=dtype, device=device)
-            self.values[layer.index] = torch.empty(shape, dtype=dtype, device=device)
+            try:
+                self.keys[layer.index] = torch.empty(shape, dtype=dtype, device=device)
+                self.values[layer.index] = torch.empty(shape, dtype=dtype, device=device)
+            except (RuntimeError, MemoryError) as error:  # torch reports a refused allocation as a RuntimeError
+                slots = ", ".join(f"{book.tokens * len(book.holders)} {w or 'global'}" for w, book in self.books.items())
+                raise CapacityError(
+                    f"no memory for a cache of {slots} positions ({dtype}); lower --context or the batch"
+                ) from error
 
     @property
     def nbytes(self) -> int:

@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "checkpoint": {"plan", "config", "quant"},
     "text": set(),
     "defaults": {"config", "engine", "text"},
-    "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "defaults"},
-    "cli": {"plan", "config", "checkpoint", "ops", "text", "api", "engine"},
-    "__init__": {"api", "engine"},
+    "completion": {"engine", "text"},
+    "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "defaults", "completion"},
+    "cli": {"plan", "config", "checkpoint", "ops", "text", "api", "engine", "completion"},
+    "__init__": {"api", "engine", "completion"},
 }
 TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use_double_wide_mlp", "global_head_dim")
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
