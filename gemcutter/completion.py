@@ -93,7 +93,7 @@ class Stream:
     def __init__(self, mail: Mail, request: Request, text: TextStream) -> None:
         self._mail = mail
         self._number = mail.open(request)
-        # The generator holds no reference to the stream: dropping the stream ends the request at once, not at some later collection.
+        # The generator holds no reference to the stream, so that dropping the stream ends the request at once.
         self._chunks = _read(mail, self._number, request, text, time.perf_counter())
 
     def __iter__(self) -> Iterator[Chunk]:

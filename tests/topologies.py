@@ -16,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers import logging as transformers_logging
 from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from transformers.models.gemma4_unified import Gemma4UnifiedForCausalLM, Gemma4UnifiedTextConfig
 
@@ -30,6 +31,8 @@ from gemcutter.engine.step import build_step
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Access, ModelPlan, ParamSpec, derive
 from gemcutter.quant import Weight
+
+transformers_logging.set_verbosity_error()  # it warns of rope keys that it then obeys
 
 Raw = dict[str, Any]  # a config.json object in the published spelling
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -111,14 +114,12 @@ SIZES: dict[str, Raw] = {
 def topologies(draw: st.DrawFn, shares: bool, experts: bool) -> Raw:
     """Draw a config of a decoder that transformers can build; `shares` and `experts` say whether it has such layers."""
     layers = draw(st.integers(2 if shares else 1, 8))
-    kinds = draw(st.lists(st.sampled_from((SLIDING, FULL)), min_size=layers - 1, max_size=layers - 1))
-    kinds.append(FULL)  # transformers forces it
-    # Whoever shares needs an owner of its own type; transformers wants owners of all types that occur.
-    counts = [count for count in range(1, layers) if set(kinds[: layers - count]) == set(kinds)]
+    kinds = [*draw(st.lists(st.sampled_from((SLIDING, FULL)), min_size=layers - 1, max_size=layers - 1)), FULL]
+    if shares and FULL not in kinds[:-1]:
+        kinds[0] = FULL  # the last layer is global, so that a global one must write for it
+    counts = [count for count in range(1, layers) if set(kinds[: layers - count]) == set(kinds)]  # every type needs a writer
     if shares and not counts:
-        kinds[0] = kinds[-1]
-        counts = [count for count in range(1, layers) if set(kinds[: layers - count]) == set(kinds)] or [layers - 1]
-        kinds = kinds if set(kinds[: layers - counts[0]]) == set(kinds) else [FULL] * layers
+        kinds, counts = [FULL] * layers, list(range(1, layers))
     heads = draw(st.sampled_from((1, 2, 3, 4, 6, 8)))
     groupings = [count for count in range(1, heads + 1) if heads % count == 0]
     raw: Raw = {
@@ -126,7 +127,7 @@ def topologies(draw: st.DrawFn, shares: bool, experts: bool) -> Raw:
         "vocab_size": VOCAB,
         "vocab_size_per_layer_input": VOCAB,
         "hidden_size": draw(st.integers(16, 48)),
-        "intermediate_size": draw(st.integers(8, 40)),
+        "intermediate_size": draw(st.integers(16, 40)),
         "num_hidden_layers": layers,
         "layer_types": kinds,
         "num_attention_heads": heads,
@@ -138,7 +139,7 @@ def topologies(draw: st.DrawFn, shares: bool, experts: bool) -> Raw:
         "num_kv_shared_layers": draw(st.sampled_from(counts)) if shares else 0,
         "attention_k_eq_v": draw(st.booleans()),
         "use_double_wide_mlp": draw(st.booleans()),
-        "hidden_size_per_layer_input": draw(st.sampled_from((0, 2, 5, 8))),
+        "hidden_size_per_layer_input": draw(st.sampled_from((0, 4, 7, 12))),
         "final_logit_softcapping": draw(st.sampled_from((None, 30.0))),
         "rms_norm_eps": draw(st.sampled_from((1e-6, 1e-2))),  # the large one shows where eps goes in
         "tie_word_embeddings": draw(st.booleans()),
@@ -151,7 +152,7 @@ def topologies(draw: st.DrawFn, shares: bool, experts: bool) -> Raw:
             "enable_moe_block": True,
             "num_experts": num_experts,
             "top_k_experts": draw(st.integers(1, num_experts)),
-            "moe_intermediate_size": draw(st.integers(4, 16)),
+            "moe_intermediate_size": draw(st.integers(12, 24)),
         }
     return raw
 
@@ -292,7 +293,8 @@ def run_alone(decoder: Decoder, ids: tuple[int, ...], chunk: int, page_tokens: i
     pool = PagedPool(decoder.plan, page_counts(decoder.plan, len(ids), chunk, page_tokens=page_tokens), decoder.dtype)
     for tensor in (*pool.keys.values(), *pool.values.values()):
         tensor.fill_(torch.nan)
-    sequence, table = Sequence(0, Request(ids, hidden_states=keep_all)), Table(pool)
+    sequence = Sequence(0, Request(ids, hidden_states=keep_all))
+    sequence.table = table = Table(pool)
     layers: list[list[Tensor]] = [[] for _ in decoder.plan.layers]
     states = []
     while table.length < len(ids):

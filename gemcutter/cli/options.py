@@ -107,9 +107,7 @@ Temperature = Annotated[
 TopK = Annotated[int | None, typer.Option(metavar="K", help="Sample from the K most likely tokens; 0 switches this off.")]
 TopP = Annotated[float | None, typer.Option(metavar="P", help="Sample from the fewest tokens whose probabilities reach P.")]
 MinP = Annotated[float | None, typer.Option(metavar="P", help="Drop tokens below P times the best one's probability.")]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option(metavar="R", help="Above 1: disfavour the tokens of prompt and reply.")
-]
+RepetitionPenalty = Annotated[float | None, typer.Option(metavar="R", help="Above 1: disfavour the tokens of prompt and reply.")]
 PresencePenalty = Annotated[float | None, typer.Option(metavar="X", help="Taken off the logits of tokens in the reply.")]
 FrequencyPenalty = Annotated[float | None, typer.Option(metavar="X", help="The same, once for each time that they occur.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PATIENCE_S = 1.0  # shorter work shows no bar
+UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @cache
@@ -65,7 +66,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=aside(), transient=True, disable=not aside().is_terminal)
+    bar = Progress(*columns, console=aside(), transient=True, disable=not aside().is_interactive)
     task, started = bar.add_task(title), time.monotonic()
 
     def advance(done: int, total: int) -> None:
@@ -81,13 +82,11 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def spell_bytes(count: float) -> str:
     """Spell a number of bytes with three digits: 812 B, 23.0 MB, 10.2 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.{_decimals(count)}f} {unit}"
+    exponent = 0
+    while count >= 999.5 and exponent < len(UNITS) - 1:
+        count, exponent = count / 1000, exponent + 1
+    decimals = 0 if exponent == 0 or count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:.{decimals}f} {UNITS[exponent]}"
 
 
 def spell_count(count: float) -> str:
@@ -98,7 +97,3 @@ def spell_count(count: float) -> str:
 def spell_rate(tokens: int, seconds: float) -> str:
     """Spell tokens a second."""
     return f"{tokens / seconds:.1f} tokens/s" if tokens and seconds else "- tokens/s"
-
-
-def _decimals(value: float) -> int:
-    return 2 if value < 10 else 1 if value < 100 else 0

@@ -1,8 +1,8 @@
 """Block tables under random programs: admission, chunks, rejection, forks, rewinds, copy on write, release.
 
-A `World` runs the real tables beside the plainest model of them, a list of numbers a sequence: every (sequence, position) writes a number of its
-own, and before every step all slots that no later query may see are filled with NaN. What a query sees must be its history, and nothing else.
-Knows nothing of decoders. Read `test_scheduler.py` for the same promises with a model on top.
+A `World` runs the real tables beside the plainest model of them, a list of numbers a sequence: every (sequence, position) writes a
+number of its own, and before every step all slots that no later query may see are filled with NaN. What a query sees must be its
+history, and nothing else. Knows nothing of decoders. Read `test_scheduler.py` for the same promises with a model on top.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class World:
     def fork(self, which: int, cut: int) -> None:
         """Fork a tenant where `cut` says if its windows are still there, else where it stands."""
         if not self.tenants:
-            return
+            self.admit()
         tenant = self.tenants[which % len(self.tenants)]
         length = len(tenant.history) - cut % (len(tenant.history) + 1)
         complete = all(
@@ -113,7 +113,9 @@ class World:
     def step(self, picks: list[tuple[int, int, int]]) -> None:
         """Step several tenants at once; each pick is (tenant, rows, accepted rows)."""
         works: dict[int, tuple[list[int], int]] = {}
-        for which, rows, accepted in picks if self.tenants else ():
+        if not self.tenants:
+            self.admit()
+        for which, rows, accepted in picks:
             index = which % len(self.tenants)
             if index not in works and self._reserve(self.tenants[index].table, rows):
                 works[index] = ([next(self.numbers) for _ in range(rows)], min(rows, accepted))
@@ -190,10 +192,10 @@ STEP = st.builds(partial, st.just(World.step), picks=PICKS)
 FORK = st.builds(partial, st.just(World.fork), which=INDEX, cut=INDEX)
 RELEASE = st.builds(partial, st.just(World.release), which=INDEX)
 PROGRAMS: st.SearchStrategy[list[Callable[[World], None]]] = st.lists(
-    st.one_of(st.just(World.admit), STEP, STEP, STEP, FORK, RELEASE), min_size=8, max_size=40
+    st.one_of(st.just(World.admit), STEP, STEP, STEP, STEP, FORK, FORK, RELEASE), min_size=10, max_size=40
 )
 WINDOWS = st.lists(st.none() | st.integers(1, 13), min_size=1, max_size=3, unique=True)
-PAGE_COUNTS = st.builds(PageCount, pages=st.integers(1, 16), tokens=st.integers(1, 5))
+PAGE_COUNTS = st.builds(PageCount, pages=st.integers(2, 24), tokens=st.integers(1, 5))
 
 
 @stable
@@ -312,14 +314,26 @@ def test_a_lone_sequence_reads_views() -> None:
         table.commit(rows)
 
 
-def test_released_pages_serve_the_next_table() -> None:
+def test_a_growing_sequence_stays_a_view_when_lower_pages_come_free() -> None:
+    pool = make_pool({None: PageCount(9, 2)})
+    early, late = Table(pool), Table(pool)
+    for table in (early, late):
+        table.reserve(4)
+        table.commit(4)
+    early.release()
+    late.reserve(3)
+    assert late.span(None).where == slice(4, 11)
+
+
+def test_a_released_table_is_as_good_as_new() -> None:
     pool = make_pool({None: PageCount(3, 2), 3: PageCount(4, 2)})
+    table = Table(pool)
     for _ in range(5):
-        table = Table(pool)
         table.reserve(6)
         table.commit(6)
         table.release()
         table.release()  # an empty table has nothing to give
+        assert table.length == 0
     assert [book.free for book in pool.books.values()] == [3, 4]
 
 
