@@ -108,7 +108,7 @@ def _diagnosis(error: Exception, repo: str, revision: str | None) -> str:
         return f"the hub refuses access to {repo} (HTTP {status}); set HF_TOKEN to a token that may read it"
     if status is not None:
         return f"the hub can't deliver {repo} (HTTP {status}) and no copy is cached; try again later, {_ELSEWHERE}"
-    if isinstance(cause, errors.OfflineModeIsEnabled) or isinstance(error, errors.OfflineModeIsEnabled):
+    if isinstance(cause, errors.OfflineModeIsEnabled):
         return f"{repo} has no complete copy in the cache and HF_HUB_OFFLINE forbids the network; unset it, {_ELSEWHERE}"
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
         return (

@@ -36,6 +36,7 @@ def some_tensors() -> dict[str, torch.Tensor]:
         "scalar": torch.tensor(2.5, dtype=torch.float16),
         "empty": torch.empty(0, 4),
         "transposed": torch.arange(12, dtype=torch.int64).view(3, 4).t(),
+        "strided": torch.arange(10, dtype=torch.float64)[::3],
         "mask": torch.tensor([True, False, True]),
         "packed": torch.arange(3, dtype=torch.uint8),
     }
@@ -301,6 +302,11 @@ def test_one_shard_is_a_plain_file_without_index(tmp_path: Path) -> None:
     assert write_sharded(tmp_path, SPECS, [A, B]) == (tmp_path / "model.safetensors",)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert same(ours(tmp_path), {"a": A, "b": B})
+
+
+def test_a_tensor_above_the_shard_size_has_a_shard_of_its_own(tmp_path: Path) -> None:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX_NAME]
+    assert [path.name for path in write_sharded(tmp_path, SPECS, [A, B], max_shard_bytes=1)] == names
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", INDEX_NAME])
