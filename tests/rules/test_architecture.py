@@ -103,10 +103,14 @@ def test_transformers_is_never_imported() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not [name for name in names if name.split(".")[0] in ("transformers", "mlx", "mlx_lm", "peft", "llama_cpp")], path
+            assert not [name for name in names if name.split(".")[0] in ("transformers", "mlx", "mlx_lm", "peft", "llama_cpp")], (
+                path
+            )
 
 
-@pytest.mark.parametrize("module", ["gemcutter", "gemcutter.plan", "gemcutter.config", "gemcutter.checkpoint.match", "gemcutter.ops.bind"])
+@pytest.mark.parametrize(
+    "module", ["gemcutter", "gemcutter.plan", "gemcutter.config", "gemcutter.checkpoint.match", "gemcutter.ops.bind"]
+)
 def test_headers_and_plans_need_no_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
