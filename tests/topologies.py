@@ -120,8 +120,8 @@ def topologies(draw: st.DrawFn, shares: bool, experts: bool) -> Raw:
     counts = [count for count in range(1, layers) if set(kinds[: layers - count]) == set(kinds)]  # every type needs a writer
     if shares and not counts:
         kinds, counts = [FULL] * layers, list(range(1, layers))
-    heads = draw(st.sampled_from((1, 2, 3, 4, 6, 8)))
-    groupings = [count for count in range(1, heads + 1) if heads % count == 0]
+    heads = draw(st.sampled_from((4, 6, 8, 2, 3, 1)))
+    groupings = sorted((count for count in range(1, heads + 1) if heads % count == 0), key=lambda count: count in (1, heads))
     raw: Raw = {
         "model_type": "gemma4_text",
         "vocab_size": VOCAB,

@@ -7,6 +7,7 @@ Owns the list of verbs, `gemcutter --help` and the exit codes: 0 done, 1 an erro
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -67,6 +68,7 @@ def _top(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and give its exit code; whatever happens is told in a message."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 (a parent may have closed it; to us that is an empty one)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal's encoding may lack what a model says
             stream.reconfigure(errors="replace")

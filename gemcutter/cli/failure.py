@@ -44,7 +44,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, GemcutterError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        return f"{error.filename}: {error.strerror}" if error.filename else f"input or output failed: {error.strerror or error}"
     if isinstance(error, MemoryError) or any(words in str(error) for words in ALLOCATORS):
         return "out of memory; lower --context, or choose a smaller model (`gemcutter inspect MODEL` shows what one needs)"
     return f"{type(error).__name__}: {_one_line(str(error))} (unexpected; set {DEBUG}=1 to see the traceback)"
@@ -61,8 +61,8 @@ def discard_output() -> None:
 def _usage(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "gemcutter"
-    message = error.format_message() if hasattr(error, "format_message") else str(error)
-    return f"{command}: {_one_line(message).rstrip('.')}; see {command} --help"
+    message = _one_line(error.format_message() if hasattr(error, "format_message") else str(error))
+    return f"{command}: {message}{'' if message.endswith(('.', '?')) else '.'} See {command} --help."
 
 
 def _one_line(text: str) -> str:

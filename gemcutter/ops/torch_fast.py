@@ -18,9 +18,11 @@ from gemcutter.quant import Weight
 
 def linear_native(x_ND: Tensor, weight: Weight) -> Tensor:
     """Multiply with the library's kernel for the stored dtype, one call a part."""
-    wide = torch.promote_types(x_ND.dtype, weight.dtype)  # differs for the router alone, whose rows are float32
-    products = [F.linear(x_ND.to(wide), part.to(wide)) for part in weight.parts]
-    return (products[0] if len(products) == 1 else torch.cat(products, dim=1)).to(x_ND.dtype)
+    if x_ND.dtype != weight.dtype:  # the router alone, whose rows are float32
+        wide = torch.promote_types(x_ND.dtype, weight.dtype)
+        return linear_native(x_ND.to(wide), Weight(tuple(part.to(wide) for part in weight.parts))).to(x_ND.dtype)
+    products = [F.linear(x_ND, part) for part in weight.parts]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 def linear_tiled(x_ND: Tensor, weight: Weight) -> Tensor:

@@ -28,7 +28,7 @@ from tests.topologies import (
     topologies,
 )
 
-EXAMPLES = 60  # for each of the four kinds below
+EXAMPLES = 80  # for each of the four kinds below
 TIE = 1e-4  # expert choices closer than this may fall either way, in either implementation
 
 

@@ -1,8 +1,8 @@
 """Block tables under random programs: admission, chunks, rejection, forks, rewinds, copy on write, release.
 
-A `World` runs the real tables beside the plainest model of them, a list of numbers a sequence: every (sequence, position) writes a
-number of its own, and before every step all slots that no later query may see are filled with NaN. What a query sees must be its
-history, and nothing else. Knows nothing of decoders. Read `test_scheduler.py` for the same promises with a model on top.
+A `World` runs the real tables beside the plainest model of them, a list of numbers a sequence: every position written gets a
+number of its own, and before every step all slots that no sequence holds are filled with NaN. What a query sees must be its history
+and nothing else. Knows nothing of decoders. Read `test_scheduler.py` for the same promises with a model on top.
 """
 
 from __future__ import annotations
@@ -94,11 +94,8 @@ class World:
             self.admit()
         tenant = self.tenants[which % len(self.tenants)]
         length = len(tenant.history) - cut % (len(tenant.history) + 1)
-        complete = all(
-            not held(tenant.table, window) or tenant.table.span(window).start <= oldest_visible(window, length)
-            for window in self.windows
-        )
-        assert tenant.table.can_rewind(length) or not complete
+        complete = all(tenant.table.span(window).start <= oldest_visible(window, length) for window in self.windows)
+        assert tenant.table.can_rewind(length) is complete
         if not tenant.table.can_rewind(length):
             length = len(tenant.history)
         before = [list(self.pool.books[window].holders) for window in self.windows]
@@ -146,14 +143,13 @@ class World:
         return True
 
     def _poison(self) -> None:
-        """Fill every slot with NaN but those that a query at or after some tenant's end will see."""
+        """Fill every slot with NaN but those of the positions that some tenant holds."""
         for layer in self.plan.writers:
             wanted = torch.zeros(len(self.pool.keys[layer.index]), dtype=torch.bool)
             for tenant in self.tenants:
                 if held(tenant.table, layer.window):
                     span = tenant.table.span(layer.window)
-                    first = oldest_visible(layer.window, len(tenant.history)) - span.start
-                    wanted[slots_of(span)[first : len(tenant.history) - span.start]] = True
+                    wanted[slots_of(span)[: len(tenant.history) - span.start]] = True
             self.pool.keys[layer.index][~wanted] = torch.nan
             self.pool.values[layer.index][~wanted] = torch.nan
 
