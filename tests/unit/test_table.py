@@ -1,8 +1,8 @@
 """Block tables under random programs: admission, chunks, rejection, forks, rewinds, copy on write, release.
 
 A `World` runs the real tables beside the plainest model of them, a list of numbers a sequence: every position written gets a
-number of its own, and before every step all slots that no sequence holds are filled with NaN. What a query sees must be its history
-and nothing else. Knows nothing of decoders. Read `test_scheduler.py` for the same promises with a model on top.
+number of its own, and before every step all slots that no sequence holds are filled with NaN. What a query sees must be its
+history and nothing else. Knows nothing of decoders. Read `test_scheduler.py` for the same promises with a model on top.
 """
 
 from __future__ import annotations

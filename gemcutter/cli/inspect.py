@@ -1,0 +1,277 @@
+"""`gemcutter inspect`: what a checkpoint is, and how it will run.
+
+Owns the report, one object from which both the tables and --json are made; every size in it comes from the plan. Reads headers
+only and imports no torch, so that it answers at once whatever the checkpoint's size. Read `gemcutter/plan.py` for what the
+columns mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemcutter.checkpoint.hub import locate
+from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.source import DTYPES
+from gemcutter.cli import options
+from gemcutter.cli.failure import UsageError
+from gemcutter.cli.terminal import spell_bytes, spell_count
+from gemcutter.errors import RequestError
+from gemcutter.ops.bind import explain
+from gemcutter.plan import LayerPlan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HELP = """
+Show what a checkpoint is and how it will run.
+
+That is: its layers and whose keys and values they read, what it holds beyond them, memory and work by context length, and the
+kernels that would be chosen, with the reasons against the others. Only headers are read. Drafters (assistants) can be inspected,
+too; towers for images and audio are listed as left aside.
+"""
+EXAMPLES = """\b
+Examples:
+  gemcutter inspect demo
+  gemcutter inspect ./gemma-4-E2B-it --context 8192,131072 --dtype float32
+  gemcutter inspect demo --json
+"""
+CONTEXTS = (4096, 32768, 131072)
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+PROJECTIONS = {"qkv": "q k v", "qk": "q k, v = k", "q": "q"}
+
+Contexts = Annotated[
+    str | None,
+    typer.Option(
+        "--context",
+        metavar="TOKENS,...",
+        help=f"Context lengths to size memory and work for.  [default: {','.join(map(str, CONTEXTS))}]",
+    ),
+]
+
+
+def inspect(
+    model: options.Model,
+    contexts: Contexts = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+    kernels: options.Kernels = "auto",
+    as_json: options.Json = False,
+    ignore: options.Ignore = None,
+) -> None:
+    """Print the report of one checkpoint. Raises UsageError or GemcutterError."""
+    asked = None if contexts is None else options.parse_integers(contexts)
+    if asked is not None and (not asked or min(asked) < 1):
+        raise UsageError(f"--context: expected positive numbers with commas between them, found {contexts!r}")
+    checkpoint = open_checkpoint(locate(model), tuple(ignore or ()))
+    compute = dtype or checkpoint.config.dtype
+    if compute not in ITEM_BYTES:
+        raise UsageError(f"the checkpoint's own dtype is {compute}, which overflows in this family; give --dtype")
+    if asked and max(asked) > checkpoint.plan.context:
+        raise RequestError(f"--context {max(asked)}: the model was made for {checkpoint.plan.context} tokens at most")
+    lengths = asked or tuple(length for length in CONTEXTS if length <= checkpoint.plan.context) or (checkpoint.plan.context,)
+    found = describe(checkpoint, model, lengths, compute, device, kernels)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found)
+
+
+# ---- the report ----
+
+
+def describe(
+    checkpoint: Checkpoint, model: str, contexts: Sequence[int], dtype: str, device: str, kernels: str
+) -> dict[str, Any]:
+    """Give everything that `inspect` shows. Bytes count what is stored for layers, what is held in memory for weights."""
+    plan, source, config = checkpoint.plan, checkpoint.source, checkpoint.config
+    stored = stored_dtype(checkpoint)
+    # A mapped weight keeps its width; what is stored wider than it is computed, or goes to a GPU, is converted once.
+    item_bytes = min(ITEM_BYTES[dtype], DTYPES[stored][0]) if device == "cpu" else ITEM_BYTES[dtype]
+    return {
+        "model": model,
+        "path": str(source.path),
+        "format": checkpoint.format,
+        "model_type": config.model_type,
+        "is_drafter": plan.is_drafter,
+        "files": [file.name for file in source.files],
+        "file_bytes": source.total_bytes,
+        "stored_dtype": DTYPES[stored][1],
+        "compute_dtype": dtype,
+        "hidden": plan.hidden,
+        "vocab": plan.vocab,
+        "context": plan.context,
+        "layers": [describe_layer(layer, checkpoint) for layer in plan.layers],
+        "first_reader": plan.first_reader,
+        "parameters": count_parameters(checkpoint),
+        "skipped": _pile(checkpoint.matched.redundant),
+        "left_aside": {kind: _pile(pieces) for kind, pieces in checkpoint.matched.beside.items()},
+        "ignored": _pile(checkpoint.matched.ignored),
+        "notes": checkpoint.matched.notes(plan),
+        "weights": {
+            "bytes": plan.weight_bytes(item_bytes),
+            "read_whole_bytes": plan.weight_bytes(item_bytes, rows_access=False),
+        },
+        "contexts": [describe_context(checkpoint, tokens, item_bytes, ITEM_BYTES[dtype]) for tokens in contexts],
+        "kernels": [
+            {
+                "verb": choice.site.verb,
+                "provider": choice.provider.name,
+                "refusals": [{"provider": name, "reason": reason} for name, reason in choice.refusals],
+            }
+            for choice in explain(plan, device.partition(":")[0], dtype, DTYPES[stored][1], kernels)
+        ],
+    }
+
+
+def describe_context(checkpoint: Checkpoint, tokens: int, item_bytes: int, kv_item_bytes: int) -> dict[str, Any]:
+    """Give memory and work at one context length."""
+    plan = checkpoint.plan
+    # a drafter has no prefill: its target's keys and values are there already
+    flops = (None, None) if plan.is_drafter else (plan.flops(tokens), plan.flops(tokens, skip_rows=False))
+    return {
+        "tokens": tokens,
+        "kv_bytes": plan.kv_bytes(tokens, kv_item_bytes),
+        "read_bytes_per_token": plan.read_bytes(tokens, item_bytes, kv_item_bytes),
+        "prefill_flops": flops[0],
+        "prefill_flops_all_rows": flops[1],
+    }
+
+
+def describe_layer(layer: LayerPlan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Give one row of the layer table; `bytes` are the stored ones of its own tensors."""
+    prefix = f"layers.{layer.index}."
+    owned = [pieces for name, pieces in checkpoint.matched.pieces.items() if name.startswith(prefix)]
+    return {
+        "index": layer.index,
+        "attention": layer.attn.value,
+        "projection": layer.proj.value,
+        "kv_source": "own" if layer.writes else "target" if layer.kv_owner == "target" else layer.kv_layer,
+        "window": layer.window,
+        "heads": layer.heads,
+        "kv_heads": layer.kv_heads,
+        "head_dim": layer.head_dim,
+        "mlp_width": layer.mlp_width,
+        "experts": layer.moe and {"count": layer.moe.experts, "top_k": layer.moe.top_k, "width": layer.moe.width},
+        "ple_dim": layer.ple_dim,
+        "bytes": sum(piece.data.nbytes for pieces in owned for piece in pieces),
+    }
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """Give the dtype that most bytes of the decoder are stored in, in safetensors spelling."""
+    sizes = Counter[str]()
+    for pieces in checkpoint.matched.pieces.values():
+        for piece in pieces:
+            sizes[piece.data.dtype] += piece.data.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def count_parameters(checkpoint: Checkpoint) -> dict[str, int]:
+    """Count the decoder's parameters by place; tied tensors count once, buffers not at all."""
+    counts = {"total": checkpoint.plan.num_params(), "layers": 0, "embedding": 0, "per_layer_embedding": 0, "other": 0}
+    for spec in checkpoint.plan.params():
+        section = spec.name.partition(".")[0]
+        place = {"layers": "layers", "head": "embedding"}.get(section, "other")
+        place = {"embed.tokens": "embedding", "embed.ple": "per_layer_embedding"}.get(spec.name, place)
+        counts[place] += 0 if spec.buffer else spec.elements
+    return counts
+
+
+def _pile(pieces: Sequence[Any]) -> dict[str, int]:
+    return {"tensors": len(pieces), "bytes": sum(piece.data.nbytes for piece in pieces)}
+
+
+# ---- as tables ----
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the report as tables on stdout."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a file or pipe has no width to respect
+    for line in _head(found):
+        console.print(line)
+    for table in (_layers(found["layers"]), _contexts(found["contexts"]), _kernels(found["kernels"])):
+        console.print()
+        console.print(table)
+
+
+def _head(found: dict[str, Any]) -> Iterator[str]:
+    counts, weights, layers = found["parameters"], found["weights"], found["layers"]
+    kind = "a drafter: it runs only beside its target" if found["is_drafter"] else "a decoder"
+    parts = ", ".join(f"{name.replace('_', ' ')} {spell_count(n)}" for name, n in counts.items() if n and name != "total")
+    yield f"{found['path']}: {found['model_type']}, {kind}"
+    yield f"  format      {found['format']}, {_files(found['files'])}, {spell_bytes(found['file_bytes'])}"
+    yield f"  dtypes      stored {found['stored_dtype']}, computed {found['compute_dtype']}"
+    yield f"  sizes       {len(layers)} layers, hidden {found['hidden']}, vocabulary {found['vocab']}, context {found['context']}"
+    yield f"  parameters  {spell_count(counts['total'])}: {parts}"
+    aside = weights["bytes"] - weights["read_whole_bytes"]
+    yield f"  weights     {spell_bytes(weights['bytes'])}" + (
+        f", of which {spell_bytes(aside)} are read by rows and stay on disk" if aside else ""
+    )
+    for line in found["notes"]:
+        yield f"  note        {line}"
+
+
+def _files(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} files"
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.strip("<"), justify="left" if column.startswith("<") else "right", no_wrap=True)
+    return table
+
+
+def _layers(layers: Sequence[dict[str, Any]]) -> Table:
+    optional = {"experts": any(row["experts"] for row in layers), "PLE": any(row["ple_dim"] for row in layers)}
+    extra = [name for name, is_shown in optional.items() if is_shown]
+    table = _table("Layers", "layer", "<attention", "window", "<owns", "<reads", "heads", "kv", "dim", "MLP", *extra, "bytes")
+    for row in layers:
+        source, moe = row["kv_source"], row["experts"]
+        cells = {"experts": f"{moe['top_k']} of {moe['count']} x {moe['width']}" if moe else "", "PLE": str(row["ple_dim"])}
+        table.add_row(
+            str(row["index"]),
+            row["attention"],
+            str(row["window"] or "all"),
+            PROJECTIONS[row["projection"]],
+            f"layer {source}" if isinstance(source, int) else source,
+            *(str(row[name]) for name in ("heads", "kv_heads", "head_dim", "mlp_width")),
+            *(cells[name] for name in extra),
+            spell_bytes(row["bytes"]),
+        )
+    return table
+
+
+def _contexts(contexts: Sequence[dict[str, Any]]) -> Table:
+    table = _table("By context", "tokens", "KV memory", "read per token", "prefill FLOPs", "if all rows ran", "saved")
+    for row in contexts:
+        flops, whole = row["prefill_flops"], row["prefill_flops_all_rows"]
+        work = ("-", "-", "-") if flops is None else (f"{flops:.3g}", f"{whole:.3g}", f"{1 - flops / whole:.0%}")
+        table.add_row(
+            str(row["tokens"]),
+            spell_bytes(row["kv_bytes"]),
+            spell_bytes(row["read_bytes_per_token"]),
+            *work,
+        )
+    return table
+
+
+def _kernels(kernels: Sequence[dict[str, Any]]) -> Table:
+    table = _table("Kernels", "<verb", "<provider")
+    table.add_column("why not a faster one")
+    for row in kernels:
+        reasons = "; ".join(f"{refusal['provider']}: {refusal['reason']}" for refusal in row["refusals"])
+        table.add_row(row["verb"], row["provider"], reasons)
+    return table

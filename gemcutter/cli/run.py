@@ -1,0 +1,207 @@
+"""`gemcutter run`: continue one prompt.
+
+Owns where the prompt comes from (argument, stdin, ids), whether it passes the chat template, and the JSON of the result. Refuses
+to know how text is generated. Read `gemcutter/api.py` next.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemcutter.cli import options
+from gemcutter.cli.failure import UsageError
+from gemcutter.cli.loading import load_model
+from gemcutter.cli.memory import peak_rss_bytes
+from gemcutter.cli.terminal import Answer, aside, note, spell_rate
+from gemcutter.errors import RequestError
+
+if TYPE_CHECKING:
+    from gemcutter.api import Completion, Model, Prompt
+    from gemcutter.text.tokenizer import Tokenizer
+
+HELP = """
+Continue one prompt and print the reply as it comes.
+
+The prompt is PROMPT, or stdin where PROMPT is "-" or absent, less its last line break. It goes through the checkpoint's chat
+template as a user's message if there is a template, else to the model as it is. The choice of tokens is greedy unless
+--temperature or the checkpoint's generation_config.json says otherwise. The reply goes to stdout, all else to stderr.
+"""
+EXAMPLES = """\b
+Examples:
+  gemcutter run demo "What is a lantern?"
+  gemcutter run demo "In the beginning" --raw -n 64 --temperature 0.8 --top-p 0.95 --seed 7
+  gemcutter run google/gemma-4-E2B-it - < question.txt
+  gemcutter run demo --tokens 2,1024,981 --top-logits 10 --json
+"""
+
+Prompt_ = Annotated[str | None, typer.Argument(metavar="PROMPT", help='Text; "-" is stdin.', show_default=False)]
+MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", metavar="N", min=0, help="Tokens to generate at most.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Leave the chat template out: <bos> and the text as it is.")]
+Tokens = Annotated[
+    str | None, typer.Option(metavar="IDS", help="Token ids such as 2,1024,981 in place of text, taken as they are.")
+]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the reply before this text; repeatable.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after tokens that end a turn.")]
+Logprobs = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="Also give every token's log-probability, and the N best.")
+]
+TopLogits = Annotated[
+    int | None, typer.Option(metavar="K", min=1, help="Also give the K best logits at the last position of the prompt.")
+]
+
+
+def run(
+    model: options.Model,
+    prompt: Prompt_ = None,
+    max_tokens: MaxTokens = 256,
+    raw: Raw = False,
+    tokens: Tokens = None,
+    system: options.System = None,
+    think: options.Think = False,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = None,
+    logprobs: Logprobs = None,
+    top_logits: TopLogits = None,
+    as_json: options.Json = False,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+    kernels: options.Kernels = "auto",
+    context: options.Context = None,
+    threads: options.Threads = None,
+    ignore: options.Ignore = None,
+) -> None:
+    """Answer one prompt on stdout, as text or as one JSON object. Raises UsageError or GemcutterError."""
+    if (raw or tokens is not None) and (system is not None or think):
+        raise UsageError("--system and --think are parts of the chat template, which --raw and --tokens leave out")
+    asked = read_prompt(prompt, tokens)
+    sampling = options.check_sampling(
+        options.given(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            logprobs=logprobs,
+        )
+    )
+    loaded = load_model(model, dtype=dtype, device=device, kernels=kernels, context=context, threads=threads, ignore=ignore)
+    chunks = loaded.stream(
+        asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think),
+        max_tokens=max_tokens,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+        enable_thinking=think,
+        top_logits=top_logits or 0,
+        **sampling,
+    )
+    answer, completion = Answer(), None
+    for chunk in chunks:
+        completion = chunk.completion
+        if not as_json:
+            answer.write(chunk.text, chunk.kind)
+    answer.end()
+    assert completion is not None  # the last chunk carries it
+    if as_json:
+        print(json.dumps(as_object(completion, loaded.load_s, wants_top_logits=top_logits is not None)))
+    else:
+        show_details(completion, loaded.tokenizer)
+
+
+def read_prompt(prompt: str | None, tokens: str | None) -> str | tuple[int, ...]:
+    """Find the prompt: ids, or text from the command line or stdin. Raises UsageError or RequestError."""
+    if tokens is not None:
+        if prompt is not None:
+            raise UsageError("give either PROMPT or --tokens, not both")
+        asked: str | tuple[int, ...] = options.parse_integers(tokens)
+    elif prompt is not None and prompt != "-":
+        asked = prompt
+    elif prompt is None and sys.stdin.isatty():
+        raise UsageError("missing PROMPT; give a text, --tokens, or text on stdin")
+    else:
+        asked = read_stdin().removesuffix("\n")
+    if not asked:
+        raise RequestError("the prompt is empty; to start from <bos> alone, give its id: --tokens 2")
+    return asked
+
+
+def read_stdin() -> str:
+    """Read all of stdin. Raises RequestError if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not valid UTF-8 (byte {error.start}); convert it first") from None
+
+
+def as_message(model: Model, text: str, system: str | None, think: bool) -> Prompt:
+    """Make a conversation of a text where the model has a chat template. Raises RequestError if options need one it lacks."""
+    if model.template is not None:
+        return conversation(text, system)
+    if system is not None or think:
+        raise RequestError("this checkpoint has no chat template (a base model?), which --system and --think need")
+    return text
+
+
+def conversation(text: str, system: str | None) -> list[dict[str, str]]:
+    """Give the messages of a first turn."""
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, {"role": "user", "content": text}]
+
+
+def as_object(completion: Completion, load_s: float, *, wants_top_logits: bool) -> dict[str, Any]:
+    """Give a completion as the object that --json prints; times in seconds."""
+    timings = completion.timings
+    found: dict[str, Any] = {
+        "prompt_tokens": completion.prompt_tokens,
+        "tokens": completion.tokens,
+        "text": completion.text,
+        "reasoning": completion.reasoning,
+        "finish_reason": completion.finish_reason,
+    }
+    if wants_top_logits:
+        found["top_logits"] = completion.prompt.top_logits
+    if completion.logprobs:
+        found["logprobs"] = [{"id": one.token, "logprob": one.logprob, "top": one.top} for one in completion.logprobs]
+    found["timings"] = {
+        "load_s": load_s,
+        "prefill_tokens": timings.prefill_tokens,
+        "prefill_s": timings.prefill_s,
+        "decode_tokens": timings.decode_tokens,
+        "decode_s": timings.decode_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    return found
+
+
+def show_details(completion: Completion, tokenizer: Tokenizer) -> None:
+    """Show on stderr what was asked beside the text, and on a terminal how fast it came."""
+    if completion.prompt.top_logits:
+        note("best logits after the prompt:")
+        for token, value in completion.prompt.top_logits:
+            note(f"  {value:8.3f}  {token:6}  {tokenizer.piece(token)!r}")
+    if completion.logprobs:
+        note("log-probabilities of the reply's tokens, and the best at each place:")
+    for one in completion.logprobs:
+        best = ", ".join(f"{tokenizer.piece(token)!r} {value:.3f}" for token, value in one.top)
+        note(f"  {one.logprob:8.3f}  {one.token:6}  {tokenizer.piece(one.token)!r}  {best}")
+    if aside().is_terminal:
+        spent = completion.timings
+        note(
+            f"prompt {len(completion.prompt_tokens)} tokens, {spell_rate(spent.prefill_tokens, spent.prefill_s)}; "
+            f"reply {len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}; "
+            f"end: {completion.finish_reason}"
+        )

@@ -1,0 +1,214 @@
+"""`gemcutter score`: how well a model predicts a text.
+
+Owns the cut of a text into windows, which token counts in which window, and the mean; the log-probabilities come from the
+engine's reports on prompts. Refuses to know how they are computed. Read `gemcutter/engine/request.py` next.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemcutter.cli import options
+from gemcutter.cli.failure import UsageError
+from gemcutter.cli.loading import load_model
+from gemcutter.cli.run import read_stdin
+from gemcutter.cli.terminal import progress, spell_rate
+from gemcutter.errors import RequestError
+
+if TYPE_CHECKING:
+    from gemcutter.api import Model
+
+HELP = """
+Give the perplexity of a text.
+
+That is exp(mean negative log-likelihood in nats per token); both are shown.
+
+FILE ("-" is stdin) is cut into windows: <bos> and the next TOKENS - 1 tokens, starting where the window before ended. Every
+window is predicted on its own, so every token of the text counts once, with what stands before it in its window as context. With
+--stride S, windows start every S tokens instead; the tokens that a window shares with the one before are context and don't count
+again, so that more context costs more time. Numbers can be compared only between equal windows.
+
+--tokens-file holds JSON: a list of ids, or a list of such lists, each of which is one window as it is, <bos> included or not.
+All tokens but the first of a window are predicted. With --window, a single list is cut like a text.
+"""
+EXAMPLES = """\b
+Examples:
+  gemcutter score demo README.md
+  gemcutter score demo README.md --window 1024 --stride 512 --json
+  gemcutter score demo --tokens-file windows.json --dtype float32
+"""
+WINDOW = 512
+BATCH = 8  # windows in flight
+
+File = Annotated[str | None, typer.Argument(metavar="FILE", help='UTF-8 text; "-" is stdin.', show_default=False)]
+TokensFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Token ids as JSON in place of text.")]
+WindowOption = Annotated[
+    int | None,
+    typer.Option("--window", metavar="TOKENS", min=2, help=f"Length of a window, <bos> included.  [default: {WINDOW}]"),
+]
+Stride = Annotated[
+    int | None, typer.Option(metavar="S", min=1, help="Tokens from one window's start to the next.  [default: TOKENS - 1]")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A stretch of ids that is predicted on its own; the first `context` tokens do not count."""
+
+    ids: tuple[int, ...]
+    context: int = 1
+
+    @property
+    def counted(self) -> int:
+        """Count the tokens whose log-probability enters the mean."""
+        return len(self.ids) - self.context
+
+
+def score(
+    model: options.Model,
+    file: File = None,
+    tokens_file: TokensFile = None,
+    window: WindowOption = None,
+    stride: Stride = None,
+    as_json: options.Json = False,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+    kernels: options.Kernels = "auto",
+    threads: options.Threads = None,
+    ignore: options.Ignore = None,
+) -> None:
+    """Score one text and print the result. Raises UsageError or GemcutterError."""
+    if (file is None) == (tokens_file is None):
+        raise UsageError("give either FILE or --tokens-file")
+    length = window or WINDOW
+    step = stride or length - 1
+    if step > length - 1:
+        raise UsageError(f"--stride {step} would skip tokens between windows of {length}; give at most {length - 1}")
+    text = None if file is None else read_text(file)
+    lists = [] if tokens_file is None else read_lists(tokens_file)
+    is_cut = text is not None or window is not None or stride is not None
+    if is_cut and len(lists) > 1:
+        raise UsageError("--window and --stride cut a text or one list of ids; several lists are windows already")
+    longest = length if is_cut else max(map(len, lists))
+    loaded = load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        context=longest,
+        threads=threads,
+        ignore=ignore,
+        max_sequences=BATCH,
+    )
+    if longest > loaded.engine.context:
+        raise RequestError(f"a window of {longest} tokens does not fit the model's context of {loaded.engine.context}")
+    windows = [Window(tuple(ids)) for ids in lists]
+    if is_cut:
+        body = lists[0] if text is None else loaded.tokenizer.encode(text, bos=True)
+        windows = list(cut(body, loaded.tokenizer.bos_id, length, step))
+    found = measure(loaded, windows) | {"window": length if is_cut else None, "stride": step if is_cut else None}
+    if as_json:
+        print(json.dumps(found))
+    else:
+        show(found)
+
+
+# ---- what is scored ----
+
+
+def read_text(file: str) -> str:
+    """Read the text to score. Raises RequestError."""
+    if file == "-":
+        return read_stdin()
+    try:
+        return Path(file).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise RequestError(f"{file} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{file} is not valid UTF-8 (byte {error.start}); convert it first") from None
+
+
+def read_lists(file: Path) -> list[list[int]]:
+    """Read a file of ids, one list or several, none of them empty. Raises RequestError."""
+    try:
+        found = json.loads(file.read_bytes())
+    except OSError as error:
+        raise RequestError(f"{file} can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{file} is not JSON: {error}") from None
+    if _are_ids(found):
+        return [found]
+    if not isinstance(found, list) or not found or not all(map(_are_ids, found)):
+        raise RequestError(f"{file}: expected a list of token ids, or a list of such lists")
+    return found
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def cut(ids: Sequence[int], bos: int, length: int, stride: int) -> Iterator[Window]:
+    """Cut ids into windows of `length` that start with `bos` and lie `stride` <= length - 1 apart; each token counts once.
+
+    A `bos` that the ids bring along is not one of the tokens to predict.
+    """
+    body = ids[1:] if ids[0] == bos else ids
+    start = counted = 0
+    while counted < len(body):
+        end = min(start + length - 1, len(body))
+        yield Window((bos, *body[start:end]), 1 + counted - start)
+        start, counted = start + stride, end
+
+
+# ---- the score ----
+
+
+def measure(model: Model, windows: Sequence[Window]) -> dict[str, Any]:
+    """Predict all windows, BATCH at a time. Raises RequestError for ids out of range, or if nothing is left to predict."""
+    num_tokens = sum(window.counted for window in windows)
+    if not num_tokens:
+        raise RequestError("nothing to score: a window needs at least two tokens, the first of which is not predicted")
+    started, losses = time.perf_counter(), list[float]()
+    with progress("scoring") as advance:
+        for first in range(0, len(windows), BATCH):
+            losses += _losses(model, windows[first : first + BATCH])
+            advance(len(losses), num_tokens)
+    mean = math.fsum(losses) / num_tokens
+    return {
+        "nll_mean": mean,
+        "perplexity": math.exp(mean),
+        "tokens": num_tokens,
+        "windows": len(windows),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _losses(model: Model, windows: Sequence[Window]) -> Iterator[float]:
+    """Yield the negative log-probability of every counted token of a batch."""
+    from gemcutter.engine.request import Request
+
+    engine = model.engine
+    numbered = {engine.submit(Request(window.ids, max_tokens=0, prompt_logprobs=0)): window for window in windows}
+    while engine.has_work:
+        for event in engine.step():
+            if event.prompt is not None:  # one log-probability for each token but the first
+                yield from (-found.logprob for found in event.prompt.logprobs[numbered[event.request].context - 1 :])
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the result for a reader."""
+    how = "as given"
+    if found["window"] is not None:
+        how = f"of up to {found['window']} tokens, <bos> included, {found['stride']} apart; every token counts once"
+    print(f"nll         {found['nll_mean']:.4f} nats per token")
+    print(f"perplexity  {found['perplexity']:.3f}")
+    print(f"tokens      {found['tokens']} predicted ({spell_rate(found['tokens'], found['seconds'])})")
+    print(f"windows     {found['windows']}, {how}")

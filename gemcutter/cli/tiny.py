@@ -1,0 +1,56 @@
+"""`gemcutter tiny`: write a random checkpoint with every trait of a released size.
+
+Owns the options; `checkpoint/synth.py` owns the geometry and the bytes. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemcutter.cli.terminal import spell_bytes
+
+HELP = """
+Write a random checkpoint like a released size.
+
+It goes into the folder OUT, which must be empty or absent, in the layout of Hugging Face's libraries, so that other engines load
+it too. It has every trait of the size, but is small: a few layers of each kind, narrow, and the demo's tokenizer. Its text is
+noise; it is there for tests and for a look at the topology.
+"""
+EXAMPLES = """\b
+Examples:
+  gemcutter tiny --like E2B ./tiny-e2b
+  gemcutter tiny --like 26B-A4B ./tiny-moe --seed 7
+  gemcutter tiny --like 31B ./big --full     (the true geometry: 61 GB)
+"""
+
+
+def check_size(name: str) -> str:
+    """Accept the name of a released size. Raises typer.BadParameter."""
+    from gemcutter.checkpoint.synth import SIZES
+
+    if name not in SIZES:
+        raise typer.BadParameter(f"expected one of {', '.join(SIZES)}, found {name!r}")
+    return name
+
+
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
+Like = Annotated[
+    str,
+    typer.Option(metavar="E2B|E4B|12B|26B-A4B|31B", help="The size to imitate.", callback=check_size, show_default=False),
+]
+Full = Annotated[bool, typer.Option("--full", help="Keep the true geometry.")]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Same seed, same bytes.")]
+
+
+def tiny(out: Out, like: Like, full: Full = False, seed: Seed = 0) -> None:
+    """Write the checkpoint and say what to do with it. Raises GemcutterError."""
+    from gemcutter.checkpoint.synth import write_checkpoint
+
+    written = write_checkpoint(like, out, full=full, seed=seed)
+    size = sum(path.stat().st_size for path in written)
+    print(f"{out}: {len(written)} files, {spell_bytes(size)}")
+    print(f"try: gemcutter inspect {shlex.quote(str(out))}")

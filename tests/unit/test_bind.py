@@ -1,0 +1,181 @@
+"""The choice of kernels: who is taken where, what the others said, and that asking needs no torch.
+
+Owns no numerics: `tests/kernels/test_providers.py` compares what the chosen functions compute.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gemcutter import config as configs
+from gemcutter.checkpoint.synth import SIZES, spell_config
+from gemcutter.errors import KernelError
+from gemcutter.ops import SENTENCES, WORDS, Site, bind
+from gemcutter.ops.bind import PROVIDERS, Choice, Provider, choose, explain
+from gemcutter.plan import ModelPlan, derive
+
+F32, BF16, F16 = "float32", "bfloat16", "float16"
+OLD, NEW = frozenset({"avx2", "fma"}), frozenset({"avx2", "avx512_bf16"})
+
+
+def plan_of(like: str) -> ModelPlan:
+    return derive(configs.read(spell_config(SIZES[like])))
+
+
+def linear(device: str, dtype: str, stored: str, invariant: bool = False) -> Site:
+    return Site("linear", None, device, dtype, stored, invariant=invariant)
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[frozenset[str]], None]:
+    """Let the code believe in a processor."""
+    return lambda features: monkeypatch.setattr(bind, "cpu_features", lambda: features)
+
+
+# ---- choices ----
+
+
+@pytest.mark.parametrize(
+    ("site", "features", "chosen", "reasons"),
+    [
+        (linear("cpu", F32, F32), OLD, "torch", ()),
+        (linear("cpu", BF16, BF16), NEW, "torch", ()),
+        (linear("cpu", BF16, BF16), frozenset({"amx_bf16"}), "torch", ()),
+        (linear("cpu", BF16, BF16), frozenset({"asimd", "bf16"}), "torch", ()),
+        (linear("cpu", BF16, BF16), OLD, "torch-tiled", ("this processor has no bfloat16 products",)),
+        (linear("cpu", F32, BF16), NEW, "torch-tiled", ("weights stored as bfloat16 need converting to float32",)),
+        (linear("cpu", BF16, F16), NEW, "torch-tiled", ("weights stored as float16 need converting to bfloat16",)),
+        (linear("cuda", BF16, BF16), OLD, "torch", ()),
+        (linear("cuda", F32, F32), OLD, "torch", ()),
+        (linear("cpu", F32, F32, invariant=True), NEW, "reference", ("a row's last bits", "a row's last bits")),
+        (linear("cpu", BF16, BF16, invariant=True), NEW, "reference", ("a row's last bits", "a row's last bits")),
+        (linear("cpu", F32, BF16, invariant=True), OLD, "reference", ("need converting", "a row's last bits")),
+        (linear("cuda", BF16, BF16, invariant=True), OLD, "reference", ("a row's last bits", "converts tiles on the CPU")),
+        (replace(linear("cpu", BF16, BF16), verb="attention"), OLD, "torch", ()),
+        (replace(linear("cuda", BF16, BF16), verb="attention"), OLD, "torch", ()),
+        (replace(linear("cpu", BF16, BF16, invariant=True), verb="attention"), NEW, "reference", ("a row's last bits",)),
+    ],
+)
+def test_choice_and_reasons(
+    site: Site,
+    features: frozenset[str],
+    chosen: str,
+    reasons: tuple[str, ...],
+    processor: Callable[[frozenset[str]], None],
+) -> None:
+    processor(features)
+    choice = choose(site)
+    assert (choice.site, choice.provider.verb, choice.provider.name) == (site, site.verb, chosen)
+    preferred = [provider.name for provider in PROVIDERS if provider.verb == site.verb]
+    assert [name for name, _ in choice.refusals] == preferred[: preferred.index(chosen)]
+    assert len(choice.refusals) == len(reasons)
+    for (_, found), wanted in zip(choice.refusals, reasons, strict=True):
+        assert wanted in found
+
+
+@pytest.mark.parametrize("verb", WORDS + SENTENCES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_verb_has_a_reference_that_comes_last_and_refuses_nothing(verb: str, dtype: str, device: str) -> None:
+    names = [provider.name for provider in PROVIDERS if provider.verb == verb]
+    assert names[-1] == "reference"
+    assert len(set(names)) == len(names)
+    assert choose(Site(verb, None, device, dtype, F16, invariant=True)).provider.name == "reference"
+
+
+@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: f"{provider.verb}-{provider.name}")
+def test_every_provider_can_be_loaded(provider: Provider) -> None:
+    assert provider.verb in WORDS + SENTENCES
+    assert callable(provider.load())
+
+
+def test_no_provider_is_an_error_with_all_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = (
+        Provider("linear", "first", "nowhere:f", lambda site: f"not on {site.device}"),
+        Provider("attention", "another verb", "nowhere:f"),
+        Provider("linear", "second", "nowhere:f", lambda site: "not on Sundays"),
+    )
+    monkeypatch.setattr(bind, "PROVIDERS", table)
+    with pytest.raises(KernelError, match="no kernel for linear on cuda") as caught:
+        choose(linear("cuda", F32, F32))
+    assert caught.value.problems == ("first: not on cuda", "second: not on Sundays")
+    assert choose(Site("attention", None, "cpu", F32, F32)).provider.name == "another verb"
+
+
+def test_the_first_that_accepts_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = (
+        Provider("linear", "first", "nowhere:f", lambda site: "no"),
+        Provider("linear", "second", "nowhere:f"),
+        Provider("linear", "third", "nowhere:f"),
+    )
+    monkeypatch.setattr(bind, "PROVIDERS", table)
+    site = linear("cpu", F32, F32)
+    assert choose(site) == Choice(site, table[1], (("first", "no"),))
+
+
+# ---- explaining ----
+
+
+@pytest.mark.parametrize("like", SIZES)
+@pytest.mark.parametrize("kernels", bind.CHOICES)
+def test_explain_covers_the_verbs_of_a_plan(like: str, kernels: str) -> None:
+    plan = plan_of(like)
+    choices = list(explain(plan, "cpu", BF16, BF16, kernels))
+    verbs = [choice.site.verb for choice in choices]
+    without_ple = [verb for verb in WORDS + SENTENCES if verb not in ("ple", "inject")]
+    assert verbs == (list(WORDS + SENTENCES) if like in ("E2B", "E4B") else without_ple)
+    assert {(choice.site.device, choice.site.dtype, choice.site.stored) for choice in choices} == {("cpu", BF16, BF16)}
+    if kernels == "reference":
+        assert {choice.provider.name for choice in choices} == {"reference"}
+    else:
+        assert {choice.provider.name for choice in choices if choice.site.verb in WORDS} <= {"torch", "torch-tiled"}
+
+
+def test_explaining_needs_no_torch() -> None:
+    """Asking, unlike computing, must be possible from headers in milliseconds."""
+    code = f"""
+import json, sys
+from pathlib import Path
+from gemcutter import config
+from gemcutter.ops.bind import explain
+from gemcutter.plan import derive
+plan = derive(config.read(json.loads(Path({str(Path(configs.__file__).parent / "demo" / "config.json")!r}).read_text())))
+assert len(list(explain(plan, "cpu", "bfloat16", "bfloat16"))) == {len(WORDS + SENTENCES)}
+sys.exit("torch" in sys.modules or "numpy" in sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+# ---- the processor ----
+
+
+@pytest.mark.parametrize(
+    ("text", "features"),
+    [
+        (
+            "processor\t: 0\nflags\t\t: fpu avx512_bf16 avx2\nbugs\t: x\n\nprocessor\t: 1\nflags\t\t: fpu\n",
+            {"fpu", "avx512_bf16", "avx2"},
+        ),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
+        ("processor\t: 0\n", set()),
+    ],
+)
+def test_features_are_read_from_the_system(text: str, features: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert bind.cpu_features.__wrapped__() == features
+
+
+def test_unknown_systems_have_no_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path) -> str:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert bind.cpu_features.__wrapped__() == frozenset()

@@ -1,0 +1,178 @@
+"""The command line as a whole: help, versions, bad usage, errors, exit codes, and what is never imported."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gemcutter
+from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.cli import failure, main, run
+
+CLI = [sys.executable, "-m", "gemcutter.cli"]
+VERBS = ("run", "chat", "inspect", "score", "tiny")
+
+
+def test_help_names_every_verb_and_a_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {verb} " in shown for verb in VERBS)
+    assert "gemcutter run demo" in shown
+    assert main([]) == 0
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_examples_that_parse(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Examples:" in shown
+    assert f"  gemcutter {verb} " in shown or f"| gemcutter {verb} " in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gemcutter {gemcutter.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rnu"], "'rnu'"),
+        (["run"], "MODEL"),
+        (["run", "demo", "hi", "--temprature", "1"], "--temperature"),
+        (["run", "demo", "hi", "-n", "many"], "--max-tokens"),
+        (["run", "demo", "hi", "-n", "-1"], "--max-tokens"),
+        (["run", "demo", "hi", "--dtype", "float16"], "use bfloat16 or float32"),
+        (["run", "demo", "hi", "--dtype", "int8"], "expected float32 or bfloat16"),
+        (["run", "demo", "hi", "--device", "tpu"], "expected cpu, cuda"),
+        (["run", "demo", "hi", "--kernels", "fast"], "expected auto or reference"),
+        (["run", "demo", "hi", "--top-p", "0", "--min-p", "3"], "sampling.min_p"),
+        (["run", "demo", "hi", "--seed", "-1"], "sampling.seed"),
+        (["run", "demo", "--tokens", "1,b"], "expected integers"),
+        (["run", "demo", "hi", "--tokens", "1"], "not both"),
+        (["run", "demo", "hi", "--raw", "--think"], "--raw"),
+        (["inspect", "demo", "--context", "4096,0"], "positive"),
+        (["score", "demo"], "FILE or --tokens-file"),
+        (["score", "demo", "x", "--window", "1"], "--window"),
+        (["score", "demo", os.devnull, "--window", "10", "--stride", "10"], "--stride 10 would skip"),
+        (["tiny", "--like", "7B", "out"], "expected one of E2B"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_is_one_line_and_exit_code_2(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert expected in shown.err
+    assert "--help." in shown.err
+
+
+def test_a_missing_model_names_the_forms_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "./no-such-model", "hi"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: './no-such-model' does not exist")
+    assert "demo" in shown
+
+
+def test_a_truncated_model_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy_of_demo(tmp_path)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    for verb in (["run", str(folder), "hi"], ["inspect", str(folder)]):
+        assert main(verb) == 1
+        shown = capsys.readouterr().err
+        assert "\n  model.safetensors: is truncated" in shown
+        assert "Traceback" not in shown
+
+
+def test_a_config_without_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy_of_demo(tmp_path)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"num_hidden_layers": 10', '"num_hidden_layers": 0'))
+    assert main(["run", str(folder), "hi"]) == 1
+    assert "\n  num_hidden_layers: expected an integer from 1 to 4096, found 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["inspect", "demo"], ["inspect", "demo", "--json"]], ids=" ".join)
+def test_help_and_inspect_import_no_torch(words: list[str]) -> None:
+    code = f"import sys; from gemcutter.cli import main; assert main({words}) == 0; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*CLI, "inspect", "demo", "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: input or output failed: No space left on device\n"
+
+
+def test_a_reader_that_leaves_ends_a_run_in_silence() -> None:
+    command = f"{shlex.join(CLI)} run demo hi --ignore-eos -n 400 | head -c 3"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert len(done.stdout) == 3
+    assert done.stderr == ""
+
+
+def test_an_interrupt_ends_a_run_with_130() -> None:
+    process = subprocess.Popen(
+        [*CLI, "run", "demo", "hi", "--ignore-eos", "-n", "30000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # the shell may have switched it off
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+
+
+def test_a_closed_stdin_is_an_empty_one() -> None:
+    done = subprocess.run(f"{shlex.join(CLI)} run demo <&-", shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the prompt is empty")
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (MemoryError(), "error: out of memory; lower --context"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."), "error: out of memory; lower --context"),
+        (ValueError("odd\nthing"), "error: ValueError: odd thing (unexpected; set GEMCUTTER_DEBUG=1 to see the traceback)"),
+        (OSError(28, "No space left on device", "out.json"), "error: out.json: No space left on device"),
+    ],
+    ids=["memory", "allocator", "unexpected", "disk"],
+)
+def test_other_errors_are_one_line(
+    error: Exception, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "load_model", fail)
+    monkeypatch.delenv(failure.DEBUG, raising=False)
+    assert main(["run", "demo", "hi"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(shown)
+    assert told.count("\n") == 1
+    monkeypatch.setenv(failure.DEBUG, "1")
+    assert main(["run", "demo", "hi"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def copy_of_demo(folder: Path) -> Path:
+    """Copy the demo model file by file."""
+    for file in DEMO_FOLDER.iterdir():
+        if file.suffix in (".json", ".safetensors", ".jinja"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
