@@ -64,9 +64,9 @@ def inspect(
     ignore: options.Ignore = None,
 ) -> None:
     """Print the report of one checkpoint. Raises UsageError or GemcutterError."""
-    asked = None if contexts is None else options.parse_integers(contexts)
+    asked = None if contexts is None else options.parse_integers("--context", contexts)
     if asked is not None and (not asked or min(asked) < 1):
-        raise UsageError(f"--context: expected positive numbers with commas between them, found {contexts!r}")
+        raise UsageError(f"--context: expected positive numbers, found {contexts!r}")
     checkpoint = open_checkpoint(locate(model), tuple(ignore or ()))
     compute = dtype or checkpoint.config.dtype
     if compute not in ITEM_BYTES:

@@ -43,12 +43,12 @@ def check_kernels(name: str) -> str:
     return name
 
 
-def parse_integers(text: str) -> tuple[int, ...]:
-    """Read integers with commas between them; none in an empty text. Raises typer.BadParameter."""
+def parse_integers(option: str, text: str) -> tuple[int, ...]:
+    """Read integers with commas between them; none in an empty text. Raises UsageError that names the option."""
     try:
         return tuple(int(word) for word in text.split(",")) if text.strip() else ()
     except ValueError:
-        raise typer.BadParameter(f"expected integers with commas between them, found {text!r}") from None
+        raise UsageError(f"{option}: expected integers with commas between them, found {text!r}") from None
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ Examples:
   gemcutter run demo --tokens 2,1024,981 --top-logits 10 --json
 """
 
-Prompt_ = Annotated[str | None, typer.Argument(metavar="PROMPT", help='Text; "-" is stdin.', show_default=False)]
+PromptText = Annotated[str | None, typer.Argument(metavar="PROMPT", help='Text; "-" is stdin.', show_default=False)]
 MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", metavar="N", min=0, help="Tokens to generate at most.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Leave the chat template out: <bos> and the text as it is.")]
 Tokens = Annotated[
@@ -56,7 +56,7 @@ TopLogits = Annotated[
 
 def run(
     model: options.Model,
-    prompt: Prompt_ = None,
+    prompt: PromptText = None,
     max_tokens: MaxTokens = 256,
     raw: Raw = False,
     tokens: Tokens = None,
@@ -127,7 +127,7 @@ def read_prompt(prompt: str | None, tokens: str | None) -> str | tuple[int, ...]
     if tokens is not None:
         if prompt is not None:
             raise UsageError("give either PROMPT or --tokens, not both")
-        asked: str | tuple[int, ...] = options.parse_integers(tokens)
+        asked: str | tuple[int, ...] = options.parse_integers("--tokens", tokens)
     elif prompt is not None and prompt != "-":
         asked = prompt
     elif prompt is None and sys.stdin.isatty():

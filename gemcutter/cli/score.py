@@ -37,7 +37,7 @@ window is predicted on its own, so every token of the text counts once, with wha
 again, so that more context costs more time. Numbers can be compared only between equal windows.
 
 --tokens-file holds JSON: a list of ids, or a list of such lists, each of which is one window as it is, <bos> included or not.
-All tokens but the first of a window are predicted. With --window, a single list is cut like a text.
+All tokens but the first of a window are predicted. With --window or --stride, a single list is cut like a text.
 """
 EXAMPLES = """\b
 Examples:
