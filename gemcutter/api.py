@@ -73,7 +73,9 @@ class Model:
         """
         stop: Sequence[str] = options.pop("stop", ())
         ids = self.encode(prompt, **{name: options.pop(name) for name in ("enable_thinking", "tools") if name in options})
-        return Stream(self._mail, self._request(ids, options), TextStream.after(ids, self.tokenizer, stop=stop))
+        request = self._request(ids, options)
+        self.engine.check(request)  # before the tokenizer meets ids that are none of its own
+        return Stream(self._mail, request, TextStream.after(ids, self.tokenizer, stop=stop))
 
     def encode(self, prompt: Prompt, *, enable_thinking: bool = False, tools: Sequence[Message] | None = None) -> list[int]:
         """Give the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template."""

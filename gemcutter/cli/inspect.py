@@ -19,7 +19,7 @@ from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.source import DTYPES
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
-from gemcutter.cli.terminal import spell_bytes, spell_count
+from gemcutter.cli.terminal import spell_bytes, spell_count, spell_work
 from gemcutter.errors import RequestError
 from gemcutter.ops.bind import explain
 from gemcutter.plan import LayerPlan
@@ -255,10 +255,10 @@ def _layers(layers: Sequence[dict[str, Any]]) -> Table:
 
 
 def _contexts(contexts: Sequence[dict[str, Any]]) -> Table:
-    table = _table("By context", "tokens", "KV memory", "read per token", "prefill FLOPs", "if all rows ran", "saved")
+    table = _table("By context", "tokens", "KV memory", "read per token", "prefill", "if all rows ran", "saved")
     for row in contexts:
         flops, whole = row["prefill_flops"], row["prefill_flops_all_rows"]
-        work = ("-", "-", "-") if flops is None else (f"{flops:.3g}", f"{whole:.3g}", f"{1 - flops / whole:.0%}")
+        work = ("-", "-", "-") if flops is None else (spell_work(flops), spell_work(whole), f"{1 - flops / whole:.0%}")
         table.add_row(
             str(row["tokens"]),
             spell_bytes(row["kv_bytes"]),

@@ -94,6 +94,11 @@ def spell_count(count: float) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
+def spell_work(flops: float) -> str:
+    """Spell a number of floating-point operations: 44.7 GFLOP, 18.5 TFLOP."""
+    return f"{flops / 1e12:.3g} TFLOP" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP"
+
+
 def spell_rate(tokens: int, seconds: float) -> str:
     """Spell tokens a second."""
     return f"{tokens / seconds:.1f} tokens/s" if tokens and seconds else "- tokens/s"

@@ -38,13 +38,17 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queue a request and give its number. Raises RequestError if it can never run."""
-        problems = list(self._problems(request))
-        if problems:
-            raise RequestError("the request can't be served", problems)
+        self.check(request)
         sequence = Sequence(next(self._numbers), request)
         self._sequences[sequence.number] = sequence
         self.scheduler.waiting.append(sequence)
         return sequence.number
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError, with every problem, if a request can never run."""
+        problems = list(self._problems(request))
+        if problems:
+            raise RequestError("the request can't be served", problems)
 
     def _problems(self, request: Request) -> Iterator[str]:
         vocab = self.decoder.plan.vocab
@@ -71,14 +75,11 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run one step; give the tokens and ends that it brought."""
-        works = self.scheduler.schedule()
-        if not works:
-            return []
         try:
-            choices = run_step(self.decoder, self.pool, works)
+            works = self.scheduler.schedule()
+            choices = run_step(self.decoder, self.pool, works) if works else []
         except BaseException:  # an interrupt leaves the tables as they were before the step
-            for work in works:
-                work.table.commit(0)
+            self.scheduler.forget_rows()
             raise
         events = []
         for work, choice in zip(works, choices, strict=True):

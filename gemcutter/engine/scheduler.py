@@ -106,6 +106,12 @@ class Scheduler:
                 return True
         return False
 
+    def forget_rows(self) -> None:
+        """Take back what `schedule` reserved for a step that did not happen."""
+        for sequence in self.running:
+            if sequence.table is not None:
+                sequence.table.commit(0)
+
     def leave(self, sequence: Sequence) -> None:
         """Take a sequence out and free its pages."""
         if sequence in self.running:

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "completion": {"engine", "text"},
     "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "defaults", "completion"},
     "cli": {"plan", "config", "checkpoint", "ops", "text", "api", "engine", "completion"},
+    "__main__": {"cli"},
     "__init__": {"api", "engine", "completion"},
 }
 TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use_double_wide_mlp", "global_head_dim")
