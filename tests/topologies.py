@@ -72,9 +72,7 @@ SIZES: dict[str, Raw] = {
         use_double_wide_mlp=True,
         hidden_size_per_layer_input=6,
     ),
-    "E4B": _size(
-        6, 12, num_attention_heads=8, num_key_value_heads=2, num_kv_shared_layers=6, hidden_size_per_layer_input=6
-    ),
+    "E4B": _size(6, 12, num_attention_heads=8, num_key_value_heads=2, num_kv_shared_layers=6, hidden_size_per_layer_input=6),
     "12B": _size(
         6,
         6,
@@ -216,9 +214,7 @@ def saved_config(model: PreTrainedModel) -> Raw:
     return raw
 
 
-def build_decoder(
-    model: PreTrainedModel, plan: ModelPlan, dtype: torch.dtype = torch.float32, kernels: str = "auto"
-) -> Decoder:
+def build_decoder(model: PreTrainedModel, plan: ModelPlan, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> Decoder:
     """Build the decoder of a plan over a transformers model's weights, as `dtype`.
 
     The plan's parameters must be the model's own, one for one: what is missing raises KeyError, what is left over AssertionError.

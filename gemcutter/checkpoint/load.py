@@ -44,13 +44,16 @@ def _load(spec: ParamSpec, pieces: tuple[Piece, ...], dtype: torch.dtype, device
         assert spec.default is not None
         return torch.full(spec.shape, spec.default)
     if spec.access is Access.ROWS:
-        return pieces[0].data.torch()
+        table = pieces[0].data.torch()
+        pieces[0].data.mapped.expect_scattered_reads(pieces[0].data.offset, pieces[0].data.nbytes)
+        return table
     if spec.integer:
         return pieces[0].data.torch().to(device, torch.long, copy=True)
     if len(spec.shape) == 1:
         return pieces[0].data.torch().to(device, torch.float32, copy=True)
     names = tuple(name for name, _ in spec.parts)
-    if all(_stays_mapped(piece, dtype, device) for piece in pieces):
+    is_uniform = len({piece.data.dtype for piece in pieces}) == 1  # kernels are chosen by the one dtype of a weight
+    if is_uniform and all(_stays_mapped(piece, dtype, device) for piece in pieces):
         parts = tuple(piece.data.torch() for piece in pieces)
     else:
         parts = tuple(_copy(piece, dtype, device) for piece in pieces)

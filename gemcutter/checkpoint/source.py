@@ -95,10 +95,17 @@ class MappedFile:
 
     def release(self, offset: int, nbytes: int) -> None:
         """Tell the kernel that the pages wholly inside this byte range need not stay in memory; views of them stay valid."""
+        self._advise("MADV_DONTNEED", offset, nbytes)
+
+    def expect_scattered_reads(self, offset: int, nbytes: int) -> None:
+        """Tell the kernel that this byte range will be read here and there, so that it reads no more than is asked for."""
+        self._advise("MADV_RANDOM", offset, nbytes)
+
+    def _advise(self, advice: str, offset: int, nbytes: int) -> None:
         start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if self._mapping is not None and start < end and hasattr(mmap, "MADV_DONTNEED"):
-            self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+        if self._mapping is not None and start < end and hasattr(mmap, advice):
+            self._mapping.madvise(getattr(mmap, advice), start, end - start)
 
     def _open(self) -> mmap.mmap:
         try:

@@ -11,7 +11,6 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from gemcutter.plan import RopeSpec
@@ -85,6 +84,5 @@ class Step:
 
 def window_mask(q_positions_M: Tensor, k_positions_T: Tensor, window: int | None) -> Tensor:
     """Tell which keys each query sees, [M, T]: not later than itself, and at most `window` of them counting its own."""
-    distance = q_positions_M[:, None] - k_positions_T[None, :]
-    seen = distance >= 0
-    return seen if window is None else torch.logical_and(seen, distance < window)
+    seen = k_positions_T <= q_positions_M[:, None]
+    return seen if window is None else seen.logical_and_(k_positions_T > q_positions_M[:, None] - window)

@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcutter.ops.reference import Attention, weight_tiles
-from gemcutter.ops.step import Pool, Span, Step, window_mask
+from gemcutter.ops.step import Pool, Step, window_mask
 from gemcutter.plan import LayerPlan
 from gemcutter.quant import Weight
+
+MASK_ROWS = 128  # rows of one attention call: keys outside their common window are skipped whole
+MASK_ELEMENTS = 1 << 23  # mask entries of one call; the library widens each to a float
 
 
 def linear_native(x_ND: Tensor, weight: Weight) -> Tensor:
@@ -47,28 +50,35 @@ def linear_tiled(x_ND: Tensor, weight: Weight) -> Tensor:
 
 
 def build_attention(layer: LayerPlan) -> Attention:
-    """Build fused attention, one call a sequence; keys that no query of the call sees are not read."""
+    """Build fused attention: a call for a few rows of a sequence at a time, over the keys that they see and no others."""
 
     def attention(q_NHE: Tensor, step: Step, pool: Pool) -> Tensor:
         out = torch.empty_like(q_NHE)
         for index, span in enumerate(step.spans[layer.window]):
-            rows = slice(step.row_start[index], step.row_start[index + 1])
-            if rows.start < rows.stop:
-                out[rows] = _attend(q_NHE[rows], step.positions_N[rows], *pool.read(layer.kv_layer, span), span, layer.window)
+            first, last = step.row_start[index], step.row_start[index + 1]
+            if first == last:
+                continue
+            keys, values = pool.read(layer.kv_layer, span)
+            newest = span.start + keys.shape[0]
+            tile = max(1, min(MASK_ROWS, MASK_ELEMENTS // (newest * layer.heads // layer.kv_heads)))
+            for start in range(first, last, tile):
+                rows = slice(start, min(start + tile, last))
+                out[rows] = _attend(q_NHE[rows], step.positions_N[rows], keys, values, span.start, layer.window)
         return out
 
     return attention
 
 
-def _attend(q_nHE: Tensor, positions_n: Tensor, k_TKE: Tensor, v_TKE: Tensor, span: Span, window: int | None) -> Tensor:
-    """Attend for the rows of one sequence. The G query heads of a key head are laid out as rows, so keys are read once for all
-    of them.
+def _attend(q_nHE: Tensor, positions_n: Tensor, k_TKE: Tensor, v_TKE: Tensor, start: int, window: int | None) -> Tensor:
+    """Attend for some rows of one sequence, whose keys begin at position `start`.
+
+    The G query heads of a key head are laid out as rows, so that keys are read once for all of them.
     """
     rows, heads, dim = q_nHE.shape
     key_heads = k_TKE.shape[1]
     first, last = int(positions_n[0]), int(positions_n[-1])
-    oldest = span.start if window is None else max(span.start, first - window + 1)
-    keys = slice(oldest - span.start, last + 1 - span.start)
+    oldest = start if window is None else max(start, first - window + 1)
+    keys = slice(oldest - start, last + 1 - start)
     q_1KRE = q_nHE.transpose(0, 1).reshape(1, key_heads, -1, dim)
     k_1KTE, v_1KTE = (x[keys].transpose(0, 1)[None] for x in (k_TKE, v_TKE))
     seen = None

@@ -109,7 +109,9 @@ def assert_rows_apart(word: Callable[[Tensor], Tensor], rows: Tensor) -> None:
     whole = word(rows)
     for count in (1, 2, 3, 16, 33, 100):
         for start in range(0, len(rows) - count, 41):
-            assert torch.equal(word(rows[start : start + count]), whole[start : start + count]), f"rows {start} to {start + count}"
+            assert torch.equal(word(rows[start : start + count]), whole[start : start + count]), (
+                f"rows {start} to {start + count}"
+            )
 
 
 def draw_rows(width: int, dtype: torch.dtype) -> Tensor:

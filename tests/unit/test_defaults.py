@@ -103,6 +103,8 @@ def test_published_values_become_the_defaults() -> None:
         ({"do_sample": False, "temperature": 0.7, "top_k": 5}, {}),
         ({"temperature": 0.7, "min_p": 0.1}, {"temperature": 0.7, "min_p": 0.1}),  # nobody writes it to have it ignored
         ({"top_k": 5}, {}),
+        ({"temperature": None}, {}),
+        ({"do_sample": None, "temperature": 0.7}, {"temperature": 0.7}),
         ({"do_sample": True, "temperature": 2, "repetition_penalty": 1.1}, {"temperature": 2.0, "repetition_penalty": 1.1}),
     ],
 )

@@ -158,14 +158,20 @@ def test_vectors_are_float32_and_the_rows_only_table_stays_mapped(
 
 
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32])
-def test_parts_of_mixed_dtypes_are_all_mapped_or_all_converted(compute: torch.dtype, source: Path, tmp_path: Path) -> None:
-    def widen_keys(name: str, tensor: Tensor) -> Tensor:
-        return tensor.float() if "k_proj" in name else tensor
+def test_parts_of_mixed_dtypes_are_converted_to_one(compute: torch.dtype, source: Path, tmp_path: Path) -> None:
+    """Kernels are chosen by the dtype of a weight, so it has one; what is stored alike beside it stays mapped."""
 
-    param = load_params(open_checkpoint(rewrite(source, tmp_path, widen_keys)), compute, CPU)["layers.0.attn.in"]
-    assert isinstance(param, Weight)
-    wanted = [torch.bfloat16] * 3 if compute is torch.bfloat16 else [torch.bfloat16, torch.float32, torch.bfloat16]
-    assert [part.dtype for part in param.parts] == wanted
+    def widen_queries(name: str, tensor: Tensor) -> Tensor:
+        return tensor.float() if "q_proj" in name else tensor
+
+    checkpoint = open_checkpoint(rewrite(source, tmp_path, widen_queries))
+    params, wanted = load_params(checkpoint, compute, CPU), expected(tmp_path, checkpoint)
+    mixed, alike = params["layers.0.attn.in"], params["layers.0.mlp.in"]
+    assert isinstance(mixed, Weight)
+    assert [part.dtype for part in mixed.parts] == [compute] * 3
+    assert stack(mixed).equal(wanted["layers.0.attn.in"].to(compute))
+    assert isinstance(alike, Weight)
+    assert alike.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("copy_bytes", [4, 1000, 4096, 1 << 20])
