@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
 .PHONY: demo check lint types test readme clean
-SOURCES := gemcutter tests bench examples tools
+SOURCES := gemcutter tests bench examples
 
 demo: .venv/.installed
 	.venv/bin/gemcutter run demo "What is a lantern?" -n 48
