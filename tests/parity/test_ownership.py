@@ -85,7 +85,7 @@ def test_readers_hold_no_keys_and_values(size: str) -> None:
     assert readers
     for layer in readers:
         params = decoder.layers[layer.index].params
-        assert {name for name in params if name.startswith("attn.")} == {  # noqa: E501
+        assert {name for name in params if name.startswith("attn.")} == {
             f"attn.{n}" for n in ("norm", "in", "q_norm", "out", "post_norm")
         }
         weight = params["attn.in"]

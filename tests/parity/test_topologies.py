@@ -93,7 +93,7 @@ def _assert_varied(seen: list[Raw], shares: bool) -> None:
         traits["a donor that is not the last writer"] = [
             any(not layer.writes and layer.kv_layer != plan.first_reader - 1 for layer in plan.layers) for plan in plans
         ]
-    thin = {  # noqa: E501
+    thin = {
         trait: sum(found) for trait, found in traits.items() if not EXAMPLES // 10 <= sum(found) <= len(seen) - EXAMPLES // 10
     }
     assert not thin
