@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import Any, overload
 
 import torch
@@ -19,6 +20,7 @@ from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
 from gemcutter.completion import Chunk, Completion, Mail, Stream, Timings
 from gemcutter.defaults import Defaults
 from gemcutter.engine.engine import Engine
+from gemcutter.engine.memory import check_limits
 from gemcutter.engine.request import Request
 from gemcutter.engine.sampling import Sampling
 from gemcutter.errors import KernelError, RequestError
@@ -59,8 +61,13 @@ class Model:
         """
         if isinstance(prompts, str):
             return self.stream(prompts, **options).finish()
-        streams = [self.stream(prompt, **options) for prompt in prompts]
-        return [stream.finish() for stream in streams]
+        if not isinstance(prompts, list | tuple):
+            raise RequestError(f"prompts: expected a text or a list of prompts, found {type(prompts).__name__}")
+        if prompts and not isinstance(prompts[0], str | list | tuple):
+            raise RequestError("prompts: a list of prompts holds texts, id lists or conversations; put a single one in a list")
+        with ExitStack() as open_streams:  # a prompt that is refused, or an interrupt, withdraws the others
+            streams = [open_streams.enter_context(closing(self.stream(prompt, **options))) for prompt in prompts]
+            return [stream.finish() for stream in streams]
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
         """Answer a conversation through the checkpoint's chat template. Raises RequestError if it has none."""
@@ -71,24 +78,30 @@ class Model:
 
         Closing or dropping the stream cancels the request and keeps what was computed for reuse. Raises RequestError.
         """
-        stop: Sequence[str] = options.pop("stop", ())
-        ids = self.encode(prompt, **{name: options.pop(name) for name in ("enable_thinking", "tools") if name in options})
+        stop: Sequence[str] = options.pop("stop", None) or ()
+        ids = self.encode(prompt, enable_thinking=options.pop("enable_thinking", False), tools=options.pop("tools", None))
         request = self._request(ids, options)
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
         return Stream(self._mail, request, TextStream.after(ids, self.tokenizer, stop=stop))
 
     def encode(self, prompt: Prompt, *, enable_thinking: bool = False, tools: Sequence[Message] | None = None) -> list[int]:
-        """Give the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, bos=True)
-        if prompt and isinstance(prompt[0], Mapping):
+        """Give the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template.
+
+        Raises RequestError for anything else, and for `enable_thinking` or `tools` without a conversation.
+        """
+        kinds = set(map(type, prompt)) if isinstance(prompt, list | tuple) else set()
+        if kinds and all(issubclass(kind, Mapping) for kind in kinds):
             if self.template is None:
                 raise RequestError("this checkpoint has no chat template (a base model?); pass raw text instead of messages")
             return self.template.encode(prompt, enable_thinking=enable_thinking, tools=tools)  # type: ignore[arg-type]
-        ids = [token for token in prompt if isinstance(token, int)]
-        if len(ids) < len(prompt):
+        given = [name for name, value in (("enable_thinking", enable_thinking), ("tools", tools)) if value]
+        if given:
+            raise RequestError(f"{' and '.join(given)}: a part of the chat template, which raw text and ids leave out")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True)
+        if not isinstance(prompt, list | tuple) or kinds - {int}:
             raise RequestError("request.prompt: expected text, a list of token ids or a list of messages")
-        return ids
+        return list(prompt)
 
     def _request(self, ids: Sequence[int], options: dict[str, Any]) -> Request:
         own = {
@@ -132,6 +145,8 @@ def load(
     """
     started = time.perf_counter()
     checkpoint = open_checkpoint(locate(model), ignore)
+    context = DEFAULT_CONTEXT if context is None else context
+    check_limits(context, max_rows, max_sequences, checkpoints)
     place, compute = check_device(device), check_dtype(dtype or checkpoint.config.dtype)
     if kernels not in CHOICES:
         raise KernelError(f"kernels: expected one of {', '.join(CHOICES)}, found {kernels!r}")
@@ -139,7 +154,7 @@ def load(
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
     params = load_params(checkpoint, compute, place, progress)
     decoder = Decoder(checkpoint.plan, params, compute, place, kernels)
-    engine = Engine(decoder, context or DEFAULT_CONTEXT, max_rows, max_sequences, checkpoints)
+    engine = Engine(decoder, context, max_rows, max_sequences, checkpoints)
     built = Model(checkpoint, decoder, engine, 0.0)
     built.load_s = time.perf_counter() - started
     return built

@@ -194,7 +194,7 @@ def read(raw: Mapping[str, Any], source: str = "config.json", ignore: Sequence[s
         inner.text("model_type", TEXT_TYPES, "gemma4_text")
     towers = tuple(name.removesuffix("_config") for name in TOWERS if top.table(name))
     tied = top.flag("tie_word_embeddings", inner.flag("tie_word_embeddings", True))
-    eos = tuple(dict.fromkeys(top.ids("eos_token_id") + inner.ids("eos_token_id")))
+    eos = tuple(dict.fromkeys(top.ids("eos_token_id") + (inner.ids("eos_token_id") if nested else ())))
     top.ids("pad_token_id"), top.ids("bos_token_id")
     dtype = str(
         raw.get("dtype") or raw.get("torch_dtype") or inner.raw.get("dtype") or inner.raw.get("torch_dtype") or "bfloat16"
@@ -269,7 +269,6 @@ def _text(keys: _Keys, tied: bool) -> TextConfig:
         bos_token_id=keys.integer("bos_token_id", 2, low=0),
         tie_word_embeddings=tied,
     )
-    keys.ids("eos_token_id")
     _check(keys, config)
     return config
 

@@ -60,8 +60,10 @@ class Engine:
         room = self.context - (1 if request.max_tokens else 0)
         if len(request.prompt) > room:
             yield f"request.prompt: {len(request.prompt)} tokens, the context holds {self.context}; raise --context or shorten it"
-        if request.max_tokens < 0:
-            yield f"request.max_tokens: {request.max_tokens}; expected 0 or more"
+        wanted = {"max_tokens": request.max_tokens, "top_logits": request.top_logits, "prompt_logprobs": request.prompt_logprobs}
+        for name, number in wanted.items():
+            if number is not None and (not isinstance(number, int) or number < 0):
+                yield f"request.{name}: expected 0 or more, found {number!r}"
         sampling = request.sampling
         named = {"logit_bias": sampling.logit_bias, "suppress": sampling.suppress}
         for name, ids in named.items():

@@ -6,6 +6,7 @@ Owns the arithmetic between tokens, sequences and pages; the byte counts come fr
 from __future__ import annotations
 
 from gemcutter.cache.pool import PageCount
+from gemcutter.errors import RequestError
 from gemcutter.plan import ModelPlan
 
 PAGE_TOKENS = 64
@@ -29,3 +30,12 @@ def page_counts(
         in_flight = min(whole, -(-(group.window - 1 + rows) // page_tokens) + 1)
         counts[group.window] = PageCount(in_flight * sequences + window * checkpoints, page_tokens)
     return counts
+
+
+def check_limits(context: int, max_rows: int, max_sequences: int, checkpoints: int) -> None:
+    """Raise RequestError, with every problem, unless the limits leave room for a request."""
+    least = {"context": (context, 1), "max_rows": (max_rows, 1), "max_sequences": (max_sequences, 1)}
+    limits = {**least, "checkpoints": (checkpoints, 0)}
+    problems = [f"{name}: expected {low} or more, found {value!r}" for name, (value, low) in limits.items() if value < low]
+    if problems:
+        raise RequestError("the limits leave no room", problems)

@@ -8,14 +8,39 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gemcutter.errors import RequestError
+
+FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda value: 0 <= value < math.inf, "a number from 0 (greedy)"),
+    "top_k": (lambda value: isinstance(value, int) and value >= 0, "0 (off) or a count"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0, at most 1"),
+    "min_p": (lambda value: 0 <= value < 1, "from 0, below 1"),
+    "repetition_penalty": (lambda value: 0 < value < math.inf, "above 0"),
+    "presence_penalty": (math.isfinite, "a finite number"),
+    "frequency_penalty": (math.isfinite, "a finite number"),
+    "logit_bias": (
+        lambda value: not any(math.isnan(bias) or bias == math.inf for bias in value.values()),
+        "ids with finite numbers or -inf",
+    ),
+    "seed": (lambda value: value is None or (isinstance(value, int) and 0 <= value < 2**64), "from 0 to 2**64 - 1"),
+    "logprobs": (lambda value: value is None or (isinstance(value, int) and value >= 0), "a count"),
+}
+
+
+def _holds(check: Callable[[Any], bool], value: Any) -> bool:
+    """Apply a check to a value that may be of any type."""
+    try:
+        return check(value)
+    except (TypeError, AttributeError):
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +65,10 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature": (0 <= self.temperature < math.inf, "a number from 0 (greedy)"),
-            "top_k": (self.top_k >= 0, "0 (off) or a count"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "min_p": (0 <= self.min_p < 1, "from 0, below 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
-            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
-            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
-            "logit_bias": (
-                not any(math.isnan(bias) or bias == math.inf for bias in self.logit_bias.values()),
-                "finite numbers or -inf",
-            ),
-            "seed": (self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1"),
-            "logprobs": (self.logprobs is None or self.logprobs >= 0, "a count"),
-        }
         problems = [
-            f"sampling.{name}: expected {want}, found {getattr(self, name)!r}" for name, (ok, want) in checks.items() if not ok
+            f"sampling.{name}: expected {want}, found {getattr(self, name)!r}"
+            for name, (holds, want) in FIELDS.items()
+            if not _holds(holds, getattr(self, name))
         ]
         if problems:
             raise RequestError("the sampling options can't be used", problems)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemcutter.ops.reference import elementwise
 from gemcutter.plan import RopeSpec
 
 
@@ -25,4 +26,4 @@ class Rope:
     def tables(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """Give cos and sin of the rows' angles, [N, 1, E/2] each."""
         angles = positions_N.float()[:, None, None] * self.frequencies_C
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        return elementwise(torch.cos, angles).to(self.dtype), elementwise(torch.sin, angles).to(self.dtype)

