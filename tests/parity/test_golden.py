@@ -1,0 +1,132 @@
+"""The trained tiny models against what transformers said of them: the same text, the same logits, the same losses.
+
+Random weights can't show a wrong token, trained ones can. The release-style checkpoint is put together here from the demo (the
+same weights, as `save_pretrained` wrote them) and what publishers add: towers, redundant shared keys and values, another prefix,
+shards. Read `tests/goldens/` for the numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.load import load_params
+from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.synth import COPIED
+from gemcutter.engine.engine import Engine
+from gemcutter.engine.request import Event, PromptReport, Request
+from gemcutter.model.text import Decoder
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+MODELS = ["tiny-e", "tiny-e-release", "tiny-a"]
+SHARDS = 3
+
+
+@functools.cache
+def read(name: str) -> Any:
+    """Read a golden file."""
+    return json.loads((GOLDENS / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the published layout over the demo's weights: nested config, towers, redundant tensors, three shards, an index."""
+    folder = tmp_path_factory.mktemp("tiny-e-release")
+    for name in COPIED:
+        shutil.copy(DEMO_FOLDER / name, folder / name)
+    shutil.copy(GOLDENS / "tiny-e-release-config.json", folder / "config.json")
+    demo = load_file(DEMO_FOLDER / "model.safetensors")
+    tensors = {f"model.language_model.{name.removeprefix('model.')}": tensor for name, tensor in demo.items()}
+    tensors |= load_file(GOLDENS / "tiny-e-release-extra.safetensors")
+    shards: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
+    for index, name in enumerate(sorted(tensors)):
+        shards[index * SHARDS // len(tensors)][name] = tensors[name]
+    places = dict[str, str]()
+    for index, shard in enumerate(shards):
+        file = f"model-{index + 1:05}-of-{SHARDS:05}.safetensors"
+        save_file(shard, folder / file)
+        places |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+@functools.cache
+def opened(folder: Path) -> Checkpoint:
+    """Open a checkpoint once."""
+    return open_checkpoint(folder)
+
+
+def build(name: str, release: Path, dtype: torch.dtype, kernels: str) -> Engine:
+    """Load a model into an engine whose steps are shorter than most prompts and whose batch is smaller than the test's."""
+    folder = {"tiny-e": DEMO_FOLDER, "tiny-e-release": release, "tiny-a": GOLDENS / "tiny-a"}[name]
+    checkpoint = opened(folder)
+    params = load_params(checkpoint, dtype, torch.device("cpu"))
+    return Engine(Decoder(checkpoint.plan, params, dtype, "cpu", kernels), 1024, max_rows=64, max_sequences=6)
+
+
+def run(engine: Engine, requests: list[Request]) -> list[list[Event]]:
+    """Run requests together and give each one's events."""
+    events: dict[int, list[Event]] = {engine.submit(request): [] for request in requests}
+    while engine.has_work:
+        for event in engine.step():
+            events[event.request].append(event)
+    return list(events.values())
+
+
+def report(events: list[Event]) -> PromptReport:
+    """Give the report that a request's first event carries."""
+    assert events[0].prompt is not None
+    return events[0].prompt
+
+
+def loss(engine: Engine, windows: list[list[int]]) -> tuple[float, int]:
+    """Give the mean negative log-likelihood over windows of ids, in nats a token, and how many tokens were predicted."""
+    answers = run(engine, [Request(tuple(ids), max_tokens=0, prompt_logprobs=0) for ids in windows])
+    logprobs = [entry.logprob for events in answers for entry in report(events).logprobs]
+    return -math.fsum(logprobs) / len(logprobs), len(logprobs)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_and_logits(name: str, kernels: str, release: Path) -> None:
+    goldens = read(name)["prompts"]
+    requests = [Request(tuple(each["token_ids"]), max_tokens=len(each["greedy_ids"]), top_logits=10) for each in goldens]
+    answers = run(build(name, release, torch.float32, kernels), requests)
+    assert len(answers) == 12
+    for golden, events in zip(goldens, answers, strict=True):
+        assert [event.token for event in events] == golden["greedy_ids"], golden["id"]
+        ids, values = zip(*report(events).top_logits, strict=True)
+        assert list(ids) == golden["top10_ids"], golden["id"]
+        assert list(values) == pytest.approx(golden["top10_logits"], rel=1e-4), golden["id"]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.01)], ids=str)
+@pytest.mark.parametrize("text", ["passage_600", "ppl_8k"])
+@pytest.mark.parametrize("name", MODELS)
+def test_losses(name: str, text: str, dtype: torch.dtype, tolerance: float, release: Path) -> None:
+    prompts, golden = read("prompts")[text], read(name)[text]
+    mean, count = loss(build(name, release, dtype, "auto"), prompts.get("windows") or [prompts["token_ids"]])
+    assert count == golden["n_predicted"]
+    assert mean == pytest.approx(golden["nll_mean"], rel=tolerance)
+
+
+def test_a_release_is_the_demo_and_more(release: Path) -> None:
+    """The same numbers above would mean little if the loader had not met what it must skip."""
+    mine, bare = opened(release), opened(DEMO_FOLDER)
+    assert mine.plan == bare.plan
+    assert len(mine.matched.redundant) == 12
+    assert {piece.name for piece in mine.matched.redundant} == {
+        f"layers.{layer.index}.attn.{name}" for layer in mine.plan.layers if not layer.writes for name in ("in", "k_norm")
+    }
+    assert set(mine.matched.beside) == {"audio tower", "vision tower"}
+    assert not bare.matched.notes(bare.plan)
