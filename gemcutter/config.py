@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gemcutter.errors import ConfigError
@@ -70,7 +70,7 @@ class TextConfig:
     use_double_wide_mlp: bool = False
     global_head_dim: int | None = None
     num_global_key_value_heads: int | None = None
-    per_layer: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    per_layer: Mapping[int, Mapping[str, int]] | None = None  # None: the config has no such key
     hidden_size_per_layer_input: int = 0
     vocab_size_per_layer_input: int = 0
     num_experts: int = 0
@@ -325,7 +325,9 @@ def _rope(keys: _Keys) -> dict[str, RopeConfig]:
     return ropes
 
 
-def _per_layer(keys: _Keys, layers: int) -> dict[int, dict[str, int]]:
+def _per_layer(keys: _Keys, layers: int) -> dict[int, dict[str, int]] | None:
+    if not keys.has("per_layer_config"):
+        return None
     overrides: dict[int, dict[str, int]] = {}
     for name, raw in keys.table("per_layer_config").items():
         if not str(name).isdecimal() or not 0 <= int(name) < layers or not isinstance(raw, dict):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemcutter.config import ModelConfig
-from gemcutter.engine.sampling import Sampling
+from gemcutter.engine.sampling import FIELDS, Sampling
 from gemcutter.errors import ConfigError
 from gemcutter.text.tokenizer import Tokenizer
 
@@ -36,17 +36,9 @@ class Defaults:
         stop_ids = {*config.eos_token_ids, *_ids(raw, "eos_token_id", problems), *markers} - {None}
         media = [token for piece in MEDIA if (token := tokenizer.id_of(piece)) is not None]
         suppress = _ids(raw, "suppress_tokens", problems) or media
-        options = {}
-        for name, kind in SAMPLED.items():
-            value = raw.get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                problems.append(f"{name}: expected a number, found {value!r}")
-            elif value is not None and raw.get("do_sample", "temperature" in raw):
-                options[name] = kind(value)
+        options = _sampled(raw, problems)
         if problems:
             raise ConfigError("generation_config.json can't be used", problems)
-        if raw.get("do_sample") and "temperature" not in options:
-            options["temperature"] = 1.0
         vocab = config.text.vocab_size
         inside = (token for token in stop_ids if token is not None and token < vocab)
         return cls(frozenset(inside), tuple(sorted(token for token in suppress if token < vocab)), options)
@@ -54,6 +46,26 @@ class Defaults:
     def sampling(self, options: Mapping[str, Any]) -> Sampling:
         """Make Sampling from the checkpoint's defaults and a caller's options, which win. Raises RequestError."""
         return Sampling(**{**self.options, "suppress": self.suppress, **options})
+
+
+def _sampled(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Read the sampling fields; none count unless the file samples: it says so, or names a temperature."""
+    samples = raw.get("do_sample")
+    if samples is not None and not isinstance(samples, bool):
+        problems.append(f"do_sample: expected true or false, found {samples!r}")
+    options = dict[str, Any]()
+    for name, kind in SAMPLED.items():
+        value = raw.get(name)
+        holds, want = FIELDS[name]
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+            problems.append(f"{name}: expected {want}, found {value!r}")
+        else:
+            options[name] = kind(value)
+    if not (raw.get("temperature") is not None if samples is None else samples):
+        return {}
+    return {"temperature": 1.0, **options}
 
 
 def _ids(raw: Mapping[str, Any], key: str, problems: list[str]) -> list[int]:

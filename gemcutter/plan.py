@@ -382,11 +382,11 @@ def _head_sizes(text: TextConfig, attn: Attn, index: int, problems: list[str]) -
     """Resolve head_dim and key heads of a layer from both spellings: global_* keys, or one object a layer."""
     head_dim, kv_heads = text.head_dim, text.num_key_value_heads
     if attn is Attn.GLOBAL:
-        published = text.global_head_dim if text.global_head_dim or text.per_layer else 512  # what a config without both means
+        published = text.global_head_dim or (512 if text.per_layer is None else None)  # 512: what a config without both means
         head_dim = published or head_dim
         if text.attention_k_eq_v and text.num_global_key_value_heads:
             kv_heads = text.num_global_key_value_heads
-    override = text.per_layer.get(index, {})
+    override = (text.per_layer or {}).get(index, {})
     for key, value in (("head_dim", head_dim), ("num_key_value_heads", kv_heads)):
         spelled_twice = attn is Attn.GLOBAL and (text.global_head_dim if key == "head_dim" else text.num_global_key_value_heads)
         if spelled_twice and override.get(key, value) != value:

@@ -123,7 +123,7 @@ def _take(spec: ParamSpec, found: dict[tuple[str, str | None], Piece], matched: 
             problems.append(f"missing    {label} {shape}")
         elif piece.data.shape != shape:
             problems.append(
-                f"shape      {label} {shape} expected, {piece.data.origin} has {piece.data.shape}{_hint(spec, piece)}"
+                f"shape      {label} {shape} expected, {piece.data.origin} has {piece.data.shape}{_hint(spec, shape, piece)}"
             )
         elif piece.data.dtype not in (INTEGERS if spec.integer else FLOATS):
             kinds = ", ".join(INTEGERS if spec.integer else FLOATS)
@@ -136,8 +136,8 @@ def _part_shape(spec: ParamSpec, rows: int) -> tuple[int, ...]:
     return (*spec.shape[:-2], rows, spec.shape[-1])
 
 
-def _hint(spec: ParamSpec, piece: Piece) -> str:
+def _hint(spec: ParamSpec, shape: tuple[int, ...], piece: Piece) -> str:
     """Name the config key that most likely explains a wrong shape."""
-    if ".mlp." in spec.name and any(2 * a == b or a == 2 * b for a, b in zip(spec.shape, piece.data.shape, strict=False)):
+    if ".mlp." in spec.name and any(2 * a == b or a == 2 * b for a, b in zip(shape, piece.data.shape, strict=False)):
         return ": half or twice the width that config.json gives this layer; are both of one model?"
     return ""
