@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -148,7 +149,7 @@ def machine() -> dict[str, Any]:
 def resident_itemsize(decoder: Decoder) -> float:
     """Give the bytes of one weight as it is held: mapped as stored, or copied as computed."""
     weights = [param for param in decoder.params.values() if isinstance(param, Weight)]
-    return sum(weight.nbytes for weight in weights) / sum(part.numel() for weight in weights for part in weight.parts)
+    return sum(weight.nbytes for weight in weights) / sum(math.prod(part.shape) for weight in weights for part in weight.parts)
 
 
 def limits(plan: ModelPlan, itemsize: float, kv_itemsize: int, prompt: int, tokens: int) -> dict[str, float]:
@@ -188,13 +189,13 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     runs = [run_once(engine, prompt, options.tokens) for _ in range(options.repeats + 1)]
     memory["done"] = Memory.now()
     cold, warm = runs[0], runs[1:]
-    stored = next(param.dtype for param in decoder.params.values() if isinstance(param, Weight))
-    choices = explain(plan, "cpu", str(dtype)[6:], str(stored)[6:], options.kernels)
+    stored = next(param.stored for param in decoder.params.values() if isinstance(param, Weight))
+    choices = explain(plan, "cpu", str(dtype)[6:], stored, options.kernels)
     return {
         "model": options.model,
         "params": plan.num_params(),
         "dtype": str(dtype)[6:],
-        "stored": str(stored)[6:],
+        "stored": stored,
         "kernels": {choice.site.verb: choice.provider.name for choice in choices if choice.site.verb in WORDS},
         "prompt": options.prompt,
         "tokens": options.tokens,

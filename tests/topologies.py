@@ -29,7 +29,7 @@ from gemcutter.engine.request import Request, Sequence
 from gemcutter.engine.scheduler import Work
 from gemcutter.engine.step import build_step
 from gemcutter.model.text import Decoder
-from gemcutter.plan import Access, ModelPlan, ParamSpec, derive
+from gemcutter.plan import ModelPlan, ParamSpec, derive
 from gemcutter.quant import Weight
 
 transformers_logging.set_verbosity_error()  # it warns of rope keys that it then obeys
@@ -230,8 +230,6 @@ def build_decoder(model: PreTrainedModel, plan: ModelPlan, dtype: torch.dtype = 
 def _take(spec: ParamSpec, state: dict[str, Tensor], dtype: torch.dtype) -> Weight | Tensor:
     if len(spec.shape) == 1:
         return state.pop(hf.spell(spec.name, None)).float()
-    if spec.access is Access.ROWS:
-        return state.pop(hf.spell(spec.name, None)).to(dtype)
     names = tuple(part for part, _ in spec.parts)
     if spec.name.endswith("moe.in"):
         whole = state.pop(hf.spell(spec.name, None)).to(dtype)

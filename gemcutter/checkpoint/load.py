@@ -8,14 +8,18 @@ embeddings) always stay mapped. Knows no format. Read `match.py` for what comes 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from gemcutter.checkpoint.match import Checkpoint
-from gemcutter.checkpoint.piece import Piece
+from gemcutter.checkpoint.piece import PackedTensor, Piece
+from gemcutter.checkpoint.source import LazyTensor
+from gemcutter.errors import CheckpointError
 from gemcutter.plan import Access, ParamSpec
-from gemcutter.quant import Weight
+from gemcutter.quant import Part, Weight
+from gemcutter.quant.packed import Packed
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -25,9 +29,7 @@ COPY_BYTES = 16 << 20  # mapped bytes converted between two releases of their pa
 def load_params(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
 ) -> dict[str, Weight | Tensor]:
-    """Give every parameter of the plan: matrices as Weights, vectors as float32 tensors, the rows-only table as a mapped
-    tensor.
-    """
+    """Give every parameter of the plan: matrices as Weights, vectors as float32 tensors. Raises CheckpointError."""
     pieces = checkpoint.matched.pieces
     total = sum(piece.data.nbytes for found in pieces.values() for piece in found)
     done, params = 0, dict[str, Weight | Tensor]()
@@ -43,38 +45,53 @@ def _load(spec: ParamSpec, pieces: tuple[Piece, ...], dtype: torch.dtype, device
     if not pieces:
         assert spec.default is not None
         return torch.full(spec.shape, spec.default)
-    if spec.access is Access.ROWS:
-        table = pieces[0].data.torch()
-        pieces[0].data.mapped.expect_scattered_reads(pieces[0].data.offset, pieces[0].data.nbytes)
-        return table
-    if spec.integer:
-        return pieces[0].data.torch().to(device, torch.long, copy=True)
+    data = [piece.data for piece in pieces]
     if len(spec.shape) == 1:
-        return pieces[0].data.torch().to(device, torch.float32, copy=True)
-    names = tuple(name for name, _ in spec.parts)
-    is_uniform = len({piece.data.dtype for piece in pieces}) == 1  # kernels are chosen by the one dtype of a weight
-    if is_uniform and all(_stays_mapped(piece, dtype, device) for piece in pieces):
-        parts = tuple(piece.data.torch() for piece in pieces)
-    else:
-        parts = tuple(_copy(piece, dtype, device) for piece in pieces)
+        assert isinstance(data[0], LazyTensor)
+        return data[0].torch().to(device, torch.long if spec.integer else torch.float32, copy=True)
+    if spec.access is Access.ROWS:
+        return _table(data[0])
+    # Kernels are chosen by how all parts of a weight are stored: dense ones of several dtypes become one.
+    is_uniform = len({stored.dtype for stored in data if isinstance(stored, LazyTensor)}) < 2
+    parts = tuple(_part(stored, dtype, device, is_uniform) for stored in data)
+    weight = Weight(parts, tuple(name for name, _ in spec.parts) if len(parts) > 1 else ())
     if len(parts) == 1 and spec.parts:  # stored as one: cut into its parts, so that all matrices of a kind look alike
-        parts = torch.split(parts[0], [rows for _, rows in spec.parts], dim=-2)
-    return Weight(parts, names)
+        edges = list(accumulate((rows for _, rows in spec.parts), initial=0))
+        cut = (weight.slice(*edge).parts[0] for edge in pairwise(edges))
+        weight = Weight(tuple(cut), tuple(name for name, _ in spec.parts))
+    return weight
 
 
-def _stays_mapped(piece: Piece, dtype: torch.dtype, device: torch.device) -> bool:
-    stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[piece.data.dtype]
-    return device.type == "cpu" and stored.itemsize <= dtype.itemsize
+def _table(data: LazyTensor | PackedTensor) -> Weight:
+    """Map a table that is only gathered from, and tell the kernel that reads will be scattered."""
+    for tensor in (data,) if isinstance(data, LazyTensor) else data.stored:
+        tensor.mapped.expect_scattered_reads(tensor.offset, tensor.nbytes)
+    return Weight((data.torch() if isinstance(data, LazyTensor) else _build(data),))
 
 
-def _copy(piece: Piece, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _part(data: LazyTensor | PackedTensor, dtype: torch.dtype, device: torch.device, is_uniform: bool) -> Part:
+    if isinstance(data, PackedTensor):
+        return _build(data)
+    stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[data.dtype]
+    stays = is_uniform and device.type == "cpu" and stored.itemsize <= dtype.itemsize
+    return data.torch() if stays else _copy(data, dtype, device)
+
+
+def _build(data: PackedTensor) -> Packed:
+    try:
+        return data.build()
+    except ValueError as error:
+        raise CheckpointError(f"{data.origin} can't be unpacked: {error}") from error
+
+
+def _copy(data: LazyTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Convert a mapped tensor into memory of its own, giving its pages back on the way."""
-    mapped = piece.data.torch()
+    mapped = data.torch()
     out = torch.empty(mapped.shape, dtype=dtype, device=device)
     flat, target = mapped.flatten(), out.flatten()
     elements = COPY_BYTES // mapped.element_size()
     for start in range(0, flat.numel(), elements):
         target[start : start + elements] = flat[start : start + elements]
         offset, count = start * mapped.element_size(), min(elements, flat.numel() - start) * mapped.element_size()
-        piece.data.mapped.release(piece.data.offset + offset, count)
+        data.mapped.release(data.offset + offset, count)
     return out

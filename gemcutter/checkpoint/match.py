@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemcutter import config as configs
-from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.piece import Piece
+from gemcutter.checkpoint.formats import FORMATS
+from gemcutter.checkpoint.piece import PackedTensor, Piece
 from gemcutter.checkpoint.source import Source
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan, ParamSpec, derive
@@ -62,9 +62,10 @@ def open_checkpoint(path: Path, ignore: Sequence[str] = ()) -> Checkpoint:
     `ignore` holds patterns of config keys and tensor names to pass over. Raises ConfigError or CheckpointError with all problems.
     """
     source = Source.open(path)
-    config = hf.config(source, ignore)
+    format = next(format for format in FORMATS if format.sniff(source))
+    config = format.config(source, ignore)
     plan = derive(config)
-    return Checkpoint(source, config, plan, match(plan, hf.pieces(source), str(path), ignore), hf.NAME)
+    return Checkpoint(source, config, plan, match(plan, format.pieces(source, plan), str(path), ignore), format.NAME)
 
 
 def match(plan: ModelPlan, pieces: Iterable[Piece], source: str, ignore: Sequence[str] = ()) -> Matched:
@@ -125,6 +126,8 @@ def _take(spec: ParamSpec, found: dict[tuple[str, str | None], Piece], matched: 
             problems.append(
                 f"shape      {label} {shape} expected, {piece.data.origin} has {piece.data.shape}{_hint(spec, shape, piece)}"
             )
+        elif isinstance(piece.data, PackedTensor) and not spec.integer and len(spec.shape) > 1:
+            yield piece
         elif piece.data.dtype not in (INTEGERS if spec.integer else FLOATS):
             kinds = ", ".join(INTEGERS if spec.integer else FLOATS)
             problems.append(f"dtype      {label}: {kinds} expected, {piece.data.origin} is {piece.data.dtype}")

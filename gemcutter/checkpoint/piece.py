@@ -6,9 +6,39 @@ the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gemcutter.checkpoint.source import LazyTensor
+
+if TYPE_CHECKING:  # headers are read without torch
+    from gemcutter.quant.packed import Packed
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A matrix that stored tensors pack together: codes, scales, and whatever else the scheme has.
+
+    `name` is the file's name of the codes, `dtype` the scheme's name, `shape` the logical shape; `build` makes the weight of
+    mapped views and raises ValueError where the stored tensors do not fit each other.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stored: tuple[LazyTensor, ...]
+    build: Callable[[], Packed] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Count the stored bytes."""
+        return sum(tensor.nbytes for tensor in self.stored)
+
+    @property
+    def origin(self) -> str:
+        """Give "file:name", for messages."""
+        return self.stored[0].origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +50,7 @@ class Piece:
 
     name: str | None
     part: str | None
-    data: LazyTensor
+    data: LazyTensor | PackedTensor
 
     @property
     def label(self) -> str:

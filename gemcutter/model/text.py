@@ -7,7 +7,7 @@ hidden, H heads, E head dim, V vocabulary, P per-layer-embedding dim. Read `ops/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -124,14 +124,17 @@ class Decoder:
 
 def _bind_linear(site: Site, params: Mapping[str, Param]) -> Linear:
     """Choose the kernel of every kind of stored weight once; a call then only looks it up."""
-    kinds = {(param.scheme, param.dtype) for param in params.values() if isinstance(param, Weight)}
-    table = {
-        (scheme, dtype): choose(replace(site, scheme=scheme, stored=_spell(dtype))).provider.load() for scheme, dtype in kinds
-    }
+    kinds = {part.stored for param in params.values() if isinstance(param, Weight) for part in (param, *_each_part(param))}
+    table = {stored: choose(replace(site, stored=stored)).provider.load() for stored in kinds}
     if len(table) == 1:
         (only,) = table.values()
         return only
-    return lambda x_ND, weight: table[weight.scheme, weight.dtype](x_ND, weight)
+    return lambda x_ND, weight: table[weight.stored](x_ND, weight)
+
+
+def _each_part(weight: Weight) -> Iterator[Weight]:
+    """List the parts apart, as some sentences multiply with them: q without k and v, say."""
+    yield from (Weight((part,)) for part in weight.parts)
 
 
 def _spell(dtype: torch.dtype) -> str:

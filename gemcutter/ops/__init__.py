@@ -22,7 +22,8 @@ SENTENCES = ("embed", "ple", "project", "attend", "mix", "feed", "inject", "head
 class Site:
     """Where a kernel would run; everything static.
 
-    `device` and `dtype` are spelled as torch spells them ("cpu", "bfloat16"); `stored` is the weights' dtype; `invariant` asks
+    `device` and `dtype` are spelled as torch spells them ("cpu", "bfloat16"); `stored` is how the weights are stored, a dtype
+    or a packed scheme, "mixed" where the parts of one weight differ; `invariant` asks
     that a row's result not depend on its neighbours, bit for bit.
     """
 
@@ -31,5 +32,4 @@ class Site:
     device: str
     dtype: str
     stored: str
-    scheme: str = "dense"
     invariant: bool = False

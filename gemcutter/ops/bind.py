@@ -67,6 +67,8 @@ def _not_invariant(site: Site) -> str | None:
 
 
 def _native_linear(site: Site) -> str | None:
+    if site.stored not in ("float32", "bfloat16", "float16"):
+        return f"multiplies dense weights, these are stored as {site.stored}"
     if site.device != "cpu" or site.dtype == site.stored == "float32":
         return _not_invariant(site)
     if site.dtype != site.stored:

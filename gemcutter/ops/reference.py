@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gemcutter.ops.step import Pool, Span, Step, window_mask
 from gemcutter.plan import LayerPlan, ModelPlan
-from gemcutter.quant import Weight
+from gemcutter.quant import Weight, widen
 
 ROW_TILE = 16  # rows of one matrix product; fixed, so that a row never meets another kernel
 KEY_BLOCK = 256  # keys of one softmax update, aligned to absolute positions
@@ -78,20 +78,14 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else elementwise(torch.tanh, logits / cap) * cap
 
 
-def weight_tiles(weight: Weight) -> list[Tensor]:
-    """Cut a matrix into views of at most WEIGHT_TILE elements, in row order."""
-    rows = max(ROW_TILE, WEIGHT_TILE // weight.columns)
-    return [tile for part in weight.parts for tile in torch.split(part, rows)]
-
-
 def linear(x_ND: Tensor, weight: Weight) -> Tensor:
     """Multiply rows with a matrix [F, D]: products and sums in float32, one rounding to x's dtype; [N, F]."""
     rows, columns = x_ND.shape
     padded = F.pad(x_ND.float(), (0, 0, 0, -rows % ROW_TILE)).view(-1, ROW_TILE, columns)
     out = x_ND.new_empty(rows, weight.rows)
     offset = 0
-    for tile in weight_tiles(weight):
-        wide = tile.float().t()
+    for tile in weight.tiles(WEIGHT_TILE):
+        wide = widen(tile).t()
         for index, block in enumerate(padded):
             start = index * ROW_TILE
             out[start : start + ROW_TILE, offset : offset + wide.shape[1]] = (block @ wide)[: rows - start]
@@ -171,12 +165,11 @@ def build_embed(plan: ModelPlan, params: Mapping[str, Param], words: Words, dtyp
 
 def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words, dtype: torch.dtype) -> Callable[..., Tensor]:
     """Build the per-layer embeddings of a span of layers: (token row + normed projection of the embedding) / sqrt(2)."""
-    table, project, norm = vector(params, "embed.ple"), matrix(params, "ple.in"), vector(params, "ple.norm")
+    table, project, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), vector(params, "ple.norm")
     token_scale, dim = torch.tensor(plan.ple_dim**0.5, dtype=dtype), plan.ple_dim
 
     def ple(x_ND: Tensor, ple_ids_N: Tensor, first: int, last: int) -> Tensor:
-        rows = table[:, first * dim : last * dim].index_select(0, ple_ids_N.to(table.device))
-        tokens = rows.to(x_ND.device, dtype) * token_scale.to(x_ND.device)
+        tokens = table.span(first * dim, last * dim).gather(ple_ids_N, dtype) * token_scale.to(x_ND.device)
         context = words.linear(x_ND, project.slice(first * dim, last * dim)) * plan.hidden**-0.5
         context = rms_norm(context.view(-1, last - first, dim), norm, plan.eps)
         return (context + tokens.view_as(context)) * 2**-0.5
@@ -306,7 +299,7 @@ def matrix(params: Mapping[str, Param], name: str) -> Weight:
 
 
 def vector(params: Mapping[str, Param], name: str) -> Tensor:
-    """Give a parameter that must be a plain tensor: a float32 vector, or the rows-only table."""
+    """Give a parameter that must be a plain tensor: a float32 vector."""
     found = params[name]
     assert isinstance(found, Tensor), name
     return found

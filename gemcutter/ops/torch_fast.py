@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcutter.ops.reference import Attention, weight_tiles
+from gemcutter.ops.reference import WEIGHT_TILE, Attention
 from gemcutter.ops.step import Pool, Step, window_mask
 from gemcutter.plan import LayerPlan
 from gemcutter.quant import Weight
@@ -21,11 +21,15 @@ MASK_ELEMENTS = 1 << 23  # mask entries of one call; the library widens each to 
 
 def linear_native(x_ND: Tensor, weight: Weight) -> Tensor:
     """Multiply with the library's kernel for the stored dtype, one call a part."""
-    if x_ND.dtype != weight.dtype:  # the router alone, whose rows are float32
-        wide = torch.promote_types(x_ND.dtype, weight.dtype)
-        return linear_native(x_ND.to(wide), Weight(tuple(part.to(wide) for part in weight.parts))).to(x_ND.dtype)
-    products = [F.linear(x_ND, part) for part in weight.parts]
+    products = [_product(x_ND, part) for part in weight.parts if isinstance(part, Tensor)]
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+
+def _product(x_ND: Tensor, part: Tensor) -> Tensor:
+    if x_ND.dtype == part.dtype:
+        return F.linear(x_ND, part)
+    wide = torch.promote_types(x_ND.dtype, part.dtype)  # the router alone, whose rows are float32
+    return F.linear(x_ND.to(wide), part.to(wide)).to(x_ND.dtype)
 
 
 def linear_tiled(x_ND: Tensor, weight: Weight) -> Tensor:
@@ -35,15 +39,14 @@ def linear_tiled(x_ND: Tensor, weight: Weight) -> Tensor:
     that stays in the cache and calling the float32 kernel (docs/log.md). One bfloat16 row is the exception: its kernel only
     streams the weight.
     """
-    if x_ND.shape[0] == 1 and x_ND.dtype == weight.dtype:
+    if x_ND.shape[0] == 1 and all(isinstance(part, Tensor) and part.dtype == x_ND.dtype for part in weight.parts):
         return linear_native(x_ND, weight)
     wide = x_ND.float()
     out = torch.empty(x_ND.shape[0], weight.rows)
-    tiles = weight_tiles(weight)
-    scratch = torch.empty(max(tile.numel() for tile in tiles))
+    scratch = torch.empty(max(WEIGHT_TILE, weight.columns))
     offset = 0
-    for tile in tiles:
-        narrow = scratch[: tile.numel()].view(tile.shape).copy_(tile)
+    for tile in weight.tiles(WEIGHT_TILE):
+        narrow = scratch[: tile.numel()].view(tile.shape).copy_(tile) if isinstance(tile, Tensor) else tile.dequantize()
         torch.mm(wide, narrow.t(), out=out[:, offset : offset + tile.shape[0]])
         offset += tile.shape[0]
     return out.to(x_ND.dtype)

@@ -1,8 +1,8 @@
-"""Weights as the kernels see them: matrices whose rows may lie in several places, dense today, packed schemes beside them
-later.
+"""Weights as the kernels see them: matrices whose rows may lie in several places, dense or packed.
 
-Owns `Weight`. A checkpoint usually stores q, k and v apart; a Weight stacks them without copying, so a mapped file is used in
-place. Refuses to know layers and files. Read `ops/reference.py` for who consumes it, `checkpoint/load.py` for who makes it.
+Owns `Weight`. A checkpoint usually stores q, k and v apart, and may pack each by another scheme; a Weight stacks them without
+copying, so a mapped file is used in place. Refuses to know layers and files. Read `packed.py` for what a packed part can do,
+`ops/reference.py` for who consumes a Weight, `checkpoint/load.py` for who makes it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemcutter.quant.packed import Packed
+
+Part = Tensor | Packed
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A matrix [rows, columns], or a stack of them [experts, rows, columns], whose rows are `parts` one after the other."""
 
-    parts: tuple[Tensor, ...]
+    parts: tuple[Part, ...]
     names: tuple[str, ...] = ()
-    scheme: str = "dense"
 
     @property
     def rows(self) -> int:
@@ -33,9 +36,15 @@ class Weight:
         return self.parts[0].shape[-1]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Give the stored dtype."""
-        return self.parts[0].dtype
+    def stored(self) -> str:
+        """Spell how all parts are stored: a dtype as torch spells it, a packed scheme, or "mixed"."""
+        kinds = {_spell(part) for part in self.parts}
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
+    @property
+    def is_dense(self) -> bool:
+        """Tell whether no part is packed."""
+        return all(isinstance(part, Tensor) for part in self.parts)
 
     @property
     def nbytes(self) -> int:
@@ -44,11 +53,8 @@ class Weight:
 
     def part(self, *names: str) -> Weight:
         """Give the rows of the named parts."""
-        chosen = tuple(part for name in names for part, own in self._split() if own == name)
-        return Weight(chosen, names, self.scheme)
-
-    def _split(self) -> Iterator[tuple[Tensor, str]]:
-        yield from zip(self.parts, self.names, strict=True)
+        found = dict(zip(self.names, self.parts, strict=True))
+        return Weight(tuple(found[name] for name in names), names)
 
     def slice(self, start: int, stop: int) -> Weight:
         """Give rows start to stop - 1 without copying."""
@@ -56,15 +62,43 @@ class Weight:
         for part in self.parts:
             low, high = max(start - offset, 0), min(stop - offset, part.shape[-2])
             if low < high:
-                found.append(part[..., low:high, :])
+                found.append(_rows(part, low, high))
             offset += part.shape[-2]
-        return Weight(tuple(found), (), self.scheme)
+        return Weight(tuple(found))
+
+    def span(self, start: int, stop: int) -> Weight:
+        """Give columns start to stop - 1 without copying. Raises ValueError where that would cut a packed group in two."""
+        cut = (part[..., start:stop] if isinstance(part, Tensor) else part.columns(start, stop) for part in self.parts)
+        return Weight(tuple(cut), self.names)
 
     def expert(self, index: int) -> Weight:
         """Give one matrix of a stack."""
-        return Weight(tuple(part[index] for part in self.parts), self.names, self.scheme)
+        chosen = (part[index] if isinstance(part, Tensor) else part.expert(index) for part in self.parts)
+        return Weight(tuple(chosen), self.names)
 
     def gather(self, ids_N: Tensor, dtype: torch.dtype) -> Tensor:
         """Copy the rows that ids name, as `dtype`: [N, columns]. Only for matrices in one part."""
         (table,) = self.parts
-        return table.index_select(0, ids_N).to(dtype)
+        if isinstance(table, Tensor):
+            return table.index_select(0, ids_N.to(table.device)).to(ids_N.device, dtype)
+        return table.gather(ids_N.cpu()).dequantize().to(ids_N.device, dtype)
+
+    def tiles(self, elements: int) -> Iterator[Part]:
+        """Cut a matrix into views of at most `elements` elements (one row at least), in row order."""
+        rows = max(1, elements // self.columns)
+        for part in self.parts:
+            for start in range(0, part.shape[-2], rows):
+                yield _rows(part, start, min(start + rows, part.shape[-2]))
+
+
+def widen(part: Part) -> Tensor:
+    """Give the values of a part in float32."""
+    return part.float() if isinstance(part, Tensor) else part.dequantize()
+
+
+def _rows(part: Part, start: int, stop: int) -> Part:
+    return part[..., start:stop, :] if isinstance(part, Tensor) else part.rows(start, stop)
+
+
+def _spell(part: Part) -> str:
+    return str(part.dtype).removeprefix("torch.") if isinstance(part, Tensor) else part.scheme

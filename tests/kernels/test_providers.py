@@ -406,7 +406,8 @@ def test_embed_rounds_the_root_first(provider: Provider, hidden: int, root: floa
 @providers_of("ple")
 def test_ple(provider: Provider) -> None:
     dim, layers = 6, 4
-    params = params_of({"ple.in": (layers * dim, HIDDEN), "ple.norm": (dim,)}) | {"embed.ple": randn(VOCAB, layers * dim, seed=8)}
+    params = params_of({"ple.in": (layers * dim, HIDDEN), "ple.norm": (dim,)})
+    params["embed.ple"] = Weight((randn(VOCAB, layers * dim, seed=8),))
     plan, ids = model_plan(layer_plan(1, 1, 4, ple_dim=dim)), torch.arange(ROWS_N)
     ple = provider.load()(plan, params, WORDS_OF_REFERENCE, F32)
     tokens = wide(params, "embed.ple")[ids].view(ROWS_N, layers, dim) * math.sqrt(dim)

@@ -84,7 +84,7 @@ def probe_model(folder: str, dtype_name: str) -> dict[str, Any]:
             while engine.has_work:
                 engine.step()
         found[name] = status()
-    table = params["embed.ple"]
+    (table,) = params["embed.ple"].parts  # type: ignore[union-attr]
     assert isinstance(table, torch.Tensor)
     return found | {
         "dense": checkpoint.plan.weight_bytes(rows_access=False),

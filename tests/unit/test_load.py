@@ -134,7 +134,7 @@ def test_matrices_stay_mapped_unless_stored_wider(
         assert {part.dtype for part in param.parts} == {stored if kept else compute}
         pieces = checkpoint.matched.pieces[spec.name]
         assert [is_in_place(part, piece.data) for part, piece in zip(param.parts, pieces, strict=True)] == [kept] * len(pieces)
-        assert stack(param).equal(wanted[spec.name].to(param.dtype))
+        assert stack(param).equal(wanted[spec.name].to(getattr(torch, param.stored)))
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
@@ -151,8 +151,7 @@ def test_vectors_are_float32_and_the_rows_only_table_stays_mapped(
         assert isinstance(param, Tensor)
         assert param.dtype == torch.float32
         assert param.data_ptr() != checkpoint.matched.pieces[name][0].data.raw().data_ptr()  # small, and never to be written
-    table = params["embed.ple"]
-    assert isinstance(table, Tensor)
+    (table,) = tensors_of(params["embed.ple"])
     assert table.dtype == stored
     assert is_in_place(table, checkpoint.matched.pieces["embed.ple"][0].data)
 
@@ -171,7 +170,7 @@ def test_parts_of_mixed_dtypes_are_converted_to_one(compute: torch.dtype, source
     assert [part.dtype for part in mixed.parts] == [compute] * 3
     assert stack(mixed).equal(wanted["layers.0.attn.in"].to(compute))
     assert isinstance(alike, Weight)
-    assert alike.dtype == torch.bfloat16
+    assert alike.stored == "bfloat16"
 
 
 @pytest.mark.parametrize("copy_bytes", [4, 1000, 4096, 1 << 20])

@@ -1,0 +1,39 @@
+"""The formats that checkpoints come in, one file each; add one here.
+
+Owns the order in which they are asked: the first whose `sniff` says yes reads the file. Read `hf.py` for the plainest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from gemcutter.checkpoint.formats import hf
+from gemcutter.checkpoint.piece import Piece
+from gemcutter.checkpoint.source import Source
+from gemcutter.config import ModelConfig
+from gemcutter.plan import ModelPlan
+
+
+class Format(Protocol):
+    """What a format's module exports. All of it looks at headers only."""
+
+    @property
+    def NAME(self) -> str:
+        """Name the format for reports."""
+        ...
+
+    def sniff(self, source: Source) -> bool:
+        """Tell whether the checkpoint is of this format."""
+        ...
+
+    def config(self, source: Source, ignore: Sequence[str] = ()) -> ModelConfig:
+        """Read the model's config. Raises ConfigError or CheckpointError with all problems."""
+        ...
+
+    def pieces(self, source: Source, plan: ModelPlan) -> Iterator[Piece]:
+        """Yield every stored tensor under its canonical name, the parts of a packed one as one piece."""
+        ...
+
+
+FORMATS: tuple[Format, ...] = (hf,)

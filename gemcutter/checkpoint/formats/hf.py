@@ -14,6 +14,7 @@ from gemcutter import config as configs
 from gemcutter.checkpoint.piece import Piece
 from gemcutter.checkpoint.source import LazyTensor, Source
 from gemcutter.errors import CheckpointError
+from gemcutter.plan import ModelPlan
 
 NAME = "Hugging Face safetensors"
 
@@ -70,6 +71,11 @@ LAYERED: dict[str, tuple[str, str | None]] = {
 LAYER = re.compile(r"layers\.(\d+)\.(?:moe\.)?(.+)")
 
 
+def sniff(source: Source) -> bool:
+    """Take whatever no other format claims."""
+    return True
+
+
 def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
     """Read the config beside the weights. Raises CheckpointError if there is none or the weights are quantized, ConfigError for
     bad keys.
@@ -87,7 +93,7 @@ def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
     return found
 
 
-def pieces(source: Source) -> Iterator[Piece]:
+def pieces(source: Source, plan: ModelPlan) -> Iterator[Piece]:
     """Yield every stored tensor under its canonical name."""
     for tensor in source.tensors.values():
         yield translate(tensor)
