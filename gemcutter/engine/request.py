@@ -55,6 +55,12 @@ class PromptReport:
     top_logits: tuple[tuple[int, float], ...] = ()
     hidden_states: list[Tensor] = field(default_factory=list)  # chunks [rows, D], in order
 
+    def rewind(self, rows: int) -> None:
+        """Keep what was reported of the first `rows` prompt rows; the others are computed anew."""
+        del self.logprobs[rows:]
+        while sum(len(chunk) for chunk in self.hidden_states) > rows:
+            self.hidden_states.pop()
+
 
 @dataclass(frozen=True, slots=True)
 class Event:

@@ -38,6 +38,7 @@ def run_step(decoder: Decoder, pool: PagedPool, works: Rows[Work]) -> list[Event
 def _report_rows(decoder: Decoder, work: Work, rows_RD: Tensor) -> None:
     """Add the log-probabilities and states of a chunk of prompt rows to the request's report."""
     request, report = work.sequence.request, work.sequence.report
+    report.rewind(work.table.length)
     if request.hidden_states:
         report.hidden_states.append(rows_RD)
     if request.prompt_logprobs is None:

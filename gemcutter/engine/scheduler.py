@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gemcutter.cache.pool import PagedPool
 from gemcutter.cache.prefix import PrefixCache
 from gemcutter.cache.table import Table
-from gemcutter.engine.request import PromptReport, Sequence
+from gemcutter.engine.request import Sequence
 from gemcutter.errors import CapacityError
 
 
@@ -54,10 +54,12 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """Reserve the rows of the next step; an empty list means there is nothing to do."""
         budget, works = self.max_rows, list[Work]()
-        for sequence in sorted(self.running, key=lambda sequence: sequence.pending > 1):
+        for sequence in list(self.running):  # decode rows come first: only the youngest can still be in its prompt
             if budget and sequence in self.running:  # it may have been preempted just now
-                works += self._reserve(sequence, min(sequence.pending, budget), works)
+                works += self._reserve(sequence, min(sequence.pending, budget))
                 budget = self.max_rows - sum(work.rows for work in works)
+        if len(works) < len(self.running):
+            return works  # somebody waits for pages or rows, which are not a newcomer's to take
         while self.waiting and budget and len(self.running) < self.max_sequences:
             admitted = self._admit(self.waiting[0], budget)
             if admitted is None:
@@ -80,11 +82,12 @@ class Scheduler:
                     table.release()
                     sequence.table = None
                     return None
-        sequence.report.cached_tokens = table.length
+        if sequence.in_prompt:  # else the report has been given
+            sequence.report.cached_tokens = table.length
         self.running.append(self.waiting.popleft())
         return Work(sequence, table, rows)
 
-    def _reserve(self, sequence: Sequence, rows: int, works: list[Work]) -> list[Work]:
+    def _reserve(self, sequence: Sequence, rows: int) -> list[Work]:
         """Reserve rows of a running sequence, taking pages from checkpoints and younger sequences if need be."""
         assert sequence.table is not None
         while True:
@@ -92,25 +95,27 @@ class Scheduler:
                 sequence.table.reserve(rows)
                 return [Work(sequence, sequence.table, rows)]
             except CapacityError:
-                if not self.prefix.evict() and not self._preempt_younger(sequence, works):
+                if not self.prefix.evict() and not self._preempt_younger(sequence):
                     return []  # older sequences hold the pages; they will finish
 
-    def _preempt_younger(self, sequence: Sequence, works: list[Work]) -> bool:
-        busy = {work.sequence.number for work in works}
-        for victim in reversed(self.running[self.running.index(sequence) + 1 :]):
-            if victim.number not in busy:
-                self.leave(victim)
-                if victim.in_prompt:
-                    victim.report = PromptReport()  # its rows will be reported anew
-                self.waiting.appendleft(victim)
-                return True
-        return False
+    def _preempt_younger(self, sequence: Sequence) -> bool:
+        """Send the youngest sequence back to wait, unless it is this one. Nobody younger has rows in the step yet."""
+        victim = self.running[-1]
+        if victim is sequence:
+            return False
+        self.leave(victim)
+        self.waiting.appendleft(victim)
+        return True
 
     def forget_rows(self) -> None:
         """Take back what `schedule` reserved for a step that did not happen."""
         for sequence in self.running:
             if sequence.table is not None:
                 sequence.table.commit(0)
+        for sequence in self.waiting:
+            if sequence.table is not None:  # it was about to be admitted
+                sequence.table.release()
+                sequence.table = None
 
     def leave(self, sequence: Sequence) -> None:
         """Take a sequence out and free its pages."""
