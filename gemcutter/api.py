@@ -14,21 +14,21 @@ from typing import Any, overload
 
 import torch
 
+from gemcutter.checkpoint.adapters import attach, fold
+from gemcutter.checkpoint.formats.lora import open_adapter
 from gemcutter.checkpoint.hub import locate
 from gemcutter.checkpoint.load import Progress, load_params
 from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
 from gemcutter.completion import Chunk, Completion, Mail, Stream, Timings
-from gemcutter.defaults import Defaults
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.memory import check_limits
 from gemcutter.engine.request import Request
 from gemcutter.engine.sampling import Sampling
 from gemcutter.errors import KernelError, RequestError
+from gemcutter.lexicon import read_defaults, read_template, read_tokenizer
 from gemcutter.model.text import Decoder
 from gemcutter.ops.bind import CHOICES
-from gemcutter.text.chat import ChatTemplate
 from gemcutter.text.stream import TextStream
-from gemcutter.text.tokenizer import Tokenizer
 
 __all__ = ["Chunk", "Completion", "Message", "Model", "Prompt", "Stream", "Timings", "load"]
 
@@ -45,9 +45,10 @@ class Model:
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, engine: Engine, load_s: float) -> None:
         self.checkpoint, self.decoder, self.engine, self.load_s = checkpoint, decoder, engine, load_s
         self.plan = checkpoint.plan
-        self.tokenizer = Tokenizer.load(checkpoint.source.folder)
-        self.template = ChatTemplate.find(checkpoint.source.folder, self.tokenizer)
-        self.defaults = Defaults.read(checkpoint.source.read_json("generation_config.json"), checkpoint.config, self.tokenizer)
+        self.notes = checkpoint.matched.notes(checkpoint.plan)  # what was left out, and what an option costs
+        self.tokenizer = read_tokenizer(checkpoint.source)
+        self.template = read_template(checkpoint.source, self.tokenizer)
+        self.defaults = read_defaults(checkpoint, self.tokenizer)
         self._mail = Mail(engine)
 
     @overload
@@ -106,7 +107,7 @@ class Model:
     def _request(self, ids: Sequence[int], options: dict[str, Any]) -> Request:
         own = {
             name: options.pop(name)
-            for name in ("max_tokens", "prompt_logprobs", "hidden_states", "top_logits")
+            for name in ("max_tokens", "prompt_logprobs", "hidden_states", "top_logits", "adapter")
             if name in options
         }
         stop_ids = frozenset() if options.pop("ignore_eos", False) else self.defaults.stop_ids
@@ -134,14 +135,19 @@ def load(
     max_sequences: int = 8,
     checkpoints: int = 4,
     ignore: Sequence[str] = (),
+    quant: str | None = None,
+    adapter: str | None = None,
+    adapters: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """Load a checkpoint: a folder, a .safetensors file, a hub id, or "demo".
+    """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
 
     `dtype` is the compute dtype ("float32" or "bfloat16"; default: the checkpoint's own). `kernels` is "auto", or "reference"
     for the plain definitions, whose rows never depend on their neighbours. `context` bounds a sequence, `max_rows` a step,
-    `max_sequences` a batch; `checkpoints` finished prompts and replies are kept for reuse. Raises CheckpointError or
-    ConfigError with everything that is wrong.
+    `max_sequences` a batch; `checkpoints` finished prompts and replies are kept for reuse. `quant`, "q4" or "q8", quantizes
+    dense matrices while they are loaded; packed ones stay as they are. `adapter` is a LoRA adapter (a folder or a hub id) that is
+    merged into the weights; `adapters`, by name, stay beside them, and a request with `adapter="name"` gets that one's changes.
+    Raises CheckpointError or ConfigError with everything that is wrong.
     """
     started = time.perf_counter()
     checkpoint = open_checkpoint(locate(model), ignore)
@@ -152,10 +158,19 @@ def load(
         raise KernelError(f"kernels: expected one of {', '.join(CHOICES)}, found {kernels!r}")
     if checkpoint.plan.is_drafter:
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
-    params = load_params(checkpoint, compute, place, progress)
+    merged = None if adapter is None else open_adapter(locate(adapter), checkpoint.plan, ignore)
+    beside = {name: open_adapter(locate(path), checkpoint.plan, ignore) for name, path in (adapters or {}).items()}
+    params, notes = load_params(checkpoint, compute, place, progress, quant), list[str]()
+    if merged is not None:
+        params, note = fold(params, merged, checkpoint, compute, place)
+        notes += [*merged.notes(), note]
+    for name, each in beside.items():
+        params = attach(params, each, name, place)
+        notes += each.notes()
     decoder = Decoder(checkpoint.plan, params, compute, place, kernels)
     engine = Engine(decoder, context, max_rows, max_sequences, checkpoints)
     built = Model(checkpoint, decoder, engine, 0.0)
+    built.notes += notes
     built.load_s = time.perf_counter() - started
     return built
 

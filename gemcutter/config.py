@@ -1,4 +1,4 @@
-"""A typed reader of `config.json` in Hugging Face's spelling.
+"""A typed reader of `config.json` in Hugging Face's spelling, of Gemma 4 and of Gemma 3's text models.
 
 Owns the foreign keys: every key is read, ignored by name, or an error, and all errors come at once.
 Refuses to know layer arithmetic: which layer owns what is decided in `plan.py`, from the values read here.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gemcutter.errors import ConfigError
@@ -33,14 +33,14 @@ IGNORED = frozenset(
 )
 # Towers have readers of their own; the decoder only notes that they are there.
 TOWERS = ("vision_config", "audio_config")
-TEXT_TYPES = ("gemma4_text", "gemma4_unified_text")
-WRAPPER_TYPES = ("gemma4", "gemma4_unified")
+TEXT_TYPES = ("gemma4_text", "gemma4_unified_text", "gemma3_text")
+WRAPPER_TYPES = ("gemma4", "gemma4_unified", "gemma3")
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary parameters of one attention type; `kind` is "default" or "proportional"."""
+    """Rotary parameters of one attention type; `kind` is "default", "proportional" or "linear"."""
 
     kind: str
     theta: float
@@ -80,6 +80,13 @@ class TextConfig:
     pad_token_id: int = 0
     bos_token_id: int | None = 2
     tie_word_embeddings: bool = True
+    query_pre_attn_scalar: float = 1.0  # Gemma 4 does not scale its queries, and norms its values
+    has_v_norm: bool = True
+
+    @property
+    def is_spelled_by_layer(self) -> bool:
+        """Tell whether only per_layer_config gives the sizes of global layers, as transformers 5.15 and later write it."""
+        return bool(self.per_layer) and self.global_head_dim is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,7 @@ class ModelConfig:
     backbone_hidden_size: int | None = None
     num_centroids: int = 0
     centroid_top_k: int = 0
+    norm_offset: float = 0.0  # added to the norms' weights: Gemma 3 stores how far they are from 1
 
     @property
     def is_drafter(self) -> bool:
@@ -191,7 +199,7 @@ def read(raw: Mapping[str, Any], source: str = "config.json", ignore: Sequence[s
     nested = model_type not in TEXT_TYPES
     inner = _Keys(top.table("text_config"), "text_config.", problems) if nested else top
     if nested:
-        inner.text("model_type", TEXT_TYPES, "gemma4_text")
+        inner.text("model_type", [name for name in TEXT_TYPES if name[:6] == model_type[:6]], model_type)
     towers = tuple(name.removesuffix("_config") for name in TOWERS if top.table(name))
     tied = top.flag("tie_word_embeddings", inner.flag("tie_word_embeddings", True))
     eos = tuple(dict.fromkeys(top.ids("eos_token_id") + (inner.ids("eos_token_id") if nested else ())))
@@ -203,14 +211,24 @@ def read(raw: Mapping[str, Any], source: str = "config.json", ignore: Sequence[s
     inner.seen.update(("dtype", "torch_dtype"))
     quantization = (top.table("quantization_config"), top.table("quantization"))
     backbone, centroids, centroid_top_k = _drafter(top, model_type)
-    text = _text(inner, tied)
+    is_gemma3 = model_type.startswith("gemma3")
+    text = _gemma3_text(inner, tied) if is_gemma3 else _text(inner, tied)
     if nested:
         inner.refuse_rest(ignore)
     top.refuse_rest(ignore)
     if problems:
         raise ConfigError(f"{source} does not describe a Gemma 4 model ({_count(problems)})", problems)
     return ModelConfig(
-        text, model_type, dtype, eos, towers, quantization[0] or quantization[1] or None, backbone, centroids, centroid_top_k
+        text,
+        model_type,
+        dtype,
+        eos,
+        towers,
+        quantization[0] or quantization[1] or None,
+        backbone,
+        centroids,
+        centroid_top_k,
+        norm_offset=1.0 if is_gemma3 else 0.0,
     )
 
 
@@ -248,8 +266,8 @@ def _text(keys: _Keys, tied: bool) -> TextConfig:
         num_key_value_heads=keys.integer("num_key_value_heads"),
         head_dim=keys.integer("head_dim", 256),
         sliding_window=keys.integer("sliding_window", 512),
-        layer_types=_layer_types(keys, layers),
-        rope=_rope(keys),
+        layer_types=_layer_types(keys, layers, ends_global=True),
+        rope=_rope(keys, RopeConfig("proportional", 1e6, 0.25)),
         rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
         max_position_embeddings=keys.integer("max_position_embeddings", 131072),
         final_logit_softcapping=keys.number("final_logit_softcapping", 0.0) or None,
@@ -273,6 +291,39 @@ def _text(keys: _Keys, tied: bool) -> TextConfig:
     return config
 
 
+def _gemma3_text(keys: _Keys, tied: bool) -> TextConfig:
+    """Read a Gemma 3 decoder: all layers own their keys and values, and differ in window and rope alone."""
+    layers, head_dim = keys.integer("num_hidden_layers", 26, high=4096), keys.integer("head_dim", 256)
+    keys.text("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    keys.seen.add("cache_implementation")
+    for key in ("attention_bias", "use_bidirectional_attention"):
+        if keys.flag(key, False):
+            keys.problem(key, "no Gemma 3 decoder has it; expected false")
+    if keys.has("attn_logit_softcapping"):
+        keys.problem("attn_logit_softcapping", "no Gemma 3 caps its attention scores; expected null")
+    return TextConfig(
+        vocab_size=keys.integer("vocab_size", 262208),
+        hidden_size=keys.integer("hidden_size", 2304),
+        intermediate_size=keys.integer("intermediate_size", 9216),
+        num_hidden_layers=layers,
+        num_attention_heads=keys.integer("num_attention_heads", 8),
+        num_key_value_heads=keys.integer("num_key_value_heads", 4),
+        head_dim=head_dim,
+        global_head_dim=head_dim,
+        sliding_window=keys.integer("sliding_window", 4096),
+        layer_types=_layer_types(keys, layers, ends_global=False),
+        rope=_rope(keys, RopeConfig("default", 1e6)),
+        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
+        max_position_embeddings=keys.integer("max_position_embeddings", 131072),
+        final_logit_softcapping=keys.number("final_logit_softcapping", 0.0) or None,
+        pad_token_id=keys.integer("pad_token_id", 0, low=0),
+        bos_token_id=keys.integer("bos_token_id", 2, low=0),
+        tie_word_embeddings=tied,
+        query_pre_attn_scalar=keys.number("query_pre_attn_scalar", 256.0),
+        has_v_norm=False,
+    )
+
+
 def _optional(keys: _Keys, key: str) -> int | None:
     return keys.integer(key) if keys.has(key) else None
 
@@ -288,11 +339,11 @@ def _moe_size(keys: _Keys, moe: bool, key: str) -> int:
     return keys.integer(key)
 
 
-def _layer_types(keys: _Keys, layers: int) -> tuple[str, ...]:
-    period = keys.integer("sliding_window_pattern", 6)
+def _layer_types(keys: _Keys, layers: int, ends_global: bool) -> tuple[str, ...]:
+    period = keys.integer("sliding_window_pattern", keys.integer("_sliding_window_pattern", 6))
     if not keys.has("layer_types"):
         kinds = [SLIDING if (i + 1) % period else FULL for i in range(layers)]
-        return (*kinds[:-1], FULL)  # the last layer is global in every Gemma 4
+        return (*kinds[:-1], FULL) if ends_global else tuple(kinds)  # the last layer is global in every Gemma 4
     kinds = keys.raw["layer_types"]
     if not isinstance(kinds, list) or any(kind not in (SLIDING, FULL) for kind in kinds):
         keys.problem("layer_types", f"expected a list of {SLIDING!r} and {FULL!r}, found {kinds!r:.80}")
@@ -303,22 +354,27 @@ def _layer_types(keys: _Keys, layers: int) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _rope(keys: _Keys) -> dict[str, RopeConfig]:
-    ropes = {SLIDING: RopeConfig("default", 1e4), FULL: RopeConfig("proportional", 1e6, 0.25)}
-    if keys.has("rope_local_base_freq") or keys.has("rope_theta"):  # flattened by some converters
-        ropes[SLIDING] = RopeConfig("default", keys.number("rope_local_base_freq", 1e4))
-        ropes[FULL] = RopeConfig("proportional", keys.number("rope_theta", 1e6), 0.25)
-    if keys.has("rope_scaling"):
+def _rope(keys: _Keys, full: RopeConfig) -> dict[str, RopeConfig]:
+    """Read both ropes from `rope_parameters`, or from Gemma 3's flat keys, which some converters write for Gemma 4, too."""
+    kinds = ("default", "proportional") if full.kind == "proportional" else ("default", "linear")
+    local, theta = keys.number("rope_local_base_freq", 1e4), keys.number("rope_theta", full.theta)
+    ropes = {SLIDING: RopeConfig("default", local), FULL: replace(full, theta=theta)}
+    if keys.has("rope_scaling") and full.kind == "proportional":
         keys.problem("rope_scaling", "not part of Gemma 4; scaling is rope_parameters.<type>.factor")
+    elif keys.has("rope_scaling"):
+        scaling = _Keys(keys.table("rope_scaling"), f"{keys.where}rope_scaling.", keys.problems)
+        kind = scaling.text("rope_type", kinds, scaling.text("type", kinds, "default"))
+        ropes[FULL] = RopeConfig(kind, theta, factor=scaling.number("factor", 1.0))
+        scaling.refuse_rest(())
     table = keys.table("rope_parameters")
     for name, raw in table.items():
         if name not in (SLIDING, FULL) or not isinstance(raw, dict):
             keys.problem(f"rope_parameters.{name}", f"expected objects for {SLIDING} and {FULL}, found {raw!r:.60}")
             continue
         inner = _Keys(raw, f"{keys.where}rope_parameters.{name}.", keys.problems)
-        kind = inner.text("rope_type", ("default", "proportional"), ropes[name].kind)
+        kind = inner.text("rope_type", kinds, ropes[name].kind)
         partial = inner.number("partial_rotary_factor", 1.0)
-        if partial > 1.0 or (kind == "default" and partial != 1.0):
+        if partial > 1.0 or (kind != "proportional" and partial != 1.0):
             inner.problem("partial_rotary_factor", f"{partial:g} does not go with rope_type {kind!r}")
         ropes[name] = RopeConfig(kind, inner.number("rope_theta", ropes[name].theta), partial, inner.number("factor", 1.0))
         inner.refuse_rest(())

@@ -14,7 +14,7 @@ from gemcutter.engine.sampling import FIELDS, Sampling
 from gemcutter.errors import ConfigError
 from gemcutter.text.tokenizer import Tokenizer
 
-ENDS = ("<eos>", "<turn|>", "<|tool_response>")  # files list one, two or all three; the models end on any
+ENDS = ("<eos>", "<turn|>", "<|tool_response>", "<end_of_turn>")  # files list one, two or all three; the models end on any
 # Placeholders that only a processor may write; models otherwise put them into plain text now and then.
 MEDIA = ("<|image>", "<image|>", "<|image|>", "<|audio>", "<audio|>", "<|audio|>", "<|video|>")
 SAMPLED = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}

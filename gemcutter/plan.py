@@ -1,4 +1,4 @@
-"""The one place where a Gemma 4 model's topology is decided.
+"""The one place where a model's topology is decided, Gemma 4's or Gemma 3's.
 
 `derive` turns a typed config into a `ModelPlan`: which layer owns which projections, which layer's keys and values it reads,
 and every size. Modules, loader, cache, memory planner, kernels, benchmarks and documents read the plan and decide nothing
@@ -85,6 +85,8 @@ class LayerPlan:
     mlp_width: int
     moe: MoEPlan | None
     ple_dim: int
+    q_scale: float = 1.0  # of the queries; the loader folds it into their norm's weight (Gemma 3)
+    has_v_norm: bool = True  # values are normed, without a weight, before they are written (not in Gemma 3)
 
     @property
     def writes(self) -> bool:
@@ -127,6 +129,7 @@ class ParamSpec:
     parts: tuple[tuple[str, int], ...] = ()  # rows of the second-to-last axis, stored apart in most checkpoints
     access: Access = Access.DENSE
     default: float | None = None  # what a checkpoint that lacks the tensor means
+    scale: float = 1.0  # multiplied in when the tensor is loaded
     integer: bool = False
     buffer: bool = False  # not counted as a parameter (layer scalars, token order)
 
@@ -279,7 +282,7 @@ def _layer_params(layer: LayerPlan, hidden: int) -> Iterator[ParamSpec]:
 
     yield spec("attn.norm", hidden)
     yield spec("attn.in", sum(rows for _, rows in parts), hidden, parts=parts)
-    yield spec("attn.q_norm", layer.head_dim)
+    yield ParamSpec(f"{prefix}attn.q_norm", (layer.head_dim,), scale=layer.q_scale)
     if layer.writes:
         yield spec("attn.k_norm", layer.head_dim)
     yield spec("attn.out", hidden, layer.heads * layer.head_dim)
@@ -367,6 +370,8 @@ def _layer(
         mlp_width=text.intermediate_size * (2 if text.use_double_wide_mlp and shared and not config.is_drafter else 1),
         moe=MoEPlan(text.num_experts, text.top_k_experts, text.moe_intermediate_size) if text.num_experts else None,
         ple_dim=text.hidden_size_per_layer_input,
+        q_scale=text.query_pre_attn_scalar**-0.5,
+        has_v_norm=text.has_v_norm,
     )
     if target is not None and layer.kv_layer >= 0:
         source = target.layers[layer.kv_layer]
@@ -418,4 +423,4 @@ def _kv_layer(
 def _rope(rope: RopeConfig, head_dim: int) -> RopeSpec:
     # "proportional" rotates int(partial * head_dim // 2) pairs, with exponents over the whole head_dim
     pairs = int(rope.partial * head_dim // 2) if rope.kind == "proportional" else head_dim // 2
-    return RopeSpec(rope.theta, head_dim, pairs, rope.factor if rope.kind == "proportional" else 1.0)
+    return RopeSpec(rope.theta, head_dim, pairs, 1.0 if rope.kind == "default" else rope.factor)

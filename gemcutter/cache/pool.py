@@ -65,6 +65,8 @@ class PageBook:
         if not self.holders[page]:
             self._free.add(page)
             heapq.heappush(self._lowest, page)
+            if len(self._lowest) > 2 * len(self.holders):  # pages taken by `after` stay in it
+                self._lowest = sorted(self._free)  # a sorted list is a heap
 
 
 class PagedPool:

@@ -1,8 +1,8 @@
 """Reuse of what earlier requests left in the cache: checkpoints of finished prompts and replies.
 
 A checkpoint is a fork of a block table that is never stepped. A new prompt continues from the longest one that shares its
-beginning and still holds the windows there. Refuses to know text; ids only. Checkpoints are dropped, oldest first, when their
-number or the pages run out.
+beginning and its adapter, and still holds the windows there. Refuses to know text; ids only. Checkpoints are dropped, oldest
+first, when their number or the pages run out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from gemcutter.cache.table import Table
 class _Checkpoint:
     ids: tuple[int, ...]
     table: Table
+    adapter: str | None
 
 
 class PrefixCache:
@@ -28,20 +29,20 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._checkpoints)
 
-    def keep(self, ids: tuple[int, ...], table: Table) -> None:
-        """Remember a table whose committed positions hold `ids`."""
+    def keep(self, ids: tuple[int, ...], table: Table, adapter: str | None = None) -> None:
+        """Remember a table whose committed positions hold `ids`, as computed with an adapter or without."""
         if not self.capacity or not ids:
             return
-        for old in [point for point in self._checkpoints if point.ids == ids]:
+        for old in [point for point in self._checkpoints if (point.ids, point.adapter) == (ids, adapter)]:
             self._forget(old)
-        self._checkpoints.append(_Checkpoint(ids, table.fork()))
+        self._checkpoints.append(_Checkpoint(ids, table.fork(), adapter))
         while len(self._checkpoints) > self.capacity:
             self._forget(self._checkpoints[0])
 
-    def find(self, ids: tuple[int, ...]) -> Table | None:
-        """Fork the checkpoint that spares most of a prompt; its last token is always computed anew."""
+    def find(self, ids: tuple[int, ...], adapter: str | None = None) -> Table | None:
+        """Fork the adapter's checkpoint that spares most of a prompt; its last token is always computed anew."""
         best: tuple[int, _Checkpoint] | None = None
-        for point in self._checkpoints:
+        for point in (point for point in self._checkpoints if point.adapter == adapter):
             shared = min(_common(point.ids, ids), len(ids) - 1)
             if shared > (best[0] if best else 0) and point.table.can_rewind(shared):
                 best = (shared, point)

@@ -1,14 +1,19 @@
 """Turns what a user calls a model into a path on this machine.
 
-Owns the forms MODEL may take (the packaged demo, a local file or folder, a hub id) and the download of a hub repository:
-safetensors, JSON and chat templates only, never files that can run code. Refuses to know what the files hold.
+Owns the forms MODEL may take (the packaged demo, a local file or folder, a hub id or a short name of one, see `names.json`) and
+the download of a repository: safetensors, JSON and chat templates only, never files that can run code. Refuses to know what is
+in them.
 huggingface_hub, imported only for a hub id, owns HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Read next: `source.py`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from gemcutter.checkpoint.source import shown
@@ -18,8 +23,9 @@ DEMO = "demo"
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 
 _FORMS = (
-    f'MODEL is "{DEMO}" (the small packaged model), a folder that holds .safetensors files, one such file (./gemma), '
-    "or a hub id (google/gemma-4-E2B-it, with a revision google/gemma-4-E2B-it@main)"
+    f'MODEL is "{DEMO}" (the small packaged model), a folder that holds .safetensors files, one such file or a .gguf file, '
+    "a hub id (google/gemma-4-E2B-it, with a revision google/gemma-4-E2B-it@main, with a file owner/name:gemma-Q4_0.gguf), "
+    "or a short name of one (e2b, e4b-q4)"
 )
 _ELSEWHERE = "or download it on another machine and pass the folder"
 
@@ -27,56 +33,97 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # The hub's "*" matches "/" too. Subfolders hold other exports (onnx/, original/); consolidated files repeat the weights.
 _UNWANTED = ["*/*", "consolidated*"]
 
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII)
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>[\w.-]+\.gguf))?(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII
+)
+_PART = re.compile(r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$")
 _LOCAL_LOOK = re.compile(r"[./~].*|[A-Za-z]:/.*|.*\\.*|.*(\.safetensors|\.gguf|\.json|/)", re.DOTALL)
 
 
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """Name a repository of the hub, and maybe one of its revisions, and the one GGUF file of it that is meant."""
+
+    repo: str
+    revision: str | None
+    file: str | None = None
+
+
 def locate(model: str) -> Path:
-    """Return the local path of a model: "demo", an existing file or folder, or a hub id `owner/name` or `owner/name@revision`.
+    """Return the local path of a model: "demo", an existing file or folder, a hub id `owner/name[:file.gguf][@revision]` or a
+    short name of one.
 
     A hub id is downloaded into the hub's cache; where the hub can't be reached, a cached copy is used as it is.
     Raises CheckpointError, with the remedy, for a path that does not exist, a malformed id and every failure of the hub.
     """
+    found = parse(model)
+    return found if isinstance(found, Path) else _fetch(found)
+
+
+def parse(model: str) -> Path | HubId:
+    """Tell what a model's name means, without a look at the network. Raises CheckpointError if it means nothing."""
     if model == DEMO:
         return DEMO_FOLDER
     path = Path(os.path.expanduser(model))
     if model and os.path.exists(path):
         return path
-    if _LOCAL_LOOK.fullmatch(model):
+    hub_id = _HUB_ID.fullmatch(expand(model))
+    if _LOCAL_LOOK.fullmatch(model) and not (hub_id and hub_id["file"]):
         raise CheckpointError(f"{shown(model)} does not exist on this machine; {_FORMS}")
-    hub_id = _HUB_ID.fullmatch(model)
     if hub_id is None or ".." in model:
-        raise CheckpointError(f"{shown(model)} is neither an existing path nor a hub id; {_FORMS}")
-    return _fetch(hub_id["repo"], hub_id["revision"])
+        raise CheckpointError(
+            f"{shown(model)} is neither an existing path nor a hub id nor a short name ({', '.join(short_names())}); {_FORMS}"
+        )
+    return HubId(hub_id["repo"], hub_id["revision"], hub_id["file"])
 
 
-def _fetch(repo: str, revision: str | None) -> Path:
-    """Return the folder of a hub repository's snapshot, downloaded or cached."""
+def expand(model: str) -> str:
+    """Replace a short name, with or without a revision, by the hub id of the checkpoint that it recommends."""
+    name, mark, revision = model.partition("@")
+    return short_names().get(name.lower(), name) + mark + revision
+
+
+@cache
+def short_names() -> dict[str, str]:
+    """Give the hub id that each short name stands for."""
+    names: dict[str, str] = json.loads((Path(__file__).parent / "names.json").read_text(encoding="utf-8"))
+    return names
+
+
+def _fetch(hub_id: HubId) -> Path:
+    """Return the folder of a hub repository's snapshot, downloaded or cached, or the GGUF file of it that is meant."""
+    repo, revision, file = hub_id.repo, hub_id.revision, hub_id.file
     try:
-        folder = _snapshot(repo, revision, is_cached_only=False)
+        # Such a repository holds a file for each quantization, all parts of which are wanted.
+        folder = _snapshot(repo, revision, is_cached_only=False, wanted=_WANTED if file is None else [_PART.sub(r"-*\1", file)])
     except Exception as error:  # the download raises its HTTP library's exceptions too, and those differ by version
-        cached = _cached_snapshot(repo, revision)
+        cached = cached_snapshot(repo, revision)
         if cached is None:
-            raise CheckpointError(_diagnosis(error, repo, revision)) from error
+            raise CheckpointError(diagnose(error, repo, revision)) from error
         folder = cached
+    if file is not None:
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{repo}: there is no file {file} in it, or in its copy in {folder}; check the spelling")
+        return folder / file
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{repo}: its copy in {folder} holds no .safetensors file; choose a safetensors release of the model, {_ELSEWHERE}"
+            f"{repo}: its copy in {folder} holds no .safetensors file; choose a safetensors release of the model, name a file of "
+            f"a GGUF release ({repo}:file.gguf), {_ELSEWHERE}"
         )
     return folder
 
 
-def _snapshot(repo: str, revision: str | None, *, is_cached_only: bool) -> Path:
+def _snapshot(repo: str, revision: str | None, *, is_cached_only: bool, wanted: Sequence[str] = _WANTED) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(
         snapshot_download(
-            repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=is_cached_only
+            repo, revision=revision, allow_patterns=list(wanted), ignore_patterns=_UNWANTED, local_files_only=is_cached_only
         )
     )
 
 
-def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
+def cached_snapshot(repo: str, revision: str | None) -> Path | None:
     """Return the complete cached copy, if there is one. The hub's own fallback covers some network failures, not all."""
     try:
         return _snapshot(repo, revision, is_cached_only=True)
@@ -84,7 +131,7 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
         return None
 
 
-def _diagnosis(error: Exception, repo: str, revision: str | None) -> str:
+def diagnose(error: Exception, repo: str, revision: str | None) -> str:
     """Say in one line why the hub gave nothing, and what to do."""
     from huggingface_hub import errors
 
@@ -108,7 +155,7 @@ def _diagnosis(error: Exception, repo: str, revision: str | None) -> str:
         return f"the hub refuses access to {repo} (HTTP {status}); set HF_TOKEN to a token that may read it"
     if status is not None:
         return f"the hub can't deliver {repo} (HTTP {status}) and no copy is cached; try again later, {_ELSEWHERE}"
-    if isinstance(cause, errors.OfflineModeIsEnabled):
+    if isinstance(cause, errors.OfflineModeIsEnabled) or isinstance(error, errors.OfflineModeIsEnabled):
         return f"{repo} has no complete copy in the cache and HF_HUB_OFFLINE forbids the network; unset it, {_ELSEWHERE}"
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
         return (

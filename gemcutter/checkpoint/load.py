@@ -1,8 +1,9 @@
 """Fills a plan's parameters from matched pieces.
 
 Owns the policy of memory: on the CPU a tensor that is stored no wider than it is computed stays mapped, in place and unfused;
-anything else is copied once, tile by tile, and its mapped pages are given back at once. Rows-only tables (the per-layer
-embeddings) always stay mapped. Knows no format. Read `match.py` for what comes in, `quant/__init__.py` for what goes out.
+anything else is copied or quantized once, tile by tile, and its mapped pages are given back at once. Rows-only tables (the
+per-layer embeddings) always stay mapped. Knows no format. Read `match.py` for what comes in, `quant/__init__.py` for what
+goes out.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor
 from gemcutter.checkpoint.match import Checkpoint
 from gemcutter.checkpoint.piece import PackedTensor, Piece
 from gemcutter.checkpoint.source import LazyTensor
-from gemcutter.errors import CheckpointError
+from gemcutter.checkpoint.tiles import dense, tiles, unpack, whole
+from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import Access, ParamSpec
 from gemcutter.quant import Part, Weight
+from gemcutter.quant.make import LOADABLE, RECIPES, Recipe, Scheme, pack
 from gemcutter.quant.packed import Packed
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -27,21 +30,36 @@ COPY_BYTES = 16 << 20  # mapped bytes converted between two releases of their pa
 
 
 def load_params(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    quant: str | None = None,
 ) -> dict[str, Weight | Tensor]:
-    """Give every parameter of the plan: matrices as Weights, vectors as float32 tensors. Raises CheckpointError."""
+    """Give every parameter of the plan: matrices as Weights, vectors as float32 tensors.
+
+    `quant`, "q4" or "q8", quantizes dense matrices, but for rows-only tables, which cost no memory as they are. Raises
+    CheckpointError, and ConfigError for another `quant`.
+    """
+    if quant is not None and quant not in LOADABLE:
+        raise ConfigError(f"quant: expected {' or '.join(LOADABLE)}, found {quant!r}")
+    recipe = None if quant is None else RECIPES[quant]
     pieces = checkpoint.matched.pieces
     total = sum(piece.data.nbytes for found in pieces.values() for piece in found)
     done, params = 0, dict[str, Weight | Tensor]()
     for spec in checkpoint.plan.params():
-        params[spec.name] = _load(spec, pieces[spec.name], dtype, device)
+        params[spec.name] = param = _load(spec, pieces[spec.name], dtype, device, recipe)
+        if isinstance(param, Tensor) and spec.name.endswith("norm"):
+            params[spec.name] = (param + checkpoint.config.norm_offset) * spec.scale
         done += sum(piece.data.nbytes for piece in pieces[spec.name])
         if progress is not None:
             progress(done, total)
     return params
 
 
-def _load(spec: ParamSpec, pieces: tuple[Piece, ...], dtype: torch.dtype, device: torch.device) -> Weight | Tensor:
+def _load(
+    spec: ParamSpec, pieces: tuple[Piece, ...], dtype: torch.dtype, device: torch.device, recipe: Recipe | None = None
+) -> Weight | Tensor:
     if not pieces:
         assert spec.default is not None
         return torch.full(spec.shape, spec.default)
@@ -53,7 +71,8 @@ def _load(spec: ParamSpec, pieces: tuple[Piece, ...], dtype: torch.dtype, device
         return _table(data[0])
     # Kernels are chosen by how all parts of a weight are stored: dense ones of several dtypes become one.
     is_uniform = len({stored.dtype for stored in data if isinstance(stored, LazyTensor)}) < 2
-    parts = tuple(_part(stored, dtype, device, is_uniform) for stored in data)
+    scheme = None if recipe is None else recipe.scheme(spec.name, spec.shape[-1])
+    parts = tuple(_part(stored, dtype, device, is_uniform, scheme) for stored in data)
     weight = Weight(parts, tuple(name for name, _ in spec.parts) if len(parts) > 1 else ())
     if len(parts) == 1 and spec.parts:  # stored as one: cut into its parts, so that all matrices of a kind look alike
         edges = list(accumulate((rows for _, rows in spec.parts), initial=0))
@@ -64,24 +83,30 @@ def _load(spec: ParamSpec, pieces: tuple[Piece, ...], dtype: torch.dtype, device
 
 def _table(data: LazyTensor | PackedTensor) -> Weight:
     """Map a table that is only gathered from, and tell the kernel that reads will be scattered."""
-    for tensor in (data,) if isinstance(data, LazyTensor) else data.stored:
+    table = Weight((data.torch() if isinstance(data, LazyTensor) else unpack(data),))
+    for tensor in (data,) if isinstance(data, LazyTensor) else data.stored:  # mapped by now, as the advice needs
         tensor.mapped.expect_scattered_reads(tensor.offset, tensor.nbytes)
-    return Weight((data.torch() if isinstance(data, LazyTensor) else _build(data),))
+    return table
 
 
-def _part(data: LazyTensor | PackedTensor, dtype: torch.dtype, device: torch.device, is_uniform: bool) -> Part:
+def _part(
+    data: LazyTensor | PackedTensor, dtype: torch.dtype, device: torch.device, is_uniform: bool, scheme: Scheme | None
+) -> Part:
     if isinstance(data, PackedTensor):
-        return _build(data)
+        return unpack(data)
+    if scheme is not None:
+        return _quantize(data, scheme, device)
     stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[data.dtype]
     stays = is_uniform and device.type == "cpu" and stored.itemsize <= dtype.itemsize
     return data.torch() if stays else _copy(data, dtype, device)
 
 
-def _build(data: PackedTensor) -> Packed:
+def _quantize(data: LazyTensor, scheme: Scheme, device: torch.device) -> Packed:
+    """Quantize a mapped tensor into memory of its own. Raises CheckpointError for values that are not finite."""
     try:
-        return data.build()
+        return pack((dense(part) for part in tiles(whole(data))), data.shape, scheme, device)
     except ValueError as error:
-        raise CheckpointError(f"{data.origin} can't be unpacked: {error}") from error
+        raise CheckpointError(f"{data.origin} can't be quantized: {error}; is the file damaged?") from error
 
 
 def _copy(data: LazyTensor, dtype: torch.dtype, device: torch.device) -> Tensor:

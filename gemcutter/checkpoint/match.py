@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemcutter import config as configs
-from gemcutter.checkpoint.formats import FORMATS
+from gemcutter.checkpoint.formats import FORMATS, Format
 from gemcutter.checkpoint.piece import PackedTensor, Piece
 from gemcutter.checkpoint.source import Source
 from gemcutter.errors import CheckpointError
@@ -32,6 +32,8 @@ class Matched:
     beside: dict[str, list[Piece]] = field(default_factory=dict)  # towers and the like, by kind
     defaults: list[ParamSpec] = field(default_factory=list)  # absent, and their absence has a meaning
     ignored: list[Piece] = field(default_factory=list)
+    missing: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # label and shape of what the plan needs in vain
+    unknown: list[Piece] = field(default_factory=list)
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """Say once what was left out and why."""
@@ -61,18 +63,37 @@ def open_checkpoint(path: Path, ignore: Sequence[str] = ()) -> Checkpoint:
 
     `ignore` holds patterns of config keys and tensor names to pass over. Raises ConfigError or CheckpointError with all problems.
     """
-    source = Source.open(path)
-    format = next(format for format in FORMATS if format.sniff(source))
+    return read_checkpoint(Source.open(path), ignore)
+
+
+def read_checkpoint(source: Source, ignore: Sequence[str] = ()) -> Checkpoint:
+    """Do what `open_checkpoint` does with a source that is open already. Raises the same."""
+    format = format_of(source)
     config = format.config(source, ignore)
     plan = derive(config)
-    return Checkpoint(source, config, plan, match(plan, format.pieces(source, plan), str(path), ignore), format.NAME)
+    return Checkpoint(source, config, plan, match(plan, format.pieces(source, plan), str(source.path), ignore), format.NAME)
+
+
+def format_of(source: Source) -> Format:
+    """Give the first format that takes the source for its own. Raises CheckpointError for a damaged config."""
+    return next(format for format in FORMATS if format.sniff(source))
 
 
 def match(plan: ModelPlan, pieces: Iterable[Piece], source: str, ignore: Sequence[str] = ()) -> Matched:
     """Give every parameter its pieces. Raises CheckpointError that lists all problems; nothing is allocated."""
+    problems: list[str] = []
+    matched = compare(plan, pieces, problems, ignore)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise CheckpointError(f"{source} does not match the plan ({count}, nothing was allocated)", sorted(problems))
+    return matched
+
+
+def compare(plan: ModelPlan, pieces: Iterable[Piece], problems: list[str], ignore: Sequence[str] = ()) -> Matched:
+    """Give every parameter the pieces that fit it, noting every problem instead of raising."""
     specs = {spec.name: spec for spec in plan.params()}
     owned = {name.partition(".")[2].partition(".")[2] for name in specs if name.startswith("layers.")}
-    matched, found, problems = Matched(), dict[tuple[str, str | None], Piece](), list[str]()
+    matched, found = Matched(), dict[tuple[str, str | None], Piece]()
     for piece in pieces:
         if any(fnmatch.fnmatchcase(piece.data.name, pattern) for pattern in ignore):
             matched.ignored.append(piece)
@@ -85,12 +106,10 @@ def match(plan: ModelPlan, pieces: Iterable[Piece], source: str, ignore: Sequenc
         elif piece.name is not None and _is_redundant(plan, piece, owned):
             matched.redundant.append(piece)
         else:
+            matched.unknown.append(piece)
             problems.append(f"unknown    {piece.data.origin}: not part of this model; --ignore '{piece.data.name}' to skip it")
     for spec in specs.values():
         matched.pieces[spec.name] = tuple(_take(spec, found, matched, problems))
-    if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise CheckpointError(f"{source} does not match the plan ({count}, nothing was allocated)", sorted(problems))
     return matched
 
 
@@ -121,7 +140,10 @@ def _take(spec: ParamSpec, found: dict[tuple[str, str | None], Piece], matched: 
         if piece is None and spec.default is not None:
             matched.defaults.append(spec)
         elif piece is None:
+            matched.missing.append((label, shape))
             problems.append(f"missing    {label} {shape}")
+        elif piece.fault is not None:
+            problems.append(f"packing    {label}: {piece.data.origin}: {piece.fault}")
         elif piece.data.shape != shape:
             problems.append(
                 f"shape      {label} {shape} expected, {piece.data.origin} has {piece.data.shape}{_hint(spec, shape, piece)}"

@@ -46,11 +46,13 @@ class Piece:
     """One stored tensor: which part of which parameter it is, or that it is none of the decoder's.
 
     `name` None means unknown to the format; a `name` in parentheses, such as "(vision tower)", is known and not the decoder's.
+    `fault` says why the stored tensors make no weight of any shape; it is an error only where the weight is needed.
     """
 
     name: str | None
     part: str | None
     data: LazyTensor | PackedTensor
+    fault: str | None = None
 
     @property
     def label(self) -> str:

@@ -8,17 +8,18 @@ torch is imported only when a tensor is asked for, so headers can be listed in m
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import reprlib
 import threading
 import warnings
-from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from gemcutter.checkpoint.small_file import SMALL_BYTES, insist_on_file, parse_object, read_small
+from gemcutter.checkpoint.small_file import shown as shown  # part of this module's vocabulary for messages
 from gemcutter.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -49,23 +50,59 @@ DTYPES = {
     "C64": (8, "complex64"),
 }
 
-_JSON_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit; the largest real header is a few MB
 _MAX_BYTES = 2**63 - 1  # torch and the kernel address with signed 64-bit integers
 
 _FOREIGN_FILES = {
-    ".gguf": "a GGUF file, which is not a safetensors checkpoint",
     ".npz": "a NumPy archive, as early MLX conversions wrote",
     ".bin": "a PyTorch pickle, which can run code when it is read",
     ".pth": "a PyTorch pickle, which can run code when it is read",
     ".pt": "a PyTorch pickle, which can run code when it is read",
 }
 
-# Hostile headers hold megabytes where a word belongs, and control characters: messages show a clipped, escaped form.
-_clipped = reprlib.Repr()
-_clipped.maxstring = _clipped.maxlong = 120
-
 # warnings.catch_warnings swaps process-wide state, so two loader threads must not do it at the same time.
 _warnings_lock = threading.Lock()
+
+
+class StoredFile(Protocol):
+    """What a checkpoint asks of a file that holds tensors, wherever it lies. Headers are read; tensors are mapped."""
+
+    @property
+    def path(self) -> Path:
+        """Name the file for messages."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Give the size of the whole file."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on, fewer at the file's end. Raises OSError or ValueError."""
+        ...
+
+    def mapping(self) -> mmap.mmap:
+        """Return the read-only mapping of the whole file. Raises CheckpointError."""
+        ...
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Tell the kernel that these bytes need not stay in memory."""
+        ...
+
+    def expect_scattered_reads(self, offset: int, nbytes: int) -> None:
+        """Tell the kernel that these bytes will be read here and there."""
+        ...
+
+
+class RemoteFolder(Protocol):
+    """What a checkpoint asks of a folder that is not on this machine."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return a small file's bytes, None if there is no such file. Raises CheckpointError."""
+        ...
+
+    def size_of(self, name: str) -> int | None:
+        """Return a file's size, None if there is no such file. Raises CheckpointError."""
+        ...
 
 
 class MappedFile:
@@ -82,6 +119,12 @@ class MappedFile:
         self.size_bytes = self._stamp[0]  # by the time of the stat; the mapping insists that it still holds
         self._mapping: mmap.mmap | None = None
         self._lock = threading.Lock()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on, fewer at the file's end. Raises OSError."""
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
 
     def mapping(self) -> mmap.mmap:
         """Return the read-only mapping of the whole file.
@@ -133,7 +176,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     nbytes: int
     offset: int
-    mapped: MappedFile = field(repr=False)
+    mapped: StoredFile = field(repr=False)
 
     @property
     def file(self) -> Path:
@@ -194,35 +237,39 @@ class Source:
     folder: Path
     files: tuple[Path, ...]
     tensors: dict[str, LazyTensor]
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
+    remote: RemoteFolder | None = None  # where `folder` is only a name, and its files are fetched
 
     @classmethod
     def open(cls, path: Path) -> Source:
-        """Read the headers of the checkpoint at `path`: a folder, or one .safetensors file.
+        """Read the headers of the checkpoint at `path`: a folder, or one .safetensors or GGUF file (or any part of a split one).
 
-        In a folder, the index names the files to read; without one it is `model.safetensors`, or else every .safetensors file.
+        In a folder, the index names the files to read; without one it is `model.safetensors`, or else every .safetensors file,
+        or else the one GGUF model.
         Raises CheckpointError with every problem of every file, before anything is mapped.
         """
         problems: list[str] = []
+        source = cls.survey(path, problems)
+        source.insist_on_none(problems)
+        return source
+
+    @classmethod
+    def survey(cls, path: Path, problems: list[str]) -> Source:
+        """Read the headers as `open` does, but note every problem and go on with what is sound.
+
+        Raises CheckpointError only where there is nothing to read.
+        """
         files, weight_map = _find_files(path, problems)
-        tensors: dict[str, LazyTensor] = {}
-        metadata: dict[str, str] = {}
-        held: dict[str, set[str]] = {}
-        for file in files:
-            num_known = len(problems)
-            shard_tensors, shard_metadata = _read_shard(file, problems)
-            if len(problems) == num_known:  # what a damaged shard lacks is known only once it is whole
-                held[file.name] = {tensor.name for tensor in shard_tensors}
-            metadata = shard_metadata | metadata
-            for tensor in shard_tensors:
-                first = tensors.setdefault(tensor.name, tensor)
-                if first is not tensor:
-                    problems.append(f"{tensor.origin}: is in {first.file.name} as well; a tensor belongs in one file")
-        problems += _missing_from_shards(weight_map, held)
+        openers = {file: partial(_map_file, file) for file in files}
+        return gather(path, path if os.path.isdir(path) else path.parent, openers, weight_map, problems)
+
+    def insist_on_none(self, problems: list[str]) -> None:
+        """Raise CheckpointError if any problem was noted."""
         if problems:
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-            raise CheckpointError(f"{path} can't be opened ({count}, nothing was mapped); download or convert it again", problems)
-        return cls(path, path if os.path.isdir(path) else path.parent, files, tensors, metadata)
+            raise CheckpointError(
+                f"{self.path} can't be opened ({count}, nothing was mapped); download or convert it again", problems
+            )
 
     @property
     def total_bytes(self) -> int:
@@ -234,13 +281,60 @@ class Source:
 
         Raises CheckpointError, naming file and line, for a file that can't be read or holds anything but a JSON object.
         """
-        file = self.folder / name
-        if not os.path.lexists(file):
-            return None
         try:
-            return _read_object(file)
+            raw = self.read_beside(name)
+            return None if raw is None else parse_object(raw, "the file")
         except ValueError as error:
-            raise CheckpointError(f"{file}: {error}; repair it or download it again") from error
+            raise CheckpointError(f"{self.folder / name}: {error}; repair it or download it again") from error
+
+    def read_beside(self, name: str) -> bytes | None:
+        """Return the bytes of the small file `name` beside the tensors, or None where there is no such file.
+
+        Raises ValueError, saying what is wrong, for a file that can't be read or is not small; CheckpointError from a network.
+        """
+        if self.remote is not None:
+            return self.remote.read(name)
+        return read_small(self.folder / name) if os.path.lexists(self.folder / name) else None
+
+    def size_beside(self, name: str) -> int | None:
+        """Return the bytes that the file `name` beside the tensors takes, or None where there is no such file."""
+        if self.remote is not None:
+            return self.remote.size_of(name)
+        return os.path.getsize(self.folder / name) if os.path.isfile(self.folder / name) else None
+
+
+def gather(
+    path: Path,
+    folder: Path,
+    openers: Mapping[Path, Callable[[], StoredFile]],
+    weight_map: Mapping[str, str],
+    problems: list[str],
+    remote: RemoteFolder | None = None,
+) -> Source:
+    """Make a source of all files that `openers` open, noting the problems of each, and what `weight_map` promises in vain.
+
+    An opener raises OSError or ValueError for a file that can't be read.
+    """
+    from gemcutter.checkpoint import gguf_file  # which is written in this module's words
+
+    tensors: dict[str, LazyTensor] = {}
+    parts: list[tuple[Path, dict[str, Any]]] = []
+    held: dict[str, set[str]] = {}
+    for file, opener in openers.items():
+        num_known = len(problems)
+        shard_tensors, shard_metadata = _read_shard(file, opener, problems)
+        if len(problems) == num_known:  # what a damaged shard lacks is known only once it is whole
+            held[file.name] = {tensor.name for tensor in shard_tensors}
+        parts.append((file, shard_metadata))
+        for tensor in shard_tensors:
+            first = tensors.setdefault(tensor.name, tensor)
+            if first is not tensor:
+                problems.append(f"{tensor.origin}: is in {first.file.name} as well; a tensor belongs in one file")
+    problems += _missing_from_shards(weight_map, held)
+    if not problems:
+        problems += gguf_file.check_parts(parts, len(tensors))
+    metadata = {key: value for _, found in reversed(parts) for key, value in found.items()}
+    return Source(path, folder, tuple(openers), tensors, metadata, remote)
 
 
 def tensor_nbytes(dtype: object, shape: object) -> int:
@@ -269,11 +363,6 @@ def name_problem(name: str) -> str | None:
     return None if name.isprintable() else f"tensor name {shown(name)} holds unprintable characters"
 
 
-def shown(value: object) -> str:
-    """Return `value` as a message may show it: clipped, and with unprintable characters escaped."""
-    return _clipped.repr(value)
-
-
 def _stamp(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
@@ -283,13 +372,15 @@ def _stamp(stat: os.stat_result) -> tuple[int, int]:
 
 def _find_files(path: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict[str, str]]:
     """Return the files to read, and the index's map from tensor to file name (empty where there is no index)."""
+    from gemcutter.checkpoint import gguf_file
+
     if os.path.isfile(path):
         if path.suffix in _FOREIGN_FILES:
-            raise CheckpointError(f"{path} is {_FOREIGN_FILES[path.suffix]}; pass a .safetensors file or a folder of them")
-        return (path,), {}
+            raise CheckpointError(f"{path} is {_FOREIGN_FILES[path.suffix]}; pass a .safetensors or .gguf file")
+        return gguf_file.parts_of(path, problems), {}
     if not os.path.isdir(path):
         state = "is neither a file nor a folder" if os.path.lexists(path) else "does not exist"
-        raise CheckpointError(f"{path} {state}; pass a folder that holds .safetensors files, or one such file")
+        raise CheckpointError(f"{path} {state}; pass a folder that holds .safetensors or .gguf files, or one such file")
     if os.path.lexists(path / INDEX_NAME):
         return _indexed_files(path, problems)
     if os.path.lexists(path / SINGLE_NAME):
@@ -298,7 +389,7 @@ def _find_files(path: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError as error:
         raise CheckpointError(f"{path} can't be listed: {error.strerror}; check its permissions") from error
-    files = tuple(path / name for name in names if name.endswith(".safetensors"))
+    files = tuple(path / name for name in names if name.endswith(".safetensors")) or gguf_file.choose(path, names, problems)
     if not files:
         raise CheckpointError(_nothing_to_read(path, names))
     return files, {}
@@ -316,18 +407,14 @@ def _nothing_to_read(folder: Path, names: list[str]) -> str:
 def _indexed_files(folder: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict[str, str]]:
     """Return the shards that the index names and its weight map, noting what is wrong with either."""
     try:
-        weight_map = _read_object(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()) or not weight_map:
-            raise ValueError("holds no weight_map, an object from tensor names to file names")
+        raw = read_small(folder / INDEX_NAME)
     except ValueError as error:
         problems.append(f"{INDEX_NAME}: {error}")
         return (), {}
+    weight_map = parse_index(raw, problems)
     shards: list[Path] = []
     for shard in dict.fromkeys(weight_map.values()):
-        # Judge the name and not the resolved path: a hub cache rightly links its files from elsewhere.
-        if shard in ("", ".", "..") or not shard.isprintable() or any(mark in shard for mark in "/\\:"):
-            problems.append(f"{INDEX_NAME}: shard {shown(shard)} is not the name of a file in the folder")
-        elif not os.path.isfile(folder / shard):
+        if not os.path.isfile(folder / shard):
             remedy = f"remove the index to read {SINGLE_NAME} alone" if os.path.isfile(folder / SINGLE_NAME) else "download it"
             problems.append(f"{INDEX_NAME}: shard {shown(shard)} is absent; {remedy}")
         else:
@@ -335,7 +422,26 @@ def _indexed_files(folder: Path, problems: list[str]) -> tuple[tuple[Path, ...],
     return tuple(shards), weight_map
 
 
-def _missing_from_shards(weight_map: dict[str, str], held: dict[str, set[str]]) -> list[str]:
+def parse_index(raw: bytes, problems: list[str]) -> dict[str, str]:
+    """Return the map from tensor to file name in an index's bytes, noting what is wrong; empty if it can't be used."""
+    try:
+        weight_map = parse_object(raw, "the file").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()) or not weight_map:
+            raise ValueError("holds no weight_map, an object from tensor names to file names")
+    except ValueError as error:
+        problems.append(f"{INDEX_NAME}: {error}")
+        return {}
+    # Judge the name and not the resolved path: a hub cache rightly links its files from elsewhere.
+    strange = {
+        shard
+        for shard in weight_map.values()
+        if shard in ("", ".", "..") or not shard.isprintable() or any(mark in shard for mark in "/\\:")
+    }
+    problems += [f"{INDEX_NAME}: shard {shown(shard)} is not the name of a file in the folder" for shard in sorted(strange)]
+    return {name: shard for name, shard in weight_map.items() if shard not in strange}
+
+
+def _missing_from_shards(weight_map: Mapping[str, str], held: dict[str, set[str]]) -> list[str]:
     """Report, a line per shard, the tensors that the index places in it and that it lacks. `held` lists the sound shards."""
     missing: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
@@ -350,12 +456,21 @@ def _missing_from_shards(weight_map: dict[str, str], held: dict[str, set[str]]) 
 # ---- what a header promises ----
 
 
-def _read_shard(file: Path, problems: list[str]) -> tuple[list[LazyTensor], dict[str, str]]:
+def _map_file(file: Path) -> MappedFile:
+    insist_on_file(file)
+    return MappedFile(file)
+
+
+def _read_shard(file: Path, opener: Callable[[], StoredFile], problems: list[str]) -> tuple[list[LazyTensor], dict[str, Any]]:
     """Return one file's tensors and metadata as far as they are sound, noting every problem."""
+    from gemcutter.checkpoint import gguf_file
+
     try:
-        _insist_on_file(file)
-        mapped = MappedFile(file)
-        header, data_start = _read_header(mapped)
+        mapped = opener()
+        prefix = mapped.read(0, 8)
+        if prefix.startswith(gguf_file.MAGIC) or file.suffix == gguf_file.SUFFIX:
+            return gguf_file.read_shard(mapped, problems)
+        header, data_start = _read_header(mapped, prefix)
     except OSError as error:
         problems.append(f"{file.name}: can't be read: {error.strerror}")
         return [], {}
@@ -373,22 +488,20 @@ def _read_shard(file: Path, problems: list[str]) -> tuple[list[LazyTensor], dict
     return tensors, metadata
 
 
-def _read_header(mapped: MappedFile) -> tuple[dict[str, Any], int]:
+def _read_header(mapped: StoredFile, prefix: bytes) -> tuple[dict[str, Any], int]:
     """Return the header object and the offset at which the data starts. Raises ValueError, or OSError."""
-    with open(mapped.path, "rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ValueError(f"is truncated: {len(prefix)} bytes, and the length of the header alone takes 8")
-        length = int.from_bytes(prefix, "little")
-        # Judge the number before anything of that size is allocated.
-        if length > _JSON_LIMIT_BYTES:
-            raise ValueError(f"is not a safetensors file: its header would take {length:,} bytes, above {_JSON_LIMIT_BYTES:,}")
-        if 8 + length > mapped.size_bytes:
-            raise ValueError(f"is truncated: its header takes {length:,} bytes, the file has {mapped.size_bytes:,}")
-        return _parse_object(file.read(length), "the header"), 8 + length
+    if len(prefix) < 8:
+        raise ValueError(f"is truncated: {len(prefix)} bytes, and the length of the header alone takes 8")
+    length = int.from_bytes(prefix, "little")
+    # Judge the number before anything of that size is allocated.
+    if length > SMALL_BYTES:
+        raise ValueError(f"is not a safetensors file: its header would take {length:,} bytes, above {SMALL_BYTES:,}")
+    if 8 + length > mapped.size_bytes:
+        raise ValueError(f"is truncated: its header takes {length:,} bytes, the file has {mapped.size_bytes:,}")
+    return parse_object(mapped.read(8, length), "the header"), 8 + length
 
 
-def _read_entry(name: str, entry: object, mapped: MappedFile, data_start: int, problems: list[str]) -> LazyTensor | None:
+def _read_entry(name: str, entry: object, mapped: StoredFile, data_start: int, problems: list[str]) -> LazyTensor | None:
     """Return the tensor that one entry of the header describes, or None with its problems noted."""
     faults = [fault] if (fault := name_problem(name)) else []
     fields = entry if isinstance(entry, dict) else {}
@@ -413,7 +526,7 @@ def _span(offsets: object) -> tuple[int, int] | None:
     return (offsets[0], offsets[1]) if 0 <= offsets[0] <= offsets[1] <= _MAX_BYTES else None
 
 
-def _check_spans(tensors: list[LazyTensor], mapped: MappedFile, data_start: int, *, is_complete: bool) -> list[str]:
+def _check_spans(tensors: list[LazyTensor], mapped: StoredFile, data_start: int, *, is_complete: bool) -> list[str]:
     """Report tensors that overlap or leave the file, and bytes that no tensor owns (judged only if `is_complete`)."""
     file, size = mapped.path.name, mapped.size_bytes
     problems = []
@@ -435,50 +548,3 @@ def _check_spans(tensors: list[LazyTensor], mapped: MappedFile, data_start: int,
     elif end < size and is_complete:
         problems.append(f"{file}: {size - end:,} bytes after the last tensor belong to none")
     return problems
-
-
-# ---- files and JSON ----
-
-
-def _insist_on_file(file: Path) -> None:
-    if not os.path.isfile(file):  # opening a pipe would wait forever
-        raise ValueError("is not a file, or is a link to nothing")
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises ValueError, saying what is wrong with the file, also where it can't be read."""
-    try:
-        _insist_on_file(file)
-        if os.path.getsize(file) > _JSON_LIMIT_BYTES:
-            raise ValueError(f"takes {os.path.getsize(file):,} bytes, above {_JSON_LIMIT_BYTES:,}")
-        return _parse_object(file.read_bytes(), "the file")
-    except OSError as error:
-        raise ValueError(f"can't be read: {error.strerror}") from error
-
-
-def _parse_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Return the JSON object in `raw`. Raises ValueError whatever the bytes are; `what` names them in its message."""
-    repeated: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members = dict(pairs)
-        if len(members) < len(pairs):
-            repeated.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        return members
-
-    try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{what} is not valid UTF-8 at line {line} (byte {error.start:,})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{what} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
-    except RecursionError:
-        raise ValueError(f"{what} nests too deeply to be a checkpoint's") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise ValueError(f"{what} is not acceptable JSON: {error}") from None
-    if repeated:
-        raise ValueError(f"{what} repeats the key{'s' if len(repeated) > 1 else ''} {shown(repeated)}")
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{what} holds {shown(parsed)} at line 1, not a JSON object")
-    return parsed

@@ -44,9 +44,9 @@ def write_safetensors(
     """
     listed = list(specs)
     _check_specs(path, listed, metadata)
-    _check_room(path.parent, _data_bytes(listed))
+    check_room(path.parent, _data_bytes(listed))
     chunks = iter(data)
-    with _whole_file(path) as file:
+    with whole_file(path) as file:
         _write_body(file, path, listed, chunks, metadata)
         _check_exhausted(path, chunks)
 
@@ -69,7 +69,7 @@ def write_sharded(
     listed = list(specs)
     _check_specs(folder, listed, metadata)
     _make_empty_folder(folder)
-    _check_room(folder, _data_bytes(listed))
+    check_room(folder, _data_bytes(listed))
     shards = _split(listed, max_shard_bytes)
     names = (
         [SINGLE_NAME]
@@ -79,7 +79,7 @@ def write_sharded(
     chunks = iter(data)
     try:
         for name, shard in zip(names, shards, strict=True):
-            with _whole_file(folder / name) as file:
+            with whole_file(folder / name) as file:
                 _write_body(file, folder / name, shard, chunks, metadata)
         _check_exhausted(folder, chunks)
         if len(shards) > 1:
@@ -98,8 +98,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     Raises CheckpointError if the folder can't be written, TypeError or ValueError for values that JSON does not have.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with _whole_file(path) as file:
-        _write(file, path, memoryview(text.encode("utf-8")))
+    with whole_file(path) as file:
+        write_all(file, path, memoryview(text.encode("utf-8")))
 
 
 # ---- what may be written ----
@@ -128,16 +128,16 @@ def _data_bytes(specs: Sequence[Spec]) -> int:
     return sum(tensor_nbytes(dtype, shape) for _, dtype, shape in specs)
 
 
-def _check_room(folder: Path, nbytes: int) -> None:
+def check_room(folder: Path, nbytes: int) -> None:
     """Refuse before the first byte what can't fit, instead of failing after minutes."""
-    with _explained(folder):
+    with explained(folder):
         free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise CheckpointError(f"{folder} has {free:,} bytes free, the tensors take {nbytes:,}; free some, or choose another disk")
 
 
 def _make_empty_folder(folder: Path) -> None:
-    with _explained(folder):
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         found = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors") or name == INDEX_NAME)
     if found:
@@ -165,7 +165,7 @@ def _split(specs: Sequence[Spec], max_shard_bytes: int) -> list[list[Spec]]:
 
 def _write_body(file: FileIO, path: Path, specs: Sequence[Spec], chunks: Iterator[Chunk], metadata: Mapping[str, str]) -> None:
     """Write header and data of one file, taking from `chunks` exactly what its tensors need."""
-    _write(file, path, memoryview(_header(specs, metadata)))
+    write_all(file, path, memoryview(_header(specs, metadata)))
     for spec in specs:
         missing = tensor_nbytes(spec[1], spec[2])
         while missing:
@@ -175,7 +175,7 @@ def _write_body(file: FileIO, path: Path, specs: Sequence[Spec], chunks: Iterato
             content = _content(chunk, spec, path)
             if content.nbytes > missing:
                 raise CheckpointError(f"{path}: tensor {spec[0]} got {content.nbytes:,} bytes where {missing:,} are missing")
-            _write(file, path, content)
+            write_all(file, path, content)
             missing -= content.nbytes
             del chunk, content  # or they would stay in memory while the next one is made
 
@@ -221,32 +221,33 @@ def _check_exhausted(path: Path, chunks: Iterator[Chunk]) -> None:
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[FileIO]:
+def whole_file(path: Path) -> Iterator[FileIO]:
     """Open a hidden file beside `path`; give it that name if the block ends well, remove it if it does not."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with _explained(path):
+        with explained(path):
             file = open(part, "xb", buffering=0)  # noqa: SIM115 - closed by the next block; unbuffered, so closing can't fail late
         with file:
             yield file
-            with _explained(path):
+            with explained(path):
                 os.fsync(file.fileno())
-        with _explained(path):
+        with explained(path):
             os.replace(part, path)
     except BaseException:
         with suppress(OSError):  # the first failure is the one to tell
             part.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _write(file: FileIO, path: Path, content: memoryview) -> None:
-    with _explained(path):
+def write_all(file: FileIO, path: Path, content: memoryview) -> None:
+    """Write all bytes. Raises CheckpointError that names `path`."""
+    with explained(path):
         while content:
             content = content[file.write(content) :]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable, on systems and file systems that can sync a folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -257,7 +258,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write into an error that names the path and the remedy."""
     try:
         yield

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import gemcutter
-from gemcutter.cli import chat, inspect, run, score, tiny
+from gemcutter.cli import chat, convert, doctor, inspect, run, score, tiny, verify
 from gemcutter.cli.failure import discard_output, report
 
 INTRO = """
@@ -45,7 +45,10 @@ app = typer.Typer(
 app.command("run", help=run.HELP, epilog=run.EXAMPLES)(run.run)
 app.command("chat", help=chat.HELP, epilog=chat.EXAMPLES)(chat.chat)
 app.command("inspect", help=inspect.HELP, epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("doctor", help=doctor.HELP, epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("convert", help=convert.HELP, epilog=convert.EXAMPLES)(convert.convert)
 app.command("score", help=score.HELP, epilog=score.EXAMPLES)(score.score)
+app.command("verify", help=verify.HELP, epilog=verify.EXAMPLES)(verify.verify)
 app.command("tiny", help=tiny.HELP, epilog=tiny.EXAMPLES)(tiny.tiny)
 
 

@@ -80,6 +80,8 @@ def chat(
     context: options.Context = None,
     threads: options.Threads = None,
     ignore: options.Ignore = None,
+    adapter: options.Adapter = None,
+    quant: options.Quant = None,
 ) -> None:
     """Hold one conversation until the input ends. Raises UsageError or GemcutterError."""
     sampling = options.check_sampling(
@@ -103,6 +105,8 @@ def chat(
         threads=threads,
         ignore=ignore,
         checkpoints=4,
+        adapter=adapter,
+        quant=quant,
     )
     if loaded.template is None:
         raise RequestError(

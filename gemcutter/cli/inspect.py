@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemcutter.checkpoint.hub import locate
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.match import Checkpoint, read_checkpoint
 from gemcutter.checkpoint.source import DTYPES
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
@@ -67,7 +66,9 @@ def inspect(
     asked = None if contexts is None else options.parse_integers("--context", contexts)
     if asked is not None and (not asked or min(asked) < 1):
         raise UsageError(f"--context: expected positive numbers, found {contexts!r}")
-    checkpoint = open_checkpoint(locate(model), tuple(ignore or ()))
+    from gemcutter.checkpoint.remote import open_source  # which knows the web, and takes as long to import as all the rest
+
+    checkpoint = read_checkpoint(open_source(model), tuple(ignore or ()))
     compute = dtype or checkpoint.config.dtype
     if compute not in ITEM_BYTES:
         raise UsageError(f"the checkpoint's own dtype is {compute}, which overflows in this family; give --dtype")
@@ -89,9 +90,8 @@ def describe(
 ) -> dict[str, Any]:
     """Give everything that `inspect` shows. Bytes count what is stored for layers, what is held in memory for weights."""
     plan, source, config = checkpoint.plan, checkpoint.source, checkpoint.config
-    stored = stored_dtype(checkpoint)
-    # A mapped weight keeps its width; what is stored wider than it is computed, or goes to a GPU, is converted once.
-    item_bytes = min(ITEM_BYTES[dtype], DTYPES[stored][0]) if device == "cpu" else ITEM_BYTES[dtype]
+    stored, item_bytes = stored_dtype(checkpoint), held_bytes(checkpoint, dtype, device)
+    stored = DTYPES[stored][1] if stored in DTYPES else stored
     return {
         "model": model,
         "path": str(source.path),
@@ -100,7 +100,7 @@ def describe(
         "is_drafter": plan.is_drafter,
         "files": [file.name for file in source.files],
         "file_bytes": source.total_bytes,
-        "stored_dtype": DTYPES[stored][1],
+        "stored_dtype": stored,
         "compute_dtype": dtype,
         "hidden": plan.hidden,
         "vocab": plan.vocab,
@@ -123,12 +123,12 @@ def describe(
                 "provider": choice.provider.name,
                 "refusals": [{"provider": name, "reason": reason} for name, reason in choice.refusals],
             }
-            for choice in explain(plan, device.partition(":")[0], dtype, DTYPES[stored][1], kernels)
+            for choice in explain(plan, device.partition(":")[0], dtype, stored, kernels)
         ],
     }
 
 
-def describe_context(checkpoint: Checkpoint, tokens: int, item_bytes: int, kv_item_bytes: int) -> dict[str, Any]:
+def describe_context(checkpoint: Checkpoint, tokens: int, item_bytes: float, kv_item_bytes: int) -> dict[str, Any]:
     """Give memory and work at one context length."""
     plan = checkpoint.plan
     # a drafter has no prefill: its target's keys and values are there already
@@ -163,12 +163,22 @@ def describe_layer(layer: LayerPlan, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Give the dtype that most bytes of the decoder are stored in, in safetensors spelling."""
+    """Give the dtype (in safetensors spelling) or the packed scheme that most bytes of the decoder are stored in."""
     sizes = Counter[str]()
     for pieces in checkpoint.matched.pieces.values():
         for piece in pieces:
             sizes[piece.data.dtype] += piece.data.nbytes
     return sizes.most_common(1)[0][0]
+
+
+def held_bytes(checkpoint: Checkpoint, dtype: str, device: str) -> float:
+    """Give the bytes that an element of the weights takes in memory; an average where they are packed, and stay so."""
+    stored = stored_dtype(checkpoint)
+    if stored not in DTYPES:
+        total = sum(piece.data.nbytes for pieces in checkpoint.matched.pieces.values() for piece in pieces)
+        return total / sum(spec.elements for spec in checkpoint.plan.params())
+    # A mapped weight keeps its width; what is stored wider than it is computed, or goes to a GPU, is converted once.
+    return min(ITEM_BYTES[dtype], DTYPES[stored][0]) if device == "cpu" else ITEM_BYTES[dtype]
 
 
 def count_parameters(checkpoint: Checkpoint) -> dict[str, int]:

@@ -26,6 +26,8 @@ def load_model(
     ignore: Sequence[str] | None,
     max_sequences: int = 1,
     checkpoints: int = 0,
+    adapter: str | None = None,
+    quant: str | None = None,
 ) -> Model:
     """Load a model as the options say, and tell on stderr what was left out. Raises GemcutterError."""
     import torch
@@ -44,9 +46,11 @@ def load_model(
             max_sequences=max_sequences,
             checkpoints=checkpoints,
             ignore=tuple(ignore or ()),
+            adapter=adapter,
+            quant=quant,
             progress=advance,
         )
-    for line in model.checkpoint.matched.notes(model.plan):
+    for line in model.notes:
         note(f"note: {line}")
     if context is not None and context > model.engine.context:
         note(f"note: the model was made for {model.engine.context} tokens, which bounds --context {context}")

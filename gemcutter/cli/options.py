@@ -17,6 +17,7 @@ from gemcutter.ops.bind import CHOICES
 
 DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 HALVES = ("float16", "f16", "fp16", "half")
+QUANTS = ("q4", "q8")
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -68,11 +69,31 @@ def check_sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help='Folder, .safetensors file, hub id (owner/name), or "demo".', show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL", help='Folder, .safetensors or .gguf file, hub id (owner/name), or "demo".', show_default=False
+    ),
 ]
 Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Pass over tensors and config keys that match, such as 'blk.*.foo'; repeatable."),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="LoRA adapter as PEFT saves it, merged into the weights: a folder, or a hub id."),
+]
+
+
+def check_quant(name: str | None) -> str | None:
+    """Accept the name of a way to quantize while loading. Raises typer.BadParameter."""
+    if name is not None and name not in QUANTS:
+        raise typer.BadParameter(f"expected {' or '.join(QUANTS)}, found {name!r}")
+    return name
+
+
+Quant = Annotated[
+    str | None,
+    typer.Option(metavar="q4|q8", help="Quantize dense weights while they are loaded, to 4 or 8 bits.", callback=check_quant),
 ]
 
 # ---- how to compute ----

@@ -81,6 +81,8 @@ def run(
     context: options.Context = None,
     threads: options.Threads = None,
     ignore: options.Ignore = None,
+    adapter: options.Adapter = None,
+    quant: options.Quant = None,
 ) -> None:
     """Answer one prompt on stdout, as text or as one JSON object. Raises UsageError or GemcutterError."""
     if (raw or tokens is not None) and (system is not None or think):
@@ -99,7 +101,17 @@ def run(
             logprobs=logprobs,
         )
     )
-    loaded = load_model(model, dtype=dtype, device=device, kernels=kernels, context=context, threads=threads, ignore=ignore)
+    loaded = load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        context=context,
+        threads=threads,
+        ignore=ignore,
+        adapter=adapter,
+        quant=quant,
+    )
     chunks = loaded.stream(
         asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think),
         max_tokens=max_tokens,

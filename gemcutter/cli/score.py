@@ -84,6 +84,8 @@ def score(
     kernels: options.Kernels = "auto",
     threads: options.Threads = None,
     ignore: options.Ignore = None,
+    adapter: options.Adapter = None,
+    quant: options.Quant = None,
 ) -> None:
     """Score one text and print the result. Raises UsageError or GemcutterError."""
     if (file is None) == (tokens_file is None):
@@ -107,6 +109,8 @@ def score(
         threads=threads,
         ignore=ignore,
         max_sequences=BATCH,
+        adapter=adapter,
+        quant=quant,
     )
     if longest > loaded.engine.context:
         raise RequestError(f"a window of {longest} tokens does not fit the model's context of {loaded.engine.context}")

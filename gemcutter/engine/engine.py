@@ -64,6 +64,9 @@ class Engine:
         for name, number in wanted.items():
             if number is not None and (not isinstance(number, int) or number < 0):
                 yield f"request.{name}: expected 0 or more, found {number!r}"
+        if request.adapter is not None and request.adapter not in self.decoder.adapters:
+            loaded = ", ".join(self.decoder.adapters) or "none"
+            yield f"request.adapter: {request.adapter!r} is not loaded; loaded are: {loaded}"
         sampling = request.sampling
         named = {"logit_bias": sampling.logit_bias, "suppress": sampling.suppress}
         for name, ids in named.items():
@@ -94,7 +97,7 @@ class Engine:
         """Append a chosen token, or end the sequence; keep checkpoints at the ends of prompt and reply."""
         request = sequence.request
         if sequence.in_prompt and sequence.table is not None:
-            self.prefix.keep(request.prompt, sequence.table)
+            self.prefix.keep(request.prompt, sequence.table, request.adapter)
         finish = None
         if choice.token is None or len(sequence.reply) >= request.max_tokens:
             finish = Finish.LENGTH
@@ -111,7 +114,7 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.table is not None:
-            self.prefix.keep(tuple(sequence.tokens[: sequence.table.length]), sequence.table)
+            self.prefix.keep(tuple(sequence.tokens[: sequence.table.length]), sequence.table, sequence.request.adapter)
         self.scheduler.leave(sequence)
         del self._sequences[sequence.number]
 

@@ -29,7 +29,7 @@ class Request:
 
     `prompt_logprobs` asks for the log-probability of every prompt token but the first, with that many alternatives;
     `hidden_states` for the final-normed state of every prompt row; `top_logits` for the best logits at the last prompt
-    position. The first two make all prompt rows pass all layers.
+    position. The first two make all prompt rows pass all layers. `adapter` names one that was loaded beside the model.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +39,7 @@ class Request:
     prompt_logprobs: int | None = None
     hidden_states: bool = False
     top_logits: int = 0
+    adapter: str | None = None
 
     @property
     def wants_all_rows(self) -> bool:
@@ -82,7 +83,6 @@ class Sequence:
         self.table: Table | None = None
         self.report = PromptReport()
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
-        self.finish: Finish | None = None
 
     @property
     def computed(self) -> int:

@@ -70,7 +70,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, budget: int) -> Work | None:
         fresh = sequence.in_prompt and not sequence.request.wants_all_rows
-        table = (self.prefix.find(tuple(sequence.tokens)) if fresh else None) or Table(self.pool)
+        table = (self.prefix.find(tuple(sequence.tokens), sequence.request.adapter) if fresh else None) or Table(self.pool)
         sequence.table = table
         rows = min(sequence.pending, budget)
         while True:

@@ -33,4 +33,5 @@ def build_step(decoder: Decoder, works: Sequence[Work]) -> Step:
         slots={window: torch.cat([work.table.slots(window) for work in works]).to(device) for window in windows},
         keep_M=None if len(keep) == row_start[-1] else torch.tensor(keep, dtype=torch.long, device=device),
         rope=decoder.rope_tables(positions),
+        adapters=tuple(work.sequence.request.adapter for work in works),
     )

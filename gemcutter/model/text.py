@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gemcutter.model.rope import Rope
 from gemcutter.ops import Site
+from gemcutter.ops.adapt import AdapterRows, adapt
 from gemcutter.ops.bind import choose
 from gemcutter.ops.reference import Linear, Param, Words, rms_norm, vector
 from gemcutter.ops.step import Pool, Step
@@ -70,6 +71,12 @@ class Decoder:
         self.plan, self.params, self.dtype, self.device = plan, params, dtype, torch.device(device)
         site = Site("linear", None, self.device.type, _spell(dtype), _spell(dtype), invariant=kernels == "reference")
         linear = _bind_linear(site, params)
+        deltas = [delta for param in params.values() if isinstance(param, Weight) for delta in param.deltas]
+        self.adapters = tuple(sorted({delta.adapter for delta in deltas}))
+        self.adapter_rows = AdapterRows()
+        if deltas:
+            low_rank = choose(replace(site, dtype="float32", stored="float32")).provider.load()
+            linear = adapt(linear, low_rank, self.adapter_rows)
         attention = choose(_at(site, "attention")).provider.load()
         self.layers = tuple(Layer(plan, layer, params, Words(linear, attention(layer)), site) for layer in plan.layers)
         self.ropes: dict[RopeSpec, Rope] = {layer.rope: Rope(layer.rope, self.device, dtype) for layer in plan.layers}
@@ -90,6 +97,7 @@ class Decoder:
         head sees them. `observe` is called with every layer's output.
         """
         cut, kept = self.plan.first_reader - 1, step.kept()
+        self.adapter_rows.begin(step, kept)
         x_ND = self.embed(step.ids_N)
         x_MD = x_ND if step.keep_M is None else x_ND[step.keep_M]
         late = self._ple(x_MD, kept, cut, len(self.layers)) if not step.keeps_none else []

@@ -193,7 +193,8 @@ def build_project(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param]
         k_raw = kv_NX[:, :kv_width].reshape(-1, layer.kv_heads, layer.head_dim)
         v_raw = kv_NX[:, kv_width:].reshape_as(k_raw) if kv_NX.shape[1] > kv_width else k_raw  # QK_ONLY: the raw key projection
         k = rope(rms_norm(k_raw, k_norm, plan.eps), *step.rope[layer.rope])
-        pool.write(layer.index, step.slots[layer.window], k, rms_norm(v_raw, None, plan.eps))
+        v = rms_norm(v_raw, None, plan.eps) if layer.has_v_norm else v_raw
+        pool.write(layer.index, step.slots[layer.window], k, v)
 
     def project(x_ND: Tensor, step: Step, pool: Pool) -> Tensor:
         normed = rms_norm(x_ND, norm, plan.eps)

@@ -54,6 +54,7 @@ class Step:
     slots: dict[int | None, Tensor]
     keep_M: Tensor | None
     rope: dict[RopeSpec, tuple[Tensor, Tensor]]  # cos and sin [N, 1, E/2] for these rows, in the compute dtype
+    adapters: tuple[str | None, ...] = ()  # whose changes each sequence's rows get; () where no sequence wants any
 
     def kept(self) -> Step:
         """Narrow the step to the rows it keeps; what has been written stays readable."""

@@ -8,11 +8,13 @@ copying, so a mapped file is used in place. Refuses to know layers and files. Re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from gemcutter.quant.lora import Delta, cut_deltas
 from gemcutter.quant.packed import Packed
 
 Part = Tensor | Packed
@@ -24,6 +26,7 @@ class Weight:
 
     parts: tuple[Part, ...]
     names: tuple[str, ...] = ()
+    deltas: tuple[Delta, ...] = ()  # what adapters add at run time, to the rows of a step that ask for it
 
     @property
     def rows(self) -> int:
@@ -54,7 +57,17 @@ class Weight:
     def part(self, *names: str) -> Weight:
         """Give the rows of the named parts."""
         found = dict(zip(self.names, self.parts, strict=True))
-        return Weight(tuple(found[name] for name in names), names)
+        places = dict(zip(self.names, self.edges(), strict=True))
+        deltas, offset = list[Delta](), 0
+        for name in names:
+            start, stop = places[name]
+            deltas += cut_deltas(self.deltas, start, stop, offset)
+            offset += stop - start
+        return Weight(tuple(found[name] for name in names), names, tuple(deltas))
+
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """Give the first row of every part, and the row after its last."""
+        return tuple(pairwise(accumulate((part.shape[-2] for part in self.parts), initial=0)))
 
     def slice(self, start: int, stop: int) -> Weight:
         """Give rows start to stop - 1 without copying."""
@@ -64,17 +77,19 @@ class Weight:
             if low < high:
                 found.append(_rows(part, low, high))
             offset += part.shape[-2]
-        return Weight(tuple(found))
+        return Weight(tuple(found), deltas=tuple(cut_deltas(self.deltas, start, stop)))
 
     def span(self, start: int, stop: int) -> Weight:
         """Give columns start to stop - 1 without copying. Raises ValueError where that would cut a packed group in two."""
         cut = (part[..., start:stop] if isinstance(part, Tensor) else part.columns(start, stop) for part in self.parts)
-        return Weight(tuple(cut), self.names)
+        deltas = (replace(delta, down=delta.down[..., start:stop]) for delta in self.deltas)
+        return Weight(tuple(cut), self.names, tuple(deltas))
 
     def expert(self, index: int) -> Weight:
         """Give one matrix of a stack."""
         chosen = (part[index] if isinstance(part, Tensor) else part.expert(index) for part in self.parts)
-        return Weight(tuple(chosen), self.names)
+        deltas = (replace(delta, down=delta.down[index], up=delta.up[index]) for delta in self.deltas)
+        return Weight(tuple(chosen), self.names, tuple(deltas))
 
     def gather(self, ids_N: Tensor, dtype: torch.dtype) -> Tensor:
         """Copy the rows that ids name, as `dtype`: [N, columns]. Only for matrices in one part."""

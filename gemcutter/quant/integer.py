@@ -313,7 +313,7 @@ def _by_row(
     shape = tuple(array.shape)
     if array.dtype not in dtypes:
         problems.append(f"{name}: {' or '.join(map(dtype_name, dtypes))} expected, found {dtype_name(array.dtype)}")
-    if array.numel() == 1 or shape == lead[:-1]:
+    if array.numel() == 1 or shape in (lead[:-1], (*lead[:-1], 1)):
         return array.reshape(-1, *(1 for _ in lead)).expand(*lead, 1)
     if shape == lead:
         return array.unsqueeze(-1)

@@ -116,7 +116,7 @@ def from_mlx(words: Tensor, scales: Tensor, columns: int, global_scale: Tensor |
 def from_compressed(packed: Tensor, scales: Tensor, global_scale: Tensor | None = None) -> Micro:
     """Take `weight_packed` and `weight_scale` of compressed-tensors: nvfp4 with a global scale to divide by, mxfp4 without.
 
-    Raises ValueError, naming every array that does not fit.
+    Its mxfp8 has float8_e4m3fn values in `weight` instead. Raises ValueError, naming every array that does not fit.
     """
     return _from_bytes(packed, scales, global_scale, "weight_global_scale", is_divisor=True)
 
@@ -130,16 +130,17 @@ def from_modelopt(weight: Tensor, scales: Tensor, second_scale: Tensor) -> Micro
 
 
 def _from_bytes(packed: Tensor, scales: Tensor, factor: Tensor | None, factor_name: str, *, is_divisor: bool) -> Micro:
-    lead, columns = lead_axes("weight", packed), packed.shape[-1] * 2
+    is_wide = factor is None and packed.dtype == torch.float8_e4m3fn
+    lead, columns = lead_axes("weight", packed), packed.shape[-1] * (1 if is_wide else 2)
     scheme, group, dtypes = "nvfp4", 16, (torch.float8_e4m3fn, torch.uint8)
     if factor is None:
-        scheme, group, dtypes = "mxfp4", 32, (torch.uint8, torch.float8_e8m0fnu)
-    problems = mismatches("weight", packed, (*lead, columns // 2), (torch.uint8,))
+        scheme, group, dtypes = "mxfp8" if is_wide else "mxfp4", 32, (torch.uint8, torch.float8_e8m0fnu)
+    problems = [] if is_wide else mismatches("weight", packed, (*lead, columns // 2), (torch.uint8,))
     problems += mismatches("weight_scale", scales, (*lead, columns // group), dtypes)
     problems += [f"columns: a multiple of {group} expected, found {columns}"] if columns % group else []
     factor = None if factor is None else _factor(factor_name, factor, lead, problems)
     refuse(problems)
-    return Micro(scheme, packed, scales.view(torch.uint8), factor, is_divisor)
+    return Micro(scheme, packed.view(torch.uint8), scales.view(torch.uint8), factor, is_divisor)
 
 
 def _factor(name: str, factor: Tensor, lead: tuple[int, ...], problems: list[str]) -> Tensor | None:

@@ -44,7 +44,7 @@ class Packed(Protocol):
         """Give columns start to stop - 1 without copying. Raises ValueError where that would cut a group or a block in two."""
         ...
 
-    def expert(self, index: int) -> Packed:
+    def expert(self, index: int) -> Packed | Tensor:
         """Give one matrix of a stack without copying. Raises ValueError where there is no stack."""
         ...
 
@@ -99,12 +99,62 @@ class Stack:
         return torch.stack([item.dequantize() for item in self.items])
 
 
-def stack(items: Sequence[Packed]) -> Stack:
+@dataclass(frozen=True, slots=True)
+class DenseStack:
+    """Experts that a file stores apart and dense: a stack [experts, rows, columns] that is never copied into one tensor.
+
+    Its experts are plain tensors, so that they meet the same kernels as any dense matrix.
+    """
+
+    items: tuple[Tensor, ...]
+
+    @property
+    def scheme(self) -> str:
+        """Name the dtype that all experts share."""
+        return dtype_name(self.items[0].dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Give the logical shape."""
+        return (len(self.items), *self.items[0].shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of all experts."""
+        return sum(item.nbytes for item in self.items)
+
+    def rows(self, start: int, stop: int) -> DenseStack:
+        """Give rows start to stop - 1 of every expert without copying."""
+        return DenseStack(tuple(item[start:stop] for item in self.items))
+
+    def columns(self, start: int, stop: int) -> DenseStack:
+        """Give columns start to stop - 1 of every expert without copying. Raises ValueError where they do not exist."""
+        check_cut(start, stop, self.items[0].shape[-1], 1)
+        return DenseStack(tuple(item[:, start:stop] for item in self.items))
+
+    def expert(self, index: int) -> Tensor:
+        """Give one matrix as it is stored."""
+        return self.items[index]
+
+    def gather(self, ids_N: Tensor) -> DenseStack:
+        """Copy the rows that ids name, of every expert."""
+        return DenseStack(tuple(item.index_select(0, ids_N.to(item.device)) for item in self.items))
+
+    def dequantize(self) -> Tensor:
+        """Give the values in float32, [experts, rows, columns]."""
+        return torch.stack([item.float() for item in self.items])
+
+
+def stack(items: Sequence[Packed | Tensor]) -> Stack | DenseStack:
     """Join experts that were stored apart. Raises ValueError unless all are matrices of one shape and scheme."""
-    kinds = sorted({f"{item.scheme} {list(item.shape)}" for item in items})
+    dense = tuple(item for item in items if isinstance(item, Tensor))
+    packed = tuple(item for item in items if not isinstance(item, Tensor))
+    kinds = sorted(
+        {f"{item.scheme} {list(item.shape)}" for item in packed} | {f"{dtype_name(x.dtype)} {list(x.shape)}" for x in dense}
+    )
     if len(kinds) != 1 or len(items[0].shape) != 2:
         raise ValueError(f"experts: matrices of one scheme and shape expected, found {', '.join(kinds) or 'none'}")
-    return Stack(tuple(items))
+    return Stack(packed) if packed else DenseStack(dense)
 
 
 # ---- one implementation of the cuts for all dataclasses whose tensors, but for vectors, are [..., rows, something] ----

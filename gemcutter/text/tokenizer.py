@@ -1,7 +1,8 @@
 """Text to token ids and back, for the vocabulary that a checkpoint brings.
 
-Owns the reading of `tokenizer.json` and `tokenizer_config.json`, the single BOS, and the bytes that each id stands for.
-Refuses to know special ids by number: a marker is looked up by its piece, because small models number them differently.
+Owns the reading of `tokenizer.json` and `tokenizer_config.json`, tokenizers made of a vocabulary's parts, the single BOS, and
+the bytes that each id stands for. Refuses to know special ids by number: a marker is looked up by its piece, because small
+models number them differently.
 Decoding is done here rather than by the `tokenizers` library, so that one text and its stream are the same: the library turns a
 whole run of byte pieces into U+FFFD when one of them is wrong, which nobody can do before the run has ended.
 Read `stream.py` next (ids to text while they arrive), or `chat.py` (conversations to prompts).
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import models, normalizers
 
 from gemcutter.errors import CheckpointError, RequestError
 
@@ -33,16 +35,21 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], *, origin: str = "tokenizer.json"
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        *,
+        origin: str = "tokenizer.json",
+        literals: Sequence[str] = (),
     ) -> None:
-        """Take over `backend`; its truncation and padding are switched off.
+        """Take over `backend`; its truncation and padding are switched off. `literals` are added tokens that are text.
 
         Raises CheckpointError, naming `origin`, when the vocabulary has no BOS or is not of Gemma's kind.
         """
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._markerless = _without_markers(backend)
+        self._markerless = _without_markers(backend, literals)
         self.special_tokens: dict[str, str] = {"bos_token": BOS, **special_tokens}
         named = (self.id_of(piece) for piece in self.special_tokens.values())
         flagged = (id for id, token in backend.get_added_tokens_decoder().items() if token.special)
@@ -68,6 +75,38 @@ class Tokenizer:
         except BaseException as error:  # hostile files make the library panic, and its panic is no Exception
             raise CheckpointError(f"{path} can't be read ({error}): download the file again") from error
         return cls(backend, special_tokens, origin=str(path))
+
+    @classmethod
+    def build(
+        cls,
+        pieces: Sequence[str],
+        merges: Sequence[tuple[str, str]],
+        *,
+        markers: Iterable[int],
+        literals: Iterable[int] = (),
+        special_tokens: Mapping[str, str] | None = None,
+        origin: str = "vocabulary",
+    ) -> Tokenizer:
+        """Make a tokenizer of Gemma's kind from its parts: pieces by id, and merges in the order of their rank.
+
+        `markers` are ids that stand for no text; `literals` are found whole in a text before anything is merged.
+        Raises CheckpointError, naming `origin`, for parts that make no tokenizer.
+        """
+        vocabulary = {piece: id for id, piece in enumerate(pieces)}
+        if len(vocabulary) != len(pieces):
+            raise CheckpointError(f"{origin}: {len(pieces) - len(vocabulary)} pieces of the vocabulary are there twice")
+        texts = [pieces[id] for id in literals]
+        try:
+            model = models.BPE(vocabulary, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+            backend = tokenizers.Tokenizer(model)
+            backend.normalizer = normalizers.Replace(" ", "▁")
+            backend.add_tokens(_added(texts, special=False))
+            backend.add_special_tokens(_added([pieces[id] for id in markers], special=True))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic, as in `load`
+            raise CheckpointError(f"{origin} makes no tokenizer ({error}): download the file again") from error
+        return cls(backend, special_tokens or {}, origin=origin, literals=texts)
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """Return the ids of `text`; markers in it (`<|turn>`) become their ids, as prompts from a template need.
@@ -118,6 +157,10 @@ class Tokenizer:
     def id_of(self, piece: str) -> int | None:
         """Return the id of `piece`, or None when the vocabulary has no such piece."""
         return self._backend.token_to_id(piece)
+
+    def to_json(self) -> str:
+        """Return the tokenizer as a tokenizer.json holds it."""
+        return str(self._backend.to_str())
 
     def _find_bos(self, origin: str) -> int:
         piece = self.special_tokens["bos_token"]
@@ -172,11 +215,30 @@ def read_special_tokens(path: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
 
 
-def _without_markers(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return a tokenizer over the same vocabulary (shared, not copied) that recognises no added tokens."""
+def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Derive the merges of a vocabulary that has a score for each piece instead, best first.
+
+    Of two neighbours, those are merged whose joint piece has the highest score: every way to put a piece together of two others
+    is a merge of that piece's rank. Source: SentencePiece's BPE.
+    """
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(scores, key=scores.__getitem__, reverse=True)
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+
+
+def _added(pieces: Iterable[str], *, special: bool) -> list[tokenizers.AddedToken]:
+    return [tokenizers.AddedToken(piece, normalized=False, special=special) for piece in pieces]
+
+
+def _without_markers(backend: tokenizers.Tokenizer, literals: Sequence[str]) -> tokenizers.Tokenizer:
+    """Return a tokenizer over the same vocabulary (shared, not copied) that recognises no added tokens but `literals`."""
     plain = tokenizers.Tokenizer(backend.model)
     plain.normalizer = backend.normalizer
     plain.pre_tokenizer = backend.pre_tokenizer
+    plain.add_tokens(_added(literals, special=False))
     return plain
 
 

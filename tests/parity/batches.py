@@ -29,6 +29,7 @@ class Job:
     max_tokens: int = 6
     wants_logprobs: bool = False
     wants_states: bool = False
+    adapter: str | None = None
 
     def request(self) -> Request:
         """Write the request."""
@@ -39,6 +40,7 @@ class Job:
             prompt_logprobs=VOCAB if self.wants_logprobs else None,
             hidden_states=self.wants_states,
             top_logits=VOCAB,
+            adapter=self.adapter,
         )
 
 

@@ -27,8 +27,10 @@ MAY_IMPORT = {
     "text": set(),
     "defaults": {"config", "engine", "text"},
     "completion": {"engine", "text"},
-    "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "defaults", "completion"},
-    "cli": {"plan", "config", "checkpoint", "ops", "text", "api", "engine", "completion"},
+    "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "lexicon", "completion"},
+    "lexicon": {"checkpoint", "text", "defaults"},
+    "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api"},
+    "cli": {"plan", "config", "checkpoint", "ops", "text", "lexicon", "api", "parity", "engine", "completion"},
     "__main__": {"cli"},
     "__init__": {"api", "engine", "completion"},
 }

@@ -139,7 +139,7 @@ TEXT_SPOILS: list[tuple[str, Any, str]] = [
     ("hidden_activation", "silu", "expected one of gelu_pytorch_tanh"),
     ("use_bidirectional_attention", "all", "makes an encoder"),
     ("use_bidirectional_attention", "left", "expected one of vision, all"),
-    ("model_type", "gemma3_text", "expected one of gemma4_text"),
+    ("model_type", "gemma2", "expected one of gemma4_text"),
     ("num_kv_shared_layers", 36, "36 of 35 layers can't be shared"),
     ("vocab_size_per_layer_input", 0, "0 rows, but hidden_size_per_layer_input asks"),
     ("layer_types", ["full_attention"], "names 1 layers, but num_hidden_layers is 35"),
@@ -242,7 +242,7 @@ def test_zero_layers_are_refused() -> None:
     assert "text_config.num_hidden_layers: expected an integer from 1 to 4096, found 0" in problems
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "gemma4_vision", "llama", "", 4, ["gemma4"], None])
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma4_vision", "llama", "", 4, ["gemma4"], None])
 def test_another_family_is_refused_without_noise(model_type: Any) -> None:
     with pytest.raises(ConfigError, match="is not a Gemma 4 config") as caught:
         config.read({"model_type": model_type, "hidden_size": -1, "whatever": 1})

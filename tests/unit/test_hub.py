@@ -255,3 +255,31 @@ def test_cached_copy_serves_where_the_hub_refuses(answer: dict[str, Any], cache:
     answer.update(status=403, code="GatedRepo")
     snapshot = keep(cache, "owner/name", "model.safetensors")
     assert locate("owner/name") == snapshot
+
+
+# ---- one file of a GGUF repository ----
+
+
+@pytest.mark.parametrize(
+    ("file", "wanted"),
+    [("m-Q4_0.gguf", ["m-Q4_0.gguf"]), ("m-00002-of-00002.gguf", ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"])],
+)
+def test_a_named_file_is_fetched_with_all_its_parts(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, file: str, wanted: list[str]
+) -> None:
+    names = ["m-Q4_0.gguf", "m-Q8_0.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "config.json"]
+    kept: list[str] = []
+
+    def download(repo: str, **options: Any) -> str:
+        kept[:] = filter_repo_objects(names, allow_patterns=options["allow_patterns"])
+        return str(keep(cache, repo, *kept))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate(f"owner/name:{file}@main").name == file
+    assert kept == wanted
+
+
+def test_a_file_that_is_not_there_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(keep(cache, repo, "m-Q4_0.gguf")))
+    assert "there is no file m-Q5_0.gguf in it" in refusal("owner/name:m-Q5_0.gguf")
+    assert "name a file of a GGUF release (owner/other:file.gguf)" in refusal("owner/other")

@@ -448,14 +448,13 @@ def test_unknown_config_keys_are_refused_or_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("block", "kind"),
     [
-        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, "compressed-tensors"),
         ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "mxfp4"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX affine"),
     ],
 )
 def test_quantized_checkpoints_are_refused_before_their_tensors(block: Raw, kind: str, tmp_path: Path) -> None:
     raw = config_of("E2B")
-    folder = write(tmp_path, raw | block, {"model.layers.0.self_attn.q_proj.weight_packed": ("I32", (2, 2))})
+    folder = write(tmp_path, raw | block, {"model.layers.0.self_attn.q_proj.weight": ("BF16", (2, 2))})
     with pytest.raises(CheckpointError, match=rf"the weights are quantized \({kind}\).*unquantized checkpoint") as caught:
         open_checkpoint(folder)
     assert len(caught.value.problems) == 1

@@ -181,9 +181,26 @@ def test_stacked_matrices_are_one_weight() -> None:
     assert same(joined.gather(torch.tensor([4, 2])).dequantize(), values[:, [4, 2]])
 
 
+def test_dense_matrices_are_stacked_without_a_copy() -> None:
+    items = [torch.randn(ROWS, COLUMNS).bfloat16() for _ in range(EXPERTS)]
+    joined, values = stack(items), torch.stack(items).float()
+    assert (joined.shape, joined.scheme, joined.nbytes) == ((EXPERTS, ROWS, COLUMNS), "bfloat16", values.nbytes // 2)
+    assert same(joined.dequantize(), values)
+    assert same(joined.rows(2, 5).columns(1, 4).dequantize(), values[:, 2:5, 1:4])
+    assert same(joined.gather(torch.tensor([4, 2])).dequantize(), values[:, [4, 2]])
+    assert joined.expert(1) is items[1]
+    cut = joined.rows(2, 5).columns(3, 9).expert(2)
+    assert isinstance(cut, Tensor)
+    assert cut.untyped_storage().data_ptr() == items[2].untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match=f"columns 3 to {COLUMNS + 1}: multiples of 1 up to {COLUMNS} expected"):
+        joined.columns(3, COLUMNS + 1)
+
+
 def test_unlike_matrices_are_not_stacked() -> None:
     matrix, other, experts = (SAMPLES[name][0] for name in ("affine4g32", "Q8_0", "Q8_0 of experts"))
-    for items in ([], [matrix, other], [matrix, matrix.rows(0, 2)], [experts, experts]):
+    dense = matrix.dequantize()
+    unlike_dense = [[matrix, dense], [dense, dense.half()], [dense, dense[:2]], [dense[None], dense[None]]]
+    for items in ([], [matrix, other], [matrix, matrix.rows(0, 2)], [experts, experts], *unlike_dense):
         with pytest.raises(ValueError, match="matrices of one scheme and shape expected, found"):
             stack(items)
 

@@ -24,9 +24,15 @@ def commands() -> list[str]:
     return [line.removeprefix(".venv/bin/") for line in lines if line.startswith(".venv/bin/gemcutter")]
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the one /tmp of all commands, which run in order: some use what others wrote."""
+    return tmp_path_factory.mktemp("readme")
+
+
 @pytest.mark.parametrize("command", commands())
-def test_commands_run(command: str, tmp_path: Path) -> None:
-    command = command.replace("/tmp/", f"{tmp_path}/")
+def test_commands_run(command: str, scratch: Path) -> None:
+    command = command.replace("/tmp/", f"{scratch}/")
     found = subprocess.run(command, shell=True, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip() or "tiny" in command

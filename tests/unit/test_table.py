@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemcutter.cache.pool import PageCount, PagedPool
+from gemcutter.cache.pool import PageBook, PageCount, PagedPool
 from gemcutter.cache.table import Table
 from gemcutter.engine.memory import page_counts
 from gemcutter.errors import CapacityError
@@ -338,3 +338,15 @@ def test_pool_stores_what_the_plan_says() -> None:
     pool = PagedPool(plan, {None: PageCount(16, 4), 8: PageCount(2, 4)}, torch.bfloat16)
     assert pool.keys.keys() == pool.values.keys() == {0, 1, 2, 3}  # the reader, layer 4, stores nothing
     assert pool.nbytes == plan.kv_bytes(64)
+
+
+def test_the_book_does_not_grow_with_use() -> None:
+    book = PageBook(PageCount(8, 4))
+    for _ in range(1000):
+        first = book.take(None)
+        second = book.take(first)
+        assert second == first + 1
+        book.drop(first)
+        book.drop(second)
+    assert book.free == 8
+    assert len(book._lowest) <= 17

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from gemcutter.checkpoint.formats import hf
+from gemcutter.checkpoint.formats import compressed, gguf, hf, mlx
 from gemcutter.checkpoint.piece import Piece
 from gemcutter.checkpoint.source import Source
 from gemcutter.config import ModelConfig
@@ -36,4 +36,4 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (hf,)
+FORMATS: tuple[Format, ...] = (gguf, mlx, compressed, hf)

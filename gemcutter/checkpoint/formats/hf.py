@@ -68,7 +68,7 @@ LAYERED: dict[str, tuple[str, str | None]] = {
     "post_per_layer_input_norm.weight": ("ple.post_norm", None),
     "layer_scalar": ("scale", None),
 }
-LAYER = re.compile(r"layers\.(\d+)\.(?:moe\.)?(.+)")
+LAYER = re.compile(r"layers\.([0-9]{1,9})\.(?:moe\.)?(.+)")
 
 
 def sniff(source: Source) -> bool:
@@ -80,10 +80,7 @@ def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
     """Read the config beside the weights. Raises CheckpointError if there is none or the weights are quantized, ConfigError for
     bad keys.
     """
-    raw = source.read_json("config.json")
-    if raw is None:
-        raise CheckpointError(f"{source.folder}: no config.json beside the weights; copy it from the original checkpoint")
-    found = configs.read(raw, str(source.folder / "config.json"), ignore)
+    found = read_config(source, ignore)
     if found.quantization is not None:
         kind = found.quantization.get("quant_method") or found.quantization.get("mode") or "MLX affine"
         raise CheckpointError(
@@ -91,6 +88,16 @@ def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
             "Use the unquantized checkpoint that it was made from"
         )
     return found
+
+
+def read_config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
+    """Read the config beside the weights, quantized or not. Raises CheckpointError if there is none, ConfigError for bad keys."""
+    raw = source.read_json("config.json")
+    if raw is None and source.read_json("adapter_config.json") is not None:
+        raise CheckpointError(f"{source.folder} is an adapter: load the model that it is for, with --adapter {source.folder}")
+    if raw is None:
+        raise CheckpointError(f"{source.folder}: no config.json beside the weights; copy it from the original checkpoint")
+    return configs.read(raw, str(source.folder / "config.json"), ignore)
 
 
 def pieces(source: Source, plan: ModelPlan) -> Iterator[Piece]:

@@ -1,0 +1,70 @@
+"""Small files and headers: bytes that are read whole, JSON above all.
+
+Owns the limit on what counts as small, the strict reading of a JSON object (each key once, no nesting bombs), and the form in
+which a message may show a stranger's words. Refuses to know what the objects mean. Read next: `source.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+SMALL_BYTES = 100_000_000  # the safetensors library's own limit for headers; the largest real one is a few MB
+
+# Hostile headers hold megabytes where a word belongs, and control characters: messages show a clipped, escaped form.
+_clipped = reprlib.Repr()
+_clipped.maxstring = _clipped.maxlong = 120
+
+
+def shown(value: object) -> str:
+    """Return `value` as a message may show it: clipped, and with unprintable characters escaped."""
+    return _clipped.repr(value)
+
+
+def insist_on_file(file: Path) -> None:
+    """Raise ValueError for what is no regular file."""
+    if not os.path.isfile(file):  # opening a pipe would wait forever
+        raise ValueError("is not a file, or is a link to nothing")
+
+
+def read_small(file: Path) -> bytes:
+    """Return a file's bytes. Raises ValueError, saying what is wrong with the file, also where it can't be read."""
+    try:
+        insist_on_file(file)
+        if os.path.getsize(file) > SMALL_BYTES:
+            raise ValueError(f"takes {os.path.getsize(file):,} bytes, above {SMALL_BYTES:,}")
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"can't be read: {error.strerror}") from error
+
+
+def parse_object(raw: bytes, what: str) -> dict[str, Any]:
+    """Return the JSON object in `raw`. Raises ValueError whatever the bytes are; `what` names them in its message."""
+    repeated: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            repeated.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        return members
+
+    try:
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{what} is not valid UTF-8 at line {line} (byte {error.start:,})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{what} nests too deeply to be a checkpoint's") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{what} is not acceptable JSON: {error}") from None
+    if repeated:
+        raise ValueError(f"{what} repeats the key{'s' if len(repeated) > 1 else ''} {shown(repeated)}")
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{what} holds {shown(parsed)} at line 1, not a JSON object")
+    return parsed

@@ -1,0 +1,126 @@
+"""`gemcutter convert`: write a checkpoint in another format, quantization or layout.
+
+Owns the options and the words of the report, and joins the two halves that must not know each other: `checkpoint/convert.py`,
+which does the work, and `text/tokenizer.py`, which makes the tokenizer's files where a GGUF has only a vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemcutter.checkpoint.hub import locate
+from gemcutter.cli import options
+from gemcutter.cli.terminal import note, progress, spell_bytes
+
+if TYPE_CHECKING:
+    from gemcutter.checkpoint.convert import Report
+    from gemcutter.checkpoint.match import Checkpoint
+
+HELP = """
+Write a checkpoint in another format, quantization or layout.
+
+SRC is any checkpoint that gemcutter loads. DST is a folder for hf (transformers and most engines) and mlx (mlx-lm), a file that
+ends in .gguf for gguf (llama.cpp). Without --quant, weights stay as they are stored where the target has a place for them, byte
+for byte, and become dense where it has none. q4 and q8 are recommended mixtures, mlx4 and mlx8 are mlx-lm's, Q4_0 and Q8_0
+llama.cpp's blocks.
+
+Nothing stands under the name DST before it is complete, and an interrupted run can be started again. What was done to each
+tensor is in gemcutter-manifest.json, for a GGUF in a file beside it.
+"""
+EXAMPLES = """\b
+Examples:
+  gemcutter convert google/gemma-4-E2B-it ./e2b-q4 --to mlx --quant q4
+  gemcutter convert demo demo-Q8_0.gguf --to gguf --quant Q8_0
+  gemcutter convert ./gemma.gguf ./gemma --to hf --quant bf16
+  gemcutter convert ./gemma-4-E2B-it ./smaller --to hf --shared-kv drop
+"""
+FORMATS = ("hf", "mlx", "gguf")
+QUANTS = ("none", "bf16", "f16", "q4", "q8", "mlx4", "mlx8", "Q4_0", "Q8_0")
+SHARED_KV = ("keep", "drop", "restore")
+
+
+def one_of(*allowed: str) -> Callable[[str], str]:
+    """Make a check that accepts one of some words. The check raises typer.BadParameter."""
+
+    def check(word: str) -> str:
+        if word not in allowed:
+            raise typer.BadParameter(f"expected one of {', '.join(allowed)}, found {word!r}")
+        return word
+
+    return check
+
+
+To = Annotated[str, typer.Option(metavar="hf|mlx|gguf", help="Format to write.", callback=one_of(*FORMATS), show_default=False)]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder, or .gguf file, to write.", show_default=False)]
+Quant = Annotated[
+    str,
+    typer.Option(metavar="none|bf16|f16|q4|q8|mlx4|mlx8|Q4_0|Q8_0", help="How to store the weights.", callback=one_of(*QUANTS)),
+]
+SharedKV = Annotated[
+    str,
+    typer.Option(
+        "--shared-kv",
+        metavar="keep|drop|restore",
+        help="Unread keys and values of layers that share another's: keep what there is, drop it, or write zeros.",
+        callback=one_of(*SHARED_KV),
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace DST, if it is a file or an earlier result.")]
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint to read.", show_default=False)],
+    destination: Destination,
+    to: To,
+    quant: Quant = "none",
+    shared_kv: SharedKV = "keep",
+    force: Force = False,
+    ignore: options.Ignore = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write the target and say what was done. Raises GemcutterError."""
+    from gemcutter.checkpoint import convert as converting
+
+    with progress(f"writing {destination}") as advance:
+        report = converting.convert(
+            locate(source),
+            destination,
+            to,
+            quant,
+            shared_kv,
+            force=force,
+            ignore=tuple(ignore or ()),
+            texts=make_texts,
+            progress=advance,
+        )
+    if as_json:
+        print(json.dumps(as_object(report)))
+    else:
+        deeds = ", ".join(f"{count} {deed}" for deed, count in report.deeds.items())
+        print(f"{destination}: {spell_bytes(report.target_bytes)} of tensors, from {spell_bytes(report.source_bytes)}; {deeds}")
+        for line in report.notes():
+            note(f"note: {line}")
+
+
+def as_object(report: Report) -> dict[str, object]:
+    """Give the report as the object that --json prints."""
+    return {
+        "target": str(report.target),
+        "deeds": dict(report.deeds),
+        "dropped": dict(report.dropped),
+        "source_bytes": report.source_bytes,
+        "target_bytes": report.target_bytes,
+    }
+
+
+def make_texts(checkpoint: Checkpoint) -> Mapping[str, bytes]:
+    """Make the tokenizer's files of a GGUF's vocabulary. Raises CheckpointError."""
+    from gemcutter.lexicon import read_tokenizer
+    from gemcutter.text.export import tokenizer_files
+
+    return tokenizer_files(read_tokenizer(checkpoint.source))

@@ -1,0 +1,158 @@
+"""`gemcutter verify`: does this configuration compute what it should?
+
+Owns the options, what a reader sees of a certificate, and the exit code: 0 for a pass, 1 for a failure. Refuses to know how a
+certificate is made; read `gemcutter/parity/certificate.py` for that.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemcutter.checkpoint.write import write_json
+from gemcutter.cli import options
+from gemcutter.cli.failure import FAILED, UsageError
+from gemcutter.cli.loading import load_model
+from gemcutter.cli.score import read_text
+from gemcutter.cli.terminal import progress
+
+if TYPE_CHECKING:
+    from gemcutter.api import Model
+
+HELP = """
+Compare two ways of computing the same model, and certify that they agree.
+
+The same tokens run through MODEL as the options say and, by default, through the plain reference kernels in float32. --against
+transformers takes that library, in float32, for the other side; --against PATH another checkpoint of the same model, such as the
+one that MODEL was quantized from, on the reference kernels in float32. No row is left out, the last 16 tokens run one at a
+time, and unwritten cache holds NaN.
+
+Measured are the largest difference of a logit, KL(other || ours), how often both prefer the same token, the negative
+log-likelihoods, and every layer's drift: the norm of the difference over the norm of the other side's row, averaged over at most
+256 rows. The first layer whose drift exceeds its limit is named. Limits depend on what the sides do not share: float32 on both sides
+and the same weights must agree within rounding, so --dtype float32 shows every mistake; bfloat16, 8-bit and 4-bit weights may differ
+as such numbers do. Exit code 0 means that all limits hold, 1 that one does not.
+
+--json and --out give a certificate whose key is a hash over the checkpoint's headers and a sample of every tensor's bytes.
+"""
+EXAMPLES = """\b
+Examples:
+  gemcutter verify demo
+  gemcutter verify demo --dtype float32 --against transformers
+  gemcutter verify ./gemma-4-E2B-it-4bit --against google/gemma-4-E2B-it --out certificate.json
+  gemcutter verify demo --quant q4 --text README.md --tokens 512 --json
+"""
+REFERENCE, TRANSFORMERS = "reference", "transformers"
+# What a reader sees of a measure: its name, and how to spell a number of it.
+SPELLED = {
+    "max_abs_logit_difference": ("largest difference of a logit", "{:.3g}"),
+    "mean_kl_nats": ("mean KL, nats a token", "{:.3g}"),
+    "nll_difference_nats": ("difference of likelihood, nats a token", "{:.3g}"),
+    "layer_drift": ("largest drift of a layer", "{:.3g}"),
+    "top1_agreement": ("same best token", "{:.2%}"),
+}
+
+Against = Annotated[
+    str, typer.Option(metavar="reference|transformers|PATH", help="The other side; PATH is anything that MODEL can be.")
+]
+Text = Annotated[str | None, typer.Option(metavar="FILE", help='UTF-8 text; "-" is stdin.  [default: one that is built in]')]
+Tokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Tokens at most.  [default: 192 more than the model's window]", show_default=False),
+]
+Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the certificate here, as JSON.")]
+
+
+def verify(
+    model: options.Model,
+    against: Against = REFERENCE,
+    text: Text = None,
+    tokens: Tokens = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+    kernels: options.Kernels = "auto",
+    quant: options.Quant = None,
+    threads: options.Threads = None,
+    ignore: options.Ignore = None,
+    as_json: options.Json = False,
+    out: Out = None,
+) -> None:
+    """Make a certificate, print it, and exit with 1 unless it passes. Raises UsageError or GemcutterError."""
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"--out: {out.parent} is no folder")
+    body = None if text is None else read_text(text)
+
+    def load(name: str, dtype: str | None, kernels: str, quant: str | None) -> Model:
+        return load_model(
+            name, dtype=dtype, device=device, kernels=kernels, context=1, threads=threads, ignore=ignore, quant=quant
+        )
+
+    from gemcutter.parity.certificate import Side, certify, encode
+
+    other = model if against == REFERENCE else against
+    theirs = None if against == TRANSFORMERS else Side(other, load(other, "float32", "reference", None), "reference")
+    ours = Side(model, load(model, dtype, kernels, quant), kernels, quant)
+    found = certify(ours, theirs, encode(ours, theirs, body, tokens), progress)
+    found["text"]["source"] = text or "built-in"
+    if out is not None:
+        write_json(out, found)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        show(found)
+    if not found["passed"]:
+        raise typer.Exit(FAILED)
+
+
+# ---- what a reader sees ----
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a certificate for a reader."""
+    text = found["text"]
+    print(f"model    {found['ours']['model']}, sampled sha256 {found['sampled_sha256'][:16]}")
+    print(f"ours     {_spell_side(found['ours'])}")
+    print(f"against  {_spell_side(found['against'])}")
+    print(f"text     {text['source']}, {text['tokens']} tokens, the last {text['single_rows']} one at a time")
+    if not text["is_longer_than_window"]:
+        print(f"         not longer than the window of {text['window']}: no layer had to let go of a key")
+    print(f"limits   {found['limits']}: {found['limits_because']}")
+    print()
+    for check in found["checks"]:
+        label, number = SPELLED[check["measure"]]
+        value = "not a number" if check["found"] is None else number.format(check["found"])
+        side = "at least" if check["measure"] == "top1_agreement" else "at most"
+        print(f"{'ok  ' if check['passed'] else 'FAIL'}  {label:<40}{value:>12}   {side} {number.format(check['limit'])}")
+    print()
+    print(f"negative log-likelihood: {_number(found['nll_nats']['ours'])} here, {_number(found['nll_nats']['against'])} there")
+    worst = found["worst_position"]
+    print(f"most different: position {worst['position']}, with a KL of {_number(worst['kl_nats'])} nats")
+    _show_layers(found)
+    print("PASS" if found["passed"] else "FAIL")
+
+
+def _show_layers(found: dict[str, Any]) -> None:
+    """Say where it began; a failure lists every layer, because drift adds up and its jumps tell more than a limit."""
+    first = found["first_divergent_layer"]
+    if first is not None:
+        print(f"first divergent layer: {first}")
+    elif not found["passed"]:
+        print("no layer drifts beyond its limit; small drifts have added up, or it is the norm or head after the last layer")
+    if not found["passed"]:
+        print("drift by layer: " + ", ".join(f"{layer['layer']}: {_number(layer['mean'], 2)}" for layer in found["layers"]))
+
+
+def _spell_side(side: dict[str, Any]) -> str:
+    if "providers" not in side:
+        return f"{side['engine']}, {side['dtype']}"
+    quantized = f", quantized to {side['quant']}" if side["quant"] else ""
+    chosen = {f"{verb} {name}" for verbs in side["providers"].values() for verb, name in verbs.items() if name != "reference"}
+    fast = f" ({', '.join(sorted(chosen))})" if chosen else ""
+    return f"{side['model']}{quantized} in {side['dtype']} on {side['device']}, {side['kernels']} kernels{fast}"
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "not a number" if value is None else f"{value:.{digits}g}"
