@@ -32,9 +32,10 @@ time, and unwritten cache holds NaN.
 
 Measured are the largest difference of a logit, KL(other || ours), how often both prefer the same token, the negative
 log-likelihoods, and every layer's drift: the norm of the difference over the norm of the other side's row, averaged over at most
-256 rows. The first layer whose drift exceeds its limit is named. Limits depend on what the sides do not share: float32 on both sides
-and the same weights must agree within rounding, so --dtype float32 shows every mistake; bfloat16, 8-bit and 4-bit weights may differ
-as such numbers do. Exit code 0 means that all limits hold, 1 that one does not.
+256 rows. The first layer whose drift exceeds its limit is named. Limits depend on what the sides do not share: equal weights in
+float32 on both sides must agree within rounding, so --dtype float32 shows nearly every mistake; bfloat16, 8-bit and 4-bit weights
+may differ as such numbers do, and what is smaller than that stays hidden. Exit code 0 means that all limits hold, 1 that one does
+not.
 
 --json and --out give a certificate whose key is a hash over the checkpoint's headers and a sample of every tensor's bytes.
 """

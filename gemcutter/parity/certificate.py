@@ -41,21 +41,8 @@ SHOWN = 8  # differences of two plans that an error lists
 # What may differ between two checkpoints of one model: none of it changes a text's logits.
 IMMATERIAL = {"layers", "context", "pad_id", "tied_head", "bidirectional"}
 # The processor's features that kernels are chosen by, here or in the libraries beneath.
-FEATURES = {
-    "avx",
-    "avx2",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_vnni",
-    "amx_bf16",
-    "amx_int8",
-    "f16c",
-    "fma",
-    "bf16",
-    "i8mm",
-    "sve",
-    "asimd",
-}
+FEATURES = {"avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}  # x86
+FEATURES |= {"asimd", "i8mm", "bf16", "sve"}  # Arm
 
 Bars = Callable[[str], AbstractContextManager[Progress]]  # opens a bar of that title
 
