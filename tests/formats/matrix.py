@@ -27,12 +27,13 @@ from gemcutter.checkpoint.formats import compressed, gguf, hf, mlx
 from gemcutter.checkpoint.synth import SIZES, shrink, write_size
 from gemcutter.plan import ModelPlan, ParamSpec, Proj, derive
 from tests import gguf_files, mlx_files
-from tests.formats.packers import PACKERS, Packer, Stored
+from tests.formats.packers import BLOCK, GROUP, PACKERS, Packer, Stored
 from tests.formats.quantized import APART, FUSED, TEXT, WRAPPER, Raw, Tensors, quantize, wrap, write
 
 Key = tuple[str, str | None]  # a parameter and its part
 Files = tuple[Path, Path]  # a checkpoint, and the same values as plain float32
 
+NARROW, WIDE = 64, 256  # of matrices; the larger is the size of GGUF's larger blocks
 TOWER_LAYERS = 6  # more than the decoders here have, and than those before the first layer that reads another's keys
 BEGIN, END = "<!-- matrix:begin -->", "<!-- matrix:end -->"
 
@@ -49,7 +50,6 @@ class State:
 
 
 STATES = tuple(State(has_unread, is_wrapped) for has_unread in (False, True) for is_wrapped in (False, True))
-Write = Callable[[Path, str, State], Files]  # a folder to make, a size and a state
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,77 +60,73 @@ class Note:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A row: what wrote the files, how matrices are stored, and what is declared of the outcome."""
-
-    format: str  # the NAME of the module that reads it
-    title: str
-    scheme: str
-    write: Write = field(repr=False)
-    refusal: Note | None = None
-    remarks: tuple[Note, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.title} {self.scheme}"
-
-    def notes(self, like: str) -> list[Note]:
-        """Give the footnotes of a size's cell."""
-        if self.refusal is not None:
-            return [self.refusal]
-        return [note for note in self.remarks if note is not OWN_VALUES or own_values(like)]
-
-    def redundant(self, like: str) -> set[str]:
-        """Name what is expected to be passed over where a file holds all of `unread`."""
-        return {_label(key) for key in unread(like) if not (OWN_VALUES in self.remarks and key in own_values(like))}
-
-
 # ---- models ----
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A small random model with a size's traits.
+
+    `unread` is what older exports store and no layer uses; `own_values` gives layers that take keys as values a projection of
+    values, equal to that of the keys.
+    """
+
+    raw: Raw
+    plan: ModelPlan
+    tensors: dict[Key, Tensor]
+    unread: dict[Key, Tensor]
+    own_values: dict[Key, Tensor]
+
+    def named(self, state: State) -> Tensors:
+        """Give the tensors under Hugging Face's names, with those that no layer uses if the state has them."""
+        return {hf.spell(*key): tensor for key, tensor in (self.tensors | (self.unread if state.has_unread else {})).items()}
+
+
 @functools.cache
-def model(like: str) -> tuple[Raw, Tensors]:
-    """Give config and tensors of a small model with a size's traits, wide enough for GGUF's largest blocks."""
+def model(like: str, width: int = NARROW) -> Model:
+    """Make the model of a size; all of its matrices' rows are multiples of `width` but for those of the attention's output."""
     size = shrink(SIZES[like])
-    experts = {"experts": 4, "top_k": 2, "expert_width": 256} if size.experts else {}
-    readers = {"layers": 4, "readers": 2} if size.readers else {"layers": 2}
-    widths = {"hidden": 256, "mlp": 256, "head_dim": 16, "vocab": 64, "ple": 256 if size.ple else 0}
+    has_experts, has_readers, has_ple = size.experts > 0, size.readers > 0, size.ple > 0
+    small = replace(
+        size,
+        hidden=width,
+        mlp=width,
+        layers=4 if has_readers else 2,
+        period=2,
+        head_dim=16,
+        readers=2 if has_readers else 0,
+        ple=width if has_ple else 0,
+        experts=4 if has_experts else 0,
+        top_k=2 if has_experts else 0,
+        expert_width=width if has_experts else 0,
+        vocab=64,
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / like
-        write_size(replace(size, period=2, **widths, **readers, **experts), path)
+        write_size(small, path)
         raw = json.loads((path / "config.json").read_text())
-        return raw, {name: tensor.float() for name, tensor in load_file(path / "model.safetensors").items()}
+        stored = {name: tensor.float() for name, tensor in load_file(path / "model.safetensors").items()}
+    plan = derive(configs.read(raw))
+    tensors = {key: stored[hf.spell(*key)] for spec in plan.params() for key in _keys(spec)}
+    names = [f"layers.{layer.index}.attn.in" for layer in plan.layers if layer.proj is Proj.QK_ONLY]
+    return Model(raw, plan, tensors, _draw_unread(plan), {(name, "v"): tensors[name, "k"] for name in names})
 
 
-@functools.cache
-def plan_of(like: str) -> ModelPlan:
-    return derive(configs.read(model(like)[0]))
+def _keys(spec: ParamSpec) -> list[Key]:
+    """List what a parameter is stored as: its parts, but experts whole."""
+    return [(spec.name, part) for part, _ in spec.parts if len(spec.shape) == 2] or [(spec.name, None)]
 
 
-@functools.cache
-def unread(like: str) -> dict[Key, Tensor]:
-    """Draw what older exports store and no layer uses: keys of layers that read another's, values of those that have none."""
+def _draw_unread(plan: ModelPlan) -> dict[Key, Tensor]:
+    """Draw keys and values for layers that read another's, values for those that take their keys."""
     draw, found = torch.Generator().manual_seed(1), dict[Key, Tensor]()
-    for layer in plan_of(like).layers:
+    for layer in plan.layers:
         stem, rows = f"layers.{layer.index}.attn", layer.kv_heads * layer.head_dim
         for part in ("k", "v") if layer.proj is Proj.Q_ONLY else ("v",) if layer.proj is Proj.QK_ONLY else ():
-            found[f"{stem}.in", part] = torch.randn(rows, plan_of(like).hidden, generator=draw)
+            found[f"{stem}.in", part] = torch.randn(rows, plan.hidden, generator=draw)
         if layer.proj is Proj.Q_ONLY:
             found[f"{stem}.k_norm", None] = torch.randn(layer.head_dim, generator=draw)
     return found
-
-
-def own_values(like: str) -> dict[Key, Tensor]:
-    """Give the keys' projections of layers that take keys as values, as projections of the values."""
-    tensors, layers = model(like)[1], plan_of(like).layers
-    names = [f"layers.{layer.index}.attn.in" for layer in layers if layer.proj is Proj.QK_ONLY]
-    return {(name, "v"): tensors[hf.spell(name, "k")] for name in names}
-
-
-def tensors_of(like: str, state: State) -> Tensors:
-    """Give a model's tensors under Hugging Face's names, with those that no layer uses if the state has them."""
-    extra = {hf.spell(*key): tensor for key, tensor in unread(like).items()} if state.has_unread else {}
-    return model(like)[1] | extra
 
 
 def tower(prefix: str) -> Tensors:
@@ -140,60 +136,45 @@ def tower(prefix: str) -> Tensors:
     return {f"{stem}{name}": torch.full((8, 8) if "proj" in name else (8,), torch.nan) for stem in stems for name in names}
 
 
-def _label(key: Key) -> str:
-    return f"{key[0]}[{key[1]}]" if key[1] else key[0]
-
-
 # ---- how each format is written ----
 
 
-def write_like_hf(pack: Packer, config: Callable[[], Raw | None], experts: str, folder: Path, like: str, state: State) -> Files:
+def write_like_hf(
+    pack: Packer, config: Callable[[], Raw | None], experts: str, folder: Path, model: Model, state: State
+) -> Files:
     """Write Hugging Face's names, every linear module packed."""
     prefix, extra = (WRAPPER, tower("model.")) if state.is_wrapped else (TEXT, {})
-    given = model(like)[0], tensors_of(like, state)
-    files = quantize(folder, given, pack, config(), experts=experts, prefix=prefix, extra=extra)
+    files = quantize(folder, (model.raw, model.named(state)), pack, config(), experts=experts, prefix=prefix, extra=extra)
     return files.packed, files.dense
 
 
-def write_mlx(recipe: mlx_files.Recipe, folder: Path, like: str, state: State) -> Files:
+def write_mlx(recipe: mlx_files.Recipe, folder: Path, model: Model, state: State) -> Files:
     """Write MLX's modules, all matrices packed, embeddings and router too."""
-    raw = model(like)[0]
-    source = write(folder / "source", raw, tensors_of(like, state))
+    source = write(folder / "source", model.raw, model.named(state))
     if not state.is_wrapped:
         return mlx_files.convert(source, folder, lambda module: recipe)
-    kind = {"multimodal": True, "model_type": wrap(raw)["model_type"]}
+    kind = {"multimodal": True, "model_type": wrap(model.raw)["model_type"]}
     return mlx_files.convert(source, folder, lambda module: recipe, prefix="language_model.model.", extra=tower(""), **kind)
 
 
-def write_gguf(kind: str, folder: Path, like: str, state: State) -> Files:
+def write_gguf(kind: str, folder: Path, model: Model, state: State) -> Files:
     """Write llama.cpp's names; a multimodal model as Ollama does, the tower beside the decoder."""
-    plan, choice = plan_of(like), gguf_files.every(kind)
-    stored, extra = dict(_stored(like)), gguf_files.divisors(plan)
+    stored, extra = model.tensors, gguf_files.divisors(model.plan)
     if state.has_unread:
-        stored |= unread(like) | own_values(like)
+        stored = stored | model.unread | model.own_values
     if state.is_wrapped:
         layers = (f"v.blk.{index}.attn_{name}.weight" for index in range(TOWER_LAYERS) for name in ("k", "v", "q"))
         extra |= dict.fromkeys(layers, torch.full((8, 8), torch.nan).numpy())
     folder.mkdir()
-    packed = gguf_files.save(folder / "model.gguf", plan, stored, choice, extra=extra)
-    return packed, write(folder / "dense", model(like)[0], _read_by_library(kind, like))
-
-
-def _stored(like: str) -> gguf_files.Tensors:
-    """Give a model's tensors by parameter and part."""
-    return {key: model(like)[1][hf.spell(*key)] for spec in plan_of(like).params() for key in _keys(spec)}
-
-
-def _keys(spec: ParamSpec) -> list[Key]:
-    """List what a parameter is stored as: its parts, but experts whole."""
-    return [(spec.name, part) for part, _ in spec.parts if len(spec.shape) == 2] or [(spec.name, None)]
+    packed = gguf_files.save(folder / "model.gguf", model.plan, stored, gguf_files.every(kind), extra=extra)
+    return packed, write(folder / "dense", model.raw, _read_by_library(kind, model))
 
 
 @functools.cache
-def _read_by_library(kind: str, like: str) -> Tensors:
+def _read_by_library(kind: str, model: Model) -> Tensors:
     """Give the values that the gguf library reads out of what it stored."""
     found, choice = Tensors(), gguf_files.every(kind)
-    for key, values in _stored(like).items():
+    for key, values in model.tensors.items():
         name = choice(key[0], values) if values.ndim > 1 else "F32"
         read = gguf_library.dequantize(gguf_files.store(values, name), gguf_library.GGMLQuantizationType[name])
         found[hf.spell(*key)] = torch.tensor(read).float().view(values.shape)
@@ -225,10 +206,43 @@ def transformed() -> dict[str, Any]:
 
 # ---- the rows ----
 
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A row: what wrote the files, how matrices are stored, and what is declared of the outcome."""
+
+    format: str  # the NAME of the module that reads it
+    title: str
+    scheme: str
+    stored: str  # what headers call the decoder's matrices
+    write: Callable[[Path, Model, State], Files] = field(repr=False)  # into a folder that it makes
+    refusal: Note | None = None
+    remarks: tuple[Note, ...] = ()
+    width: int = NARROW
+
+    def __str__(self) -> str:
+        return f"{self.title} {self.scheme}"
+
+    def files(self, folder: Path, like: str, state: State) -> Files:
+        """Write a cell's files of one state."""
+        return self.write(folder, model(like, self.width), state)
+
+    def notes(self, like: str) -> list[Note]:
+        """Give the footnotes of a size's cell."""
+        if self.refusal is not None:
+            return [self.refusal]
+        return [note for note in self.remarks if note is not OWN_VALUES or model(like).own_values]
+
+    def redundant(self, like: str) -> set[str]:
+        """Name what is to be passed over where a file holds all that no layer uses."""
+        used = model(like).own_values if OWN_VALUES in self.remarks else {}
+        return {f"{name}[{part}]" if part else name for name, part in model(like).unread.keys() - used.keys()}
+
+
 TOWER_FILE = Note("A tower in the same file, where Ollama puts it, is left aside; llama.cpp's `mmproj` files hold no text model.")
 OWN_VALUES = Note(
-    "No key of a GGUF file says that values are the raw keys; the absence of `attn_v` does. Where it is stored it is used, and a copy "
-    "of the keys' gives the same numbers."
+    "No key of a GGUF file says that values are the raw keys; the absence of `attn_v` does. Where it is stored it is used, "
+    "and a copy of the keys' gives the same numbers."
 )
 ONLY_BLOCKS = Note(f"Of GGUF's block types {', '.join(gguf.BLOCKS)} are read.", "is not read, only")
 NO_BITSANDBYTES = Note("Use the checkpoint that it was made from, and `--quant q4`.", "quant_method 'bitsandbytes'")
@@ -236,44 +250,47 @@ NO_TRANSFORMS = Note("The weights fit rotated activations only, which are not ma
 NO_SMOOTHING = Note("Its inputs want a scale for each channel, `pre_quant_scale`, which is not applied here.", "pre_quant_scale")
 
 
-def _quantized(title: str, scheme: str, packer: str) -> Layout:
-    pack, config = PACKERS[packer]
-    return Layout(compressed.NAME, title, scheme, partial(write_like_hf, pack, config, APART))
-
-
 def _plain(scheme: str, dtype: torch.dtype) -> Layout:
-    return Layout(hf.NAME, "Hugging Face", scheme, partial(write_like_hf, partial(pack_dense, dtype), lambda: None, FUSED))
+    pack = partial(pack_dense, dtype)
+    return Layout(hf.NAME, "Hugging Face", scheme, scheme, partial(write_like_hf, pack, lambda: None, FUSED))
+
+
+def _mlx(scheme: str, stored: str, recipe: mlx_files.Recipe) -> Layout:
+    return Layout(mlx.NAME, "MLX", scheme, stored, partial(write_mlx, recipe))
+
+
+def _gguf(scheme: str, kind: str, width: int = NARROW, why: Note | None = None) -> Layout:
+    return Layout(gguf.NAME, "GGUF", scheme, kind, partial(write_gguf, kind), why, (TOWER_FILE, OWN_VALUES), width)
+
+
+def _quantized(title: str, scheme: str, stored: str, packer: str) -> Layout:
+    pack, config = PACKERS[packer]
+    return Layout(compressed.NAME, title, scheme, stored, partial(write_like_hf, pack, config, APART))
 
 
 def _refused(title: str, scheme: str, pack: Packer, config: Callable[[], Raw], why: Note) -> Layout:
-    return Layout(compressed.NAME, title, scheme, partial(write_like_hf, pack, config, APART), why)
-
-
-def _gguf(scheme: str, kind: str, why: Note | None = None) -> Layout:
-    return Layout(gguf.NAME, "GGUF", scheme, partial(write_gguf, kind), why, (TOWER_FILE, OWN_VALUES))
+    return Layout(compressed.NAME, title, scheme, "", partial(write_like_hf, pack, config, APART), why)
 
 
 LAYOUTS = (
     _plain("BF16", torch.bfloat16),
     _plain("F16", torch.float16),
-    Layout(mlx.NAME, "MLX", "affine 4-bit", partial(write_mlx, mlx_files.like_mlx(4, 64))),
-    Layout(mlx.NAME, "MLX", "affine 8-bit", partial(write_mlx, mlx_files.like_mlx(8, 64))),
-    *(Layout(mlx.NAME, "MLX", mode, partial(write_mlx, mlx_files.micro(mode))) for mode in ("mxfp4", "mxfp8", "nvfp4")),
-    _gguf("F16", "F16"),
-    _gguf("Q8_0", "Q8_0"),
-    _gguf("Q4_0", "Q4_0"),
-    _gguf("Q4_K", "Q4_K"),
-    _gguf("IQ1, IQ2, IQ3, TQ1, TQ2", "TQ2_0", ONLY_BLOCKS),
-    _quantized("compressed-tensors", "FP8, by row", "ct-FP8_DYNAMIC"),
-    _quantized("compressed-tensors", "FP8, by block", "ct-FP8_BLOCK"),
-    _quantized("compressed-tensors", "W8A8-int8", "ct-W8A8"),
-    _quantized("compressed-tensors", "W4A16", "ct-W4A16"),
-    _quantized("compressed-tensors", "NVFP4", "ct-NVFP4"),
+    _mlx("affine 4-bit", "affine4g64", mlx_files.like_mlx(4, 64)),
+    _mlx("affine 8-bit", "affine8g64", mlx_files.like_mlx(8, 64)),
+    *(_mlx(mode, mode, mlx_files.micro(mode)) for mode in ("mxfp4", "mxfp8", "nvfp4")),
+    *(_gguf(kind, kind) for kind in ("F16", "Q8_0", "Q4_0")),
+    _gguf("Q4_K", "Q4_K", WIDE),
+    _gguf("IQ1, IQ2, IQ3, TQ1, TQ2", "TQ2_0", WIDE, ONLY_BLOCKS),
+    _quantized("compressed-tensors", "FP8, by row", "fp8", "ct-FP8_DYNAMIC"),
+    _quantized("compressed-tensors", "FP8, by block", f"fp8g{BLOCK[1]}", "ct-FP8_BLOCK"),
+    _quantized("compressed-tensors", "W8A8-int8", "int8", "ct-W8A8"),
+    _quantized("compressed-tensors", "W4A16", f"packed4g{GROUP}", "ct-W4A16"),
+    _quantized("compressed-tensors", "NVFP4", "nvfp4", "ct-NVFP4"),
     _refused("compressed-tensors", "with transforms", PACKERS["ct-W4A16"][0], transformed, NO_TRANSFORMS),
-    _quantized("GPTQ", "4-bit", "gptq"),
-    _quantized("AWQ", "4-bit", "awq"),
-    _quantized("ModelOpt", "FP8", "modelopt-fp8"),
-    _quantized("ModelOpt", "NVFP4", "modelopt-nvfp4"),
+    _quantized("GPTQ", "4-bit", f"gptq4g{GROUP}z", "gptq"),
+    _quantized("AWQ", "4-bit", f"awq4g{GROUP}", "awq"),
+    _quantized("ModelOpt", "FP8", "fp8", "modelopt-fp8"),
+    _quantized("ModelOpt", "NVFP4", "nvfp4", "modelopt-nvfp4"),
     _refused("ModelOpt", "NVFP4 with AWQ", pack_smoothed, PACKERS["modelopt-nvfp4"][1], NO_SMOOTHING),
     _refused("bitsandbytes", "nf4", pack_bitsandbytes, lambda: {"quant_method": "bitsandbytes"}, NO_BITSANDBYTES),
 )
@@ -282,10 +299,10 @@ LAYOUTS = (
 # ---- the README's table ----
 
 INTRODUCTION = """\
-Every cell is four files of a small random model: with and without the tensors that its layers do not use (keys and values of layers
-that read another's, values of layers that take their keys), as a text model and inside a multimodal wrapper whose tower's layers
-have the decoder's names. *yes*: all four load and give the logits of the same values in float32; *no*: all four are refused, with
-the reason. `python -m tests.formats.matrix --write README.md` makes the table, `tests/formats/test_matrix.py` proves it."""
+Every cell is four files of a small random model: with and without the tensors that its layers do not use (keys and values of
+layers that read another's, values of layers that take their keys), as a text model and inside a multimodal wrapper whose tower's
+layers have the decoder's names. *yes*: all four load and give the logits of the same values in float32; *no*: all four are
+refused, with the reason. `tests/formats/test_matrix.py` proves it."""
 
 
 def table() -> str:

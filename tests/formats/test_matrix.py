@@ -21,11 +21,12 @@ from gemcutter.checkpoint.synth import SIZES
 from gemcutter.errors import CheckpointError
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Proj
-from tests.formats.matrix import BEGIN, END, LAYOUTS, OWN_VALUES, STATES, Layout, State, plan_of, put_into, table, unread
-from tests.topologies import relative_error, run_alone
+from tests.formats.matrix import BEGIN, END, LAYOUTS, OWN_VALUES, STATES, Layout, State, model, put_into, table
+from tests.topologies import TOLERANCE, relative_error, run_alone
 
 README = Path(__file__).parents[2] / "README.md"
 IDS = (5, 40, 3, 17, 40, 9, 22)
+MATRICES = ("attn.in", "mlp.in", "mlp.out", "moe.in", "moe.out")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +44,9 @@ def logits(checkpoint: Checkpoint) -> Tensor:
 
 
 def check_headers(checkpoint: Checkpoint, layout: Layout, like: str, state: State) -> None:
-    """Insist that what was put in beside the decoder, and nothing else, was passed over."""
+    """Insist that matrices are stored as declared, and that what was put in beside the decoder, and no more, was passed over."""
+    pieces = [piece for name, found in checkpoint.matched.pieces.items() if name.endswith(MATRICES) for piece in found]
+    assert {piece.data.dtype for piece in pieces} == {layout.stored}, state
     redundant = {piece.label for piece in checkpoint.matched.redundant}
     assert redundant == (layout.redundant(like) if state.has_unread else set()), state
     assert ("vision tower" in checkpoint.matched.beside) is state.is_wrapped, state
@@ -55,7 +58,7 @@ def check_headers(checkpoint: Checkpoint, layout: Layout, like: str, state: Stat
 def test_cell_is_as_declared(layout: Layout, like: str, tmp_path: Path) -> None:
     wanted: Tensor | None = None
     for state in STATES:
-        packed, dense = layout.write(tmp_path / str(state), like, state)
+        packed, dense = layout.files(tmp_path / str(state), like, state)
         if layout.refusal is not None:
             with pytest.raises(CheckpointError) as caught:
                 open_checkpoint(packed)
@@ -65,15 +68,15 @@ def test_cell_is_as_declared(layout: Layout, like: str, tmp_path: Path) -> None:
             wanted = logits(open_checkpoint(dense))
         checkpoint = open_checkpoint(packed)
         check_headers(checkpoint, layout, like, state)
-        assert relative_error(logits(checkpoint), wanted) < 1e-5, state
+        assert relative_error(logits(checkpoint), wanted) < TOLERANCE, state
 
 
 def test_sizes_have_something_to_leave_unread() -> None:
     """All but the values of layers that take their keys is about layers that read another's."""
-    kinds = {like: {layer.proj for layer in plan_of(like).layers} for like in SIZES}
+    kinds = {like: {layer.proj for layer in model(like).plan.layers} for like in SIZES}
     assert all(kinds[like] == {Proj.QKV, Proj.Q_ONLY} for like in ("E2B", "E4B"))
     assert all(kinds[like] == {Proj.QKV, Proj.QK_ONLY} for like in ("12B", "26B-A4B", "31B"))
-    assert {like: len(unread(like)) for like in SIZES} == {"E2B": 6, "E4B": 6, "12B": 1, "26B-A4B": 1, "31B": 1}
+    assert {like: len(model(like).unread) for like in SIZES} == {"E2B": 6, "E4B": 6, "12B": 1, "26B-A4B": 1, "31B": 1}
 
 
 def test_values_of_their_own_are_used(tmp_path: Path) -> None:
@@ -83,7 +86,7 @@ def test_values_of_their_own_are_used(tmp_path: Path) -> None:
     assert OWN_VALUES not in layout.notes("E2B")
     kinds = {}
     for state in STATES:
-        packed, _ = layout.write(tmp_path / str(state), "31B", state)
+        packed, _ = layout.files(tmp_path / str(state), "31B", state)
         kinds[state.has_unread] = {layer.proj for layer in open_checkpoint(packed).plan.layers}
     assert kinds == {False: {Proj.QKV, Proj.QK_ONLY}, True: {Proj.QKV}}
 
