@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,8 @@ from gemcutter.quant import Weight, blocks
 from tests.gguf_files import Tensors, dense, describe, divisors, every, save, tensors_of
 from tests.parity.test_golden import Engine, Request, loss, report, run
 from tests.topologies import relative_error, run_alone
+from tests.trained import golden, trained
 
-MODELS = Path(os.environ.get("GEMCUTTER_MODELS", Path(__file__).parents[3] / "shared" / "models"))
-needs_models = pytest.mark.skipif(not MODELS.is_dir(), reason="no test models: set GEMCUTTER_MODELS")
 TINY_A = Path(__file__).parents[1] / "goldens" / "tiny-a"
 FILES = ["tiny-e-Q8_0.gguf", "tiny-e-Q4_0.gguf", "tiny-e-Q4_K_M.gguf", "tiny-a-Q4_0.gguf"]
 
@@ -65,16 +62,10 @@ def make(folder: Path, name: str = "e", kind: str = "Q8_0", **options: Any) -> P
 # ---- llama.cpp's files and numbers ----
 
 
-@functools.cache
-def golden(name: str) -> Any:
-    return json.loads((MODELS / "golden" / f"{name}.json").read_text())
-
-
 def engine_of(name: str) -> Engine:
-    return Engine(decoder_of(opened(MODELS / name), "auto"), 1024, max_rows=512, max_sequences=12)
+    return Engine(decoder_of(opened(trained(name)), "auto"), 1024, max_rows=512, max_sequences=12)
 
 
-@needs_models
 @pytest.mark.parametrize("name", FILES)
 def test_losses_are_those_of_llama_cpp(name: str) -> None:
     """It rounds activations to 8 bits, which moves the loss by a few hundredths of a percent."""
@@ -83,7 +74,6 @@ def test_losses_are_those_of_llama_cpp(name: str) -> None:
     assert mean == pytest.approx(golden(name)["passage_600"]["nll_mean"], rel=1e-3)
 
 
-@needs_models
 @pytest.mark.parametrize(("name", "golden_name", "kind"), [("e", "tiny-e-f16", "F16"), ("a", "tiny-a-Q8_0", "Q8_0")])
 def test_files_too_large_to_keep_are_made_again(name: str, golden_name: str, kind: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make(tmp_path, name, kind))
@@ -92,7 +82,6 @@ def test_files_too_large_to_keep_are_made_again(name: str, golden_name: str, kin
     assert mean == pytest.approx(golden(f"{golden_name}.gguf")["passage_600"]["nll_mean"], rel=1e-3)
 
 
-@needs_models
 @pytest.mark.parametrize("name", FILES)
 def test_greedy_text_is_that_of_llama_cpp(name: str) -> None:
     """Two thirds of the texts agree; the others part where llama.cpp's own choice was narrow."""
@@ -107,29 +96,26 @@ def test_greedy_text_is_that_of_llama_cpp(name: str) -> None:
     assert whole >= 8
 
 
-@needs_models
 @pytest.mark.parametrize("name", FILES)
 def test_logits_are_those_of_the_dense_values(name: str) -> None:
     ids = tuple(golden("prompts")["passage_600"]["token_ids"][:150])  # beyond two windows
-    checkpoint = opened(MODELS / name)
+    checkpoint = opened(trained(name))
     found, wanted = (run_alone(decoder, ids, chunk=64).logits for decoder in (decoder_of(checkpoint), dense(checkpoint)))
     assert relative_error(found, wanted) < 1e-5
 
 
-@needs_models
 @pytest.mark.parametrize("name", FILES)
 def test_plan_and_config_are_the_original_s(name: str) -> None:
-    mine, theirs = opened(MODELS / name), opened({"e": DEMO_FOLDER, "a": TINY_A}[name[5]])
+    mine, theirs = opened(trained(name)), opened({"e": DEMO_FOLDER, "a": TINY_A}[name[5]])
     assert mine.plan == theirs.plan
     assert mine.format == "GGUF"
     assert not mine.matched.notes(mine.plan)
 
 
-@needs_models
 @pytest.mark.parametrize("name", FILES)
 def test_weights_stay_in_the_file(name: str) -> None:
     """What is held beside the mapped file is a few vectors: under 5 % of it."""
-    checkpoint = opened(MODELS / name)
+    checkpoint = opened(trained(name))
     params = load_params(checkpoint, torch.float32, torch.device("cpu"))
     mapped = next(iter(checkpoint.source.tensors.values())).mapped
     start = torch.frombuffer(mapped.mapping(), dtype=torch.uint8).data_ptr()
@@ -368,9 +354,8 @@ def test_a_file_without_a_vocabulary_takes_what_lies_beside_it(tmp_path: Path) -
     assert gemcutter.load(str(tmp_path), dtype="float32", context=64).generate("In the beginning", max_tokens=4).text
 
 
-@needs_models
 def test_a_file_is_all_that_a_chat_needs() -> None:
-    model = gemcutter.load(str(MODELS / "tiny-e-Q8_0.gguf"), dtype="float32", context=256)
+    model = gemcutter.load(str(trained("tiny-e-Q4_K_M.gguf")), dtype="float32", context=256)
     demo = gemcutter.load("demo", dtype="float32", context=256)
     assert model.defaults.stop_ids == demo.defaults.stop_ids
     assert model.defaults.suppress == demo.defaults.suppress

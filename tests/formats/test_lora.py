@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,8 @@ from gemcutter.quant.lora import Delta
 from tests.adapters import ALPHA, CONFIG, PREFIX, Place, draw, module_of, places, tensors_of, write_adapter
 from tests.parity.test_round_trip import saved
 from tests.topologies import SIZES, build_oracle, mismatches, oracle, plan_of, prompt, run_alone
+from tests.trained import golden, trained
 
-MODELS = Path(os.environ.get("GEMCUTTER_MODELS", Path(__file__).parents[3] / "shared" / "models"))
-needs_models = pytest.mark.skipif(not MODELS.is_dir(), reason="no test models: set GEMCUTTER_MODELS")
 TINY_A = Path(__file__).parents[1] / "goldens" / "tiny-a"
 CPU = torch.device("cpu")
 E2B, A4B, B31 = (plan_of(SIZES[size]) for size in ("E2B", "26B-A4B", "31B"))
@@ -75,29 +73,26 @@ def problems_of(folder: Path, plan: Any = E2B) -> tuple[str, ...]:
 # ---- against the tools ----
 
 
-@needs_models
 @pytest.mark.parametrize("way", ["merged", "beside"])
 def test_golden_tokens_logits_and_losses(way: str) -> None:
-    golden = json.loads((MODELS / "golden" / "tiny-e-lora.json").read_text())
-    prompts = json.loads((MODELS / "golden" / "prompts.json").read_text())
-    base = json.loads((MODELS / "golden" / "tiny-e.json").read_text())
-    path = str(MODELS / "tiny-e-lora")
+    wanted, prompts, base = golden("tiny-e-lora"), golden("prompts"), golden("tiny-e")
+    path = str(trained("tiny-e-lora"))
     chosen: dict[str, Any] = {"adapter": path} if way == "merged" else {"adapters": {"tiny": path}}
     asked = {} if way == "merged" else {"adapter": "tiny"}
     model = gemcutter.load("demo", dtype="float32", max_rows=64, max_sequences=12, context=1024, **chosen)
-    ids = [each["token_ids"] for each in golden["prompts"]]
+    ids = [each["token_ids"] for each in wanted["prompts"]]
     found = model.generate(ids, max_tokens=48, ignore_eos=True, temperature=0, top_logits=10, **asked)
-    for mine, theirs in zip(found, golden["prompts"], strict=True):
+    for mine, theirs in zip(found, wanted["prompts"], strict=True):
         assert list(mine.tokens) == theirs["greedy_ids"], theirs["id"]
         tokens, values = zip(*mine.prompt.top_logits, strict=True)
         assert list(tokens) == theirs["top10_ids"]
         assert list(values) == pytest.approx(theirs["top10_logits"], rel=1e-4)
     assert any(
-        mine["greedy_ids"] != theirs["greedy_ids"] for mine, theirs in zip(golden["prompts"], base["prompts"], strict=True)
+        mine["greedy_ids"] != theirs["greedy_ids"] for mine, theirs in zip(wanted["prompts"], base["prompts"], strict=True)
     )
     (whole,) = model.generate([prompts["passage_600"]["token_ids"]], max_tokens=0, prompt_logprobs=0, **asked)
     mean = -math.fsum(entry.logprob for entry in whole.prompt.logprobs) / len(whole.prompt.logprobs)
-    assert mean == pytest.approx(golden["passage_600"]["nll_mean"], rel=1e-4)
+    assert mean == pytest.approx(wanted["passage_600"]["nll_mean"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

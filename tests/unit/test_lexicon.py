@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import json
 import lzma
-import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,9 +24,7 @@ from gemcutter.lexicon import read_defaults, read_template, read_tokenizer
 from gemcutter.text.chat import ChatTemplate
 from gemcutter.text.tokenizer import Tokenizer, merges_of
 from tests.real_tokenizer import fixtures
-
-MODELS = Path(os.environ.get("GEMCUTTER_MODELS", Path(__file__).parents[3] / "shared" / "models"))
-needs_models = pytest.mark.skipif(not MODELS.is_dir(), reason="no test models: set GEMCUTTER_MODELS")
+from tests.trained import golden, trained
 
 DEMO = Tokenizer.load(DEMO_FOLDER)
 MODEL = json.loads((DEMO_FOLDER / "tokenizer.json").read_text(encoding="utf-8"))["model"]
@@ -103,12 +100,11 @@ def test_texts_are_encoded_alike(pieces: list[str]) -> None:
     assert mine.encode_plain(found) == DEMO.encode_plain(found)
 
 
-@needs_models
-@pytest.mark.parametrize("name", ["tiny-e-Q8_0.gguf", "tiny-a-Q4_0.gguf"])
+@pytest.mark.parametrize("name", ["tiny-e-Q4_K_M.gguf", "tiny-e-Q8_0.gguf", "tiny-a-Q4_0.gguf"])
 def test_llama_cpp_s_files_encode_as_the_original(name: str) -> None:
-    mine = read_tokenizer(Source.open(MODELS / name))
+    mine = read_tokenizer(Source.open(trained(name)))
     assert mine.special_ids == DEMO.special_ids
-    for prompt in json.loads((MODELS / "golden" / "prompts.json").read_text())["prompts"]:
+    for prompt in golden("prompts")["prompts"]:
         assert mine.encode(prompt.get("text") or prompt["rendered"], bos=True) == prompt["token_ids"]
 
 
