@@ -84,8 +84,8 @@ def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
     if found.quantization is not None:
         kind = found.quantization.get("quant_method") or found.quantization.get("mode") or "MLX affine"
         raise CheckpointError(
-            f"{source.path}: the weights are quantized ({kind}); this version reads dense checkpoints (BF16, F16, F32). "
-            "Use the unquantized checkpoint that it was made from"
+            f"{source.path}: the weights are quantized in a way that no format here reads ({kind}). "
+            "Use the checkpoint that it was made from, and --quant q4"
         )
     return found
 
