@@ -22,7 +22,7 @@ PROMPTS = [tuple(each["token_ids"]) for each in json.loads((GOLDENS / "prompts.j
 TOKENS = 24
 
 
-@pytest.mark.parametrize(("quant", "agreeing"), [("f16", 11), ("Q8_0", 9), ("Q4_0", 7)])
+@pytest.mark.parametrize(("quant", "agreeing"), [("f16", 12), ("Q8_0", 11), ("Q4_0", 10)])
 def test_llama_cpp_continues_alike(quant: str, agreeing: int, tmp_path: Path) -> None:
     """llama.cpp rounds activations, to 8 bits before quantized weights, so that texts may part where two tokens nearly tie."""
     path = tmp_path / f"tiny-a-{quant}.gguf"
