@@ -35,13 +35,21 @@ def golden(name: str) -> Any:
 
 
 def trained(name: str) -> Path:
-    """Find a model's folder or file; skip the test where there is none."""
-    for folder in (GOLDENS / "models", MORE):
-        if (folder / name).exists():
-            return folder / name
-    if name not in MADE:
+    """Find a model's folder or file, or make it again; skip the test where neither can be done."""
+    return _find(name) or (_made(name) if name in MADE else given(name))
+
+
+def given(name: str) -> Path:
+    """Find a model's folder or file as its own tool wrote it; skip the test where there is none."""
+    found = _find(name)
+    if found is None:
         pytest.skip(f"{name} is not in the repository: set GEMCUTTER_MODELS")
-    return _made(name)
+    return found
+
+
+def _find(name: str) -> Path | None:
+    found = (folder / name for folder in (GOLDENS / "models", MORE))
+    return next((path for path in found if path.exists()), None)
 
 
 @functools.cache

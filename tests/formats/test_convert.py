@@ -25,12 +25,10 @@ from gemcutter.checkpoint.synth import SIZES, write_checkpoint
 from gemcutter.checkpoint.write import write_safetensors
 from gemcutter.cli.convert import make_texts
 from gemcutter.errors import CheckpointError, GemcutterError
+from tests.trained import given
 
 ROOT = Path(__file__).parents[2]
-MODELS = Path(os.environ.get("GEMCUTTER_MODELS", ROOT.parent / "shared" / "models"))
 TINY_A = ROOT / "tests" / "goldens" / "tiny-a"
-
-needs_models = pytest.mark.skipif(not MODELS.is_dir(), reason="the shared test models are not on this machine")
 
 
 def contents(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -82,9 +80,8 @@ def test_all_sizes_pass_through_all_formats(like: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "back") == contents(source)
 
 
-@needs_models
 def test_multimodal_checkpoint_keeps_its_towers_through_mlx(tmp_path: Path) -> None:
-    source = MODELS / "tiny-e-release"
+    source = given("tiny-e-release")
     there = run(source, tmp_path / "m", "mlx")
     run(tmp_path / "m", tmp_path / "back", "hf")
     assert there.deeds["rearranged"] > 0  # convolutions, whose channels MLX has last
@@ -93,9 +90,8 @@ def test_multimodal_checkpoint_keeps_its_towers_through_mlx(tmp_path: Path) -> N
     assert any("vision tower" in why for why in gone.dropped)
 
 
-@needs_models
 def test_assistant_keeps_its_integers(tmp_path: Path) -> None:
-    source = MODELS / "tiny-e-assistant"
+    source = given("tiny-e-assistant")
     run(source, tmp_path / "m", "mlx", "q8")
     run(source, tmp_path / "n", "hf")
     assert contents(tmp_path / "n") == contents(source)
@@ -106,19 +102,17 @@ def test_assistant_keeps_its_integers(tmp_path: Path) -> None:
 # ---- against the tools ----
 
 
-@needs_models
 @pytest.mark.parametrize(
     ("source", "quant", "wanted"),
     [("tiny-e", "mlx4", "tiny-e-mlx-4bit"), ("tiny-e", "mlx8", "tiny-e-mlx-8bit"), ("tiny-a", "mlx4", "tiny-a-mlx-4bit")],
 )
 def test_mlx_equals_what_mlx_lm_writes(source: str, quant: str, wanted: str, tmp_path: Path) -> None:
-    run(MODELS / source, tmp_path / "m", "mlx", quant)
-    assert contents(tmp_path / "m") == contents(MODELS / wanted)
-    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "m", MODELS / wanted))
+    run(given(source), tmp_path / "m", "mlx", quant)
+    assert contents(tmp_path / "m") == contents(given(wanted))
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "m", given(wanted)))
     assert ours == theirs
 
 
-@needs_models
 @pytest.mark.parametrize(
     ("source", "quant", "wanted", "same"),
     [
@@ -128,8 +122,8 @@ def test_mlx_equals_what_mlx_lm_writes(source: str, quant: str, wanted: str, tmp
     ],
 )
 def test_gguf_equals_what_llama_cpp_writes(source: str, quant: str, wanted: str, same: int, tmp_path: Path) -> None:
-    run(MODELS / source, tmp_path / "x.gguf", "gguf", quant)
-    ours, theirs = contents(tmp_path / "x.gguf"), contents(MODELS / wanted)
+    run(given(source), tmp_path / "x.gguf", "gguf", quant)
+    ours, theirs = contents(tmp_path / "x.gguf"), contents(given(wanted))
     assert ours.keys() == theirs.keys()
     alike = [name for name in ours if ours[name][0] == theirs[name][0]]  # a few get other types there, such as Q6_K
     assert len(alike) >= same

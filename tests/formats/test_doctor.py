@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -20,9 +19,7 @@ from gemcutter.checkpoint import synth
 from gemcutter.checkpoint.doctor import EXIT_CODES, examine, spell_ranges
 from gemcutter.checkpoint.hub import DEMO_FOLDER
 from tests.formats.web import cut_off, serve, write_hollow
-
-MODELS = Path(os.environ.get("GEMCUTTER_MODELS", Path(__file__).parents[3] / "shared" / "models"))
-needs_models = pytest.mark.skipif(not MODELS.is_dir(), reason="no test models: set GEMCUTTER_MODELS")
+from tests.trained import trained
 
 Report = dict[str, Any]
 
@@ -121,19 +118,17 @@ REAL = {
 }
 
 
-@needs_models
 @pytest.mark.parametrize("name", REAL)
 def test_real_files(name: str) -> None:
-    report = examine(str(MODELS / name))
+    report = examine(str(trained(name)))
     status, facts = REAL[name]
     assert (report["status"], report["problems"]) == (status, [])
     assert facts <= set(report["facts"])
     assert sum(stored["bytes"] for row in report["roles"] for stored in row["stored"]) <= report["tensor_bytes"]
 
 
-@needs_models
 def test_redundant_tensors_are_named_and_weighed() -> None:
-    report = examine(str(MODELS / "tiny-e-release"))
+    report = examine(str(trained("tiny-e-release")))
     assert len(report["redundant"]) == 12
     assert {row["name"].split(".")[-2] for row in report["redundant"]} == {"k_proj", "v_proj", "k_norm"}
     assert sum(row["bytes"] for row in report["redundant"]) == sum(row["redundant"]["bytes"] for row in report["layers"])
@@ -142,9 +137,8 @@ def test_redundant_tensors_are_named_and_weighed() -> None:
     assert any("12 tensors of 4 layers" in remark for remark in report["remarks"])
 
 
-@needs_models
 def test_an_adapter_is_no_checkpoint_of_its_own() -> None:
-    report = examine(str(MODELS / "tiny-e-lora"))
+    report = examine(str(trained("tiny-e-lora")))
     assert report["exit_code"] == 2
     assert "is an adapter" in texts(report)
 
@@ -370,11 +364,10 @@ def test_remote_gguf_files_are_read_by_ranges(tmp_path: Path) -> None:
     assert there["tensors"] == 1
 
 
-@needs_models
 def test_a_real_remote_gguf_file() -> None:
-    with serve(MODELS) as site:
+    with serve(trained("tiny-e-Q8_0.gguf").parent) as site:
         there = examine(f"{site.url}/tiny-e-Q8_0.gguf")
-    here = examine(str(MODELS / "tiny-e-Q8_0.gguf"))
+    here = examine(str(trained("tiny-e-Q8_0.gguf")))
     for key in ("status", "problems", "model", "layers", "roles", "facts", "text", "verdicts"):
         assert there[key] == here[key]
 

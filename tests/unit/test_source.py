@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from gemcutter.checkpoint.source import DTYPES, LazyTensor, MappedFile, Source
 from gemcutter.errors import CheckpointError
+from tests.trained import trained
 
-MODELS = Path(os.environ.get("GEMCUTTER_MODELS", Path(__file__).parents[3] / "shared" / "models"))
-needs_models = pytest.mark.skipif(not MODELS.is_dir(), reason="no test models: set GEMCUTTER_MODELS")
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="reads Linux's /proc")
 
 INDEX = "model.safetensors.index.json"
@@ -527,11 +526,10 @@ def test_side_files(tmp_path: Path) -> None:
 # ---- real files ----
 
 
-@needs_models
 @pytest.mark.parametrize("model", ["tiny-e", "tiny-e-mlx-4bit", "tiny-e-mlx-mxfp4"])
 def test_model_reads_bit_equal_to_the_reference_library(model: str) -> None:
-    source = Source.open(MODELS / model)
-    oracle = load_file(MODELS / model / "model.safetensors")
+    source = Source.open(trained(model))
+    oracle = load_file(trained(model) / "model.safetensors")
     assert source.tensors.keys() == oracle.keys()
     assert all(tensor.torch().equal(oracle[name]) for name, tensor in source.tensors.items())
     config = source.read_json("config.json")
@@ -539,9 +537,8 @@ def test_model_reads_bit_equal_to_the_reference_library(model: str) -> None:
     assert config["model_type"].startswith("gemma4")
 
 
-@needs_models
 def test_sharded_release_reads_bit_equal_to_the_reference_library() -> None:
-    folder = MODELS / "tiny-e-release"
+    folder = trained("tiny-e-release")
     source = Source.open(folder)
     oracle = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert len(source.files) == 3
