@@ -21,5 +21,6 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
             pip install -q "$torch"
     fi
 fi
-pip install -q -e ".${extras:+[$extras]}"
+# The kernels are built in place by tools/native.sh, which builds only what has changed.
+pip install -q -C wheel.cmake=false -e ".${extras:+[$extras]}"
 touch ".venv/.installed${extras:+-$extras}"

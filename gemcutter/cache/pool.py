@@ -98,12 +98,17 @@ class PagedPool:
 
     def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         """Store keys and values of a writing layer, one slot a row."""
-        self.keys[layer].index_copy_(0, slots_N, k_NKE)
-        self.values[layer].index_copy_(0, slots_N, v_NKE)
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(0, slots_N, k_NKE.to(keys.dtype))
+        values.index_copy_(0, slots_N, v_NKE.to(values.dtype))
 
     def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
         """Give keys and values [T, K, E] of a span: views where its pages are consecutive, copies else."""
         return self.keys[layer][span.where], self.values[layer][span.where]
+
+    def storage(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Give the tensors [T, K, E] in which a writing layer's slots lie."""
+        return self.keys[layer], self.values[layer]
 
     def copy_page(self, window: int | None, source: int, target: int) -> None:
         """Copy one page of a group in all its layers."""

@@ -81,9 +81,9 @@ class Table:
     def slots(self, window: int | None) -> Tensor:
         """Give the slot of each reserved row, [N]."""
         book, run = self.pool.books[window], self._runs[window]
-        positions = torch.arange(self.length, self.length + self.reserved)
-        pages = torch.tensor(run.pages)[positions // book.tokens - run.first]
-        return pages * book.tokens + positions % book.tokens
+        size, first = book.tokens, run.first
+        positions = range(self.length, self.length + self.reserved)  # for one row, plain numbers are faster than tensors
+        return torch.tensor([run.pages[at // size - first] * size + at % size for at in positions], dtype=torch.long)
 
     def span(self, window: int | None) -> Span:
         """Give what this step may read: all held positions, the reserved rows included."""

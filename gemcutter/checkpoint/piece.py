@@ -40,6 +40,11 @@ class PackedTensor:
         """Give "file:name", for messages."""
         return self.stored[0].origin
 
+    def release(self) -> None:
+        """Let the kernel drop the pages of all stored tensors, once they have been copied elsewhere."""
+        for tensor in self.stored:
+            tensor.release()
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

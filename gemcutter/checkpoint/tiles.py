@@ -19,6 +19,7 @@ from gemcutter.quant import Part
 from gemcutter.quant.packed import Packed
 
 TILE_ELEMENTS = 2 << 20  # 8 MB in float32, and a few times that while codes are made of them
+TILE_ROWS = 16  # tiles begin at multiples of so many rows of their run, as panels for native kernels do
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,14 @@ def whole(data: LazyTensor | PackedTensor) -> list[Run]:
 
 
 def tiles(runs: Iterable[Run], elements: int = TILE_ELEMENTS) -> Iterator[Part]:
-    """Yield the rows of all runs in order, [rows, columns], at most `elements` elements (one row at least) at once.
+    """Yield the rows of all runs in order, [rows, columns], at most `elements` elements (TILE_ROWS rows at least) at once.
 
     They come as they are stored, dense or packed: views that must not be written to, and only good until the next one is asked
     for. Raises CheckpointError where stored tensors don't fit each other or the file has changed.
     """
     opened: dict[int, Packed] = {}
     for run in runs:
-        data, step = run.data, max(1, elements // max(1, run.data.shape[-1]))
+        data, step = run.data, max(TILE_ROWS, elements // max(1, run.data.shape[-1]) // TILE_ROWS * TILE_ROWS)
         if isinstance(data, PackedTensor) and id(data) not in opened:
             opened[id(data)] = unpack(data)
         for start in range(run.start, run.stop, step):
@@ -58,8 +59,7 @@ def tiles(runs: Iterable[Run], elements: int = TILE_ELEMENTS) -> Iterator[Part]:
             else:
                 matrix = opened[id(data)] if run.expert is None else opened[id(data)].expert(run.expert)
                 yield matrix[start:stop] if isinstance(matrix, Tensor) else matrix.rows(start, stop)
-                for stored in data.stored:
-                    stored.release()
+                data.release()
 
 
 def dense_dtype(data: LazyTensor | PackedTensor) -> str | None:

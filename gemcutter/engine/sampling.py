@@ -111,7 +111,7 @@ def sample(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], reply: S
     if sampling.alters_logits:
         logits_V = _altered(logits_V, sampling, prompt, reply)
     if sampling.temperature == 0:
-        return int(logits_V.argmax())
+        return int(logits_V.numpy().argmax())  # torch would wake threads of its own, which then spin beside the kernels'
     probs_C, ids_C = _candidates(logits_V, sampling)
     total = probs_C.cumsum(0)
     drawn = torch.searchsorted(total, _uniform(seed, len(prompt) + len(reply)) * float(total[-1]), right=True)
@@ -138,11 +138,11 @@ def _altered(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], reply:
 def _candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Give the probabilities that are left after temperature and truncation, unnormalised in float64, and their ids."""
     ids = torch.arange(logits_V.shape[-1])
-    logits = logits_V.double() / sampling.temperature
     if 0 < sampling.top_k < len(ids):
-        logits, ids = logits.topk(sampling.top_k)
+        logits_V, ids = logits_V.topk(sampling.top_k)
     elif sampling.top_p < 1:
-        logits, ids = logits.sort(descending=True, stable=True)
+        logits_V, ids = logits_V.sort(descending=True, stable=True)
+    logits = logits_V.double() / sampling.temperature
     probs = logits.softmax(0)
     if sampling.top_p < 1:
         before = probs.cumsum(0) - probs  # a token stays if those before it have not reached top_p yet

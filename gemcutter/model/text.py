@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from gemcutter.model.rope import Rope
-from gemcutter.ops import Site
+from gemcutter.ops import MATRICES, Site
 from gemcutter.ops.adapt import AdapterRows, adapt
-from gemcutter.ops.bind import choose
-from gemcutter.ops.reference import Linear, Param, Words, rms_norm, vector
+from gemcutter.ops.bind import choose, row_dtype, row_form
+from gemcutter.ops.reference import Linear, Numerics, Param, Words
 from gemcutter.ops.step import Pool, Step
 from gemcutter.plan import LayerPlan, ModelPlan, RopeSpec
 from gemcutter.quant import Weight
@@ -32,20 +32,25 @@ class Layer:
         prefix = f"layers.{layer.index}."
         self.plan = layer
         self.params = {name.removeprefix(prefix): param for name, param in params.items() if name.startswith(prefix)}
-        self.scale = float(vector(self.params, "scale"))
         self.is_last_writer = layer.index == plan.first_reader - 1
 
+        attention = choose(replace(site, verb="attention", layer=layer)).provider.load()
+        words = replace(words, attention=attention(layer))
+
         def sentence(verb: str) -> Callable[..., Tensor]:
-            provider = choose(_at(site, verb)).provider
-            bound: Callable[..., Tensor] = provider.load()(plan, layer, self.params, words)
+            here = replace(_at(site, verb, self.params, MATRICES.get(verb, ())), layer=layer)
+            bound: Callable[..., Tensor] = choose(here).provider.load()(plan, layer, self.params, words)
             return bound
 
         self.project, self.attend, self.mix = sentence("project"), sentence("attend"), sentence("mix")
         self.feed = sentence("feed")
         self.inject = sentence("inject") if layer.ple_dim else None
+        self.whole: Callable[..., Tensor] | None = sentence("layer")  # all of these at once, if a provider can
 
     def forward(self, x_ND: Tensor, step: Step, pool: Pool, ple_MP: Tensor | None) -> Tensor:
         """Pass rows through the layer; the last writer gives back the kept rows only."""
+        if self.whole is not None:
+            return self.whole(x_ND, step, pool, ple_MP)
         q_MHE = self.project(x_ND, step, pool)  # norm, in-projection, q/k/v norms, rope; writes k, v iff the plan says so
         if self.is_last_writer and step.keep_M is not None:
             x_ND, step = x_ND[step.keep_M], step.kept()
@@ -54,7 +59,7 @@ class Layer:
         x_MD = self.feed(x_MD)  # dense, or dense + experts; norms, residual
         if self.inject is not None:
             x_MD = self.inject(x_MD, ple_MP)  # per-layer-embedding gate
-        return x_MD * self.scale
+        return x_MD
 
 
 class Decoder:
@@ -67,28 +72,34 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         kernels: str = "auto",
+        activations: str | None = None,
     ) -> None:
         self.plan, self.params, self.dtype, self.device = plan, params, dtype, torch.device(device)
-        site = Site("linear", None, self.device.type, _spell(dtype), _spell(dtype), invariant=kernels == "reference")
+        place, compute = self.device.type, _spell(dtype)
+        rows = getattr(torch, row_dtype(place, compute, kernels))
+        self.numerics = Numerics(dtype, rows, row_form(place, compute, kernels, activations))
+        site = Site("linear", None, place, _spell(rows), compute, invariant=kernels == "reference")
         linear = _bind_linear(site, params)
         deltas = [delta for param in params.values() if isinstance(param, Weight) for delta in param.deltas]
         self.adapters = tuple(sorted({delta.adapter for delta in deltas}))
         self.adapter_rows = AdapterRows()
-        if deltas:
-            low_rank = choose(replace(site, dtype="float32", stored="float32")).provider.load()
-            linear = adapt(linear, low_rank, self.adapter_rows)
-        attention = choose(_at(site, "attention")).provider.load()
-        self.layers = tuple(Layer(plan, layer, params, Words(linear, attention(layer)), site) for layer in plan.layers)
-        self.ropes: dict[RopeSpec, Rope] = {layer.rope: Rope(layer.rope, self.device, dtype) for layer in plan.layers}
+        self.ropes: dict[RopeSpec, Rope] = {layer.rope: Rope(layer.rope, self.device, rows) for layer in plan.layers}
 
-        def sentence(verb: str) -> Callable[..., Tensor]:
-            bound: Callable[..., Tensor] = choose(_at(site, verb)).provider.load()(plan, params, Words(linear), dtype)
+        def end(verb: str, linear: Linear, here: Site, *names: str) -> Callable[..., Tensor]:
+            provider, words = choose(_at(here, verb, params, names)).provider, Words(linear, None, self.numerics)
+            bound: Callable[..., Tensor] = provider.load()(plan, params, words)
             return bound
 
-        self.embed = sentence("embed")
-        self.ple = sentence("ple") if plan.ple_dim else None
-        self.head = sentence("head")
-        self.norm = vector(params, "norm")
+        def body(linear: Linear, here: Site) -> tuple[tuple[Layer, ...], Callable[..., Tensor] | None]:
+            layers = tuple(Layer(plan, layer, params, Words(linear, None, self.numerics), here) for layer in plan.layers)
+            return layers, end("ple", linear, here, *MATRICES["ple"]) if plan.ple_dim else None
+
+        self.embed, self.norm = end("embed", linear, site, *MATRICES["embed"]), end("norm", linear, site)
+        self.head = end("head", linear, site, "embed.tokens" if plan.tied_head else "head")
+        self.layers, self.ple = self.adapted = body(linear, site)
+        if deltas:  # steps in which some row has an adapter meet sentences of their own, so that all others lose nothing
+            low_rank = choose(replace(site, dtype="float32", stored="float32")).provider.load()
+            self.adapted = body(adapt(linear, low_rank, self.adapter_rows), replace(site, adapted=True))
 
     def forward(self, step: Step, pool: Pool, observe: Observer | None = None) -> Tensor:
         """Run a step: write its keys and values, give the final-normed states [M, D] of the rows it keeps.
@@ -98,28 +109,34 @@ class Decoder:
         """
         cut, kept = self.plan.first_reader - 1, step.kept()
         self.adapter_rows.begin(step, kept)
+        layers, embed_ple = self.adapted if any(step.adapters) else (self.layers, self.ple)
+
+        def ple_rows(x: Tensor, rows: Step, first: int, last: int) -> Sequence[Tensor | None]:
+            if embed_ple is None or first == last:
+                return [None] * (last - first)
+            return embed_ple(x, rows.ple_ids_N, first, last).unbind(1)
+
         x_ND = self.embed(step.ids_N)
         x_MD = x_ND if step.keep_M is None else x_ND[step.keep_M]
-        late = self._ple(x_MD, kept, cut, len(self.layers)) if not step.keeps_none else []
-        for layer, ple in zip(self.layers[:cut], self._ple(x_ND, step, 0, cut), strict=True):
+        if step.keep_M is None:
+            every = ple_rows(x_ND, step, 0, len(layers))
+            early, late = every[:cut], every[cut:]
+        else:
+            early = ple_rows(x_ND, step, 0, cut)
+            late = [] if step.keeps_none else ple_rows(x_MD, kept, cut, len(layers))
+        for layer, ple in zip(layers[:cut], early, strict=True):
             x_ND = layer.forward(x_ND, step, pool, ple)
             if observe is not None:
                 observe(layer.plan.index, x_ND)
         if step.keeps_none:
-            self.layers[cut].project(x_ND, step, pool)  # the last keys and values; no row goes on
+            layers[cut].project(x_ND, step, pool)  # the last keys and values; no row goes on
             return x_MD
         x_MD = x_ND
-        for layer, ple in zip(self.layers[cut:], late, strict=True):
+        for layer, ple in zip(layers[cut:], late, strict=True):
             x_MD = layer.forward(x_MD, step if layer.is_last_writer else kept, pool, ple)
             if observe is not None:
                 observe(layer.plan.index, x_MD)
-        return rms_norm(x_MD, self.norm, self.plan.eps)
-
-    def _ple(self, x_ND: Tensor, step: Step, first: int, last: int) -> Sequence[Tensor | None]:
-        """Give the per-layer embeddings [N, P] of layers first to last - 1, or Nones where the model has none."""
-        if self.ple is None or first == last:
-            return [None] * (last - first)
-        return self.ple(x_ND, step.ple_ids_N, first, last).unbind(1)
+        return self.norm(x_MD)
 
     def logits(self, h_RD: Tensor) -> Tensor:
         """Give the soft-capped logits [R, V] of final-normed states, in float32."""
@@ -149,5 +166,9 @@ def _spell(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _at(site: Site, verb: str) -> Site:
-    return replace(site, verb=verb)
+def _at(site: Site, verb: str, params: Mapping[str, Param], names: Sequence[str]) -> Site:
+    """Give a sentence's site: how the matrices that it meets are stored, and whether adapters change them."""
+    weights = [param for name in names if isinstance(param := params.get(name), Weight)]
+    kinds = sorted({each.stored for weight in weights for each in _each_part(weight)})
+    adapted = site.adapted and any(weight.deltas for weight in weights)
+    return replace(site, verb=verb, stored="+".join(kinds) or site.stored, adapted=adapted)

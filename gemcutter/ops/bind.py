@@ -8,6 +8,7 @@ its rows here.
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,11 +16,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gemcutter import native
 from gemcutter.errors import KernelError
 from gemcutter.ops import SENTENCES, WORDS, Site
 from gemcutter.plan import ModelPlan
 
 CHOICES = ("auto", "reference")
+ACTIVATIONS = ("int8", "bf16")  # how native products take the rows that meet packed weights, where they are not float32
+DENSE = ("float32", "bfloat16", "float16")
+TILED = "tiled-"  # begins the name of a scheme that was repacked for the native kernels
+UNTILED = re.compile(r"mxfp8|fp8|.*-indexed")  # begin the schemes that stay as they are: 8-bit floats, scattered groups
+HEAD_DIM_UNIT = 32  # of native attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +73,57 @@ def _not_invariant(site: Site) -> str | None:
     return "library kernels let a row's last bits depend on its neighbours" if site.invariant else None
 
 
-def _native_linear(site: Site) -> str | None:
-    if site.stored not in ("float32", "bfloat16", "float16"):
+def native_refusal(device: str, invariant: bool) -> str | None:
+    """Say why the native kernels can't serve a device and a promise of invariance; None where they do."""
+    if invariant:
+        return "a row's last bits depend on how many rows run beside it"
+    if device != "cpu":
+        return "runs on the CPU"
+    return native.missing()
+
+
+def row_dtype(device: str, dtype: str, kernels: str) -> str:
+    """Give the dtype of rows: native kernels keep them in float32 whatever the compute dtype."""
+    return dtype if native_refusal(device, kernels == "reference") else "float32"
+
+
+def row_form(device: str, dtype: str, kernels: str, activations: str | None) -> str:
+    """Give the form in which rows meet packed weights: "float32", as they are, where nothing else was asked for."""
+    if native_refusal(device, kernels == "reference"):
+        return "float32"
+    return activations or ("float32" if dtype == "float32" else "int8")
+
+
+def held_as(stored: str, device: str, kernels: str) -> str:
+    """Spell how weights that a file stores so are held once they are loaded: packed ones repacked for the native kernels."""
+    if stored in DENSE or UNTILED.match(stored) or native_refusal(device, kernels == "reference"):
+        return stored
+    return TILED + stored
+
+
+def _native_word(site: Site) -> str | None:
+    foreign = [kind for kind in site.stored.split("+") if kind not in DENSE and not kind.startswith(TILED)]
+    if reason := native_refusal(site.device, site.invariant):
+        return reason
+    return f"no native layout for {', '.join(foreign)}" if foreign else None
+
+
+def _native_sentence(site: Site) -> str | None:
+    return _native_word(site) or ("adapters change its products at run time" if site.adapted else None)
+
+
+def _native_attention(site: Site) -> str | None:
+    if site.layer is not None and site.layer.head_dim % HEAD_DIM_UNIT:
+        return f"head_dim {site.layer.head_dim} is not a multiple of {HEAD_DIM_UNIT}"
+    return native_refusal(site.device, site.invariant)
+
+
+def _native_layer(site: Site) -> str | None:
+    return _native_sentence(site) or _native_attention(site)
+
+
+def _torch_linear(site: Site) -> str | None:
+    if site.stored not in DENSE:
         return f"multiplies dense weights, these are stored as {site.stored}"
     if site.device != "cpu" or site.dtype == site.stored == "float32":
         return _not_invariant(site)
@@ -82,13 +138,18 @@ def _tiled_linear(site: Site) -> str | None:
     return _not_invariant(site) if site.device == "cpu" else "converts tiles on the CPU"
 
 
+NATIVE = {"attend": _native_attention, "layer": _native_layer}  # the other sentences depend on their matrices alone
+
 PROVIDERS = (
-    Provider("linear", "torch", "torch_fast:linear_native", _native_linear),
+    Provider("linear", "native", "cpu_native:linear", _native_word),
+    Provider("linear", "torch", "torch_fast:linear_dense", _torch_linear),
     Provider("linear", "torch-tiled", "torch_fast:linear_tiled", _tiled_linear),
     Provider("linear", "reference", "reference:linear"),
+    Provider("attention", "native", "cpu_native:build_attention", _native_attention),
     Provider("attention", "torch", "torch_fast:build_attention", _not_invariant),
     Provider("attention", "reference", "reference:build_attention"),
-    *(Provider(sentence, "reference", f"reference:build_{sentence}") for sentence in SENTENCES),
+    *(Provider(verb, "native", f"cpu_native:build_{verb}", NATIVE.get(verb, _native_sentence)) for verb in SENTENCES),
+    *(Provider(verb, "reference", f"reference:build_{verb}") for verb in SENTENCES),
 )
 
 
@@ -107,6 +168,7 @@ def choose(site: Site) -> Choice:
 
 def explain(plan: ModelPlan, device: str, dtype: str, stored: str, kernels: str = "auto") -> Iterator[Choice]:
     """List the choices for a model's words and sentences, one a verb (its layers agree as long as their weights do)."""
+    rows = row_dtype(device, dtype, kernels)
     for verb in WORDS + SENTENCES:
         if (verb in ("ple", "inject")) <= bool(plan.ple_dim):
-            yield choose(Site(verb, plan.layers[0], device, dtype, stored, invariant=kernels == "reference"))
+            yield choose(Site(verb, plan.layers[0], device, rows, stored, invariant=kernels == "reference"))

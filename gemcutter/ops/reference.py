@@ -35,11 +35,25 @@ Attention = Callable[[Tensor, Step, Pool], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Numerics:
+    """In which numbers a model is computed.
+
+    `compute` is the dtype that was asked for: constants are rounded to it, the cache holds it. `rows` is the residual stream's,
+    wider where kernels keep it in float32. `activations` says how native products take their rows, `bind.ACTIVATIONS`.
+    """
+
+    compute: torch.dtype = torch.float32
+    rows: torch.dtype = torch.float32
+    activations: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
 class Words:
-    """The bound words that sentences are written in."""
+    """The bound words that sentences are written in, and the numbers that they are computed in."""
 
     linear: Linear
     attention: Attention | None = None  # only where a layer attends
+    numerics: Numerics = Numerics()
 
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -153,23 +167,28 @@ def _key_block(x_TKE: Tensor, first: int, block: int) -> Tensor:
     return F.pad(found, (0, 0, 0, 0, before, KEY_BLOCK - before - found.shape[0])).transpose(0, 1)
 
 
-def build_embed(plan: ModelPlan, params: Mapping[str, Param], words: Words, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def build_embed(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
     """Build the token embedding: rows times sqrt(D), the root rounded to the compute dtype first."""
-    table, scale = matrix(params, "embed.tokens"), torch.tensor(plan.hidden**0.5, dtype=dtype)
+    table, scale, dtype = matrix(params, "embed.tokens"), rounded_root(plan.hidden, words), words.numerics.rows
 
     def embed(ids_N: Tensor) -> Tensor:
-        return table.gather(ids_N, dtype) * scale.to(ids_N.device)
+        return table.gather(ids_N, dtype) * scale
 
     return embed
 
 
-def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words, dtype: torch.dtype) -> Callable[..., Tensor]:
+def rounded_root(size: int, words: Words) -> float:
+    """Give the square root of a size as the compute dtype holds it."""
+    return float(torch.tensor(size**0.5, dtype=words.numerics.compute))
+
+
+def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Callable[..., Tensor]:
     """Build the per-layer embeddings of a span of layers: (token row + normed projection of the embedding) / sqrt(2)."""
     table, project, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), vector(params, "ple.norm")
-    token_scale, dim = torch.tensor(plan.ple_dim**0.5, dtype=dtype), plan.ple_dim
+    token_scale, dim, dtype = rounded_root(plan.ple_dim, words), plan.ple_dim, words.numerics.rows
 
     def ple(x_ND: Tensor, ple_ids_N: Tensor, first: int, last: int) -> Tensor:
-        tokens = table.span(first * dim, last * dim).gather(ple_ids_N, dtype) * token_scale.to(x_ND.device)
+        tokens = table.span(first * dim, last * dim).gather(ple_ids_N, dtype) * token_scale
         context = words.linear(x_ND, project.slice(first * dim, last * dim)) * plan.hidden**-0.5
         context = rms_norm(context.view(-1, last - first, dim), norm, plan.eps)
         return (context + tokens.view_as(context)) * 2**-0.5
@@ -225,8 +244,11 @@ def build_mix(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], wo
 
 
 def build_feed(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
-    """Build the feed-forward: the dense branch, plus the experts where the plan has some; norms and residual."""
-    norm, post_norm = vector(params, "mlp.norm"), vector(params, "mlp.post_norm")
+    """Build the feed-forward: the dense branch, plus the experts where the plan has some; norms and residual.
+
+    It closes a layer without per-layer embeddings, and multiplies with the layer's scalar then.
+    """
+    norm, post_norm, scale = vector(params, "mlp.norm"), vector(params, "mlp.post_norm"), closing_scale(layer, params, "feed")
     w_in, w_out = matrix(params, "mlp.in"), matrix(params, "mlp.out")
 
     def dense(x_MD: Tensor) -> Tensor:
@@ -234,15 +256,20 @@ def build_feed(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], w
         return words.linear(gelu_mul(gate, up), w_out)
 
     if layer.moe is None:
-        return lambda x_MD: x_MD + rms_norm(dense(x_MD), post_norm, plan.eps)
+        return lambda x_MD: (x_MD + rms_norm(dense(x_MD), post_norm, plan.eps)) * scale
     experts = _build_experts(plan, layer, params, words)
     dense_norm, expert_norm = vector(params, "mlp.branch_norm"), vector(params, "moe.branch_norm")
 
     def feed(x_MD: Tensor) -> Tensor:
         both = rms_norm(dense(x_MD), dense_norm, plan.eps) + rms_norm(experts(x_MD), expert_norm, plan.eps)
-        return x_MD + rms_norm(both, post_norm, plan.eps)
+        return (x_MD + rms_norm(both, post_norm, plan.eps)) * scale
 
     return feed
+
+
+def closing_scale(layer: LayerPlan, params: Mapping[str, Param], sentence: str) -> float:
+    """Give the layer's scalar in the sentence that closes the layer, 1 in any other."""
+    return float(vector(params, "scale")) if sentence == ("inject" if layer.ple_dim else "feed") else 1.0
 
 
 def _build_experts(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
@@ -272,17 +299,28 @@ def _build_experts(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param
 def build_inject(
     plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build the per-layer-embedding gate: the residual opens P gates, the gated row goes back to D, normed."""
+    """Build the per-layer-embedding gate, which closes a layer: the residual opens P gates, the gated row goes back, normed."""
     gate, w_out, post_norm = matrix(params, "ple.gate"), matrix(params, "ple.out"), vector(params, "ple.post_norm")
+    scale = closing_scale(layer, params, "inject")
 
     def inject(x_MD: Tensor, ple_MP: Tensor) -> Tensor:
         gated = gelu_mul(words.linear(x_MD, gate), ple_MP)
-        return x_MD + rms_norm(words.linear(gated, w_out), post_norm, plan.eps)
+        return (x_MD + rms_norm(words.linear(gated, w_out), post_norm, plan.eps)) * scale
 
     return inject
 
 
-def build_head(plan: ModelPlan, params: Mapping[str, Param], words: Words, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def build_layer(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> None:
+    """Give nothing: a layer is read sentence by sentence, as `model/text.py` spells it."""
+
+
+def build_norm(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
+    """Build the norm after the last layer."""
+    norm = vector(params, "norm")
+    return lambda x_MD: rms_norm(x_MD, norm, plan.eps)
+
+
+def build_head(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
     """Build the head: normed rows [R, D] to soft-capped logits [R, V] in float32."""
     weight = matrix(params, "embed.tokens" if plan.tied_head else "head")
 

@@ -8,8 +8,8 @@ E head dim. Read `engine/step.py` for who builds it, `cache/pool.py` for the poo
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -36,6 +36,9 @@ class Pool(Protocol):
     def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
         """Give keys and values [T, K, E] of a span."""
 
+    def storage(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Give the tensors [T, K, E] in which a writing layer's slots lie; the same ones as long as the pool lives."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -53,14 +56,21 @@ class Step:
     spans: dict[int | None, tuple[Span, ...]]
     slots: dict[int | None, Tensor]
     keep_M: Tensor | None
-    rope: dict[RopeSpec, tuple[Tensor, Tensor]]  # cos and sin [N, 1, E/2] for these rows, in the compute dtype
+    rope: dict[RopeSpec, tuple[Tensor, Tensor]]  # cos and sin [N, 1, E/2] for these rows, in the rows' dtype
     adapters: tuple[str | None, ...] = ()  # whose changes each sequence's rows get; () where no sequence wants any
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)  # what kernels made of it, once
 
     def kept(self) -> Step:
         """Narrow the step to the rows it keeps; what has been written stays readable."""
         if self.keep_M is None:
             return self
-        keep, rows = self.keep_M, self.keep_M.tolist()
+        if "kept" not in self.memo:
+            self.memo["kept"] = self._narrow(self.keep_M)
+        found: Step = self.memo["kept"]
+        return found
+
+    def _narrow(self, keep: Tensor) -> Step:
+        rows = keep.tolist()
         return replace(
             self,
             ids_N=self.ids_N[keep],

@@ -19,7 +19,7 @@ MASK_ROWS = 128  # rows of one attention call: keys outside their common window 
 MASK_ELEMENTS = 1 << 23  # mask entries of one call; the library widens each to a float
 
 
-def linear_native(x_ND: Tensor, weight: Weight) -> Tensor:
+def linear_dense(x_ND: Tensor, weight: Weight) -> Tensor:
     """Multiply with the library's kernel for the stored dtype, one call a part."""
     products = [_product(x_ND, part) for part in weight.parts if isinstance(part, Tensor)]
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)
@@ -40,7 +40,7 @@ def linear_tiled(x_ND: Tensor, weight: Weight) -> Tensor:
     streams the weight.
     """
     if x_ND.shape[0] == 1 and all(isinstance(part, Tensor) and part.dtype == x_ND.dtype for part in weight.parts):
-        return linear_native(x_ND, weight)
+        return linear_dense(x_ND, weight)
     wide = x_ND.float()
     out = torch.empty(x_ND.shape[0], weight.rows)
     scratch = torch.empty(max(WEIGHT_TILE, weight.columns))
@@ -61,7 +61,7 @@ def build_attention(layer: LayerPlan) -> Attention:
             first, last = step.row_start[index], step.row_start[index + 1]
             if first == last:
                 continue
-            keys, values = pool.read(layer.kv_layer, span)
+            keys, values = (x.to(q_NHE.dtype) for x in pool.read(layer.kv_layer, span))  # the cache may be narrower
             newest = span.start + keys.shape[0]
             tile = max(1, min(MASK_ROWS, MASK_ELEMENTS // (newest * layer.heads // layer.kv_heads)))
             for start in range(first, last, tile):

@@ -26,7 +26,7 @@ from gemcutter.api import Model
 from gemcutter.checkpoint.fingerprint import sampled_sha256
 from gemcutter.checkpoint.load import Progress
 from gemcutter.errors import CheckpointError, RequestError
-from gemcutter.ops.bind import cpu_features, explain
+from gemcutter.ops.bind import TILED, cpu_features, explain
 from gemcutter.parity import oracle
 from gemcutter.parity.compare import Drift, compare
 from gemcutter.parity.limits import Stored, choose_limits, first_divergent, judge
@@ -78,7 +78,7 @@ def certify(ours: Side, theirs: Side | None, ids: Sequence[int], bars: Bars) -> 
     return {
         "certificate": VERSION,
         "sampled_sha256": described["sampled_sha256"],
-        **_findings(drift, (described["dtype"], against["dtype"]), stored),
+        **_findings(drift, (_arithmetic(described), _arithmetic(against)), stored),
         "text": _describe_ids(ours.model, ids),
         "ours": described,
         "against": against,
@@ -180,6 +180,13 @@ def _fields(ours: ModelPlan | LayerPlan, theirs: ModelPlan | LayerPlan, place: s
 # ---- what the certificate says ----
 
 
+def _arithmetic(side: dict[str, Any]) -> str:
+    """Give the dtype that a side's rounding is judged as: rows that are rounded before products count as bfloat16."""
+    is_exact = side.get("activations", "float32") == "float32"
+    dtype: str = side["dtype"] if is_exact else "bfloat16"
+    return dtype
+
+
 def _findings(drift: Drift, dtypes: tuple[str, str], stored: tuple[Stored, Stored] | None) -> dict[str, Any]:
     limits, reason = choose_limits(dtypes, stored)
     checks, divergent = judge(drift, limits), first_divergent(drift, limits)
@@ -223,7 +230,7 @@ def describe(side: Side) -> dict[str, Any]:
     model, decoder = side.model, side.model.decoder
     dtype, stored = str(decoder.dtype).removeprefix("torch."), stored_weights(model)
     kernels: dict[str, dict[str, str]] = {}  # by how the weights are stored
-    for kind in stored.kinds:
+    for kind in _kinds(model):
         choices = explain(model.plan, decoder.device.type, dtype, kind, side.kernels)
         kernels[kind] = {choice.site.verb: choice.provider.name for choice in choices}
     return {
@@ -237,18 +244,25 @@ def describe(side: Side) -> dict[str, Any]:
         "device": str(decoder.device),
         "dtype": dtype,
         "kernels": side.kernels,
+        "activations": decoder.numerics.activations,
         "providers": kernels,
     }
 
 
 def stored_weights(model: Model) -> Stored:
-    """Say how a model's weights are stored as it computes with them."""
+    """Say how a model's weights are stored as it computes with them; repacking for kernels changes no value."""
     weights = [param for param in model.decoder.params.values() if isinstance(param, Weight)]
-    kinds = {Weight((part,)).stored for weight in weights for part in weight.parts}
+    kinds = {kind.removeprefix(TILED) for kind in _kinds(model)}
     elements = [sum(math.prod(part.shape) for part in weight.parts) for weight in weights]
     bits = [8 * weight.nbytes / count for weight, count in zip(weights, elements, strict=True)]
     mean = sum(map(math.prod, zip(bits, elements, strict=True))) / sum(elements)
     return Stored(tuple(sorted(kinds)), mean, min(bits))
+
+
+def _kinds(model: Model) -> list[str]:
+    """List how the parts of all weights are stored, as kernels spell it."""
+    weights = [param for param in model.decoder.params.values() if isinstance(param, Weight)]
+    return sorted({Weight((part,)).stored for weight in weights for part in weight.parts})
 
 
 def machine() -> dict[str, Any]:

@@ -96,12 +96,19 @@ class Scaled:
         zeros = self.zero if self.zeros is None else self._spread(self.zeros.float() + self.zero)
         return self._numbers().sub_(zeros).mul_(self._spread(self.scales.float()))
 
+    def integers(self) -> Tensor:
+        """Give the stored integers, [..., rows, columns]: int8 of kind "int", else uint8. Raises ValueError for floats."""
+        if self.kind == "fp":
+            raise ValueError(f"integers: {self.scheme} holds 8-bit floats")
+        if self.kind == "int":
+            return self.codes
+        span_bytes = 4 if self.kind == "words" else None
+        return unpack(as_bytes(self.codes), self.bits, span_bytes, torch.uint8)[..., : self.num_columns]
+
     def _numbers(self) -> Tensor:
         if self.kind == "fp":
             return float8(self.codes.view(torch.uint8), torch.float8_e4m3fn)
-        if self.kind == "int":
-            return self.codes.float()
-        return unpack(as_bytes(self.codes), self.bits, 4 if self.kind == "words" else None)[..., : self.num_columns].contiguous()
+        return self.integers().float()
 
     def _spread(self, by_group: Tensor) -> Tensor:
         """Repeat numbers of groups for their columns; a number of the row is left to broadcasting."""
@@ -174,6 +181,11 @@ class Awq:
         codes, zeros = self._nibbles(self.words), self._nibbles(self.zeros)
         values = codes.sub_(zeros.repeat_interleave(self.group, 0)).mul_(scales.repeat_interleave(self.group, 0))
         return values.t().contiguous()
+
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """Give codes, uint8 [rows, columns], and zero points, uint8 [rows, groups], of the chosen rows."""
+        codes, zeros = (self._nibbles(words).to(torch.uint8).t() for words in (self.words, self.zeros))
+        return codes, zeros
 
     def _nibbles(self, words: Tensor) -> Tensor:
         shifts = torch.tensor(_AWQ_SHIFTS, dtype=torch.int32, device=words.device)[self.chosen % 8]

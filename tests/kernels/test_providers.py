@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemcutter import native
 from gemcutter.model.rope import Rope
 from gemcutter.ops import SENTENCES, WORDS, reference
 from gemcutter.ops.bind import PROVIDERS, Provider
-from gemcutter.ops.reference import Param, Words
+from gemcutter.ops.reference import Numerics, Param, Words
 from gemcutter.ops.step import Span, Step
 from gemcutter.plan import Attn, LayerPlan, ModelPlan, MoEPlan, Proj, RopeSpec
 from gemcutter.quant import Weight
@@ -34,9 +35,12 @@ EPS = 1e-6
 
 
 def providers_of(verb: str) -> pytest.MarkDecorator:
-    """Run a test with every provider of a verb."""
-    found = [provider for provider in PROVIDERS if provider.verb == verb]
-    return pytest.mark.parametrize("provider", found, ids=[provider.name for provider in found])
+    """Run a test with every provider of a verb that can run here."""
+    skip = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
+    found = [
+        pytest.param(each, id=each.name, marks=[skip] if each.name == "native" else []) for each in PROVIDERS if each.verb == verb
+    ]
+    return pytest.mark.parametrize("provider", found)
 
 
 def tolerance_of(provider: Provider, dtype: torch.dtype) -> float:
@@ -140,6 +144,11 @@ class Cache:
     def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
         assert layer == KV_LAYER
         return self.keys[span.where], self.values[span.where]
+
+    def storage(self, layer: int) -> tuple[Tensor, Tensor]:
+        if layer not in self.written:
+            return self.keys, self.values
+        return self.written[layer]
 
 
 KV_LAYER = 3
@@ -391,7 +400,7 @@ X_ND = randn(ROWS_N, HIDDEN, seed=77)
 @providers_of("embed")
 def test_embed(provider: Provider) -> None:
     params, ids = params_of({"embed.tokens": (VOCAB, HIDDEN)}), torch.tensor([3, 0, 29, 3])
-    found = provider.load()(model_plan(layer_plan(1, 1, 4)), params, WORDS_OF_REFERENCE, F32)(ids)
+    found = provider.load()(model_plan(layer_plan(1, 1, 4)), params, WORDS_OF_REFERENCE)(ids)
     assert_close(found, wide(params, "embed.tokens")[ids] * math.sqrt(HIDDEN), 1e-6)
 
 
@@ -400,7 +409,8 @@ def test_embed(provider: Provider) -> None:
 def test_embed_rounds_the_root_first(provider: Provider, hidden: int, root: float) -> None:
     params: dict[str, Param] = {"embed.tokens": Weight((torch.ones(2, hidden, dtype=BF16),))}
     plan = model_plan(layer_plan(1, 1, 4), hidden=hidden)
-    assert provider.load()(plan, params, WORDS_OF_REFERENCE, BF16)(torch.tensor([1])).unique().tolist() == [root]
+    words = Words(reference.linear, numerics=Numerics(BF16, BF16))
+    assert provider.load()(plan, params, words)(torch.tensor([1])).unique().tolist() == [root]
 
 
 @providers_of("ple")
@@ -409,7 +419,7 @@ def test_ple(provider: Provider) -> None:
     params = params_of({"ple.in": (layers * dim, HIDDEN), "ple.norm": (dim,)})
     params["embed.ple"] = Weight((randn(VOCAB, layers * dim, seed=8),))
     plan, ids = model_plan(layer_plan(1, 1, 4, ple_dim=dim)), torch.arange(ROWS_N)
-    ple = provider.load()(plan, params, WORDS_OF_REFERENCE, F32)
+    ple = provider.load()(plan, params, WORDS_OF_REFERENCE)
     tokens = wide(params, "embed.ple")[ids].view(ROWS_N, layers, dim) * math.sqrt(dim)
     context = (X_ND.double() @ wide(params, "ple.in").T / math.sqrt(HIDDEN)).view(ROWS_N, layers, dim)
     wanted = (naive_norm(context, params["ple.norm"]) + tokens) / math.sqrt(2)  # type: ignore[arg-type]
@@ -438,6 +448,8 @@ def test_project(provider: Provider, proj: Proj, window: int | None, keep: list[
     if proj.writes and keep is not None:
         step = replace(step, keep_M=torch.tensor(keep, dtype=torch.long))
     pool = Cache(torch.empty(0), torch.empty(0))
+    if provider.name == "native":  # writes to where the pool stores
+        pool.written = {5: (torch.empty(ROWS_N, 2, 8), torch.empty(ROWS_N, 2, 8))} if proj.writes else {}
     found = provider.load()(model_plan(layer), layer, params, WORDS_OF_REFERENCE)(X_ND, step, pool)
 
     normed = naive_norm(X_ND, wide(params, "attn.norm"))
@@ -484,7 +496,7 @@ def test_feed(provider: Provider, moe: MoEPlan | None) -> None:
     width = 10
     layer = layer_plan(1, 1, 4, mlp_width=width, moe=moe)
     dense: dict[str, Any] = {"mlp.norm": (HIDDEN,), "mlp.in": [(width, HIDDEN)] * 2, "mlp.out": [(HIDDEN, width)]}
-    shapes = dense | {"mlp.post_norm": (HIDDEN,)}
+    shapes = dense | {"mlp.post_norm": (HIDDEN,), "scale": (1,)}
     if moe:
         shapes |= dict.fromkeys(("mlp.branch_norm", "moe.norm", "moe.branch_norm", "moe.router_scale"), (HIDDEN,))
         shapes |= {"moe.router": (moe.experts, HIDDEN), "moe.expert_scale": (moe.experts,)}
@@ -502,18 +514,55 @@ def test_feed(provider: Provider, moe: MoEPlan | None) -> None:
                 share = weights[index] / weights[chosen].sum() * get("moe.expert_scale")[index]
                 experts[row] += share * naive_mlp(normed[row], get("moe.in")[index], get("moe.out")[index])
         both = naive_norm(both, get("mlp.branch_norm")) + naive_norm(experts, get("moe.branch_norm"))
-    wanted = x + naive_norm(both, get("mlp.post_norm"))
+    wanted = (x + naive_norm(both, get("mlp.post_norm"))) * get("scale")  # the feed-forward closes a layer without inject
     assert_close(provider.load()(model_plan(layer), layer, params, WORDS_OF_REFERENCE)(X_ND), wanted, 1e-5)
 
 
 @providers_of("inject")
 def test_inject(provider: Provider) -> None:
     layer = layer_plan(1, 1, 4, ple_dim=6)
-    params = params_of({"ple.gate": (6, HIDDEN), "ple.out": (HIDDEN, 6), "ple.post_norm": (HIDDEN,)})
+    params = params_of({"ple.gate": (6, HIDDEN), "ple.out": (HIDDEN, 6), "ple.post_norm": (HIDDEN,), "scale": (1,)})
     ple = randn(ROWS_N, 6, seed=5)
     gated = naive_gelu(X_ND.double() @ wide(params, "ple.gate").T) * ple.double()
-    wanted = X_ND + naive_norm(gated @ wide(params, "ple.out").T, wide(params, "ple.post_norm"))
+    wanted = (X_ND + naive_norm(gated @ wide(params, "ple.out").T, wide(params, "ple.post_norm"))) * wide(params, "scale")
     assert_close(provider.load()(model_plan(layer), layer, params, WORDS_OF_REFERENCE)(X_ND, ple), wanted, 1e-5)
+
+
+@providers_of("norm")
+def test_norm(provider: Provider) -> None:
+    params = params_of({"norm": (HIDDEN,)})
+    for rows in (1, ROWS_N):
+        found = provider.load()(model_plan(layer_plan(1, 1, 4)), params, WORDS_OF_REFERENCE)(X_ND[:rows])
+        assert_close(found, naive_norm(X_ND[:rows], wide(params, "norm")), 1e-6)
+
+
+@providers_of("layer")
+def test_layer(provider: Provider) -> None:
+    """What reads a whole layer at once equals the layer read sentence by sentence; the reference reads none."""
+    layer = layer_plan(4, 2, 32, 64, mlp_width=10, ple_dim=6, rope=RopeSpec(1e4, 32, 16))
+    shapes: dict[str, Any] = {
+        "attn.in": (128, HIDDEN),
+        "attn.out": (HIDDEN, 128),
+        "mlp.in": (20, HIDDEN),
+        "mlp.out": (HIDDEN, 10),
+    }
+    shapes |= {"attn.q_norm": (32,), "ple.gate": (6, HIDDEN), "ple.out": (HIDDEN, 6), "scale": (1,)}
+    shapes |= dict.fromkeys(("attn.norm", "attn.post_norm", "mlp.norm", "mlp.post_norm", "ple.post_norm"), (HIDDEN,))
+    params, plan, part = params_of(shapes), model_plan(layer), Part(20, ROWS_N)
+    params["attn.in"] = replace(params["attn.in"], names=("q",))  # type: ignore[type-var]
+    whole = provider.load()(plan, layer, params, WORDS_OF_REFERENCE)
+    if provider.name == "reference":
+        assert whole is None
+        return
+    pool, spans = make_cache([part], layer, F32, scattered=False, poison=torch.nan)
+    tables = Rope(layer.rope, torch.device("cpu"), F32).tables(torch.arange(20, 20 + ROWS_N))
+    step = replace(make_step([part], spans, 64), rope={layer.rope: tables})
+    words, ple = Words(reference.linear, reference.build_attention(layer)), randn(ROWS_N, 6, seed=5)
+    project, attend, mix, feed, inject = (
+        getattr(reference, f"build_{line}")(plan, layer, params, words) for line in ("project", "attend", "mix", "feed", "inject")
+    )
+    wanted = inject(feed(mix(X_ND, attend(project(X_ND, step, pool), step, pool))), ple)
+    assert_close(whole(X_ND, step, pool, ple), wanted, 1e-5)
 
 
 @providers_of("head")
@@ -523,7 +572,7 @@ def test_head(provider: Provider, tied: bool, softcap: float | None) -> None:
     params = params_of({"embed.tokens": (VOCAB, HIDDEN), "head": (VOCAB, HIDDEN)})
     plan = replace(model_plan(layer_plan(1, 1, 4)), tied_head=tied, softcap=softcap)
     logits = X_ND.double() @ wide(params, "embed.tokens" if tied else "head").T
-    found = provider.load()(plan, params, WORDS_OF_REFERENCE, F32)(X_ND)
+    found = provider.load()(plan, params, WORDS_OF_REFERENCE)(X_ND)
     assert found.dtype == F32
     assert_close(found, logits if softcap is None else softcap * torch.tanh(logits / softcap), 1e-5)
 

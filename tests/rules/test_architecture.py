@@ -18,26 +18,30 @@ MAY_IMPORT = {
     "errors": set(),
     "plan": {"config"},  # for type checking only, see test_plan_is_standard_library_only
     "config": set(),
-    "quant": set(),
-    "ops": {"plan", "quant"},
+    "native": set(),
+    "pause": set(),
+    "repack": {"native"},
+    "quant": {"native", "repack"},
+    "ops": {"plan", "quant", "native"},
     "model": {"plan", "quant", "ops"},
     "cache": {"plan", "ops"},
     "engine": {"plan", "model", "cache", "ops"},
-    "checkpoint": {"plan", "config", "quant"},
+    "checkpoint": {"plan", "config", "quant", "native"},
     "text": set(),
     "defaults": {"config", "engine", "text"},
     "completion": {"engine", "text"},
-    "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "lexicon", "completion"},
+    "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "lexicon", "completion", "pause"},
     "lexicon": {"checkpoint", "text", "defaults"},
     "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api"},
-    "cli": {"plan", "config", "checkpoint", "ops", "text", "lexicon", "api", "parity", "engine", "completion"},
+    "gauge": {"plan", "config", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
+    "cli": {"plan", "config", "checkpoint", "ops", "text", "lexicon", "api", "parity", "gauge", "engine", "completion", "native", "pause"},
     "__main__": {"cli"},
-    "__init__": {"api", "engine", "completion"},
+    "__init__": {"api", "engine", "completion", "pause"},
 }
 TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use_double_wide_mlp", "global_head_dim")
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 VAGUE_CLASSES = ("Manager", "Handler", "Helper", "Impl", "Wrapper", "Base")
-BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module"}
+BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure"}  # a Structure is a C struct
 
 
 def part_of(path: Path) -> str:

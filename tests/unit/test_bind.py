@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gemcutter import config as configs
+from gemcutter import native
 from gemcutter.checkpoint.synth import SIZES, spell_config
 from gemcutter.errors import KernelError
 from gemcutter.ops import SENTENCES, WORDS, Site, bind
@@ -30,6 +31,18 @@ def plan_of(like: str) -> ModelPlan:
 
 def linear(device: str, dtype: str, stored: str, invariant: bool = False) -> Site:
     return Site("linear", None, device, dtype, stored, invariant=invariant)
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the code believe that the native kernels were not built."""
+    monkeypatch.setattr(native, "missing", lambda: "not built")
+
+
+@pytest.fixture
+def with_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the code believe that the native kernels are there."""
+    monkeypatch.setattr(native, "missing", lambda: None)
 
 
 @pytest.fixture
@@ -62,6 +75,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[frozenset[str]], Non
         (replace(linear("cpu", BF16, BF16, invariant=True), verb="attention"), NEW, "reference", ("a row's last bits",)),
     ],
 )
+@pytest.mark.usefixtures("no_native")
 def test_choice_and_reasons(
     site: Site,
     features: frozenset[str],
@@ -74,9 +88,63 @@ def test_choice_and_reasons(
     assert (choice.site, choice.provider.verb, choice.provider.name) == (site, site.verb, chosen)
     preferred = [provider.name for provider in PROVIDERS if provider.verb == site.verb]
     assert [name for name, _ in choice.refusals] == preferred[: preferred.index(chosen)]
+    first = "not built" if site.device == "cpu" else "runs on the CPU"
+    reasons = ("how many rows run beside it" if site.invariant else first, *reasons)
     assert len(choice.refusals) == len(reasons)
     for (_, found), wanted in zip(choice.refusals, reasons, strict=True):
         assert wanted in found
+
+
+NARROW = replace(plan_of("E2B").layers[0], head_dim=48)
+
+
+@pytest.mark.usefixtures("with_native")
+@pytest.mark.parametrize(
+    ("site", "reason"),
+    [
+        (linear("cpu", F32, F32), None),
+        (linear("cpu", F32, "tiled-Q4_0"), None),
+        (linear("cpu", F32, "bfloat16+tiled-Q4_0+tiled-Q6_K"), None),
+        (linear("cpu", F32, "mxfp8"), "no native layout for mxfp8"),
+        (linear("cpu", F32, "mixed+tiled-Q4_0"), "no native layout for mixed"),
+        (linear("cuda", F32, F32), "runs on the CPU"),
+        (linear("cpu", F32, F32, invariant=True), "how many rows run beside it"),
+        (replace(linear("cpu", F32, BF16), verb="feed"), None),
+        (replace(linear("cpu", F32, BF16, invariant=True), verb="feed"), "how many rows run beside it"),
+        (replace(linear("cpu", F32, BF16), verb="feed", adapted=True), "adapters change its products"),
+        (replace(linear("cpu", F32, BF16), verb="layer", adapted=True), "adapters change its products"),
+        (replace(linear("cpu", F32, BF16), adapted=True), None),
+        (replace(linear("cpu", F32, BF16), verb="attend", layer=plan_of("E2B").layers[0]), None),
+        (replace(linear("cpu", F32, BF16), verb="attend", layer=NARROW), "head_dim 48 is not a multiple of 32"),
+        (replace(linear("cpu", F32, BF16), verb="layer", layer=NARROW), "head_dim 48 is not a multiple of 32"),
+    ],
+)
+def test_native_kernels_come_first_and_say_why_not(site: Site, reason: str | None) -> None:
+    choice = choose(site)
+    if reason is None:
+        assert (choice.provider.name, choice.refusals) == ("native", ())
+    else:
+        assert choice.provider.name != "native"
+        assert choice.refusals[0][0] == "native"
+        assert reason in choice.refusals[0][1]
+
+
+@pytest.mark.usefixtures("with_native")
+def test_native_kernels_keep_rows_in_float32_and_packed_weights_tiled() -> None:
+    assert bind.row_dtype("cpu", BF16, "auto") == F32
+    assert bind.row_dtype("cpu", BF16, "reference") == bind.row_dtype("cuda", BF16, "auto") == BF16
+    forms = [bind.row_form("cpu", dtype, "auto", asked) for dtype in (F32, BF16) for asked in (None, "int8", "bf16")]
+    assert forms == ["float32", "int8", "bf16", "int8", "int8", "bf16"]
+    assert bind.row_form("cuda", BF16, "auto", None) == F32
+    held = [bind.held_as(stored, "cpu", "auto") for stored in ("Q4_0", "affine4g64", "mxfp8", "packed4-indexed", BF16)]
+    assert held == ["tiled-Q4_0", "tiled-affine4g64", "mxfp8", "packed4-indexed", BF16]
+    assert bind.held_as("Q4_0", "cpu", "reference") == "Q4_0"
+
+
+@pytest.mark.usefixtures("no_native")
+def test_without_native_kernels_rows_have_the_compute_dtype() -> None:
+    assert bind.row_dtype("cpu", BF16, "auto") == BF16
+    assert bind.held_as("Q4_0", "cpu", "auto") == "Q4_0"
 
 
 @pytest.mark.parametrize("verb", WORDS + SENTENCES)
@@ -122,6 +190,7 @@ def test_the_first_that_accepts_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
 # ---- explaining ----
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize("like", SIZES)
 @pytest.mark.parametrize("kernels", bind.CHOICES)
 def test_explain_covers_the_verbs_of_a_plan(like: str, kernels: str) -> None:

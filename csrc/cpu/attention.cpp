@@ -1,0 +1,349 @@
+// The two attention kernels over one key head: few query rows stream the keys, many multiply with packed blocks of them.
+//
+// Owns softmax and products in float32, with the scale 1. A key that no row of a call sees, outside the window or later than the
+// row, changes nothing, whatever lies there. Refuses to know sequences, pages and threads; read `attend.cpp` for who cuts the
+// work, `matmul_f32.h` for the micro-kernel. Shape letters: M query rows times heads, G heads, E head dim, T keys.
+#include <math.h>
+
+#include "exp.h"
+#include "kernels.h"
+#include "matmul_f32.h"
+
+namespace gemcutter {
+namespace {
+
+constexpr int KEY_BLOCK = 64;     // keys of one softmax update of `prefill`, aligned to absolute positions
+constexpr int64_t K_CHUNK = 256;  // head dims of one packed panel: 16 KB, half of a first cache
+constexpr int VALUE_KEYS = 16;    // keys whose values are summed before the output is touched
+constexpr int64_t AHEAD = 8;      // keys asked for before they are needed: the processor's own guess ends with every row
+constexpr int64_t BLOCK_ELEMENTS = 49152;  // of a block of query rows: with its output, 384 KB
+
+int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+int64_t slot_of(const Keys &keys, int64_t position) {
+    int64_t at = position - keys.start;
+    return keys.low >= 0 ? keys.low + at : keys.slots[at];
+}
+
+template <typename Type>
+const typename Type::Element *row_of(const void *base, const Keys &keys, int64_t position) {
+    return static_cast<const typename Type::Element *>(base) + slot_of(keys, position) * keys.stride;
+}
+
+template <typename Type>
+void prefetch(const typename Type::Element *row, int64_t dim) {
+    constexpr int64_t LINE = 64 / sizeof(typename Type::Element);
+    for (int64_t e = 0; e < dim; e += LINE) __builtin_prefetch(row + e);
+}
+
+// Two vectors at once in whatever order is cheapest; `order` puts a plain row into the same order and `unorder` takes it back.
+inline void load_pair(const float *p, V &a, V &b, F32) { a = load(p), b = load(p + W); }
+inline void load_pair(const uint16_t *p, V &even, V &odd, Bf16) {  // a word holds an even and an odd column
+#if defined(GC_LEVEL_AVX512)
+    __m512i pair = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)));
+#elif defined(GC_LEVEL_AVX2)
+    __m256i pair = _mm256_loadu_si256((const __m256i *)p);
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32((int)0xffff0000)));
+#else
+    for (int i = 0; i < W; ++i) even[i] = Bf16::one(p + 2 * i), odd[i] = Bf16::one(p + 2 * i + 1);
+#endif
+}
+inline void order(const float *x, int64_t n, float *out, F32) { memcpy(out, x, sizeof(float) * (size_t)n); }
+inline void unorder(const float *x, int64_t n, float *out, F32) { memcpy(out, x, sizeof(float) * (size_t)n); }
+inline void order(const float *x, int64_t n, float *out, Bf16) {
+    for (int64_t i = 0; i < n; i += 2 * W)
+        for (int j = 0; j < W; ++j) out[i + j] = x[i + 2 * j], out[i + W + j] = x[i + 2 * j + 1];
+}
+inline void unorder(const float *x, int64_t n, float *out, Bf16) {
+    for (int64_t i = 0; i < n; i += 2 * W)
+        for (int j = 0; j < W; ++j) out[i + 2 * j] = x[i + j], out[i + 2 * j + 1] = x[i + W + j];
+}
+
+// Scores of H heads and T keys: scores[h * ld + t].
+template <typename Type, int H, int T>
+void score_tile(const float *q, int64_t dim, const typename Type::Element *const *rows, float *scores, int64_t ld) {
+    V acc[H][T];
+    for (int h = 0; h < H; ++h)
+        for (int t = 0; t < T; ++t) acc[h][t] = set1(0.0f);
+    for (int64_t e = 0; e < dim; e += 2 * W) {
+        V a[T], b[T];
+        for (int t = 0; t < T; ++t) load_pair(rows[t] + e, a[t], b[t], Type());
+        for (int h = 0; h < H; ++h) {
+            V x = load(q + h * dim + e), y = load(q + h * dim + e + W);
+            for (int t = 0; t < T; ++t) acc[h][t] = fma(x, a[t], acc[h][t]);
+            for (int t = 0; t < T; ++t) acc[h][t] = fma(y, b[t], acc[h][t]);
+        }
+    }
+    for (int h = 0; h < H; ++h)
+        for (int t = 0; t < T; ++t) scores[h * ld + t] = sum(acc[h][t]);
+}
+
+template <typename Type, int T>
+void score_keys(const float *q, int64_t heads, int64_t dim, const typename Type::Element *const *rows, float *scores,
+                int64_t ld) {
+    int64_t h = 0;
+    for (; h + 4 <= heads; h += 4) score_tile<Type, 4, T>(q + h * dim, dim, rows, scores + h * ld, ld);
+    for (; h + 2 <= heads; h += 2) score_tile<Type, 2, T>(q + h * dim, dim, rows, scores + h * ld, ld);
+    if (h < heads) score_tile<Type, 1, T>(q + h * dim, dim, rows, scores + h * ld, ld);
+}
+
+// out[h] += sum over t of weights[h * ld + t] * row t, for H heads and P pairs of vectors.
+template <typename Type, int H, int P>
+void value_tile(const float *weights, int64_t ld, int64_t count, const typename Type::Element *const *rows, int64_t e, float *out,
+                int64_t dim) {
+    V acc[H][2 * P];
+    for (int h = 0; h < H; ++h)
+        for (int p = 0; p < 2 * P; ++p) acc[h][p] = load(out + h * dim + e + p * W);
+    for (int64_t t = 0; t < count; ++t) {
+        V v[2 * P];
+        for (int p = 0; p < P; ++p) load_pair(rows[t] + e + 2 * p * W, v[2 * p], v[2 * p + 1], Type());
+        for (int h = 0; h < H; ++h) {
+            V x = set1(weights[h * ld + t]);
+            for (int p = 0; p < 2 * P; ++p) acc[h][p] = fma(x, v[p], acc[h][p]);
+        }
+    }
+    for (int h = 0; h < H; ++h)
+        for (int p = 0; p < 2 * P; ++p) store(out + h * dim + e + p * W, acc[h][p]);
+}
+
+// Values of H heads; meanwhile as many rows of `next` are asked for, if there is one.
+template <typename Type, int H>
+void value_heads(const float *weights, int64_t ld, int64_t count, const typename Type::Element *const *rows,
+                 const typename Type::Element *const *next, float *out, int64_t dim) {
+    constexpr int P = H < 4 ? 2 : 1;
+    int64_t e = 0, asked = 0;
+    for (; e + 2 * P * W <= dim; e += 2 * P * W) {
+        for (; next && asked < count && asked * dim <= e * count; ++asked) prefetch<Type>(next[asked], dim);
+        value_tile<Type, H, P>(weights, ld, count, rows, e, out, dim);
+    }
+    for (; e < dim; e += 2 * W) value_tile<Type, H, 1>(weights, ld, count, rows, e, out, dim);
+}
+
+template <typename Type>
+void value_keys(const float *weights, int64_t ld, int64_t heads, int64_t count, const typename Type::Element *const *rows,
+                const typename Type::Element *const *next, float *out, int64_t dim) {
+    int64_t h = 0;
+    for (; h + 4 <= heads; h += 4, next = nullptr)
+        value_heads<Type, 4>(weights + h * ld, ld, count, rows, next, out + h * dim, dim);
+    for (; h + 2 <= heads; h += 2, next = nullptr)
+        value_heads<Type, 2>(weights + h * ld, ld, count, rows, next, out + h * dim, dim);
+    if (h < heads) value_heads<Type, 1>(weights + h * ld, ld, count, rows, next, out + h * dim, dim);
+}
+
+// scores = exp(scores - anchor) over n elements, which are followed by room up to a whole vector; gives their sum.
+float exponentiate(float *scores, int64_t n, float anchor) {
+    for (int64_t i = n; i < up(n, W); ++i) scores[i] = -INFINITY;
+    V shift = set1(anchor), total = set1(0.0f);
+    for (int64_t i = 0; i < n; i += W) {
+        V weight = exp(load(scores + i) - shift);
+        store(scores + i, weight);
+        total = total + weight;
+    }
+    return sum(total);
+}
+
+float highest(float *scores, int64_t n) {
+    for (int64_t i = n; i < up(n, W); ++i) scores[i] = -INFINITY;
+    V best = load(scores);
+    for (int64_t i = W; i < n; i += W) best = vmax(best, load(scores + i));
+    return top(best);
+}
+
+// Scores of positions first..last-1; then the first values are on their way already.
+template <typename Type>
+void score_span(const float *q, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *scores) {
+    for (int64_t t = first; t < last; t += 2) {
+        const typename Type::Element *rows[2];
+        int64_t count = t + 2 <= last ? 2 : 1;
+        for (int64_t i = 0; i < count; ++i) {
+            int64_t later = t + i + AHEAD;
+            rows[i] = row_of<Type>(keys.k, keys, t + i);
+            if (later < last)
+                prefetch<Type>(row_of<Type>(keys.k, keys, later), dim);
+            else if (first + later - last < last)
+                prefetch<Type>(row_of<Type>(keys.v, keys, first + later - last), dim);
+        }
+        auto *score = count == 2 ? score_keys<Type, 2> : score_keys<Type, 1>;
+        score(q, heads, dim, rows, scores + t - first, DECODE_KEYS);
+    }
+}
+
+// sums [G, E] = values of positions first..last-1 by their weights.
+template <typename Type>
+void value_span(const float *weights, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *sums) {
+    memset(sums, 0, sizeof(float) * (size_t)(heads * dim));
+    for (int64_t t = first; t < last; t += VALUE_KEYS) {
+        const typename Type::Element *rows[VALUE_KEYS], *next[VALUE_KEYS];
+        int64_t count = last - t < VALUE_KEYS ? last - t : VALUE_KEYS;
+        for (int64_t i = 0; i < count; ++i) {
+            int64_t later = t + i + VALUE_KEYS;
+            rows[i] = row_of<Type>(keys.v, keys, t + i);
+            next[i] = row_of<Type>(keys.v, keys, later < last ? later : last - 1);
+        }
+        value_keys<Type>(weights + t - first, DECODE_KEYS, heads, count, rows, next, sums, dim);
+    }
+}
+
+template <typename Type>
+void decode_type(const float *q, int64_t q_stride, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last,
+                 float *out, float *tops, float *totals, float *scratch) {
+    float *ordered = scratch, *sums = ordered + heads * dim, *scores = sums + heads * dim;
+    for (int64_t h = 0; h < heads; ++h) order(q + h * q_stride, dim, ordered + h * dim, Type());
+    score_span<Type>(ordered, heads, dim, keys, first, last, scores);
+    for (int64_t h = 0; h < heads; ++h) {
+        tops[h] = highest(scores + h * DECODE_KEYS, last - first);
+        totals[h] = exponentiate(scores + h * DECODE_KEYS, last - first, tops[h]);
+    }
+    value_span<Type>(scores, heads, dim, keys, first, last, sums);
+    unorder(sums, heads * dim, out, Type());
+}
+
+void decode(const float *q, int64_t q_stride, int64_t heads, int64_t dim, const Keys *keys, int64_t first, int64_t last,
+            float *out, float *tops, float *totals, void *scratch) {
+    auto *run = keys->dtype == GC_F32 ? decode_type<F32> : decode_type<Bf16>;
+    run(q, q_stride, heads, dim, *keys, first, last, out, tops, totals, static_cast<float *>(scratch));
+}
+
+// The state of one block of query rows while it meets its keys. O lies in panels [E / 16][M][16], so that both products read and
+// write whole lines of it.
+struct Block {
+    int64_t heads, dim, rows;  // rows are query rows, each of `heads` lines
+    const int64_t *positions;
+    int64_t window;
+    float *q, *out, *scores, *panel, *top, *total, *shrink;  // [M, E], [E / 16, M, 16], [M, KEY_BLOCK], panel, [M]...
+
+    int64_t lines() const { return rows * heads; }
+    bool sees(int64_t row, int64_t first, int64_t last) const {  // any of the positions first..last-1
+        return positions[row] >= first && (!window || positions[row] - window < last - 1);
+    }
+};
+
+// Scores of lines first..last-1 with up to KEY_BLOCK keys.
+template <typename Type>
+void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high) {
+    const typename Type::Element *rows[PANEL], *some[PANEL];
+    for (int64_t t = low; t < high; t += PANEL) {
+        for (int64_t i = 0; i < PANEL; ++i) rows[i] = row_of<Type>(keys.k, keys, t + i < high ? t + i : high - 1);
+        for (int64_t e = 0; e < b.dim; e += K_CHUNK) {
+            int64_t dims = b.dim - e < K_CHUNK ? b.dim - e : K_CHUNK;
+            for (int i = 0; i < PANEL; ++i) some[i] = rows[i] + e;
+            pack_panel<Type>(some, dims, b.panel);
+            multiply_panel(b.q + first * b.dim + e, b.dim, last - first, b.panel, dims, b.scores + first * KEY_BLOCK + t - low,
+                           KEY_BLOCK, e > 0);
+        }
+    }
+}
+
+// Turn the scores of one line, of which keys from..to-1 are seen, into weights, zero elsewhere.
+void weigh_line(const Block &b, int64_t line, int64_t from, int64_t to, int64_t count) {
+    float *scores = b.scores + line * KEY_BLOCK;
+    for (int64_t t = 0; t < from; ++t) scores[t] = -INFINITY;
+    for (int64_t t = to; t < count; ++t) scores[t] = -INFINITY;
+    float best = highest(scores, count), top = b.top[line] > best ? b.top[line] : best;
+    b.shrink[line] = expf(b.top[line] - top);
+    b.total[line] = b.total[line] * b.shrink[line] + exponentiate(scores, count, top);
+    b.top[line] = top;
+}
+
+// Weigh the values of positions low..high-1 into lines first..last-1. Rows that no query sees are not read.
+template <typename Type>
+void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high, bool shrinks) {
+    const typename Type::Element *rows[KEY_BLOCK];
+    int64_t query = first / b.heads, count = high - low, lines = last - first;
+    for (int64_t t = low; t < high; ++t) {
+        while (b.positions[query] < t && query < b.rows - 1) ++query;
+        rows[t - low] = b.sees(query, t, t + 1) ? row_of<Type>(keys.v, keys, t) : nullptr;
+    }
+    for (int64_t e = 0; e < b.dim; e += PANEL) {
+        float *out = b.out + e * b.lines() + first * PANEL;
+        for (int64_t t = 0; t < count; ++t)
+            for (int c = 0; c < PANEL; c += W)
+                store(b.panel + t * PANEL + c, rows[t] ? Type::vector(rows[t] + e + c) : set1(0.0f));
+        if (shrinks)
+            for (int64_t m = 0; m < lines; ++m)
+                for (int c = 0; c < PANEL; c += W) {
+                    float *at = out + m * PANEL + c;
+                    store(at, load(at) * set1(b.shrink[first + m]));
+                }
+        multiply_panel(b.scores + first * KEY_BLOCK, KEY_BLOCK, lines, b.panel, count, out, PANEL, true);
+    }
+}
+
+// Let the rows that see any of the positions low..high-1 meet them.
+template <typename Type>
+void meet_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
+    int64_t first = 0, last = b.rows;
+    while (first < last && !b.sees(first, low, high)) ++first;
+    while (last > first && !b.sees(last - 1, low, high)) --last;
+    if (first == last) return;
+    score_block<Type>(b, first * b.heads, last * b.heads, keys, low, high);
+    bool shrinks = false;
+    for (int64_t row = first; row < last; ++row) {
+        int64_t oldest = b.window && b.positions[row] - b.window + 1 > low ? b.positions[row] - b.window + 1 : low;
+        int64_t newest = b.positions[row] < high - 1 ? b.positions[row] : high - 1;
+        for (int64_t line = row * b.heads; line < (row + 1) * b.heads; ++line) {
+            weigh_line(b, line, oldest - low, newest + 1 - low, high - low);
+            shrinks |= b.shrink[line] != 1.0f;
+        }
+    }
+    value_block<Type>(b, first * b.heads, last * b.heads, keys, low, high, shrinks);
+}
+
+Block lay_out(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
+    int64_t lines = rows * heads;
+    Block b = {};
+    b.heads = heads, b.dim = dim, b.rows = rows;
+    b.panel = static_cast<float *>(scratch);
+    b.q = b.panel + K_CHUNK * PANEL;
+    b.out = b.q + lines * dim;
+    b.scores = b.out + lines * dim;
+    b.top = b.scores + lines * KEY_BLOCK;
+    b.total = b.top + lines;
+    b.shrink = b.total + lines;
+    return b;
+}
+
+void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const int64_t *positions,
+             int64_t window, const Keys *keys, void *scratch) {
+    Block b = lay_out(scratch, rows, heads, dim);
+    b.positions = positions, b.window = window;
+    for (int64_t row = 0; row < rows; ++row)
+        memcpy(b.q + row * heads * dim, q + row * stride, sizeof(float) * (size_t)(heads * dim));
+    memset(b.out, 0, sizeof(float) * (size_t)(b.lines() * dim));
+    for (int64_t line = 0; line < b.lines(); ++line) b.top[line] = -INFINITY, b.total[line] = 0;
+
+    int64_t low = window && positions[0] - window + 1 > keys->start ? positions[0] - window + 1 : keys->start;
+    int64_t high = positions[rows - 1] + 1;
+    while (low < high) {
+        int64_t next = low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;
+        if (next > high) next = high;
+        (keys->dtype == GC_F32 ? meet_block<F32> : meet_block<Bf16>)(b, *keys, low, next);
+        low = next;
+    }
+    for (int64_t line = 0; line < b.lines(); ++line) {
+        V scale = set1(b.total[line] > 0 ? 1.0f / b.total[line] : 0.0f);
+        float *to = out + line / heads * stride + line % heads * dim;
+        for (int64_t e = 0; e < dim; e += W)
+            store(to + e, load(b.out + (e / PANEL * b.lines() + line) * PANEL + e % PANEL) * scale);
+    }
+}
+
+int64_t prefill_rows(int64_t heads, int64_t dim) {
+    int64_t lines = BLOCK_ELEMENTS / dim;
+    return lines < heads ? 1 : lines / heads;
+}
+
+size_t scratch_bytes(int64_t heads, int64_t dim) {
+    int64_t lines = prefill_rows(heads, dim) * heads;
+    int64_t blocks = K_CHUNK * PANEL + lines * (2 * dim + KEY_BLOCK + 3), streams = heads * (2 * dim + DECODE_KEYS);
+    return sizeof(float) * (size_t)(blocks > streams ? blocks : streams);
+}
+
+}  // namespace
+
+extern const Attentions GC_NAME(attention) = {decode, prefill, scratch_bytes, prefill_rows};
+
+}  // namespace gemcutter

@@ -1,0 +1,127 @@
+// Products with row-major matrices of bfloat16, float16 or float32, used in place; a panel is 16 neighbouring rows.
+//
+// Owns two ways: few activation rows meet each matrix row as it streams past, many meet a piece of the panel that was converted
+// and transposed to float32 once for all of them. Sums are float32. Refuses to know packed matrices and threads; read
+// `matmul_f32.h` for the micro-kernel, `products.cpp` for who shares panels out.
+#include "kernels.h"
+#include "matmul_f32.h"
+
+namespace gemcutter {
+namespace {
+
+constexpr int64_t K_CHUNK = 256;    // columns of one converted piece: 16 KB, half of a first cache
+constexpr int64_t STREAM_ROWS = 8;  // up to here converting a panel costs more than it saves
+constexpr int64_t SHORT_ROW = 8192;  // bytes: the processor's own prefetching, which stops at every row's end, needs help
+constexpr int64_t SPARE_ROWS = 64;  // activation rows at a time of a panel that lacks rows
+
+template <typename Type>
+const typename Type::Element *row_of(const gc_matrix &m, int64_t row) {
+    return reinterpret_cast<const typename Type::Element *>(static_cast<const char *>(m.data) + row * m.stride);
+}
+
+// out[m * ld + r] = products of M activation rows with R matrix rows.
+template <typename Type, int M, int R>
+void stream_tile(const gc_matrix &matrix, int64_t row, const float *x, float *out, int64_t ld) {
+    constexpr int64_t LINE = 64 / sizeof(typename Type::Element);
+    const typename Type::Element *w[R];
+    for (int r = 0; r < R; ++r) w[r] = row_of<Type>(matrix, row + r);
+    V acc[M][R];
+    for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R; ++r) acc[m][r] = set1(0.0f);
+    int64_t columns = matrix.columns, ahead = matrix.stride <= SHORT_ROW ? R * matrix.stride : 0, k = 0;
+    for (; k + W <= columns; k += W) {
+        if (k % LINE == 0)
+            for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char *>(w[r] + k) + ahead);
+        V wide[R];
+        for (int r = 0; r < R; ++r) wide[r] = Type::vector(w[r] + k);
+        for (int m = 0; m < M; ++m) {
+            V value = load(x + m * columns + k);
+            for (int r = 0; r < R; ++r) acc[m][r] = fma(value, wide[r], acc[m][r]);
+        }
+    }
+    for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R; ++r) {
+            float total = sum(acc[m][r]);
+            for (int64_t i = k; i < columns; ++i) total += x[m * columns + i] * Type::one(w[r] + i);
+            out[m * ld + r] = total;
+        }
+}
+
+template <typename Type, int M>
+void stream_rows(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, float *out, int64_t ld) {
+    constexpr int R = M > 2 ? 2 : 4;
+    int64_t row = first;
+    for (; row + R <= last; row += R) stream_tile<Type, M, R>(matrix, row, x, out + row - first, ld);
+    for (; row < last; ++row) stream_tile<Type, M, 1>(matrix, row, x, out + row - first, ld);
+}
+
+template <typename Type>
+void stream(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld) {
+    for (; count >= 4; count -= 4, x += 4 * matrix.columns, out += 4 * ld) stream_rows<Type, 4>(matrix, first, last, x, out, ld);
+    if (count == 3) stream_rows<Type, 3>(matrix, first, last, x, out, ld);
+    if (count == 2) stream_rows<Type, 2>(matrix, first, last, x, out, ld);
+    if (count == 1) stream_rows<Type, 1>(matrix, first, last, x, out, ld);
+}
+
+// out [count, 16] = activation rows times matrix rows first..first+15; those from `last` on repeat the one before.
+template <typename Type>
+void convert(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld,
+             float *scratch) {
+    for (int64_t k = 0; k < matrix.columns; k += K_CHUNK) {
+        const typename Type::Element *rows[PANEL];
+        for (int64_t r = 0; r < PANEL; ++r) rows[r] = row_of<Type>(matrix, first + r < last ? first + r : last - 1) + k;
+        int64_t columns = matrix.columns - k < K_CHUNK ? matrix.columns - k : K_CHUNK;
+        pack_panel<Type>(rows, columns, scratch);
+        multiply_panel(x + k, matrix.columns, count, scratch, columns, out, ld, k > 0);
+    }
+}
+
+template <typename Type>
+void convert_ragged(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld,
+                    float *scratch) {
+    float *spare = scratch + K_CHUNK * PANEL;
+    for (int64_t m = 0; m < count; m += SPARE_ROWS) {
+        int64_t some = count - m < SPARE_ROWS ? count - m : SPARE_ROWS;
+        convert<Type>(matrix, first, last, x + m * matrix.columns, some, spare, PANEL, scratch);
+        for (int64_t i = 0; i < some; ++i) memcpy(out + (m + i) * ld, spare + i * PANEL, sizeof(float) * (size_t)(last - first));
+    }
+}
+
+template <typename Type>
+void panel_type(const gc_matrix &matrix, int64_t panel, const Rows &rows, int64_t begin, int64_t end, float *out, int64_t ld,
+                float *scratch) {
+    int64_t first = panel * PANEL, last = first + PANEL < matrix.rows ? first + PANEL : matrix.rows, count = end - begin;
+    const float *x = rows.x + begin * matrix.columns;
+    if (count <= STREAM_ROWS) return stream<Type>(matrix, first, last, x, count, out, ld);
+    auto *way = last - first == PANEL ? convert<Type> : convert_ragged<Type>;
+    way(matrix, first, last, x, count, out, ld, scratch);
+}
+
+int forms(const gc_matrix *, int64_t, int) { return FORM_FLOAT; }
+
+void panel(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
+           void *scratch) {
+    auto *run = matrix->codes == GC_BF16 ? panel_type<Bf16> : matrix->codes == GC_F16 ? panel_type<F16> : panel_type<F32>;
+    run(*matrix, panel, *rows, first, last, out, ld, static_cast<float *>(scratch));
+}
+
+size_t scratch_bytes(const gc_matrix *) { return sizeof(float) * (K_CHUNK + SPARE_ROWS) * PANEL; }
+
+template <typename Type>
+void gather_type(const gc_matrix &matrix, int64_t row, float *out) {
+    const typename Type::Element *from = row_of<Type>(matrix, row);
+    int64_t k = 0;
+    for (; k + W <= matrix.columns; k += W) store(out + k, Type::vector(from + k));
+    for (; k < matrix.columns; ++k) out[k] = Type::one(from + k);
+}
+
+void gather(const gc_matrix *matrix, int64_t row, float *out) {
+    auto *run = matrix->codes == GC_BF16 ? gather_type<Bf16> : matrix->codes == GC_F16 ? gather_type<F16> : gather_type<F32>;
+    run(*matrix, row, out);
+}
+
+}  // namespace
+
+extern const Products GC_NAME(dense) = {forms, panel, scratch_bytes, gather};
+
+}  // namespace gemcutter

@@ -1,0 +1,8 @@
+// The processor's vector instructions; for tests on processors that lack them, GC_EMULATE computes the wider ones in plain C++.
+#pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(GC_EMULATE) && defined(GC_LEVEL_AVX512)
+#include "../emulate/emulate.h"
+#endif

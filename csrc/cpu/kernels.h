@@ -1,0 +1,111 @@
+// What every processor level provides, as tables of function pointers; a level's objects are compiled with its flags alone.
+//
+// Owns the contract between kernels (compiled once per level: words.cpp, packed.cpp, dense.cpp, attention.cpp, amx.cpp) and the
+// code that is compiled once (sentences.cpp, dispatch.cpp). Level sources include no C++ library templates: an inline function
+// compiled for AVX-512 must never be the copy that the linker keeps for every processor. Shape letters: M rows, K columns,
+// E head dim, T keys.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "api.h"
+#include "layout.h"
+
+namespace gemcutter {
+
+// The forms in which a product may want its rows; a level says which by `forms`.
+enum Form { FORM_FLOAT = 1, FORM_INT8 = 2, FORM_BF16 = 4 };
+
+// M activation rows [M, columns]; forms that nobody asked for are null. All are dense: row m begins at m * columns.
+struct Rows {
+    int64_t count, columns;
+    int activations;        // enum gc_activations
+    const float *x;         // float32; rounded to bfloat16 if activations says so
+    const int8_t *q;        // -127..127, one scale for every 32 columns
+    const float *scale;     // [M, columns / 32]
+    const float *sum;       // [M, columns / 32]: scale * the sum of the 32 q
+    const uint16_t *bf16;   // bfloat16
+};
+
+struct Words {
+    // out = x / rms(x) * weight; weight null means 1. out may be x.
+    void (*rms_norm)(const float *x, const float *weight, float eps, int64_t n, float *out);
+    // out = (x + rms_norm(y) * weight) * scale. out may be x.
+    void (*add_norm)(const float *x, const float *y, const float *weight, float eps, float scale, int64_t n, float *out);
+    // out = gelu_tanh(gate) * up. out may be gate.
+    void (*gelu_mul)(const float *gate, const float *up, int64_t n, float *out);
+    // Rotate pairs (i, i + E/2) in place with cos and sin [E/2].
+    void (*rope)(float *x, const float *cos, const float *sin, int64_t head_dim);
+    // x = tanh(x / cap) * cap, in place.
+    void (*softcap)(float *x, float cap, int64_t n);
+    // Round float32 to bfloat16 (nearest even, NaN kept).
+    void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
+    void (*from_bf16)(const uint16_t *x, int64_t n, float *out);
+    // Quantize a row to int8, one scale for every 32 columns; a block of zeros has scale 0.
+    void (*quantize)(const float *x, int64_t n, int8_t *q, float *scale, float *sum);
+    // out += x * factor
+    void (*add_scaled)(const float *x, float factor, int64_t n, float *out);
+    // out = x * factor
+    void (*multiply)(const float *x, float factor, int64_t n, float *out);
+};
+
+struct Products {
+    // The forms of rows that `panel` reads for this matrix and so many rows.
+    int (*forms)(const gc_matrix *matrix, int64_t rows, int activations);
+    // Rows first..last-1 times the 16 matrix rows of one panel: out[m * ld + r], m counted from `first`, r from the panel's first
+    // row; ragged last panels write only the rows that exist. `scratch` is 64-byte aligned and of scratch_bytes(), own to a thread.
+    void (*panel)(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
+                  void *scratch);
+    size_t (*scratch_bytes)(const gc_matrix *matrix);
+    // Write one row of a matrix as float32.
+    void (*gather)(const gc_matrix *matrix, int64_t row, float *out);
+};
+
+// Keys and values of one key head in one sequence. Slot t of positions start, start + 1, ...: consecutive from `low`, or listed.
+struct Keys {
+    const void *k, *v;      // first element of the key head in slot 0
+    int64_t stride;         // elements from one slot to the next
+    int32_t dtype;          // GC_BF16 or GC_F32
+    int64_t start, low;     // first position held; its slot, or -1 if `slots` lists them
+    const int64_t *slots;
+};
+
+constexpr int64_t DECODE_KEYS = 512;  // the most keys of one call of `decode`
+
+struct Attentions {
+    // Partial attention of G query heads (q [G, E], float32) of one row over positions first..last-1 of one key head: writes
+    // unnormalised out [G, E], and per head the maximum score and the sum of exp(score - maximum).
+    void (*decode)(const float *q, int64_t q_stride, int64_t heads, int64_t head_dim, const Keys *keys, int64_t first, int64_t last,
+                   float *out, float *top, float *total, void *scratch);
+    // Attention of `rows` query rows at `positions` (ascending) times G heads over one key head: q and out [rows, G, E] with
+    // row stride `stride` elements, head stride E. window 0 means all keys up to the row's own position.
+    void (*prefill)(const float *q, float *out, int64_t stride, int64_t rows, int64_t heads, int64_t head_dim,
+                    const int64_t *positions, int64_t window, const Keys *keys, void *scratch);
+    size_t (*scratch_bytes)(int64_t heads, int64_t head_dim);  // enough for either
+    int64_t (*prefill_rows)(int64_t heads, int64_t head_dim);  // the most rows of one prefill call
+};
+
+struct Kernels {
+    const char *name;  // "portable", "avx2", "avx512", "amx"
+    const Words *words;
+    const Products *packed, *dense;
+    const Attentions *attention;
+};
+
+#define GC_DECLARE(level)                     \
+    extern const Words words_##level;         \
+    extern const Products packed_##level;     \
+    extern const Products dense_##level;      \
+    extern const Attentions attention_##level;
+GC_DECLARE(portable)
+#if defined(__x86_64__)
+GC_DECLARE(avx2)
+GC_DECLARE(avx512)
+extern const Products packed_amx, dense_amx;
+#endif
+
+const Kernels &kernels();  // of the level in use
+
+inline const Products &products(const gc_matrix &m) { return is_dense(m) ? *kernels().dense : *kernels().packed; }
+
+}  // namespace gemcutter

@@ -1,0 +1,54 @@
+// Packed matrices: products with rows, and single rows as floats. Compiled once per processor level.
+//
+// Owns the level's table `packed` and the choice of kernel: int8 rows where there are any, float rows otherwise. Refuses to know
+// threads (products.cpp shares panels out). Read `layout.h` for the bytes, then `packed_decode.h`, `packed_dot.h` and
+// `packed_int8.h`.
+#include "packed_float.h"
+
+namespace gemcutter {
+namespace {
+
+int forms(const gc_matrix *, int64_t, int activations) { return activations == GC_INT8 ? FORM_INT8 : FORM_FLOAT; }
+
+template <int PIECES>
+void panel_in_pieces(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
+                     void *scratch) {
+    if (!rows.q || rows.activations != GC_INT8) return float_panel<PIECES>(m, panel, rows, first, last, out, ld, scratch);
+    if (m.codes == GC_U4) return int8_panel<Code4, PIECES>(m, panel, rows, first, last, out, ld, scratch);
+    if (m.codes == GC_U6) return int8_panel<Code6, PIECES>(m, panel, rows, first, last, out, ld, scratch);
+    int8_panel<Code8, PIECES>(m, panel, rows, first, last, out, ld, scratch);
+}
+
+void panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
+           void *scratch) {
+    if (pieces_of(*m) == 2) return panel_in_pieces<2>(*m, panel, *rows, first, last, out, ld, scratch);
+    panel_in_pieces<1>(*m, panel, *rows, first, last, out, ld, scratch);
+}
+
+size_t scratch_bytes(const gc_matrix *) {
+    size_t most = sizeof(FloatRun);
+    if (sizeof(Run<1>) > most) most = sizeof(Run<1>);
+    if (sizeof(Run<2>) > most) most = sizeof(Run<2>);
+    return most;
+}
+
+template <int PIECES>
+void gather_in_pieces(const gc_matrix &m, int64_t row, float *out) {
+    Walk<PIECES> walk(m, row / PANEL);
+    alignas(64) float values[BLOCK][PANEL];
+    for (int64_t block = 0; block < m.columns / BLOCK; ++block) {
+        dequantize(m, walk, 1, values[0]);
+        for (int c = 0; c < BLOCK; ++c) *out++ = values[c][row % PANEL];
+    }
+}
+
+void gather(const gc_matrix *m, int64_t row, float *out) {
+    if (pieces_of(*m) == 2) return gather_in_pieces<2>(*m, row, out);
+    gather_in_pieces<1>(*m, row, out);
+}
+
+}  // namespace
+
+extern const Products GC_NAME(packed) = {forms, panel, scratch_bytes, gather};
+
+}  // namespace gemcutter

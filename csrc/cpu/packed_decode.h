@@ -1,0 +1,203 @@
+// Reading packed panels: scales as float vectors, codes as bytes, values as floats.
+//
+// Owns the way through a panel (layout.h) for every kind of scales, and the unpacking of 4-bit and 6-bit codes to bytes that
+// stand as in an 8-bit code block. Included by level sources only. Refuses to know rows and products. Read `packed_dot.h` next.
+#pragma once
+#include "kernels.h"
+#include "vec.h"
+
+namespace gemcutter {
+namespace {
+
+#define GC_INLINE inline __attribute__((always_inline))
+
+constexpr int PARTS = PANEL / W;   // vectors that hold one number for each row of a panel
+constexpr int QUADS = BLOCK / 4;   // quads of a code block
+constexpr int QUAD_BYTES = PANEL * 4;
+
+// W bytes as floats; integer vectors N of W lanes.
+#if defined(GC_LEVEL_AVX512)
+typedef __m512i N;
+inline V to_float(N n) { return _mm512_cvtepi32_ps(n); }
+inline V load_u8(const uint8_t *p) { return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+inline V load_s8(const uint8_t *p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+#elif defined(GC_LEVEL_AVX2)
+typedef __m256i N;
+inline V to_float(N n) { return _mm256_cvtepi32_ps(n); }
+inline V load_u8(const uint8_t *p) { return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+inline V load_s8(const uint8_t *p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+#else
+typedef int32_t N __attribute__((vector_size(4 * W)));
+inline V to_float(N n) { return __builtin_convertvector(n, V); }
+inline V load_u8(const uint8_t *p) {
+    V v;
+    for (int i = 0; i < W; ++i) v[i] = (float)p[i];
+    return v;
+}
+inline V load_s8(const uint8_t *p) {
+    V v;
+    for (int i = 0; i < W; ++i) v[i] = (float)(int8_t)p[i];
+    return v;
+}
+#endif
+inline V zero() { return set1(0.0f); }
+
+// The scales of one code block, a vector lane for each row: with PIECES 2, one for each 16 columns.
+template <int PIECES>
+struct Scales {
+    V scale[PIECES][PARTS], bias[PIECES][PARTS];
+};
+
+inline int pieces_of(const gc_matrix &m) { return m.group == 16 ? 2 : 1; }
+inline bool has_bias(const gc_matrix &m) { return m.has_bias || m.scales == GC_SUPER32; }
+
+inline const uint8_t *panel_of(const gc_matrix &m, int64_t panel) {
+    return static_cast<const uint8_t *>(m.data) + panel * m.stride;
+}
+
+// Goes through a panel block by block.
+template <int PIECES>
+struct Walk {
+    const uint8_t *at;
+    int64_t code_bytes;
+    int kind, blocks_of_scale, until_scale = 0;
+    bool is_biased;
+    V super[2][PARTS];
+    Scales<PIECES> now = {};
+
+    GC_INLINE Walk(const gc_matrix &m, int64_t panel)
+        : at(panel_of(m, panel)), code_bytes(code_block_bytes(m.codes)), kind(m.scales),
+          blocks_of_scale(kind >= GC_SUPER32 ? SUPER / BLOCK : m.group > BLOCK ? m.group / BLOCK : 1), is_biased(has_bias(m)) {}
+
+    // Reads what stands before the next block's codes into `now`, and gives the codes.
+    GC_INLINE const uint8_t *next() {
+        bool is_due = until_scale == 0;
+        if (is_due) until_scale = blocks_of_scale;
+        --until_scale;
+        if (kind >= GC_SUPER32) {
+            if (is_due) read_super();
+            read_fine();
+        } else if (is_due) {
+            for (int i = 0; i < PIECES; ++i) read_plain(now.scale[i]);
+            for (int i = 0; i < PIECES; ++i)
+                if (is_biased) read_plain(now.bias[i]);
+        }
+        const uint8_t *codes = at;
+        at += code_bytes;
+        return codes;
+    }
+
+  private:
+    GC_INLINE void read_plain(V *out) {
+        for (int h = 0; h < PARTS; ++h) {
+            if (kind == GC_SCALE_F16) out[h] = load_f16((const uint16_t *)at + h * W);
+            else if (kind == GC_SCALE_BF16) out[h] = load_bf16((const uint16_t *)at + h * W);
+            else out[h] = load((const float *)at + h * W);
+        }
+        at += PANEL * scale_bytes(kind);
+    }
+
+    GC_INLINE void read_super() {
+        for (int i = 0; i < (kind == GC_SUPER32 ? 2 : 1); ++i) {
+            for (int h = 0; h < PARTS; ++h) super[i][h] = load_f16((const uint16_t *)at + h * W);
+            at += PANEL * 2;
+        }
+    }
+
+    // Products of a half and 8 bits are exact in float32.
+    GC_INLINE void read_fine() {
+        for (int h = 0; h < PARTS; ++h) {
+            const uint8_t *p = at + h * W;
+            if (PIECES == 1) {
+                now.scale[0][h] = super[0][h] * load_u8(p);
+                now.bias[0][h] = zero() - super[1][h] * load_u8(p + PANEL);
+            } else {
+                now.scale[0][h] = super[0][h] * load_s8(p);
+                now.scale[PIECES - 1][h] = super[0][h] * load_s8(p + PANEL);
+            }
+        }
+        at += 2 * PANEL;
+    }
+};
+
+// Unpacks a code block to 8 quad vectors of bytes, 512 in all; signed codes stay signed.
+inline void unpack_block(int codes, const uint8_t *from, uint8_t *to) {
+    if (codes == GC_S8) {
+        memcpy(to, from, QUADS * QUAD_BYTES);
+        return;
+    }
+    const uint8_t *upper = from + 4 * QUAD_BYTES;
+    for (int j = 0; j < QUADS / 2; ++j)
+        for (int i = 0; i < QUAD_BYTES; ++i) {
+            uint8_t both = from[j * QUAD_BYTES + i], low = both & 15, high = both >> 4;
+            if (codes == GC_U6) {
+                low |= (uint8_t)((upper[i] >> (2 * j) & 3) << 4);
+                high |= (uint8_t)((upper[QUAD_BYTES + i] >> (2 * j) & 3) << 4);
+            }
+            to[j * QUAD_BYTES + i] = low;
+            to[(j + 4) * QUAD_BYTES + i] = high;
+        }
+}
+
+// One column of a quad vector of bytes, W rows of it from `part` on, as floats.
+template <int COLUMN>
+GC_INLINE V column_of(const uint8_t *quad, int part, bool is_signed) {
+#if defined(GC_LEVEL_AVX512)
+    const N top = _mm512_slli_epi32(_mm512_loadu_si512(quad + part * W * 4), 24 - 8 * COLUMN);
+    return to_float(is_signed ? _mm512_srai_epi32(top, 24) : _mm512_srli_epi32(top, 24));
+#elif defined(GC_LEVEL_AVX2)
+    const N top = _mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)(quad + part * W * 4)), 24 - 8 * COLUMN);
+    return to_float(is_signed ? _mm256_srai_epi32(top, 24) : _mm256_srli_epi32(top, 24));
+#else
+    V v;
+    for (int i = 0; i < W; ++i) {
+        const uint8_t code = quad[(part * W + i) * 4 + COLUMN];
+        v[i] = is_signed ? (float)(int8_t)code : (float)code;
+    }
+    return v;
+#endif
+}
+
+// Calls sink(column, part, values of W rows) for the columns of a block that was unpacked, in order.
+template <int PIECES, typename Sink>
+GC_INLINE void each_value(const uint8_t *bytes, const Scales<PIECES> &scales, bool is_biased, float offset, bool is_signed,
+                          Sink sink) {
+#pragma GCC unroll 2
+    for (int piece = 0; piece < PIECES; ++piece) {
+        V base[PARTS];
+        for (int part = 0; part < PARTS; ++part) {
+            base[part] = scales.scale[piece][part] * set1(offset);
+            if (is_biased) base[part] = base[part] + scales.bias[piece][part];
+        }
+#pragma GCC unroll 8
+        for (int j = piece * QUADS / PIECES; j < (piece + 1) * QUADS / PIECES; ++j)
+#pragma GCC unroll 2
+            for (int part = 0; part < PARTS; ++part) {
+                const uint8_t *quad = bytes + j * QUAD_BYTES;
+                const V scale = scales.scale[piece][part];
+                sink(4 * j, part, fma(scale, column_of<0>(quad, part, is_signed), base[part]));
+                sink(4 * j + 1, part, fma(scale, column_of<1>(quad, part, is_signed), base[part]));
+                sink(4 * j + 2, part, fma(scale, column_of<2>(quad, part, is_signed), base[part]));
+                sink(4 * j + 3, part, fma(scale, column_of<3>(quad, part, is_signed), base[part]));
+            }
+    }
+}
+
+// The same for the walk's next block.
+template <int PIECES, typename Sink>
+GC_INLINE void each_value(const gc_matrix &m, Walk<PIECES> &walk, Sink sink) {
+    alignas(64) uint8_t bytes[QUADS * QUAD_BYTES];
+    unpack_block(m.codes, walk.next(), bytes);
+    if (m.codes == GC_S8) each_value(bytes, walk.now, walk.is_biased, (float)m.offset, true, sink);
+    else each_value(bytes, walk.now, walk.is_biased, (float)m.offset, false, sink);
+}
+
+// Writes the values of the walk's next `blocks` blocks as [column][16 rows] floats.
+template <int PIECES>
+inline void dequantize(const gc_matrix &m, Walk<PIECES> &walk, int64_t blocks, float *out) {
+    for (int64_t block = 0; block < blocks; ++block, out += BLOCK * PANEL)
+        each_value(m, walk, [out](int column, int part, V value) { store(out + column * PANEL + part * W, value); });
+}
+
+}  // namespace
+}  // namespace gemcutter

@@ -1,0 +1,197 @@
+// Sums of products of codes with int8 rows, in the integer instructions of each level.
+//
+// Owns `dot`: quads of a code block times the same columns of M rows, exact in int32. A `Reader` gives one quad vector of codes,
+// from a packed block or from one that was unpacked before; SHIFT is what it adds to signed codes to make them unsigned. Refuses
+// to know scales. Read `packed_int8.h` next.
+#pragma once
+#include "packed_decode.h"
+
+namespace gemcutter {
+namespace {
+
+// How many products of a pair of columns, each below 2 * largest code * 127, can be added in 16 bits.
+struct Code4 {
+    static constexpr int KIND = GC_U4, DEPTH = 8;
+    static constexpr bool IS_SIGNED = false;
+};
+struct Code6 {
+    static constexpr int KIND = GC_U6, DEPTH = 2;
+    static constexpr bool IS_SIGNED = false;
+};
+struct Code8 {
+    static constexpr int KIND = GC_S8, DEPTH = 1;
+    static constexpr bool IS_SIGNED = true;
+};
+
+inline int32_t four_bytes(const int8_t *p) {
+    int32_t all;
+    memcpy(&all, p, 4);
+    return all;
+}
+
+#if defined(GC_LEVEL_AVX512)
+
+constexpr int ROWS_AT_ONCE = 8;
+constexpr bool STREAMS = true;  // a few rows are multiplied while their codes are unpacked
+
+template <class Code, bool IS_UNPACKED>
+struct Reader : Code {
+    static constexpr int SHIFT = Code::IS_SIGNED ? 128 : 0;
+
+    static N quad(const uint8_t *codes, int, int j) {
+        if (IS_UNPACKED || Code::KIND == GC_S8) {
+            N all = _mm512_loadu_si512(codes + j * QUAD_BYTES);
+            return Code::IS_SIGNED ? _mm512_xor_si512(all, _mm512_set1_epi8((char)0x80)) : all;
+        }
+        N both = _mm512_loadu_si512(codes + j % 4 * QUAD_BYTES);
+        N low = _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
+        if (Code::KIND == GC_U4) return low;
+        N upper = _mm512_loadu_si512(codes + (4 + j / 4) * QUAD_BYTES), mask = _mm512_set1_epi8(0x30);
+        N placed = j % 4 == 0   ? _mm512_slli_epi16(upper, 4)
+                   : j % 4 == 1 ? _mm512_slli_epi16(upper, 2)
+                   : j % 4 == 2 ? upper
+                                : _mm512_srli_epi16(upper, 2);
+        return _mm512_or_si512(low, _mm512_and_si512(placed, mask));
+    }
+};
+
+template <class Reader, int COUNT, int M, int H>
+GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
+    for (int m = 0; m < M; ++m) out[m][0] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int j = first; j < first + COUNT; ++j) {
+        const N w = Reader::quad(codes, part, j);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const N row = _mm512_set1_epi32(four_bytes(q + m * stride + 4 * j));
+            out[m][0] = _mm512_dpbusd_epi32(out[m][0], w, row);
+        }
+    }
+}
+
+#elif defined(GC_LEVEL_AVX2)
+
+constexpr int ROWS_AT_ONCE = 4;
+constexpr bool STREAMS = true;  // a few rows are multiplied while their codes are unpacked
+
+template <class Code, bool IS_UNPACKED>
+struct Reader : Code {
+    static constexpr int SHIFT = 0;
+
+    static N quad(const uint8_t *codes, int part, int j) {
+        codes += part * 32;
+        if (IS_UNPACKED || Code::KIND == GC_S8) return at(codes, j);
+        const N both = at(codes, j % 4);
+        const N low = _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
+        if (Code::KIND == GC_U4) return low;
+        const N upper = at(codes, 4 + j / 4);
+        const N placed = j % 4 == 0   ? _mm256_slli_epi16(upper, 4)
+                         : j % 4 == 1 ? _mm256_slli_epi16(upper, 2)
+                         : j % 4 == 2 ? upper
+                                      : _mm256_srli_epi16(upper, 2);
+        return _mm256_or_si256(low, _mm256_and_si256(placed, _mm256_set1_epi8(0x30)));
+    }
+
+  private:
+    static N at(const uint8_t *codes, int j) { return _mm256_loadu_si256((const __m256i *)(codes + j * QUAD_BYTES)); }
+};
+
+// Makes the compiler finish a sum here; left alone, it adds up a block's products in the end, and has no registers to keep them.
+inline void keep(N &n) { __asm__("" : "+x"(n)); }
+
+template <class Reader, int COUNT, int M, int H>
+GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
+    constexpr int DEPTH = Reader::DEPTH < COUNT ? Reader::DEPTH : COUNT;
+    const N ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 8
+    for (int start = first; start < first + COUNT; start += DEPTH) {
+        N pairs[M][H];
+#pragma GCC unroll 8
+        for (int j = start; j < start + DEPTH; ++j) {
+            N w[H];
+#pragma GCC unroll 2
+            for (int h = 0; h < H; ++h) w[h] = Reader::quad(codes, part + h, j);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) {
+                const N row = _mm256_set1_epi32(four_bytes(q + m * stride + 4 * j));
+#pragma GCC unroll 2
+                for (int h = 0; h < H; ++h) {
+                    const N pair = Reader::IS_SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(w[h]), _mm256_sign_epi8(row, w[h]))
+                                                     : _mm256_maddubs_epi16(w[h], row);
+                    pairs[m][h] = j == start ? pair : _mm256_add_epi16(pairs[m][h], pair);
+                    keep(pairs[m][h]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+            for (int h = 0; h < H; ++h) {
+                const N wide = _mm256_madd_epi16(pairs[m][h], ones);
+                out[m][h] = start == first ? wide : _mm256_add_epi32(out[m][h], wide);
+                keep(out[m][h]);
+            }
+    }
+}
+
+#else
+
+constexpr int ROWS_AT_ONCE = 2;
+constexpr bool STREAMS = false;
+
+template <class Code, bool>
+struct Reader : Code {
+    static constexpr int SHIFT = 0;
+
+    // The codes of quad j, W rows of them.
+    static void quad(const uint8_t *codes, int part, int j, int16_t *out) {
+        const uint8_t *own = codes + j * QUAD_BYTES + part * W * 4;
+        for (int i = 0; i < W * 4; ++i) out[i] = Code::IS_SIGNED ? (int16_t)(int8_t)own[i] : (int16_t)own[i];
+    }
+};
+
+template <class Reader, int COUNT, int M, int H>
+void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
+    int32_t sums[M][H][W] = {};
+    for (int j = first; j < first + COUNT; ++j)
+        for (int h = 0; h < H; ++h) {
+            int16_t w[W * 4];
+            Reader::quad(codes, part + h, j, w);
+            for (int m = 0; m < M; ++m) {
+                const int8_t *row = q + m * stride + 4 * j;
+                for (int r = 0; r < W; ++r)
+                    sums[m][h][r] += w[4 * r] * row[0] + w[4 * r + 1] * row[1] + w[4 * r + 2] * row[2] + w[4 * r + 3] * row[3];
+            }
+        }
+    memcpy(out, sums, sizeof sums);
+}
+
+#endif
+
+// The sums of the first and of the second 16 columns of each block of a row, times the block's scale: out[0..] and out[stride..].
+inline void sum_halves(const int8_t *q, const float *scale, int64_t blocks, float *out, int64_t stride) {
+    int64_t b = 0;
+#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2)
+    const __m256i bytes = _mm256_set1_epi8(1), words = _mm256_set1_epi16(1);
+    for (; b + 4 <= blocks; b += 4) {
+        __m256i sums[4];
+        for (int i = 0; i < 4; ++i) {
+            const __m256i block = _mm256_loadu_si256((const __m256i *)(q + (b + i) * BLOCK));
+            sums[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, block), words);
+        }
+        const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+        const __m128 a = _mm_loadu_ps(scale + b);
+        _mm_storeu_ps(out + b, _mm_mul_ps(a, _mm_cvtepi32_ps(_mm256_castsi256_si128(all))));
+        _mm_storeu_ps(out + stride + b, _mm_mul_ps(a, _mm_cvtepi32_ps(_mm256_extracti128_si256(all, 1))));
+    }
+#endif
+    for (; b < blocks; ++b)
+        for (int half = 0; half < 2; ++half) {
+            int32_t total = 0;
+            for (int i = 0; i < 16; ++i) total += q[b * BLOCK + half * 16 + i];
+            out[half * stride + b] = scale[b] * (float)total;
+        }
+}
+
+}  // namespace
+}  // namespace gemcutter

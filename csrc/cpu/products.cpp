@@ -1,0 +1,239 @@
+// Products of rows with whole matrices, shared out over the team.
+//
+// Owns the sharing: what is a work item, who computes it, and when rows are made into the forms that kernels read. Few rows (a
+// token's) are bound by memory: each thread streams its own run of panels, and what is left at the end is handed out in small
+// pieces, since cores are seldom equally fast. Many rows are bound by arithmetic: items are one panel times one chunk of rows, so
+// that a panel stays in the nearest cache and the chunk in the next. Refuses to know how matrices lie in memory: `packed.cpp`
+// and `dense.cpp` know that.
+#include "products.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <new>
+
+namespace gemcutter {
+namespace {
+
+constexpr size_t ALIGNMENT = 64, LEAST_CHUNK = (size_t)1 << 20;
+constexpr int64_t FEW_ROWS = 16;    // up to here a thread keeps to its run of panels
+constexpr int64_t MOST_ROWS = 256;  // of one item
+constexpr int64_t ROW_UNIT = 32;    // chunks are multiples of what any micro-kernel takes at once
+constexpr int64_t CHUNK_ELEMENTS = 96 * 1024;  // of one item's rows: a part of the second-level cache, beside the panel's codes
+
+size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+int64_t panels_of(const gc_matrix &m) { return (m.rows + PANEL - 1) / PANEL; }
+
+int64_t chunk_rows(int64_t rows, int64_t columns) {
+    int64_t fit = CHUNK_ELEMENTS / columns, most = fit < ROW_UNIT ? ROW_UNIT : fit > MOST_ROWS ? MOST_ROWS : fit;
+    int64_t chunks = (rows + most - 1) / most, each = (rows + chunks - 1) / chunks;
+    return (each + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT;
+}
+
+// Calls item(panel, first row, last row) for all panels and rows, each once, on some thread of the team.
+template <typename Item>
+void share_out(Team &team, int index, int64_t panels, int64_t rows, int64_t columns, int counter, Item item) {
+    std::atomic<int64_t> &next = team.counters[counter];
+    if (rows > FEW_ROWS) {
+        int64_t chunk = chunk_rows(rows, columns), items = panels * ((rows + chunk - 1) / chunk);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+            int64_t first = i / panels * chunk, last = first + chunk < rows ? first + chunk : rows;
+            item(i % panels, first, last);
+        }
+        return;
+    }
+    int64_t owned = team.size == 1 ? panels : panels - panels / 4;
+    Range own = share(owned, 1, index, team.size);
+    for (int64_t panel = own.first; panel < own.last; ++panel) item(panel, (int64_t)0, rows);
+    int64_t piece = panels / (32 * team.size) + 1;
+    for (int64_t start; (start = owned + next.fetch_add(piece, std::memory_order_relaxed)) < panels;)
+        for (int64_t panel = start; panel < start + piece && panel < panels; ++panel) item(panel, (int64_t)0, rows);
+}
+
+}  // namespace
+
+struct Arena::Chunk {
+    Chunk *next;
+    size_t size, used;
+    char *memory() { return reinterpret_cast<char *>(this) + align(sizeof(Chunk)); }
+};
+
+void *Arena::take(size_t bytes) {
+    bytes = align(bytes ? bytes : 1);
+    if (!chunks_ || chunks_->size - chunks_->used < bytes) {
+        size_t size = chunks_ ? chunks_->size * 2 : LEAST_CHUNK;
+        if (size < bytes) size = bytes;
+        void *memory = ::operator new(align(sizeof(Chunk)) + size, std::align_val_t(ALIGNMENT));
+        chunks_ = new (memory) Chunk{chunks_, size, 0};
+    }
+    void *taken = chunks_->memory() + chunks_->used;
+    chunks_->used += bytes;
+    return taken;
+}
+
+// Keeps the newest chunk, which is the largest: after some regions one chunk serves all of them.
+void Arena::clear() {
+    if (!chunks_) return;
+    while (Chunk *older = chunks_->next) {
+        chunks_->next = older->next;
+        ::operator delete(older, std::align_val_t(ALIGNMENT));
+    }
+    chunks_->used = 0;
+}
+
+Arena::~Arena() {
+    clear();
+    if (chunks_) ::operator delete(chunks_, std::align_val_t(ALIGNMENT));
+}
+
+int forms_of(const gc_matrix *parts, int num_parts, int64_t count, int activations) {
+    int forms = 0;
+    for (int i = 0; i < num_parts; ++i) forms |= products(parts[i]).forms(&parts[i], count, activations);
+    return forms;
+}
+
+RowForms take_forms(Arena &arena, int forms, int64_t count, int64_t columns, int activations) {
+    Rows rows = {count, columns, activations, nullptr, nullptr, nullptr, nullptr, nullptr};
+    if (forms & FORM_INT8) {
+        rows.q = arena.array<int8_t>(count * columns);
+        rows.scale = arena.array<float>(count * (columns / BLOCK));
+        rows.sum = arena.array<float>(count * (columns / BLOCK));
+    }
+    if (forms & FORM_BF16) rows.bf16 = arena.array<uint16_t>(count * columns);
+    if (forms & FORM_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);
+    return {forms, rows};
+}
+
+void make_form(RowForms &forms, int64_t row, const float *x_row) {
+    const Words &words = *kernels().words;
+    const Rows &rows = forms.rows;  // the memory behind its pointers is ours to fill: take_forms took it
+    int64_t columns = rows.columns, at = row * columns, block = row * (columns / BLOCK);
+    if (forms.forms & FORM_INT8)
+        words.quantize(x_row, columns, const_cast<int8_t *>(rows.q) + at, const_cast<float *>(rows.scale) + block,
+                       const_cast<float *>(rows.sum) + block);
+    uint16_t *bf16 = forms.forms & FORM_BF16 ? const_cast<uint16_t *>(rows.bf16) + at : nullptr;
+    if (bf16) words.to_bf16(x_row, columns, bf16);
+    if (!(forms.forms & FORM_FLOAT) || rows.activations != GC_BF16_ROWS) return;
+    float *x = const_cast<float *>(rows.x) + at;
+    if (bf16) return words.from_bf16(bf16, columns, x);
+    constexpr int64_t PIECE = 256;
+    uint16_t rounded[PIECE];
+    for (int64_t start = 0; start < columns; start += PIECE) {
+        int64_t count = columns - start < PIECE ? columns - start : PIECE;
+        words.to_bf16(x_row + start, count, rounded);
+        words.from_bf16(rounded, count, x + start);
+    }
+}
+
+void make_forms(Team &team, int index, RowForms &forms, const float *x) {
+    bool keeps_x = forms.forms & FORM_FLOAT && forms.rows.activations != GC_BF16_ROWS;
+    if (keeps_x && index == 0) forms.rows.x = x;  // seen by all after the caller's barrier
+    Range own = share(forms.rows.count, 1, index, team.size);
+    for (int64_t row = own.first; row < own.last; ++row) make_form(forms, row, x + row * forms.rows.columns);
+}
+
+void multiply(Team &team, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
+              void *scratch, int counter) {
+    int64_t panels = 0;
+    for (int i = 0; i < num_parts; ++i) panels += panels_of(parts[i]);
+    share_out(team, index, panels, rows.count, rows.columns, counter, [&](int64_t panel, int64_t first, int64_t last) {
+        const gc_matrix *part = parts;
+        float *column = out;
+        for (; panel >= panels_of(*part); ++part) {
+            panel -= panels_of(*part);
+            column += part->rows;
+        }
+        products(*part).panel(part, panel, &rows, first, last, column + first * ld + panel * PANEL, ld, scratch);
+    });
+}
+
+void multiply_gated(Team &team, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out, int64_t ld,
+                    void *scratch, int counter) {
+    int64_t chunk = rows.count > FEW_ROWS ? chunk_rows(rows.count, rows.columns) : rows.count;
+    float *gates = static_cast<float *>(scratch), *ups = gates + chunk * PANEL;
+    void *rest = ups + chunk * PANEL;
+    share_out(team, index, panels_of(*gate), rows.count, rows.columns, counter, [&](int64_t panel, int64_t first, int64_t last) {
+        int64_t count = last - first, left = gate->rows - panel * PANEL, width = left < PANEL ? left : PANEL;
+        if (width < PANEL) memset(scratch, 0, sizeof(float) * (size_t)(2 * chunk * PANEL));
+        products(*gate).panel(gate, panel, &rows, first, last, gates, PANEL, rest);
+        products(*up).panel(up, panel, &rows, first, last, ups, PANEL, rest);
+        kernels().words->gelu_mul(gates, ups, count * PANEL, gates);
+        float *target = out + first * ld + panel * PANEL;
+        for (int64_t m = 0; m < count; ++m) memcpy(target + m * ld, gates + m * PANEL, sizeof(float) * (size_t)width);
+    });
+}
+
+size_t scratch_bytes(const gc_matrix *parts, int num_parts) {
+    size_t most = 0;
+    for (int i = 0; i < num_parts; ++i) {
+        size_t bytes = align(products(parts[i]).scratch_bytes(&parts[i]));
+        if (bytes > most) most = bytes;
+    }
+    return most;
+}
+
+size_t gated_scratch_bytes(const gc_matrix *gate, const gc_matrix *up) {
+    size_t both = align(sizeof(float) * 2 * MOST_ROWS * PANEL), a = scratch_bytes(gate, 1), b = scratch_bytes(up, 1);
+    return both + (a > b ? a : b);
+}
+
+namespace {
+
+struct Linear {
+    const gc_matrix *parts;
+    int num_parts;
+    const float *x;
+    RowForms forms;
+    float *out;
+    int64_t ld;
+    char *scratch;
+    size_t scratch_each;
+};
+
+struct Gather {
+    const gc_matrix *matrix;
+    const int64_t *ids;
+    int64_t count;
+    float *out;
+};
+
+thread_local Arena arena;
+
+}  // namespace
+}  // namespace gemcutter
+
+// out [rows, sum of the parts' rows] = x [rows, columns] times the parts.
+GC_EXPORT int gc_linear(const gc_matrix *parts, int num_parts, const float *x, int64_t rows, int activations, float *out) {
+    using namespace gemcutter;
+    arena.clear();
+    Linear call = {parts, num_parts, x, {}, out, 0, nullptr, scratch_bytes(parts, num_parts)};
+    for (int i = 0; i < num_parts; ++i) call.ld += parts[i].rows;
+    call.forms = take_forms(arena, forms_of(parts, num_parts, rows, activations), rows, parts->columns, activations);
+    call.scratch = arena.array<char>((int64_t)call.scratch_each * threads());
+    run(
+        [](void *argument, Team &team, int index) {
+            Linear &call = *static_cast<Linear *>(argument);
+            make_forms(team, index, call.forms, call.x);
+            team.barrier();
+            multiply(team, index, call.parts, call.num_parts, call.forms.rows, call.out, call.ld,
+                     call.scratch + call.scratch_each * (size_t)index, 0);
+        },
+        &call);
+    return 0;
+}
+
+// out [count, columns] = the rows of a matrix that ids name.
+GC_EXPORT int gc_gather(const gc_matrix *matrix, const int64_t *ids, int64_t count, float *out) {
+    using namespace gemcutter;
+    Gather call = {matrix, ids, count, out};
+    run(
+        [](void *argument, Team &team, int index) {
+            Gather &call = *static_cast<Gather *>(argument);
+            Range own = share(call.count, 1, index, team.size);
+            for (int64_t i = own.first; i < own.last; ++i)
+                products(*call.matrix).gather(call.matrix, call.ids[i], call.out + i * call.matrix->columns);
+        },
+        &call);
+    return 0;
+}

@@ -1,0 +1,195 @@
+"""The native CPU library: where it lies, whether it can be used, and its plain C interface.
+
+Owns loading and the types that cross the border (csrc/cpu/api.h); refuses to know torch, plans and weights. Everything works
+without the library, only slower; `missing()` says why it is not there. Read `ops/cpu_native.py` for the kernels' providers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import gemcutter
+from gemcutter.errors import KernelError
+
+FILE = "_cpu.so"
+VERSION = 1  # of the interface, gc_version()
+LEVELS = ("portable", "avx2", "avx512", "amx")
+
+
+class Matrix(ctypes.Structure):
+    """`gc_matrix`: a packed or dense matrix in memory."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("stride", c_int64),
+        ("codes", c_int32),
+        ("scales", c_int32),
+        ("group", c_int32),
+        ("has_bias", c_int32),
+        ("offset", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class StepView(ctypes.Structure):
+    """`gc_step`: the flat rows of one step, and where one group's keys lie."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("sequences", c_int64),
+        ("row_start", c_void_p),
+        ("positions", c_void_p),
+        ("span_start", c_void_p),
+        ("span_low", c_void_p),
+        ("span_slots", c_void_p),
+        ("slots", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+    )
+
+
+class AttentionView(ctypes.Structure):
+    """`gc_attention`: one layer's attention shape and the pool tensors that it reads."""
+
+    _fields_ = (
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("window", c_int64),
+        ("dtype", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class ExpertsView(ctypes.Structure):
+    """`gc_experts`: the matrices and scales of a mixture of experts."""
+
+    _fields_ = (
+        ("experts", c_int64),
+        ("top_k", c_int64),
+        ("width", c_int64),
+        ("router", Matrix),
+        ("gate", c_void_p),
+        ("up", c_void_p),
+        ("down", c_void_p),
+        ("router_scale", c_void_p),
+        ("expert_scale", c_void_p),
+        ("norm", c_void_p),
+        ("dense_branch_norm", c_void_p),
+        ("expert_branch_norm", c_void_p),
+    )
+
+
+class LayerView(ctypes.Structure):
+    """`gc_layer`: one layer's sizes, matrices and norms; what it lacks has no rows, or is null."""
+
+    _fields_ = (
+        ("attention", AttentionView),
+        ("hidden", c_int64),
+        ("ple_dim", c_int64),
+        ("attn_in", Matrix * 3),
+        *((name, Matrix) for name in ("attn_out", "gate", "up", "down", "ple_gate", "ple_out")),
+        *((name, c_void_p) for name in ("attn_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")),
+        ("ple_post_norm", c_void_p),
+        ("experts", c_void_p),
+        ("eps", c_float),
+        ("feed_scale", c_float),
+        ("inject_scale", c_float),
+        ("has_v_norm", c_int32),
+        ("activations", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class PleView(ctypes.Structure):
+    """`gc_ple`: the per-layer embeddings of a span of layers."""
+
+    _fields_ = (
+        ("project", Matrix),
+        ("table", Matrix),
+        ("norm", c_void_p),
+        ("dim", c_int64),
+        ("eps", c_float),
+        ("token_scale", c_float),
+        ("context_scale", c_float),
+        ("activations", c_int32),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Load the library once; None where there is none. Raises KernelError for an environment variable that can't be obeyed."""
+    found = _open()
+    return found if isinstance(found, ctypes.CDLL) else None
+
+
+def missing() -> str | None:
+    """Say why there is no library; None if there is one."""
+    found = _open()
+    return found if isinstance(found, str) else None
+
+
+@cache
+def _open() -> ctypes.CDLL | str:
+    asked = os.environ.get("GEMCUTTER_NATIVE")
+    if asked == "off":
+        return "switched off by GEMCUTTER_NATIVE=off"
+    path = Path(asked) if asked else _find()
+    if path is None:
+        return "the CPU kernels were not built: install a C++ compiler, then install gemcutter again"
+    found = _load(path)
+    if isinstance(found, str):
+        if asked:
+            raise KernelError(f"GEMCUTTER_NATIVE: {found}")
+        return found
+    level = os.environ.get("GEMCUTTER_LEVEL")
+    if level:
+        _set_level(found, level)
+    return found
+
+
+def _find() -> Path | None:
+    """Look beside this file, then where an editable installation puts what it builds."""
+    places = dict.fromkeys((Path(__file__).parent, *map(Path, gemcutter.__path__)))
+    return next((place / FILE for place in places if (place / FILE).exists()), None)
+
+
+def _load(path: Path) -> ctypes.CDLL | str:
+    try:
+        found = ctypes.CDLL(str(path))
+        version = found.gc_version()
+    except (OSError, AttributeError) as error:
+        return f"{path} can't be used: {error}"
+    if version != VERSION:
+        return f"{path} has interface {version}, {VERSION} expected: install gemcutter again, or `make native`"
+    found.gc_level.restype = ctypes.c_char_p
+    return found
+
+
+def _set_level(found: ctypes.CDLL, level: str | None) -> None:
+    answer = found.gc_set_level(level.encode() if level else None)
+    if answer:
+        why = "this processor lacks its instructions" if answer == 1 else f"expected one of {', '.join(LEVELS)}"
+        raise KernelError(f"kernel level {level!r}: {why}")
+
+
+def set_level(level: str | None) -> None:
+    """Use the kernels of one processor level (None: the best). Raises KernelError where that can't be done."""
+    found = library()
+    if found is None:
+        raise KernelError(f"kernel level {level!r}: {missing()}")
+    _set_level(found, level)
+
+
+def level() -> str | None:
+    """Give the processor level in use; None without the library."""
+    found = library()
+    return None if found is None else found.gc_level().decode()

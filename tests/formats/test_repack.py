@@ -1,0 +1,154 @@
+"""Repacking natively and at load: equal to the definition byte for byte, and a model's logits stay what they were."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemcutter import native, repack
+from gemcutter.checkpoint.convert import convert
+from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.load import load_params
+from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.model.text import Decoder
+from gemcutter.plan import Access
+from gemcutter.quant import Weight, affine, widen
+from gemcutter.quant.blocks import TYPES, Blocks
+from gemcutter.quant.integer import from_packed, from_values
+from gemcutter.quant.packed import Packed
+from gemcutter.quant.tiled import Tiled
+from gemcutter.quant.tiling import join, tile
+from tests.topologies import prompt, run_alone
+from tests.trained import trained
+from tests.unit.test_quant_blocks import random_blocks
+
+CPU = torch.device("cpu")
+needs_library = pytest.mark.skipif(native.library() is None, reason=f"needs the native library: {native.missing()}")
+
+
+def blocks(name: str, rows: int) -> Blocks:
+    kind = TYPES[name]
+    return Blocks(random_blocks(name, 160 * 512 // kind.values).view(160, -1), kind).rows(0, rows)
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(1)).to(torch.int32)
+
+
+def affine_of(bits: int, group: int, dtype: torch.dtype, rows: int) -> Packed:
+    return affine.quantize(torch.randn(rows, 256, generator=torch.Generator().manual_seed(2)).to(dtype), bits, group)
+
+
+PARTS: dict[str, Callable[[int], Packed]] = {
+    **{name: functools.partial(blocks, name) for name in repack.BLOCK_KINDS},
+    **{
+        f"affine{bits}g{group} {dtype}": functools.partial(affine_of, bits, group, dtype)
+        for bits in (4, 8)
+        for group, dtype in ((32, torch.float32), (64, torch.bfloat16), (128, torch.float16))
+    },
+    "packed4g32": lambda rows: from_packed(numbers(rows, 32), torch.rand(rows, 8), 4, 256),
+    "packed4, scale of a row": lambda rows: from_packed(numbers(rows, 32), torch.rand(rows, 1).half(), 4, 256),
+    "packed8g64": lambda rows: from_packed(numbers(rows, 64), torch.rand(rows, 4).bfloat16(), 8, 256),
+    "int8": lambda rows: from_values(numbers(rows, 64).view(torch.int8), torch.rand(rows)),
+    "int8, scale of the tensor": lambda rows: from_values(numbers(rows, 64).view(torch.int8), torch.rand(1)),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [1, 16, 37, 160])
+@pytest.mark.parametrize("name", PARTS)
+def test_the_library_writes_what_the_definition_says(name: str, rows: int) -> None:
+    part = PARTS[name](rows)
+    for cut in (part, part.columns(0, part.shape[-1] // 2), part.rows(rows // 3, rows)):
+        found = tile(cut)
+        assert found is not None
+        assert torch.equal(found.data, join([cut], cut.shape).data)
+
+
+@needs_library
+def test_the_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def spy(source: repack.Source, target: native.Matrix, threads: int) -> bool:
+        asked.append(source.kind)
+        return repack.repack(source, target, threads)
+
+    monkeypatch.setattr("gemcutter.quant.tiling.repack", spy)
+    for name, make in PARTS.items():
+        asked.clear()
+        tile(make(20))
+        assert asked, name
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_writes_the_same(threads: int) -> None:
+    part = blocks("Q6_K", 150)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = tile(part)
+    finally:
+        torch.set_num_threads(before)
+    assert found is not None
+    assert torch.equal(found.data, join([part], part.shape).data)
+
+
+# ---- whole checkpoints ----
+
+CHECKPOINTS: dict[str, Callable[[], Path]] = {
+    "Q4_0": lambda: converted("gguf", "Q4_0"),
+    "Q4_K_M": lambda: trained("tiny-e-Q4_K_M.gguf"),
+    "mlx4": lambda: converted("mlx", "mlx4"),
+    "mlx8": lambda: converted("mlx", "mlx8"),
+    "experts in Q8_0": lambda: converted("gguf", "Q8_0", Path(__file__).parents[1] / "goldens" / "tiny-a"),
+}
+_scratch = tempfile.TemporaryDirectory(prefix="gemcutter-")
+
+
+@functools.cache
+def converted(to: str, quant: str, source: Path = DEMO_FOLDER) -> Path:
+    target = Path(_scratch.name) / (f"{source.name}-{quant}" + (".gguf" if to == "gguf" else ""))
+    convert(source, target, to, quant)
+    return target
+
+
+def logits(checkpoint: Checkpoint, *, tiled: bool, quant: str | None = None) -> Tensor:
+    params = load_params(checkpoint, torch.float32, CPU, quant=quant, tiled=tiled)
+    decoder = Decoder(checkpoint.plan, params, torch.float32, kernels="reference")
+    return run_alone(decoder, prompt(9), chunk=9).logits
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_tiled_checkpoint_gives_the_same_logits(name: str) -> None:
+    checkpoint = open_checkpoint(CHECKPOINTS[name]())
+    packed, tiled = (load_params(checkpoint, torch.float32, CPU, tiled=is_tiled) for is_tiled in (False, True))
+    counts = {True: 0, False: 0}
+    for spec in checkpoint.plan.params():
+        before, after = packed[spec.name], tiled[spec.name]
+        if not isinstance(before, Weight):
+            continue
+        assert isinstance(after, Weight)
+        assert (after.names, after.rows, after.columns) == (before.names, before.rows, before.columns)
+        for one, other in zip(before.parts, after.parts, strict=True):
+            counts[isinstance(other, Tiled)] += not isinstance(one, Tensor)
+            assert isinstance(other, Tiled) <= (spec.access is not Access.ROWS)
+            assert torch.equal(widen(one), widen(other)), spec.name
+    assert counts[True] > 20
+    assert counts[False] <= 1  # the table of per-layer embeddings
+    assert torch.equal(logits(checkpoint, tiled=True), logits(checkpoint, tiled=False))
+
+
+@pytest.mark.parametrize("quant", ["q4", "q8"])
+def test_what_is_quantized_at_load_is_tiled_too(quant: str) -> None:
+    checkpoint = open_checkpoint(DEMO_FOLDER)
+    params = load_params(checkpoint, torch.float32, CPU, quant=quant, tiled=True)
+    tiled = [part for param in params.values() if isinstance(param, Weight) for part in param.parts if isinstance(part, Tiled)]
+    assert len(tiled) > 20
+    assert torch.equal(logits(checkpoint, tiled=True, quant=quant), logits(checkpoint, tiled=False, quant=quant))

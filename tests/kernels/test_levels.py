@@ -1,0 +1,71 @@
+"""Levels of wider processors than this one, emulated; and that the code of one level never serves another.
+
+A library with -DGC_EMULATE computes AVX-512 and AMX in plain C++ (csrc/emulate). It is built once, into build/emulated, and all
+kernel tests run over it in a process of their own, since a process keeps the library that it loaded first.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemcutter import native
+
+ROOT = Path(__file__).parents[2]
+KERNEL_TESTS = sorted(path.name for path in Path(__file__).parent.glob("test_native_*.py"))
+EMULATED = ("avx512", "amx")
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Path:
+    """Build the library with emulated levels, unless it is there and new; skip where that can't be done."""
+    if platform.machine() not in ("x86_64", "AMD64") or native.level() in (None, "portable"):
+        pytest.skip("emulation needs AVX2")
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    folder = ROOT / "build" / "emulated"
+    subprocess.run([ROOT / "tools" / "native.sh", folder, "-DGC_EMULATE=ON"], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("level", EMULATED)
+@pytest.mark.parametrize("name", KERNEL_TESTS)
+def test_kernels_of_wider_processors(name: str, level: str, emulated: Path) -> None:
+    """Run the tests that name this level, and those that name none."""
+    chosen = f"{level} or not ({' or '.join(native.LEVELS)})"
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", Path(__file__).with_name(name), "-k", chosen],
+        env={**os.environ, "GEMCUTTER_NATIVE": str(emulated / "_cpu.so"), "GEMCUTTER_LEVEL": level, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    assert "kernel level" not in found.stdout, "the emulated library lacks a level"
+
+
+def test_levels_share_no_code(emulated: Path) -> None:
+    """An inline function compiled for one level must not be the copy that the linker keeps for all: none may be shared."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    objects = sorted((emulated / "CMakeFiles").glob("level_*.dir/**/*.o"))
+    assert {path.relative_to(emulated / "CMakeFiles").parts[0] for path in objects} == {
+        f"level_{name}.dir" for name in native.LEVELS
+    }
+    for path in objects:
+        level = path.relative_to(emulated / "CMakeFiles").parts[0].removeprefix("level_").removesuffix(".dir")
+        listed = subprocess.run([nm, "-C", path], check=True, capture_output=True, text=True).stdout
+        for kind, name in re.findall(r"^(?:[0-9a-f]+| +) (\w) (.*)$", listed, re.MULTILINE):
+            if kind in "TDBRVWuvwi":  # seen by, or merged with, other objects
+                assert re.fullmatch(rf"gemcutter::\w+_{level}", name), f"{path.name} of {level} offers {name}"
+            if kind == "U":  # and it calls nothing but the C library, and the tables that AMX falls back on
+                assert not name.startswith(("std::", "operator ")), f"{path.name} of {level} needs {name}"

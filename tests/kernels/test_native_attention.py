@@ -1,0 +1,226 @@
+"""Native attention against the reference, at every processor level that the library has here.
+
+Owns the grid of shapes, the edges of windows and the poison in slots that no query sees. Refuses to know sentences; read
+`test_providers.py` for the same grid over every provider. Shape letters: N rows, H heads, K key heads, E head dim, T keys.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemcutter import native
+from gemcutter.ops import reference
+from gemcutter.ops.cpu_step import Viewer
+from gemcutter.ops.step import Span, Step
+from gemcutter.plan import Attn, LayerPlan, Proj, RopeSpec
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
+
+F32, BF16 = torch.float32, torch.bfloat16
+TOLERANCE = 2e-5  # largest difference over largest value
+LAYER = 3
+CODES = {BF16: 3, F32: 5}
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    library = native.library()
+    assert library is not None
+    before = library.gc_threads()
+    library.gc_set_threads(request.param)
+    yield request.param
+    library.gc_set_threads(before)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one sequence at `positions`; the cache holds its keys from `start` to `held` - 1."""
+
+    positions: tuple[int, ...]
+    held: int
+    start: int = 0
+
+
+@dataclass
+class Cache:
+    """One layer's keys and values [T, K, E]."""
+
+    keys: Tensor
+    values: Tensor
+
+    def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
+        raise AssertionError("attention writes nothing")
+
+    def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
+        return self.keys[span.where], self.values[span.where]
+
+    def storage(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+
+def rows(count: int, past: int, start: int = 0) -> Part:
+    """Give `count` rows after `past` committed positions."""
+    return Part(tuple(range(past, past + count)), past + count, start)
+
+
+def plan(heads: int, kv_heads: int, dim: int, window: int | None) -> LayerPlan:
+    attn = Attn.GLOBAL if window is None else Attn.SLIDING
+    return LayerPlan(5, attn, Proj.Q_ONLY, LAYER, "self", heads, kv_heads, dim, window, RopeSpec(1e4, dim, dim // 2), 64, None, 0)
+
+
+def seen_by_any(part: Part, window: int | None) -> Tensor:
+    """Tell which of the positions start to held - 1 some row of the part sees."""
+    position = torch.arange(part.start, part.held)
+    seen = torch.zeros(len(position), dtype=torch.bool)
+    for row in part.positions:
+        seen |= (position <= row) & (position > row - (window or row + 1))
+    return seen
+
+
+def make(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype, listed: bool, poison: float) -> tuple[Tensor, Step, Cache]:
+    """Draw queries and a cache in which slots that no row sees hold `poison`."""
+    draw = torch.Generator().manual_seed(7)
+    q_NHE = torch.randn(sum(len(part.positions) for part in parts), layer.heads, layer.head_dim, generator=draw)
+    total = sum(part.held - part.start for part in parts) + 5 * len(parts) + 5
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(8)) if listed else torch.arange(total)
+    keys = torch.full((total, layer.kv_heads, layer.head_dim), poison)
+    values, spans, at = keys.clone(), [], 5
+    for part in parts:
+        size, seen = part.held - part.start, seen_by_any(part, layer.window)
+        slots = order[at : at + size]
+        for tensor in (keys, values):
+            tensor[slots[seen]] = torch.randn(int(seen.sum()), *tensor.shape[1:], generator=draw)
+        spans.append(Span(part.start, slots if listed else slice(at, at + size)))
+        at += size + 5
+    positions = torch.tensor([position for part in parts for position in part.positions])
+    row_start = [0]
+    for part in parts:
+        row_start.append(row_start[-1] + len(part.positions))
+    step = Step(positions, positions, positions, tuple(row_start), {layer.window: tuple(spans)}, {}, None, {})
+    return q_NHE * (2 * layer.head_dim**-0.5), step, Cache(keys.to(dtype), values.to(dtype))
+
+
+def attend(q_NHE: Tensor, step: Step, pool: Cache, layer: LayerPlan) -> Tensor:
+    library = native.library()
+    assert library is not None
+    struct = native.AttentionView(
+        k=pool.keys.data_ptr(),
+        v=pool.values.data_ptr(),
+        heads=layer.heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        window=layer.window or 0,
+        dtype=CODES[pool.keys.dtype],
+    )
+    out = torch.full_like(q_NHE, torch.nan)
+    seen = Viewer(layer.window, layer.rope)(step)
+    q, to = ctypes.c_void_p(q_NHE.data_ptr()), ctypes.c_void_p(out.data_ptr())
+    assert library.gc_attend(q, ctypes.c_void_p(seen.address), ctypes.byref(struct), to) == 0
+    return out
+
+
+@cache
+def opinion(parts: tuple[Part, ...], layer: LayerPlan, dtype: torch.dtype) -> Tensor:
+    """Give what the reference makes of a clean cache."""
+    q_NHE, step, clean = make(parts, layer, dtype, listed=False, poison=0.0)
+    return reference.build_attention(layer)(q_NHE, step, clean)
+
+
+def check(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype = F32, listed: bool = False) -> None:
+    """Compare with the reference; the kernel gets a cache with poison where nobody looks."""
+    wanted = opinion(tuple(parts), layer, dtype)
+    q_NHE, step, pool = make(parts, layer, dtype, listed, torch.nan)
+    found = attend(q_NHE, step, pool, layer)
+    assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+
+
+SHAPES = [(8, 1, 256), (8, 1, 512), (16, 8, 64), (4, 2, 128), (1, 1, 64), (6, 2, 32), (3, 1, 96)]
+MIXED = [rows(1, 700), rows(9, 0), rows(2, 131), rows(40, 300), rows(0, 17), rows(1, 0), rows(8, 60), rows(17, 255)]
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["view", "listed"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.usefixtures("level")
+def test_mixed_batch(heads: int, kv_heads: int, dim: int, window: int | None, dtype: torch.dtype, listed: bool) -> None:
+    check(MIXED, plan(heads, kv_heads, dim, window), dtype, listed)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.usefixtures("level")
+def test_threads(threads: int, window: int | None) -> None:
+    check(MIXED, plan(8, 2, 64, window), BF16, listed=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9, 16, 23, 65, 600])
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.usefixtures("level")
+def test_row_counts(count: int, window: int | None) -> None:
+    check([rows(count, 0)], plan(4, 1, 64, window), BF16)
+    check([rows(count, 77)], plan(2, 2, 64, window))
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 512])
+@pytest.mark.parametrize("around", [-1, 0, 1])
+@pytest.mark.usefixtures("level")
+def test_window_edges(window: int, around: int) -> None:
+    """The oldest key that a row sees is one after, at, or one before the first held; alone and at the end of a chunk."""
+    last = max(window + around, 0)
+    layer = plan(4, 1, 64, window)
+    check([rows(1, last)], layer)
+    check([rows(last + 1, 0)], layer)
+    released = max(last + 1 - window, 0)
+    check([rows(1, last, released), rows(20, last, max(released - 1, 0))], layer)
+
+
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.usefixtures("level")
+def test_kept_rows_with_gaps(window: int | None) -> None:
+    """Rows that are kept from a chunk are not neighbours; what only dropped rows saw may hold anything."""
+    few, many = (2, 90, 91, 199), tuple(range(0, 220, 13))
+    check([Part(few, 240), Part(many, 250)], plan(4, 2, 64, window), BF16, listed=True)
+
+
+@pytest.mark.parametrize("past", [127, 128, 129, 4095, 5000])
+@pytest.mark.usefixtures("level")
+def test_long_context_is_cut_and_merged(past: int) -> None:
+    check([rows(2, past)], plan(4, 1, 32, None), BF16)
+
+
+@pytest.mark.usefixtures("level")
+def test_chunks_equal_the_whole() -> None:
+    layer = plan(4, 1, 64, 30)
+    q_NHE, step, pool = make([rows(150, 0)], layer, F32, listed=False, poison=0.0)
+    whole = attend(q_NHE, step, pool, layer)
+    for first, last in ((0, 11), (11, 12), (12, 100), (100, 150)):
+        part = slice(first, last)
+        positions = step.positions_N[part]
+        piece = Step(positions, positions, positions, (0, last - first), step.spans, {}, None, {})
+        assert torch.allclose(attend(q_NHE[part].contiguous(), piece, pool, layer), whole[part], rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("level")
+def test_large_scores_do_not_overflow() -> None:
+    layer = plan(2, 1, 64, None)
+    q_NHE, step, pool = make([rows(1, 300), rows(30, 300)], layer, F32, listed=False, poison=0.0)
+    found = attend(q_NHE * 300, step, pool, layer)
+    wanted = reference.build_attention(layer)(q_NHE * 300, step, pool)
+    assert wanted.isfinite().all()
+    assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()  # scores near 1000 have an ulp of 6e-5
+
+
+@pytest.mark.usefixtures("level")
+def test_a_row_that_sees_no_key_gives_zeros() -> None:
+    layer = plan(2, 1, 64, 4)
+    for count in (1, 20):
+        part = Part(tuple(range(count)), 60, 50)  # the cache has let go of all that these rows would see
+        q_NHE, step, pool = make([part], layer, F32, listed=False, poison=torch.nan)
+        assert attend(q_NHE, step, pool, layer).eq(0).all()
