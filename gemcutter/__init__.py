@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gemcutter.errors import CapacityError, CheckpointError, ConfigError, GemcutterError, KernelError, RequestError
+from gemcutter.pause import collector_paused
 
 if TYPE_CHECKING:
     from gemcutter.api import Model, load
@@ -55,7 +56,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gemcutter' has no attribute {name!r}")
-    return getattr(import_module(f"gemcutter.{_HOMES[name]}"), name)
+    with collector_paused():
+        return getattr(import_module(f"gemcutter.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -19,6 +19,7 @@ from gemcutter.checkpoint.formats.lora import open_adapter
 from gemcutter.checkpoint.hub import locate
 from gemcutter.checkpoint.load import Progress, load_params
 from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.panel_cache import PanelCache
 from gemcutter.completion import Chunk, Completion, Mail, Stream, Timings
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.memory import check_limits
@@ -27,7 +28,8 @@ from gemcutter.engine.sampling import Sampling
 from gemcutter.errors import KernelError, RequestError
 from gemcutter.lexicon import read_defaults, read_template, read_tokenizer
 from gemcutter.model.text import Decoder
-from gemcutter.ops.bind import CHOICES
+from gemcutter.ops.bind import ACTIVATIONS, CHOICES, native_refusal
+from gemcutter.pause import collector_paused
 from gemcutter.text.stream import TextStream
 
 __all__ = ["Chunk", "Completion", "Message", "Model", "Prompt", "Stream", "Timings", "load"]
@@ -124,12 +126,14 @@ class Model:
         return Request(tuple(ids), sampling, stop_ids=stop_ids, **own)
 
 
+@collector_paused()
 def load(
     model: str,
     *,
     dtype: str | None = None,
     device: str = "cpu",
     kernels: str = "auto",
+    activations: str | None = None,
     context: int | None = None,
     max_rows: int = 512,
     max_sequences: int = 8,
@@ -138,15 +142,19 @@ def load(
     quant: str | None = None,
     adapter: str | None = None,
     adapters: Mapping[str, str] | None = None,
+    repack_cache: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
 
     `dtype` is the compute dtype ("float32" or "bfloat16"; default: the checkpoint's own). `kernels` is "auto", or "reference"
-    for the plain definitions, whose rows never depend on their neighbours. `context` bounds a sequence, `max_rows` a step,
+    for the plain definitions, whose rows never depend on their neighbours. `activations` says in what form the native CPU kernels
+    take the rows that meet packed weights: "int8", the default in bfloat16, or "bf16"; in float32 they stay as they are unless it
+    is given. `context` bounds a sequence, `max_rows` a step,
     `max_sequences` a batch; `checkpoints` finished prompts and replies are kept for reuse. `quant`, "q4" or "q8", quantizes
     dense matrices while they are loaded; packed ones stay as they are. `adapter` is a LoRA adapter (a folder or a hub id) that is
     merged into the weights; `adapters`, by name, stay beside them, and a request with `adapter="name"` gets that one's changes.
+    `repack_cache` keeps what the native kernels repack in the user's cache folder, for later loads to map.
     Raises CheckpointError or ConfigError with everything that is wrong.
     """
     started = time.perf_counter()
@@ -156,23 +164,37 @@ def load(
     place, compute = check_device(device), check_dtype(dtype or checkpoint.config.dtype)
     if kernels not in CHOICES:
         raise KernelError(f"kernels: expected one of {', '.join(CHOICES)}, found {kernels!r}")
+    is_native = check_activations(activations, place, kernels)
     if checkpoint.plan.is_drafter:
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
     merged = None if adapter is None else open_adapter(locate(adapter), checkpoint.plan, ignore)
     beside = {name: open_adapter(locate(path), checkpoint.plan, ignore) for name, path in (adapters or {}).items()}
-    params, notes = load_params(checkpoint, compute, place, progress, quant), list[str]()
+    cache = PanelCache.of(checkpoint, quant) if repack_cache and is_native else None
+    params, notes = load_params(checkpoint, compute, place, progress, quant, is_native, cache), list[str]()
     if merged is not None:
         params, note = fold(params, merged, checkpoint, compute, place)
         notes += [*merged.notes(), note]
     for name, each in beside.items():
         params = attach(params, each, name, place)
         notes += each.notes()
-    decoder = Decoder(checkpoint.plan, params, compute, place, kernels)
+    decoder = Decoder(checkpoint.plan, params, compute, place, kernels, activations)
     engine = Engine(decoder, context, max_rows, max_sequences, checkpoints)
     built = Model(checkpoint, decoder, engine, 0.0)
+    if not is_native and place.type == "cpu" and kernels != "reference":
+        notes.append(f"several times slower than it could be: {native_refusal('cpu', False)}")
     built.notes += notes
     built.load_s = time.perf_counter() - started
     return built
+
+
+def check_activations(name: str | None, device: torch.device, kernels: str) -> bool:
+    """Tell whether the native kernels serve. Raises KernelError for a form that does not exist, or that would be ignored."""
+    if name is not None and name not in ACTIVATIONS:
+        raise KernelError(f"activations: expected one of {', '.join(ACTIVATIONS)}, found {name!r}")
+    refusal = native_refusal(device.type, kernels == "reference")
+    if name is not None and refusal is not None:
+        raise KernelError(f"activations {name}: a choice of the native CPU kernels, which are not used here: {refusal}")
+    return refusal is None
 
 
 def check_dtype(name: str) -> torch.dtype:

@@ -6,12 +6,16 @@ know either's contents. Read `text/tokenizer.py` and `text/chat.py` for what is 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from gemcutter.checkpoint.formats import gguf
 from gemcutter.checkpoint.match import Checkpoint
 from gemcutter.checkpoint.source import Source
 from gemcutter.defaults import Defaults
-from gemcutter.text.chat import ChatTemplate
-from gemcutter.text.tokenizer import Tokenizer, merges_of
+from gemcutter.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # the template engine is imported where there is a template
+    from gemcutter.text.chat import ChatTemplate
 
 
 def read_tokenizer(source: Source) -> Tokenizer:
@@ -24,7 +28,7 @@ def read_tokenizer(source: Source) -> Tokenizer:
         return Tokenizer.load(source.folder)
     return Tokenizer.build(
         found.pieces,
-        merges_of(found.scores) if found.merges is None else found.merges,
+        found.scores if found.merges is None else found.merges,
         markers=found.markers,
         literals=found.literals,
         special_tokens=found.special_tokens,
@@ -34,10 +38,15 @@ def read_tokenizer(source: Source) -> Tokenizer:
 
 def read_template(source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:
     """Give a checkpoint's chat template, None where it has none. Raises CheckpointError for a damaged one."""
-    if not gguf.sniff(source):
+    is_gguf = gguf.sniff(source)
+    found = gguf.chat_template(source) if is_gguf else None
+    if is_gguf and found is None:
+        return None
+    from gemcutter.text.chat import ChatTemplate
+
+    if found is None:
         return ChatTemplate.find(source.folder, tokenizer)
-    found = gguf.chat_template(source)
-    return None if found is None else ChatTemplate(found, tokenizer, origin=f"{source.files[0]}[tokenizer.chat_template]")
+    return ChatTemplate(found, tokenizer, origin=f"{source.files[0]}[tokenizer.chat_template]")
 
 
 def read_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Defaults:

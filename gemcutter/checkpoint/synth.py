@@ -192,12 +192,12 @@ def _stored(spec: ParamSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _data(plan: ModelPlan, seed: int) -> Iterator[memoryview]:
     """Yield the bytes of all tensors in the order of `_specs`, no chunk larger than a block."""
     for spec in plan.params():
-        center, spread = _distribution(spec, plan)
+        center, spread = distribution(spec, plan)
         for name, shape in _stored(spec):
             yield from _random_bytes([seed, zlib.crc32(name.encode())], math.prod(shape), center, spread)
 
 
-def _distribution(spec: ParamSpec, plan: ModelPlan) -> tuple[float, float]:
+def distribution(spec: ParamSpec, plan: ModelPlan) -> tuple[float, float]:
     """Give mean and deviation of a parameter's values, such that activations, scores and logits have a deviation near 1."""
     if spec.name.endswith(("q_norm", "k_norm")):
         center: float = spec.shape[0] ** -0.25  # attention has no scale of its own: the two norms bring 1/sqrt(head_dim)

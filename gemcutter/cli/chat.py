@@ -77,11 +77,13 @@ def chat(
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     kernels: options.Kernels = "auto",
+    activations: options.Activations = None,
     context: options.Context = None,
     threads: options.Threads = None,
     ignore: options.Ignore = None,
     adapter: options.Adapter = None,
     quant: options.Quant = None,
+    repack_cache: options.RepackCache = False,
 ) -> None:
     """Hold one conversation until the input ends. Raises UsageError or GemcutterError."""
     sampling = options.check_sampling(
@@ -101,12 +103,14 @@ def chat(
         dtype=dtype,
         device=device,
         kernels=kernels,
+        activations=activations,
         context=context,
         threads=threads,
         ignore=ignore,
         checkpoints=4,
         adapter=adapter,
         quant=quant,
+        repack_cache=repack_cache,
     )
     if loaded.template is None:
         raise RequestError(

@@ -20,7 +20,7 @@ from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import spell_bytes, spell_count, spell_work
 from gemcutter.errors import RequestError
-from gemcutter.ops.bind import explain
+from gemcutter.ops.bind import explain, held_as
 from gemcutter.plan import LayerPlan
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def describe(
     """Give everything that `inspect` shows. Bytes count what is stored for layers, what is held in memory for weights."""
     plan, source, config = checkpoint.plan, checkpoint.source, checkpoint.config
     stored, item_bytes = stored_dtype(checkpoint), held_bytes(checkpoint, dtype, device)
-    stored = DTYPES[stored][1] if stored in DTYPES else stored
+    stored, place = DTYPES[stored][1] if stored in DTYPES else stored, device.partition(":")[0]
     return {
         "model": model,
         "path": str(source.path),
@@ -123,7 +123,7 @@ def describe(
                 "provider": choice.provider.name,
                 "refusals": [{"provider": name, "reason": reason} for name, reason in choice.refusals],
             }
-            for choice in explain(plan, device.partition(":")[0], dtype, stored, kernels)
+            for choice in explain(plan, place, dtype, held_as(stored, place, kernels), kernels)
         ],
     }
 

@@ -6,15 +6,18 @@ Refuses to know what the model will be asked. Read `gemcutter/api.py` for the lo
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gemcutter.cli.terminal import note, progress
+from gemcutter.pause import collector_paused
 
 if TYPE_CHECKING:
     from gemcutter.api import Model
 
 
+@collector_paused()
 def load_model(
     name: str,
     *,
@@ -28,6 +31,8 @@ def load_model(
     checkpoints: int = 0,
     adapter: str | None = None,
     quant: str | None = None,
+    activations: str | None = None,
+    repack_cache: bool = False,
 ) -> Model:
     """Load a model as the options say, and tell on stderr what was left out. Raises GemcutterError."""
     import torch
@@ -48,8 +53,11 @@ def load_model(
             ignore=tuple(ignore or ()),
             adapter=adapter,
             quant=quant,
+            activations=activations,
+            repack_cache=repack_cache,
             progress=advance,
         )
+    gc.freeze()  # what there is now stays: no collection in the token loop need look at it
     for line in model.notes:
         note(f"note: {line}")
     if context is not None and context > model.engine.context:

@@ -13,7 +13,7 @@ import typer
 
 from gemcutter.cli.failure import UsageError
 from gemcutter.errors import RequestError
-from gemcutter.ops.bind import CHOICES
+from gemcutter.ops.bind import ACTIVATIONS, CHOICES
 
 DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 HALVES = ("float16", "f16", "fp16", "half")
@@ -41,6 +41,13 @@ def check_kernels(name: str) -> str:
     """Accept the name of a set of kernels. Raises typer.BadParameter."""
     if name not in CHOICES:
         raise typer.BadParameter(f"expected {' or '.join(CHOICES)}, found {name!r}")
+    return name
+
+
+def check_activations(name: str | None) -> str | None:
+    """Accept the name of a form of rows. Raises typer.BadParameter."""
+    if name is not None and name not in ACTIVATIONS:
+        raise typer.BadParameter(f"expected {' or '.join(ACTIVATIONS)}, found {name!r}")
     return name
 
 
@@ -96,6 +103,11 @@ Quant = Annotated[
     typer.Option(metavar="q4|q8", help="Quantize dense weights while they are loaded, to 4 or 8 bits.", callback=check_quant),
 ]
 
+RepackCache = Annotated[
+    bool,
+    typer.Option("--repack-cache", help="Keep repacked weights in the user's cache folder, so that later starts only map them."),
+]
+
 # ---- how to compute ----
 
 Dtype = Annotated[
@@ -111,6 +123,15 @@ Kernels = Annotated[
         metavar="auto|reference",
         help='"reference" takes the plain definitions, whose results never depend on what else is in a batch.',
         callback=check_kernels,
+    ),
+]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8|bf16",
+        help="Form in which the native CPU kernels take the rows that meet packed weights.  "
+        "[default: int8 in bfloat16, as they are in float32]",
+        callback=check_activations,
     ),
 ]
 Context = Annotated[

@@ -75,6 +75,7 @@ def verify(
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     kernels: options.Kernels = "auto",
+    activations: options.Activations = None,
     quant: options.Quant = None,
     threads: options.Threads = None,
     ignore: options.Ignore = None,
@@ -86,16 +87,24 @@ def verify(
         raise UsageError(f"--out: {out.parent} is no folder")
     body = None if text is None else read_text(text)
 
-    def load(name: str, dtype: str | None, kernels: str, quant: str | None) -> Model:
+    def load(name: str, dtype: str | None, kernels: str, quant: str | None, activations: str | None) -> Model:
         return load_model(
-            name, dtype=dtype, device=device, kernels=kernels, context=1, threads=threads, ignore=ignore, quant=quant
+            name,
+            dtype=dtype,
+            device=device,
+            kernels=kernels,
+            activations=activations,
+            context=1,
+            threads=threads,
+            ignore=ignore,
+            quant=quant,
         )
 
     from gemcutter.parity.certificate import Side, certify, encode
 
     other = model if against == REFERENCE else against
-    theirs = None if against == TRANSFORMERS else Side(other, load(other, "float32", "reference", None), "reference")
-    ours = Side(model, load(model, dtype, kernels, quant), kernels, quant)
+    theirs = None if against == TRANSFORMERS else Side(other, load(other, "float32", "reference", None, None), "reference")
+    ours = Side(model, load(model, dtype, kernels, quant, activations), kernels, quant)
     found = certify(ours, theirs, encode(ours, theirs, body, tokens), progress)
     found["text"]["source"] = text or "built-in"
     if out is not None:

@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import tokenizers
-from tokenizers import models, normalizers
+from typing import TYPE_CHECKING, Any
 
 from gemcutter.errors import CheckpointError, RequestError
+from gemcutter.text.bpe import BYTES, Bpe, by_merges, by_scores, fits, read_bpe
+
+if TYPE_CHECKING:  # the library is imported where it is needed
+    import tokenizers
 
 BOS = "<bos>"
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # A Gemma tokenizer gives these back unchanged: leading spaces, a capital, an accent, an emoji (bytes, in small vocabularies).
 PROBE = "  Probe é🙂\n"
+LONG_TEXT = 1 << 16  # characters from which on the library is worth the seconds that it takes to be made
 
 
 class Tokenizer:
@@ -36,27 +39,33 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: tokenizers.Tokenizer | Callable[[], tokenizers.Tokenizer],
         special_tokens: Mapping[str, str],
         *,
         origin: str = "tokenizer.json",
         literals: Sequence[str] = (),
+        quick: tuple[Bpe, frozenset[int]] | None = None,
     ) -> None:
         """Take over `backend`; its truncation and padding are switched off. `literals` are added tokens that are text.
 
-        Raises CheckpointError, naming `origin`, when the vocabulary has no BOS or is not of Gemma's kind.
+        With `quick`, an encoder of the same vocabulary and its special ids, `backend` may be a function and is called when a text
+        is long. Raises CheckpointError, naming `origin`, when the vocabulary has no BOS or is not of Gemma's kind.
         """
-        backend.no_truncation()
-        backend.no_padding()
-        self._backend = backend
-        self._markerless = _without_markers(backend, literals)
+        self._make, self._literals = backend, literals
+        self._bpe: Bpe | None = None if quick is None else quick[0]
+        flagged = self._library.special_ids if quick is None else quick[1]
+        self._ids: Mapping[str, int] = self._library.backend.get_vocab() if self._bpe is None else self._bpe.ids
+        self._pieces = {id: piece for piece, id in self._ids.items()}
         self.special_tokens: dict[str, str] = {"bos_token": BOS, **special_tokens}
         named = (self.id_of(piece) for piece in self.special_tokens.values())
-        flagged = (id for id, token in backend.get_added_tokens_decoder().items() if token.special)
-        self.special_ids: frozenset[int] = frozenset(flagged) | {id for id in named if id is not None}
-        self.vocab_size: int = backend.get_vocab_size()
+        self.special_ids: frozenset[int] = flagged | {id for id in named if id is not None}
+        self.vocab_size: int = len(self._ids)
         self.bos_id: int = self._find_bos(origin)
         self._check_round_trip(origin)
+
+    @cached_property
+    def _library(self) -> _Library:
+        return _Library(self._make() if callable(self._make) else self._make, self._literals)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -68,19 +77,25 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: copy tokenizer.json from the original checkpoint into this folder")
         special_tokens = read_special_tokens(folder / "tokenizer_config.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # hostile files make the library panic, and its panic is no Exception
-            raise CheckpointError(f"{path} can't be read ({error}): download the file again") from error
-        return cls(backend, special_tokens, origin=str(path))
+
+        def backend() -> tokenizers.Tokenizer:
+            import tokenizers
+
+            try:
+                return tokenizers.Tokenizer.from_file(str(path))
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # hostile files make the library panic, and its panic is no Exception
+                raise CheckpointError(f"{path} can't be read ({error}): download the file again") from error
+
+        quick = _read_quick(path)
+        return cls(backend if quick else backend(), special_tokens, origin=str(path), quick=quick)
 
     @classmethod
     def build(
         cls,
         pieces: Sequence[str],
-        merges: Sequence[tuple[str, str]],
+        merges: Sequence[str] | Mapping[str, float],
         *,
         markers: Iterable[int],
         literals: Iterable[int] = (),
@@ -89,24 +104,38 @@ class Tokenizer:
     ) -> Tokenizer:
         """Make a tokenizer of Gemma's kind from its parts: pieces by id, and merges in the order of their rank.
 
-        `markers` are ids that stand for no text; `literals` are found whole in a text before anything is merged.
-        Raises CheckpointError, naming `origin`, for parts that make no tokenizer.
+        Merges are spelled "left right"; a vocabulary that has none gives the scores of its plain pieces. `markers` are ids that
+        stand for no text; `literals` are found whole in a text before anything is merged. Raises CheckpointError, naming
+        `origin`, for parts that make no tokenizer.
         """
         vocabulary = {piece: id for id, piece in enumerate(pieces)}
         if len(vocabulary) != len(pieces):
             raise CheckpointError(f"{origin}: {len(pieces) - len(vocabulary)} pieces of the vocabulary are there twice")
-        texts = [pieces[id] for id in literals]
-        try:
-            model = models.BPE(vocabulary, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-            backend = tokenizers.Tokenizer(model)
-            backend.normalizer = normalizers.Replace(" ", "▁")
-            backend.add_tokens(_added(texts, special=False))
-            backend.add_special_tokens(_added([pieces[id] for id in markers], special=True))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic, as in `load`
-            raise CheckpointError(f"{origin} makes no tokenizer ({error}): download the file again") from error
-        return cls(backend, special_tokens or {}, origin=origin, literals=texts)
+        texts, special = [pieces[id] for id in literals], [pieces[id] for id in markers]
+
+        def backend() -> tokenizers.Tokenizer:
+            import tokenizers
+            from tokenizers import models, normalizers
+
+            pairs = merges_of(merges) if isinstance(merges, Mapping) else [_pair(merge) for merge in merges]
+            try:
+                model = models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+                made = tokenizers.Tokenizer(model)
+                made.normalizer = normalizers.Replace(" ", "▁")
+                made.add_tokens(_added(texts, special=False))
+                made.add_special_tokens(_added(special, special=True))
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a panic, as in `load`
+                raise CheckpointError(f"{origin} makes no tokenizer ({error}): download the file again") from error
+            return made
+
+        quick = None
+        if set(BYTES) <= vocabulary.keys() and (isinstance(merges, Mapping) or fits(vocabulary, merges)):
+            rank = by_scores(merges, vocabulary) if isinstance(merges, Mapping) else by_merges(merges)
+            quick = Bpe(vocabulary, rank, [*texts, *special], texts), frozenset(vocabulary[piece] for piece in special)
+        made = backend if quick else backend()
+        return cls(made, special_tokens or {}, origin=origin, literals=texts, quick=quick)
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """Return the ids of `text`; markers in it (`<|turn>`) become their ids, as prompts from a template need.
@@ -114,7 +143,7 @@ class Tokenizer:
         With `bos` the result starts with exactly one BOS, also when the text brings it along; without it none is added.
         Raises RequestError for text that is not valid Unicode.
         """
-        ids = _encode(self._backend, text)
+        ids = self._encode(text, with_markers=True)
         return ids if not bos or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def encode_plain(self, text: str) -> list[int]:
@@ -122,7 +151,18 @@ class Tokenizer:
 
         Raises RequestError for text that is not valid Unicode.
         """
-        return _encode(self._markerless, text)
+        return self._encode(text, with_markers=False)
+
+    def _encode(self, text: str, *, with_markers: bool) -> list[int]:
+        try:
+            if self._bpe is not None and len(text) < LONG_TEXT:
+                return self._bpe.encode(text, with_markers=with_markers)
+            backend = self._library.backend if with_markers else self._library.markerless
+            return backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, AttributeError, UnicodeEncodeError) as error:  # how a lone surrogate is refused, and what is no text
+            raise RequestError(
+                "the text can't be encoded: expected a string of valid Unicode, without lone surrogates"
+            ) from error
 
     def decode(self, ids: Iterable[int], *, special: bool) -> str:
         """Return the text of `ids`, with the markers printed or, without `special`, left out; bad UTF-8 becomes U+FFFD.
@@ -137,10 +177,7 @@ class Tokenizer:
 
         Raises RequestError for an id outside the vocabulary.
         """
-        try:
-            piece = self._backend.id_to_token(id)
-        except (OverflowError, TypeError):
-            piece = None
+        piece = self._pieces.get(id) if type(id) is int else None
         if piece is None:
             raise RequestError(f"token id {id!r} is not in the vocabulary: expected an integer from 0 to {self.vocab_size - 1}")
         return piece
@@ -156,11 +193,11 @@ class Tokenizer:
 
     def id_of(self, piece: str) -> int | None:
         """Return the id of `piece`, or None when the vocabulary has no such piece."""
-        return self._backend.token_to_id(piece)
+        return self._ids.get(piece)
 
     def to_json(self) -> str:
         """Return the tokenizer as a tokenizer.json holds it."""
-        return str(self._backend.to_str())
+        return str(self._library.backend.to_str())
 
     def _find_bos(self, origin: str) -> int:
         piece = self.special_tokens["bos_token"]
@@ -230,20 +267,36 @@ def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _added(pieces: Iterable[str], *, special: bool) -> list[tokenizers.AddedToken]:
+    import tokenizers
+
     return [tokenizers.AddedToken(piece, normalized=False, special=special) for piece in pieces]
 
 
-def _without_markers(backend: tokenizers.Tokenizer, literals: Sequence[str]) -> tokenizers.Tokenizer:
-    """Return a tokenizer over the same vocabulary (shared, not copied) that recognises no added tokens but `literals`."""
-    plain = tokenizers.Tokenizer(backend.model)
-    plain.normalizer = backend.normalizer
-    plain.pre_tokenizer = backend.pre_tokenizer
-    plain.add_tokens(_added(literals, special=False))
-    return plain
+class _Library:
+    """The library's tokenizer, and one over the same vocabulary (shared, not copied) that finds no added tokens but literals."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, literals: Sequence[str]) -> None:
+        import tokenizers
+
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.markerless = tokenizers.Tokenizer(backend.model)
+        self.markerless.normalizer = backend.normalizer
+        self.markerless.pre_tokenizer = backend.pre_tokenizer
+        self.markerless.add_tokens(_added(literals, special=False))
+        self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
 
 
-def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+def _read_quick(path: Path) -> tuple[Bpe, frozenset[int]] | None:
+    """Read a tokenizer.json without the library; None for what is not exactly of Gemma's kind, damaged files included."""
     try:
-        return backend.encode(text, add_special_tokens=False).ids
-    except TypeError as error:  # how the library refuses a lone surrogate
-        raise RequestError("the text can't be encoded: expected a string of valid Unicode, without lone surrogates") from error
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return read_bpe(raw) if isinstance(raw, dict) else None
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right

@@ -364,14 +364,14 @@ SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a tokenizer is made of: pieces by id, and either merges in the order of their rank or the score of each plain piece.
+    """What a tokenizer is made of: pieces by id, and merges, "left right", best first, or else the score of each plain piece.
 
     `markers` are ids that stand for no text; `literals` are found in a text before anything is merged; `special_tokens` are
     pieces under the names that chat templates use.
     """
 
     pieces: list[str]
-    merges: list[tuple[str, str]] | None
+    merges: list[str] | None
     scores: dict[str, float]
     markers: list[int]
     literals: list[int]
@@ -387,13 +387,24 @@ def vocabulary(source: Source) -> Vocabulary | None:
         return None
     pieces: list[str] = _list(source, "tokens", tokens, str)
     kinds: list[int] = _list(source, "token_type", types, int, len(pieces))
-    pairs = None if merges is None else [_pair(source, merge) for merge in _list(source, "merges", merges, str)]
+    pairs: list[str] | None = None if merges is None else _list(source, "merges", merges, str)
+    for merge in pairs or ():
+        if not 0 < merge.find(" ") < len(merge) - 1:
+            raise CheckpointError(
+                f"{source.files[0]}: tokenizer.ggml.merges holds {shown(merge)}, expected two pieces and a space"
+            )
     plain = dict[str, float]()
     if pairs is None:
         ranks: list[float] = _list(source, "scores", scores, float, len(pieces))
-        special = (CONTROL, USER_DEFINED, BYTE, UNKNOWN)
-        plain = {piece: rank for piece, rank, kind in zip(pieces, ranks, kinds, strict=True) if kind not in special}
-    markers = [i for i, kind in enumerate(kinds) if kind in (CONTROL, UNKNOWN) or MARKER.fullmatch(pieces[i])]
+        special = {i for i, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED, BYTE, UNKNOWN)}
+        plain = dict(zip(pieces, ranks, strict=True))
+        for i in special:
+            plain.pop(pieces[i], None)
+    markers = [
+        i
+        for i, (kind, piece) in enumerate(zip(kinds, pieces, strict=True))
+        if kind in (CONTROL, UNKNOWN) or (piece.startswith("<") and MARKER.fullmatch(piece))
+    ]
     hidden = set(markers)
     literals = [i for i, kind in enumerate(kinds) if kind == USER_DEFINED and i not in hidden]
     ids = {name: source.metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL.items()}
@@ -410,13 +421,6 @@ def _list(source: Source, name: str, value: object, kind: type, count: int | Non
             f"{source.files[0]}: the metadata {key} is {shown(value)}, expected an array of {what}; convert the model again"
         )
     return found
-
-
-def _pair(source: Source, merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    if not left or not right:
-        raise CheckpointError(f"{source.files[0]}: tokenizer.ggml.merges holds {shown(merge)}, expected two pieces and a space")
-    return left, right
 
 
 def chat_template(source: Source) -> str | None:

@@ -1,0 +1,142 @@
+"""Byte-pair encoding in plain Python: ready at once, where the `tokenizers` library takes seconds to take a vocabulary in.
+
+Owns the encoding of Gemma's kind of vocabulary, id for id as the library does it: added tokens are cut out of the text, spaces
+become ▁, characters that are no piece become bytes, and neighbours are merged in the order of their rank. Refuses to know files
+and prompts. Slower than the library where texts are long, see `tokenizer.py` for who chooses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from heapq import heapify, heappop, heappush
+from typing import Any
+
+Rank = Any  # numbers or tuples of them, all of one kind; the smallest is merged first
+RankOf = Callable[[str, str], Rank | None]
+
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+# What a tokenizer.json of Gemma's kind says beside vocabulary, merges and added tokens. Its splits at spaces find none.
+NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PRE_TOKENIZERS = (None, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False})
+MODEL = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "byte_fallback": True, "ignore_merges": False}
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+class Bpe:
+    """Pieces with ids, the rank of every merge, and the added tokens: all of them, and those that are plain text too."""
+
+    def __init__(self, ids: Mapping[str, int], rank: RankOf, added: Iterable[str], literals: Iterable[str] = ()) -> None:
+        self.ids, self._rank = ids, rank
+        self._added, self._literals = _any_of(added), _any_of(literals)
+
+    def encode(self, text: str, *, with_markers: bool) -> list[int]:
+        """Give the ids of a text; without markers only literals are cut out of it. Raises UnicodeEncodeError for surrogates."""
+        found, start = list[int](), 0
+        text.encode()
+        pattern = self._added if with_markers else self._literals
+        for match in () if pattern is None else pattern.finditer(text):
+            found += self._encode_run(text[start : match.start()])
+            found.append(self.ids[match[0]])
+            start = match.end()
+        return found + self._encode_run(text[start:])
+
+    def _encode_run(self, text: str) -> list[int]:
+        pieces = list(self._characters(text.replace(" ", "▁")))
+        return [self.ids[piece] for piece in self._merged(pieces)]
+
+    def _characters(self, text: str) -> Iterator[str]:
+        for character in text:
+            if character in self.ids:
+                yield character
+            else:
+                yield from (BYTES[byte] for byte in character.encode())
+
+    def _merged(self, pieces: list[str]) -> list[str]:
+        """Merge neighbours, smallest rank first and of those the first in the text.
+
+        A merged piece stands at the place of its left half, "" at that of its right half. An entry of the queue is stale if what
+        stands at its place no longer makes up the piece that it was for.
+        """
+        count = len(pieces)
+        after, before = list(range(1, count + 1)), list(range(-1, count - 1))
+        queue = list[tuple[Rank, int, str]]()
+
+        def offer(place: int) -> tuple[Rank, int, str] | None:
+            left, right = pieces[place], pieces[after[place]]
+            rank = self._rank(left, right)
+            return None if rank is None else (rank, place, left + right)
+
+        queue = [entry for place in range(count - 1) if (entry := offer(place)) is not None]
+        heapify(queue)
+        while queue:
+            _, place, joint = heappop(queue)
+            right = after[place]
+            if not pieces[place] or right == count or pieces[place] + pieces[right] != joint or offer(place) is None:
+                continue
+            pieces[place], pieces[right] = joint, ""
+            after[place] = after[right]
+            if after[place] < count:
+                before[after[place]] = place
+            for neighbour in (before[place], place):
+                if neighbour >= 0 and after[neighbour] < count and (entry := offer(neighbour)) is not None:
+                    heappush(queue, entry)
+        return [piece for piece in pieces if piece]
+
+
+def by_merges(merges: Sequence[str]) -> RankOf:
+    """Rank by a list of merges, "left right" each, best first. No piece of a text holds a space."""
+    ranks = {merge: rank for rank, merge in enumerate(merges)}
+    return lambda left, right: ranks.get(f"{left} {right}")
+
+
+def by_scores(scores: Mapping[str, float], ids: Mapping[str, int]) -> RankOf:
+    """Rank by the joint piece's score, highest first, as `tokenizer.merges_of` would list the merges."""
+
+    def rank(left: str, right: str) -> tuple[float, int, int] | None:
+        score = scores.get(left + right)
+        if score is None or left not in scores or right not in scores:
+            return None
+        return -score, ids[left + right], -len(left)
+
+    return rank
+
+
+def read_bpe(raw: Mapping[str, Any]) -> tuple[Bpe, frozenset[int]] | None:
+    """Take a tokenizer.json for its encoding, and the ids of its special tokens; None unless all of it is as Gemma has it."""
+    model, added = raw.get("model"), raw.get("added_tokens")
+    if not isinstance(model, dict) or not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        return None
+    ids, merges = model.get("vocab"), model.get("merges")
+    is_usual = (
+        raw.get("normalizer") == NORMALIZER
+        and raw.get("pre_tokenizer") in PRE_TOKENIZERS
+        and all(model.get(key) == value for key, value in MODEL.items())
+        and not any(model.get(key) for key in AFFIXES)
+        and all(token.get(key) is value for token in added for key, value in ADDED.items())
+    )
+    if not is_usual or not isinstance(ids, dict) or not isinstance(merges, list) or not set(BYTES) <= ids.keys():
+        return None
+    spelled = [" ".join(merge) if isinstance(merge, list) and len(merge) == 2 else merge for merge in merges]
+    contents = {token.get("content"): token.get("id") for token in added}
+    if not fits(ids, spelled) or any(not piece or ids.get(piece) != id for piece, id in contents.items()):
+        return None
+    special = frozenset(token["id"] for token in added if token.get("special"))
+    return Bpe(ids, by_merges(spelled), contents), special
+
+
+def fits(ids: Mapping[str, Any], merges: Sequence[Any]) -> bool:
+    """Tell whether ids are numbers and merges spell pieces, "left right" each, all of them in the vocabulary."""
+    try:
+        return all(type(id) is int for id in ids.values()) and all(
+            left in ids and right in ids and left + right in ids for left, right in (merge.split(" ") for merge in merges)
+        )
+    except (AttributeError, ValueError):
+        return False
+
+
+def _any_of(pieces: Iterable[str]) -> re.Pattern[str] | None:
+    """Match the first of these in a text, and of those that begin together the longest."""
+    longest_first = sorted(pieces, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
