@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import gemcutter
-from gemcutter.cli import chat, convert, doctor, inspect, run, score, tiny, verify
+from gemcutter.cli import bench, chat, convert, doctor, inspect, run, score, tiny, verify
 from gemcutter.cli.failure import discard_output, report
 
 INTRO = """
@@ -49,6 +49,7 @@ app.command("doctor", help=doctor.HELP, epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("convert", help=convert.HELP, epilog=convert.EXAMPLES)(convert.convert)
 app.command("score", help=score.HELP, epilog=score.EXAMPLES)(score.score)
 app.command("verify", help=verify.HELP, epilog=verify.EXAMPLES)(verify.verify)
+app.command("bench", help=bench.HELP, epilog=bench.EXAMPLES)(bench.bench)
 app.command("tiny", help=tiny.HELP, epilog=tiny.EXAMPLES)(tiny.tiny)
 
 
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal's encoding may lack what a model says
             stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["bench"]:
+        words = bench.join_values(words)
     try:
         # The two steps of typer's own `app()`, without its handling of errors, which prints tracebacks and changes by version.
         with typer.main.get_command(app).make_context("gemcutter", words) as context:

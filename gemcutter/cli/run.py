@@ -15,9 +15,9 @@ import typer
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model
-from gemcutter.cli.memory import peak_rss_bytes
 from gemcutter.cli.terminal import Answer, aside, note, spell_rate
 from gemcutter.errors import RequestError
+from gemcutter.gauge.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from gemcutter.api import Completion, Model, Prompt
@@ -78,11 +78,13 @@ def run(
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     kernels: options.Kernels = "auto",
+    activations: options.Activations = None,
     context: options.Context = None,
     threads: options.Threads = None,
     ignore: options.Ignore = None,
     adapter: options.Adapter = None,
     quant: options.Quant = None,
+    repack_cache: options.RepackCache = False,
 ) -> None:
     """Answer one prompt on stdout, as text or as one JSON object. Raises UsageError or GemcutterError."""
     if (raw or tokens is not None) and (system is not None or think):
@@ -106,11 +108,13 @@ def run(
         dtype=dtype,
         device=device,
         kernels=kernels,
+        activations=activations,
         context=context,
         threads=threads,
         ignore=ignore,
         adapter=adapter,
         quant=quant,
+        repack_cache=repack_cache,
     )
     chunks = loaded.stream(
         asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think),

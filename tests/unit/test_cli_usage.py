@@ -16,7 +16,7 @@ from gemcutter.checkpoint.hub import DEMO_FOLDER
 from gemcutter.cli import failure, main, run
 
 CLI = [sys.executable, "-m", "gemcutter.cli"]
-VERBS = ("run", "chat", "inspect", "score", "verify", "tiny")
+VERBS = ("run", "chat", "inspect", "score", "verify", "bench", "tiny")
 
 
 def test_help_names_every_verb_and_a_start(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,141 @@
+"""`gemcutter bench`: how fast a model runs on this machine, beside what the machine allows.
+
+Owns the options and the progress line; the measuring is in `gemcutter/gauge/`. Refuses to know what a test or a ceiling is; read
+`gauge/report.py` for that.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from gemcutter.cli import options
+from gemcutter.cli.failure import UsageError
+from gemcutter.cli.terminal import note, progress
+from gemcutter.errors import GemcutterError
+
+HELP = """
+Measure speed and memory on this machine, each beside its physical limit.
+
+The model is --model, or --preset: the geometry of a released size (tiny:E2B is a narrow one) with synthetic weights, which are
+made in memory, so that nothing is downloaded; speed does not depend on their values. --quant says how these are stored: q4_0
+(with a Q6_K head) and q8_0 as llama.cpp's files, mlx4 as mlx-lm's, bf16 dense.
+
+pp512 is a prompt of 512 tokens until the next one is chosen; tg128 are 128 tokens of a reply, one at a time; tg128@d16384 the
+same behind 16384 positions that are there already. Sizes may be listed: -p 512 2048, or -p 512,2048. The ceiling of a reply is
+the machine's measured read bandwidth over the bytes that a token must read: the weights as they are held, of experts the chosen
+ones, and visible keys and values. The ceiling of a prompt is the best measured rate of matrix products over the operations that
+it needs. Speeds are medians.
+"""
+EXAMPLES = """\b
+Examples:
+  gemcutter bench --preset E2B --quant q4_0 -p 512 2048 -n 128
+  gemcutter bench --preset 26B-A4B --layers 6 -p 512 -n 32 --breakdown
+  gemcutter bench --model gemma-4-E2B-it-Q4_0.gguf -p 512 -n 64 --depth 0 16384 --json
+"""
+LISTS = ("-p", "--prompt", "-n", "--tokens", "--depth")
+QUANTS = ("q4_0", "mlx4", "q8_0", "bf16")
+
+
+def join_values(words: list[str]) -> list[str]:
+    """Join the integers after each list option with commas (-p 512 2048): this verb has no arguments that they could be."""
+    joined, in_list = list[str](), False
+    for word in words:
+        is_value = word.replace(",", "").isdecimal()
+        if is_value and in_list and joined[-1] not in LISTS:
+            joined[-1] += f",{word}"
+            continue
+        in_list = word in LISTS or (in_list and is_value)
+        joined.append(word)
+    return joined
+
+
+Prompt = Annotated[str, typer.Option("-p", "--prompt", metavar="N...", help="Rows of prompts; 0: none.")]
+Tokens = Annotated[str, typer.Option("-n", "--tokens", metavar="N...", help="Tokens of replies; 0: none.")]
+Depth = Annotated[str, typer.Option(metavar="N...", help="Positions that are filled before a test.")]
+Repeats = Annotated[int, typer.Option("-r", "--repeats", metavar="N", min=1, help="Runs of each test.")]
+ModelOption = Annotated[str | None, typer.Option(metavar="MODEL", help="What other verbs call MODEL.", show_default=False)]
+Preset = Annotated[
+    str | None, typer.Option(metavar="E2B|E4B|12B|26B-A4B|31B", help="Geometry of synthetic weights.", show_default=False)
+]
+Quant = Annotated[
+    str | None, typer.Option(metavar="|".join(QUANTS), help="How these are stored.  [default: q4_0]", show_default=False)
+]
+Layers = Annotated[int | None, typer.Option(metavar="N", min=1, help="The preset's first N layers only.", show_default=False)]
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="CPU threads.  [default: torch's choice]")
+]
+Level = Annotated[
+    str | None,
+    typer.Option(
+        metavar="portable|avx2|avx512|amx", help="Native kernels of this level.  [default: the best]", show_default=False
+    ),
+]
+Rows = Annotated[int, typer.Option(metavar="N", min=1, help="Rows of one step, the chunk of a long prompt.")]
+Breakdown = Annotated[bool, typer.Option("--breakdown", help="Also show how long each sentence of a layer takes.")]
+
+
+def bench(
+    model: ModelOption = None,
+    preset: Preset = None,
+    quant: Quant = None,
+    layers: Layers = None,
+    prompt: Prompt = "512",
+    tokens: Tokens = "128",
+    depth: Depth = "0",
+    repeats: Repeats = 3,
+    threads: Threads = None,
+    dtype: options.Dtype = None,
+    kernels: options.Kernels = "auto",
+    activations: options.Activations = None,
+    level: Level = None,
+    rows: Rows = 512,
+    breakdown: Breakdown = False,
+    as_json: options.Json = False,
+) -> None:
+    """Measure one model and print a table, or one JSON object. Raises UsageError or GemcutterError."""
+    if (model is None) == (preset is None):
+        raise UsageError("give either --model or --preset")
+    if model is not None and (quant is not None or layers is not None):
+        raise UsageError("--quant and --layers shape a --preset; a --model is what it is")
+    if quant is not None and quant not in QUANTS:
+        raise UsageError(f"--quant: expected {', '.join(QUANTS)}, found {quant!r}")
+    sizes = [read_sizes(name, text) for name, text in (("-p", prompt), ("-n", tokens), ("--depth", depth))]
+
+    import torch
+
+    from gemcutter import native
+    from gemcutter.gauge.cold import first_token_s
+    from gemcutter.gauge.report import measure, show
+    from gemcutter.gauge.stand import list_trials
+    from gemcutter.gauge.subject import Compute, from_file, from_preset
+
+    if level is not None:
+        native.set_level(level)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    how = Compute(kernels, dtype, activations)
+    tests = list_trials(*sizes)
+    if model is None:
+        assert preset is not None
+        subject = from_preset(preset, quant or "q4_0", layers, how)
+    else:
+        subject = from_file(model, how)
+    with progress("measuring") as advance:
+        found = measure(subject, tests, repeats, max_rows=rows, with_breakdown=breakdown, progress=advance)
+    if model is not None:
+        try:
+            found["first_token_s"], found["first_text_s"] = first_token_s(model, found["threads"], how)
+        except GemcutterError as error:
+            note(f"note: {error}")
+    print(json.dumps(found) if as_json else show(found))
+
+
+def read_sizes(option: str, text: str) -> tuple[int, ...]:
+    """Read a list of counts. Raises UsageError that names the option."""
+    sizes = options.parse_integers(option, text)
+    if any(size < 0 for size in sizes):
+        raise UsageError(f"{option}: expected 0 or more, found {text}")
+    return sizes

@@ -1,0 +1,63 @@
+"""Where the time goes: seconds of every sentence of a model, and what is left for all else.
+
+Owns the clocks around a decoder's bound sentences; refuses to know what they compute. A clock costs a microsecond or so a call,
+and a
+layer's lines run one by one where a kernel could run them all at once: what is clocked is not what is reported as speed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gemcutter.model.text import Decoder
+from gemcutter.ops import SENTENCES
+
+REST = "rest"  # the engine, the choice of tokens, Python between the sentences
+
+
+@contextmanager
+def clocked(decoder: Decoder) -> Iterator[dict[str, float]]:
+    """Time every call of a sentence while this lasts, under its name; the decoder is as before afterwards."""
+    seconds = dict.fromkeys(SENTENCES, 0.0)
+    wholes = [layer.whole for layer in decoder.layers]
+    places = [
+        (owner, verb, bound)
+        for owner in (decoder, *decoder.layers)
+        for verb in SENTENCES
+        if callable(bound := getattr(owner, verb, None))
+    ]
+    for owner, verb, bound in places:
+        setattr(owner, verb, _clock(bound, verb, seconds))
+    for layer in decoder.layers:
+        layer.whole = None
+    try:
+        yield seconds
+    finally:
+        for owner, verb, bound in places:
+            setattr(owner, verb, bound)
+        for layer, whole in zip(decoder.layers, wholes, strict=True):
+            layer.whole = whole
+
+
+def measure(decoder: Decoder, run: Callable[[Callable[[], None]], float]) -> dict[str, float]:
+    """Give the seconds of every sentence that ran while `run` did, and the rest of its own seconds.
+
+    `run` gives those, and calls the function that it gets when they begin.
+    """
+    with clocked(decoder) as seconds:
+        whole = run(lambda: seconds.update(dict.fromkeys(seconds, 0.0)))
+        found = {verb: spent for verb, spent in seconds.items() if spent}
+    return found | {REST: whole - sum(found.values())}
+
+
+def _clock(bound: Callable[..., Any], verb: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    def timed(*arguments: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        found = bound(*arguments, **named)
+        seconds[verb] += time.perf_counter() - started
+        return found
+
+    return timed
