@@ -222,7 +222,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "engines": found,
     }
     try:
-        run["first_token_s"], run["first_text_s"] = first_token_s(str(model), options.threads, Compute(), options.rounds)
+        cold = str(model), options.threads, Compute(), options.rounds
+        run["first_token_s"], run["first_text_s"] = first_token_s(*cold)
+        run["first_token_cached_s"], _ = first_token_s(*cold, repack_cache=True)
     except GemcutterError as error:
         run["first_token_problem"] = str(error)
     return run

@@ -91,9 +91,10 @@ def _notes(run: Mapping[str, Any]) -> list[str]:
         f"{weights:,.0f} MB of weights, and {peak - weights:,.0f} MB for all else, Python and torch included."
     ]
     if run.get("first_token_s") is not None:
+        cached = run.get("first_token_cached_s")
         notes.append(
             f"From a cold process, with the file in the page cache, to the first token: {run['first_token_s']:.2f} s; "
-            f"to its text: {run['first_text_s']:.2f} s."
+            f"to its text: {run['first_text_s']:.2f} s" + (f"; with `--repack-cache` {cached:.2f} s." if cached else ".")
         )
     versions = [f"{name} {engine['about'].get('version', '')}" for name, engine in run["engines"].items() if engine["rows"]]
     missing = [

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Runs the kernels' tests under the compiler's sanitizers: the thread team under the thread sanitizer, then every level, wider ones
-# emulated, under the address and undefined-behaviour sanitizers. Needs GCC or clang on Linux.
+# Runs the kernels' tests under GCC's sanitizers: the thread team under the thread sanitizer, then every level, wider ones emulated,
+# under the address and undefined-behaviour sanitizers. `make sanitize` calls it, and so does continuous integration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python="$PWD/.venv/bin/python"
-compiler="${CXX:-c++}"
-
+export CXX=g++
 mkdir -p build
-"$compiler" -std=c++17 -O1 -g -fsanitize=thread tests/kernels/team.cpp csrc/cpu/threads.cpp -o build/team -pthread
+if ! echo 'int main() {}' | "$CXX" -x c++ -fsanitize=address,undefined - -o build/probe 2>/dev/null || ! build/probe; then
+    echo "no sanitizers: this needs GCC with its address sanitizer" >&2
+    exit 0
+fi
+
+"$CXX" -std=c++17 -O1 -g -Wall -Wextra -fsanitize=thread tests/kernels/team.cpp csrc/cpu/threads.cpp -o build/team -pthread
 build/team
 
 tools/native.sh build/sanitized -DGC_EMULATE=ON -DGC_SANITIZE=address,undefined
-case "$("$compiler" --version)" in
-    *clang*) runtime=$("$compiler" -print-file-name=libclang_rt.asan-x86_64.so) ;;
-    *) runtime=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libstdc++.so) ;;
-esac
-# Python and torch leave memory to the end of the process, so leaks can't be told; what the library reads and writes can.
-export LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
+# Python itself is not built with them, so their runtime comes first by hand; it leaves memory to the process's end, so leaks can't
+# be told. What the library reads and writes beyond its memory can, and what C++ leaves undefined. Whole texts are left out: slow.
+export LD_PRELOAD="$("$CXX" -print-file-name=libasan.so):$("$CXX" -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
 export GEMCUTTER_NATIVE="$PWD/build/sanitized/_cpu.so" OMP_NUM_THREADS=1
-"$python" -m pytest -q -n 2 tests/kernels/test_native_*.py tests/unit/test_native.py
+.venv/bin/python -m pytest -q -n 2 tests/kernels/test_native_*.py tests/unit/test_native.py -k "not nll and not continues"

@@ -21,8 +21,8 @@ GC_EXPORT int gc_embed(const gc_matrix *table, const int64_t *ids, int64_t count
     return 0;
 }
 
-// out [rows, layers, P] = (table rows * token_scale + norm(x [rows, D] projected * context_scale)) / sqrt(2). Table rows are gathered
-// by `ids`, or given as `tokens` [rows, layers, P].
+// out [rows, layers, P] = (table rows * token_scale + norm(x [rows, D] projected * context_scale)) / sqrt(2). Table rows are
+// gathered by `ids`, or given as `tokens` [rows, layers, P].
 GC_EXPORT int gc_ple_rows(const gc_ple *ple, const float *x, const int64_t *ids, const float *tokens, int64_t rows, float *out) {
     using namespace gemcutter;
     return in_arena([&](Arena &arena) {
@@ -57,7 +57,8 @@ GC_EXPORT int gc_norm(const float *x, const float *weight, float eps, int64_t ro
     if (rows == 1) return kernels().words->rms_norm(x, weight, eps, n, out), 0;
     region([&](Team &team, int index) {
         Range own = own_rows(rows, index, team.size);
-        for (int64_t row = own.first; row < own.last; ++row) kernels().words->rms_norm(x + row * n, weight, eps, n, out + row * n);
+        for (int64_t row = own.first; row < own.last; ++row)
+            kernels().words->rms_norm(x + row * n, weight, eps, n, out + row * n);
     });
     return 0;
 }

@@ -123,9 +123,10 @@ void Mix::run(Team &team, int index, const float *x, const int64_t *keep, const 
     multiply(team, index, &layer_.attn_out, 1, forms_.rows, product_, hidden, scratch_.of(index), COUNT_OUT);
     team.barrier();
     Range own = own_rows(rows_, index, team.size);
-    for (int64_t m = own.first; m < own.last; ++m)
-        kernels().words->add_norm(x + (keep ? keep[m] : m) * hidden, product_ + m * hidden, layer_.attn_post_norm, layer_.eps, 1.0f,
-                                  hidden, out + m * hidden);
+    for (int64_t m = own.first; m < own.last; ++m) {
+        const float *residual = x + (keep ? keep[m] : m) * hidden, *row = product_ + m * hidden;
+        kernels().words->add_norm(residual, row, layer_.attn_post_norm, layer_.eps, 1.0f, hidden, out + m * hidden);
+    }
 }
 
 // ---- feed ----
@@ -152,7 +153,8 @@ void Feed::run(Team &team, int index, const float *x, float *out, float scale) {
     else
         team.barrier();
     void *scratch = scratch_.of(index);
-    multiply_gated(team, index, &layer_.gate, &layer_.up, normed_.forms.rows, gated_.x, layer_.down.columns, scratch, COUNT_GATED);
+    multiply_gated(team, index, &layer_.gate, &layer_.up, normed_.forms.rows, gated_.x, layer_.down.columns, scratch,
+                   COUNT_GATED);
     team.barrier();
     make_forms(team, index, gated_.forms, gated_.x);
     team.barrier();
@@ -216,7 +218,8 @@ void Inject::run(Team &team, int index, const float *x, const float *ple, int64_
 // Every entry gives 0, or 1 if there is no memory for the rows on their way.
 
 // q [M, H, E]: queries of the rows that `keep` lists (null: of all), M of them; keys and values of all rows are written.
-GC_EXPORT int gc_project(const gc_layer *layer, const gc_step *step, const float *x, const int64_t *keep, int64_t kept, float *q) {
+GC_EXPORT int gc_project(const gc_layer *layer, const gc_step *step, const float *x, const int64_t *keep, int64_t kept,
+                         float *q) {
     using namespace gemcutter;
     return in_arena([&](Arena &arena) {
         Project project(arena, *layer, *step, keep, kept);
@@ -253,8 +256,8 @@ GC_EXPORT int gc_inject(const gc_layer *layer, const float *x, const float *ple,
 
 // A whole layer: out [M, D] of x [N, D]. Where rows are dropped, `keep` lists those that stay and `kept` is their step; else
 // keep is null and kept == step.
-GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const gc_step *kept, const int64_t *keep, const float *x,
-                               const float *ple, int64_t ple_stride, float *out) {
+GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const gc_step *kept, const int64_t *keep,
+                               const float *x, const float *ple, int64_t ple_stride, float *out) {
     using namespace gemcutter;
     return in_arena([&](Arena &arena) {
         const gc_attention &shape = layer->attention;

