@@ -135,7 +135,8 @@ def expected_rows(plan: ModelPlan, wanted: int) -> dict[str, int]:
             rows[f"layers.{layer.index}.moe.router"] = through
             rows |= {f"layers.{layer.index}.moe.{name}": through * layer.moe.top_k for name in ("in", "out")}
     if plan.ple_dim:
-        rows["ple.in"] = TOKENS + wanted  # the early layers' share for all rows, the late layers' for the kept ones
+        # The early layers' share for all rows and the late layers' for the kept ones: one product where those are the same.
+        rows["ple.in"] = TOKENS if wanted == TOKENS else TOKENS + wanted
     return rows
 
 
