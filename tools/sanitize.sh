@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the kernels' tests under GCC's sanitizers: the thread team under the thread sanitizer, then every level, wider ones emulated,
-# under the address and undefined-behaviour sanitizers. `make sanitize` calls it, and so does continuous integration.
+# Runs the kernels' tests under GCC's sanitizers: the thread team under the thread sanitizer, then every level, wider ones
+# emulated, under the address and undefined-behaviour sanitizers. `make sanitize` calls it, and so does continuous integration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export CXX=g++
@@ -14,8 +14,9 @@ fi
 build/team
 
 tools/native.sh build/sanitized -DGC_EMULATE=ON -DGC_SANITIZE=address,undefined
-# Python itself is not built with them, so their runtime comes first by hand; it leaves memory to the process's end, so leaks can't
-# be told. What the library reads and writes beyond its memory can, and what C++ leaves undefined. Whole texts are left out: slow.
+# Python itself is not built with them, so their runtime comes first by hand; it leaves memory to the process's end, so leaks
+# can't be told. What the library reads and writes beyond its memory can, and what C++ leaves undefined. Tests that run whole
+# texts are left out: slow.
 export LD_PRELOAD="$("$CXX" -print-file-name=libasan.so):$("$CXX" -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
 export GEMCUTTER_NATIVE="$PWD/build/sanitized/_cpu.so" OMP_NUM_THREADS=1
 .venv/bin/python -m pytest -q -n 2 tests/kernels/test_native_*.py tests/unit/test_native.py -k "not nll and not continues"
