@@ -125,7 +125,7 @@ class PleView(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
     """Load the library once; None where there is none. Raises KernelError for an environment variable that can't be obeyed."""
     found = _open()
     return found if isinstance(found, ctypes.CDLL) else None
@@ -183,7 +183,7 @@ def _set_level(found: ctypes.CDLL, level: str | None) -> None:
 
 def set_level(level: str | None) -> None:
     """Use the kernels of one processor level (None: the best). Raises KernelError where that can't be done."""
-    found = library()
+    found = load_library()
     if found is None:
         raise KernelError(f"kernel level {level!r}: {missing()}")
     _set_level(found, level)
@@ -191,5 +191,5 @@ def set_level(level: str | None) -> None:
 
 def level() -> str | None:
     """Give the processor level in use; None without the library."""
-    found = library()
+    found = load_library()
     return None if found is None else found.gc_level().decode()

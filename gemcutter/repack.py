@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
 
-from gemcutter.native import Matrix, library
+from gemcutter.native import Matrix, load_library
 
 BLOCK_KINDS = {"Q4_0": 0, "Q8_0": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}  # enum gc_kinds, by GGUF's name
 STREAM_KINDS = {4: 5, 8: 6}  # by bits: codes without gaps, lowest bits first, with scales of their own
@@ -31,7 +31,7 @@ class Source(ctypes.Structure):
 
 def repack(source: Source, target: Matrix, threads: int) -> bool:
     """Write rows as the panels of `target`, whose memory is written to; False, and nothing done, without the library."""
-    found = library()
+    found = load_library()
     if found is None:
         return False
     found.gc_set_threads(threads)

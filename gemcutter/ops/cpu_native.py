@@ -48,7 +48,7 @@ _ENTRIES: dict[str, tuple[Any, ...]] = {
 @cache
 def entry(name: str) -> Callable[..., None]:
     """Give an entry point of the library that raises CapacityError where it finds no memory for the rows on their way."""
-    library = native.library()
+    library = native.load_library()
     assert library is not None, native.missing()
     function = getattr(library, name)
     function.argtypes, function.restype = _ENTRIES[name], c_int
@@ -64,7 +64,7 @@ def entry(name: str) -> Callable[..., None]:
 @lru_cache(maxsize=1)
 def _use_threads(count: int) -> None:
     """Use as many threads as torch does; asked again, the library is told only of a change."""
-    library = native.library()
+    library = native.load_library()
     assert library is not None
     library.gc_set_threads(count)
 

@@ -29,7 +29,7 @@ from tests.trained import trained
 from tests.unit.test_quant_blocks import random_blocks
 
 CPU = torch.device("cpu")
-needs_library = pytest.mark.skipif(native.library() is None, reason=f"needs the native library: {native.missing()}")
+needs_library = pytest.mark.skipif(native.load_library() is None, reason=f"needs the native library: {native.missing()}")
 
 
 def blocks(name: str, rows: int) -> Blocks:

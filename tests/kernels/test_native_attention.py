@@ -21,7 +21,7 @@ from gemcutter.ops.cpu_step import Viewer
 from gemcutter.ops.step import Span, Step
 from gemcutter.plan import Attn, LayerPlan, Proj, RopeSpec
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
+pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
 F32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = 2e-5  # largest difference over largest value
@@ -31,7 +31,7 @@ CODES = {BF16: 3, F32: 5}
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    library = native.library()
+    library = native.load_library()
     assert library is not None
     before = library.gc_threads()
     library.gc_set_threads(request.param)
@@ -108,7 +108,7 @@ def make(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype, listed: bo
 
 
 def attend(q_NHE: Tensor, step: Step, pool: Cache, layer: LayerPlan) -> Tensor:
-    library = native.library()
+    library = native.load_library()
     assert library is not None
     struct = native.AttentionView(
         k=pool.keys.data_ptr(),

@@ -17,7 +17,7 @@ from gemcutter import native
 from gemcutter.ops import reference
 from gemcutter.quant import Weight
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
+pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}
 FLOAT_ROWS, BF16_ROWS = 2, 1
@@ -40,7 +40,7 @@ def matrix(part: Tensor) -> native.Matrix:
 
 
 def linear(x_ND: Tensor, parts: Sequence[Tensor], activations: int = FLOAT_ROWS) -> Tensor:
-    library = native.library()
+    library = native.load_library()
     assert library is not None
     out = torch.full((x_ND.shape[0], sum(part.shape[0] for part in parts)), torch.nan)
     structs = (native.Matrix * len(parts))(*map(matrix, parts))
@@ -67,7 +67,7 @@ def test_linear(columns: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.usefixtures("level")
 def test_threads(threads: int) -> None:
-    library = native.library()
+    library = native.load_library()
     assert library is not None
     before = library.gc_threads()
     parts = (randn(333, 96, seed=1).bfloat16(),)
@@ -103,7 +103,7 @@ def test_rows_rounded_to_bfloat16() -> None:
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 @pytest.mark.usefixtures("level")
 def test_gather(dtype: torch.dtype) -> None:
-    library = native.library()
+    library = native.load_library()
     assert library is not None
     for columns in (5, 32, 77):
         table, ids = randn(30, columns).to(dtype), torch.tensor([29, 0, 3, 3])

@@ -12,7 +12,7 @@ import pytest
 
 from gemcutter import native
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
+pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
 U4, U6, S8 = 0, 1, 2
 F16, BF16, F32, SUPER32, SUPER16 = range(5)
@@ -174,7 +174,7 @@ def exact_rows(count: int, columns: int, seed: int = 1) -> Array:
 
 def multiply(parts: list[Packed], x: Array, activations: int) -> Array:
     """Multiply into poisoned memory, and see that nothing beyond the product's rows was written."""
-    library = native.library()
+    library = native.load_library()
     assert library is not None
     rows, guard = sum(part.matrix.rows for part in parts), 64
     out = np.full(len(x) * rows + guard, np.nan, np.float32)
@@ -204,7 +204,7 @@ def check(out: Array, x: Array, values: Array, slack: Array | float = 0.0) -> No
 @pytest.fixture(params=(1, 2, 5))
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Use so many threads."""
-    library = native.library()
+    library = native.load_library()
     assert library is not None
     before = library.gc_threads()
     library.gc_set_threads(request.param)
@@ -283,7 +283,7 @@ def test_extreme_codes_and_rows_do_not_overflow(kind: Format, level: str) -> Non
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_gather_gives_rows_in_the_order_asked(kind: Format, level: str, threads: int) -> None:
-    library = native.library()
+    library = native.load_library()
     assert library is not None
     packed = make(kind, 39, 512)
     ids = np.array([38, 0, 15, 16, 16, 7], np.int64)

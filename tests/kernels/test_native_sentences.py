@@ -31,7 +31,7 @@ from gemcutter.quant import Weight
 from tests.parity.batches import Answer, Job, drive
 from tests.topologies import SIZES, Trace, mismatches, plan_of, prompt, relative_error, run_alone
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
+pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
 F32, BF16 = torch.float32, torch.bfloat16
 WIDE = {"head_dim": 32, "global_head_dim": 64}
@@ -96,7 +96,7 @@ def wanted_of(name: str, stored: torch.dtype, length: int) -> Trace:
 
 
 def test_structs_have_the_same_size_on_both_sides() -> None:
-    library = native.library()
+    library = native.load_library()
     assert library is not None
     views = (native.Matrix, native.StepView, native.AttentionView, native.ExpertsView, native.LayerView, native.PleView)
     library.gc_bytes_of.restype = ctypes.c_int64

@@ -36,7 +36,7 @@ EPS = 1e-6
 
 def providers_of(verb: str) -> pytest.MarkDecorator:
     """Run a test with every provider of a verb that can run here."""
-    skip = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
+    skip = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
     found = [
         pytest.param(each, id=each.name, marks=[skip] if each.name == "native" else []) for each in PROVIDERS if each.verb == verb
     ]

@@ -13,7 +13,7 @@ import gemcutter
 from gemcutter import native
 from gemcutter.errors import KernelError
 
-needs_library = pytest.mark.skipif(native.library() is None, reason=str(native.missing()))
+needs_library = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
 # Regions of any number of threads, whose results are known: y = x @ w.T, for a dense float32 matrix.
 REGION = """
@@ -21,7 +21,7 @@ import ctypes, os, random, sys, threading, time
 import numpy as np
 from gemcutter import native
 
-library, random_numbers = native.library(), np.random.default_rng(0)
+library, random_numbers = native.load_library(), np.random.default_rng(0)
 w = random_numbers.standard_normal((133, 64)).astype(np.float32)
 x = random_numbers.standard_normal((5, 64)).astype(np.float32)
 expected = x @ w.T
@@ -119,7 +119,7 @@ def test_levels_by_name() -> None:
 
 
 def test_it_can_be_switched_off() -> None:
-    code = "from gemcutter import native; print(native.library(), native.level(), native.missing(), sep='; ')"
+    code = "from gemcutter import native; print(native.load_library(), native.level(), native.missing(), sep='; ')"
     assert run(code, GEMCUTTER_NATIVE="off").stdout.strip() == "None; None; switched off by GEMCUTTER_NATIVE=off"
 
 
@@ -131,7 +131,7 @@ def test_without_a_library_levels_are_refused() -> None:
 def test_a_library_that_was_asked_for_must_load(tmp_path: Path) -> None:
     (tmp_path / "broken.so").write_bytes(b"not a library")
     for name in ("absent.so", "broken.so"):
-        found = run("from gemcutter import native; native.library()", GEMCUTTER_NATIVE=str(tmp_path / name))
+        found = run("from gemcutter import native; native.load_library()", GEMCUTTER_NATIVE=str(tmp_path / name))
         assert f"KernelError: GEMCUTTER_NATIVE: {tmp_path / name} can't be used" in found.stderr
 
 
@@ -154,7 +154,7 @@ def test_a_broken_library_that_nobody_asked_for_is_only_a_reason(tmp_path: Path,
 @needs_library
 def test_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GEMCUTTER_NATIVE", raising=False)
-    monkeypatch.setattr(native, "_find", lambda: Path(str(native.library()._name)))  # type: ignore[union-attr]
+    monkeypatch.setattr(native, "_find", lambda: Path(str(native.load_library()._name)))  # type: ignore[union-attr]
     monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
     assert f"has interface {native.VERSION - 1}, {native.VERSION} expected" in str(native._open.__wrapped__())
 
