@@ -16,6 +16,7 @@ from gemcutter.engine.request import Event, Sequence
 from gemcutter.engine.sampling import TokenLogprobs, best_of, sample, token_logprobs
 from gemcutter.engine.scheduler import Work
 from gemcutter.engine.step import build_step
+from gemcutter.engine.threads import one_thread
 from gemcutter.model.text import Decoder
 
 HEAD_ROWS = 32  # rows whose logits exist at one time: 32 MiB at 262,144 float32 logits a row
@@ -62,8 +63,9 @@ def _choose(decoder: Decoder, works: Rows[Work], ends: list[Tensor]) -> list[Eve
                 choices[index] = Event(sequence.number, prompt=sequence.report)
             continue
         logits_RV = decoder.logits(torch.cat([ends[index] for index in group])).cpu()
-        for index, sequence, logits_V in zip(group, sequences, logits_RV, strict=True):
-            choices[index] = _choose_one(sequence, logits_V)
+        with one_thread():
+            for index, sequence, logits_V in zip(group, sequences, logits_RV, strict=True):
+                choices[index] = _choose_one(sequence, logits_V)
     return choices
 
 

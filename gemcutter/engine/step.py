@@ -12,10 +12,12 @@ from itertools import accumulate
 import torch
 
 from gemcutter.engine.scheduler import Work
+from gemcutter.engine.threads import one_thread
 from gemcutter.model.text import Decoder
 from gemcutter.ops.step import Step
 
 
+@one_thread()
 def build_step(decoder: Decoder, works: Sequence[Work]) -> Step:
     """Lay the works' rows out one after the other, in order."""
     device = decoder.device
