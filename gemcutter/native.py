@@ -115,6 +115,7 @@ class PleView(ctypes.Structure):
     _fields_ = (
         ("project", Matrix),
         ("table", Matrix),
+        ("source", c_void_p),
         ("norm", c_void_p),
         ("dim", c_int64),
         ("eps", c_float),

@@ -149,8 +149,8 @@ int forms(const gc_matrix *m, int64_t rows, int activations) {
 
 template <const Products &FEW>
 void panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-           void *scratch) {
-    if (!fits(*m, rows->count, rows->activations)) return FEW.panel(m, panel, rows, first, last, out, ld, scratch);
+           void *scratch, const void *next) {
+    if (!fits(*m, rows->count, rows->activations)) return FEW.panel(m, panel, rows, first, last, out, ld, scratch, next);
     float *sums = static_cast<float *>(scratch);
     uint16_t *pairs = reinterpret_cast<uint16_t *>(sums + TILES * TILE_FLOATS);
     if (is_dense(*m)) pairs_of_dense(*m, panel, pairs);
@@ -175,7 +175,7 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
 }
 
 template <const Products &FEW>
-constexpr Products TABLE = {forms<FEW>, panel<FEW>, scratch_bytes<FEW>, gather<FEW>};
+constexpr Products TABLE = {forms<FEW>, panel<FEW>, scratch_bytes<FEW>, gather<FEW>, 8 * CHUNK_ELEMENTS, 2 * CHUNK_ROWS};
 
 }  // namespace
 

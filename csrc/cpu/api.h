@@ -27,6 +27,16 @@ typedef struct {
     int32_t reserved;
 } gc_matrix;
 
+enum gc_kinds { GC_Q4_0 = 0, GC_Q8_0 = 1, GC_Q4_K = 2, GC_Q5_K = 3, GC_Q6_K = 4, GC_STREAM4 = 5, GC_STREAM8 = 6 };
+
+// Rows of a file. Blocks hold everything; streams of 4 or 8 bits have scales, and biases or null, apart, typed as the target's.
+typedef struct {
+    const void *codes, *scales, *biases;
+    int64_t code_stride, scale_stride;  // bytes from one row to the next
+    int32_t kind;
+    int32_t flip;  // exclusively or-ed to the bytes of a stream: 128 makes unsigned ones signed
+} gc_source;
+
 // One step: the flat rows of several sequences, and where one group's keys lie (Step and Span of ops/step.py).
 typedef struct {
     int64_t rows, sequences;
@@ -75,6 +85,7 @@ typedef struct {
 // The per-layer embeddings of a span of layers: rows of the projection and columns of the table cut to the span.
 typedef struct {
     gc_matrix project, table;  // a table without rows: its rows come from the caller
+    const gc_source *source;   // rows as a file packs them, each laid out as the one row of `table` when it is wanted; or null
     const float *norm;         // [P]
     int64_t dim;               // P
     float eps, token_scale, context_scale;

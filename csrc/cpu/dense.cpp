@@ -100,7 +100,7 @@ void panel_type(const gc_matrix &matrix, int64_t panel, const Rows &rows, int64_
 int forms(const gc_matrix *, int64_t, int) { return FORM_FLOAT; }
 
 void panel(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-           void *scratch) {
+           void *scratch, const void *) {
     auto *run = matrix->codes == GC_BF16 ? panel_type<Bf16> : matrix->codes == GC_F16 ? panel_type<F16> : panel_type<F32>;
     run(*matrix, panel, *rows, first, last, out, ld, static_cast<float *>(scratch));
 }
@@ -122,6 +122,6 @@ void gather(const gc_matrix *matrix, int64_t row, float *out) {
 
 }  // namespace
 
-extern const Products GC_NAME(dense) = {forms, panel, scratch_bytes, gather};
+extern const Products GC_NAME(dense) = {forms, panel, scratch_bytes, gather, CHUNK_ELEMENTS, CHUNK_ROWS};
 
 }  // namespace gemcutter

@@ -4,6 +4,22 @@
 // sentence means.
 #include "lines.h"
 #include "region.h"
+#include "repack.h"
+
+namespace gemcutter {
+namespace {
+
+// Gathers rows of the table; of a source through a panel of this thread's own.
+void gather_row(const gc_ple &ple, int64_t id, void *panel, float *out) {
+    if (!ple.source) return products(ple.table).gather(&ple.table, id, out);
+    gc_matrix row = ple.table;
+    row.data = panel;
+    repack_row(*ple.source, id, row);
+    products(row).gather(&row, 0, out);
+}
+
+}  // namespace
+}  // namespace gemcutter
 
 // Every entry gives 0, or 1 if there is no memory for the rows on their way.
 
@@ -31,7 +47,8 @@ GC_EXPORT int gc_ple_rows(const gc_ple *ple, const float *x, const int64_t *ids,
         RowForms forms = take_forms(arena, forms_of(&weight, 1, rows, ple->activations), rows, weight.columns, ple->activations);
         float *context = arena.array<float>(rows * width);
         Scratch scratch;
-        scratch.take(arena, scratch_bytes(&weight, 1));
+        size_t bytes = scratch_bytes(&weight, 1), panel = ple->source ? (size_t)ple->table.stride : 0;
+        scratch.take(arena, bytes > panel ? bytes : panel);
         region([&](Team &team, int index) {
             const Words &words = *kernels().words;
             make_forms(team, index, forms, x);
@@ -41,7 +58,7 @@ GC_EXPORT int gc_ple_rows(const gc_ple *ple, const float *x, const int64_t *ids,
             Range own = own_rows(rows, index, team.size);
             for (int64_t n = own.first; n < own.last; ++n) {
                 float *row = out + n * width, *projected = context + n * width;
-                if (!tokens) products(ple->table).gather(&ple->table, ids[n], row);
+                if (!tokens) gather_row(*ple, ids[n], scratch.of(index), row);
                 words.multiply(tokens ? tokens + n * width : row, ple->token_scale, width, row);
                 words.multiply(projected, ple->context_scale, width, projected);
                 for (int64_t at = 0; at < width; at += dim)

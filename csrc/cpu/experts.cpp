@@ -138,8 +138,8 @@ void Experts::run(Team &team, int index) {
         float *ups = gates + group.count * PANEL;
         Rows rows = rows_of(entering_.rows, group);
         if (columns < PANEL) memset(gates, 0, sizeof(float) * (size_t)(2 * PANEL * group.count));
-        products(gate).panel(&gate, panel, &rows, 0, group.count, gates, PANEL, rest);
-        products(up).panel(&up, panel, &rows, 0, group.count, ups, PANEL, rest);
+        products(gate).panel(&gate, panel, &rows, 0, group.count, gates, PANEL, rest, panel_at(up, panel));
+        products(up).panel(&up, panel, &rows, 0, group.count, ups, PANEL, rest, panel_at(gate, panel + 1));
         kernels().words->gelu_mul(gates, ups, group.count * PANEL, gates);
         for (int64_t m = 0; m < group.count; ++m)
             memcpy(gated_.row(group.first + m) + panel * PANEL, gates + m * PANEL, sizeof(float) * (size_t)columns);
@@ -151,7 +151,8 @@ void Experts::run(Team &team, int index) {
     share_panels(team, COUNT_EXPERTS_OUT, (hidden + PANEL - 1) / PANEL, [&](const Group &group, int64_t panel) {
         const gc_matrix &down = experts_.down[group.expert];
         Rows rows = rows_of(gated_.forms.rows, group);
-        products(down).panel(&down, panel, &rows, 0, group.count, product_ + group.first * hidden + panel * PANEL, hidden, rest);
+        products(down).panel(&down, panel, &rows, 0, group.count, product_ + group.first * hidden + panel * PANEL, hidden, rest,
+                             nullptr);
     });
     team.barrier();
 }

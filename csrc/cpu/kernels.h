@@ -54,11 +54,13 @@ struct Products {
     int (*forms)(const gc_matrix *matrix, int64_t rows, int activations);
     // Rows first..last-1 times the 16 matrix rows of one panel: out[m * ld + r], m counted from `first`, r from the panel's first
     // row; ragged last panels write only the rows that exist. `scratch` is 64-byte aligned and of scratch_bytes(), own to a thread.
+    // `next` is what the thread reads afterwards, fetched towards the end of a stream; null: the panel that follows in memory.
     void (*panel)(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-                  void *scratch);
+                  void *scratch, const void *next);
     size_t (*scratch_bytes)(const gc_matrix *matrix);
     // Write one row of a matrix as float32.
     void (*gather)(const gc_matrix *matrix, int64_t row, float *out);
+    int64_t chunk_elements, chunk_rows;  // of the rows, at most, that meet one panel after the other
 };
 
 // Keys and values of one key head in one sequence. Slot t of positions start, start + 1, ...: consecutive from `low`, or listed.
@@ -69,6 +71,9 @@ struct Keys {
     int64_t start, low;     // first position held; its slot, or -1 if `slots` lists them
     const int64_t *slots;
 };
+
+constexpr int64_t CHUNK_ELEMENTS = 96 * 1024;  // a part of the second-level cache, beside a panel's codes
+constexpr int64_t CHUNK_ROWS = 256;
 
 constexpr int64_t DECODE_KEYS = 512;  // the most keys of one call of `decode`
 
@@ -105,6 +110,11 @@ extern const Products packed_amx, dense_amx;
 #endif
 
 const Kernels &kernels();  // of the level in use
+
+// Where a panel begins; of the one after the last, where it would.
+inline const void *panel_at(const gc_matrix &m, int64_t panel) {
+    return static_cast<const char *>(m.data) + panel * m.stride * (is_dense(m) ? PANEL : 1);
+}
 
 inline const Products &products(const gc_matrix &m) { return is_dense(m) ? *kernels().dense : *kernels().packed; }
 

@@ -28,6 +28,7 @@ namespace gemcutter {
 constexpr int PANEL = 16;   // rows of a panel
 constexpr int BLOCK = 32;   // columns of a code block, and of one activation scale
 constexpr int SUPER = 256;  // columns of a super-block
+constexpr int64_t AHEAD = 2048;  // bytes from what is read to what is fetched: a core alone does not keep memory busy
 
 inline bool is_dense(const gc_matrix &m) { return m.codes >= GC_BF16; }
 

@@ -12,17 +12,17 @@ int forms(const gc_matrix *, int64_t, int activations) { return activations == G
 
 template <int PIECES>
 void panel_in_pieces(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
-                     void *scratch) {
+                     void *scratch, const void *next) {
     if (!rows.q || rows.activations != GC_INT8) return float_panel<PIECES>(m, panel, rows, first, last, out, ld, scratch);
-    if (m.codes == GC_U4) return int8_panel<Code4, PIECES>(m, panel, rows, first, last, out, ld, scratch);
-    if (m.codes == GC_U6) return int8_panel<Code6, PIECES>(m, panel, rows, first, last, out, ld, scratch);
-    int8_panel<Code8, PIECES>(m, panel, rows, first, last, out, ld, scratch);
+    if (m.codes == GC_U4) return int8_panel<Code4, PIECES>(m, panel, rows, first, last, out, ld, scratch, next);
+    if (m.codes == GC_U6) return int8_panel<Code6, PIECES>(m, panel, rows, first, last, out, ld, scratch, next);
+    int8_panel<Code8, PIECES>(m, panel, rows, first, last, out, ld, scratch, next);
 }
 
 void panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-           void *scratch) {
-    if (pieces_of(*m) == 2) return panel_in_pieces<2>(*m, panel, *rows, first, last, out, ld, scratch);
-    panel_in_pieces<1>(*m, panel, *rows, first, last, out, ld, scratch);
+           void *scratch, const void *next) {
+    if (pieces_of(*m) == 2) return panel_in_pieces<2>(*m, panel, *rows, first, last, out, ld, scratch, next);
+    panel_in_pieces<1>(*m, panel, *rows, first, last, out, ld, scratch, next);
 }
 
 size_t scratch_bytes(const gc_matrix *) {
@@ -49,6 +49,6 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
 
 }  // namespace
 
-extern const Products GC_NAME(packed) = {forms, panel, scratch_bytes, gather};
+extern const Products GC_NAME(packed) = {forms, panel, scratch_bytes, gather, CHUNK_ELEMENTS, CHUNK_ROWS};
 
 }  // namespace gemcutter

@@ -68,11 +68,9 @@ inline int width_of(const gc_matrix &m, int64_t panel) {
     return left < PANEL ? (int)left : PANEL;
 }
 
-constexpr int64_t AHEAD = 2048;  // bytes from what is read to what is fetched: a core alone does not keep memory busy
-
 // M rows times a panel in one pass over its packed codes.
 template <class Code, int PIECES, int M>
-void stream(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out, int64_t ld) {
+void stream(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out, int64_t ld, const void *next) {
     using From = Reader<Code, false>;
     Walk<PIECES> walk(m, panel);
     V total[M][PARTS];
@@ -81,13 +79,16 @@ void stream(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, fl
     constexpr int CODE_BYTES = Code::KIND == GC_U4 ? 256 : Code::KIND == GC_U6 ? 384 : 512;
     const float offset = (float)(m.offset - From::SHIFT);
     const int64_t all = rows.columns / BLOCK;
+    const uint8_t *end = panel_of(m, panel) + m.stride;
+    const int64_t jump = next ? static_cast<const uint8_t *>(next) - end : 0;
     for (int64_t start = 0; start < all; start += RUN) {
         const int64_t blocks = all - start < RUN ? all - start : RUN;
         const RowRun<PIECES, M> own(rows, row, start, blocks);
         for (int64_t b = 0; b < blocks; ++b) {
             const uint8_t *codes = walk.next();
+            const uint8_t *ahead = codes + AHEAD < end ? codes + AHEAD : codes + AHEAD + jump;
 #pragma GCC unroll 9
-            for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(codes + AHEAD + i);
+            for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(ahead + i);
 #pragma GCC unroll 2
             for (int part = 0; part < PARTS; ++part)
                 add_block<From, PIECES, M, 1>(codes, part, walk.now, walk.is_biased, offset, own, b, total);
@@ -147,13 +148,13 @@ void many_rows(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t firs
 
 template <class Code, int PIECES>
 void int8_panel(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
-                void *scratch) {
+                void *scratch, const void *next) {
     if constexpr (STREAMS) {
         switch (last - first) {
-            case 1: return stream<Code, PIECES, 1>(m, panel, rows, first, out, ld);
-            case 2: return stream<Code, PIECES, 2>(m, panel, rows, first, out, ld);
-            case 3: return stream<Code, PIECES, 3>(m, panel, rows, first, out, ld);
-            case 4: return stream<Code, PIECES, 4>(m, panel, rows, first, out, ld);
+            case 1: return stream<Code, PIECES, 1>(m, panel, rows, first, out, ld, next);
+            case 2: return stream<Code, PIECES, 2>(m, panel, rows, first, out, ld, next);
+            case 3: return stream<Code, PIECES, 3>(m, panel, rows, first, out, ld, next);
+            case 4: return stream<Code, PIECES, 4>(m, panel, rows, first, out, ld, next);
             default: break;  // enough rows to be worth unpacking for
         }
     }

@@ -17,34 +17,36 @@ namespace {
 
 constexpr size_t ALIGNMENT = 64, LEAST_CHUNK = (size_t)1 << 20;
 constexpr int64_t FEW_ROWS = 16;    // up to here a thread keeps to its run of panels
-constexpr int64_t MOST_ROWS = 256;  // of one item
 constexpr int64_t ROW_UNIT = 32;    // chunks are multiples of what any micro-kernel takes at once
-constexpr int64_t CHUNK_ELEMENTS = 96 * 1024;  // of one item's rows: a part of the second-level cache, beside the panel's codes
 
 size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
 int64_t panels_of(const gc_matrix &m) { return (m.rows + PANEL - 1) / PANEL; }
 
-int64_t chunk_rows(int64_t rows, int64_t columns) {
-    int64_t fit = CHUNK_ELEMENTS / columns, most = fit < ROW_UNIT ? ROW_UNIT : fit > MOST_ROWS ? MOST_ROWS : fit;
+int64_t chunk_rows(const Products &level, int64_t rows, int64_t columns) {
+    int64_t fit = level.chunk_elements / columns;
+    int64_t most = fit < ROW_UNIT ? ROW_UNIT : fit > level.chunk_rows ? level.chunk_rows : fit;
     int64_t chunks = (rows + most - 1) / most, each = (rows + chunks - 1) / chunks;
     return (each + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT;
 }
 
-// Calls item(panel, first row, last row) for all panels and rows, each once, on some thread of the team.
+// Panels of few rows that are a thread's own.
+Range own_panels(int64_t panels, int index, int size) { return share(size == 1 ? panels : panels - panels / 4, 1, index, size); }
+
+// Calls item(panel, first row, last row) for all panels and rows, each once, on some thread of the team; `chunk` rows at a time.
 template <typename Item>
-void share_out(Team &team, int index, int64_t panels, int64_t rows, int64_t columns, int counter, Item item) {
+void share_out(Team &team, int index, int64_t panels, int64_t rows, int64_t chunk, int counter, Item item) {
     std::atomic<int64_t> &next = team.counters[counter];
     if (rows > FEW_ROWS) {
-        int64_t chunk = chunk_rows(rows, columns), items = panels * ((rows + chunk - 1) / chunk);
+        int64_t items = panels * ((rows + chunk - 1) / chunk);
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
             int64_t first = i / panels * chunk, last = first + chunk < rows ? first + chunk : rows;
             item(i % panels, first, last);
         }
         return;
     }
-    int64_t owned = team.size == 1 ? panels : panels - panels / 4;
-    Range own = share(owned, 1, index, team.size);
+    Range own = own_panels(panels, index, team.size);
+    int64_t owned = own_panels(panels, team.size - 1, team.size).last;
     for (int64_t panel = own.first; panel < own.last; ++panel) item(panel, (int64_t)0, rows);
     int64_t piece = panels / (32 * team.size) + 1;
     for (int64_t start; (start = owned + next.fetch_add(piece, std::memory_order_relaxed)) < panels;)
@@ -137,31 +139,45 @@ void multiply(Team &team, int index, const gc_matrix *parts, int num_parts, cons
               void *scratch, int counter) {
     int64_t panels = 0;
     for (int i = 0; i < num_parts; ++i) panels += panels_of(parts[i]);
-    share_out(team, index, panels, rows.count, rows.columns, counter, [&](int64_t panel, int64_t first, int64_t last) {
+    int64_t chunk = chunk_rows(products(*parts), rows.count, rows.columns);
+    share_out(team, index, panels, rows.count, chunk, counter, [&](int64_t panel, int64_t first, int64_t last) {
         const gc_matrix *part = parts;
         float *column = out;
         for (; panel >= panels_of(*part); ++part) {
             panel -= panels_of(*part);
             column += part->rows;
         }
-        products(*part).panel(part, panel, &rows, first, last, column + first * ld + panel * PANEL, ld, scratch);
+        bool is_last = panel + 1 == panels_of(*part) && part + 1 < parts + num_parts;
+        const void *next = is_last ? part[1].data : nullptr;
+        products(*part).panel(part, panel, &rows, first, last, column + first * ld + panel * PANEL, ld, scratch, next);
     });
 }
 
 void multiply_gated(Team &team, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out, int64_t ld,
                     void *scratch, int counter) {
-    int64_t chunk = rows.count > FEW_ROWS ? chunk_rows(rows.count, rows.columns) : rows.count;
+    int64_t chunk = rows.count > FEW_ROWS ? chunk_rows(products(*gate), rows.count, rows.columns) : rows.count;
     float *gates = static_cast<float *>(scratch), *ups = gates + chunk * PANEL;
     void *rest = ups + chunk * PANEL;
-    share_out(team, index, panels_of(*gate), rows.count, rows.columns, counter, [&](int64_t panel, int64_t first, int64_t last) {
+    share_out(team, index, panels_of(*gate), rows.count, chunk, counter, [&](int64_t panel, int64_t first, int64_t last) {
         int64_t count = last - first, left = gate->rows - panel * PANEL, width = left < PANEL ? left : PANEL;
         if (width < PANEL) memset(scratch, 0, sizeof(float) * (size_t)(2 * chunk * PANEL));
-        products(*gate).panel(gate, panel, &rows, first, last, gates, PANEL, rest);
-        products(*up).panel(up, panel, &rows, first, last, ups, PANEL, rest);
+        products(*gate).panel(gate, panel, &rows, first, last, gates, PANEL, rest, panel_at(*up, panel));
+        products(*up).panel(up, panel, &rows, first, last, ups, PANEL, rest, panel_at(*gate, panel + 1));
         kernels().words->gelu_mul(gates, ups, count * PANEL, gates);
         float *target = out + first * ld + panel * PANEL;
         for (int64_t m = 0; m < count; ++m) memcpy(target + m * ld, gates + m * PANEL, sizeof(float) * (size_t)width);
     });
+}
+
+void warm(const Team &team, int index, const gc_matrix *parts, int num_parts, int64_t count) {
+    if (count > FEW_ROWS) return;
+    int64_t panels = 0;
+    for (int i = 0; i < num_parts; ++i) panels += panels_of(parts[i]);
+    int64_t panel = own_panels(panels, index, team.size).first;
+    if (panel >= panels) return;
+    for (; panel >= panels_of(*parts); ++parts) panel -= panels_of(*parts);
+    auto *bytes = static_cast<const char *>(panel_at(*parts, panel));
+    for (int64_t at = 0; at < AHEAD; at += 64) __builtin_prefetch(bytes + at);
 }
 
 size_t scratch_bytes(const gc_matrix *parts, int num_parts) {
@@ -174,7 +190,7 @@ size_t scratch_bytes(const gc_matrix *parts, int num_parts) {
 }
 
 size_t gated_scratch_bytes(const gc_matrix *gate, const gc_matrix *up) {
-    size_t both = align(sizeof(float) * 2 * MOST_ROWS * PANEL), a = scratch_bytes(gate, 1), b = scratch_bytes(up, 1);
+    size_t both = align(sizeof(float) * 2 * products(*gate).chunk_rows * PANEL), a = scratch_bytes(gate, 1), b = scratch_bytes(up, 1);
     return both + (a > b ? a : b);
 }
 

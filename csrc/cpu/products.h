@@ -53,6 +53,9 @@ void multiply(Team &team, int index, const gc_matrix *parts, int num_parts, cons
 void multiply_gated(Team &team, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out, int64_t ld,
                     void *scratch, int counter);
 
+// Ask for what this thread reads first in a product of `count` rows, while it waits for them; nothing where rows are many.
+void warm(const Team &team, int index, const gc_matrix *parts, int num_parts, int64_t count);
+
 size_t scratch_bytes(const gc_matrix *parts, int num_parts);        // for multiply
 size_t gated_scratch_bytes(const gc_matrix *gate, const gc_matrix *up);  // for multiply_gated
 

@@ -8,18 +8,8 @@
 
 #include <initializer_list>
 
-#include "layout.h"
+#include "repack.h"
 #include "threads.h"
-
-enum gc_kinds { GC_Q4_0 = 0, GC_Q8_0 = 1, GC_Q4_K = 2, GC_Q5_K = 3, GC_Q6_K = 4, GC_STREAM4 = 5, GC_STREAM8 = 6 };
-
-// Rows of a file. Blocks hold everything; streams of 4 or 8 bits have scales, and biases or null, apart, typed as the target's.
-typedef struct {
-    const void *codes, *scales, *biases;
-    int64_t code_stride, scale_stride;  // bytes from one row to the next
-    int32_t kind;
-    int32_t flip;  // exclusively or-ed to the bytes of a stream: 128 makes unsigned ones signed
-} gc_source;
 
 namespace gemcutter {
 namespace {
@@ -184,6 +174,11 @@ const Kind KINDS[] = {
     {0, panel_of_streams<32, stream8>},
 };
 
+Work work_of(const gc_source &source, const gc_matrix &target) {
+    const Kind &kind = KINDS[source.kind];
+    return {&source, &target, target.columns / (kind.columns ? kind.columns : target.group), kind.panel};
+}
+
 constexpr int64_t SHARE = 4;  // panels that a thread takes at a time
 
 void repack(void *argument, Team &team, int) {
@@ -197,14 +192,23 @@ void repack(void *argument, Team &team, int) {
 }
 
 }  // namespace
+
+void repack_row(const gc_source &source, int64_t row, const gc_matrix &target) {
+    gc_source own = source;
+    own.codes = static_cast<const char *>(source.codes) + row * source.code_stride;
+    if (source.scales) own.scales = static_cast<const char *>(source.scales) + row * source.scale_stride;
+    if (source.biases) own.biases = static_cast<const char *>(source.biases) + row * source.scale_stride;
+    const Work work = work_of(own, target);
+    work.panel(work, 0);
+}
+
 }  // namespace gemcutter
 
 // Writes rows of a file as the panels that `target` describes, whose memory may be written to; 1 for a kind that is unknown.
 GC_EXPORT int gc_repack(const gc_source *source, const gc_matrix *target) {
     using namespace gemcutter;
     if (source->kind < 0 || source->kind > GC_STREAM8) return 1;
-    const Kind &kind = KINDS[source->kind];
-    Work work{source, target, target->columns / (kind.columns ? kind.columns : target->group), kind.panel};
+    Work work = work_of(*source, *target);
     gemcutter::run(repack, &work);
     return 0;
 }

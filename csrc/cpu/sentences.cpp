@@ -50,6 +50,7 @@ void Project::run(Team &team, int index, const float *x, float *q) {
     const Words &words = *kernels().words;
     const gc_attention &shape = layer_.attention;
     int64_t rows = step_.rows, hidden = layer_.hidden;
+    warm(team, index, layer_.attn_in, 1 + num_kv_, rows);
     Range own = own_rows(rows, index, team.size);
     for (int64_t n = own.first; n < own.last; ++n) {
         words.rms_norm(x + n * hidden, layer_.attn_norm, layer_.eps, hidden, all_.row(n));
@@ -118,6 +119,7 @@ Mix::Mix(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(layer), row
 
 void Mix::run(Team &team, int index, const float *x, const int64_t *keep, const float *o, float *out) {
     int64_t hidden = layer_.hidden;
+    warm(team, index, &layer_.attn_out, 1, rows_);
     make_forms(team, index, forms_, o);
     team.barrier();
     multiply(team, index, &layer_.attn_out, 1, forms_.rows, product_, hidden, scratch_.of(index), COUNT_OUT);
@@ -143,6 +145,7 @@ Feed::Feed(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(layer), r
 
 void Feed::run(Team &team, int index, const float *x, float *out, float scale) {
     int64_t hidden = layer_.hidden;
+    warm(team, index, &layer_.gate, 1, rows_);
     Range own = own_rows(rows_, index, team.size);
     for (int64_t m = own.first; m < own.last; ++m) {
         kernels().words->rms_norm(x + m * hidden, layer_.mlp_norm, layer_.eps, hidden, normed_.row(m));
@@ -155,6 +158,7 @@ void Feed::run(Team &team, int index, const float *x, float *out, float scale) {
     void *scratch = scratch_.of(index);
     multiply_gated(team, index, &layer_.gate, &layer_.up, normed_.forms.rows, gated_.x, layer_.down.columns, scratch,
                    COUNT_GATED);
+    warm(team, index, &layer_.down, 1, rows_);
     team.barrier();
     make_forms(team, index, gated_.forms, gated_.x);
     team.barrier();
@@ -194,6 +198,7 @@ void Inject::run(Team &team, int index, const float *x, const float *ple, int64_
     const Words &words = *kernels().words;
     int64_t hidden = layer_.hidden, dim = layer_.ple_dim;
     void *scratch = scratch_.of(index);
+    warm(team, index, &layer_.ple_gate, 1, rows_);
     Range own = own_rows(rows_, index, team.size);
     for (int64_t m = own.first; m < own.last; ++m) {
         memcpy(entering_.row(m), x + m * hidden, sizeof(float) * (size_t)hidden);
@@ -201,6 +206,7 @@ void Inject::run(Team &team, int index, const float *x, const float *ple, int64_
     }
     team.barrier();
     multiply(team, index, &layer_.ple_gate, 1, entering_.forms.rows, gated_.x, dim, scratch, COUNT_PLE_GATE);
+    warm(team, index, &layer_.ple_out, 1, rows_);
     team.barrier();
     for (int64_t m = own.first; m < own.last; ++m) {
         words.gelu_mul(gated_.row(m), ple + m * stride, dim, gated_.row(m));

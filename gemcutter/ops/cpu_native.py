@@ -26,6 +26,7 @@ from gemcutter.ops.step import Pool, Step
 from gemcutter.plan import LayerPlan, ModelPlan
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.tiled import Tiled
+from gemcutter.quant.tiling import row_source
 
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # enum gc_codes
 ACTIVATIONS = {"int8": 0, "bf16": 1, "float32": 2}  # enum gc_activations
@@ -349,10 +350,15 @@ def build_embed(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> C
 
 
 def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Callable[..., Tensor]:
-    """Build the per-layer embeddings of a span of layers. A packed table's rows are widened here, whatever its scheme."""
+    """Build the per-layer embeddings of a span of layers.
+
+    Rows of a table that stays as its file packs it are laid out one by one, or widened here where the library does not know the
+    scheme.
+    """
     table, project, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), rows_of(vector(params, "ple.norm"))
     token_scale, dim, call = rounded_root(plan.ple_dim, words), plan.ple_dim, entry("gc_ple_rows")
     spans: dict[tuple[int, int], tuple[PleView, Weight, Weight]] = {}
+    alive: list[Any] = []
 
     def bind(first: int, last: int) -> tuple[PleView, Weight, Weight]:
         some, rows = table.span(first * dim, last * dim), project.slice(first * dim, last * dim)
@@ -365,8 +371,12 @@ def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Cal
             context_scale=plan.hidden**-0.5,
             activations=ACTIVATIONS[words.numerics.activations],
         )
-        if isinstance(some.parts[0], Tensor | Tiled):
-            bound.table = whole_matrix(some)
+        (held,) = some.parts
+        if isinstance(held, Tensor | Tiled):
+            bound.table = matrix_of(held)
+        elif source := row_source(held):
+            bound.table, bound.source = source[0], ctypes.addressof(source[1])
+            alive.append(source)
         return bound, some, rows
 
     def ple(x_ND: Tensor, ple_ids_N: Tensor, first: int, last: int) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from gemcutter.native import Matrix
 from gemcutter.quant.affine import Affine
 from gemcutter.quant.bits import E2M1, float8, planes, unpack
 from gemcutter.quant.blocks import Blocks
@@ -59,7 +60,7 @@ def tile(part: Packed, after_chunk: Callable[[], None] | None = None) -> Tiled |
     for index in range(part.shape[0] if experts else 1):
         source, target = (part.expert(index), whole.expert(index)) if experts else (part, whole)
         assert not isinstance(source, Tensor)
-        elements = CHUNK_ELEMENTS if _as_stored(source) is None else NATIVE_CHUNK_ELEMENTS
+        elements = CHUNK_ELEMENTS if source_of(source) is None else NATIVE_CHUNK_ELEMENTS
         step = max(PANEL, elements // columns // PANEL * PANEL)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
@@ -71,12 +72,12 @@ def tile(part: Packed, after_chunk: Callable[[], None] | None = None) -> Tiled |
 
 def _fill(target: Tiled, source: Packed) -> None:
     """Write rows as panels: natively where the library knows the scheme, else as the definition does."""
-    stored = _as_stored(source)
+    stored = source_of(source)
     if stored is None or not repack(stored, target.matrix(), torch.get_num_threads()):
-        target.data.copy_(to_panels(_grid(source)))
+        target.data.copy_(to_panels(take_apart(source)))
 
 
-def _as_stored(part: Packed) -> Source | None:
+def source_of(part: Packed) -> Source | None:
     """Say where rows lie for the native library; None where it does not know the scheme."""
     if isinstance(part, Blocks) and part.scheme in BLOCK_KINDS and part.data.stride(-1) == 1:
         return Source(codes=part.data.data_ptr(), code_stride=part.data.stride(-2), kind=BLOCK_KINDS[part.scheme])
@@ -110,7 +111,7 @@ def join(chunks: Iterable[Packed], shape: tuple[int, ...]) -> Tiled:
     whole: Tiled | None = None
     done = 0  # panels of all matrices
     for chunk in chunks:
-        grid = _grid(chunk)
+        grid = take_apart(chunk)
         if whole is None:
             data = take_room((*experts, -(-rows // PANEL), grid.layout.stride(columns)))
             whole = Tiled(data, rows, columns, grid.layout, chunk.scheme)
@@ -143,8 +144,8 @@ def layout_of(part: Packed) -> Layout | None:
     return layout
 
 
-def _grid(part: Packed) -> Grid:
-    """Take rows of a single matrix apart."""
+def take_apart(part: Packed) -> Grid:
+    """Take rows of a single matrix apart, on the device that they lie on; their scheme must have a layout."""
     layout = layout_of(part)
     assert layout is not None
     if isinstance(part, Blocks):
@@ -216,7 +217,7 @@ def _half(blocks: Tensor, start: int) -> Tensor:
 
 def _levels(table: tuple[int, ...], codes: Tensor) -> Tensor:
     """Replace 4-bit codes by small signed integers, as bytes."""
-    return torch.tensor(table, dtype=torch.int8).view(torch.uint8)[codes.int()]
+    return torch.tensor(table, dtype=torch.int8, device=codes.device).view(torch.uint8)[codes.int()]
 
 
 def _fifth_bits(blocks: Tensor, start: int) -> Tensor:
@@ -316,3 +317,13 @@ BLOCK_TYPES: dict[str, tuple[Layout, Callable[[Tensor], tuple[Tensor, ...]]]] = 
     "Q6_K": (Layout(U6, SUPER16, 16, offset=-32), _q6_k),
     "IQ4_XS": (Layout(S8, SUPER16, 16), _iq4_xs),
 }
+
+
+def row_source(part: Packed) -> tuple[Matrix, Source] | None:
+    """Describe a matrix whose rows the native library lays out one by one, and the form of such a row; None if it can't."""
+    source, layout = source_of(part), layout_of(part)
+    if source is None or layout is None or len(part.shape) != 2:
+        return None
+    row = Tiled(torch.empty(1, 0, dtype=torch.uint8), 1, part.shape[1], layout, part.scheme).matrix()
+    row.data, row.stride = None, layout.stride(part.shape[1])
+    return row, source
