@@ -5,7 +5,7 @@
 // pieces, since cores are seldom equally fast. Many rows are bound by arithmetic: items are one panel times one chunk of rows, so
 // that a panel stays in the nearest cache and the chunk in the next. Refuses to know how matrices lie in memory: `packed.cpp`
 // and `dense.cpp` know that.
-#include "products.h"
+#include "region.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -82,6 +82,17 @@ void Arena::clear() {
         ::operator delete(older, std::align_val_t(ALIGNMENT));
     }
     chunks_->used = 0;
+}
+
+Arena::Mark Arena::mark() const { return {chunks_, chunks_ ? chunks_->used : 0}; }
+
+void Arena::rewind(const Mark &mark) {
+    if (chunks_) chunks_->used = chunks_ == mark.chunk ? mark.used : 0;  // a chunk that began after the mark is free as a whole
+}
+
+Arena &thread_arena() {
+    static thread_local Arena arena;
+    return arena;
 }
 
 Arena::~Arena() {
@@ -194,62 +205,33 @@ size_t gated_scratch_bytes(const gc_matrix *gate, const gc_matrix *up) {
     return both + (a > b ? a : b);
 }
 
-namespace {
-
-struct Linear {
-    const gc_matrix *parts;
-    int num_parts;
-    const float *x;
-    RowForms forms;
-    float *out;
-    int64_t ld;
-    char *scratch;
-    size_t scratch_each;
-};
-
-struct Gather {
-    const gc_matrix *matrix;
-    const int64_t *ids;
-    int64_t count;
-    float *out;
-};
-
-thread_local Arena arena;
-
-}  // namespace
 }  // namespace gemcutter
+
+// Both entries give 0, or 1 if there is no memory for the rows on their way.
 
 // out [rows, sum of the parts' rows] = x [rows, columns] times the parts.
 GC_EXPORT int gc_linear(const gc_matrix *parts, int num_parts, const float *x, int64_t rows, int activations, float *out) {
     using namespace gemcutter;
-    arena.clear();
-    Linear call = {parts, num_parts, x, {}, out, 0, nullptr, scratch_bytes(parts, num_parts)};
-    for (int i = 0; i < num_parts; ++i) call.ld += parts[i].rows;
-    call.forms = take_forms(arena, forms_of(parts, num_parts, rows, activations), rows, parts->columns, activations);
-    call.scratch = arena.array<char>((int64_t)call.scratch_each * threads());
-    run(
-        [](void *argument, Team &team, int index) {
-            Linear &call = *static_cast<Linear *>(argument);
-            make_forms(team, index, call.forms, call.x);
+    return in_arena([&](Arena &arena) {
+        int64_t ld = 0;
+        for (int i = 0; i < num_parts; ++i) ld += parts[i].rows;
+        RowForms forms = take_forms(arena, forms_of(parts, num_parts, rows, activations), rows, parts->columns, activations);
+        size_t bytes = scratch_bytes(parts, num_parts);
+        char *scratch = arena.array<char>((int64_t)bytes * threads());
+        region([&](Team &team, int index) {
+            make_forms(team, index, forms, x);
             team.barrier();
-            multiply(team, index, call.parts, call.num_parts, call.forms.rows, call.out, call.ld,
-                     call.scratch + call.scratch_each * (size_t)index, 0);
-        },
-        &call);
-    return 0;
+            multiply(team, index, parts, num_parts, forms.rows, out, ld, scratch + bytes * (size_t)index, 0);
+        });
+    });
 }
 
 // out [count, columns] = the rows of a matrix that ids name.
 GC_EXPORT int gc_gather(const gc_matrix *matrix, const int64_t *ids, int64_t count, float *out) {
     using namespace gemcutter;
-    Gather call = {matrix, ids, count, out};
-    run(
-        [](void *argument, Team &team, int index) {
-            Gather &call = *static_cast<Gather *>(argument);
-            Range own = share(call.count, 1, index, team.size);
-            for (int64_t i = own.first; i < own.last; ++i)
-                products(*call.matrix).gather(call.matrix, call.ids[i], call.out + i * call.matrix->columns);
-        },
-        &call);
+    region([&](Team &team, int index) {
+        Range own = share(count, 1, index, team.size);
+        for (int64_t i = own.first; i < own.last; ++i) products(*matrix).gather(matrix, ids[i], out + i * matrix->columns);
+    });
     return 0;
 }

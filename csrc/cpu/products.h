@@ -19,10 +19,19 @@ class Arena {
     void clear();  // what was taken is free again; the memory is kept
     ~Arena();
 
-  private:
     struct Chunk;
+    struct Mark {
+        Chunk *chunk;
+        size_t used;
+    };
+    Mark mark() const;
+    void rewind(const Mark &mark);  // what was taken since then may be taken again, for lines that never run together
+
+  private:
     Chunk *chunks_ = nullptr;
 };
+
+Arena &thread_arena();  // the calling thread's only one: what its largest call needs is enough for all
 
 // Places for the forms that a product asks for; made before the region.
 struct RowForms {

@@ -16,7 +16,7 @@ void region(const Body &body) {
 // Run call(arena) with an empty arena; 0, or 1 if there was no memory.
 template <typename Call>
 int in_arena(const Call &call) {
-    static thread_local Arena arena;  // one for each kind of call: what it holds is what such a call needs
+    Arena &arena = thread_arena();
     try {
         arena.clear();
         call(arena);

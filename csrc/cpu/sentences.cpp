@@ -260,6 +260,8 @@ GC_EXPORT int gc_inject(const gc_layer *layer, const float *x, const float *ple,
     });
 }
 
+constexpr int64_t MANY_ROWS = 64;  // from here on attention, feed and inject share their memory and wait for each other
+
 // A whole layer: out [M, D] of x [N, D]. Where rows are dropped, `keep` lists those that stay and `kept` is their step; else
 // keep is null and kept == step.
 GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const gc_step *kept, const int64_t *keep,
@@ -267,13 +269,17 @@ GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const
     using namespace gemcutter;
     return in_arena([&](Arena &arena) {
         const gc_attention &shape = layer->attention;
+        const Arena::Mark start = arena.mark();
         int64_t rows = kept->rows, width = rows * shape.heads * shape.head_dim;
         float *q = arena.array<float>(width), *o = arena.array<float>(width);
         Project project(arena, *layer, *step, keep, rows);
         AttendWork attention = take_attend(arena, *kept, shape);
         Mix mix(arena, *layer, rows);
+        bool shares = rows >= MANY_ROWS;
+        if (shares) arena.rewind(start);
         Feed feed(arena, *layer, rows);
         std::optional<Inject> inject;
+        if (shares) arena.rewind(start);
         if (layer->ple_gate.rows) inject.emplace(arena, *layer, rows);
         region([&](Team &team, int index) {
             project.run(team, index, x, q);
@@ -281,7 +287,9 @@ GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const
             attend(team, index, attention, q, o, COUNT_ATTEND);
             team.barrier();
             mix.run(team, index, x, keep, o, out);
+            if (shares) team.barrier();
             feed.run(team, index, out, out, layer->feed_scale);
+            if (shares) team.barrier();
             if (inject) inject->run(team, index, out, ple, ple_stride, out, layer->inject_scale);
         });
     });
