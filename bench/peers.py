@@ -213,7 +213,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         row |= ceiling(plan, about["token_bytes"], about["kv_itemsize"], test, rates)
         row["share"] = row["tok_s"] / row["ceiling_tok_s"]
     run = {
-        "model": options.preset or Path(options.model).name,
+        "model": name_of(options),
         "quant": options.quant if options.preset else about["quant"],
         "layers": len(plan.layers),
         "threads": options.threads,
@@ -228,6 +228,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     except GemcutterError as error:
         run["first_token_problem"] = str(error)
     return run
+
+
+def name_of(options: argparse.Namespace) -> str:
+    """Spell what was run: a file's name, or a size, of which perhaps some layers only."""
+    cut = f", the first {options.layers} layers" if options.layers else ""
+    return options.preset + cut if options.preset else Path(options.model).name
 
 
 def files_of(options: argparse.Namespace, folder: Path) -> tuple[Path, Path | None]:

@@ -6,6 +6,7 @@ Owns nothing but the call: `gemcutter bench` measures with the same stand.
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from gemcutter import native
 from gemcutter.gauge.ceilings import held_bytes, token_bytes
 from gemcutter.gauge.machine import native_rate
 from gemcutter.gauge.stand import Stand, Trial
-from gemcutter.gauge.subject import Compute, from_file
+from gemcutter.gauge.subject import Compute, Subject, from_file
+
+MOMENTS, PAUSE_S = 4, 0.5  # at which the rate of products is measured
 
 
 def load() -> tuple[Run, dict[str, Any]]:
@@ -43,8 +46,19 @@ def load() -> tuple[Run, dict[str, Any]]:
         "weight_bytes": held_bytes(subject.plan, subject.decoder.params),
         "token_bytes": token_bytes(subject.plan, subject.decoder.params),
         "kv_itemsize": subject.decoder.dtype.itemsize,
-        "native_flops_per_s": native_rate(subject.decoder) if subject.how.is_native else None,
+        "native_flops_per_s": best_native_rate(subject),
     }
+
+
+def best_native_rate(subject: Subject) -> float | None:
+    """Measure the rate of products at several moments: on a shared machine a single one may be a slow one."""
+    if not subject.how.is_native:
+        return None
+    rates = list[float | None]()
+    for _ in range(MOMENTS):
+        time.sleep(PAUSE_S)
+        rates.append(native_rate(subject.decoder))
+    return max((rate for rate in rates if rate is not None), default=None)
 
 
 serve(load)

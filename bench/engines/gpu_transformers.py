@@ -1,0 +1,95 @@
+"""transformers on a GPU: gpu_transformers.py PRESET -p 512 -n 128 --batch 1 8: prints one JSON object.
+
+Owns a model of that geometry with constant weights in bfloat16, and the timing of its own `forward` with its own cache. Prompts
+run alone, replies in batches; a step ends when its tokens are on the host, as ours does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from gemcutter.checkpoint.synth import spell_config
+from gemcutter.gauge.presets import size_of
+
+PLAIN = 0.01  # of a weight: products with it meet no denormal numbers
+ROUNDS = 3
+
+
+def load(preset: str) -> Any:
+    """Make the model on the GPU."""
+    config = transformers.AutoConfig.for_model(**spell_config(size_of(preset)))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device="cuda").eval()
+    for parameter in model.parameters():
+        parameter.data.fill_(PLAIN)
+    for buffer in model.buffers():
+        buffer.fill_(1.0 if buffer.is_floating_point() else 0)
+    model.tie_weights()
+    for module in model.modules():  # buffers that are computed: rotary frequencies
+        if hasattr(module, "compute_default_rope_parameters"):
+            module.__init__(config, device="cuda")
+    return model
+
+
+def prefill(model: Any, rows: int, batch: int) -> Any:
+    """Run prompts, and wait for the last row's token."""
+    ids = torch.randint(5, 1000, (batch, rows), device="cuda")
+    found = model(ids, use_cache=True, logits_to_keep=1)
+    found.logits[:, -1].argmax(-1).tolist()
+    return found.past_key_values
+
+
+def decode_s(model: Any, tokens: int, batch: int) -> float:
+    """Time steps of one row a sequence after a short prompt."""
+    cache, row = prefill(model, 4, batch), torch.full((batch, 1), 7, device="cuda")
+    started = time.perf_counter()
+    for _ in range(tokens):
+        row = model(row, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        row.tolist()
+    return time.perf_counter() - started
+
+
+def prefill_s(model: Any, rows: int) -> float:
+    """Time a prompt until its token is on the host."""
+    started = time.perf_counter()
+    prefill(model, rows, 1)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("preset")
+    parser.add_argument("-p", nargs="*", type=int, default=[])
+    parser.add_argument("-n", nargs="*", type=int, default=[])
+    parser.add_argument("--batch", nargs="*", type=int, default=[1])
+    options = parser.parse_args()
+    rows = []
+    with torch.inference_mode():
+        model = load(options.preset)
+        for size in options.p:
+            prefill(model, size, 1)
+            seconds = statistics.median(prefill_s(model, size) for _ in range(ROUNDS))
+            rows.append({"test": f"pp{size}", "tok_s": size / seconds, "ms_a_step": 1e3 * seconds / size})
+        for size in options.n:
+            for batch in options.batch:
+                decode_s(model, 4, batch)
+                seconds = statistics.median(decode_s(model, size, batch) for _ in range(ROUNDS))
+                name = f"tg{size}" + (f"x{batch}" if batch > 1 else "")
+                rows.append({"test": name, "tok_s": batch * size / seconds, "ms_a_step": 1e3 * seconds / size})
+    print(json.dumps({"version": transformers.__version__, "rows": rows}))
+
+
+main()
