@@ -20,6 +20,7 @@ from gemcutter.checkpoint.hub import locate
 from gemcutter.checkpoint.load import Progress, load_params
 from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.panel_cache import PanelCache
+from gemcutter.checkpoint.tables import check_place, place_table
 from gemcutter.completion import Chunk, Completion, Mail, Stream, Timings
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.memory import check_limits
@@ -28,7 +29,8 @@ from gemcutter.engine.sampling import Sampling
 from gemcutter.errors import KernelError, RequestError
 from gemcutter.lexicon import read_defaults, read_template, read_tokenizer
 from gemcutter.model.text import Decoder
-from gemcutter.ops.bind import ACTIVATIONS, CHOICES, native_refusal
+from gemcutter.ops.bind import ACTIVATIONS, CHOICES, native_refusal, triton_refusal
+from gemcutter.ops.reference import matrix
 from gemcutter.pause import collector_paused
 from gemcutter.text.stream import TextStream
 
@@ -143,18 +145,20 @@ def load(
     adapter: str | None = None,
     adapters: Mapping[str, str] | None = None,
     repack_cache: bool = False,
+    ple: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
 
-    `dtype` is the compute dtype ("float32" or "bfloat16"; default: the checkpoint's own). `kernels` is "auto", or "reference"
-    for the plain definitions, whose rows never depend on their neighbours. `activations` says in what form the native CPU kernels
-    take the rows that meet packed weights: "int8", the default in bfloat16, or "bf16"; in float32 they stay as they are unless it
-    is given. `context` bounds a sequence, `max_rows` a step,
-    `max_sequences` a batch; `checkpoints` finished prompts and replies are kept for reuse. `quant`, "q4" or "q8", quantizes
-    dense matrices while they are loaded; packed ones stay as they are. `adapter` is a LoRA adapter (a folder or a hub id) that is
-    merged into the weights; `adapters`, by name, stay beside them, and a request with `adapter="name"` gets that one's changes.
-    `repack_cache` keeps what the native kernels repack in the user's cache folder, for later loads to map.
+    `dtype` is the compute dtype ("float32" or "bfloat16"; default: the checkpoint's own). `kernels` is "auto", "triton" for
+    Triton's or an error, or "reference" for the plain definitions, whose rows never depend on their neighbours. `activations`
+    says in what form the native CPU kernels take the rows that meet packed weights: "int8", the default in bfloat16, or "bf16";
+    in float32 they stay as they are unless it is given. `context` bounds a sequence, `max_rows` a step, `max_sequences` a
+    batch; `checkpoints` finished prompts and replies are kept for reuse. `quant`, "q4" or "q8", quantizes dense matrices while
+    they are loaded; packed ones stay as they are. `adapter` is a LoRA adapter (a folder or a hub id) that is merged into the
+    weights; `adapters`, by name, stay beside them, and a request with `adapter="name"` gets that one's changes. `repack_cache`
+    keeps what the native kernels repack in the user's cache folder, for later loads to map. `ple` says where the table of
+    per-layer embeddings lives beside a GPU: "gpu", "host" (pinned memory) or "mmap"; by default on the GPU if there is room.
     Raises CheckpointError or ConfigError with everything that is wrong.
     """
     started = time.perf_counter()
@@ -162,15 +166,18 @@ def load(
     context = DEFAULT_CONTEXT if context is None else context
     check_limits(context, max_rows, max_sequences, checkpoints)
     place, compute = check_device(device), check_dtype(dtype or checkpoint.config.dtype)
-    if kernels not in CHOICES:
-        raise KernelError(f"kernels: expected one of {', '.join(CHOICES)}, found {kernels!r}")
+    check_kernels(kernels, place)
     is_native = check_activations(activations, place, kernels)
+    check_place(ple, place)
     if checkpoint.plan.is_drafter:
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
     merged = None if adapter is None else open_adapter(locate(adapter), checkpoint.plan, ignore)
     beside = {name: open_adapter(locate(path), checkpoint.plan, ignore) for name, path in (adapters or {}).items()}
     cache = PanelCache.of(checkpoint, quant) if repack_cache and is_native else None
-    params, notes = load_params(checkpoint, compute, place, progress, quant, is_native, cache), list[str]()
+    is_striped = triton_refusal(place.type, kernels) is None
+    params, notes = load_params(checkpoint, compute, place, progress, quant, is_native, cache, is_striped), list[str]()
+    if "embed.ple" in params:
+        params["embed.ple"] = place_table(matrix(params, "embed.ple"), ple, place)
     if merged is not None:
         params, note = fold(params, merged, checkpoint, compute, place)
         notes += [*merged.notes(), note]
@@ -180,18 +187,26 @@ def load(
     decoder = Decoder(checkpoint.plan, params, compute, place, kernels, activations)
     engine = Engine(decoder, context, max_rows, max_sequences, checkpoints)
     built = Model(checkpoint, decoder, engine, 0.0)
-    if not is_native and place.type == "cpu" and kernels != "reference":
-        notes.append(f"several times slower than it could be: {native_refusal('cpu', False)}")
+    if not is_native and place.type == "cpu" and kernels == "auto":
+        notes.append(f"several times slower than it could be: {native_refusal('cpu', kernels)}")
     built.notes += notes
     built.load_s = time.perf_counter() - started
     return built
+
+
+def check_kernels(name: str, device: torch.device) -> None:
+    """Raise KernelError for kernels that do not exist, or can't run here."""
+    if name not in CHOICES:
+        raise KernelError(f"kernels: expected one of {', '.join(CHOICES)}, found {name!r}")
+    if name == "triton" and (reason := triton_refusal(device.type, name)):
+        raise KernelError(f"kernels triton: {reason}")
 
 
 def check_activations(name: str | None, device: torch.device, kernels: str) -> bool:
     """Tell whether the native kernels serve. Raises KernelError for a form that does not exist, or that would be ignored."""
     if name is not None and name not in ACTIVATIONS:
         raise KernelError(f"activations: expected one of {', '.join(ACTIVATIONS)}, found {name!r}")
-    refusal = native_refusal(device.type, kernels == "reference")
+    refusal = native_refusal(device.type, kernels)
     if name is not None and refusal is not None:
         raise KernelError(f"activations {name}: a choice of the native CPU kernels, which are not used here: {refusal}")
     return refusal is None

@@ -102,9 +102,20 @@ class LayerPlan:
             Proj.Q_ONLY: (("q", q),),
         }[self.proj]
 
-    def kv_elements(self) -> int:
+    @property
+    def turned(self) -> int:
+        """Count the columns of a key that the rotation turns."""
+        return 2 * self.rope.pairs
+
+    @property
+    def can_compact(self) -> bool:
+        """Tell whether the cache may keep normalised keys for both keys and values, and beside them the turned columns alone."""
+        return self.proj is Proj.QK_ONLY and self.has_v_norm and self.turned < self.head_dim
+
+    def kv_elements(self, compact: bool = False) -> int:
         """Count the cache elements that one token costs in this layer: keys and values, 0 for a reader."""
-        return 2 * self.kv_heads * self.head_dim if self.writes else 0
+        keys = self.turned if compact and self.can_compact else self.head_dim
+        return self.kv_heads * (keys + self.head_dim) if self.writes else 0
 
     def visible(self, tokens: int) -> int:
         """Count the keys that the query at position tokens - 1 sees."""
@@ -216,17 +227,22 @@ class ModelPlan:
         """Count the bytes of all tensors at `itemsize` bytes an element; `rows_access=False` leaves the PLE table out."""
         return int(itemsize * sum(spec.elements for spec in self.params() if rows_access or spec.access is Access.DENSE))
 
-    def kv_bytes(self, tokens: int, itemsize: float = 2.0) -> int:
-        """Count the cache bytes that a sequence of `tokens` needs: windows for windowed writers, nothing for readers."""
-        return int(itemsize * sum(layer.kv_elements() * layer.visible(tokens) for layer in self.writers))
+    def kv_bytes(self, tokens: int, itemsize: float = 2.0, compact: bool = False) -> int:
+        """Count the cache bytes that a sequence of `tokens` needs: windows for windowed writers, nothing for readers.
 
-    def read_bytes(self, tokens: int = 0, itemsize: float = 2.0, kv_itemsize: float = 2.0) -> int:
+        `compact` stores every layer compactly that can be.
+        """
+        return int(itemsize * sum(layer.kv_elements(compact) * layer.visible(tokens) for layer in self.writers))
+
+    def read_bytes(self, tokens: int = 0, itemsize: float = 2.0, kv_itemsize: float = 2.0, compact: bool = False) -> int:
         """Count the bytes that decoding one token must read: weights once, its embedding rows, keys and values of `tokens`."""
         weights = sum(self._read_elements(spec) for spec in self.params())
         if self.tied_head:
             weights += self.hidden  # the table is read whole as the head, and one row of it as the embedding
         kv = sum(
-            self.layers[layer.kv_layer].kv_elements() * layer.visible(tokens) for layer in self.layers if layer.kv_layer >= 0
+            self.layers[layer.kv_layer].kv_elements(compact) * layer.visible(tokens)
+            for layer in self.layers
+            if layer.kv_layer >= 0
         )
         return int(itemsize * weights + kv_itemsize * kv)
 

@@ -2,7 +2,8 @@
 
 Owns one pair of tensors per KV-*writing* layer and the page books of every group; layers that only read have no storage at all.
 Refuses to know sequences: a page is taken, shared and dropped by `table.py`. Pages of a group are numbered alike in all its
-layers. Shape letters: T slots, K key heads, E head dim.
+layers. A layer whose values are its normalised keys may be stored compactly (`ops/step.py:Compact`). Shape letters: T slots, K
+key heads, E head dim.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemcutter.errors import CapacityError
-from gemcutter.ops.step import Span
+from gemcutter.errors import CapacityError, KernelError
+from gemcutter.ops.step import Compact, Span, store
 from gemcutter.plan import ModelPlan
 
 
@@ -70,26 +71,42 @@ class PageBook:
 
 
 class PagedPool:
-    """Keys and values of all writing layers: [T, K, E] each, T = pages x tokens of the layer's group."""
+    """Keys and values of all writing layers: [T, K, E] each, T = pages x tokens of the layer's group.
+
+    `compact` names the layers to store compactly, by the weight of their key norm: of keys, only the columns that turn are kept.
+    """
 
     def __init__(
-        self, plan: ModelPlan, counts: Mapping[int | None, PageCount], dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        plan: ModelPlan,
+        counts: Mapping[int | None, PageCount],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        compact: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.groups = plan.groups()
         self.books = {group.window: PageBook(counts[group.window]) for group in self.groups}
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self._compact: dict[int, Compact] = {}
         for layer in plan.writers:
-            count = counts[layer.window]
+            count, weight = counts[layer.window], (compact or {}).get(layer.index)
             shape = (count.pages * count.tokens, layer.kv_heads, layer.head_dim)
+            key_shape = shape if weight is None else (*shape[:2], layer.turned)
             try:
-                self.keys[layer.index] = torch.empty(shape, dtype=dtype, device=device)
+                self.keys[layer.index] = torch.empty(key_shape, dtype=dtype, device=device)
                 self.values[layer.index] = torch.empty(shape, dtype=dtype, device=device)
             except (RuntimeError, MemoryError) as error:  # torch reports a refused allocation as a RuntimeError
                 slots = ", ".join(f"{book.tokens * len(book.holders)} {w or 'global'}" for w, book in self.books.items())
                 raise CapacityError(
                     f"no memory for a cache of {slots} positions ({dtype}); lower --context or the batch"
                 ) from error
+            if weight is not None:
+                still = weight.to(device, torch.float32, copy=True)
+                found = Compact(self.values[layer.index], self.keys[layer.index], still)
+                for columns in found.turning(still):
+                    columns.fill_(1.0)
+                self._compact[layer.index] = found
 
     @property
     def nbytes(self) -> int:
@@ -98,17 +115,28 @@ class PagedPool:
 
     def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         """Store keys and values of a writing layer, one slot a row."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(0, slots_N, k_NKE.to(keys.dtype))
-        values.index_copy_(0, slots_N, v_NKE.to(values.dtype))
+        compact = self._compact.get(layer)
+        if compact is not None:
+            compact.write(slots_N, k_NKE, v_NKE)
+            return
+        store(self.keys[layer], slots_N, k_NKE)
+        store(self.values[layer], slots_N, v_NKE)
 
     def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
-        """Give keys and values [T, K, E] of a span: views where its pages are consecutive, copies else."""
-        return self.keys[layer][span.where], self.values[layer][span.where]
+        """Give keys and values [T, K, E] of a span: views where its pages are consecutive, copies else, as rebuilt keys are."""
+        compact = self._compact.get(layer)
+        keys = self.keys[layer][span.where] if compact is None else compact.keys(span.where)
+        return keys, self.values[layer][span.where]
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Give the tensors [T, K, E] in which a writing layer's slots lie."""
+        """Give the tensors [T, K, E] in which a writing layer's slots lie. Raises KernelError for a compact layer."""
+        if layer in self._compact:
+            raise KernelError(f"layer {layer} is stored compactly, which this kernel can't read or write")
         return self.keys[layer], self.values[layer]
+
+    def compact(self, layer: int) -> Compact | None:
+        """Give the slots of a layer that is stored compactly; None for all others."""
+        return self._compact.get(layer)
 
     def copy_page(self, window: int | None, source: int, target: int) -> None:
         """Copy one page of a group in all its layers."""

@@ -85,15 +85,20 @@ class Table:
         positions = range(self.length, self.length + self.reserved)  # for one row, plain numbers are faster than tensors
         return torch.tensor([run.pages[at // size - first] * size + at % size for at in positions], dtype=torch.long)
 
+    def pages(self, window: int | None) -> tuple[int, list[int]]:
+        """Give the number of the first page that is held in a group, counted from the sequence's start, and the pages."""
+        run = self._runs[window]
+        return run.first, run.pages
+
     def span(self, window: int | None) -> Span:
         """Give what this step may read: all held positions, the reserved rows included."""
         book, run = self.pool.books[window], self._runs[window]
         start, stop = run.first * book.tokens, self.length + self.reserved
         if run.pages and run.pages[-1] - run.pages[0] == len(run.pages) - 1 and sorted(run.pages) == run.pages:
             low = run.pages[0] * book.tokens
-            return Span(start, slice(low, low + stop - start))
+            return Span(start, slice(low, low + stop - start), tuple(run.pages), book.tokens)
         slots = torch.tensor(run.pages)[:, None] * book.tokens + torch.arange(book.tokens)
-        return Span(start, slots.flatten()[: stop - start])
+        return Span(start, slots.flatten()[: stop - start], tuple(run.pages), book.tokens)
 
     def can_rewind(self, length: int) -> bool:
         """Tell whether a fork could continue from `length`: every windowed group still holds what the next query sees."""

@@ -26,7 +26,8 @@ from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import Access, ParamSpec
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.make import LOADABLE, RECIPES, Recipe, Scheme, pack
-from gemcutter.quant.packed import Packed
+from gemcutter.quant.packed import DenseStack, Packed
+from gemcutter.quant.striped import adjoin, place, stripe
 from gemcutter.quant.tiled import Tiled
 from gemcutter.quant.tiling import join, tile
 
@@ -43,12 +44,14 @@ def load_params(
     quant: str | None = None,
     tiled: bool = False,
     cache: PanelCache | None = None,
+    striped: bool = False,
 ) -> dict[str, Weight | Tensor]:
     """Give every parameter of the plan: matrices as Weights, vectors as float32 tensors.
 
     `quant`, "q4" or "q8", quantizes dense matrices, but for rows-only tables, which cost no memory as they are.
     `tiled` repacks packed matrices for the native kernels, but for rows-only tables; those that `cache` keeps are mapped instead,
-    and if it keeps none they are kept there. Raises CheckpointError, and ConfigError for another `quant`.
+    and if it keeps none they are kept there. `striped` repacks them for Triton's kernels instead, on `device`, and lays the parts
+    of a weight side by side. Raises CheckpointError, and ConfigError for another `quant`.
     """
     if quant is not None and quant not in LOADABLE:
         raise ConfigError(f"quant: expected {' or '.join(LOADABLE)}, found {quant!r}")
@@ -58,7 +61,7 @@ def load_params(
     done, params = 0, dict[str, Weight | Tensor]()
     panels = Panels({} if cache is None else cache.read()) if tiled else None
     for spec in checkpoint.plan.params():
-        params[spec.name] = param = _load(spec, pieces[spec.name], dtype, device, recipe, panels)
+        params[spec.name] = param = _load(spec, pieces[spec.name], dtype, device, recipe, panels, striped)
         if isinstance(param, Tensor) and spec.name.endswith("norm"):
             params[spec.name] = (param + checkpoint.config.norm_offset) * spec.scale
         done += sum(piece.data.nbytes for piece in pieces[spec.name])
@@ -93,6 +96,7 @@ def _load(
     device: torch.device,
     recipe: Recipe | None = None,
     panels: Panels | None = None,
+    striped: bool = False,
 ) -> Weight | Tensor:
     if not pieces:
         assert spec.default is not None
@@ -106,9 +110,11 @@ def _load(
     # Kernels are chosen by how all parts of a weight are stored: dense ones of several dtypes become one.
     is_uniform = len({stored.dtype for stored in data if isinstance(stored, LazyTensor)}) < 2
     scheme = None if recipe is None else recipe.scheme(spec.name, spec.shape[-1])
-    parts = tuple(
+    parts: tuple[Part, ...] = tuple(
         _part(f"{spec.name}/{index}", stored, dtype, device, is_uniform, scheme, panels) for index, stored in enumerate(data)
     )
+    if striped:
+        parts = adjoin([_stripe(part, stored, dtype, device) for part, stored in zip(parts, data, strict=True)])
     weight = Weight(parts, tuple(name for name, _ in spec.parts) if len(parts) > 1 else ())
     if len(parts) == 1 and spec.parts:  # stored as one: cut into its parts, so that all matrices of a kind look alike
         edges = list(accumulate((rows for _, rows in spec.parts), initial=0))
@@ -147,6 +153,15 @@ def _tile(data: PackedTensor) -> Packed:
     """Repack a mapped matrix for the native kernels, giving its pages back on the way; what has no such form stays mapped."""
     packed = unpack(data)
     return tile(packed, data.release) or packed
+
+
+def _stripe(part: Part, data: LazyTensor | PackedTensor, dtype: torch.dtype, device: torch.device) -> Part:
+    """Repack a matrix for Triton's kernels, giving its pages back on the way; what has no such form moves to the device."""
+    if isinstance(part, Tensor):
+        return part
+    if isinstance(part, DenseStack):
+        return torch.stack([item.to(device, dtype) for item in part.items])
+    return stripe(part, device, data.release) or place(part, device)
 
 
 def _quantize(data: LazyTensor, scheme: Scheme, device: torch.device) -> Packed:

@@ -24,10 +24,10 @@ made in memory, so that nothing is downloaded; speed does not depend on their va
 (with a Q6_K head) and q8_0 as llama.cpp's files, mlx4 as mlx-lm's, bf16 dense.
 
 pp512 is a prompt of 512 tokens until the next one is chosen; tg128 are 128 tokens of a reply, one at a time; tg128@d16384 the
-same behind 16384 positions that are there already. Sizes may be listed: -p 512 2048, or -p 512,2048. The ceiling of a reply is
-the machine's measured read bandwidth over the bytes that a token must read: the weights as they are held, of experts the chosen
-ones, and visible keys and values. The ceiling of a prompt is the best measured rate of matrix products over the operations that
-it needs. Speeds are medians.
+same behind 16384 positions that are there already, tg128x8 eight such replies side by side. Sizes may be listed: -p 512 2048,
+or -p 512,2048. The ceiling of a reply is the measured read bandwidth over the bytes that a token must read: the weights as they
+are held, of experts the chosen ones, and visible keys and values. The ceiling of a prompt is the best measured rate of matrix
+products over the operations that it needs. Speeds are medians.
 """
 EXAMPLES = """\b
 Examples:
@@ -35,7 +35,7 @@ Examples:
   gemcutter bench --preset 26B-A4B --layers 6 -p 512 -n 32 --breakdown
   gemcutter bench --model gemma-4-E2B-it-Q4_0.gguf -p 512 -n 64 --depth 0 16384 --json
 """
-LISTS = ("-p", "--prompt", "-n", "--tokens", "--depth")
+LISTS = ("-p", "--prompt", "-n", "--tokens", "--depth", "--batch")
 QUANTS = ("q4_0", "mlx4", "q8_0", "bf16")
 
 
@@ -55,6 +55,7 @@ def join_values(words: list[str]) -> list[str]:
 Prompt = Annotated[str, typer.Option("-p", "--prompt", metavar="N...", help="Rows of prompts; 0: none.")]
 Tokens = Annotated[str, typer.Option("-n", "--tokens", metavar="N...", help="Tokens of replies; 0: none.")]
 Depth = Annotated[str, typer.Option(metavar="N...", help="Positions that are filled before a test.")]
+Batch = Annotated[str, typer.Option(metavar="N...", help="Sequences that get their replies side by side.")]
 Repeats = Annotated[int, typer.Option("-r", "--repeats", metavar="N", min=1, help="Runs of each test.")]
 ModelOption = Annotated[str | None, typer.Option(metavar="MODEL", help="What other verbs call MODEL.", show_default=False)]
 Preset = Annotated[
@@ -87,6 +88,8 @@ def bench(
     depth: Depth = "0",
     repeats: Repeats = 3,
     threads: Threads = None,
+    batch: Batch = "1",
+    device: options.Device = "cpu",
     dtype: options.Dtype = None,
     kernels: options.Kernels = "auto",
     activations: options.Activations = None,
@@ -102,7 +105,7 @@ def bench(
         raise UsageError("--quant and --layers shape a --preset; a --model is what it is")
     if quant is not None and quant not in QUANTS:
         raise UsageError(f"--quant: expected {', '.join(QUANTS)}, found {quant!r}")
-    sizes = [read_sizes(name, text) for name, text in (("-p", prompt), ("-n", tokens), ("--depth", depth))]
+    sizes = [read_sizes(name, text) for name, text in (("-p", prompt), ("-n", tokens), ("--depth", depth), ("--batch", batch))]
 
     import torch
 
@@ -116,7 +119,7 @@ def bench(
         native.set_level(level)
     if threads is not None:
         torch.set_num_threads(threads)
-    how = Compute(kernels, dtype, activations)
+    how = Compute(kernels, dtype, activations, device)
     tests = list_trials(*sizes)
     if model is None:
         assert preset is not None
@@ -125,7 +128,7 @@ def bench(
         subject = from_file(model, how)
     with progress("measuring") as advance:
         found = measure(subject, tests, repeats, max_rows=rows, with_breakdown=breakdown, progress=advance)
-    if model is not None:
+    if model is not None and device == "cpu":
         try:
             found["first_token_s"], found["first_text_s"] = first_token_s(model, found["threads"], how)
         except GemcutterError as error:

@@ -84,6 +84,7 @@ def chat(
     adapter: options.Adapter = None,
     quant: options.Quant = None,
     repack_cache: options.RepackCache = False,
+    ple: options.Ple = None,
 ) -> None:
     """Hold one conversation until the input ends. Raises UsageError or GemcutterError."""
     sampling = options.check_sampling(
@@ -111,6 +112,7 @@ def chat(
         adapter=adapter,
         quant=quant,
         repack_cache=repack_cache,
+        ple=ple,
     )
     if loaded.template is None:
         raise RequestError(

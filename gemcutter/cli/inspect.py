@@ -92,6 +92,8 @@ def describe(
     plan, source, config = checkpoint.plan, checkpoint.source, checkpoint.config
     stored, item_bytes = stored_dtype(checkpoint), held_bytes(checkpoint, dtype, device)
     stored, place = DTYPES[stored][1] if stored in DTYPES else stored, device.partition(":")[0]
+    choices = tuple(explain(plan, place, dtype, held_as(stored, place, kernels), kernels))
+    is_compact = any((choice.site.verb, choice.provider.name) == ("attention", "triton") for choice in choices)
     return {
         "model": model,
         "path": str(source.path),
@@ -116,27 +118,29 @@ def describe(
             "bytes": plan.weight_bytes(item_bytes),
             "read_whole_bytes": plan.weight_bytes(item_bytes, rows_access=False),
         },
-        "contexts": [describe_context(checkpoint, tokens, item_bytes, ITEM_BYTES[dtype]) for tokens in contexts],
+        "contexts": [describe_context(checkpoint, tokens, item_bytes, ITEM_BYTES[dtype], is_compact) for tokens in contexts],
         "kernels": [
             {
                 "verb": choice.site.verb,
                 "provider": choice.provider.name,
                 "refusals": [{"provider": name, "reason": reason} for name, reason in choice.refusals],
             }
-            for choice in explain(plan, place, dtype, held_as(stored, place, kernels), kernels)
+            for choice in choices
         ],
     }
 
 
-def describe_context(checkpoint: Checkpoint, tokens: int, item_bytes: float, kv_item_bytes: int) -> dict[str, Any]:
+def describe_context(
+    checkpoint: Checkpoint, tokens: int, item_bytes: float, kv_item_bytes: int, is_compact: bool
+) -> dict[str, Any]:
     """Give memory and work at one context length."""
     plan = checkpoint.plan
     # a drafter has no prefill: its target's keys and values are there already
     flops = (None, None) if plan.is_drafter else (plan.flops(tokens), plan.flops(tokens, skip_rows=False))
     return {
         "tokens": tokens,
-        "kv_bytes": plan.kv_bytes(tokens, kv_item_bytes),
-        "read_bytes_per_token": plan.read_bytes(tokens, item_bytes, kv_item_bytes),
+        "kv_bytes": plan.kv_bytes(tokens, kv_item_bytes, is_compact),
+        "read_bytes_per_token": plan.read_bytes(tokens, item_bytes, kv_item_bytes, is_compact),
         "prefill_flops": flops[0],
         "prefill_flops_all_rows": flops[1],
     }

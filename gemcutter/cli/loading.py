@@ -33,6 +33,7 @@ def load_model(
     quant: str | None = None,
     activations: str | None = None,
     repack_cache: bool = False,
+    ple: str | None = None,
 ) -> Model:
     """Load a model as the options say, and tell on stderr what was left out. Raises GemcutterError."""
     import torch
@@ -55,6 +56,7 @@ def load_model(
             quant=quant,
             activations=activations,
             repack_cache=repack_cache,
+            ple=ple,
             progress=advance,
         )
     gc.freeze()  # what there is now stays: no collection in the token loop need look at it

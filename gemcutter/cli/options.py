@@ -108,6 +108,13 @@ RepackCache = Annotated[
     typer.Option("--repack-cache", help="Keep repacked weights in the user's cache folder, so that later starts only map them."),
 ]
 
+Ple = Annotated[
+    str | None,
+    typer.Option(
+        metavar="gpu|host|mmap", help="Where the per-layer embeddings live beside a GPU.  [default: gpu if there is room]"
+    ),
+]
+
 # ---- how to compute ----
 
 Dtype = Annotated[
@@ -120,8 +127,9 @@ Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Compute on
 Kernels = Annotated[
     str,
     typer.Option(
-        metavar="auto|reference",
-        help='"reference" takes the plain definitions, whose results never depend on what else is in a batch.',
+        metavar="auto|triton|reference",
+        help='"reference" takes the plain definitions, whose results never depend on what else is in a batch; "triton" takes '
+        "Triton's kernels or fails.",
         callback=check_kernels,
     ),
 ]

@@ -85,6 +85,7 @@ def run(
     adapter: options.Adapter = None,
     quant: options.Quant = None,
     repack_cache: options.RepackCache = False,
+    ple: options.Ple = None,
 ) -> None:
     """Answer one prompt on stdout, as text or as one JSON object. Raises UsageError or GemcutterError."""
     if (raw or tokens is not None) and (system is not None or think):
@@ -115,6 +116,7 @@ def run(
         adapter=adapter,
         quant=quant,
         repack_cache=repack_cache,
+        ple=ple,
     )
     chunks = loaded.stream(
         asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think),

@@ -11,11 +11,12 @@ from itertools import count
 
 from gemcutter.cache.pool import PagedPool
 from gemcutter.cache.prefix import PrefixCache
-from gemcutter.engine.memory import page_counts
+from gemcutter.engine.graphs import Choice, Flight, Graphs, refusal
+from gemcutter.engine.memory import compact_weights, page_counts
 from gemcutter.engine.request import Event, Finish, Request, Sequence
-from gemcutter.engine.runner import run_step
-from gemcutter.engine.scheduler import Scheduler
-from gemcutter.errors import RequestError
+from gemcutter.engine.runner import Walk
+from gemcutter.engine.scheduler import Scheduler, Work
+from gemcutter.errors import CapacityError, RequestError
 from gemcutter.model.text import Decoder
 
 
@@ -23,16 +24,28 @@ class Engine:
     """Runs requests over a decoder.
 
     `context` is the longest sequence in tokens, `max_rows` the rows of one step (the chunk of a long prompt), `max_sequences`
-    how many run at once, `checkpoints` how many finished prompts and replies stay in the cache for reuse.
+    how many run at once, `checkpoints` how many finished prompts and replies stay in the cache for reuse. `graphs` says whether
+    decode steps run over static memory, as captured graphs on a GPU; by default wherever that is possible.
     """
 
-    def __init__(self, decoder: Decoder, context: int, max_rows: int = 512, max_sequences: int = 1, checkpoints: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        context: int,
+        max_rows: int = 512,
+        max_sequences: int = 1,
+        checkpoints: int = 0,
+        graphs: bool | None = None,
+    ) -> None:
         self.decoder = decoder
         self.context = min(context, decoder.plan.context)
         counts = page_counts(decoder.plan, self.context, max_rows, max_sequences, checkpoints)
-        self.pool = PagedPool(decoder.plan, counts, decoder.dtype, decoder.device)
+        self.pool = PagedPool(decoder.plan, counts, decoder.dtype, decoder.device, compact_weights(decoder))
         self.prefix = PrefixCache(checkpoints)
         self.scheduler = Scheduler(self.pool, max_rows, max_sequences, self.prefix)
+        is_static = refusal(decoder) is None if graphs is None else graphs
+        self._graphs = Graphs(decoder, self.pool, self.context) if is_static else None
+        self._ahead: Flight | None = None  # launched before the tokens of the step before it had landed
         self._sequences: dict[int, Sequence] = {}
         self._numbers = count()
 
@@ -80,18 +93,58 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run one step; give the tokens and ends that it brought."""
+        flight: Flight | Walk | None = self._ahead
+        self._ahead = None
         try:
-            works = self.scheduler.schedule()
-            choices = run_step(self.decoder, self.pool, works) if works else []
-        except BaseException:  # an interrupt leaves the tables as they were before the step
+            flight = flight or self._launch(self.scheduler.schedule())
+            if isinstance(flight, Flight) and not flight.is_committed:  # else an interrupt came before its tokens could land
+                self._ahead = self._launch_after(flight)
+            choices = flight.land()
+        except BaseException:  # an interrupt leaves the tables as they were, or the tokens of committed rows for the next step
             self.scheduler.forget_rows()
+            self._ahead = flight if isinstance(flight, Flight) and flight.is_committed else None
             raise
         events = []
-        for work, choice in zip(works, choices, strict=True):
-            work.table.commit(work.rows)
+        for work, choice in zip(flight.works, choices, strict=True):
+            if work.sequence.table is not work.table:
+                continue  # it ended while this row was on its way
+            if not flight.is_committed:
+                work.table.commit(work.rows)
             if choice is not None:
                 events.append(self._advance(work.sequence, choice))
         return events
+
+    def _launch(self, works: list[Work]) -> Flight | Walk:
+        if self._graphs is not None and self._graphs.accepts(works):
+            return self._graphs.launch(works)
+        return Walk(self.decoder, self.pool, works)
+
+    def _launch_after(self, flight: Flight) -> Flight | None:
+        """Launch the next step before this one's tokens are known, if it will surely have the same rows unless one of them stops.
+
+        The row of a sequence that stops was computed in vain; nobody reads what it wrote.
+        """
+        has_room = self.scheduler.waiting and len(self.scheduler.running) < self.scheduler.max_sequences
+        if self._graphs is None or has_room or flight.choice is Choice.ON_HOST:
+            return None
+        if any(work.sequence.table is not work.table or self._may_be_last(work.sequence) for work in flight.works):
+            return None
+        for work in flight.works:
+            work.table.commit(1)
+        flight.is_committed = True
+        try:
+            for work in flight.works:
+                work.table.reserve(1)
+        except CapacityError:  # the scheduler will find pages
+            for work in flight.works:
+                work.table.commit(0)
+            return None
+        return self._graphs.launch_after(flight, flight.works)
+
+    def _may_be_last(self, sequence: Sequence) -> bool:
+        """Tell whether the token that is on its way ends the prompt, whose pages are kept then, or the reply, whatever it is."""
+        ends_reply = len(sequence.reply) + 1 >= sequence.request.max_tokens or len(sequence.tokens) + 1 >= self.context
+        return sequence.in_prompt or ends_reply
 
     def _advance(self, sequence: Sequence, choice: Event) -> Event:
         """Append a chosen token, or end the sequence; keep checkpoints at the ends of prompt and reply."""
@@ -114,6 +167,7 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.table is not None:
+            sequence.table.commit(0)  # a row may be on its way
             self.prefix.keep(tuple(sequence.tokens[: sequence.table.length]), sequence.table, sequence.request.adapter)
         self.scheduler.leave(sequence)
         del self._sequences[sequence.number]

@@ -7,6 +7,7 @@ logits at once. Refuses to know queues and pages.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,20 @@ from gemcutter.engine.threads import one_thread
 from gemcutter.model.text import Decoder
 
 HEAD_ROWS = 32  # rows whose logits exist at one time: 32 MiB at 262,144 float32 logits a row
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A step of any kind, which runs when its tokens are asked for."""
+
+    decoder: Decoder
+    pool: PagedPool
+    works: Rows[Work]
+    is_committed: bool = False
+
+    def land(self) -> list[Event | None]:
+        """Run the step, and give each work's choice."""
+        return run_step(self.decoder, self.pool, self.works) if self.works else []
 
 
 def run_step(decoder: Decoder, pool: PagedPool, works: Rows[Work]) -> list[Event | None]:
@@ -65,7 +80,7 @@ def _choose(decoder: Decoder, works: Rows[Work], ends: list[Tensor]) -> list[Eve
         logits_RV = decoder.logits(torch.cat([ends[index] for index in group])).cpu()
         with one_thread():
             for index, sequence, logits_V in zip(group, sequences, logits_RV, strict=True):
-                choices[index] = _choose_one(sequence, logits_V)
+                choices[index] = choose_one(sequence, logits_V)
     return choices
 
 
@@ -73,7 +88,8 @@ def _needs_logits(sequence: Sequence) -> bool:
     return sequence.request.max_tokens > 0 or sequence.request.top_logits > 0
 
 
-def _choose_one(sequence: Sequence, logits_V: Tensor) -> Event:
+def choose_one(sequence: Sequence, logits_V: Tensor) -> Event:
+    """Choose a sequence's next token from its logits on the host, and report what was asked about them."""
     request, first = sequence.request, sequence.in_prompt
     if first and request.top_logits:
         sequence.report.top_logits = best_of(logits_V, request.top_logits)

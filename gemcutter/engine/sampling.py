@@ -114,7 +114,7 @@ def sample(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], reply: S
         return int(logits_V.numpy().argmax())  # ten times as fast as torch's on one thread
     probs_C, ids_C = _candidates(logits_V, sampling)
     total = probs_C.cumsum(0)
-    drawn = torch.searchsorted(total, _uniform(seed, len(prompt) + len(reply)) * float(total[-1]), right=True)
+    drawn = torch.searchsorted(total, uniform(seed, len(prompt) + len(reply)) * float(total[-1]), right=True)
     return int(ids_C[min(int(drawn), len(ids_C) - 1)])
 
 
@@ -138,8 +138,8 @@ def _altered(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], reply:
 def _candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Give the probabilities that are left after temperature and truncation, unnormalised in float64, and their ids."""
     ids = torch.arange(logits_V.shape[-1])
-    if 0 < sampling.top_k < len(ids):
-        logits_V, ids = logits_V.topk(sampling.top_k)
+    if sampling.top_k:
+        logits_V, ids = logits_V.topk(min(sampling.top_k, len(ids)))
     elif sampling.top_p < 1:
         logits_V, ids = logits_V.sort(descending=True, stable=True)
     logits = logits_V.double() / sampling.temperature
@@ -153,6 +153,6 @@ def _candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return probs, ids
 
 
-def _uniform(seed: int, position: int) -> float:
+def uniform(seed: int, position: int) -> float:
     """Draw from [0, 1) by seed and position alone."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[position, 0, 0, 0])).random())

@@ -17,17 +17,19 @@ def held_bytes(plan: ModelPlan, params: Mapping[str, Param]) -> int:
     return sum(params[spec.name].nbytes for spec in plan.params() if not _is_gathered(plan, spec))
 
 
-def token_bytes(plan: ModelPlan, params: Mapping[str, Param]) -> int:
-    """Count the bytes of weights that decoding one token must read: all once, of experts the chosen ones, of tables a row.
+def token_bytes(plan: ModelPlan, params: Mapping[str, Param], batch: int = 1) -> int:
+    """Count the bytes of weights that decoding one token of each of `batch` sequences must read.
+
+    All are read once, of experts those that some sequence chooses, as many as independent choices give, of tables a row each.
 
     Keys and values come on top: `plan.read_bytes(tokens, 0, itemsize)`.
     """
     total = 0.0
     for spec in plan.params():
         if not _is_gathered(plan, spec):
-            total += params[spec.name].nbytes * _share(plan, spec)
+            total += params[spec.name].nbytes * _share(plan, spec, batch)
         elif spec.shape[0]:
-            total += params[spec.name].nbytes / spec.shape[0]  # one row of a table
+            total += batch * params[spec.name].nbytes / spec.shape[0]  # one row of a table
     return int(total)
 
 
@@ -40,9 +42,9 @@ def _is_gathered(plan: ModelPlan, spec: ParamSpec) -> bool:
     return spec.access is Access.ROWS or (spec.name == "embed.tokens" and not plan.tied_head)
 
 
-def _share(plan: ModelPlan, spec: ParamSpec) -> float:
-    """Give the part of a weight that one token reads."""
+def _share(plan: ModelPlan, spec: ParamSpec, batch: int) -> float:
+    """Give the part of a weight that one token of each sequence reads."""
     if not spec.name.endswith(("moe.in", "moe.out")):
         return 1.0
     moe = next(layer.moe for layer in plan.layers if layer.moe)
-    return moe.top_k / moe.experts
+    return 1.0 - (1.0 - moe.top_k / moe.experts) ** batch

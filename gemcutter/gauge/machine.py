@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 import gemcutter
 from gemcutter import native
+from gemcutter.gauge.memory import peak_rss_bytes
 from gemcutter.model.text import Decoder
 from gemcutter.ops import Site
 from gemcutter.ops.bind import choose, cpu_features
@@ -25,6 +27,8 @@ from gemcutter.ops.cpu_native import ACTIVATIONS, array_of, entry
 from gemcutter.ops.reference import matrix
 from gemcutter.quant import Weight
 
+CPU = torch.device("cpu")
+GPU_STREAM_BYTES, GPU_MATMUL_SIZE = 8 << 30, 8192  # large enough that starting a kernel does not count
 STREAM_BYTES = 512 << 20  # of the buffer that is summed: larger than any cache
 MATMUL_SIZE = 2048
 CACHED_ELEMENTS, CACHED_ROWS = 1 << 20, 256  # of a packed matrix that stays in the second-level cache, and of its rows
@@ -42,9 +46,10 @@ UNITS = (
 )  # that decide speed, as Linux spells
 
 
-def describe() -> dict[str, Any]:
-    """Name the machine and the versions behind the numbers."""
-    return {
+def describe(device: torch.device = CPU) -> dict[str, Any]:
+    """Name the machine, a GPU if the model is there, and the versions behind the numbers."""
+    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
+    return gpu | {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "features": [name for name in UNITS if name in cpu_features()],
@@ -66,24 +71,45 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def measure_rates() -> dict[str, float]:
+def peak_bytes(device: torch.device) -> int:
+    """Give the most bytes that were ever taken: of a GPU by tensors, else by this process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
+def measure_rates(device: torch.device = CPU) -> dict[str, float]:
     """Measure what the machine can do: bytes read, and operations of each kind of product that torch has."""
+    if device.type == "cuda":
+        size, rate = GPU_MATMUL_SIZE, partial(matmul_rate, device=device)
+        return {"read_bytes_per_s": read_rate(device), "bfloat16_flops_per_s": rate(torch.bfloat16, size=size)}
     rates = {"read_bytes_per_s": read_rate(), "float32_flops_per_s": matmul_rate()}
     if cpu_features() & {"avx512_bf16", "amx_bf16", "bf16"}:  # elsewhere they are emulated
         rates["bfloat16_flops_per_s"] = matmul_rate(torch.bfloat16)
     return rates
 
 
-def read_rate() -> float:
+def read_rate(device: torch.device = CPU) -> float:
     """Measure the bytes per second that a sum over a large buffer reads."""
-    buffer = torch.ones(STREAM_BYTES // 4)
-    return STREAM_BYTES / best_seconds(buffer.sum)
+    nbytes = STREAM_BYTES if device == CPU else GPU_STREAM_BYTES
+    buffer = torch.ones(nbytes // 4, device=device)
+    return nbytes / best_seconds(_finished(buffer.sum, device))
 
 
-def matmul_rate(dtype: torch.dtype = torch.float32) -> float:
+def matmul_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU, size: int = MATMUL_SIZE) -> float:
     """Measure the operations per second of torch's product of two large matrices."""
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).to(dtype).unbind()
-    return 2 * MATMUL_SIZE**3 / best_seconds(lambda: a @ b)
+    a, b = torch.randn(2, size, size, device=device).to(dtype).unbind()
+    return 2 * size**3 / best_seconds(_finished(lambda: a @ b, device))
+
+
+def _finished(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Let work take as long as the device does."""
+    if device.type != "cuda":
+        return work
+
+    def wait() -> None:
+        work()
+        torch.cuda.synchronize(device)
+
+    return wait
 
 
 def native_rate(decoder: Decoder) -> float | None:

@@ -25,9 +25,11 @@ from gemcutter.quant.blocks import TYPES, Blocks
 from gemcutter.quant.make import DENSE, RECIPES, BlockScheme, Recipe, Scheme
 from gemcutter.quant.panels import PANEL
 from gemcutter.quant.room import take_room
+from gemcutter.quant.striped import Striped, adjoin, stripe
 from gemcutter.quant.tiled import Tiled
 from gemcutter.quant.tiling import tile
 
+CPU = torch.device("cpu")
 SMALL = "tiny:"  # before the name of a size: all of its traits, little of its width
 Q6_K = (BlockScheme("Q6_K"), BlockScheme("Q8_0"))  # the second where super-blocks do not fill a row
 # As the files of each kind are found: llama.cpp keeps the head in 6 bits, the routers and the per-layer projection dense.
@@ -59,35 +61,36 @@ def plan_of(preset: str, layers: int | None = None) -> ModelPlan:
     return replace(plan, layers=plan.layers[:layers])
 
 
-def make_params(plan: ModelPlan, quant: str, *, tiled: bool) -> dict[str, Param]:
-    """Make every parameter of a plan; packed matrices are repacked for the native kernels if `tiled`.
+def make_params(plan: ModelPlan, quant: str, *, tiled: bool, device: torch.device = CPU) -> dict[str, Param]:
+    """Make every parameter of a plan; packed matrices are repacked for the native kernels if `tiled`, or for the GPU they are on.
 
     Raises ConfigError for an unknown quantization.
     """
     if quant not in QUANTS:
         raise ConfigError(f"quant: expected {', '.join(QUANTS)}, found {quant!r}")
-    workshop = _Workshop(tiled)
+    workshop = _Workshop(tiled, device)
     return {spec.name: _param(spec, plan, QUANTS[quant], workshop) for spec in plan.params()}
 
 
 def _param(spec: ParamSpec, plan: ModelPlan, recipe: Recipe, workshop: _Workshop) -> Param:
     center, spread = distribution(spec, plan)
     if len(spec.shape) == 1:
-        return torch.randn(spec.shape, generator=workshop.generator) * spread + center
+        return (torch.randn(spec.shape, generator=workshop.generator) * spread + center).to(workshop.device)
     scheme = recipe.scheme(spec.name, spec.shape[-1])
-    if spec.access is Access.ROWS:
+    if spec.access is Access.ROWS and workshop.device == CPU:
         return Weight((_zeros(spec.shape, scheme),))
     names = tuple(name for name, _ in spec.parts)
     sizes = tuple(rows for _, rows in spec.parts) or (spec.shape[-2],)
     shapes = ((*spec.shape[:-2], rows, spec.shape[-1]) for rows in sizes)
-    return Weight(tuple(workshop.matrix(shape, scheme, spread) for shape in shapes), names)
+    parts = tuple(workshop.matrix(shape, scheme, spread) for shape in shapes)
+    return Weight(parts if workshop.device == CPU else adjoin(parts), names)
 
 
 class _Workshop:
     """Makes matrices; a piece of each kind is drawn and packed once."""
 
-    def __init__(self, tiled: bool) -> None:
-        self.tiled = tiled
+    def __init__(self, tiled: bool, device: torch.device) -> None:
+        self.tiled, self.device = tiled, device
         self.generator = torch.Generator().manual_seed(0)
         self._pieces: dict[tuple[int, Scheme | None, float], Part] = {}
 
@@ -95,11 +98,12 @@ class _Workshop:
         """Repeat the piece of its kind until the matrix, or the stack of them, is full."""
         key = (shape[-1], scheme, spread)
         if key not in self._pieces:
-            drawn = draw_piece(*key, self.generator)
-            self._pieces[key] = drawn if isinstance(drawn, Tensor) or not self.tiled else tile(drawn) or drawn
+            self._pieces[key] = self._lay_out(draw_piece(*key, self.generator))
         piece = self._pieces[key]
         if isinstance(piece, Tensor):
             return _repeated(piece, shape[:-1])
+        if isinstance(piece, Striped):
+            return piece.each(lambda array: _repeated(array, shape[:-1]))
         if isinstance(piece, Tiled):
             panels = (*shape[:-2], -(-shape[-2] // PANEL))
             return replace(piece, data=_repeated(piece.data, panels), num_rows=shape[-2])
@@ -108,6 +112,14 @@ class _Workshop:
         assert isinstance(piece, Affine)
         codes, scales, biases = (_repeated(array, shape[:-1]) for array in (piece.codes, piece.scales, piece.biases))
         return replace(piece, codes=codes, scales=scales, biases=biases)
+
+    def _lay_out(self, drawn: Tensor | Blocks | Affine) -> Part:
+        """Bring a piece into the form in which it is multiplied, where that is."""
+        if isinstance(drawn, Tensor):
+            return drawn.to(self.device)
+        if self.device != CPU:
+            return stripe(drawn, self.device) or drawn
+        return tile(drawn) or drawn if self.tiled else drawn
 
 
 def draw_piece(columns: int, scheme: Scheme | None, spread: float, generator: torch.Generator) -> Tensor | Blocks | Affine:
@@ -131,7 +143,10 @@ def _pack(values: Tensor, scheme: Scheme, spread: float) -> Blocks | Affine:
 
 def _repeated(piece: Tensor, lead: tuple[int, ...]) -> Tensor:
     """Fill [*lead, width] with the rows of a piece [rows, width], over and over, in copies that double in size."""
-    out: Tensor = take_room((*lead, piece.shape[1] * piece.itemsize)).view(piece.dtype)
+    if piece.device == CPU:
+        out: Tensor = take_room((*lead, piece.shape[1] * piece.itemsize)).view(piece.dtype)
+    else:
+        out = piece.new_empty(*lead, piece.shape[1])
     rows = out.view(-1, piece.shape[1])
     done = min(len(piece), len(rows))
     rows[:done] = piece[:done]

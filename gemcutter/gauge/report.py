@@ -17,7 +17,6 @@ import torch
 
 from gemcutter.errors import RequestError
 from gemcutter.gauge import breakdown, ceilings, machine
-from gemcutter.gauge.memory import peak_rss_bytes
 from gemcutter.gauge.stand import MAX_ROWS, Stand, Trial
 from gemcutter.gauge.subject import Subject
 from gemcutter.ops import SENTENCES
@@ -42,20 +41,21 @@ def measure(
         for row in _run(subject, list(group), repeats, max_rows, with_breakdown):
             rows.append(row)
             progress(len(rows), len(tests))
-    peak = peak_rss_bytes()
-    rates = machine.measure_rates()
+    device = subject.decoder.device
+    peak = machine.peak_bytes(device)
+    rates = machine.measure_rates(device)
     native = machine.native_rate(subject.decoder) if subject.how.is_native else None
     if native is not None:
         rates["native_flops_per_s"] = native
-    read = ceilings.token_bytes(subject.plan, subject.decoder.params)
+    reads = {test.batch: ceilings.token_bytes(subject.plan, subject.decoder.params, test.batch) for test in tests}
     for row, test in zip(rows, tests, strict=True):
-        row |= ceiling(subject.plan, read, subject.decoder.dtype.itemsize, test, rates)
+        row |= ceiling(subject.plan, reads[test.batch], subject.decoder.dtype.itemsize, test, rates)
         row["share"] = row["tok_s"] / row["ceiling_tok_s"]
     return describe(subject, max_rows) | {
         "rates": rates,
         "memory": memory(subject, peak),
         "rows": rows,
-        "machine": machine.describe(),
+        "machine": machine.describe(device),
     }
 
 
@@ -76,11 +76,12 @@ def _run(subject: Subject, tests: Sequence[Trial], repeats: int, max_rows: int, 
     stand = Stand(subject.decoder, tests, max_rows)
     stand.warm_up()
     for test in tests:
-        speeds = [test.tokens / stand.run(test) for _ in range(repeats)]
+        speeds = [test.total / stand.run(test) for _ in range(repeats)]
         row: dict[str, Any] = {
             "test": test.name,
             "tokens": test.tokens,
             "depth": test.depth,
+            "batch": test.batch,
             "tok_s": statistics.median(speeds),
             "tok_s_min": min(speeds),
             "tok_s_max": max(speeds),
@@ -88,17 +89,17 @@ def _run(subject: Subject, tests: Sequence[Trial], repeats: int, max_rows: int, 
         }
         if with_breakdown:
             row["breakdown_s"] = breakdown.measure(subject.decoder, partial(stand.run, test))
-        yield row | {"peak_bytes": peak_rss_bytes()}
+        yield row | {"peak_bytes": machine.peak_bytes(subject.decoder.device)}
 
 
 def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: Trial, rates: Mapping[str, float]) -> dict[str, Any]:
     """Give the speed that a machine of these rates allows, and the rate that bounds it.
 
-    `weight_bytes` are those that decoding one token reads.
+    `weight_bytes` are those that decoding one token of each sequence reads.
     """
     if test.kind == "tg":
         seen = test.depth + 1 + (test.tokens + 1) // 2  # of a reply's steps, on average
-        read = weight_bytes + plan.read_bytes(seen, 0, kv_itemsize)
+        read = weight_bytes / test.batch + plan.read_bytes(seen, 0, kv_itemsize)
         return {"ceiling_tok_s": rates["read_bytes_per_s"] / read, "ceiling": "read_bytes_per_s", "read_bytes_per_token": read}
     flops = ceilings.prefill_flops(plan, test.depth, test.tokens)
     best = max((name for name in rates if name.endswith("flops_per_s")), key=lambda name: rates[name])

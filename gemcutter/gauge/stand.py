@@ -27,16 +27,23 @@ MAX_ROWS = 512  # of a step: what the engine takes by itself
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """`tokens` rows of a prompt at once ("pp"), or one by one ("tg"), after `depth` positions."""
+    """`tokens` rows of a prompt at once ("pp"), or one by one ("tg") in `batch` sequences, after `depth` positions."""
 
     kind: str
     tokens: int
     depth: int = 0
+    batch: int = 1
 
     @property
     def name(self) -> str:
-        """Spell the test as llama-bench does: pp512, tg128@d16384."""
-        return f"{self.kind}{self.tokens}" + (f"@d{self.depth}" if self.depth else "")
+        """Spell the test as llama-bench does: pp512, tg128@d16384; 8 sequences are tg128x8."""
+        many = f"x{self.batch}" if self.batch > 1 else ""
+        return f"{self.kind}{self.tokens}{many}" + (f"@d{self.depth}" if self.depth else "")
+
+    @property
+    def total(self) -> int:
+        """Count the tokens of all sequences."""
+        return self.tokens * self.batch
 
     @property
     def context(self) -> int:
@@ -44,19 +51,23 @@ class Trial:
         return self.depth + self.tokens + 2
 
 
-def list_trials(prompts: Sequence[int], replies: Sequence[int], depths: Sequence[int]) -> list[Trial]:
-    """List all tests, those of one depth after the other; a size of 0 asks for none."""
-    sizes = [("pp", size) for size in prompts if size] + [("tg", size) for size in replies if size]
-    return [Trial(kind, size, depth) for depth in depths for kind, size in sizes]
+def list_trials(
+    prompts: Sequence[int], replies: Sequence[int], depths: Sequence[int], batches: Sequence[int] = (1,)
+) -> list[Trial]:
+    """List all tests, those of one depth after the other; a size of 0 asks for none. Prompts run alone, replies in batches."""
+    alone = [("pp", size, 1) for size in prompts if size]
+    sizes = alone + [("tg", size, batch) for size in replies if size for batch in batches]
+    return [Trial(kind, size, depth, batch) for depth in depths for kind, size, batch in sizes]
 
 
 class Stand:
-    """An engine of one sequence whose context is filled up to `depth`, for tests of that depth."""
+    """An engine whose context is filled up to `depth`, for tests of that depth; sequences of a batch share it."""
 
     def __init__(self, decoder: Decoder, tests: Sequence[Trial], max_rows: int = MAX_ROWS) -> None:
         self.decoder, self.depth = decoder, tests[0].depth
         assert all(test.depth == self.depth for test in tests)
-        self.engine = Engine(decoder, max(test.context for test in tests), max_rows, checkpoints=1)
+        batch = max(test.batch for test in tests)
+        self.engine = Engine(decoder, max(test.context for test in tests), max_rows, batch, checkpoints=1)
         self._draw = torch.Generator().manual_seed(0)
         if self.depth:
             fill(self.engine.pool, decoder, self._draw)
@@ -75,23 +86,25 @@ class Stand:
         if test.kind == "pp":
             self._submit(test.tokens, 1)
         else:
-            self._submit(1, test.tokens + 1)
-            self._step_to_first()
+            self._submit(1, test.tokens + 1, test.batch)
+            self._step_to_first(test.batch)
         at_start()
         started = time.perf_counter()
         while self.engine.has_work:
             self.engine.step()
         return time.perf_counter() - started
 
-    def _step_to_first(self) -> None:
-        while not self.engine.step():
-            pass
+    def _step_to_first(self, batch: int) -> None:
+        begun = set[int]()
+        while len(begun) < batch:
+            begun.update(event.request for event in self.engine.step())
 
-    def _submit(self, rows: int, max_tokens: int) -> None:
-        drawn = torch.randint(self.decoder.plan.vocab, (self.depth + rows,), generator=self._draw)
-        ids = tuple(drawn.tolist())
-        hold(self.engine, ids[: self.depth])
-        self.engine.submit(Request(ids, max_tokens=max_tokens))
+    def _submit(self, rows: int, max_tokens: int, batch: int = 1) -> None:
+        held = tuple(torch.randint(self.decoder.plan.vocab, (self.depth,), generator=self._draw).tolist())
+        hold(self.engine, held)
+        for _ in range(batch):
+            own = torch.randint(self.decoder.plan.vocab, (rows,), generator=self._draw)
+            self.engine.submit(Request((*held, *own.tolist()), max_tokens=max_tokens))
 
 
 def hold(engine: Engine, ids: tuple[int, ...]) -> None:

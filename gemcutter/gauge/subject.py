@@ -9,9 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import torch
-
-from gemcutter.api import check_activations, check_dtype
+from gemcutter.api import check_activations, check_device, check_dtype
 from gemcutter.checkpoint.hub import locate
 from gemcutter.checkpoint.load import load_params
 from gemcutter.checkpoint.match import open_checkpoint
@@ -19,6 +17,7 @@ from gemcutter.errors import RequestError
 from gemcutter.gauge import presets
 from gemcutter.gauge.memory import forget_peak
 from gemcutter.model.text import Decoder
+from gemcutter.ops.bind import triton_refusal
 from gemcutter.ops.reference import Param
 from gemcutter.plan import ModelPlan
 from gemcutter.quant import Weight
@@ -31,11 +30,12 @@ class Compute:
     kernels: str = "auto"
     dtype: str | None = None
     activations: str | None = None
+    device: str = "cpu"
 
     @property
     def is_native(self) -> bool:
         """Tell whether the native kernels serve. Raises KernelError for activations that would be ignored."""
-        return check_activations(self.activations, torch.device("cpu"), self.kernels)
+        return check_activations(self.activations, check_device(self.device), self.kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Subject:
 def from_preset(preset: str, quant: str, layers: int | None, how: Compute) -> Subject:
     """Make a model of a size's geometry, or of its first layers. Raises ConfigError for names that are none."""
     plan = presets.plan_of(preset, layers)
-    params = presets.make_params(plan, quant, tiled=how.is_native)
+    params = presets.make_params(plan, quant, tiled=how.is_native, device=check_device(how.device))
     forget_peak()  # of making what others load
     name = preset if layers is None else f"{preset}, {layers} layers"
     return Subject(name, quant, how, _decode(plan, params, how, how.dtype or "bfloat16"), None)
@@ -70,11 +70,13 @@ def from_file(model: str, how: Compute) -> Subject:
     if checkpoint.plan.is_drafter:
         raise RequestError(f"{model} is an assistant, which can't run alone; measure its target instead")
     dtype = how.dtype or checkpoint.config.dtype
-    params = load_params(checkpoint, check_dtype(dtype), torch.device("cpu"), tiled=how.is_native)
+    device = check_device(how.device)
+    striped = triton_refusal(device.type, how.kernels) is None
+    params = load_params(checkpoint, check_dtype(dtype), device, tiled=how.is_native, striped=striped)
     decoder = _decode(checkpoint.plan, params, how, dtype)
     stored = sorted({param.stored for param in params.values() if isinstance(param, Weight)})
     return Subject(model, ", ".join(stored), how, decoder, time.perf_counter() - started)
 
 
 def _decode(plan: ModelPlan, params: dict[str, Param], how: Compute, dtype: str) -> Decoder:
-    return Decoder(plan, params, check_dtype(dtype), "cpu", how.kernels, how.activations)
+    return Decoder(plan, params, check_dtype(dtype), check_device(how.device), how.kernels, how.activations)

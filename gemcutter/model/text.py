@@ -37,9 +37,12 @@ class Layer:
         attention = choose(replace(site, verb="attention", layer=layer)).provider.load()
         words = replace(words, attention=attention(layer))
 
+        self.providers = set[str]()
+
         def sentence(verb: str) -> Callable[..., Tensor]:
-            here = replace(_at(site, verb, self.params, MATRICES.get(verb, ())), layer=layer)
-            bound: Callable[..., Tensor] = choose(here).provider.load()(plan, layer, self.params, words)
+            provider = choose(replace(_at(site, verb, self.params, MATRICES.get(verb, ())), layer=layer)).provider
+            self.providers.add(provider.name)
+            bound: Callable[..., Tensor] = provider.load()(plan, layer, self.params, words)
             return bound
 
         self.project, self.attend, self.mix = sentence("project"), sentence("attend"), sentence("mix")
@@ -78,15 +81,17 @@ class Decoder:
         place, compute = self.device.type, _spell(dtype)
         rows = getattr(torch, row_dtype(place, compute, kernels))
         self.numerics = Numerics(dtype, rows, row_form(place, compute, kernels, activations))
-        site = Site("linear", None, place, _spell(rows), compute, invariant=kernels == "reference")
+        site = Site("linear", None, place, _spell(rows), compute, kernels=kernels)
         linear = _bind_linear(site, params)
         deltas = [delta for param in params.values() if isinstance(param, Weight) for delta in param.deltas]
         self.adapters = tuple(sorted({delta.adapter for delta in deltas}))
         self.adapter_rows = AdapterRows()
+        self.providers = set[str]()  # of the sentences, by name
         self.ropes: dict[RopeSpec, Rope] = {layer.rope: Rope(layer.rope, self.device, rows) for layer in plan.layers}
 
         def end(verb: str, linear: Linear, here: Site, *names: str) -> Callable[..., Tensor]:
             provider, words = choose(_at(here, verb, params, names)).provider, Words(linear, None, self.numerics)
+            self.providers.add(provider.name)
             bound: Callable[..., Tensor] = provider.load()(plan, params, words)
             return bound
 
@@ -97,6 +102,7 @@ class Decoder:
         self.embed, self.norm = end("embed", linear, site, *MATRICES["embed"]), end("norm", linear, site)
         self.head = end("head", linear, site, "embed.tokens" if plan.tied_head else "head")
         self.layers, self.ple = self.adapted = body(linear, site)
+        self.providers.update(*(layer.providers for layer in self.layers))
         if deltas:  # steps in which some row has an adapter meet sentences of their own, so that all others lose nothing
             low_rank = choose(replace(site, dtype="float32", stored="float32")).provider.load()
             self.adapted = body(adapt(linear, low_rank, self.adapter_rows), replace(site, adapted=True))

@@ -37,8 +37,8 @@ class Site:
 
     `device` and `dtype`, that of rows, are spelled as torch spells them ("cpu", "bfloat16"); `stored` is how the weights are
     stored, a dtype or a packed scheme, "mixed" where the parts of one weight differ, several joined by "+" where those of a
-    sentence do; `invariant` asks that a row's result not depend on its neighbours, bit for bit; `adapted` says that adapters
-    change the products of some rows.
+    sentence do; `kernels` is what was asked for, one of `bind.CHOICES`; `adapted` says that adapters change the products of some
+    rows.
     """
 
     verb: str
@@ -46,5 +46,10 @@ class Site:
     device: str
     dtype: str
     stored: str
-    invariant: bool = False
+    kernels: str = "auto"
     adapted: bool = False
+
+    @property
+    def invariant(self) -> bool:
+        """Tell whether a row's result must not depend on its neighbours, bit for bit."""
+        return self.kernels == "reference"

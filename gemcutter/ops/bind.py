@@ -7,12 +7,15 @@ its rows here.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,18 @@ from gemcutter.errors import KernelError
 from gemcutter.ops import SENTENCES, WORDS, Site
 from gemcutter.plan import ModelPlan
 
-CHOICES = ("auto", "reference")
+CHOICES = ("auto", "triton", "reference")  # the fastest that accept, Triton's or an error, the definitions
 ACTIVATIONS = ("int8", "bf16")  # how native products take the rows that meet packed weights, where they are not float32
 DENSE = ("float32", "bfloat16", "float16")
+STRIPED = "striped-"  # begins the name of a scheme that was repacked for Triton's kernels
 TILED = "tiled-"  # begins the name of a scheme that was repacked for the native kernels
 UNTILED = re.compile(r"mxfp8|fp8|.*-indexed")  # begin the schemes that stay as they are: 8-bit floats, scattered groups
+UNSTRIPED = re.compile(r".*-indexed")  # the same for Triton's kernels
 HEAD_DIM_UNIT = 32  # of native attention
+TRITON_HEAD_DIMS = (16, 32, 64, 128, 256, 512)
+OLDEST_GPU = 8  # major compute capability: the first with bfloat16 products
+NEIGHBOURS = "a row's last bits depend on how many rows run beside it"
+ASKED = "Triton's kernels were asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +78,16 @@ def cpu_features() -> frozenset[str]:
     return frozenset()
 
 
-def _not_invariant(site: Site) -> str | None:
+def _library(site: Site) -> str | None:
+    if site.kernels == "triton":
+        return ASKED
     return "library kernels let a row's last bits depend on its neighbours" if site.invariant else None
 
 
-def native_refusal(device: str, invariant: bool) -> str | None:
-    """Say why the native kernels can't serve a device and a promise of invariance; None where they do."""
-    if invariant:
-        return "a row's last bits depend on how many rows run beside it"
+def native_refusal(device: str, kernels: str) -> str | None:
+    """Say why the native kernels can't serve a device and a choice of kernels; None where they do."""
+    if kernels != "auto":
+        return NEIGHBOURS if kernels == "reference" else ASKED
     if device != "cpu":
         return "runs on the CPU"
     return native.missing()
@@ -84,26 +95,28 @@ def native_refusal(device: str, invariant: bool) -> str | None:
 
 def row_dtype(device: str, dtype: str, kernels: str) -> str:
     """Give the dtype of rows: native kernels keep them in float32 whatever the compute dtype."""
-    return dtype if native_refusal(device, kernels == "reference") else "float32"
+    return dtype if native_refusal(device, kernels) else "float32"
 
 
 def row_form(device: str, dtype: str, kernels: str, activations: str | None) -> str:
     """Give the form in which rows meet packed weights: "float32", as they are, where nothing else was asked for."""
-    if native_refusal(device, kernels == "reference"):
+    if native_refusal(device, kernels):
         return "float32"
     return activations or ("float32" if dtype == "float32" else "int8")
 
 
 def held_as(stored: str, device: str, kernels: str) -> str:
-    """Spell how weights that a file stores so are held once they are loaded: packed ones repacked for the native kernels."""
-    if stored in DENSE or UNTILED.match(stored) or native_refusal(device, kernels == "reference"):
+    """Spell how weights that a file stores so are held once they are loaded: packed ones repacked for the kernels that serve."""
+    if stored in DENSE:
         return stored
-    return TILED + stored
+    if triton_refusal(device, kernels) is None:
+        return stored if UNSTRIPED.match(stored) else STRIPED + stored
+    return stored if UNTILED.match(stored) or native_refusal(device, kernels) else TILED + stored
 
 
 def _native_word(site: Site) -> str | None:
     foreign = [kind for kind in site.stored.split("+") if kind not in DENSE and not kind.startswith(TILED)]
-    if reason := native_refusal(site.device, site.invariant):
+    if reason := native_refusal(site.device, site.kernels):
         return reason
     return f"no native layout for {', '.join(foreign)}" if foreign else None
 
@@ -115,7 +128,7 @@ def _native_sentence(site: Site) -> str | None:
 def _native_attention(site: Site) -> str | None:
     if site.layer is not None and site.layer.head_dim % HEAD_DIM_UNIT:
         return f"head_dim {site.layer.head_dim} is not a multiple of {HEAD_DIM_UNIT}"
-    return native_refusal(site.device, site.invariant)
+    return native_refusal(site.device, site.kernels)
 
 
 def _native_layer(site: Site) -> str | None:
@@ -123,33 +136,99 @@ def _native_layer(site: Site) -> str | None:
 
 
 def _torch_linear(site: Site) -> str | None:
+    if site.kernels == "triton":
+        return ASKED
     if site.stored not in DENSE:
         return f"multiplies dense weights, these are stored as {site.stored}"
     if site.device != "cpu" or site.dtype == site.stored == "float32":
-        return _not_invariant(site)
+        return _library(site)
     if site.dtype != site.stored:
         return f"weights stored as {site.stored} need converting to {site.dtype}"
     if site.dtype == "bfloat16" and cpu_features() & {"avx512_bf16", "amx_bf16", "bf16"}:
-        return _not_invariant(site)
+        return _library(site)
     return f"this processor has no {site.dtype} products; the library would emulate them"
 
 
 def _tiled_linear(site: Site) -> str | None:
-    return _not_invariant(site) if site.device == "cpu" else "converts tiles on the CPU"
+    return _library(site) if site.device == "cpu" else "converts tiles on the CPU"
 
 
-NATIVE = {"attend": _native_attention, "layer": _native_layer}  # the other sentences depend on their matrices alone
+@cache
+def cuda_missing() -> str | None:
+    """Say why Triton's kernels can't run on this machine's GPU; None where they can. Asks the driver, which needs no torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "this machine has no CUDA driver"
+    found = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(found)) or not found.value:
+        return "this machine has no CUDA device"
+    capability = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    if driver.cuDeviceGetAttribute(ctypes.byref(found), capability, 0) or found.value < OLDEST_GPU:
+        return f"its compute capability is {found.value}.x, {OLDEST_GPU}.0 is needed"
+    return None
+
+
+def triton_refusal(device: str, kernels: str) -> str | None:
+    """Say why Triton's kernels can't serve a device and a choice of kernels; None where they do.
+
+    On a CPU they run under Triton's interpreter alone, to be tested, and only if they are asked for.
+    """
+    if kernels == "reference":
+        return NEIGHBOURS
+    if device == "cpu" and kernels != "triton":
+        return "runs on CUDA"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "runs on a CPU only under TRITON_INTERPRET=1, to be tested"
+    return cuda_missing()
+
+
+def _triton_word(site: Site) -> str | None:
+    known = (*DENSE, "mixed")  # whose parts the product takes one by one; they are listed apart where a sentence is chosen
+    foreign = [kind for kind in site.stored.split("+") if kind not in known and not kind.startswith(STRIPED)]
+    if reason := triton_refusal(site.device, site.kernels):
+        return reason
+    return f"no Triton kernel for {', '.join(foreign)}" if foreign else None
+
+
+def _triton_sentence(site: Site) -> str | None:
+    return _triton_word(site) or ("adapters change its products at run time" if site.adapted else None)
+
+
+def _triton_attention(site: Site) -> str | None:
+    if site.layer is not None and site.layer.head_dim not in TRITON_HEAD_DIMS:
+        return f"head_dim {site.layer.head_dim} is none of {', '.join(map(str, TRITON_HEAD_DIMS))}"
+    return triton_refusal(site.device, site.kernels)
+
+
+def _triton_layer(site: Site) -> str | None:
+    return _triton_sentence(site) or _triton_attention(site)
+
+
+def _reference(site: Site) -> str | None:
+    """Accept all, but where Triton was asked for and has a kernel that may refuse: adapters and single lines need the words."""
+    return ASKED if site.kernels == "triton" and site.verb != "layer" and not site.adapted else None
+
+
+# the sentences that depend on more than their matrices
+NATIVE = {"attend": _native_attention, "layer": _native_layer}
+TRITON = {"attend": _triton_attention, "layer": _triton_layer}
 
 PROVIDERS = (
     Provider("linear", "native", "cpu_native:linear", _native_word),
+    Provider("linear", "triton", "triton_linear:linear", _triton_word),
     Provider("linear", "torch", "torch_fast:linear_dense", _torch_linear),
     Provider("linear", "torch-tiled", "torch_fast:linear_tiled", _tiled_linear),
-    Provider("linear", "reference", "reference:linear"),
+    Provider("linear", "reference", "reference:linear", _reference),
     Provider("attention", "native", "cpu_native:build_attention", _native_attention),
-    Provider("attention", "torch", "torch_fast:build_attention", _not_invariant),
-    Provider("attention", "reference", "reference:build_attention"),
+    Provider("attention", "triton", "triton_attention:build_attention", _triton_attention),
+    Provider("attention", "torch", "torch_fast:build_attention", _library),
+    Provider("attention", "reference", "reference:build_attention", _reference),
     *(Provider(verb, "native", f"cpu_native:build_{verb}", NATIVE.get(verb, _native_sentence)) for verb in SENTENCES),
-    *(Provider(verb, "reference", f"reference:build_{verb}") for verb in SENTENCES),
+    *(Provider(verb, "triton", f"triton_sentences:build_{verb}", TRITON.get(verb, _triton_sentence)) for verb in SENTENCES),
+    *(Provider(verb, "reference", f"reference:build_{verb}", _reference) for verb in SENTENCES),
 )
 
 
@@ -171,4 +250,4 @@ def explain(plan: ModelPlan, device: str, dtype: str, stored: str, kernels: str 
     rows = row_dtype(device, dtype, kernels)
     for verb in WORDS + SENTENCES:
         if (verb in ("ple", "inject")) <= bool(plan.ple_dim):
-            yield choose(Site(verb, plan.layers[0], device, rows, stored, invariant=kernels == "reference"))
+            yield choose(Site(verb, plan.layers[0], device, rows, stored, kernels))

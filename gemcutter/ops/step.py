@@ -11,6 +11,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from gemcutter.plan import RopeSpec
@@ -20,11 +21,53 @@ from gemcutter.plan import RopeSpec
 class Span:
     """The keys of one sequence in one group: positions start, start + 1, ... lie in the slots `where` of the pool.
 
-    `where` is a slice when the pages are consecutive (then reading is a view), else slot numbers [T].
+    `where` is a slice when the pages are consecutive (then reading is a view), else slot numbers [T]. `pages` are the pages of
+    `page_tokens` slots that hold them, in order; a span that was written by hand need not name them.
     """
 
     start: int
     where: slice | Tensor
+    pages: tuple[int, ...] = ()
+    page_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Compact:
+    """A layer's slots where values are the normalised keys n: n is stored once, as values, and keys only where they turn.
+
+    The R columns of a key whose pairs turn, 0 to R/2 - 1 and E/2 to E/2 + R/2 - 1, are stored beside n; the others are
+    weight_E * n, which readers rebuild or leave to the queries. `weight_E` is the key norm's weight in float32, 1 where
+    columns turn.
+    """
+
+    normed_TKE: Tensor
+    turned_TKR: Tensor
+    weight_E: Tensor
+
+    def turning(self, x_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the columns of the last axis that turn, as views of both halves."""
+        pairs, half = self.turned_TKR.shape[-1] // 2, self.weight_E.shape[0] // 2
+        return x_E[..., :pairs], x_E[..., half : half + pairs]
+
+    def write(self, slots_N: Tensor, k_NKE: Tensor, n_NKE: Tensor) -> None:
+        """Store keys, and values that are the keys without weight and rotation."""
+        store(self.normed_TKE, slots_N, n_NKE)
+        store(self.turned_TKR, slots_N, torch.cat(self.turning(k_NKE), dim=-1))
+
+    def keys(self, where: slice | Tensor) -> Tensor:
+        """Rebuild the keys [T, K, E] of some slots."""
+        keys = (self.normed_TKE[where].float() * self.weight_E).to(self.normed_TKE.dtype)
+        for found, stored in zip(self.turning(keys), self.turned_TKR[where].chunk(2, dim=-1), strict=True):
+            found.copy_(stored)
+        return keys
+
+
+def store(slots_TKX: Tensor, slots_N: Tensor, rows_NKX: Tensor) -> None:
+    """Put rows into slots, rounded to the dtype that the slots have."""
+    rows = rows_NKX.to(slots_TKX.dtype)
+    if slots_TKX.dtype == torch.float8_e4m3fn:  # which torch moves as bytes only
+        slots_TKX, rows = slots_TKX.view(torch.uint8), rows.view(torch.uint8)
+    slots_TKX.index_copy_(0, slots_N, rows)
 
 
 class Pool(Protocol):
@@ -37,7 +80,13 @@ class Pool(Protocol):
         """Give keys and values [T, K, E] of a span."""
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Give the tensors [T, K, E] in which a writing layer's slots lie; the same ones as long as the pool lives."""
+        """Give the tensors [T, K, E] in which a writing layer's slots lie; the same ones as long as the pool lives.
+
+        Raises KernelError for a compact layer.
+        """
+
+    def compact(self, layer: int) -> Compact | None:
+        """Give the slots of a layer that is stored compactly; None for all others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,11 +35,10 @@ EPS = 1e-6
 
 
 def providers_of(verb: str) -> pytest.MarkDecorator:
-    """Run a test with every provider of a verb that can run here."""
+    """Run a test with every provider of a verb that can run here; Triton's have tests of their own, in `tests/triton`."""
     skip = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
-    found = [
-        pytest.param(each, id=each.name, marks=[skip] if each.name == "native" else []) for each in PROVIDERS if each.verb == verb
-    ]
+    here = (each for each in PROVIDERS if each.verb == verb and each.name != "triton")
+    found = [pytest.param(each, id=each.name, marks=[skip] if each.name == "native" else []) for each in here]
     return pytest.mark.parametrize("provider", found)
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,8 +30,8 @@ def plan_of(like: str) -> ModelPlan:
     return derive(configs.read(spell_config(SIZES[like])))
 
 
-def linear(device: str, dtype: str, stored: str, invariant: bool = False) -> Site:
-    return Site("linear", None, device, dtype, stored, invariant=invariant)
+def linear(device: str, dtype: str, stored: str, kernels: str = "auto") -> Site:
+    return Site("linear", None, device, dtype, stored, kernels=kernels)
 
 
 @pytest.fixture
@@ -43,6 +44,20 @@ def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the code believe that the native kernels are there."""
     monkeypatch.setattr(native, "missing", lambda: None)
+
+
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the code believe that Triton is not installed."""
+    monkeypatch.setattr(bind, "find_spec", lambda name: None)
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the code believe that Triton and a GPU are there."""
+    monkeypatch.setattr(bind, "find_spec", lambda name: name)
+    monkeypatch.setattr(bind, "cuda_missing", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture
@@ -66,16 +81,16 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[[frozenset[str]], Non
         (linear("cpu", BF16, F16), NEW, "torch-tiled", ("weights stored as float16 need converting to bfloat16",)),
         (linear("cuda", BF16, BF16), OLD, "torch", ()),
         (linear("cuda", F32, F32), OLD, "torch", ()),
-        (linear("cpu", F32, F32, invariant=True), NEW, "reference", ("a row's last bits", "a row's last bits")),
-        (linear("cpu", BF16, BF16, invariant=True), NEW, "reference", ("a row's last bits", "a row's last bits")),
-        (linear("cpu", F32, BF16, invariant=True), OLD, "reference", ("need converting", "a row's last bits")),
-        (linear("cuda", BF16, BF16, invariant=True), OLD, "reference", ("a row's last bits", "converts tiles on the CPU")),
+        (linear("cpu", F32, F32, kernels="reference"), NEW, "reference", ("a row's last bits", "a row's last bits")),
+        (linear("cpu", BF16, BF16, kernels="reference"), NEW, "reference", ("a row's last bits", "a row's last bits")),
+        (linear("cpu", F32, BF16, kernels="reference"), OLD, "reference", ("need converting", "a row's last bits")),
+        (linear("cuda", BF16, BF16, kernels="reference"), OLD, "reference", ("a row's last bits", "converts tiles on the CPU")),
         (replace(linear("cpu", BF16, BF16), verb="attention"), OLD, "torch", ()),
         (replace(linear("cuda", BF16, BF16), verb="attention"), OLD, "torch", ()),
-        (replace(linear("cpu", BF16, BF16, invariant=True), verb="attention"), NEW, "reference", ("a row's last bits",)),
+        (replace(linear("cpu", BF16, BF16, kernels="reference"), verb="attention"), NEW, "reference", ("a row's last bits",)),
     ],
 )
-@pytest.mark.usefixtures("no_native")
+@pytest.mark.usefixtures("no_native", "no_triton")
 def test_choice_and_reasons(
     site: Site,
     features: frozenset[str],
@@ -89,7 +104,8 @@ def test_choice_and_reasons(
     preferred = [provider.name for provider in PROVIDERS if provider.verb == site.verb]
     assert [name for name, _ in choice.refusals] == preferred[: preferred.index(chosen)]
     first = "not built" if site.device == "cpu" else "runs on the CPU"
-    reasons = ("how many rows run beside it" if site.invariant else first, *reasons)
+    second = "runs on CUDA" if site.device == "cpu" else "Triton is not installed"
+    reasons = (*(("how many rows run beside it",) * 2 if site.invariant else (first, second)), *reasons)
     assert len(choice.refusals) == len(reasons)
     for (_, found), wanted in zip(choice.refusals, reasons, strict=True):
         assert wanted in found
@@ -108,9 +124,9 @@ NARROW = replace(plan_of("E2B").layers[0], head_dim=48)
         (linear("cpu", F32, "mxfp8"), "no native layout for mxfp8"),
         (linear("cpu", F32, "mixed+tiled-Q4_0"), "no native layout for mixed"),
         (linear("cuda", F32, F32), "runs on the CPU"),
-        (linear("cpu", F32, F32, invariant=True), "how many rows run beside it"),
+        (linear("cpu", F32, F32, kernels="reference"), "how many rows run beside it"),
         (replace(linear("cpu", F32, BF16), verb="feed"), None),
-        (replace(linear("cpu", F32, BF16, invariant=True), verb="feed"), "how many rows run beside it"),
+        (replace(linear("cpu", F32, BF16, kernels="reference"), verb="feed"), "how many rows run beside it"),
         (replace(linear("cpu", F32, BF16), verb="feed", adapted=True), "adapters change its products"),
         (replace(linear("cpu", F32, BF16), verb="layer", adapted=True), "adapters change its products"),
         (replace(linear("cpu", F32, BF16), adapted=True), None),
@@ -127,6 +143,95 @@ def test_native_kernels_come_first_and_say_why_not(site: Site, reason: str | Non
         assert choice.provider.name != "native"
         assert choice.refusals[0][0] == "native"
         assert reason in choice.refusals[0][1]
+
+
+@pytest.mark.usefixtures("with_triton", "no_native")
+@pytest.mark.parametrize(
+    ("site", "reason"),
+    [
+        (linear("cuda", BF16, BF16), None),
+        (linear("cuda", BF16, "bfloat16+striped-Q4_0"), None),
+        (linear("cuda", BF16, "mixed"), None),
+        (linear("cuda", BF16, "Q4_0"), "no Triton kernel for Q4_0"),
+        (linear("cuda", BF16, BF16, "triton"), None),
+        (linear("cuda", BF16, BF16, "reference"), "how many rows run beside it"),
+        (linear("cpu", BF16, BF16), "runs on CUDA"),
+        (replace(linear("cuda", BF16, BF16), verb="feed"), None),
+        (replace(linear("cuda", BF16, BF16), verb="feed", adapted=True), "adapters change its products"),
+        (replace(linear("cuda", BF16, BF16), adapted=True), None),
+        (replace(linear("cuda", BF16, BF16), verb="attention", layer=NARROW), "head_dim 48 is none of 16, 32"),
+        (replace(linear("cuda", BF16, BF16), verb="layer", layer=NARROW), "head_dim 48 is none of 16, 32"),
+        (replace(linear("cuda", BF16, BF16), verb="project", layer=NARROW), None),
+    ],
+)
+def test_triton_serves_a_gpu_and_says_why_not(site: Site, reason: str | None) -> None:
+    choice = choose(site)
+    assert (choice.provider.name == "triton") == (reason is None)
+    assert reason is None or reason in dict(choice.refusals)["triton"]
+
+
+@pytest.mark.usefixtures("with_triton", "with_native")
+@pytest.mark.parametrize("verb", WORDS + SENTENCES)
+def test_triton_or_an_error(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for Triton gets it, on a CPU under its interpreter, and is told where it can't be had."""
+    layer = plan_of("E2B").layers[0]
+    assert choose(Site(verb, layer, "cuda", BF16, BF16, "triton")).provider.name == "triton"
+    on_cpu = Site(verb, layer, "cpu", F32, BF16, "triton")
+    if verb != "layer":  # which nobody needs
+        with pytest.raises(KernelError, match=f"no kernel for {verb} on cpu") as caught:
+            choose(on_cpu)
+        asked = [text for text in caught.value.problems if "Triton's kernels were asked for" in text]
+        (triton,) = set(caught.value.problems) - set(asked)
+        assert "only under TRITON_INTERPRET=1" in triton
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose(on_cpu).provider.name == "triton"
+    assert choose(replace(on_cpu, kernels="auto")).provider.name != "triton"
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_what_is_asked_of_triton_may_still_meet_adapters() -> None:
+    site = Site("feed", None, "cuda", BF16, BF16, "triton", adapted=True)
+    assert choose(site).provider.name == "reference"
+
+
+class Driver:
+    """A CUDA driver that finds some devices of one capability, or fails."""
+
+    def __init__(self, devices: int, capability: int, error: int = 0) -> None:
+        self.devices, self.capability, self.error = devices, capability, error
+
+    def cuInit(self, flags: int) -> int:
+        return self.error
+
+    def cuDeviceGetCount(self, found: Any) -> int:
+        found._obj.value = self.devices
+        return 0
+
+    def cuDeviceGetAttribute(self, found: Any, attribute: int, device: int) -> int:
+        assert (attribute, device) == (75, 0)
+        found._obj.value = self.capability
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (Driver(2, 9), None),
+        (Driver(1, 8), None),
+        (Driver(1, 7), "its compute capability is 7.x, 8.0 is needed"),
+        (Driver(0, 9), "this machine has no CUDA device"),
+        (Driver(1, 9, error=100), "this machine has no CUDA device"),
+        (None, "this machine has no CUDA driver"),
+    ],
+)
+def test_the_driver_is_asked_for_a_gpu(driver: Driver | None, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Driver:
+        if driver is None:
+            raise OSError(name)
+        return driver
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    assert bind.cuda_missing.__wrapped__() == reason
 
 
 @pytest.mark.usefixtures("with_native")
@@ -154,11 +259,13 @@ def test_every_verb_has_a_reference_that_comes_last_and_refuses_nothing(verb: st
     names = [provider.name for provider in PROVIDERS if provider.verb == verb]
     assert names[-1] == "reference"
     assert len(set(names)) == len(names)
-    assert choose(Site(verb, None, device, dtype, F16, invariant=True)).provider.name == "reference"
+    assert choose(Site(verb, None, device, dtype, F16, kernels="reference")).provider.name == "reference"
 
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: f"{provider.verb}-{provider.name}")
 def test_every_provider_can_be_loaded(provider: Provider) -> None:
+    if provider.name == "triton":
+        pytest.importorskip("triton")
     assert provider.verb in WORDS + SENTENCES
     assert callable(provider.load())
 
@@ -190,18 +297,19 @@ def test_the_first_that_accepts_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
 # ---- explaining ----
 
 
-@pytest.mark.usefixtures("no_native")
+@pytest.mark.usefixtures("no_native", "with_triton")
 @pytest.mark.parametrize("like", SIZES)
 @pytest.mark.parametrize("kernels", bind.CHOICES)
-def test_explain_covers_the_verbs_of_a_plan(like: str, kernels: str) -> None:
+def test_explain_covers_the_verbs_of_a_plan(like: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     plan = plan_of(like)
     choices = list(explain(plan, "cpu", BF16, BF16, kernels))
     verbs = [choice.site.verb for choice in choices]
     without_ple = [verb for verb in WORDS + SENTENCES if verb not in ("ple", "inject")]
     assert verbs == (list(WORDS + SENTENCES) if like in ("E2B", "E4B") else without_ple)
     assert {(choice.site.device, choice.site.dtype, choice.site.stored) for choice in choices} == {("cpu", BF16, BF16)}
-    if kernels == "reference":
-        assert {choice.provider.name for choice in choices} == {"reference"}
+    if kernels != "auto":
+        assert {choice.provider.name for choice in choices} == {kernels}
     else:
         assert {choice.provider.name for choice in choices if choice.site.verb in WORDS} <= {"torch", "torch-tiled"}
 

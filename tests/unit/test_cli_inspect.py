@@ -110,7 +110,7 @@ def test_kernels_come_with_the_reasons_against_the_others(capsys: pytest.Capture
     kernels = {row["verb"]: row for row in inspect_json(capsys, "demo", "--kernels", "reference")["kernels"]}
     assert kernels.keys() == {*WORDS, *SENTENCES}
     assert kernels["attention"]["provider"] == "reference"
-    assert [refusal["provider"] for refusal in kernels["attention"]["refusals"]] == ["native", "torch"]
+    assert [refusal["provider"] for refusal in kernels["attention"]["refusals"]] == ["native", "triton", "torch"]
     assert kernels["attention"]["refusals"][0]["reason"]
     assert main(["inspect", "demo", "--kernels", "reference"]) == 0
     assert kernels["attention"]["refusals"][0]["reason"] in capsys.readouterr().out

@@ -248,6 +248,17 @@ def test_cache_bytes_are_the_published_ones(size: str, inside: int, beyond: int,
     assert plan.kv_bytes(32768, itemsize=1) == plan.kv_bytes(32768) // 2
 
 
+@pytest.mark.parametrize("size", ["E2B", "E4B", "12B", "26B-A4B", "31B"])
+def test_compact_layers_take_three_eighths_less(size: str) -> None:
+    """Of 512 columns 128 turn: n and those take 640 elements a key head instead of 1024, beyond the window."""
+    plan = plan_of(size)
+    plain, compact = (plan.kv_bytes(200_001, compact=kind) - plan.kv_bytes(200_000, compact=kind) for kind in (False, True))
+    assert compact == plain * (1 if size in ("E2B", "E4B") else 0.625)
+    saved = plan.kv_bytes(200_000) - plan.kv_bytes(200_000, compact=True)
+    assert saved == 200_000 * (plain - compact)
+    assert plan.read_bytes(200_000) - plan.read_bytes(200_000, compact=True) == saved
+
+
 def last_writer(text: dict[str, Any]) -> int:
     """Give the last layer with keys of its own; readers are the last layers of every size."""
     return int(text["num_hidden_layers"] - text["num_kv_shared_layers"]) - 1

@@ -262,7 +262,7 @@ def test_transformers_gets_only_what_it_can_read(tmp_path: Path) -> None:
         (["--text", "{absent}"], 1, "absent can't be read"),
         (["--out", "{absent}/certificate.json"], 2, "is no folder"),
         (["--against", "./no-such-model"], 1, "does not exist"),
-        (["--kernels", "fast"], 2, "expected auto or reference"),
+        (["--kernels", "fast"], 2, "expected auto or triton or reference"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,0 +1,285 @@
+"""Decode steps over memory that never moves: filled anew for every token, captured once as a CUDA graph and replayed.
+
+Owns `Slate`, the static rows of a decode step with the choice of its tokens, `Graphs`, which keeps one for each bucket of rows,
+and `Flight`, a step that was launched and whose tokens are on their way. The host waits for nothing but these tokens, and the
+step after may be launched before they land: its ids are already where the graph reads them. Without a GPU the same code runs
+step by step, uncaptured. Refuses to know queues and page accounting. Read `runner.py` for all other steps, `engine.py` for who
+launches ahead, `ops/cuda_step.py` for what kernels read.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcutter.cache.pool import PagedPool
+from gemcutter.engine.draw import FLOATS, Draws, can_draw, draw, numbers_of
+from gemcutter.engine.memory import most_pages
+from gemcutter.engine.request import Event
+from gemcutter.engine.runner import choose_one
+from gemcutter.engine.scheduler import Work
+from gemcutter.model.text import Decoder
+from gemcutter.ops.cuda_step import Paged, is_near, paged_key
+from gemcutter.ops.reference import matrix
+from gemcutter.ops.step import Step
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # rows of a captured step; fewer rows are padded
+WARM_UPS = 2  # runs before a capture: kernels are compiled and library handles made
+
+
+class Choice(Enum):
+    """Where a step's tokens are chosen."""
+
+    GREEDY = "greedy"  # by the graph, each the arg max
+    DRAWN = "drawn"  # by the graph, as `draw.py` does
+    ON_HOST = "on host"  # from logits that the host gets
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where some numbers lie in a buffer of bytes."""
+
+    start: int
+    dtype: torch.dtype
+    size: int
+
+    @property
+    def end(self) -> int:
+        """Give the first byte behind them."""
+        return self.start + self.size * self.dtype.itemsize
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """View them in a buffer."""
+        return buffer[self.start : self.end].view(self.dtype)
+
+
+class Staging:
+    """Pinned memory of the host with the layout of a slate's numbers, and where its tokens come back."""
+
+    def __init__(self, places: Mapping[Any, Place], nbytes: int, rows: int, is_cuda: bool) -> None:
+        self.numbers = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=is_cuda)
+        self.put = {name: place.of(self.numbers).numpy() for name, place in places.items()}
+        self.tokens_B = torch.zeros(rows, dtype=torch.long, pin_memory=is_cuda)
+        self.landed: Any = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
+
+
+def _places(rows: int, widths: Mapping[int | None, int]) -> dict[Any, Place]:
+    """Lay out the numbers of a slate: ids first, wide numbers before narrow ones."""
+    wanted: list[tuple[Any, torch.dtype, int]] = [(name, torch.long, rows) for name in ("ids", "positions", "top_k")]
+    wanted += [(("slots", window), torch.long, rows) for window in widths]
+    wanted += [(name, torch.float64, rows) for name in FLOATS]
+    wanted += [("rows at", torch.int32, rows)]
+    for window, width in widths.items():
+        wanted += [(("first", window), torch.int32, rows), (("pages", window), torch.int32, rows * width)]
+    found, end = dict[Any, Place](), 0
+    for name, dtype, size in wanted:
+        found[name] = Place(end, dtype, size)
+        end = found[name].end
+    return found
+
+
+class Slate:
+    """One bucket's static step. All of its numbers lie in one buffer, ids first, so that one copy fills them."""
+
+    def __init__(self, decoder: Decoder, pool: PagedPool, rows: int, widths: Mapping[int | None, int]) -> None:
+        self.decoder, self.pool, self.rows, self.widths = decoder, pool, rows, widths
+        self._places = _places(rows, widths)
+        nbytes, is_cuda = max(place.end for place in self._places.values()), decoder.device.type == "cuda"
+        self._numbers = torch.zeros(nbytes, dtype=torch.uint8, device=decoder.device)
+        # Two, because one may still be read while the next is written.
+        self._stagings = [Staging(self._places, nbytes, rows, is_cuda) for _ in range(2)]
+        self._draws = Draws(**{name: self._at(name) for name in (*FLOATS, "top_k")})
+        self.step = self._lay_out()
+        self._graphs: dict[Choice, torch.cuda.CUDAGraph] = {}
+        self._logits: dict[Choice, Tensor] = {}
+
+    def _at(self, name: Any) -> Tensor:
+        return self._places[name].of(self._numbers)
+
+    def _lay_out(self) -> Step:
+        """Make the step whose tensors are views of the buffer, and each group's `Paged` over them."""
+        device, rows = self.decoder.device, self.rows
+        ids, edges = self._at("ids"), torch.arange(rows + 1, dtype=torch.int32, device=device)
+        slots = {window: self._at(("slots", window)) for window in self.widths}
+        step = Step(
+            ids_N=ids,
+            ple_ids_N=ids,
+            positions_N=self._at("positions"),
+            row_start=tuple(range(rows + 1)),
+            spans={},
+            slots=slots,
+            keep_M=None,
+            rope={},
+        )
+        for window, width in self.widths.items():
+            step.memo[paged_key(window)] = Paged(
+                positions_N=self._at("rows at"),
+                row_sequence_N=edges[:-1],
+                row_start_S1=edges,
+                pages_SP=self._at(("pages", window)).view(rows, width),
+                first_S=self._at(("first", window)),
+                page_tokens=self.pool.books[window].tokens,
+                slots_N=slots[window],
+                max_rows=1,
+            )
+        return step
+
+    def fill(self, works: Sequence[Work], staging: Staging, ids_are_there: bool = False) -> None:
+        """Write the numbers of some works, one row each, and send them; rows beyond are padding.
+
+        With `ids_are_there` the ids stay what the step before has put in their place.
+        """
+        put = staging.put
+        put["positions"][:] = put["rows at"][:] = -1
+        for window in self.widths:
+            put["slots", window][:] = -1
+        for row, work in enumerate(works):
+            at = work.table.length
+            put["ids"][row] = 0 if ids_are_there else work.ids[0]
+            put["positions"][row] = put["rows at"][row] = at
+            numbers = numbers_of(work.sequence.request, work.sequence.seed, at + 1)
+            for name, number in zip((*FLOATS, "top_k"), numbers, strict=True):
+                put[name][row] = number
+            for window in self.widths:
+                first, pages = work.table.pages(window)
+                size, start = self.pool.books[window].tokens, row * self.widths[window]
+                put["pages", window][start : start + len(pages)] = pages
+                put["first", window][row] = first
+                put["slots", window][row] = pages[at // size - first] * size + at % size
+        start = self._places["positions"].start if ids_are_there else 0
+        self._numbers[start:].copy_(staging.numbers[start:], non_blocking=True)
+
+    def launch(self, choice: Choice, is_captured: bool) -> None:
+        """Run the step over the numbers that are there: replay its graph, captured at the first call."""
+        if not is_captured:
+            self._compute(choice)
+            return
+        self._graphs[choice].replay()
+
+    def capture(self, choice: Choice, memory: Any) -> None:
+        """Capture the step over padding alone, which writes to no slot; `memory` is shared by all graphs of an engine."""
+        if choice in self._graphs:
+            return
+        self.fill((), self._stagings[0])
+        side: Any = torch.cuda.Stream(self.decoder.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self._compute(choice)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory):
+            self._compute(choice)
+        self._graphs[choice] = graph
+
+    def _compute(self, choice: Choice) -> None:
+        """Run the decoder, and put each row's next token where the next step's ids are read."""
+        step = self.step
+        step.rope.update(self.decoder.rope_tables(step.positions_N))
+        logits = self._logits[choice] = self.decoder.logits(self.decoder.forward(step, self.pool))
+        if choice is Choice.GREEDY:
+            step.ids_N.copy_(logits.argmax(-1))
+        elif choice is Choice.DRAWN:
+            step.ids_N.copy_(draw(logits, self._draws))
+
+    def next_staging(self) -> Staging:
+        """Give the memory of the flight before the last one, which has landed."""
+        self._stagings.reverse()
+        return self._stagings[0]
+
+    def logits(self) -> Tensor:
+        """Give the logits [B, V] of a step whose tokens the host chooses; on the host."""
+        return self._logits[Choice.ON_HOST].cpu()
+
+
+@dataclass(slots=True)
+class Flight:
+    """A launched step: one row of each work."""
+
+    works: Sequence[Work]
+    slate: Slate
+    choice: Choice
+    staging: Staging
+    is_committed: bool = False  # its rows count as computed, because the step after them is on its way
+
+    def land(self) -> list[Event | None]:
+        """Wait for the tokens, and give each work's choice."""
+        if self.choice is Choice.ON_HOST:
+            logits = self.slate.logits()
+            return [choose_one(work.sequence, logits_V) for work, logits_V in zip(self.works, logits, strict=False)]
+        if self.staging.landed is not None:
+            self.staging.landed.synchronize()
+        tokens = self.staging.tokens_B.tolist()
+        return [Event(work.sequence.number, token) for work, token in zip(self.works, tokens, strict=False)]
+
+
+class Graphs:
+    """The slates of an engine, made when first needed."""
+
+    def __init__(self, decoder: Decoder, pool: PagedPool, context: int) -> None:
+        self.decoder, self.pool = decoder, pool
+        self.widths = most_pages(decoder.plan, context, 1)
+        self.is_captured = decoder.device.type == "cuda"
+        self._slates: dict[int, Slate] = {}
+        self._memory = torch.cuda.graph_pool_handle() if self.is_captured else None
+
+    def accepts(self, works: Sequence[Work]) -> bool:
+        """Tell whether a step is one row for each of some sequences, all of whose next tokens are wanted."""
+        return 0 < len(works) <= BUCKETS[-1] and all(_is_plain(work) for work in works)
+
+    def launch(self, works: Sequence[Work]) -> Flight:
+        """Launch a step that `accepts` takes."""
+        slate = self._slate(len(works))
+        requests = [work.sequence.request for work in works]
+        if not all(can_draw(work.sequence.request, work.sequence.in_prompt) for work in works):
+            choice = Choice.ON_HOST
+        else:
+            choice = Choice.GREEDY if all(request.sampling.temperature == 0 for request in requests) else Choice.DRAWN
+        if self.is_captured:
+            slate.capture(choice, self._memory)
+        return self._launch(works, slate, choice, ids_are_there=False)
+
+    def launch_after(self, flight: Flight, works: Sequence[Work]) -> Flight:
+        """Launch the step after one whose tokens have not landed: the same rows, one position on."""
+        return self._launch(works, flight.slate, flight.choice, ids_are_there=True)
+
+    def _launch(self, works: Sequence[Work], slate: Slate, choice: Choice, ids_are_there: bool) -> Flight:
+        staging = slate.next_staging()
+        slate.fill(works, staging, ids_are_there)
+        slate.launch(choice, self.is_captured)
+        if choice is not Choice.ON_HOST:
+            staging.tokens_B.copy_(slate.step.ids_N, non_blocking=True)
+            if staging.landed is not None:
+                staging.landed.record()
+        return Flight(works, slate, choice, staging)
+
+    def _slate(self, rows: int) -> Slate:
+        bucket = BUCKETS[bisect_left(BUCKETS, rows)]
+        if bucket not in self._slates:
+            self._slates[bucket] = Slate(self.decoder, self.pool, bucket, self.widths)
+        return self._slates[bucket]
+
+
+def _is_plain(work: Work) -> bool:
+    sequence = work.sequence
+    wants_logits = sequence.request.max_tokens > 0 or sequence.request.top_logits > 0
+    has_report = sequence.in_prompt and sequence.request.wants_all_rows
+    return work.rows == 1 and work.is_last_chunk and wants_logits and not has_report and sequence.request.adapter is None
+
+
+def refusal(decoder: Decoder) -> str | None:
+    """Say why a decoder's steps can't be captured; None if they can."""
+    if decoder.device.type != "cuda":
+        return "graphs are captured on a GPU"
+    others = sorted(decoder.providers - {"triton"})
+    if others:
+        return f"kernels of {', '.join(others)} may wait for the host"
+    if decoder.plan.ple_dim and not is_near(matrix(decoder.params, "embed.ple"), decoder.device):
+        return "the host gathers the per-layer embeddings"
+    return None

@@ -1,0 +1,92 @@
+"""A step's pages as tensors: made once, from real block tables, and refused where pages are unknown. Runs without Triton too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gemcutter.cache.pool import PageCount, PagedPool
+from gemcutter.cache.table import Table
+from gemcutter.errors import KernelError
+from gemcutter.ops.cuda_step import paged
+from gemcutter.ops.step import Span, Step
+from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec
+
+WINDOW, PAGE = 5, 4
+
+
+def plan_of(window: int | None) -> ModelPlan:
+    layer = LayerPlan(0, Attn.SLIDING, Proj.QKV, 0, "self", 1, 1, 2, window, RopeSpec(1e4, 2, 1), 4, None, 0)
+    return ModelPlan((layer,), 8, 8, None, 1e-6, 999, 0, 0, 0, True, False)
+
+
+def make_step(window: int | None, device: torch.device, lengths: tuple[int, ...] = (13, 0, 9)) -> tuple[Step, list[Table]]:
+    """Give a step of 2, 6 and 1 rows over tables whose pages interleave."""
+    pool = PagedPool(plan_of(window), {window: PageCount(40, PAGE)}, torch.float32)
+    tables, rows = [Table(pool) for _ in lengths], (2, 6, 1)
+    while any(table.length < length for table, length in zip(tables, lengths, strict=True)):
+        for table, length in zip(tables, lengths, strict=True):
+            if table.length < length:
+                table.reserve(1)
+                table.commit(1)
+    for table, count in zip(tables, rows, strict=True):
+        table.reserve(count)
+    positions = torch.cat([table.length + torch.arange(count) for table, count in zip(tables, rows, strict=True)]).to(device)
+    spans = {window: tuple(table.span(window) for table in tables)}
+    slots = {window: torch.cat([table.slots(window) for table in tables]).to(device)}
+    return Step(positions, positions, positions, (0, 2, 8, 9), spans, slots, None, {}), tables
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_every_key_is_found_where_the_span_has_it(window: int | None, device: torch.device) -> None:
+    step, tables = make_step(window, device)
+    here = paged(step, window)
+    for s, table in enumerate(tables):
+        span = step.spans[window][s]
+        count = table.length + table.reserved - span.start
+        wanted = list(range(span.where.start, span.where.stop)) if isinstance(span.where, slice) else span.where.tolist()
+        assert len(wanted) == count
+        found = []
+        for p in range(span.start, span.start + count):
+            page = here.pages_SP[s, p // here.page_tokens - here.first_S[s]]
+            found.append(int(page) * here.page_tokens + p % here.page_tokens)
+        assert found == wanted
+        rows = slice(step.row_start[s], step.row_start[s + 1])
+        assert here.slots_N is not None
+        assert here.slots_N[rows].tolist() == found[table.length - span.start :]
+
+
+def test_rows_name_their_sequences(device: torch.device) -> None:
+    here = paged(make_step(None, device)[0], None)
+    assert here.row_sequence_N.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 2]
+    assert here.row_start_S1.tolist() == [0, 2, 8, 9]
+    assert here.positions_N.tolist() == [13, 14, 0, 1, 2, 3, 4, 5, 9]
+    assert (here.max_rows, here.sequences, here.page_tokens) == (6, 3, PAGE)
+    small = (here.positions_N, here.row_sequence_N, here.row_start_S1, here.pages_SP, here.first_S)
+    assert {(each.dtype, each.device.type) for each in small} == {(torch.int32, device.type)}
+
+
+def test_it_is_made_once_a_step(device: torch.device) -> None:
+    step, _ = make_step(WINDOW, device)
+    assert paged(step, WINDOW) is paged(step, WINDOW)
+    with pytest.raises(KeyError):
+        paged(step, None)
+
+
+def test_kept_rows_read_the_same_pages_and_write_nothing(device: torch.device) -> None:
+    step, _ = make_step(WINDOW, device)
+    kept = replace(step, keep_M=torch.tensor([1, 8], device=device)).kept()
+    whole, here = paged(step, WINDOW), paged(kept, WINDOW)
+    assert here.slots_N is None
+    assert here.row_start_S1.tolist() == [0, 1, 1, 2]
+    assert here.positions_N.tolist() == [14, 9]
+    assert torch.equal(here.pages_SP, whole.pages_SP)
+
+
+def test_spans_without_pages_are_refused(device: torch.device) -> None:
+    step, _ = make_step(None, device)
+    blind = replace(step, spans={None: tuple(Span(span.start, span.where) for span in step.spans[None])})
+    with pytest.raises(KernelError, match="name no pages"):
+        paged(blind, None)

@@ -1,0 +1,145 @@
+"""Decode steps over static memory give the tokens of plain steps, launched ahead or not, captured or (without a GPU) not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemcutter.engine.engine import Engine
+from gemcutter.engine.graphs import Flight, refusal
+from gemcutter.engine.request import Event, Finish, Request
+from gemcutter.engine.sampling import Sampling
+from gemcutter.ops import reference
+from gemcutter.quant import Weight, widen
+from tests.triton.decoders import decode_with, prompt
+
+triton_linear = pytest.importorskip("gemcutter.ops.triton_linear")
+
+CONTEXT = 40
+DRAWN = Sampling(temperature=1.0, top_k=8, top_p=0.9, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def plain_products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the library multiply where Triton's interpreter would take seconds for a step; the kernels have tests of their own."""
+    if device.type == "cuda":
+        return
+
+    def linear(x_ND: Tensor, weight: Weight) -> Tensor:
+        return torch.cat([x_ND @ widen(part).t() for part in weight.parts], dim=1)
+
+    def gated(x_ND: Tensor, weight: Weight) -> Tensor:
+        return reference.gelu_mul(*linear(x_ND, weight).chunk(2, dim=1))
+
+    monkeypatch.setattr(triton_linear, "linear", linear)
+    monkeypatch.setattr(triton_linear, "gated", gated)
+
+
+def engine(name: str, device: torch.device, graphs: bool, **limits: int) -> Engine:
+    return Engine(decode_with("triton", name, device), CONTEXT, max_rows=16, graphs=graphs, **limits)
+
+
+def replies(engine: Engine, requests: list[Request]) -> dict[int, list[int]]:
+    """Run requests, submitted one a step, and give each one's reply."""
+    found: dict[int, list[int]] = {}
+    waiting = list(requests)
+    with torch.inference_mode():
+        while waiting or engine.has_work:
+            if waiting:
+                found[engine.submit(waiting.pop(0))] = []
+            for event in engine.step():
+                found[event.request] += [] if event.token is None else [event.token]
+    return found
+
+
+@pytest.fixture
+def flights(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, bool]]:
+    """List every landing: the choice, its rows, and whether the step after was under way."""
+    found: list[tuple[str, int, bool]] = []
+    land = Flight.land
+
+    def landing(self: Flight) -> list[Event | None]:
+        found.append((self.choice.value, len(self.works), self.is_committed))
+        return land(self)
+
+    monkeypatch.setattr(Flight, "land", landing)
+    return found
+
+
+def test_a_single_stream_gets_the_tokens_of_plain_steps(device: torch.device, flights: list[tuple[str, int, bool]]) -> None:
+    """Beyond the window of 8, across pages; the last step is the only one that nothing follows."""
+    requests = [Request(prompt(13), max_tokens=7)]
+    wanted = replies(engine("readers", device, graphs=False), requests)
+    assert not flights
+    assert replies(engine("readers", device, graphs=True), requests) == wanted
+    assert flights == [("greedy", 1, True)] * 5 + [("greedy", 1, False)]
+
+
+def test_batches_are_padded_and_drawn_alike(device: torch.device, flights: list[tuple[str, int, bool]]) -> None:
+    """Up to three sequences in a bucket of four, which come and go; while one of them is drawn, all are."""
+    requests = [Request(prompt(5, 1), max_tokens=6), Request(prompt(11, 2), DRAWN, 5), Request(prompt(3, 3), max_tokens=3)]
+    wanted = replies(engine("Gemma 3", device, graphs=False, max_sequences=4), requests)
+    assert replies(engine("Gemma 3", device, graphs=True, max_sequences=4), requests) == wanted
+    assert {("drawn", 2), ("drawn", 3)} <= {(choice, rows) for choice, rows, _ in flights}
+
+
+def test_a_stop_wastes_one_row_and_nothing_else(device: torch.device) -> None:
+    """The sequence beside goes on; what was kept of the stopped one serves its continuation."""
+    first, second = Request(prompt(6, 4), max_tokens=6), Request(prompt(9, 5), max_tokens=8)
+    plain = replies(engine("Gemma 3", device, graphs=False, max_sequences=2), [first, second])
+    stop = plain[0][3]
+    requests = [Request(first.prompt, max_tokens=6, stop_ids=frozenset({stop})), second]
+    found = engine("Gemma 3", device, graphs=True, max_sequences=2, checkpoints=4)
+    short = plain[0][: plain[0].index(stop)]
+    assert replies(found, requests) == {0: short, 1: plain[1]}
+    again = Request((*first.prompt, *short, stop), max_tokens=2)
+    assert replies(found, [again]) == {2: plain[0][len(short) + 1 :][:2]}
+
+
+def test_what_the_host_chooses_is_not_launched_ahead(device: torch.device, flights: list[tuple[str, int, bool]]) -> None:
+    requests = [Request(prompt(4), Sampling(repetition_penalty=1.3, logprobs=1), 5)]
+    wanted = replies(engine("Gemma 3", device, graphs=False), requests)
+    assert replies(engine("Gemma 3", device, graphs=True), requests) == wanted
+    assert set(flights) == {("on host", 1, False)}
+
+
+def test_cancelling_while_a_row_is_on_its_way(device: torch.device) -> None:
+    wanted = replies(engine("Gemma 3", device, graphs=False), [Request(prompt(5, 2), max_tokens=8)])[0]
+    found, tokens = engine("Gemma 3", device, graphs=True, max_sequences=2), []
+    with torch.inference_mode():
+        first, second = (found.submit(Request(prompt(5, seed), max_tokens=8)) for seed in (1, 2))
+        for step in range(20):
+            if step == 4:
+                ended = found.cancel(first)
+            tokens += [event.token for event in found.step() if event.request == second] if found.has_work else []
+    assert ended == Event(first, finish=Finish.CANCELLED)
+    assert tokens == wanted
+
+
+def test_an_interrupt_loses_no_token(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(prompt(6), max_tokens=6)
+    wanted = replies(engine("Gemma 3", device, graphs=False), [request])
+    found = engine("Gemma 3", device, graphs=True)
+    land, calls = Flight.land, iter(range(100))
+
+    def landing(self: Flight) -> list[Event | None]:
+        if next(calls) in (1, 3):
+            raise KeyboardInterrupt
+        return land(self)
+
+    monkeypatch.setattr(Flight, "land", landing)
+    found.submit(request)
+    tokens = []
+    with torch.inference_mode():
+        while found.has_work:
+            try:
+                tokens += [event.token for event in found.step()]
+            except KeyboardInterrupt:
+                continue
+    assert tokens == wanted[0]
+
+
+def test_only_a_gpu_captures(device: torch.device) -> None:
+    reason = refusal(decode_with("triton", "Gemma 3", device))
+    assert (reason is None) is (device.type == "cuda")
