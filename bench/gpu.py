@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.gpu` has it
 
-from bench.norms import check_norms, time_norms
+from bench.gpu_kernels import check_norms, time_kernels
 from gemcutter import api
 from gemcutter.checkpoint.hub import DEMO_FOLDER
 from gemcutter.errors import GemcutterError
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if bad:
         return found
     if place.type == "cuda":
-        found["kernels"] = list(time_norms(place))
+        found["kernels"] = list(time_kernels(place))
     for preset in options.presets:
         for quant in options.quants:
             gc.collect()
@@ -134,6 +134,12 @@ def tables(found: dict[str, Any]) -> str:
     lines += [
         f"| {model['name']} | not measured: {model['problem']} | | | | |" for model in found["models"] if "problem" in model
     ]
+    if found["kernels"]:
+        lines += ["", "| kernel | ms | floor | over the floor | in separate launches |", "|---|---|---|---|---|"]
+    for kernel in found["kernels"]:
+        apart = f"{kernel['apart_ms']:.3f}" if "apart_ms" in kernel else "-"
+        cells = (f"{kernel['ms']:.3f}", f"{kernel['floor_ms']:.3f}", f"{kernel['ms'] / kernel['floor_ms']:.2f}x", apart)
+        lines.append(f"| {kernel['kernel']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

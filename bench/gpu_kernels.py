@@ -1,24 +1,30 @@
-"""The fused norm kernels of a GPU: checked against the reference, and timed against one launch for each thing they do.
+"""Single kernels of a GPU: fused norms checked against the reference; norms, attention and products timed beside what they move.
 
-Owns the grid of shapes (head dims, heads, rows, what a layer owns). Refuses to know whole models; read `gpu.py` for who calls.
+Owns the shapes: a grid of head dims, heads, rows and what a layer owns for the check, layers of E4B and 31B for the times. Caches
+are flushed before each run, as `triton.testing.do_bench` does it. Refuses to know whole models; read `gpu.py` for who calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemcutter.gauge.presets import plan_of
+from gemcutter.engine.memory import PAGE_TOKENS
+from gemcutter.gauge.machine import read_rate
+from gemcutter.gauge.presets import make_params, plan_of
 from gemcutter.ops import reference
+from gemcutter.ops.cuda_step import Paged
+from gemcutter.ops.reference import matrix
 from gemcutter.plan import LayerPlan, Proj
 
 HEAD_DIMS, HEADS, ROWS = (128, 256, 512), ((32, 16), (16, 8), (8, 1)), (1, 33, 4096)
-TIMED_ROWS = (1, 32, 512, 4096)
+TIMED_ROWS, CONTEXTS = (1, 32, 512, 4096), (4096, 32768)
 LIMIT = 2e-2  # of an element in bfloat16, whose values are a few units
 EPS = 1e-6
 
@@ -92,13 +98,62 @@ def check_norms(device: torch.device) -> Iterator[dict[str, Any]]:
         yield {"check": f"fused norms, {proj.name}", "error": worst, "limit": LIMIT, "is_good": worst <= LIMIT}
 
 
-def time_norms(device: torch.device) -> Iterator[dict[str, Any]]:
+def paged_context(batch: int, context: int, device: torch.device) -> Paged:
+    """Describe one row of each of some sequences, all of which hold `context` positions in pages of their own."""
+    pages, edges = -(-context // PAGE_TOKENS), torch.arange(batch + 1, dtype=torch.int32, device=device)
+    return Paged(
+        positions_N=torch.full((batch,), context - 1, dtype=torch.int32, device=device),
+        row_sequence_N=edges[:-1],
+        row_start_S1=edges,
+        pages_SP=torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages),
+        first_S=torch.zeros(batch, dtype=torch.int32, device=device),
+        page_tokens=PAGE_TOKENS,
+        slots_N=None,
+        max_rows=1,
+    )
+
+
+def attention_cases(device: torch.device) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """List single rows of sliding and global layers of E4B and 31B: what runs, and the bytes of keys and values that it reads."""
+    from gemcutter.ops.triton_attention import attend
+
+    for preset, batch, context in product(("E4B", "31B"), (1, 8), CONTEXTS):
+        layers = {layer.window: layer for layer in plan_of(preset).layers if layer.writes}
+        for window, layer in layers.items():
+            paged, heads = paged_context(batch, context, device), (layer.kv_heads, layer.head_dim)
+            keys, values = torch.randn(2, paged.pages_SP.numel() * PAGE_TOKENS, *heads, device=device).bfloat16().unbind()
+            q = torch.randn(batch, layer.heads, layer.head_dim, device=device).bfloat16()
+            moved = 2 * batch * layer.visible(context) * layer.kv_heads * layer.head_dim * keys.itemsize
+            name = f"attention of {preset}, {'global' if window is None else 'sliding'}, {batch} rows after {context}"
+            yield name, moved, partial(attend, q, keys, values, paged, window)
+
+
+def product_cases(device: torch.device) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """List products of few rows with the MLP matrices of E4B and 31B: what runs, and the bytes of the matrix."""
+    from gemcutter.ops import triton_linear
+
+    for preset, quant in product(("E4B", "31B"), ("bf16", "q4_0")):
+        params = make_params(plan_of(preset, 1), quant, tiled=False, device=device)
+        for name, rows in product(("layers.0.mlp.in", "layers.0.mlp.out"), (1, 2, 16, 64)):
+            weight = matrix(params, name)
+            x = torch.randn(rows, weight.columns, device=device).bfloat16()
+            yield f"{name} of {preset}, {quant}, {rows} rows", weight.nbytes, partial(triton_linear.linear, x, weight)
+
+
+def time_kernels(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Time all single kernels: milliseconds, and those in which this device moves their bytes."""
+    from triton.testing import do_bench
+
+    rate = read_rate(device)
+    for name, moved, work in chain(attention_cases(device), product_cases(device)):
+        yield {"kernel": name, "ms": do_bench(work, quantiles=[0.5]), "floor_ms": 1e3 * moved / rate}
+    yield from time_norms(device, rate)
+
+
+def time_norms(device: torch.device, rate: float) -> Iterator[dict[str, Any]]:
     """Time the fused kernel, and the same work in separate launches, for the layers of 31B; beside the bytes that must move."""
     from triton.testing import do_bench
 
-    from gemcutter.gauge.machine import read_rate
-
-    rate = read_rate(device)
     for proj, rows in product(Proj, TIMED_ROWS):
         case = _case(proj, 256, 32, 16, rows, device)
         k, v = case.pool()
