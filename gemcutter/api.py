@@ -40,6 +40,7 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]  # raw text, token ids, or a conversation
 
 DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+FP8_CAPABILITY = (8, 9)
 DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
 
 
@@ -146,6 +147,7 @@ def load(
     adapters: Mapping[str, str] | None = None,
     repack_cache: bool = False,
     ple: str | None = None,
+    kv: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
@@ -159,6 +161,7 @@ def load(
     weights; `adapters`, by name, stay beside them, and a request with `adapter="name"` gets that one's changes. `repack_cache`
     keeps what the native kernels repack in the user's cache folder, for later loads to map. `ple` says where the table of
     per-layer embeddings lives beside a GPU: "gpu", "host" (pinned memory) or "mmap"; by default on the GPU if there is room.
+    `kv` "fp8" keeps keys and values in 8 bits on a GPU that has them (compute capability 8.9).
     Raises CheckpointError or ConfigError with everything that is wrong.
     """
     started = time.perf_counter()
@@ -169,6 +172,7 @@ def load(
     check_kernels(kernels, place)
     is_native = check_activations(activations, place, kernels)
     check_place(ple, place)
+    kv_dtype = check_kv(kv, place, kernels)
     if checkpoint.plan.is_drafter:
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
     merged = None if adapter is None else open_adapter(locate(adapter), checkpoint.plan, ignore)
@@ -185,7 +189,7 @@ def load(
         params = attach(params, each, name, place)
         notes += each.notes()
     decoder = Decoder(checkpoint.plan, params, compute, place, kernels, activations)
-    engine = Engine(decoder, context, max_rows, max_sequences, checkpoints)
+    engine = Engine(decoder, context, max_rows, max_sequences, checkpoints, kv_dtype=kv_dtype)
     built = Model(checkpoint, decoder, engine, 0.0)
     if not is_native and place.type == "cpu" and kernels == "auto":
         notes.append(f"several times slower than it could be: {native_refusal('cpu', kernels)}")
@@ -219,6 +223,20 @@ def check_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise KernelError(f"dtype: expected float32 or bfloat16, found {name!r}")
     return DTYPES[name]
+
+
+def check_kv(name: str | None, device: torch.device, kernels: str) -> torch.dtype | None:
+    """Give the dtype of keys and values; None for that of the rows. Raises KernelError where no kernel reads it."""
+    if name is None:
+        return None
+    if name != "fp8":
+        raise KernelError(f"kv: expected fp8, found {name!r}")
+    refusal = triton_refusal(device.type, kernels)
+    if refusal is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        refusal = "this GPU has no 8-bit floats"
+    if refusal is not None:
+        raise KernelError(f"kv fp8: a choice of the Triton kernels, which are not used here: {refusal}")
+    return torch.float8_e4m3fn
 
 
 def check_device(name: str) -> torch.device:

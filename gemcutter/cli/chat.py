@@ -85,6 +85,7 @@ def chat(
     quant: options.Quant = None,
     repack_cache: options.RepackCache = False,
     ple: options.Ple = None,
+    kv: options.Kv = None,
 ) -> None:
     """Hold one conversation until the input ends. Raises UsageError or GemcutterError."""
     sampling = options.check_sampling(
@@ -113,6 +114,7 @@ def chat(
         quant=quant,
         repack_cache=repack_cache,
         ple=ple,
+        kv=kv,
     )
     if loaded.template is None:
         raise RequestError(

@@ -34,6 +34,7 @@ def load_model(
     activations: str | None = None,
     repack_cache: bool = False,
     ple: str | None = None,
+    kv: str | None = None,
 ) -> Model:
     """Load a model as the options say, and tell on stderr what was left out. Raises GemcutterError."""
     import torch
@@ -57,6 +58,7 @@ def load_model(
             activations=activations,
             repack_cache=repack_cache,
             ple=ple,
+            kv=kv,
             progress=advance,
         )
     gc.freeze()  # what there is now stays: no collection in the token loop need look at it

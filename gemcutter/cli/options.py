@@ -114,6 +114,9 @@ Ple = Annotated[
         metavar="gpu|host|mmap", help="Where the per-layer embeddings live beside a GPU.  [default: gpu if there is room]"
     ),
 ]
+Kv = Annotated[
+    str | None, typer.Option(metavar="fp8", help="Keep keys and values in 8 bits on a GPU.  [default: as rows are computed]")
+]
 
 # ---- how to compute ----
 

@@ -86,6 +86,7 @@ def run(
     quant: options.Quant = None,
     repack_cache: options.RepackCache = False,
     ple: options.Ple = None,
+    kv: options.Kv = None,
 ) -> None:
     """Answer one prompt on stdout, as text or as one JSON object. Raises UsageError or GemcutterError."""
     if (raw or tokens is not None) and (system is not None or think):
@@ -117,6 +118,7 @@ def run(
         quant=quant,
         repack_cache=repack_cache,
         ple=ple,
+        kv=kv,
     )
     chunks = loaded.stream(
         asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
+import torch
+
 from gemcutter.cache.pool import PagedPool
 from gemcutter.cache.prefix import PrefixCache
 from gemcutter.engine.graphs import Choice, Flight, Graphs, refusal
@@ -25,7 +27,8 @@ class Engine:
 
     `context` is the longest sequence in tokens, `max_rows` the rows of one step (the chunk of a long prompt), `max_sequences`
     how many run at once, `checkpoints` how many finished prompts and replies stay in the cache for reuse. `graphs` says whether
-    decode steps run over static memory, as captured graphs on a GPU; by default wherever that is possible.
+    decode steps run over static memory, as captured graphs on a GPU; by default wherever that is possible. `kv_dtype` is that of
+    the cache, by default the decoder's.
     """
 
     def __init__(
@@ -36,11 +39,12 @@ class Engine:
         max_sequences: int = 1,
         checkpoints: int = 0,
         graphs: bool | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.decoder = decoder
         self.context = min(context, decoder.plan.context)
         counts = page_counts(decoder.plan, self.context, max_rows, max_sequences, checkpoints)
-        self.pool = PagedPool(decoder.plan, counts, decoder.dtype, decoder.device, compact_weights(decoder))
+        self.pool = PagedPool(decoder.plan, counts, kv_dtype or decoder.dtype, decoder.device, compact_weights(decoder))
         self.prefix = PrefixCache(checkpoints)
         self.scheduler = Scheduler(self.pool, max_rows, max_sequences, self.prefix)
         is_static = refusal(decoder) is None if graphs is None else graphs

@@ -78,6 +78,8 @@ class Decoder:
         activations: str | None = None,
     ) -> None:
         self.plan, self.params, self.dtype, self.device = plan, params, dtype, torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where Triton launches
         place, compute = self.device.type, _spell(dtype)
         rows = getattr(torch, row_dtype(place, compute, kernels))
         self.numerics = Numerics(dtype, rows, row_form(place, compute, kernels, activations))

@@ -140,6 +140,18 @@ def test_an_interrupt_loses_no_token(device: torch.device, monkeypatch: pytest.M
     assert tokens == wanted[0]
 
 
+def test_a_cache_of_eight_bits(device: torch.device) -> None:
+    """Keys and values are rounded by up to 2^-4 of themselves; the same replies come from plain steps and from static memory."""
+    found = []
+    for graphs in (False, True):
+        decoder = decode_with("triton", "Gemma 3", device)
+        small = Engine(decoder, CONTEXT, max_rows=16, graphs=graphs, kv_dtype=torch.float8_e4m3fn)
+        assert {pages.dtype for pages in small.pool.keys.values()} == {torch.float8_e4m3fn}
+        found.append(replies(small, [Request(prompt(9), max_tokens=4)]))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 4
+
+
 def test_only_a_gpu_captures(device: torch.device) -> None:
     reason = refusal(decode_with("triton", "Gemma 3", device))
     assert (reason is None) is (device.type == "cuda")

@@ -66,6 +66,13 @@ def assert_all_free(model: Model) -> None:
 # ---- prompts ----
 
 
+def test_eight_bit_keys_are_refused_where_no_kernel_reads_them() -> None:
+    with pytest.raises(KernelError, match="kv fp8: a choice of the Triton kernels"):
+        gemcutter.load("demo", kv="fp8")
+    with pytest.raises(KernelError, match="kv: expected fp8, found 'fp4'"):
+        gemcutter.load("demo", kv="fp4")
+
+
 def test_a_text_gives_a_completion_and_a_list_gives_a_list(model: Model) -> None:
     one = model.generate(TEXT, max_tokens=4)
     assert isinstance(one, Completion)
