@@ -1,7 +1,7 @@
 """transformers on a GPU: gpu_transformers.py PRESET -p 512 -n 128 --batch 1 8: prints one JSON object.
 
-Owns a model of that geometry with constant weights in bfloat16, and the timing of its own `forward` with its own cache. Prompts
-run alone, replies in batches; a step ends when its tokens are on the host, as ours does.
+Owns the timing of its own `forward` with its own cache, in bfloat16; `plain.py` makes the model. Prompts run alone, replies in
+batches; a step ends when its tokens are on the host, as ours does.
 """
 
 from __future__ import annotations
@@ -16,31 +16,14 @@ from typing import Any
 
 import torch
 import transformers
+from plain import make_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gemcutter.checkpoint.synth import spell_config
 from gemcutter.gauge.presets import size_of
 
-PLAIN = 0.01  # of a weight: products with it meet no denormal numbers
 ROUNDS = 3
-
-
-def load(preset: str) -> Any:
-    """Make the model on the GPU."""
-    config = transformers.AutoConfig.for_model(**spell_config(size_of(preset)))
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = model.to_empty(device="cuda").eval()
-    for parameter in model.parameters():
-        parameter.data.fill_(PLAIN)
-    for buffer in model.buffers():
-        buffer.fill_(1.0 if buffer.is_floating_point() else 0)
-    model.tie_weights()
-    for module in model.modules():  # buffers that are computed: rotary frequencies
-        if hasattr(module, "compute_default_rope_parameters"):
-            module.__init__(config, device="cuda")
-    return model
 
 
 def prefill(model: Any, rows: int, batch: int) -> Any:
@@ -78,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with torch.inference_mode():
-        model = load(options.preset)
+        model = make_model(spell_config(size_of(options.preset)), torch.bfloat16, "cuda")
         for size in options.p:
             prefill(model, size, 1)
             seconds = statistics.median(prefill_s(model, size) for _ in range(ROUNDS))

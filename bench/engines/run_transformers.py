@@ -1,7 +1,6 @@
 """transformers' turn in a comparison: run_transformers.py CONFIG THREADS DTYPE.
 
-Owns the making of a model of that geometry with constant weights, since speed does not depend on their values; the table of
-per-layer embeddings is not filled, so that only what is read of it takes memory.
+Owns the timing of prompts and of steps of one row with its own cache; `plain.py` makes the model.
 """
 
 from __future__ import annotations
@@ -14,28 +13,15 @@ from typing import Any
 
 import torch
 import transformers
+from plain import make_model
 from turns import Run, serve
-
-PLAIN = 0.01  # of a weight: products with it meet no denormal numbers
 
 
 def load() -> tuple[Run, dict[str, Any]]:
     """Make the model and give the runner of tests."""
     file, threads, dtype = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    config = transformers.AutoConfig.for_model(**json.loads(Path(file).read_text()))
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model = model.to_empty(device="cpu").eval()
-    for name, parameter in model.named_parameters():
-        if "embed_tokens_per_layer" not in name:
-            parameter.data.fill_(PLAIN)
-    for buffer in model.buffers():
-        buffer.fill_(1.0 if buffer.is_floating_point() else 0)
-    model.tie_weights()
-    for module in model.modules():  # buffers that are computed: rotary frequencies
-        if hasattr(module, "compute_default_rope_parameters"):
-            module.__init__(config)
+    model = make_model(json.loads(Path(file).read_text()), getattr(torch, dtype), "cpu")
 
     def run(kind: str, tokens: int, depth: int) -> float:
         if depth:

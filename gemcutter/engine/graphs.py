@@ -22,7 +22,7 @@ from gemcutter.cache.pool import PagedPool
 from gemcutter.engine.draw import FLOATS, Draws, can_draw, draw, numbers_of
 from gemcutter.engine.memory import most_pages
 from gemcutter.engine.request import Event
-from gemcutter.engine.runner import choose_one
+from gemcutter.engine.runner import choose_one, needs_logits
 from gemcutter.engine.scheduler import Work
 from gemcutter.model.text import Decoder
 from gemcutter.ops.cuda_step import Paged, is_near, paged_key
@@ -97,7 +97,7 @@ class Slate:
         self._draws = Draws(**{name: self._at(name) for name in (*FLOATS, "top_k")})
         self.step = self._lay_out()
         self._graphs: dict[Choice, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[Choice, Tensor] = {}
+        self._logits: Tensor | None = None  # of a step whose tokens the host chooses
 
     def _at(self, name: Any) -> Tensor:
         return self._places[name].of(self._numbers)
@@ -182,11 +182,13 @@ class Slate:
         """Run the decoder, and put each row's next token where the next step's ids are read."""
         step = self.step
         step.rope.update(self.decoder.rope_tables(step.positions_N))
-        logits = self._logits[choice] = self.decoder.logits(self.decoder.forward(step, self.pool))
+        logits = self.decoder.logits(self.decoder.forward(step, self.pool))
         if choice is Choice.GREEDY:
             step.ids_N.copy_(logits.argmax(-1))
         elif choice is Choice.DRAWN:
             step.ids_N.copy_(draw(logits, self._draws))
+        else:
+            self._logits = logits
 
     def next_staging(self) -> Staging:
         """Give the memory of the flight before the last one, which has landed."""
@@ -195,7 +197,8 @@ class Slate:
 
     def logits(self) -> Tensor:
         """Give the logits [B, V] of a step whose tokens the host chooses; on the host."""
-        return self._logits[Choice.ON_HOST].cpu()
+        assert self._logits is not None
+        return self._logits.cpu()
 
 
 @dataclass(slots=True)
@@ -268,9 +271,10 @@ class Graphs:
 
 def _is_plain(work: Work) -> bool:
     sequence = work.sequence
-    wants_logits = sequence.request.max_tokens > 0 or sequence.request.top_logits > 0
     has_report = sequence.in_prompt and sequence.request.wants_all_rows
-    return work.rows == 1 and work.is_last_chunk and wants_logits and not has_report and sequence.request.adapter is None
+    return (
+        work.rows == 1 and work.is_last_chunk and needs_logits(sequence) and not has_report and sequence.request.adapter is None
+    )
 
 
 def refusal(decoder: Decoder) -> str | None:

@@ -73,7 +73,7 @@ def _choose(decoder: Decoder, works: Rows[Work], ends: list[Tensor]) -> list[Eve
     for start in range(0, len(ready), HEAD_ROWS):
         group = ready[start : start + HEAD_ROWS]
         sequences = [works[index].sequence for index in group]
-        if not any(_needs_logits(sequence) for sequence in sequences):
+        if not any(needs_logits(sequence) for sequence in sequences):
             for index, sequence in zip(group, sequences, strict=True):
                 choices[index] = Event(sequence.number, prompt=sequence.report)
             continue
@@ -84,7 +84,8 @@ def _choose(decoder: Decoder, works: Rows[Work], ends: list[Tensor]) -> list[Eve
     return choices
 
 
-def _needs_logits(sequence: Sequence) -> bool:
+def needs_logits(sequence: Sequence) -> bool:
+    """Tell whether a sequence wants more of its last row than that it was computed."""
     return sequence.request.max_tokens > 0 or sequence.request.top_logits > 0
 
 
