@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from gemcutter.cache.pool import PagedPool
 from gemcutter.errors import CapacityError
@@ -78,12 +77,11 @@ class Table:
             del run.pages[: max(gone, 0)]
             run.first += max(gone, 0)
 
-    def slots(self, window: int | None) -> Tensor:
-        """Give the slot of each reserved row, [N]."""
+    def slots(self, window: int | None) -> list[int]:
+        """Give the slot of each reserved row."""
         book, run = self.pool.books[window], self._runs[window]
         size, first = book.tokens, run.first
-        positions = range(self.length, self.length + self.reserved)  # for one row, plain numbers are faster than tensors
-        return torch.tensor([run.pages[at // size - first] * size + at % size for at in positions], dtype=torch.long)
+        return [run.pages[at // size - first] * size + at % size for at in range(self.length, self.length + self.reserved)]
 
     def pages(self, window: int | None) -> tuple[int, list[int]]:
         """Give the number of the first page that is held in a group, counted from the sequence's start, and the pages."""

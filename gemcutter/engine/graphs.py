@@ -114,7 +114,7 @@ class Slate:
             row_start=tuple(range(rows + 1)),
             spans={},
             slots=slots,
-            keep_M=None,
+            keep=None,
             rope={},
         )
         for window, width in self.widths.items():

@@ -7,33 +7,36 @@ Owns the order of rows and the translation of block tables to slots and spans; r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
 from gemcutter.engine.scheduler import Work
 from gemcutter.engine.threads import one_thread
 from gemcutter.model.text import Decoder
-from gemcutter.ops.step import Step
+from gemcutter.ops.step import Step, send
 
 
 @one_thread()
 def build_step(decoder: Decoder, works: Sequence[Work]) -> Step:
     """Lay the works' rows out one after the other, in order."""
-    device = decoder.device
     row_start = tuple(accumulate((work.rows for work in works), initial=0))
-    ids = torch.tensor([token for work in works for token in work.ids], device=device)
-    positions = torch.cat([torch.arange(work.table.length, work.table.length + work.rows) for work in works]).to(device)
-    keep = [start + row for start, work in zip(row_start, works, strict=False) for row in work.kept_rows]
+    keep = tuple(start + row for start, work in zip(row_start, works, strict=False) for row in work.kept_rows)
     windows = works[0].table.pool.books
+    fields = (
+        chain.from_iterable(work.ids for work in works),
+        chain.from_iterable(range(work.table.length, work.table.length + work.rows) for work in works),
+        *(chain.from_iterable(work.table.slots(window) for work in works) for window in windows),
+    )
+    ids, positions, *slots = send(fields, torch.long, decoder.device)
     return Step(
         ids_N=ids,
         ple_ids_N=ids,
         positions_N=positions,
         row_start=row_start,
         spans={window: tuple(work.table.span(window) for work in works) for window in windows},
-        slots={window: torch.cat([work.table.slots(window) for work in works]).to(device) for window in windows},
-        keep_M=None if len(keep) == row_start[-1] else torch.tensor(keep, dtype=torch.long, device=device),
+        slots=dict(zip(windows, slots, strict=True)),
+        keep=None if len(keep) == row_start[-1] else keep,
         rope=decoder.rope_tables(positions),
         adapters=tuple(work.sequence.request.adapter for work in works),
     )

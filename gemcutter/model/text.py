@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.model.rope import Rope
-from gemcutter.ops import MATRICES, Site
+from gemcutter.ops import MATRICES, NEXT_NORM, Site
 from gemcutter.ops.adapt import AdapterRows, adapt
 from gemcutter.ops.bind import choose, row_dtype, row_form
 from gemcutter.ops.reference import Linear, Numerics, Param, Words
@@ -39,10 +39,13 @@ class Layer:
 
         self.providers = set[str]()
 
+        following = params.get(f"layers.{layer.index + 1}.attn.norm")
+        given = self.params if following is None else {**self.params, NEXT_NORM: following}
+
         def sentence(verb: str) -> Callable[..., Tensor]:
             provider = choose(replace(_at(site, verb, self.params, MATRICES.get(verb, ())), layer=layer)).provider
             self.providers.add(provider.name)
-            bound: Callable[..., Tensor] = provider.load()(plan, layer, self.params, words)
+            bound: Callable[..., Tensor] = provider.load()(plan, layer, given, words)
             return bound
 
         self.project, self.attend, self.mix = sentence("project"), sentence("attend"), sentence("mix")
@@ -55,7 +58,7 @@ class Layer:
         if self.whole is not None:
             return self.whole(x_ND, step, pool, ple_MP)
         q_MHE = self.project(x_ND, step, pool)  # norm, in-projection, q/k/v norms, rope; writes k, v iff the plan says so
-        if self.is_last_writer and step.keep_M is not None:
+        if self.is_last_writer and step.keep is not None:
             x_ND, step = x_ND[step.keep_M], step.kept()
         o_MHE = self.attend(q_MHE, step, pool)  # reads plan.kv_layer's pages through the group's table
         x_MD = self.mix(x_ND, o_MHE)  # out-projection, post-norm, residual
@@ -98,7 +101,8 @@ class Decoder:
             return bound
 
         def body(linear: Linear, here: Site) -> tuple[tuple[Layer, ...], Callable[..., Tensor] | None]:
-            layers = tuple(Layer(plan, layer, params, Words(linear, None, self.numerics), here) for layer in plan.layers)
+            words = Words(linear, None, self.numerics, here.adapted)
+            layers = tuple(Layer(plan, layer, params, words, here) for layer in plan.layers)
             return layers, end("ple", linear, here, *MATRICES["ple"]) if plan.ple_dim else None
 
         self.embed, self.norm = end("embed", linear, site, *MATRICES["embed"]), end("norm", linear, site)
@@ -125,8 +129,8 @@ class Decoder:
             return embed_ple(x, rows.ple_ids_N, first, last).unbind(1)
 
         x_ND = self.embed(step.ids_N)
-        x_MD = x_ND if step.keep_M is None else x_ND[step.keep_M]
-        if step.keep_M is None:
+        x_MD = x_ND if step.keep is None else x_ND[step.keep_M]
+        if step.keep is None:
             every = ple_rows(x_ND, step, 0, len(layers))
             early, late = every[:cut], every[cut:]
         else:

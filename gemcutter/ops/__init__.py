@@ -28,6 +28,7 @@ MATRICES: dict[str, tuple[str, ...]] = {
     "feed": ("mlp.in", "mlp.out", "moe.router", "moe.in", "moe.out"),
     "inject": ("ple.gate", "ple.out"),
 }
+NEXT_NORM = "next.norm"  # a whole layer is also given the norm that the layer after it begins with
 MATRICES["layer"] = tuple(name for line in LINES for name in MATRICES.get(line, ()))
 
 

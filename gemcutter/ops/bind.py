@@ -193,10 +193,6 @@ def _triton_word(site: Site) -> str | None:
     return f"no Triton kernel for {', '.join(foreign)}" if foreign else None
 
 
-def _triton_sentence(site: Site) -> str | None:
-    return _triton_word(site) or ("adapters change its products at run time" if site.adapted else None)
-
-
 def _triton_attention(site: Site) -> str | None:
     if site.layer is not None and site.layer.head_dim not in TRITON_HEAD_DIMS:
         return f"head_dim {site.layer.head_dim} is none of {', '.join(map(str, TRITON_HEAD_DIMS))}"
@@ -204,12 +200,12 @@ def _triton_attention(site: Site) -> str | None:
 
 
 def _triton_layer(site: Site) -> str | None:
-    return _triton_sentence(site) or _triton_attention(site)
+    return _triton_word(site) or _triton_attention(site)
 
 
 def _reference(site: Site) -> str | None:
-    """Accept all, but where Triton was asked for and has a kernel that may refuse: adapters and single lines need the words."""
-    return ASKED if site.kernels == "triton" and site.verb != "layer" and not site.adapted else None
+    """Accept all, but where Triton was asked for: only for whole layers, which may have to be read line by line."""
+    return ASKED if site.kernels == "triton" and site.verb != "layer" else None
 
 
 # the sentences that depend on more than their matrices
@@ -227,7 +223,7 @@ PROVIDERS = (
     Provider("attention", "torch", "torch_fast:build_attention", _library),
     Provider("attention", "reference", "reference:build_attention", _reference),
     *(Provider(verb, "native", f"cpu_native:build_{verb}", NATIVE.get(verb, _native_sentence)) for verb in SENTENCES),
-    *(Provider(verb, "triton", f"triton_sentences:build_{verb}", TRITON.get(verb, _triton_sentence)) for verb in SENTENCES),
+    *(Provider(verb, "triton", f"triton_sentences:build_{verb}", TRITON.get(verb, _triton_word)) for verb in SENTENCES),
     *(Provider(verb, "reference", f"reference:build_{verb}", _reference) for verb in SENTENCES),
 )
 

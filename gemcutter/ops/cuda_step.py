@@ -7,16 +7,15 @@ replay a captured graph. Refuses to know layers and storage. Read `ops/step.py` 
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import chain, pairwise, repeat
 
 import torch
 from torch import Tensor
 
 from gemcutter.errors import KernelError
-from gemcutter.ops.step import Span, Step
+from gemcutter.ops.step import Span, Step, send
 from gemcutter.quant import Weight
 from gemcutter.quant.striped import Striped
 
@@ -73,7 +72,7 @@ def _paged(step: Step, window: int | None) -> Paged:
         (span.start // page_tokens for span in spans),
     )
     device = step.positions_N.device
-    row_sequence, row_start, pages, first = _send(fields, device)
+    row_sequence, row_start, pages, first = send(fields, torch.int32, device)
     return Paged(
         positions_N=step.positions_N.to(torch.int32),
         row_sequence_N=row_sequence,
@@ -88,18 +87,6 @@ def _paged(step: Step, window: int | None) -> Paged:
 
 def _padded(span: Span, width: int) -> Iterable[int]:
     return chain(span.pages, repeat(0, width - len(span.pages)))
-
-
-def _send(fields: Iterable[Iterable[int]], device: torch.device) -> list[Tensor]:
-    """Bring lists of numbers to the device in one copy that the host does not wait for."""
-    arrays = [array("i", field) for field in fields]
-    flat = torch.frombuffer(array("i", chain.from_iterable(arrays)), dtype=torch.int32)
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    sizes = [len(each) for each in arrays]
-    starts = accumulate(sizes, initial=0)
-    there = flat.to(device, non_blocking=True)
-    return [there[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 def is_near(table: Weight, device: torch.device) -> bool:

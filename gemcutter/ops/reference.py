@@ -54,15 +54,16 @@ class Words:
     linear: Linear
     attention: Attention | None = None  # only where a layer attends
     numerics: Numerics = Numerics()
+    adapts: bool = False  # whether `linear` adds what adapters change
 
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a transcendental function so that equal elements give equal results wherever they stand.
 
     The library evaluates most elements in vector registers and those left over, at the end of every thread's share, by another
-    code path whose last bits differ. Padded tiles below the share of a thread leave none over.
+    code path whose last bits differ. Padded tiles below the share of a thread leave none over. Only processors have two paths.
     """
-    if x.numel() <= ELEMENT_TILE and x.numel() % VECTOR == 0:
+    if x.device.type != "cpu" or (x.numel() <= ELEMENT_TILE and x.numel() % VECTOR == 0):
         return function(x.contiguous())
     flat = x.reshape(-1)
     padded = F.pad(flat, (0, -len(flat) % VECTOR))
@@ -219,7 +220,7 @@ def build_project(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param]
         normed = rms_norm(x_ND, norm, plan.eps)
         if layer.writes:
             write(words.linear(normed, keys), step, pool)
-        if is_last_writer and step.keep_M is not None:
+        if is_last_writer and step.keep is not None:
             normed, step = normed[step.keep_M], step.kept()
         q = words.linear(normed, query).view(-1, layer.heads, layer.head_dim)
         return rope(rms_norm(q, q_norm, plan.eps), *step.rope[layer.rope])

@@ -7,14 +7,19 @@ E head dim. Read `engine/step.py` for who builds it, `cache/pool.py` for the poo
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, repeat
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gemcutter.plan import RopeSpec
+
+ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +99,8 @@ class Step:
     """Flat rows of S sequences; row_start has S + 1 entries, sequence s owns rows row_start[s] to row_start[s + 1] - 1.
 
     `positions_N` are absolute. `spans` and `slots` are keyed by window (None: the global group): what each sequence may read,
-    this step's rows included, and where each row's keys go. `keep_M` lists the rows whose logits or states are wanted,
-    ascending; None keeps all.
+    this step's rows included, and where each row's keys go. `keep` lists the rows whose logits or states are wanted, ascending;
+    None keeps all.
     """
 
     ids_N: Tensor
@@ -104,32 +109,41 @@ class Step:
     row_start: tuple[int, ...]
     spans: dict[int | None, tuple[Span, ...]]
     slots: dict[int | None, Tensor]
-    keep_M: Tensor | None
+    keep: tuple[int, ...] | None
     rope: dict[RopeSpec, tuple[Tensor, Tensor]]  # cos and sin [N, 1, E/2] for these rows, in the rows' dtype
     adapters: tuple[str | None, ...] = ()  # whose changes each sequence's rows get; () where no sequence wants any
     memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)  # what kernels made of it, once
 
     def kept(self) -> Step:
         """Narrow the step to the rows it keeps; what has been written stays readable."""
-        if self.keep_M is None:
+        if self.keep is None:
             return self
         if "kept" not in self.memo:
-            self.memo["kept"] = self._narrow(self.keep_M)
+            self.memo["kept"] = self._narrow(self.keep, self.keep_M)
         found: Step = self.memo["kept"]
         return found
 
-    def _narrow(self, keep: Tensor) -> Step:
-        rows = keep.tolist()
+    def _narrow(self, rows: tuple[int, ...], keep_M: Tensor | None) -> Step:
         return replace(
             self,
-            ids_N=self.ids_N[keep],
-            ple_ids_N=self.ple_ids_N[keep],
-            positions_N=self.positions_N[keep],
+            ids_N=self.ids_N[keep_M],
+            ple_ids_N=self.ple_ids_N[keep_M],
+            positions_N=self.positions_N[keep_M],
             row_start=tuple(bisect_left(rows, start) for start in self.row_start),
             slots={},
-            keep_M=None,
-            rope={spec: (cos[keep], sin[keep]) for spec, (cos, sin) in self.rope.items()},
+            keep=None,
+            rope={spec: (cos[keep_M], sin[keep_M]) for spec, (cos, sin) in self.rope.items()},
         )
+
+    @property
+    def keep_M(self) -> Tensor | None:
+        """Give the kept rows beside the rows, sent there once; None where all are kept."""
+        if self.keep is None:
+            return None
+        if "keep" not in self.memo:
+            (self.memo["keep"],) = send((self.keep,), torch.long, self.positions_N.device)
+        found: Tensor = self.memo["keep"]
+        return found
 
     @property
     def num_rows(self) -> int:
@@ -139,7 +153,24 @@ class Step:
     @property
     def keeps_none(self) -> bool:
         """Tell whether no row is wanted, as in the middle chunks of a prompt."""
-        return self.keep_M is not None and self.keep_M.numel() == 0
+        return self.keep is not None and not self.keep
+
+
+def send(fields: Iterable[Iterable[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Bring lists of integers (int32 or int64) to a device, in one copy that the host does not wait for.
+
+    Each begins at a multiple of ALIGNMENT bytes: kernels that are compiled for how their arguments are aligned meet one case.
+    """
+    code, unit = ("i", ALIGNMENT // 4) if dtype == torch.int32 else ("q", ALIGNMENT // 8)
+    arrays = [array(code, field) for field in fields]
+    sizes = [len(each) for each in arrays]
+    for each in arrays:
+        each.extend(repeat(0, -len(each) % unit))
+    flat = array(code, chain.from_iterable(arrays)) or array(code, (0,))
+    here = torch.frombuffer(flat, dtype=dtype)
+    there = here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here.to(device)
+    starts = accumulate(map(len, arrays), initial=0)
+    return [there[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 def window_mask(q_positions_M: Tensor, k_positions_T: Tensor, window: int | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 Owns `experts` and what its three ways share. A few rows: every (row, choice) pair is a program of its own, no matter which expert
 it meets. Up to 16 rows: every expert looks for its rows itself, and its weights are read once. More: pairs are sorted by expert
-into blocks of rows on the device. The host never learns what was chosen, so each way has fixed launch shapes. A row adds its
+into blocks of rows. The host never learns what was chosen, so each way has fixed launch shapes. A row adds its
 experts up in the order of its choices. Refuses to know the router. Shape letters as in `reference.py`, with M rows, T choices
 of each, P = M * T pairs, B blocks of R pairs; read `triton_tiles.py` for the inner loops.
 """
@@ -32,6 +32,7 @@ from gemcutter.quant.tiling import BLOCK_TYPES
 PAIR_ROWS = 4  # up to here few experts meet two rows, and pairs go their own ways
 SCAN_ROWS = 16  # up to here one block holds all rows of an expert
 COLUMNS = 1024  # of a row that one program adds up
+SORT_PAIRS = 1024  # pairs that are looked through at once
 
 # ---- kernels: one pair a program ----
 
@@ -116,6 +117,27 @@ def _block_kernel(
             )  # fmt: skip
         at = pair.to(tl.int64)[:, None] * num_out + feature[None, :]
         tl.store(out + at, found, x_mask & (feature[None, :] < num_out))
+
+
+@triton.jit
+def _sort_kernel(chosen, pairs, owners, members, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """List one expert's pairs, block by block.
+
+    Its first block is number (pairs of all experts before) // SIZE + (number of experts before), whatever each of them has: no
+    expert fills more blocks than that leaves room for.
+    """
+    expert, lane = tl.program_id(0), tl.arange(0, CHUNK)
+    before = 0
+    for start in range(0, pairs, CHUNK):
+        found = tl.load(chosen + start + lane, start + lane < pairs, expert)
+        before += tl.sum((found < expert).to(tl.int32), 0)
+    first, done = before // SIZE + expert, 0
+    for start in range(0, pairs, CHUNK):
+        is_mine = tl.load(chosen + start + lane, start + lane < pairs, -1) == expert
+        place = done + tl.cumsum(is_mine.to(tl.int32), 0) - 1
+        tl.store(members + first * SIZE + place, start + lane, is_mine)
+        tl.store(owners + first + place // SIZE, tl.zeros_like(lane) + expert, is_mine & (place % SIZE == 0))
+        done += tl.sum(is_mine.to(tl.int32), 0)
 
 
 @triton.jit
@@ -207,20 +229,13 @@ def block_rows(pairs: int, num_experts: int) -> int:
 def list_blocks(chosen_MT: Tensor, num_experts: int, size: int) -> tuple[Tensor, Tensor]:
     """Sort pairs by expert into blocks of `size`: each block's expert [B], and its pairs [B, size], -1 where there are fewer.
 
-    B is as many blocks as any choice could fill; those left over have no pairs. Pairs of an expert keep their order.
+    B is enough for any choice; a block left over has no pairs, and its expert may be anything. Pairs of an expert keep order.
     """
-    flat = chosen_MT.flatten().long()
-    pairs, device = flat.shape[0], flat.device
-    chosen_P, order_P = flat.sort(stable=True)
-    edges = torch.searchsorted(chosen_P, torch.arange(num_experts + 1, device=device))
-    starts_X, stops_X = edges[:-1], edges[1:]
-    last_X = ((stops_X - starts_X + size - 1) // size).cumsum(0)  # the first block after each expert's
-    index_B = torch.arange(min(pairs, num_experts) + pairs // size, device=device)
-    owner_B = torch.searchsorted(last_X, index_B, right=True).clamp(max=num_experts - 1)
-    before_B = torch.where(owner_B > 0, last_X[owner_B - 1], 0)
-    place_BR = (starts_X[owner_B] + (index_B - before_B) * size)[:, None] + torch.arange(size, device=device)
-    pairs_BR = order_P[place_BR.clamp(max=pairs - 1)]
-    return owner_B.int(), torch.where(place_BR < stops_X[owner_B][:, None], pairs_BR, -1).int()
+    pairs, device = chosen_MT.numel(), chosen_MT.device
+    owners_B = torch.empty(pairs // size + num_experts, dtype=torch.int32, device=device)
+    members_BR = torch.full((owners_B.shape[0], size), -1, dtype=torch.int32, device=device)
+    _sort_kernel[(num_experts,)](chosen_MT, pairs, owners_B, members_BR, SIZE=size, CHUNK=SORT_PAIRS, num_warps=4)
+    return owners_B, members_BR
 
 
 # ---- what is compiled ahead of time ----

@@ -52,6 +52,16 @@ def _store_fan(normed, weights, out0, out1, out2, at, mask, FAN: tl.constexpr):
 
 
 @triton.jit
+def _store_sum(found, out, weights, out0, out1, out2, at, mask, eps, SIZE: tl.constexpr, FAN: tl.constexpr):
+    """Write one row, and its norm under FAN weights."""
+    rounded = found.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask)
+    if FAN > 0:
+        again = rounded.to(tl.float32)  # what a later kernel would read
+        _store_fan(again * root_of(again, SIZE, eps), weights, out0, out1, out2, at, mask, FAN)
+
+
+@triton.jit
 def _norm_kernel(x, x_row, w0, w1, w2, out0, out1, out2, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, FAN: tl.constexpr):
     """Norm a row; FAN 0: without a weight, 3: under three weights."""
     row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -74,23 +84,25 @@ def _add_norm_kernel(
     mask, at = lanes < SIZE, row * SIZE + lanes
     residual, wide = tl.load(x + at, mask, 0.0).to(tl.float32), tl.load(y + at, mask, 0.0).to(tl.float32)
     weight, weights = tl.load(w + lanes, mask, 0.0), _load_fan(w0, w1, w2, lanes, mask, FAN)
-    rounded = ((residual + wide * root_of(wide, SIZE, eps) * weight) * scale).to(out.dtype.element_ty)
-    tl.store(out + at, rounded, mask)
-    if FAN > 0:
-        again = rounded.to(tl.float32)  # what a later kernel would read
-        _store_fan(again * root_of(again, SIZE, eps), weights, out0, out1, out2, at, mask, FAN)
+    found = (residual + wide * root_of(wide, SIZE, eps) * weight) * scale
+    _store_sum(found, out, weights, out0, out1, out2, at, mask, eps, SIZE, FAN)
 
 
 @triton.jit
-def _join_norm_kernel(x, dense, experts, w_dense, w_experts, w_post, out, eps, scale, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Norm two branches, norm their sum, add the residual."""
+def _join_norm_kernel(
+    x, dense, experts, w_dense, w_experts, w_post, out, w0, out0, eps, scale,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, FAN: tl.constexpr,
+):  # fmt: skip
+    """Norm two branches, norm their sum, add the residual, and norm that again under FAN weights."""
     row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask, at = lanes < SIZE, row * SIZE + lanes
     one, two = tl.load(dense + at, mask, 0.0).to(tl.float32), tl.load(experts + at, mask, 0.0).to(tl.float32)
     weight_one, weight_two = tl.load(w_dense + lanes, mask, 0.0), tl.load(w_experts + lanes, mask, 0.0)
     residual, weight = tl.load(x + at, mask, 0.0).to(tl.float32), tl.load(w_post + lanes, mask, 0.0)
+    weights = _load_fan(w0, w0, w0, lanes, mask, FAN)
     both = one * root_of(one, SIZE, eps) * weight_one + two * root_of(two, SIZE, eps) * weight_two
-    tl.store(out + at, (residual + both * root_of(both, SIZE, eps) * weight) * scale, mask)
+    found = (residual + both * root_of(both, SIZE, eps) * weight) * scale
+    _store_sum(found, out, weights, out0, out0, out0, at, mask, eps, SIZE, FAN)
 
 
 def norm(x_ND: Tensor, weight_D: Tensor | None, eps: float, out: Tensor | None = None) -> Tensor:
@@ -135,7 +147,7 @@ def add_norm_fan(
     return out, *outs
 
 
-def join_norm(
+def join_norm_fan(
     x_ND: Tensor,
     dense_ND: Tensor,
     experts_ND: Tensor,
@@ -143,18 +155,20 @@ def join_norm(
     w_experts_D: Tensor,
     w_post_D: Tensor,
     eps: float,
-    scale: float = 1.0,
-) -> Tensor:
-    """Give (x + norm(norm(dense) + norm(experts))) * scale, each norm under its own weight."""
+    scale: float,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Give (x + norm(norm(dense) + norm(experts))) * scale, each norm under its own weight, and its norm under none or one."""
     rows, size = x_ND.shape
-    out = torch.empty_like(x_ND)
+    out, outs = torch.empty_like(x_ND), _fan_outs(x_ND, len(weights))
     if rows:
         block, warps = _row_shape(rows, size)
+        again = (*weights, *outs) or (None, None)
         _join_norm_kernel[(rows,)](
-            x_ND, dense_ND, experts_ND, w_dense_D, w_experts_D, w_post_D, out, eps, scale,
-            SIZE=size, BLOCK=block, num_warps=warps,
+            x_ND, dense_ND, experts_ND, w_dense_D, w_experts_D, w_post_D, out, *again, eps, scale,
+            SIZE=size, BLOCK=block, FAN=len(weights), num_warps=warps,
         )  # fmt: skip
-    return out
+    return out, *outs
 
 
 def _fan_outs(x_ND: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -364,8 +378,8 @@ def _norm_variants() -> Iterator[Variant]:
     block, warps = _row_shape(1, 2816)  # 26B-A4B
     sizes = {"SIZE": 2816, "BLOCK": block}
     yield variant_of(_norm_kernel, "norm-fan", warps, "*bf16 i32:16 *fp32 *fp32 *fp32 *bf16 *bf16 *fp32 fp32", **sizes, FAN=3)
-    branches = "*bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *bf16 fp32 fp32"
-    yield variant_of(_join_norm_kernel, "join-norm", warps, branches, **sizes)
+    branches = "*bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *bf16 *fp32 *bf16 fp32 fp32"
+    yield variant_of(_join_norm_kernel, "join-norm", warps, branches, **(sizes | {"FAN": 1}))
 
 
 def _finish_variants() -> Iterator[Variant]:

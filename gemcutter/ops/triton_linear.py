@@ -1,9 +1,9 @@
 """Linear on Triton: rows times matrices, dense or striped, each read once.
 
-Owns `linear` (the word), `gated` (gate and up products with their activation in one kernel) and `gather_rows` (rows of a striped
-table). Up to MANY_ROWS rows meet kernels of this file; more take the library's product, over striped weights that are widened a
-tile at a time. Launch shapes follow from row counts and matrix sizes alone. Refuses to know layers. Shape letters as in
-`reference.py`; read `triton_tiles.py` for the inner loops, `quant/striped.py` for the layout.
+Owns `linear` (the word), `gated` and `gate_mul` (a gate's product, its activation and what it opens, in one kernel) and
+`gather_rows` (rows of a striped table). Up to MANY_ROWS rows meet kernels of this file; more take the library's product, over
+striped weights that are widened a tile at a time. Launch shapes follow from row counts and matrix sizes alone. Refuses to know
+layers. Shape letters as in `reference.py`; read `triton_tiles.py` for the inner loops, `quant/striped.py` for the layout.
 """
 
 # ruff: noqa: RET505  # what branches on a constant needs its `else`: Triton compiles one of the two
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemcutter.ops import triton_gates
 from gemcutter.ops.triton_tiles import INTERPRETED, Operand, decode_rows, gelu, multiply_few, multiply_many, operand
 from gemcutter.ops.triton_variant import Variant
 from gemcutter.quant import Part, Weight, widen
@@ -52,12 +53,14 @@ def _product(
 
 @triton.jit
 def _linear_kernel(
-    x, x_stride, rows, out, out_stride, num_out,
+    x, x_stride, rows, out, out_stride, num_out, times, times_stride,
     words, high, scale, bias, fine, fine_bias, word_stride, scale_stride, fine_stride, width,
     R: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, IS_FEW: tl.constexpr, IS_GATED: tl.constexpr,
     CODES: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply all rows with F rows of a matrix; gated, with F more that lie num_out rows below."""
+    """Multiply all rows with F rows of a matrix. Its GELU is multiplied with the product of F more, num_out rows below, where it
+    is gated, and with `times` where that is given.
+    """
     matrix = (words, high, scale, bias, fine, fine_bias, word_stride, scale_stride, fine_stride)
     feature = tl.program_id(0) * F + tl.arange(0, F)
     row = tl.arange(0, R)
@@ -68,8 +71,10 @@ def _linear_kernel(
             x, x_stride, rows, w_row + num_out, w_mask, matrix, width,
             R, F, BLOCK, IS_FEW, CODES, SCALES, GROUP, OFFSET, HAS_BIAS,
         )  # fmt: skip
-    at = row.to(tl.int64)[:, None] * out_stride + feature[None, :]
-    tl.store(out + at, found, (row[:, None] < rows) & (feature[None, :] < num_out))
+    row, mask = row.to(tl.int64)[:, None], (row[:, None] < rows) & (feature[None, :] < num_out)
+    if times is not None:
+        found = gelu(found) * tl.load(times + row * times_stride + feature[None, :], mask, 0.0).to(tl.float32)
+    tl.store(out + row * out_stride + feature[None, :], found, mask)
 
 
 @triton.jit
@@ -154,12 +159,20 @@ def linear(x_ND: Tensor, weight: Weight) -> Tensor:
 def gated(x_ND: Tensor, weight_in: Weight) -> Tensor:
     """Multiply rows with a gate and an up matrix, stacked as [2 F, D], and give gelu(gate) * up: [N, F]."""
     whole = span_of(weight_in.parts)
-    rows = x_ND.shape[0]
-    if whole is None or not 0 < rows <= MANY_ROWS:
-        gate, up = linear(x_ND, weight_in).chunk(2, dim=1)
-        return torch.nn.functional.gelu(gate, approximate="tanh").mul_(up)
-    out = x_ND.new_empty(rows, weight_in.rows // 2)
+    if whole is None or not 0 < x_ND.shape[0] <= MANY_ROWS:
+        return triton_gates.gelu_mul(linear(x_ND, weight_in))
+    out = x_ND.new_empty(x_ND.shape[0], weight_in.rows // 2)
     _launch(x_ND, operand(whole), out, is_gated=True)
+    return out
+
+
+def gate_mul(x_ND: Tensor, gate: Weight, times_NF: Tensor) -> Tensor:
+    """Multiply rows with a gate's matrix [F, D], and give gelu(product) * times: [N, F]. The rows of `times` may lie apart."""
+    whole = span_of(gate.parts)
+    if whole is None or not 0 < x_ND.shape[0] <= MANY_ROWS:
+        return triton_gates.gate_mul(linear(x_ND, gate), times_NF)
+    out = x_ND.new_empty(x_ND.shape[0], gate.rows)
+    _launch(x_ND, operand(whole), out, times_NF=times_NF)
     return out
 
 
@@ -180,7 +193,7 @@ def widen_rows(matrix: Operand, start: int, stop: int, dtype: torch.dtype, devic
 def _multiply(x_ND: Tensor, part: Part, out_NF: Tensor) -> Tensor:
     rows = x_ND.shape[0]
     if 0 < rows <= MANY_ROWS and isinstance(part, Tensor | Striped):
-        _launch(x_ND, operand(part), out_NF, is_gated=False)
+        _launch(x_ND, operand(part), out_NF)
         return out_NF
     if isinstance(part, Tensor) and part.dtype == x_ND.dtype:
         return torch.mm(x_ND, part.t(), out=out_NF) if out_NF.is_contiguous() else out_NF.copy_(x_ND @ part.t())
@@ -198,11 +211,12 @@ def _widened(part: Part, start: int, stop: int, x_ND: Tensor) -> Tensor:
     return tile.to(x_ND.device, x_ND.dtype)
 
 
-def _launch(x_ND: Tensor, matrix: Operand, out_NF: Tensor, *, is_gated: bool) -> None:
+def _launch(x_ND: Tensor, matrix: Operand, out_NF: Tensor, *, is_gated: bool = False, times_NF: Tensor | None = None) -> None:
     rows, features = out_NF.shape
     tile = choose_tile(rows, features, matrix)
+    times = (None, 0) if times_NF is None else (times_NF, times_NF.stride(0))
     _linear_kernel[(triton.cdiv(features, tile.features),)](
-        x_ND, x_ND.stride(0), rows, out_NF, out_NF.stride(0), features, *matrix.arguments,
+        x_ND, x_ND.stride(0), rows, out_NF, out_NF.stride(0), features, *times, *matrix.arguments,
         **tile.constants, IS_GATED=is_gated, **matrix.constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -268,7 +282,8 @@ def _variant(
     lead = (2 * features if is_gated else features,)
     matrix = operand(x.new_empty(*lead, columns) if layout is None else room(layout, lead, columns, "meta", form))
     tile = choose_tile(rows, features, matrix)
-    arguments = (x, columns, 3, out, features, features, *matrix.arguments)
+    times = (out, 10752) if place == "ple-gate" else (None, 0)
+    arguments = (x, columns, 3, out, features, features, *times, *matrix.arguments)
     constants = {**tile.constants, "IS_GATED": is_gated, **matrix.constants}
     return describe(f"linear-{place}-{form}-{rows}", _linear_kernel, arguments, constants, tile)
 

@@ -1,8 +1,8 @@
 """The sentences on a GPU, written in the kernels of the `triton_*` files and the bound word `linear`.
 
-Owns which kernels make a sentence; a whole layer also norms its residual in the pass that makes it. Nothing here waits for the
-device in a step that only decodes, so a runner can capture one in a graph: sizes come from the plan and from row counts, slots
-from `cuda_step.py`. Refuses arithmetic: each function equals its namesake in `reference.py` within rounding.
+Owns which kernels make a sentence; a whole layer also norms its residual in the pass that makes it, the last time for the layer
+after it. Nothing here waits for the device, so a runner can capture a step in a graph: sizes come from the plan and from row
+counts, slots from `cuda_step.py`. Refuses arithmetic: each function equals its namesake in `reference.py` within rounding.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from gemcutter.ops import triton_attention, triton_experts, triton_fused, triton_gates, triton_linear
+from gemcutter.ops import NEXT_NORM, triton_attention, triton_experts, triton_fused, triton_gates, triton_linear
 from gemcutter.ops.cuda_step import is_near, paged
 from gemcutter.ops.reference import Attention, Param, Words, closing_scale, matrix, rounded_root, vector
 from gemcutter.ops.step import Pool, Step
 from gemcutter.plan import LayerPlan, ModelPlan
 from gemcutter.quant.striped import Striped
 
-Fan = tuple[Tensor, ...]  # the weights under which a feed-forward norms its rows, or these rows
+Fan = tuple[Tensor, ...]  # the weights under which rows are normed, or these rows
+NORMED = "normed"  # where a step's memo has the residual that a layer gave, and its norm under the next layer's weight
 
 # ---- the lines of a layer ----
 
@@ -42,14 +43,14 @@ def _build_project(
     is_last_writer = layer.index == plan.first_reader - 1
 
     def project(x_ND: Tensor, step: Step, pool: Pool) -> Tensor:
-        normed, rope = triton_fused.norm(x_ND, norm, eps), step.rope[layer.rope]
+        normed, rope = _normed(x_ND, step, norm, eps), step.rope[layer.rope]
         if k_norm is None:
             return triton_fused.finish_q(words.linear(normed, weight), layer, q_norm_plain, eps, *rope)
         slots, compact = paged(step, layer.window).slots_N, pool.compact(layer.index)
         assert slots is not None
         q_norm = q_norm_plain if compact is None else q_norm_compact
         target = pool.storage(layer.index) if compact is None else (compact.turned_TKR, compact.normed_TKE)
-        if not is_last_writer or step.keep_M is None:
+        if not is_last_writer or step.keep is None:
             raw = words.linear(normed, weight)
             return triton_fused.finish_qkv(raw, layer, q_norm, k_norm, eps, *rope, slots, *target)
         triton_fused.finish_kv(words.linear(normed, keys), layer, k_norm, eps, *rope, slots, *target)
@@ -57,6 +58,12 @@ def _build_project(
         return triton_fused.finish_q(raw, layer, q_norm, eps, *rope)
 
     return project
+
+
+def _normed(x_ND: Tensor, step: Step, norm_D: Tensor, eps: float) -> Tensor:
+    """Give the rows' norm as the layer before has left it, or make it."""
+    residual, normed = step.memo.pop(NORMED, (None, None))
+    return normed if residual is x_ND else triton_fused.norm(x_ND, norm_D, eps)
 
 
 def build_attend(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Attention:
@@ -84,22 +91,28 @@ def build_feed(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], w
     """Build the feed-forward: the dense branch, plus the experts where the plan has some; norms and residual."""
     fan, feed = _build_feed(plan, layer, params, words)
     if layer.moe is None:
-        return lambda x_MD: feed(x_MD, (triton_fused.norm(x_MD, fan[0], plan.eps),))
-    return lambda x_MD: feed(x_MD, triton_fused.norm_fan(x_MD, fan, plan.eps))
+        return lambda x_MD: feed(x_MD, (triton_fused.norm(x_MD, fan[0], plan.eps),), ())[0]
+    return lambda x_MD: feed(x_MD, triton_fused.norm_fan(x_MD, fan, plan.eps), ())[0]
 
 
 def _build_feed(
     plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words
-) -> tuple[Fan, Callable[[Tensor, Fan], Tensor]]:
-    """Build the feed-forward of rows that were normed before, and give the weights to norm them under."""
+) -> tuple[Fan, Callable[[Tensor, Fan, Fan], Fan]]:
+    """Build the feed-forward of rows that were normed before, and give the weights to norm them under.
+
+    It gives the new residual, and its norms under a fan of weights.
+    """
     norm, post_norm, scale = vector(params, "mlp.norm"), vector(params, "mlp.post_norm"), closing_scale(layer, params, "feed")
     w_in, w_out, moe = matrix(params, "mlp.in"), matrix(params, "mlp.out"), layer.moe
 
-    def dense(normed_MD: Tensor) -> Tensor:
-        return words.linear(triton_linear.gated(normed_MD, w_in), w_out)
+    adapts = words.adapts and bool(w_in.deltas)
 
-    def feed(x_MD: Tensor, fan: Fan) -> Tensor:
-        return triton_fused.add_norm(x_MD, dense(*fan), post_norm, plan.eps, scale)
+    def dense(normed_MD: Tensor) -> Tensor:
+        hidden = triton_gates.gelu_mul(words.linear(normed_MD, w_in)) if adapts else triton_linear.gated(normed_MD, w_in)
+        return words.linear(hidden, w_out)
+
+    def feed(x_MD: Tensor, normed: Fan, fan: Fan) -> Fan:
+        return triton_fused.add_norm_fan(x_MD, dense(*normed), post_norm, plan.eps, scale, fan)
 
     if moe is None:
         return (norm,), feed
@@ -108,13 +121,12 @@ def _build_feed(
     experts_in, experts_out = matrix(params, "moe.in"), matrix(params, "moe.out")
     dense_norm, expert_norm = vector(params, "mlp.branch_norm"), vector(params, "moe.branch_norm")
 
-    def feed_both(x_MD: Tensor, fan: Fan) -> Tensor:
-        for_dense, for_experts, for_router = fan
+    def feed_both(x_MD: Tensor, normed: Fan, fan: Fan) -> Fan:
+        for_dense, for_experts, for_router = normed
         weights, chosen = triton_gates.route(words.linear(for_router, router), top_k, expert_scale)
         found = triton_experts.experts(for_experts, weights, chosen, experts_in, experts_out)
-        return triton_fused.join_norm(
-            x_MD, dense(for_dense), found, dense_norm, expert_norm, post_norm, plan.eps, scale
-        )  # fmt: skip
+        branches, norms = (dense(for_dense), found), (dense_norm, expert_norm, post_norm)
+        return triton_fused.join_norm_fan(x_MD, *branches, *norms, plan.eps, scale, fan)
 
     return (norm, vector(params, "moe.norm"), router_scale), feed_both
 
@@ -123,12 +135,20 @@ def build_inject(
     plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Build the per-layer-embedding gate, which closes a layer."""
-    gate, w_out, post_norm = matrix(params, "ple.gate"), matrix(params, "ple.out"), vector(params, "ple.post_norm")
-    scale = closing_scale(layer, params, "inject")
+    inject = _build_inject(plan, layer, params, words)
+    return lambda x_MD, ple_MP: inject(x_MD, ple_MP, ())[0]
 
-    def inject(x_MD: Tensor, ple_MP: Tensor) -> Tensor:
-        gated = triton_gates.gate_mul(words.linear(x_MD, gate), ple_MP)
-        return triton_fused.add_norm(x_MD, words.linear(gated, w_out), post_norm, plan.eps, scale)
+
+def _build_inject(
+    plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words
+) -> Callable[[Tensor, Tensor, Fan], Fan]:
+    """Build what `build_inject` says; it also gives the norms of the new residual under a fan of weights."""
+    gate, w_out, post_norm = matrix(params, "ple.gate"), matrix(params, "ple.out"), vector(params, "ple.post_norm")
+    scale, adapts = closing_scale(layer, params, "inject"), words.adapts and bool(gate.deltas)
+
+    def inject(x_MD: Tensor, ple_MP: Tensor, fan: Fan) -> Fan:
+        gated = triton_gates.gate_mul(words.linear(x_MD, gate), ple_MP) if adapts else triton_linear.gate_mul(x_MD, gate, ple_MP)
+        return triton_fused.add_norm_fan(x_MD, words.linear(gated, w_out), post_norm, plan.eps, scale, fan)
 
     return inject
 
@@ -137,19 +157,22 @@ def build_layer(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], 
     """Build all lines of a layer: [N, D] to [M, D], M the kept rows in the last writer."""
     project, attend = _build_attention(plan, layer, params, words)
     mix, (weights, feed) = _build_mix(plan, params, words), _build_feed(plan, layer, params, words)
-    inject = build_inject(plan, layer, params, words) if layer.ple_dim else None
+    inject = _build_inject(plan, layer, params, words) if layer.ple_dim else None
+    closing: Fan = (vector(params, NEXT_NORM),) if NEXT_NORM in params else ()
     is_last_writer = layer.index == plan.first_reader - 1
 
     def forward(x_ND: Tensor, step: Step, pool: Pool, ple_MP: Tensor | None) -> Tensor:
         q_MHE = project(x_ND, step, pool)
-        if is_last_writer and step.keep_M is not None:
+        if is_last_writer and step.keep is not None:
             x_ND, step = x_ND[step.keep_M], step.kept()
         x_MD, *normed = mix(x_ND, attend(q_MHE, step, pool), weights)
-        x_MD = feed(x_MD, tuple(normed))
-        if inject is None:
-            return x_MD
-        assert ple_MP is not None
-        return inject(x_MD, ple_MP)
+        x_MD, *normed = feed(x_MD, tuple(normed), () if inject else closing)
+        if inject is not None:
+            assert ple_MP is not None
+            x_MD, *normed = inject(x_MD, ple_MP, closing)
+        if closing:
+            step.memo[NORMED] = (x_MD, *normed)
+        return x_MD
 
     return forward
 

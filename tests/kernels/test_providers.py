@@ -239,8 +239,8 @@ def test_attention_of_kept_rows(provider: Provider, window: int | None) -> None:
     """After the last writer a sequence may have any of its rows left, so positions need not follow each other."""
     layer, parts = layer_plan(4, 2, 64, window), (Part(0, 40), Part(7, 3), Part(290, 30), Part(20, 1))
     pool, spans = make_cache(parts, layer, F32, scattered=True, poison=torch.nan)
-    keep = torch.tensor([2, 7, 8, 39, 43, 51, 72, 73])  # none of the second sequence
-    step = replace(make_step(parts, spans, window), keep_M=keep).kept()
+    keep = (2, 7, 8, 39, 43, 51, 72, 73)  # none of the second sequence
+    step = replace(make_step(parts, spans, window), keep=keep).kept()
     assert step.row_start == (0, 4, 4, 7, 8)
     q_MHE = randn(len(keep), 4, 64, seed=5) / 8
     wanted = naive_attention(q_MHE, step, pool, window)
@@ -445,7 +445,7 @@ def test_project(provider: Provider, proj: Proj, window: int | None, keep: list[
     tables = Rope(spec, torch.device("cpu"), F32).tables(torch.tensor(positions))
     step = replace(make_step([Part(40, ROWS_N)], [], window), slots={window: torch.arange(ROWS_N)}, rope={spec: tables})
     if proj.writes and keep is not None:
-        step = replace(step, keep_M=torch.tensor(keep, dtype=torch.long))
+        step = replace(step, keep=tuple(keep))
     pool = Cache(torch.empty(0), torch.empty(0))
     if provider.name == "native":  # writes to where the pool stores
         pool.written = {5: (torch.empty(ROWS_N, 2, 8), torch.empty(ROWS_N, 2, 8))} if proj.writes else {}

@@ -114,7 +114,7 @@ def probe_cache() -> dict[str, Any]:
     while table.length < TOKENS:
         table.reserve(ROWS)
         for layer in plan.writers:
-            pool.write(layer.index, table.slots(layer.window), rows[layer.index], rows[layer.index])
+            pool.write(layer.index, torch.tensor(table.slots(layer.window)), rows[layer.index], rows[layer.index])
         table.commit(ROWS)
         if table.length == TOKENS // 2:
             found["half"] = status()

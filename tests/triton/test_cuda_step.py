@@ -35,7 +35,7 @@ def make_step(window: int | None, device: torch.device, lengths: tuple[int, ...]
         table.reserve(count)
     positions = torch.cat([table.length + torch.arange(count) for table, count in zip(tables, rows, strict=True)]).to(device)
     spans = {window: tuple(table.span(window) for table in tables)}
-    slots = {window: torch.cat([table.slots(window) for table in tables]).to(device)}
+    slots = {window: torch.tensor([slot for table in tables for slot in table.slots(window)], device=device)}
     return Step(positions, positions, positions, (0, 2, 8, 9), spans, slots, None, {}), tables
 
 
@@ -77,7 +77,7 @@ def test_it_is_made_once_a_step(device: torch.device) -> None:
 
 def test_kept_rows_read_the_same_pages_and_write_nothing(device: torch.device) -> None:
     step, _ = make_step(WINDOW, device)
-    kept = replace(step, keep_M=torch.tensor([1, 8], device=device)).kept()
+    kept = replace(step, keep=(1, 8)).kept()
     whole, here = paged(step, WINDOW), paged(kept, WINDOW)
     assert here.slots_N is None
     assert here.row_start_S1.tolist() == [0, 1, 1, 2]

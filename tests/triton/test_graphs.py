@@ -33,7 +33,12 @@ def plain_products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Non
         return reference.gelu_mul(*linear(x_ND, weight).chunk(2, dim=1))
 
     monkeypatch.setattr(triton_linear, "linear", linear)
+
+    def gate_mul(x_ND: Tensor, gate: Weight, times_NF: Tensor) -> Tensor:
+        return reference.gelu_mul(linear(x_ND, gate), times_NF)
+
     monkeypatch.setattr(triton_linear, "gated", gated)
+    monkeypatch.setattr(triton_linear, "gate_mul", gate_mul)
 
 
 def engine(name: str, device: torch.device, graphs: bool, **limits: int) -> Engine:

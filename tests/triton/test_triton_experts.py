@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gemcutter.errors import KernelError
-from gemcutter.ops import reference, triton_linear
+from gemcutter.ops import reference, triton_experts, triton_linear
 from gemcutter.ops.triton_experts import PAIR_ROWS, SCAN_ROWS, block_rows, experts, list_blocks
 from gemcutter.quant import Weight
 from gemcutter.quant.packed import Stack
@@ -115,8 +115,12 @@ def test_no_rows_give_no_rows(device: torch.device) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4, 16])
 @pytest.mark.parametrize("count", [1, 2, 9, 40])
-def test_blocks_hold_every_pair_once_beside_its_expert(count: int, size: int) -> None:
-    for chosen_MT in (choose(count, torch.device("cpu"))[2], torch.full((count, 1), 4), torch.zeros(count, 1, dtype=torch.int32)):
+def test_blocks_hold_every_pair_once_beside_its_expert(
+    count: int, size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many pairs are looked through bit by bit."""
+    monkeypatch.setattr(triton_experts, "SORT_PAIRS", 32)
+    for chosen_MT in (choose(count, device)[2], *(torch.full((count, 1), expert, device=device) for expert in (0, 4))):
         owners_B, members_BR = list_blocks(chosen_MT, EXPERTS, size)
         blocks = zip(owners_B.tolist(), members_BR.tolist(), strict=True)
         found = [(owner, pair) for owner, pairs in blocks for pair in pairs if pair >= 0]

@@ -99,12 +99,18 @@ def test_add_norm(rows: int, size: int, fan: int, dtype: torch.dtype, device: to
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_join_norm(dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("fan", [0, 1])
+def test_join_norm(fan: int, dtype: torch.dtype, device: torch.device) -> None:
     x, dense, experts = (draw(3, 80, dtype=dtype, seed=seed).to(device) for seed in range(3))
     given = [weights(80, seed).to(device) for seed in range(3)]
     branches = [reference.rms_norm(y.float(), w, EPS) for y, w in zip((dense, experts), given[:2], strict=True)]
     wanted = (x.float() + reference.rms_norm(branches[0] + branches[1], given[2], EPS)) * 0.3
-    check(triton_fused.join_norm(x, dense, experts, *given, EPS, 0.3), wanted)
+    again = [weights(80, 7).to(device)][:fan]
+    total, *normed = triton_fused.join_norm_fan(x, dense, experts, *given, EPS, 0.3, again)
+    check(total, wanted)
+    assert len(normed) == fan
+    for each, one in zip(normed, again, strict=True):  # of the sum as it was rounded
+        check(each, reference.rms_norm(total.float(), one, EPS))
 
 
 # ---- one pass over packed rows ----
@@ -346,7 +352,7 @@ def test_no_rows_are_no_launch(device: torch.device) -> None:
     x, w = torch.empty(0, 32, device=device), weights(32).to(device)
     for found in (triton_fused.norm(x, w, EPS), triton_fused.add_norm(x, x, w, EPS), triton_gates.gate_mul(x, x)):
         assert found.shape == (0, 32)
-    assert triton_fused.join_norm(x, x, x, w, w, w, EPS).shape == (0, 32)
+    assert triton_fused.join_norm_fan(x, x, x, w, w, w, EPS, 1.0, (w,))[1].shape == (0, 32)
     assert triton_gates.softcap(x, 30.0).shape == (0, 32)
     assert triton_gates.embed_rows(x, torch.empty(0, dtype=torch.long, device=device), 1.0, F32).shape == (0, 32)
     no_angles = torch.empty(0, 1, 8, device=device)

@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gemcutter.ops import reference, triton_linear
-from gemcutter.ops.triton_linear import FEW_NARROW_ROWS, MANY_ROWS, gated, gather_rows, linear
+from gemcutter.ops.triton_linear import FEW_NARROW_ROWS, MANY_ROWS, gate_mul, gated, gather_rows, linear
 from gemcutter.quant import Weight
 from gemcutter.quant.packed import Packed
 from gemcutter.quant.striped import Striped, adjoin, place, stripe
@@ -142,9 +142,9 @@ def test_parts_fill_their_columns_wherever_they_lie(count: int, device: torch.de
 def test_side_by_side_parts_are_one_launch(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     launched, launch = list[int](), triton_linear._launch
 
-    def counting(x: Tensor, matrix: triton_linear.Operand, out: Tensor, *, is_gated: bool) -> None:
+    def counting(x: Tensor, matrix: triton_linear.Operand, out: Tensor) -> None:
         launched.append(out.shape[1])
-        launch(x, matrix, out, is_gated=is_gated)
+        launch(x, matrix, out)
 
     monkeypatch.setattr(triton_linear, "_launch", counting)
     parts = adjoin([small(rows, 64, seed=rows).to(device) for rows in (8, 4, 2)])
@@ -167,6 +167,18 @@ def test_gate_and_up_products_are_joined(count: int, dtype: torch.dtype, device:
         gate, up = (reference.linear(x_ND.float(), Weight((part,))) for part in parts)
         wanted = reference.gelu_mul(gate, up).to(dtype)
         found = gated(x_ND, Weight(tuple(parts), ("gate", "up")))
+        assert found.shape == (count, 6)
+        if count:
+            check(found, wanted, products=2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 17, MANY_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_opens_what_lies_apart(count: int, dtype: torch.dtype, device: torch.device) -> None:
+    x_ND, ple = rows_of(count, 64, dtype, device), rows_of(count, 40, dtype, device)[:, 20:26]
+    for part in (small(6, 64).to(device, dtype) * 10, striped(blocks("Q4_0", 6, 64), device)):
+        wanted = reference.gelu_mul(reference.linear(x_ND.float(), Weight((part,))), ple.float()).to(dtype)
+        found = gate_mul(x_ND, Weight((part,)), ple)
         assert found.shape == (count, 6)
         if count:
             check(found, wanted, products=2)

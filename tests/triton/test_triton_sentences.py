@@ -212,10 +212,13 @@ def test_layers_launch_what_they_own_and_nothing_else(name: str, ledger: Ledger,
 
 
 def expected_kernels(layer: Any) -> list[str]:
-    """List a layer's row kernels: one pass before and after each product, but where the product's own kernel does it."""
-    lines = ["_norm_kernel", "_finish_kernel", "_add_norm_kernel"]
-    lines += ["_add_norm_kernel"] if layer.moe is None else ["_route_kernel", "_join_norm_kernel"]
-    return [*lines, "_gelu_mul_kernel", "_add_norm_kernel"] if layer.ple_dim else lines
+    """List a layer's row kernels: one pass after each product, which gates take along where their matrices lie side by side (here
+    gate and up do not); what a layer begins with is normed by the layer before.
+    """
+    lines = ["_finish_kernel", "_add_norm_kernel"] if layer.index else ["_norm_kernel", "_finish_kernel", "_add_norm_kernel"]
+    lines += [] if layer.moe is None else ["_route_kernel"]
+    lines += ["_gelu_mul_kernel", "_add_norm_kernel" if layer.moe is None else "_join_norm_kernel"]
+    return [*lines, "_add_norm_kernel"] if layer.ple_dim else lines
 
 
 def test_the_last_writer_makes_queries_of_kept_rows_only(ledger: Ledger, device: torch.device) -> None:

@@ -41,7 +41,7 @@ def extend(table: Table, ids: Ids) -> Table:
     for layer, window in enumerate(table.pool.books):
         keys = torch.tensor([number(ids[: position + 1]) for position in range(table.length, len(ids))], dtype=torch.float64)
         k_NKE = keys[:, None, None].expand(-1, 1, 2)
-        table.pool.write(layer, table.slots(window), k_NKE, k_NKE)
+        table.pool.write(layer, torch.tensor(table.slots(window)), k_NKE, k_NKE)
     table.commit(table.reserved)
     return table
 
