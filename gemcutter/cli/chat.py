@@ -61,61 +61,21 @@ HISTORY_LINES = 1000
 MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", metavar="N", min=1, help="Tokens of a reply at most.")]
 
 
+@options.spread
 def chat(
     model: options.Model,
+    *,
     system: options.System = None,
     think: options.Think = False,
     max_tokens: MaxTokens = 1024,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    seed: options.Seed = None,
-    dtype: options.Dtype = None,
-    device: options.Device = "cpu",
-    kernels: options.Kernels = "auto",
-    activations: options.Activations = None,
+    choosing: options.Choosing,
+    loading: options.Loading,
     context: options.Context = None,
-    threads: options.Threads = None,
-    ignore: options.Ignore = None,
-    adapter: options.Adapter = None,
-    quant: options.Quant = None,
-    repack_cache: options.RepackCache = False,
-    ple: options.Ple = None,
     kv: options.Kv = None,
 ) -> None:
     """Hold one conversation until the input ends. Raises UsageError or GemcutterError."""
-    sampling = options.check_sampling(
-        options.given(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-        )
-    )
-    loaded = load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        kernels=kernels,
-        activations=activations,
-        context=context,
-        threads=threads,
-        ignore=ignore,
-        checkpoints=4,
-        adapter=adapter,
-        quant=quant,
-        repack_cache=repack_cache,
-        ple=ple,
-        kv=kv,
-    )
+    sampling = options.check_sampling(choosing)
+    loaded = load_model(model, loading, context=context, kv=kv, checkpoints=4)
     if loaded.template is None:
         raise RequestError(
             f"{model} has no chat template (a base model?); use `gemcutter run`, or an instruction-tuned checkpoint"

@@ -1,13 +1,18 @@
 """The options that several verbs share.
 
 Owns their names, help texts and checks: a bad value is told before a model is loaded, most of them before torch is imported.
-Refuses to know what a verb does with them. Read `loading.py` for how a model comes from them.
+Options that belong together are the fields of a dataclass, which a verb under `spread` takes as one parameter. Refuses to know
+what a verb does with them. Read `loading.py` for how a model comes from them.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -51,6 +56,13 @@ def check_activations(name: str | None) -> str | None:
     return name
 
 
+def check_quant(name: str | None) -> str | None:
+    """Accept the name of a way to quantize while loading. Raises typer.BadParameter."""
+    if name is not None and name not in QUANTS:
+        raise typer.BadParameter(f"expected {' or '.join(QUANTS)}, found {name!r}")
+    return name
+
+
 def parse_integers(option: str, text: str) -> tuple[int, ...]:
     """Read integers with commas between them; none in an empty text. Raises UsageError that names the option."""
     try:
@@ -59,20 +71,43 @@ def parse_integers(option: str, text: str) -> tuple[int, ...]:
         raise UsageError(f"{option}: expected integers with commas between them, found {text!r}") from None
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """Keep the options that were given; a checkpoint's own defaults fill in the others."""
-    return {name: value for name, value in options.items() if value is not None}
+def check_sampling(choosing: Choosing, **more: Any) -> dict[str, Any]:
+    """Give the sampling options that are set, for a checkpoint's own defaults to fill in the others.
 
-
-def check_sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """Give sampling options back if the engine takes them. Raises UsageError that names all it does not."""
+    Raises UsageError that names all that the engine does not take.
+    """
     from gemcutter.engine.sampling import Sampling
 
+    found = {name: value for name, value in (asdict(choosing) | more).items() if value is not None}
     try:
-        Sampling(**options)
+        Sampling(**found)
     except RequestError as error:
         raise UsageError("; ".join(error.problems)) from None
-    return options
+    return found
+
+
+def spread(verb: Callable[..., None]) -> Callable[..., None]:
+    """Show typer the fields of a verb's dataclass parameters as options of the verb, which gets each as one object again."""
+    types = get_type_hints(verb, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in types.items() if is_dataclass(kind)}
+
+    @wraps(verb)
+    def call(**values: Any) -> None:
+        objects = {name: kind(**{each.name: values.pop(each.name) for each in fields(kind)}) for name, kind in groups.items()}
+        verb(**values, **objects)
+
+    call.__signature__ = Signature(list(_parameters(verb)))  # type: ignore[attr-defined]  # where typer finds it
+    return call
+
+
+def _parameters(verb: Callable[..., Any]) -> Iterator[Parameter]:
+    """Yield a function's parameters, and in place of a dataclass its fields."""
+    types = get_type_hints(verb, include_extras=True)
+    for name, parameter in signature(verb).parameters.items():
+        if is_dataclass(types[name]):
+            yield from _parameters(types[name])
+        else:
+            yield parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=types[name])
 
 
 Model = Annotated[
@@ -81,44 +116,8 @@ Model = Annotated[
         metavar="MODEL", help='Folder, .safetensors or .gguf file, hub id (owner/name), or "demo".', show_default=False
     ),
 ]
-Ignore = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Pass over tensors and config keys that match, such as 'blk.*.foo'; repeatable."),
-]
-Adapter = Annotated[
-    str | None,
-    typer.Option(metavar="PATH", help="LoRA adapter as PEFT saves it, merged into the weights: a folder, or a hub id."),
-]
 
-
-def check_quant(name: str | None) -> str | None:
-    """Accept the name of a way to quantize while loading. Raises typer.BadParameter."""
-    if name is not None and name not in QUANTS:
-        raise typer.BadParameter(f"expected {' or '.join(QUANTS)}, found {name!r}")
-    return name
-
-
-Quant = Annotated[
-    str | None,
-    typer.Option(metavar="q4|q8", help="Quantize dense weights while they are loaded, to 4 or 8 bits.", callback=check_quant),
-]
-
-RepackCache = Annotated[
-    bool,
-    typer.Option("--repack-cache", help="Keep repacked weights in the user's cache folder, so that later starts only map them."),
-]
-
-Ple = Annotated[
-    str | None,
-    typer.Option(
-        metavar="gpu|host|mmap", help="Where the per-layer embeddings live beside a GPU.  [default: gpu if there is room]"
-    ),
-]
-Kv = Annotated[
-    str | None, typer.Option(metavar="fp8", help="Keep keys and values in 8 bits on a GPU.  [default: as rows are computed]")
-]
-
-# ---- how to compute ----
+# ---- how a model is loaded ----
 
 Dtype = Annotated[
     str | None,
@@ -145,25 +144,84 @@ Activations = Annotated[
         callback=check_activations,
     ),
 ]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Pass over tensors and config keys that match, such as 'blk.*.foo'; repeatable."),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is loaded: the options of every verb that loads one."""
+
+    dtype: Dtype = None
+    device: Device = "cpu"
+    kernels: Kernels = "auto"
+    activations: Activations = None
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads.  [default: torch's choice]", show_default=False)
+    ] = None
+    ignore: Ignore = None
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="LoRA adapter as PEFT saves it, merged into the weights: a folder, or a hub id."),
+    ] = None
+    quant: Annotated[
+        str | None,
+        typer.Option(metavar="q4|q8", help="Quantize dense weights while they are loaded, to 4 or 8 bits.", callback=check_quant),
+    ] = None
+    repack_cache: Annotated[
+        bool,
+        typer.Option(
+            "--repack-cache", help="Keep repacked weights in the user's cache folder, so that later starts only map them."
+        ),
+    ] = False
+    ple: Annotated[
+        str | None,
+        typer.Option(
+            metavar="gpu|host|mmap", help="Where the per-layer embeddings live beside a GPU.  [default: gpu if there is room]"
+        ),
+    ] = None
+
+
+# ---- the cache that its engine gets; some verbs know themselves what they need ----
+
 Context = Annotated[
     int | None, typer.Option(metavar="TOKENS", min=1, help="Room for prompt and reply.  [default: 32768]", show_default=False)
 ]
-Threads = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="CPU threads.  [default: torch's choice]", show_default=False)
+Kv = Annotated[
+    str | None, typer.Option(metavar="fp8", help="Keep keys and values in 8 bits on a GPU.  [default: as rows are computed]")
 ]
 
-# ---- what to choose; the engine checks the ranges ----
+# ---- how tokens are chosen; the engine checks the ranges ----
 
-Temperature = Annotated[
-    float | None, typer.Option(metavar="T", help="0 is greedy.  [default: the checkpoint's generation_config.json, else 0]")
-]
-TopK = Annotated[int | None, typer.Option(metavar="K", help="Sample from the K most likely tokens; 0 switches this off.")]
-TopP = Annotated[float | None, typer.Option(metavar="P", help="Sample from the fewest tokens whose probabilities reach P.")]
-MinP = Annotated[float | None, typer.Option(metavar="P", help="Drop tokens below P times the best one's probability.")]
-RepetitionPenalty = Annotated[float | None, typer.Option(metavar="R", help="Above 1: disfavour the tokens of prompt and reply.")]
-PresencePenalty = Annotated[float | None, typer.Option(metavar="X", help="Taken off the logits of tokens in the reply.")]
-FrequencyPenalty = Annotated[float | None, typer.Option(metavar="X", help="The same, once for each time that they occur.")]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")]
+
+@dataclass(frozen=True, slots=True)
+class Choosing:
+    """How the tokens of a reply are chosen; what is None is left to the checkpoint's defaults."""
+
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="T", help="0 is greedy.  [default: the checkpoint's generation_config.json, else 0]"),
+    ] = None
+    top_k: Annotated[int | None, typer.Option(metavar="K", help="Sample from the K most likely tokens; 0 switches this off.")] = (
+        None
+    )
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Sample from the fewest tokens whose probabilities reach P.")
+    ] = None
+    min_p: Annotated[float | None, typer.Option(metavar="P", help="Drop tokens below P times the best one's probability.")] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(metavar="R", help="Above 1: disfavour the tokens of prompt and reply.")
+    ] = None
+    presence_penalty: Annotated[float | None, typer.Option(metavar="X", help="Taken off the logits of tokens in the reply.")] = (
+        None
+    )
+    frequency_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="The same, once for each time that they occur.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None
+
 
 # ---- what to say ----
 

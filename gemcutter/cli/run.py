@@ -54,9 +54,11 @@ TopLogits = Annotated[
 ]
 
 
+@options.spread
 def run(
     model: options.Model,
     prompt: PromptText = None,
+    *,
     max_tokens: MaxTokens = 256,
     raw: Raw = False,
     tokens: Tokens = None,
@@ -64,62 +66,20 @@ def run(
     think: options.Think = False,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    seed: options.Seed = None,
+    choosing: options.Choosing,
     logprobs: Logprobs = None,
     top_logits: TopLogits = None,
     as_json: options.Json = False,
-    dtype: options.Dtype = None,
-    device: options.Device = "cpu",
-    kernels: options.Kernels = "auto",
-    activations: options.Activations = None,
+    loading: options.Loading,
     context: options.Context = None,
-    threads: options.Threads = None,
-    ignore: options.Ignore = None,
-    adapter: options.Adapter = None,
-    quant: options.Quant = None,
-    repack_cache: options.RepackCache = False,
-    ple: options.Ple = None,
     kv: options.Kv = None,
 ) -> None:
     """Answer one prompt on stdout, as text or as one JSON object. Raises UsageError or GemcutterError."""
     if (raw or tokens is not None) and (system is not None or think):
         raise UsageError("--system and --think are parts of the chat template, which --raw and --tokens leave out")
     asked = read_prompt(prompt, tokens)
-    sampling = options.check_sampling(
-        options.given(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-            logprobs=logprobs,
-        )
-    )
-    loaded = load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        kernels=kernels,
-        activations=activations,
-        context=context,
-        threads=threads,
-        ignore=ignore,
-        adapter=adapter,
-        quant=quant,
-        repack_cache=repack_cache,
-        ple=ple,
-        kv=kv,
-    )
+    sampling = options.check_sampling(choosing, logprobs=logprobs)
+    loaded = load_model(model, loading, context=context, kv=kv)
     chunks = loaded.stream(
         asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think),
         max_tokens=max_tokens,

@@ -72,21 +72,17 @@ class Window:
         return len(self.ids) - self.context
 
 
+@options.spread
 def score(
     model: options.Model,
     file: File = None,
+    *,
     tokens_file: TokensFile = None,
     window: WindowOption = None,
     stride: Stride = None,
     as_json: options.Json = False,
-    dtype: options.Dtype = None,
-    device: options.Device = "cpu",
-    kernels: options.Kernels = "auto",
-    activations: options.Activations = None,
-    threads: options.Threads = None,
-    ignore: options.Ignore = None,
-    adapter: options.Adapter = None,
-    quant: options.Quant = None,
+    loading: options.Loading,
+    kv: options.Kv = None,
 ) -> None:
     """Score one text and print the result. Raises UsageError or GemcutterError."""
     if (file is None) == (tokens_file is None):
@@ -101,19 +97,7 @@ def score(
     if is_cut and len(lists) > 1:
         raise UsageError("--window and --stride cut a text or one list of ids; several lists are windows already")
     longest = length if is_cut else max(map(len, lists))
-    loaded = load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        kernels=kernels,
-        activations=activations,
-        context=longest,
-        threads=threads,
-        ignore=ignore,
-        max_sequences=BATCH,
-        adapter=adapter,
-        quant=quant,
-    )
+    loaded = load_model(model, loading, context=longest, kv=kv, max_sequences=BATCH)
     if longest > loaded.engine.context:
         raise RequestError(f"a window of {longest} tokens does not fit the model's context of {loaded.engine.context}")
     windows = [Window(tuple(ids)) for ids in lists]

@@ -20,15 +20,15 @@ from gemcutter.cli.score import read_text
 from gemcutter.cli.terminal import progress
 
 if TYPE_CHECKING:
-    from gemcutter.api import Model
+    from gemcutter.parity.certificate import Side
 
 HELP = """
 Compare two ways of computing the same model, and certify that they agree.
 
 The same tokens run through MODEL as the options say and, by default, through the plain reference kernels in float32. --against
 transformers takes that library, in float32, for the other side; --against PATH another checkpoint of the same model, such as the
-one that MODEL was quantized from, on the reference kernels in float32. No row is left out, the last 16 tokens run one at a
-time, and unwritten cache holds NaN.
+one that MODEL was quantized from, on the reference kernels in float32. Both sides take --device, --threads, --ignore and
+--adapter. No row is left out, the last 16 tokens run one at a time, and unwritten cache holds NaN.
 
 Measured are the largest difference of a logit, KL(other || ours), how often both prefer the same token, the negative
 log-likelihoods, and every layer's drift: the norm of the difference over the norm of the other side's row, averaged over at most
@@ -38,6 +38,7 @@ may differ as such numbers do, and what is smaller than that stays hidden. Exit 
 not.
 
 --json and --out give a certificate whose key is a hash over the checkpoint's headers and a sample of every tensor's bytes.
+An adapter is named in it, but no part of the key.
 """
 EXAMPLES = """\b
 Examples:
@@ -67,44 +68,28 @@ Tokens = Annotated[
 Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the certificate here, as JSON.")]
 
 
+@options.spread
 def verify(
     model: options.Model,
+    *,
     against: Against = REFERENCE,
     text: Text = None,
     tokens: Tokens = None,
-    dtype: options.Dtype = None,
-    device: options.Device = "cpu",
-    kernels: options.Kernels = "auto",
-    activations: options.Activations = None,
-    quant: options.Quant = None,
-    threads: options.Threads = None,
-    ignore: options.Ignore = None,
+    loading: options.Loading,
     as_json: options.Json = False,
     out: Out = None,
 ) -> None:
     """Make a certificate, print it, and exit with 1 unless it passes. Raises UsageError or GemcutterError."""
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"--out: {out.parent} is no folder")
+    if against == TRANSFORMERS and loading.adapter is not None:
+        raise UsageError("--adapter can't go with --against transformers, which runs the checkpoint without it")
     body = None if text is None else read_text(text)
 
-    def load(name: str, dtype: str | None, kernels: str, quant: str | None, activations: str | None) -> Model:
-        return load_model(
-            name,
-            dtype=dtype,
-            device=device,
-            kernels=kernels,
-            activations=activations,
-            context=1,
-            threads=threads,
-            ignore=ignore,
-            quant=quant,
-        )
+    from gemcutter.parity.certificate import certify, encode
 
-    from gemcutter.parity.certificate import Side, certify, encode
-
-    other = model if against == REFERENCE else against
-    theirs = None if against == TRANSFORMERS else Side(other, load(other, "float32", "reference", None, None), "reference")
-    ours = Side(model, load(model, dtype, kernels, quant, activations), kernels, quant)
+    theirs = None if against == TRANSFORMERS else load_side(model if against == REFERENCE else against, plainly(loading))
+    ours = load_side(model, loading)
     found = certify(ours, theirs, encode(ours, theirs, body, tokens), progress)
     found["text"]["source"] = text or "built-in"
     if out is not None:
@@ -115,6 +100,30 @@ def verify(
         show(found)
     if not found["passed"]:
         raise typer.Exit(FAILED)
+
+
+# ---- the sides ----
+
+
+def plainly(loading: options.Loading) -> options.Loading:
+    """Say how the other side is loaded: what is computed and where stay the same, how it is computed is plain."""
+    return options.Loading(
+        dtype="float32",
+        device=loading.device,
+        kernels="reference",
+        threads=loading.threads,
+        ignore=loading.ignore,
+        adapter=loading.adapter,
+    )
+
+
+def load_side(name: str, loading: options.Loading) -> Side:
+    """Load one side; a certificate knows it by its name and its adapter's. Raises GemcutterError."""
+    from gemcutter.parity.certificate import Side
+
+    known = name if loading.adapter is None else f"{name} with {loading.adapter}"
+    model = load_model(name, loading, context=1)  # its engine never runs: a certificate has a cache of its own, hence no --kv
+    return Side(known, model, loading.kernels, loading.quant)
 
 
 # ---- what a reader sees ----

@@ -88,6 +88,15 @@ def test_the_result_explains_its_windows(tmp_path: Path, capsys: pytest.CaptureF
     assert "of up to 40 tokens, <bos> included, 20 apart; every token counts once" in shown
 
 
+def test_the_place_of_the_table_and_the_form_of_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = write_ids(tmp_path, PROMPTS["passage_600"]["token_ids"][:80])
+    plain, mapped = (score_json(capsys, "--tokens-file", ids, *words) for words in ([], ["--ple", "mmap"]))
+    assert mapped["nll_mean"] == plain["nll_mean"]
+    for words, expected in ((["--ple", "host"], "on a CPU the table stays mapped"), (["--kv", "fp8"], "kv fp8: a choice of the")):
+        assert main(["score", "demo", "--tokens-file", ids, *words]) == 1
+        assert expected in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

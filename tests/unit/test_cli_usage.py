@@ -7,16 +7,38 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import gemcutter
 from gemcutter.checkpoint.hub import DEMO_FOLDER
 from gemcutter.cli import failure, main, run
+from gemcutter.cli.app import app
+from gemcutter.cli.loading import load_model
+from gemcutter.cli.options import Choosing, Loading
+from gemcutter.errors import GemcutterError
 
 CLI = [sys.executable, "-m", "gemcutter.cli"]
 VERBS = ("run", "chat", "inspect", "score", "verify", "bench", "tiny")
+LOADERS = {"run": ["demo", "hi"], "chat": ["demo"], "score": ["demo", os.devnull], "verify": ["demo"]}
+# One value for every option of loading, none of them the default.
+LOADING: dict[str, Any] = {
+    "dtype": "float32",
+    "device": "cuda:1",
+    "kernels": "triton",
+    "activations": "bf16",
+    "threads": 3,
+    "ignore": ["a.*", "b.*"],
+    "adapter": "folder",
+    "quant": "q8",
+    "repack_cache": True,
+    "ple": "host",
+}
 
 
 def test_help_names_every_verb_and_a_start(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +127,81 @@ def test_a_config_without_layers(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_help_and_inspect_import_no_torch(words: list[str]) -> None:
     code = f"import sys; from gemcutter.cli import main; assert main({words}) == 0; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def parameters_of(verb: str) -> dict[str, Any]:
+    """Give the parameters of a verb as the command line knows them, by name."""
+    return {parameter.name: parameter for parameter in typer.main.get_command(app).commands[verb].params}  # type: ignore[attr-defined]
+
+
+def words_of(options: dict[str, Any]) -> list[str]:
+    """Spell options as a user would."""
+    words = list[str]()
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list) else [value]:
+            words += [option] if one is True else [option, str(one)]
+    return words
+
+
+def test_verbs_that_load_a_model_are_known() -> None:
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert {verb for verb in verbs if hasattr(import_module(f"gemcutter.cli.{verb}"), "load_model")} == set(LOADERS)
+
+
+@pytest.mark.parametrize("verb", LOADERS)
+def test_a_verb_that_loads_a_model_takes_every_option_of_loading(verb: str) -> None:
+    taken = parameters_of(verb)
+    for field in fields(Loading):
+        assert taken[field.name].default == field.default
+        assert f"--{field.name.replace('_', '-')}" in taken[field.name].opts
+        assert taken[field.name].help
+    assert "loading" not in taken
+    assert ("context" in taken) == (verb in ("run", "chat"))  # the others know how much they need
+    assert ("kv" in taken) == (verb != "verify")  # whose cache is its own, and no engine's
+
+
+@pytest.mark.parametrize("verb", ["run", "chat"])
+def test_a_verb_that_generates_takes_every_option_of_choosing(verb: str) -> None:
+    taken = parameters_of(verb)
+    assert all(taken[field.name].default is None for field in fields(Choosing))
+
+
+@pytest.mark.parametrize("verb", LOADERS)
+def test_what_is_said_about_loading_arrives(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[tuple[Loading, dict[str, Any]]]()
+
+    def load_model(name: str, how: Loading, **cache: Any) -> None:
+        told.append((how, cache))
+        if how.quant is not None:  # all else of `verify`'s other side is plain
+            raise GemcutterError("that is enough")
+
+    monkeypatch.setattr(import_module(f"gemcutter.cli.{verb}"), "load_model", load_model)
+    cache = {"run": {"context": 99, "kv": "fp8"}, "chat": {"context": 99, "kv": "fp8"}, "score": {"kv": "fp8"}}.get(verb, {})
+    assert set(LOADING) == {field.name for field in fields(Loading)}
+    assert main([verb, *LOADERS[verb], *words_of(LOADING), *words_of(cache)]) == 1
+    *others, (ours, engine) = told
+    assert ours == Loading(**LOADING)
+    assert engine.items() >= cache.items()
+    shared = {name: LOADING[name] for name in ("device", "threads", "ignore", "adapter")}
+    plain = Loading(**shared, dtype="float32", kernels="reference")
+    assert [how for how, _ in others] == ([plain] if verb == "verify" else [])
+
+
+def test_all_of_it_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = dict[str, Any]()
+
+    def load(name: str, **options: Any) -> None:
+        asked.update(options, name=name)
+        raise GemcutterError("that is enough")
+
+    monkeypatch.setattr("gemcutter.api.load", load)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: asked.update(threads=number))
+    with pytest.raises(GemcutterError, match="enough"):
+        load_model("demo", Loading(**LOADING), context=99, kv="fp8", max_sequences=2, checkpoints=3)
+    del asked["progress"]
+    engine = {"context": 99, "kv": "fp8", "max_sequences": 2, "checkpoints": 3}
+    assert asked == {"name": "demo", **LOADING, "ignore": ("a.*", "b.*"), **engine}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

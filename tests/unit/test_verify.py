@@ -30,6 +30,7 @@ from gemcutter.parity.certificate import Side, certify, default_tokens, encode
 from gemcutter.parity.compare import HEAD_ROWS, Drift, LayerDrift, compare
 from gemcutter.parity.limits import BFLOAT16, EIGHT_BIT, FLOAT32, FOUR_BIT, Stored, choose_limits, first_divergent, judge
 from gemcutter.parity.trace import LAYER_ROWS, Trace, kept_positions
+from tests.adapters import draw, places, tensors_of, write_adapter
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 SHORT = ("--tokens", "80")  # the demo's window is 64
@@ -163,6 +164,23 @@ def test_another_checkpoint_of_the_same_model(tmp_path: Path) -> None:
     assert max(layer["worst"] for layer in found["layers"]) < 1e-5  # the values are the same
 
 
+def test_a_mapped_table_is_one_of_the_ways_to_load(tmp_path: Path) -> None:
+    found = verify(tmp_path, "demo", "--ple", "mmap", "--dtype", "float32", *SHORT)
+    assert found["limits"] == "float32"
+
+
+def test_both_sides_have_the_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = load("demo").plan
+    folder = str(write_adapter(tmp_path / "mine", tensors_of(draw(plan, places(plan)))))
+    plain, adapted = (verify(tmp_path, "demo", "--dtype", "float32", *SHORT, *words) for words in ([], ["--adapter", folder]))
+    assert plain["limits"] == adapted["limits"] == "float32"
+    assert plain["ours"]["model"] == "demo"
+    assert adapted["ours"]["model"] == adapted["against"]["model"] == f"demo with {folder}"
+    assert abs(plain["nll_nats"]["against"] - adapted["nll_nats"]["against"]) > 0.01
+    assert main(["verify", "demo", "--against", "transformers", "--adapter", folder]) == 2
+    assert "transformers, which runs the checkpoint without it" in capsys.readouterr().err
+
+
 # ---- spoilt models ----
 
 
@@ -263,6 +281,8 @@ def test_transformers_gets_only_what_it_can_read(tmp_path: Path) -> None:
         (["--out", "{absent}/certificate.json"], 2, "is no folder"),
         (["--against", "./no-such-model"], 1, "does not exist"),
         (["--kernels", "fast"], 2, "expected auto or triton or reference"),
+        (["--ple", "host"], 1, "ple host: a choice for models on a GPU"),
+        (["--kv", "fp8"], 2, "--kv"),  # the cache of a certificate is its own
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
