@@ -6,6 +6,9 @@ table costs nothing, but its rows are gathered by the host, which has to know ea
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,8 +45,23 @@ def place_table(table: Weight, where: str | None, device: torch.device) -> Weigh
 def _moved(part: Part, place: torch.device) -> Part:
     """Copy a table to the GPU, or into pinned memory; one that kernels can't read stays mapped."""
     if isinstance(part, Tensor):
-        return part.pin_memory() if place.type == "cpu" else part.to(place)
+        return _pinned(part.clone()) if place.type == "cpu" else part.to(place)
     striped = None if isinstance(part, DenseStack) else stripe(part, place)
     if striped is None:
         return part
-    return striped.each(Tensor.pin_memory) if place.type == "cpu" else striped
+    return striped.each(_pinned) if place.type == "cpu" else striped
+
+
+def _pinned(array: Tensor) -> Tensor:
+    """Pin an array's own memory as long as it lives, and give it back.
+
+    torch's pinned memory comes in powers of two: a table of 4.7 GB would take 8.6. Raises KernelError where the driver refuses.
+    """
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = array.data_ptr()
+    error = int(runtime.cudaHostRegister(address, array.nbytes, 0))
+    if error:
+        problem = f"the CUDA driver can't pin {array.nbytes / 1e9:.1f} GB of memory (error {error})"
+        raise KernelError(f"ple host: {problem}; raise ulimit -l, or take --ple mmap")
+    weakref.finalize(array, runtime.cudaHostUnregister, address)
+    return array

@@ -61,4 +61,5 @@ def draw(logits_BV: Tensor, draws: Draws) -> Tensor:
     total = probs.cumsum(-1)
     drawn = (total <= draws.uniform[:, None] * total[:, -1:]).sum(-1)
     last = ((probs > 0).sum(-1) - 1).clamp(min=0)  # a row that pads a batch has no candidate
-    return ids_BC.gather(1, torch.minimum(drawn, last)[:, None])[:, 0]
+    found = ids_BC.gather(1, torch.minimum(drawn, last)[:, None])[:, 0]
+    return torch.where(draws.temperature == 0, logits_BV.argmax(-1), found)  # ties fall alike whoever is drawn beside a row

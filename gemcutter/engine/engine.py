@@ -129,7 +129,7 @@ class Engine:
         The row of a sequence that stops was computed in vain; nobody reads what it wrote.
         """
         has_room = self.scheduler.waiting and len(self.scheduler.running) < self.scheduler.max_sequences
-        if self._graphs is None or has_room or flight.choice is Choice.ON_HOST:
+        if self._graphs is None or has_room or flight.choice is Choice.ON_HOST or flight.slate.each > 1:
             return None
         if any(work.sequence.table is not work.table or self._may_be_last(work.sequence) for work in flight.works):
             return None

@@ -1,10 +1,10 @@
 """Decode steps over memory that never moves: filled anew for every token, captured once as a CUDA graph and replayed.
 
-Owns `Slate`, the static rows of a decode step with the choice of its tokens, `Graphs`, which keeps one for each bucket of rows,
-and `Flight`, a step that was launched and whose tokens are on their way. The host waits for nothing but these tokens, and the
-step after may be launched before they land: its ids are already where the graph reads them. Without a GPU the same code runs
-step by step, uncaptured. Refuses to know queues and page accounting. Read `runner.py` for all other steps, `engine.py` for who
-launches ahead, `ops/cuda_step.py` for what kernels read.
+Owns `Slate`, the static rows of a decode step with the choice of its tokens, `Graphs`, which keeps one for each bucket of
+sequences and number of rows that each brings, and `Flight`, a step that was launched and whose tokens are on their way. The host
+waits for nothing but these tokens, and the step after may be launched before they land: its ids are already where the graph reads
+them. Without a GPU the same code runs step by step, uncaptured. Refuses to know queues and page accounting. Read `runner.py` for
+all other steps, `engine.py` for who launches ahead, `ops/cuda_step.py` for what kernels read.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from gemcutter.engine.scheduler import Work
 from gemcutter.model.text import Decoder
 from gemcutter.ops.cuda_step import Paged, is_near, paged_key
 from gemcutter.ops.reference import matrix
-from gemcutter.ops.step import Step
+from gemcutter.ops.step import ALIGNMENT, Step
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # rows of a captured step; fewer rows are padded
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # sequences of a captured step; fewer are padded
+MOST_ROWS = 8  # that a sequence brings: one to decode, and drafts or the short end of a prompt
 WARM_UPS = 2  # runs before a capture: kernels are compiled and library handles made
 
 
@@ -62,38 +63,41 @@ class Place:
 class Staging:
     """Pinned memory of the host with the layout of a slate's numbers, and where its tokens come back."""
 
-    def __init__(self, places: Mapping[Any, Place], nbytes: int, rows: int, is_cuda: bool) -> None:
+    def __init__(self, places: Mapping[Any, Place], nbytes: int, is_cuda: bool) -> None:
         self.numbers = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=is_cuda)
         self.put = {name: place.of(self.numbers).numpy() for name, place in places.items()}
-        self.tokens_B = torch.zeros(rows, dtype=torch.long, pin_memory=is_cuda)
+        self.tokens_N = torch.zeros(places["ids"].size, dtype=torch.long, pin_memory=is_cuda)
         self.landed: Any = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
 
 
-def _places(rows: int, widths: Mapping[int | None, int]) -> dict[Any, Place]:
-    """Lay out the numbers of a slate: ids first, wide numbers before narrow ones."""
+def _places(rows: int, sequences: int, widths: Mapping[int | None, int]) -> dict[Any, Place]:
+    """Lay out the numbers of a slate: ids first, each at a multiple of ALIGNMENT bytes."""
     wanted: list[tuple[Any, torch.dtype, int]] = [(name, torch.long, rows) for name in ("ids", "positions", "top_k")]
     wanted += [(("slots", window), torch.long, rows) for window in widths]
     wanted += [(name, torch.float64, rows) for name in FLOATS]
     wanted += [("rows at", torch.int32, rows)]
     for window, width in widths.items():
-        wanted += [(("first", window), torch.int32, rows), (("pages", window), torch.int32, rows * width)]
+        wanted += [(("first", window), torch.int32, sequences), (("pages", window), torch.int32, sequences * width)]
     found, end = dict[Any, Place](), 0
     for name, dtype, size in wanted:
-        found[name] = Place(end, dtype, size)
+        found[name] = Place(-(-end // ALIGNMENT) * ALIGNMENT, dtype, size)
         end = found[name].end
     return found
 
 
 class Slate:
-    """One bucket's static step. All of its numbers lie in one buffer, ids first, so that one copy fills them."""
+    """The static step of a bucket of sequences with up to `each` rows, which lie `each` apart.
 
-    def __init__(self, decoder: Decoder, pool: PagedPool, rows: int, widths: Mapping[int | None, int]) -> None:
-        self.decoder, self.pool, self.rows, self.widths = decoder, pool, rows, widths
-        self._places = _places(rows, widths)
+    All of its numbers lie in one buffer, ids first, so that one copy fills them. Every row gets the token after it.
+    """
+
+    def __init__(self, decoder: Decoder, pool: PagedPool, sequences: int, each: int, widths: Mapping[int | None, int]) -> None:
+        self.decoder, self.pool, self.sequences, self.each, self.widths = decoder, pool, sequences, each, widths
+        self._places = _places(sequences * each, sequences, widths)
         nbytes, is_cuda = max(place.end for place in self._places.values()), decoder.device.type == "cuda"
         self._numbers = torch.zeros(nbytes, dtype=torch.uint8, device=decoder.device)
         # Two, because one may still be read while the next is written.
-        self._stagings = [Staging(self._places, nbytes, rows, is_cuda) for _ in range(2)]
+        self._stagings = [Staging(self._places, nbytes, is_cuda) for _ in range(2)]
         self._draws = Draws(**{name: self._at(name) for name in (*FLOATS, "top_k")})
         self.step = self._lay_out()
         self._graphs: dict[Choice, torch.cuda.CUDAGraph] = {}
@@ -104,14 +108,15 @@ class Slate:
 
     def _lay_out(self) -> Step:
         """Make the step whose tensors are views of the buffer, and each group's `Paged` over them."""
-        device, rows = self.decoder.device, self.rows
-        ids, edges = self._at("ids"), torch.arange(rows + 1, dtype=torch.int32, device=device)
+        device, starts = self.decoder.device, range(0, self.sequences * self.each + 1, self.each)
+        ids, edges = self._at("ids"), torch.tensor(starts, dtype=torch.int32, device=device)
+        owners = torch.arange(self.sequences, dtype=torch.int32, device=device).repeat_interleave(self.each)
         slots = {window: self._at(("slots", window)) for window in self.widths}
         step = Step(
             ids_N=ids,
             ple_ids_N=ids,
             positions_N=self._at("positions"),
-            row_start=tuple(range(rows + 1)),
+            row_start=tuple(starts),
             spans={},
             slots=slots,
             keep=None,
@@ -120,18 +125,18 @@ class Slate:
         for window, width in self.widths.items():
             step.memo[paged_key(window)] = Paged(
                 positions_N=self._at("rows at"),
-                row_sequence_N=edges[:-1],
+                row_sequence_N=owners,
                 row_start_S1=edges,
-                pages_SP=self._at(("pages", window)).view(rows, width),
+                pages_SP=self._at(("pages", window)).view(self.sequences, width),
                 first_S=self._at(("first", window)),
                 page_tokens=self.pool.books[window].tokens,
                 slots_N=slots[window],
-                max_rows=1,
+                max_rows=self.each,
             )
         return step
 
     def fill(self, works: Sequence[Work], staging: Staging, ids_are_there: bool = False) -> None:
-        """Write the numbers of some works, one row each, and send them; rows beyond are padding.
+        """Write the numbers of some works and send them; rows that they lack are padding.
 
         With `ids_are_there` the ids stay what the step before has put in their place.
         """
@@ -139,19 +144,22 @@ class Slate:
         put["positions"][:] = put["rows at"][:] = -1
         for window in self.widths:
             put["slots", window][:] = -1
-        for row, work in enumerate(works):
-            at = work.table.length
-            put["ids"][row] = 0 if ids_are_there else work.ids[0]
-            put["positions"][row] = put["rows at"][row] = at
-            numbers = numbers_of(work.sequence.request, work.sequence.seed, at + 1)
-            for name, number in zip((*FLOATS, "top_k"), numbers, strict=True):
-                put[name][row] = number
+        for index, work in enumerate(works):
+            low, at = index * self.each, work.table.length
+            rows = slice(low, low + work.rows)
+            if not ids_are_there:
+                put["ids"][rows] = work.ids
+            put["positions"][rows] = put["rows at"][rows] = range(at, at + work.rows)
+            for row in range(work.rows):
+                numbers = numbers_of(work.sequence.request, work.sequence.seed, at + row + 1)
+                for name, number in zip((*FLOATS, "top_k"), numbers, strict=True):
+                    put[name][low + row] = number
             for window in self.widths:
                 first, pages = work.table.pages(window)
-                size, start = self.pool.books[window].tokens, row * self.widths[window]
+                start = index * self.widths[window]
                 put["pages", window][start : start + len(pages)] = pages
-                put["first", window][row] = first
-                put["slots", window][row] = pages[at // size - first] * size + at % size
+                put["first", window][index] = first
+                put["slots", window][rows] = work.table.slots(window)
         start = self._places["positions"].start if ids_are_there else 0
         self._numbers[start:].copy_(staging.numbers[start:], non_blocking=True)
 
@@ -203,7 +211,7 @@ class Slate:
 
 @dataclass(slots=True)
 class Flight:
-    """A launched step: one row of each work."""
+    """A launched step."""
 
     works: Sequence[Work]
     slate: Slate
@@ -213,32 +221,43 @@ class Flight:
 
     def land(self) -> list[Event | None]:
         """Wait for the tokens, and give each work's choice."""
+        lasts = [index * self.slate.each + work.rows - 1 for index, work in enumerate(self.works)]
         if self.choice is Choice.ON_HOST:
             logits = self.slate.logits()
-            return [choose_one(work.sequence, logits_V) for work, logits_V in zip(self.works, logits, strict=False)]
+            return [choose_one(work.sequence, logits[row]) for work, row in zip(self.works, lasts, strict=True)]
         if self.staging.landed is not None:
             self.staging.landed.synchronize()
-        tokens = self.staging.tokens_B.tolist()
-        return [Event(work.sequence.number, token) for work, token in zip(self.works, tokens, strict=False)]
+        tokens = self.staging.tokens_N.tolist()
+        return [Event(work.sequence.number, tokens[row]) for work, row in zip(self.works, lasts, strict=True)]
 
 
 class Graphs:
     """The slates of an engine, made when first needed."""
 
     def __init__(self, decoder: Decoder, pool: PagedPool, context: int) -> None:
-        self.decoder, self.pool = decoder, pool
-        self.widths = most_pages(decoder.plan, context, 1)
+        self.decoder, self.pool, self.context = decoder, pool, context
         self.is_captured = decoder.device.type == "cuda"
-        self._slates: dict[int, Slate] = {}
+        self._slates: dict[tuple[int, int], Slate] = {}
+        self._seen = set[tuple[int, int]]()  # of several rows each
         self._memory = torch.cuda.graph_pool_handle() if self.is_captured else None
 
     def accepts(self, works: Sequence[Work]) -> bool:
-        """Tell whether a step is one row for each of some sequences, all of whose next tokens are wanted."""
-        return 0 < len(works) <= BUCKETS[-1] and all(_is_plain(work) for work in works)
+        """Tell whether a step is a few rows of each of some sequences, all of whose next tokens are wanted.
+
+        Steps of several rows each are left alone the first time they come: to capture one takes as long as many steps.
+        """
+        if not 0 < len(works) <= BUCKETS[-1] or not all(_is_plain(work) for work in works):
+            return False
+        sequences, each = _shape(works)
+        if sequences * each > BUCKETS[-1]:
+            return False
+        is_known = each == 1 or (sequences, each) in self._seen
+        self._seen.add((sequences, each))
+        return is_known
 
     def launch(self, works: Sequence[Work]) -> Flight:
         """Launch a step that `accepts` takes."""
-        slate = self._slate(len(works))
+        slate = self._slate(*_shape(works))
         requests = [work.sequence.request for work in works]
         if not all(can_draw(work.sequence.request, work.sequence.in_prompt) for work in works):
             choice = Choice.ON_HOST
@@ -257,24 +276,28 @@ class Graphs:
         slate.fill(works, staging, ids_are_there)
         slate.launch(choice, self.is_captured)
         if choice is not Choice.ON_HOST:
-            staging.tokens_B.copy_(slate.step.ids_N, non_blocking=True)
+            staging.tokens_N.copy_(slate.step.ids_N, non_blocking=True)
             if staging.landed is not None:
                 staging.landed.record()
         return Flight(works, slate, choice, staging)
 
-    def _slate(self, rows: int) -> Slate:
-        bucket = BUCKETS[bisect_left(BUCKETS, rows)]
-        if bucket not in self._slates:
-            self._slates[bucket] = Slate(self.decoder, self.pool, bucket, self.widths)
-        return self._slates[bucket]
+    def _slate(self, sequences: int, each: int) -> Slate:
+        if (sequences, each) not in self._slates:
+            widths = most_pages(self.decoder.plan, self.context, each)
+            self._slates[sequences, each] = Slate(self.decoder, self.pool, sequences, each, widths)
+        return self._slates[sequences, each]
+
+
+def _shape(works: Sequence[Work]) -> tuple[int, int]:
+    """Give the bucket of sequences, and the rows that the longest of them brings."""
+    return BUCKETS[bisect_left(BUCKETS, len(works))], max(work.rows for work in works)
 
 
 def _is_plain(work: Work) -> bool:
     sequence = work.sequence
     has_report = sequence.in_prompt and sequence.request.wants_all_rows
-    return (
-        work.rows == 1 and work.is_last_chunk and needs_logits(sequence) and not has_report and sequence.request.adapter is None
-    )
+    is_short = work.rows <= MOST_ROWS and work.is_last_chunk
+    return is_short and needs_logits(sequence) and not has_report and sequence.request.adapter is None
 
 
 def refusal(decoder: Decoder) -> str | None:

@@ -29,6 +29,7 @@ from gemcutter.plan import LayerPlan
 MIN_PAGE = 16  # a block of keys lies in one page, and the matrix units take no fewer keys
 PAGE_TOKENS = 64  # as the engine has them; compiled ahead of time
 SHORT_ROWS = 8  # sequences of up to so many rows are cut along their keys: decode, and decode with drafts
+FEW_SEQUENCES = 8  # so many share a kernel that looks for its sequence
 SPLIT_KEYS = 64  # keys that are worth a program of their own
 MAX_SPLITS = 128
 MERGE_COLUMNS = 64  # columns of one program of the merge: all parts of them lie in registers at once
@@ -55,7 +56,7 @@ def _long_tile(row_start_S1, sequences, ROWS: tl.constexpr, SHORT: tl.constexpr,
     return found, at - tl.sum(tl.where(s < found, tiles, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "width"])
 def _attend(
     q_NHE,
     keys_TKX,
@@ -145,8 +146,10 @@ def _attend(
         value = tl.load(values_TKE + slot * E + value_at, mask=is_held[:, None], other=0.0).to(q.dtype)
         none = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if TURNED > 0:
-            mask = None if TURNED == TURNED_PADDED else (c < TURNED)[None, :]
-            turned = tl.load(keys_TKX + slot * TURNED + key_at, mask=mask).to(q.dtype)
+            if TURNED == TURNED_PADDED:
+                turned = tl.load(keys_TKX + slot * TURNED + key_at).to(q.dtype)
+            else:
+                turned = tl.load(keys_TKX + slot * TURNED + key_at, mask=(c < TURNED)[None, :], other=0.0).to(q.dtype)
             scores = _dot(q_turned, tl.trans(turned), _dot(q, tl.trans(value), none))
         else:
             keys = tl.load(keys_TKX + slot * E + key_at).to(q.dtype)
@@ -262,7 +265,7 @@ def short_launch(dim: int, group: int, count: int, rows: torch.dtype, pool: torc
     is_few = count * group <= 16
     launch = FLOAT32 if rows == torch.float32 else _fitting(FEW if is_few else SHORT, dim, machine)
     if pool.itemsize == 1 and not is_few:  # widening a block takes registers
-        launch = replace(launch, block_n=launch.block_n // 2)
+        launch = replace(launch, block_n=max(MIN_PAGE, launch.block_n // 2))
     return replace(launch, block_m=max(launch.block_m, triton.next_power_of_2(group)))
 
 
@@ -347,8 +350,10 @@ def attend(
 
     `keys_TKX` are whole keys, or the R columns that turn of a compact layer, whose queries are multiplied with its weight
     already. `last_N` (int32) gives the last position that each row may see where that is not its own: a media row's, which
-    sees all of its block. Raises KernelError where a page holds no whole blocks of keys.
+    sees all of its block. Raises KernelError where a page holds no whole blocks of keys, or rows are too many.
     """
+    if q_NHE.numel() >= 1 << 31:
+        raise KernelError(f"Triton attention counts queries in 32 bits, {q_NHE.shape[0]} rows are too many; lower max_rows")
     if step.page_tokens % MIN_PAGE:
         raise KernelError(f"Triton attention needs pages of a multiple of {MIN_PAGE} tokens, found {step.page_tokens}")
     site = _Site(q_NHE.contiguous(), keys_TKX, values_TKE, step, window, last_N, machine_of(q_NHE.device))
@@ -375,14 +380,14 @@ def _attend_long(site: _Site, out: Tensor) -> None:
         SHORT=SHORT_ROWS,
         IS_SHORT=False,
         IS_SPLIT=False,
-        SEQUENCES=triton.next_power_of_2(sequences),
+        SEQUENCES=max(FEW_SEQUENCES, triton.next_power_of_2(sequences)),
     )
 
 
 def _attend_short(site: _Site, out: Tensor) -> None:
     """Attend for the sequences of at most SHORT_ROWS rows, the keys spread over as many programs as fill the device."""
     step, (heads, key_heads, dim) = site.step, site.sizes
-    group, most = heads // key_heads, min(step.max_rows, SHORT_ROWS)
+    group, most = heads // key_heads, min(triton.next_power_of_2(step.max_rows), SHORT_ROWS)
     likely = most if step.max_rows <= SHORT_ROWS else 1  # beside long sequences, the short ones decode one row each
     launch = short_launch(dim, group, likely, out.dtype, site.values_TKE.dtype, site.machine)
     tiles = step.sequences * -(-most // (launch.block_m // group))

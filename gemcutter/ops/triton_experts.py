@@ -94,7 +94,7 @@ def _pairs_of(chosen, rows, owners, members, R: tl.constexpr, T: tl.constexpr, T
         return tl.load(owners + block).to(tl.int32), tl.load(members + block * R + tl.arange(0, R)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _block_kernel(
     x, x_stride, chosen, rows, owners, members, out, num_out, step,
     words, high, scale, bias, fine, fine_bias, word_stride, scale_stride, fine_stride, width,
@@ -119,7 +119,7 @@ def _block_kernel(
         tl.store(out + at, found, x_mask & (feature[None, :] < num_out))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _sort_kernel(chosen, pairs, owners, members, SIZE: tl.constexpr, CHUNK: tl.constexpr):
     """List one expert's pairs, block by block.
 
@@ -143,7 +143,7 @@ def _sort_kernel(chosen, pairs, owners, members, SIZE: tl.constexpr, CHUNK: tl.c
 @triton.jit
 def _sum_kernel(found, weights, out, size, T: tl.constexpr, BLOCK: tl.constexpr):
     """Add the weighted products of a row's pairs up."""
-    row, lane = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, lane = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for choice in range(T):
         part = tl.load(found + (row * T + choice) * size + lane, lane < size, 0.0).to(tl.float32)
@@ -192,7 +192,7 @@ def _by_pair(x_MD: Tensor, weights_MT: Tensor, chosen_MT: Tensor, gates: Operand
 
 def _pair_tile(features: int, count: int, matrix: Operand) -> tuple[Tile, tuple[int, int]]:
     """Choose a tile as for one matrix with the features of all programs' pairs."""
-    tile = choose_tile(1, features * count, matrix)
+    tile = choose_tile(1, features * count, matrix, torch.float32)  # a single row has no use for the tensor cores
     return tile, (triton.cdiv(features, tile.features), count)
 
 
@@ -206,13 +206,13 @@ def _by_expert(
     hidden, found = x_MD.new_empty(rows * choices, width), x_MD.new_empty(rows * choices, outs.rows)
     for is_in, source, target, matrix in ((True, x_MD, hidden, gates), (False, hidden, found, outs)):
         features = target.shape[1]
-        tile = replace(choose_tile(max(block, SCAN_ROWS), features * num_experts, matrix), rows=block)
+        tile = replace(choose_tile(max(block, SCAN_ROWS), features * num_experts, matrix, x_MD.dtype), rows=block)
         _block_kernel[(triton.cdiv(features, tile.features), num_blocks)](
             source, source.stride(0), chosen_MT, rows, owners_B, members_BR, target, features, matrix.step, *matrix.arguments,
             R=block, T_PADDED=triton.next_power_of_2(choices), IS_IN=is_in, **_constants(tile, choices, matrix),
         )  # fmt: skip
     out = torch.empty_like(x_MD, memory_format=torch.contiguous_format)
-    _sum_kernel[(triton.cdiv(outs.rows, COLUMNS), rows)](found, weights_MT, out, outs.rows, T=choices, BLOCK=COLUMNS)
+    _sum_kernel[(rows, triton.cdiv(outs.rows, COLUMNS))](found, weights_MT, out, outs.rows, T=choices, BLOCK=COLUMNS)
     return out
 
 
@@ -261,7 +261,7 @@ def _variants() -> Iterator[Variant]:
         for rows, lists in ((16, (None, None)), (32, (blocks, blocks)), (64, (blocks, blocks))):
             for is_in, source, target, matrix in ((True, x, inner, gates), (False, inner, x, outs)):
                 features = target.shape[1]
-                tile = choose_tile(rows, features * num_experts, matrix)
+                tile = choose_tile(rows, features * num_experts, matrix, x.dtype)
                 given = (source, source.shape[1], chosen, 5, *lists, target, features, matrix.step, *matrix.arguments)
                 more = {"R": rows, "T_PADDED": choices, "IS_IN": is_in}
                 name = f"experts-{'in' if is_in else 'out'}-{form}-{rows}"

@@ -126,7 +126,7 @@ def _route_kernel(
     chance, index = tl.zeros([T_BLOCK], tl.float32), tl.zeros([T_BLOCK], tl.int32)
     for place in tl.static_range(TOP):
         best = tl.max(left, axis=0)
-        at = tl.min(tl.where(left == best, lanes, BLOCK), axis=0)
+        at = tl.min(tl.where(left == best, lanes, SIZE - 1), axis=0)  # some expert even where no logit is a number
         chance = tl.where(places == place, tl.exp(best - top), chance)
         index = tl.where(places == place, at, index)
         left = tl.where(lanes == at, float("-inf"), left)

@@ -24,7 +24,7 @@ from gemcutter.ops.triton_tiles import INTERPRETED, Operand, decode_rows, gelu, 
 from gemcutter.ops.triton_variant import Variant
 from gemcutter.quant import Part, Weight, widen
 from gemcutter.quant.panels import BF16, F32, U4, Layout
-from gemcutter.quant.striped import F4, F8, Striped, room, span_of
+from gemcutter.quant.striped import F4, F8, STRIPE, Striped, room, span_of
 from gemcutter.quant.tiling import BLOCK_TYPES
 
 FEW_ROWS = 2  # up to here products in registers take fewer instructions than the way to the tensor cores
@@ -51,7 +51,7 @@ def _product(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x, x_stride, rows, out, out_stride, num_out, times, times_stride,
     words, high, scale, bias, fine, fine_bias, word_stride, scale_stride, fine_stride, width,
@@ -77,7 +77,7 @@ def _linear_kernel(
     tl.store(out + row * out_stride + feature[None, :], found, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])
 def _widen_kernel(
     ids, first, count, out, out_stride, scalar,
     words, high, scale, bias, fine, fine_bias, word_stride, scale_stride, fine_stride, width,
@@ -118,11 +118,12 @@ class Tile:
         return {"R": self.rows, "F": self.features, "BLOCK": self.block, "IS_FEW": self.is_few}
 
 
-def choose_tile(rows: int, features: int, matrix: Operand) -> Tile:
-    """Choose a tile for so many rows (MANY_ROWS at most) and matrix rows.
+def choose_tile(rows: int, features: int, matrix: Operand, dtype: torch.dtype) -> Tile:
+    """Choose a tile for so many rows (MANY_ROWS at most) of a dtype and matrix rows.
 
     Few rows: a thread loads 16 bytes of the matrix (64 of a dense one) at a time, and small tiles leave room for many programs on
-    every processor, whose loads are in flight together. More rows: as many stages of loads as shared memory holds.
+    every processor, whose loads are in flight together. More rows: as many stages of loads as shared memory holds; of float32,
+    which no tensor core takes unrounded, what registers hold.
     """
     few = FEW_ROWS if features >= NARROW_MATRIX else FEW_NARROW_ROWS // (1 if matrix.is_dense else 2)
     if rows <= few:
@@ -133,6 +134,8 @@ def choose_tile(rows: int, features: int, matrix: Operand) -> Tile:
             tall *= 16
         return Tile(triton.next_power_of_2(max(1, rows)), tall, warps * 32 * lane, True, warps, 1)
     padded = max(16, triton.next_power_of_2(rows))
+    if dtype == torch.float32:
+        return Tile(padded, 16, 16 if matrix.is_dense else STRIPE, False, 4, 1)
     tall = 32 if features >= WIDE_MATRIX or padded > 16 else 16
     block = min(128 if matrix.is_dense else 512 // tall, max(16, triton.next_power_of_2(matrix.width)))
     warps, stages = (2 if tall == 16 else 4, 4) if matrix.is_dense else (4, 3)
@@ -192,15 +195,17 @@ def widen_rows(matrix: Operand, start: int, stop: int, dtype: torch.dtype, devic
 
 def _multiply(x_ND: Tensor, part: Part, out_NF: Tensor) -> Tensor:
     rows = x_ND.shape[0]
-    if 0 < rows <= MANY_ROWS and isinstance(part, Tensor | Striped):
+    if not rows:
+        return out_NF
+    if rows <= MANY_ROWS and isinstance(part, Tensor | Striped):
         _launch(x_ND, operand(part), out_NF)
         return out_NF
     if isinstance(part, Tensor) and part.dtype == x_ND.dtype:
-        return torch.mm(x_ND, part.t(), out=out_NF) if out_NF.is_contiguous() else out_NF.copy_(x_ND @ part.t())
+        return torch.mm(x_ND, part.t(), out=out_NF)
     step = max(1, SCRATCH_ELEMENTS // part.shape[-1])
     for start in range(0, part.shape[-2], step):
         stop = min(start + step, part.shape[-2])
-        out_NF[:, start:stop] = x_ND @ _widened(part, start, stop, x_ND).t()
+        torch.mm(x_ND, _widened(part, start, stop, x_ND).t(), out=out_NF[:, start:stop])
     return out_NF
 
 
@@ -213,7 +218,7 @@ def _widened(part: Part, start: int, stop: int, x_ND: Tensor) -> Tensor:
 
 def _launch(x_ND: Tensor, matrix: Operand, out_NF: Tensor, *, is_gated: bool = False, times_NF: Tensor | None = None) -> None:
     rows, features = out_NF.shape
-    tile = choose_tile(rows, features, matrix)
+    tile = choose_tile(rows, features, matrix, x_ND.dtype)
     times = (None, 0) if times_NF is None else (times_NF, times_NF.stride(0))
     _linear_kernel[(triton.cdiv(features, tile.features),)](
         x_ND, x_ND.stride(0), rows, out_NF, out_NF.stride(0), features, *times, *matrix.arguments,
@@ -272,16 +277,23 @@ def _variants() -> Iterator[Variant]:
     yield from (_variant("head", (262144, 2560), *form, rows) for form in main[:3] for rows in (1, 16, 32))
     yield from (_variant("ple-gate", (256, 2560), *form, rows) for form in main for rows in (1, 4))
     yield _variant("ple-gate", (256, 2560), "bf16", None, 8)
+    for rows in (1, 16, 32, 64):  # of 26B-A4B, whose router takes float32
+        yield _variant("router", (128, 2816), "bf16", None, rows, dtype=torch.float32)
+    yield from (
+        _variant("mlp-out-float32", (2560, 10240), *form, rows, dtype=torch.float32) for form in main[:2] for rows in (16, 64)
+    )
 
 
 def _variant(
-    place: str, shape: tuple[int, int], form: str, layout: Layout | None, rows: int, is_gated: bool = False
+    place: str, shape: tuple[int, int], form: str, layout: Layout | None, rows: int, is_gated: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Variant:  # fmt: skip
     features, columns = shape
-    x, out = (torch.empty((rows, width), dtype=torch.bfloat16, device="meta") for width in (columns, features))
+    x, out = (torch.empty((rows, width), dtype=dtype, device="meta") for width in (columns, features))
     lead = (2 * features if is_gated else features,)
-    matrix = operand(x.new_empty(*lead, columns) if layout is None else room(layout, lead, columns, "meta", form))
-    tile = choose_tile(rows, features, matrix)
+    dense = torch.empty((*lead, columns), dtype=torch.bfloat16, device="meta")
+    matrix = operand(dense if layout is None else room(layout, lead, columns, "meta", form))
+    tile = choose_tile(rows, features, matrix, dtype)
     times = (out, 10752) if place == "ple-gate" else (None, 0)
     arguments = (x, columns, 3, out, features, features, *times, *matrix.arguments)
     constants = {**tile.constants, "IS_GATED": is_gated, **matrix.constants}

@@ -60,12 +60,12 @@ def replies(engine: Engine, requests: list[Request]) -> dict[int, list[int]]:
 
 @pytest.fixture
 def flights(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, bool]]:
-    """List every landing: the choice, its rows, and whether the step after was under way."""
+    """List every landing: the choice, the rows of all works, and whether the step after was under way."""
     found: list[tuple[str, int, bool]] = []
     land = Flight.land
 
     def landing(self: Flight) -> list[Event | None]:
-        found.append((self.choice.value, len(self.works), self.is_committed))
+        found.append((self.choice.value, sum(work.rows for work in self.works), self.is_committed))
         return land(self)
 
     monkeypatch.setattr(Flight, "land", landing)
@@ -87,6 +87,33 @@ def test_batches_are_padded_and_drawn_alike(device: torch.device, flights: list[
     wanted = replies(engine("Gemma 3", device, graphs=False, max_sequences=4), requests)
     assert replies(engine("Gemma 3", device, graphs=True, max_sequences=4), requests) == wanted
     assert {("drawn", 2), ("drawn", 3)} <= {(choice, rows) for choice, rows, _ in flights}
+
+
+def test_a_few_rows_each_are_a_static_step_from_the_second_time_on(
+    device: torch.device, flights: list[tuple[str, int, bool]]
+) -> None:
+    """The short ends of prompts whose beginning is cached: side by side, of different lengths and choices, then alone."""
+    start = prompt(21)
+    rounds = [
+        [Request(start + prompt(rows, seed), sampling, 2) for rows, seed, sampling in ends]
+        for ends in (
+            ((3, 30, Sampling()), (4, 31, DRAWN)),
+            ((2, 32, DRAWN), (4, 33, Sampling())),
+            ((4, 34, Sampling()),),
+            ((4, 35, Sampling()),),
+        )
+    ]
+    found: list[list[list[int | None]]] = []
+    for graphs in (False, True):
+        small, tokens = engine("readers", device, graphs, max_sequences=2, checkpoints=8), []
+        replies(small, [Request(start, max_tokens=1)])
+        with torch.inference_mode():
+            for requests in rounds:
+                numbers = {small.submit(request) for request in requests}
+                tokens.append([event.token for _ in range(3) for event in small.step() if event.request in numbers])
+        found.append(tokens)
+    assert found[0] == found[1]
+    assert [rows for _, rows, _ in flights] == [2, 6, 2, 1, 4, 1]  # 7 rows in the first round and 4 in the third came first
 
 
 def test_a_stop_wastes_one_row_and_nothing_else(device: torch.device) -> None:

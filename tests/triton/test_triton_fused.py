@@ -347,6 +347,16 @@ def test_routing_of_ties_takes_each_expert_once(device: torch.device) -> None:
     check(found, torch.full((2, 4), 0.25))
 
 
+def test_routing_of_what_is_no_number_names_experts_that_exist(device: torch.device) -> None:
+    """A broken row must not break what runs beside it."""
+    logits = torch.zeros(2, 6, device=device)
+    logits[0] = torch.nan
+    found, chosen = triton_gates.route(logits, 4, torch.ones(6, device=device))
+    assert 0 <= int(chosen.min()) <= int(chosen.max()) < 6
+    assert bool(found[0].isnan().all())
+    check(found[1:], torch.full((1, 4), 0.25))
+
+
 def test_no_rows_are_no_launch(device: torch.device) -> None:
     """A grid of nothing is an error on a GPU."""
     x, w = torch.empty(0, 32, device=device), weights(32).to(device)

@@ -44,6 +44,13 @@ def test_rows_get_the_tokens_that_the_host_would_choose() -> None:
     assert len(found) > 8  # draws do differ from the arg max, in many ways
 
 
+def test_a_greedy_row_takes_the_first_of_equals_beside_whom_ever() -> None:
+    logits = torch.zeros(2, VOCABULARY)
+    logits[:, [400, 7, 90]] = 3.0
+    requests = [Request((1,)), Request((1,), SAMPLINGS[1])]
+    assert draw(logits, draws_of(requests, [0, 0], 1))[0].item() == logits[0].argmax().item()
+
+
 def test_a_vocabulary_smaller_than_the_candidates() -> None:
     requests = [Request((1,), Sampling(temperature=1.0, top_k=100))]
     for seed in range(20):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -32,6 +34,42 @@ def test_places_that_would_be_ignored_are_refused() -> None:
             check_place(where, CPU)
     with pytest.raises(KernelError, match="expected one of gpu, host, mmap, found 'disk'"):
         check_place("disk", GPU)
+
+
+class Runtime:
+    """CUDA's, as far as it pins."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.pinned[address] = nbytes
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+def test_a_pinned_table_takes_its_own_size_as_long_as_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, mapped = Runtime(), torch.arange(24.0).view(4, 6)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    table = place_table(Weight((mapped,)), "host", GPU)
+    (part,) = table.parts
+    assert isinstance(part, torch.Tensor)
+    assert torch.equal(part, mapped)
+    assert runtime.pinned == {part.data_ptr(): mapped.nbytes}
+    assert part.data_ptr() != mapped.data_ptr()
+    del part, table
+    gc.collect()
+    assert not runtime.pinned
+
+
+def test_a_driver_that_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(error=2))
+    with pytest.raises(KernelError, match=r"can't pin 0.0 GB of memory \(error 2\)"):
+        place_table(Weight((torch.zeros(4, 8),)), "host", GPU)
 
 
 def test_load_refuses_before_it_reads() -> None:
