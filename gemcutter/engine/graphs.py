@@ -29,7 +29,8 @@ from gemcutter.ops.cuda_step import Paged, is_near, paged_key
 from gemcutter.ops.reference import matrix
 from gemcutter.ops.step import ALIGNMENT, Step
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # sequences of a captured step; fewer are padded
+# Sequences of a captured step; fewer are padded. Close together, because a row of padding costs: it chooses experts as others do.
+BUCKETS = (*range(1, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 65, 8))
 MOST_ROWS = 8  # that a sequence brings: one to decode, and drafts or the short end of a prompt
 WARM_UPS = 2  # runs before a capture: kernels are compiled and library handles made
 

@@ -111,10 +111,18 @@ class Trace:
 
 
 @torch.inference_mode()
-def run(decoder: Decoder, prompts: Rows[Rows[int]], chunks: Rows[int], keep_all: bool = True, is_compact: bool = False) -> Trace:
+def run(
+    decoder: Decoder,
+    prompts: Rows[Rows[int]],
+    chunks: Rows[int],
+    keep_all: bool = True,
+    is_compact: bool = False,
+    adapters: Rows[str | None] | None = None,
+) -> Trace:
     """Run prompts side by side, chunks[i] rows of each in step i and one row from then on, in a pool that begins as NaN.
 
-    With `keep_all` every row goes through all layers, else the last of a prompt alone; `is_compact` stores compactly what can be.
+    With `keep_all` every row goes through all layers, else the last of a prompt alone; `is_compact` stores compactly what can be;
+    `adapters` names that of each prompt.
     """
     plan, longest = decoder.plan, max(map(len, prompts))
     counts = page_counts(plan, longest, max(chunks), len(prompts), page_tokens=PAGE_TOKENS)
@@ -123,7 +131,10 @@ def run(decoder: Decoder, prompts: Rows[Rows[int]], chunks: Rows[int], keep_all:
     pool = PagedPool(plan, counts, decoder.dtype, decoder.device, compact)
     for tensor in (*pool.keys.values(), *pool.values.values()):
         tensor.fill_(torch.nan)
-    sequences = [Sequence(index, Request(tuple(prompt), hidden_states=keep_all)) for index, prompt in enumerate(prompts)]
+    sequences = [
+        Sequence(index, Request(tuple(prompt), hidden_states=keep_all, adapter=adapter))
+        for index, (prompt, adapter) in enumerate(zip(prompts, adapters or [None] * len(prompts), strict=True))
+    ]
     for sequence in sequences:
         sequence.table = Table(pool)
     layers: list[list[Tensor]] = [[] for _ in plan.layers]

@@ -81,8 +81,11 @@ def test_a_single_stream_gets_the_tokens_of_plain_steps(device: torch.device, fl
     assert flights == [("greedy", 1, True)] * 5 + [("greedy", 1, False)]
 
 
-def test_batches_are_padded_and_drawn_alike(device: torch.device, flights: list[tuple[str, int, bool]]) -> None:
+def test_batches_are_padded_and_drawn_alike(
+    device: torch.device, flights: list[tuple[str, int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Up to three sequences in a bucket of four, which come and go; while one of them is drawn, all are."""
+    monkeypatch.setattr("gemcutter.engine.graphs.BUCKETS", (1, 2, 4))
     requests = [Request(prompt(5, 1), max_tokens=6), Request(prompt(11, 2), DRAWN, 5), Request(prompt(3, 3), max_tokens=3)]
     wanted = replies(engine("Gemma 3", device, graphs=False, max_sequences=4), requests)
     assert replies(engine("Gemma 3", device, graphs=True, max_sequences=4), requests) == wanted
