@@ -137,8 +137,8 @@ def choose_tile(rows: int, features: int, matrix: Operand, dtype: torch.dtype) -
     if dtype == torch.float32:
         return Tile(padded, 16, 16 if matrix.is_dense else STRIPE, False, 4, 1)
     tall = 32 if features >= WIDE_MATRIX or padded > 16 else 16
-    block = min(128 if matrix.is_dense else 512 // tall, max(16, triton.next_power_of_2(matrix.width)))
-    warps, stages = (2 if tall == 16 else 4, 4) if matrix.is_dense else (4, 3)
+    block = min(128 if matrix.is_dense else 16, max(16, triton.next_power_of_2(matrix.width)))
+    warps, stages = (2 if tall == 16 else 4, 4) if matrix.is_dense else (4, 5 if tall == 16 else 3)
     return Tile(padded, tall, block, False, warps, stages)
 
 
@@ -273,6 +273,7 @@ def _variants() -> Iterator[Variant]:
     yield from (_variant("mlp-out", (2560, 10240), *form, rows) for form in forms.items() for rows in (1, 2, 16, 32, 64))
     main = [(form, forms[form]) for form in ("bf16", "Q4_0")]
     yield from (_variant("mlp-in", (10240, 2560), *form, rows, is_gated=True) for form in main for rows in (1, 2, 16, 64))
+    yield _variant("mlp-in-narrow", (6144, 1536), "Q4_0", forms["Q4_0"], 16, is_gated=True)  # E2B
     main += [("Q6_K", forms["Q6_K"]), ("Q8_0", forms["Q8_0"])]
     yield from (_variant("head", (262144, 2560), *form, rows) for form in main[:3] for rows in (1, 16, 32))
     yield from (_variant("ple-gate", (256, 2560), *form, rows) for form in main for rows in (1, 4))
