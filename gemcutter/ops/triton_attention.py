@@ -264,8 +264,9 @@ def short_launch(dim: int, group: int, count: int, rows: torch.dtype, pool: torc
     """Choose the shape of programs that hold `count` rows of a sequence, or as many of them as they can."""
     is_few = count * group <= 16
     launch = FLOAT32 if rows == torch.float32 else _fitting(FEW if is_few else SHORT, dim, machine)
-    if pool.itemsize == 1 and not is_few:  # widening a block takes registers
-        launch = replace(launch, block_n=max(MIN_PAGE, launch.block_n // 2))
+    if pool.itemsize == 1 and not is_few:  # widening a block takes registers, and so does each that is on its way
+        block_n, stages = max(MIN_PAGE, launch.block_n // 2), 2 if dim > 256 else launch.stages
+        launch = replace(launch, block_n=block_n, stages=stages)
     return replace(launch, block_m=max(launch.block_m, triton.next_power_of_2(group)))
 
 

@@ -138,7 +138,7 @@ def choose_tile(rows: int, features: int, matrix: Operand, dtype: torch.dtype) -
         return Tile(padded, 16, 16 if matrix.is_dense else STRIPE, False, 4, 1)
     tall = 32 if features >= WIDE_MATRIX or padded > 16 else 16
     block = min(128 if matrix.is_dense else 16, max(16, triton.next_power_of_2(matrix.width)))
-    warps, stages = (2 if tall == 16 else 4, 4) if matrix.is_dense else (4, 5 if tall == 16 else 3)
+    warps, stages = (2 if tall == 16 else 4, 4) if matrix.is_dense else (8 if padded == 64 else 4, 5 if tall == 16 else 3)
     return Tile(padded, tall, block, False, warps, stages)
 
 
