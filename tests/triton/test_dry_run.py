@@ -37,7 +37,7 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
-        self.library: Counter[str] = Counter()
+        self.operations: Counter[str] = Counter()
         self.crossings: Counter[str] = Counter()  # between the host and the device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,7 +47,7 @@ class Watch(TorchDispatchMode):
         if len(devices) > 1:
             self.crossings[name] += 1
         elif devices == {"meta"} and not FREE.search(name):
-            self.library[name] += 1
+            self.operations[name] += 1
         return found
 
     def launch(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
@@ -103,9 +103,9 @@ def test_decode_steps_of_full_size_are_launches_and_nothing_else(preset: str, se
     merges = watch.kernels.pop("_merge", 0)
     assert merges <= len(decoder.plan.layers)
     assert watch.kernels == expected(decoder.plan, sequences * each)
-    fills = watch.library.pop("aten.full.default", 0)  # of lists of pairs
+    fills = watch.operations.pop("aten.full.default", 0)  # of lists of pairs
     assert fills == watch.kernels["_sort_kernel"]
-    assert sum(watch.library.values()) <= ENDS, watch.library
+    assert sum(watch.operations.values()) <= ENDS, watch.operations
 
 
 @pytest.mark.slow
@@ -122,8 +122,8 @@ def test_prompts_of_full_size_wait_for_nothing(preset: str, quant: str, watch: W
     assert logits.shape == (3, decoder.plan.vocab)
     assert set(watch.crossings) <= {"aten._to_copy.default", "aten.to.dtype_layout"}
     assert sum(watch.crossings.values()) <= 2 * len(pool.books)  # pages of each group, for all rows and for kept ones
-    per_layer = (sum(watch.kernels.values()) + sum(watch.library.values())) / len(decoder.plan.layers)
+    per_layer = (sum(watch.kernels.values()) + sum(watch.operations.values())) / len(decoder.plan.layers)
     assert per_layer <= (24 if quant == "bf16" else 40), (
         watch.kernels,
-        watch.library,
+        watch.operations,
     )  # packed matrices are widened tile by tile
