@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcutter.ops.triton_fused import FEW_ROWS, TILE, root_of
+from gemcutter.ops.triton_tiles import gelu, squash
 from gemcutter.ops.triton_variant import Variant, variant_of
 
 COLUMNS = 1024  # elements of one program of an elementwise kernel
@@ -24,17 +25,11 @@ ROOT_HALF = 2**-0.5
 
 
 @triton.jit
-def _gelu(x):
-    """Compute the tanh-GELU: x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)."""
-    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-
-
-@triton.jit
 def _gelu_mul_kernel(gate, gate_row, up, up_row, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     row, lanes = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = lanes < SIZE
     wide = tl.load(gate + row * gate_row + lanes, mask, 0.0).to(tl.float32)
-    tl.store(out + row * SIZE + lanes, _gelu(wide) * tl.load(up + row * up_row + lanes, mask, 0.0).to(tl.float32), mask)
+    tl.store(out + row * SIZE + lanes, gelu(wide) * tl.load(up + row * up_row + lanes, mask, 0.0).to(tl.float32), mask)
 
 
 @triton.jit
@@ -42,9 +37,7 @@ def _softcap_kernel(x, out, cap, SIZE, BLOCK: tl.constexpr, CAPPED: tl.constexpr
     lanes = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     wide = tl.load(x + lanes, lanes < SIZE, 0.0).to(tl.float32)
     if CAPPED:
-        small = tl.exp(-2.0 / cap * tl.abs(wide))
-        capped = cap * (1.0 - small) / (1.0 + small)  # tanh of the size
-        wide = tl.where(wide < 0, -capped, capped)
+        wide = squash(wide, cap)
     tl.store(out + lanes, wide, lanes < SIZE)
 
 

@@ -1,7 +1,7 @@
 """Linear on Triton: rows times matrices, dense or striped, each read once.
 
-Owns `linear` (the word), `gated` and `gate_mul` (a gate's product, its activation and what it opens, in one kernel) and
-`gather_rows` (rows of a striped table). Up to MANY_ROWS rows meet kernels of this file; more take the library's product, over
+Owns `linear` (the word), `gated` and `gate_mul` (a gate's product, its activation and what it opens, in one kernel), `logits_of`
+and `gather_rows` (rows of a striped table). Up to MANY_ROWS rows meet kernels of this file; more take the library's product, over
 striped weights that are widened a tile at a time. Launch shapes follow from row counts and matrix sizes alone. Refuses to know
 layers. Shape letters as in `reference.py`; read `triton_tiles.py` for the inner loops, `quant/striped.py` for the layout.
 """
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcutter.ops import triton_gates
-from gemcutter.ops.triton_tiles import INTERPRETED, Operand, decode_rows, gelu, multiply_few, multiply_many, operand
+from gemcutter.ops.triton_tiles import INTERPRETED, Operand, decode_rows, gelu, multiply_few, multiply_many, operand, squash
 from gemcutter.ops.triton_variant import Variant
 from gemcutter.quant import Part, Weight, widen
 from gemcutter.quant.panels import BF16, F32, U4, Layout
@@ -55,11 +55,11 @@ def _product(
 def _linear_kernel(
     x, x_stride, rows, out, out_stride, num_out, times, times_stride,
     words, high, scale, bias, fine, fine_bias, word_stride, scale_stride, fine_stride, width,
-    R: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, IS_FEW: tl.constexpr, IS_GATED: tl.constexpr,
+    R: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, IS_FEW: tl.constexpr, IS_GATED: tl.constexpr, CAP: tl.constexpr,
     CODES: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Multiply all rows with F rows of a matrix. Its GELU is multiplied with the product of F more, num_out rows below, where it
-    is gated, and with `times` where that is given.
+    is gated, and with `times` where that is given; it is squashed into (-CAP, CAP) unless that is 0.
     """
     matrix = (words, high, scale, bias, fine, fine_bias, word_stride, scale_stride, fine_stride)
     feature = tl.program_id(0) * F + tl.arange(0, F)
@@ -74,6 +74,8 @@ def _linear_kernel(
     row, mask = row.to(tl.int64)[:, None], (row[:, None] < rows) & (feature[None, :] < num_out)
     if times is not None:
         found = gelu(found) * tl.load(times + row * times_stride + feature[None, :], mask, 0.0).to(tl.float32)
+    if CAP > 0:
+        found = squash(found, CAP)
     tl.store(out + row * out_stride + feature[None, :], found, mask)
 
 
@@ -138,8 +140,9 @@ def choose_tile(rows: int, features: int, matrix: Operand, dtype: torch.dtype) -
         return Tile(padded, 16, 16 if matrix.is_dense else STRIPE, False, 4, 1)
     tall = 32 if features >= WIDE_MATRIX or padded > 16 else 16
     block = min(128 if matrix.is_dense else 16, max(16, triton.next_power_of_2(matrix.width)))
-    warps, stages = (2 if tall == 16 else 4, 4) if matrix.is_dense else (8 if padded == 64 else 4, 5 if tall == 16 else 3)
-    return Tile(padded, tall, block, False, warps, stages)
+    if matrix.is_dense:
+        return Tile(padded, tall, block, False, 2 if tall == 16 else 4, 3 if padded == 32 else 4)  # none of these spills
+    return Tile(padded, tall, block, False, 8 if padded == 64 else 4, 5 if tall == 16 else 3)
 
 
 # ---- words ----
@@ -176,6 +179,19 @@ def gate_mul(x_ND: Tensor, gate: Weight, times_NF: Tensor) -> Tensor:
         return triton_gates.gate_mul(linear(x_ND, gate), times_NF)
     out = x_ND.new_empty(x_ND.shape[0], gate.rows)
     _launch(x_ND, operand(whole), out, times_NF=times_NF)
+    return out
+
+
+def logits_of(x_RD: Tensor, weight: Weight, cap: float | None) -> Tensor:
+    """Multiply rows with the head's matrix [V, D], and squash the products into (-cap, cap): [R, V] in float32.
+
+    Products of up to MANY_ROWS rows are not rounded in between.
+    """
+    whole = span_of(weight.parts)
+    if whole is None or not 0 < x_RD.shape[0] <= MANY_ROWS:
+        return triton_gates.softcap(linear(x_RD, weight), cap)
+    out = torch.empty(x_RD.shape[0], weight.rows, dtype=torch.float32, device=x_RD.device)
+    _launch(x_RD, operand(whole), out, cap=cap)
     return out
 
 
@@ -216,13 +232,22 @@ def _widened(part: Part, start: int, stop: int, x_ND: Tensor) -> Tensor:
     return tile.to(x_ND.device, x_ND.dtype)
 
 
-def _launch(x_ND: Tensor, matrix: Operand, out_NF: Tensor, *, is_gated: bool = False, times_NF: Tensor | None = None) -> None:
+def _launch(
+    x_ND: Tensor,
+    matrix: Operand,
+    out_NF: Tensor,
+    *,
+    is_gated: bool = False,
+    times_NF: Tensor | None = None,
+    cap: float | None = None,
+) -> None:
     rows, features = out_NF.shape
     tile = choose_tile(rows, features, matrix, x_ND.dtype)
     times = (None, 0) if times_NF is None else (times_NF, times_NF.stride(0))
     _linear_kernel[(triton.cdiv(features, tile.features),)](
         x_ND, x_ND.stride(0), rows, out_NF, out_NF.stride(0), features, *times, *matrix.arguments,
-        **tile.constants, IS_GATED=is_gated, **matrix.constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.constants, **matrix.constants, IS_GATED=is_gated, CAP=cap or 0.0,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
@@ -295,9 +320,11 @@ def _variant(
     dense = torch.empty((*lead, columns), dtype=torch.bfloat16, device="meta")
     matrix = operand(dense if layout is None else room(layout, lead, columns, "meta", form))
     tile = choose_tile(rows, features, matrix, dtype)
-    times = (out, 10752) if place == "ple-gate" else (None, 0)
+    times, cap = (out, 10752) if place == "ple-gate" else (None, 0), 0.0
+    if place == "head":
+        out, cap = out.float(), 30.0
     arguments = (x, columns, 3, out, features, features, *times, *matrix.arguments)
-    constants = {**tile.constants, "IS_GATED": is_gated, **matrix.constants}
+    constants = {**tile.constants, "IS_GATED": is_gated, "CAP": cap, **matrix.constants}
     return describe(f"linear-{place}-{form}-{rows}", _linear_kernel, arguments, constants, tile)
 
 

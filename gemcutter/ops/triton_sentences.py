@@ -240,4 +240,4 @@ def build_norm(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Ca
 def build_head(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
     """Build the head: normed rows [R, D] to soft-capped logits [R, V] in float32."""
     weight = matrix(params, "embed.tokens" if plan.tied_head else "head")
-    return lambda h_RD: triton_gates.softcap(words.linear(h_RD, weight), plan.softcap)
+    return lambda h_RD: triton_linear.logits_of(h_RD, weight, plan.softcap)

@@ -303,8 +303,16 @@ def decode_rows(
 
 @triton.jit
 def gelu(x):
-    """Compute the tanh-GELU: x * sigmoid(2 u)."""
+    """Compute the tanh-GELU: x * (1 + tanh(u)) / 2 = x * sigmoid(2 u)."""
     return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def squash(x, cap):
+    """Compute cap * tanh(x / cap), without overflow."""
+    small = tl.exp(-2.0 / cap * tl.abs(x))
+    capped = cap * (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0, -capped, capped)
 
 
 # ---- a matrix as kernels take it ----

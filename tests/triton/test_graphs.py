@@ -37,6 +37,10 @@ def plain_products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Non
     def gate_mul(x_ND: Tensor, gate: Weight, times_NF: Tensor) -> Tensor:
         return reference.gelu_mul(linear(x_ND, gate), times_NF)
 
+    def logits_of(x_RD: Tensor, weight: Weight, cap: float | None) -> Tensor:
+        return reference.softcap(linear(x_RD, weight), cap)
+
+    monkeypatch.setattr(triton_linear, "logits_of", logits_of)
     monkeypatch.setattr(triton_linear, "gated", gated)
     monkeypatch.setattr(triton_linear, "gate_mul", gate_mul)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gemcutter.ops import reference, triton_linear
-from gemcutter.ops.triton_linear import FEW_NARROW_ROWS, MANY_ROWS, gate_mul, gated, gather_rows, linear
+from gemcutter.ops.triton_linear import FEW_NARROW_ROWS, MANY_ROWS, gate_mul, gated, gather_rows, linear, logits_of
 from gemcutter.quant import Weight
 from gemcutter.quant.packed import Packed
 from gemcutter.quant.striped import Striped, adjoin, place, stripe
@@ -182,6 +182,21 @@ def test_a_gate_opens_what_lies_apart(count: int, dtype: torch.dtype, device: to
         assert found.shape == (count, 6)
         if count:
             check(found, wanted, products=2)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("count", [0, 1, 5, 17, MANY_ROWS + 1])
+def test_logits_are_squashed_sums(count: int, cap: float | None, device: torch.device) -> None:
+    """In float32, and not rounded to the rows' dtype on the way, unless the library multiplies."""
+    x_ND = rows_of(count, 64, torch.bfloat16, device)
+    for part in (small(9, 64).to(device, torch.bfloat16) * 10, striped(blocks("Q4_0", 9, 64), device)):
+        wanted = reference.softcap(reference.linear(x_ND.float(), Weight((part,))), cap)
+        found = logits_of(x_ND, Weight((part,)), cap)
+        assert (found.shape, found.dtype) == ((count, 9), torch.float32)
+        if 0 < count <= FEW_NARROW_ROWS // 2:  # products in registers, of what is packed too
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        elif count:
+            check(found.bfloat16(), wanted.bfloat16(), products=2)
 
 
 def test_no_rows_give_no_rows(device: torch.device) -> None:
