@@ -126,11 +126,6 @@ def _launch_norm(x_ND: Tensor, weights: tuple[Tensor | None, ...], outs: tuple[T
         _norm_kernel[(rows,)](x_ND, x_ND.stride(0), *weights, *outs, eps, SIZE=size, BLOCK=block, FAN=fan, num_warps=warps)
 
 
-def add_norm(x_ND: Tensor, y_ND: Tensor, weight_D: Tensor, eps: float, scale: float = 1.0) -> Tensor:
-    """Give (x + norm(y)) * scale."""
-    return add_norm_fan(x_ND, y_ND, weight_D, eps, scale, ())[0]
-
-
 def add_norm_fan(
     x_ND: Tensor, y_ND: Tensor, weight_D: Tensor, eps: float, scale: float, weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:

@@ -95,7 +95,7 @@ def test_add_norm(rows: int, size: int, fan: int, dtype: torch.dtype, device: to
     assert len(normed) == fan
     for each, one in zip(normed, given, strict=True):  # of the sum as it was rounded
         check(each, reference.rms_norm(total.float(), one, EPS))
-    check(triton_fused.add_norm(x, y, weight, EPS), wanted / 0.7)
+    check(triton_fused.add_norm_fan(x, y, weight, EPS, 1.0, ())[0], wanted / 0.7)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -360,7 +360,7 @@ def test_routing_of_what_is_no_number_names_experts_that_exist(device: torch.dev
 def test_no_rows_are_no_launch(device: torch.device) -> None:
     """A grid of nothing is an error on a GPU."""
     x, w = torch.empty(0, 32, device=device), weights(32).to(device)
-    for found in (triton_fused.norm(x, w, EPS), triton_fused.add_norm(x, x, w, EPS), triton_gates.gate_mul(x, x)):
+    for found in (triton_fused.norm(x, w, EPS), triton_fused.add_norm_fan(x, x, w, EPS, 1.0, ())[0], triton_gates.gate_mul(x, x)):
         assert found.shape == (0, 32)
     assert triton_fused.join_norm_fan(x, x, x, w, w, w, EPS, 1.0, (w,))[1].shape == (0, 32)
     assert triton_gates.softcap(x, 30.0).shape == (0, 32)
