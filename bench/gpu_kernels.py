@@ -19,8 +19,8 @@ from gemcutter.engine.memory import PAGE_TOKENS
 from gemcutter.gauge.machine import read_rate
 from gemcutter.gauge.presets import make_params, plan_of
 from gemcutter.ops import reference
-from gemcutter.ops.cuda_step import Paged
-from gemcutter.ops.reference import matrix
+from gemcutter.ops.triton.attn_metadata import Paged
+from gemcutter.ops.types import matrix
 from gemcutter.plan import LayerPlan, Proj
 
 HEAD_DIMS, HEADS, ROWS = (128, 256, 512), ((32, 16), (16, 8), (8, 1)), (1, 33, 4096)
@@ -115,7 +115,7 @@ def paged_context(batch: int, context: int, device: torch.device) -> Paged:
 
 def attention_cases(device: torch.device) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """List single rows of sliding and global layers of E4B and 31B: what runs, and the bytes of keys and values that it reads."""
-    from gemcutter.ops.triton_attention import attend
+    from gemcutter.ops.triton.attention import attend
 
     for preset, batch, context in product(("E4B", "31B"), (1, 8), CONTEXTS):
         layers = {layer.window: layer for layer in plan_of(preset).layers if layer.writes}

@@ -12,25 +12,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any, overload
 
-import torch
-
-from gemcutter.checkpoint.adapters import attach, fold
-from gemcutter.checkpoint.formats.lora import open_adapter
-from gemcutter.checkpoint.hub import locate
-from gemcutter.checkpoint.load import Progress, load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.panel_cache import PanelCache
-from gemcutter.checkpoint.tables import check_place, place_table
+from gemcutter.checkpoint.load import Progress
+from gemcutter.checkpoint.match import Checkpoint
 from gemcutter.completion import Chunk, Completion, Mail, Stream, Timings
 from gemcutter.engine.engine import Engine
-from gemcutter.engine.memory import check_limits
 from gemcutter.engine.request import Request
 from gemcutter.engine.sampling import Sampling
-from gemcutter.errors import KernelError, RequestError
+from gemcutter.errors import RequestError
 from gemcutter.lexicon import read_defaults, read_template, read_tokenizer
+from gemcutter.load_options import LoadOptions
+from gemcutter.loading import open_model
 from gemcutter.model.text import Decoder
-from gemcutter.ops.bind import ACTIVATIONS, CHOICES, native_refusal, triton_refusal
-from gemcutter.ops.reference import matrix
 from gemcutter.pause import collector_paused
 from gemcutter.text.stream import TextStream
 
@@ -38,10 +30,6 @@ __all__ = ["Chunk", "Completion", "Message", "Model", "Prompt", "Stream", "Timin
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]  # raw text, token ids, or a conversation
-
-DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-FP8_CAPABILITY = (8, 9)
-DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
 
 
 class Model:
@@ -138,9 +126,9 @@ def load(
     kernels: str = "auto",
     activations: str | None = None,
     context: int | None = None,
-    max_rows: int = 512,
-    max_sequences: int = 8,
-    checkpoints: int = 4,
+    max_batched_tokens: int = 512,
+    max_num_seqs: int = 8,
+    prefix_cache_entries: int = 4,
     ignore: Sequence[str] = (),
     quant: str | None = None,
     adapter: str | None = None,
@@ -152,101 +140,36 @@ def load(
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
 
-    `dtype` is the compute dtype ("float32" or "bfloat16"; default: the checkpoint's own). `kernels` is "auto", "triton" for
-    Triton's or an error, or "reference" for the plain definitions, whose rows never depend on their neighbours. `activations`
-    says in what form the native CPU kernels take the rows that meet packed weights: "int8", the default in bfloat16, or "bf16";
-    in float32 they stay as they are unless it is given. `context` bounds a sequence, `max_rows` a step, `max_sequences` a
-    batch; `checkpoints` finished prompts and replies are kept for reuse. `quant`, "q4" or "q8", quantizes dense matrices while
-    they are loaded; packed ones stay as they are. `adapter` is a LoRA adapter (a folder or a hub id) that is merged into the
-    weights; `adapters`, by name, stay beside them, and a request with `adapter="name"` gets that one's changes. `repack_cache`
-    keeps what the native kernels repack in the user's cache folder, for later loads to map. `ple` says where the table of
-    per-layer embeddings lives beside a GPU: "gpu", "host" (pinned memory) or "mmap"; by default on the GPU if there is room.
-    `kv` "fp8" keeps keys and values in 8 bits on a GPU that has them (compute capability 8.9).
-    Raises CheckpointError or ConfigError with everything that is wrong.
+    The options are those of `LoadOptions`, where each is explained. `progress` is told the bytes done and the bytes in all.
+    Raises GemcutterError with everything that is wrong.
     """
+    options = LoadOptions(
+        model=model,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        activations=activations,
+        context=context,
+        max_batched_tokens=max_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        prefix_cache_entries=prefix_cache_entries,
+        ignore=tuple(ignore),
+        quant=quant,
+        adapter=adapter,
+        adapters=dict(adapters or {}),
+        repack_cache=repack_cache,
+        ple=ple,
+        kv=kv,
+    )
+    return load_model(options, progress)
+
+
+@collector_paused()
+def load_model(options: LoadOptions, progress: Progress | None = None) -> Model:
+    """Load a checkpoint as the options say. Raises GemcutterError with everything that is wrong."""
     started = time.perf_counter()
-    checkpoint = open_checkpoint(locate(model), ignore)
-    context = DEFAULT_CONTEXT if context is None else context
-    check_limits(context, max_rows, max_sequences, checkpoints)
-    place, compute = check_device(device), check_dtype(dtype or checkpoint.config.dtype)
-    check_kernels(kernels, place)
-    is_native = check_activations(activations, place, kernels)
-    check_place(ple, place)
-    kv_dtype = check_kv(kv, place, kernels)
-    if checkpoint.plan.is_drafter:
-        raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
-    merged = None if adapter is None else open_adapter(locate(adapter), checkpoint.plan, ignore)
-    beside = {name: open_adapter(locate(path), checkpoint.plan, ignore) for name, path in (adapters or {}).items()}
-    cache = PanelCache.of(checkpoint, quant) if repack_cache and is_native else None
-    is_striped = triton_refusal(place.type, kernels) is None
-    params, notes = load_params(checkpoint, compute, place, progress, quant, is_native, cache, is_striped), list[str]()
-    if "embed.ple" in params:
-        params["embed.ple"] = place_table(matrix(params, "embed.ple"), ple, place)
-    if merged is not None:
-        params, note = fold(params, merged, checkpoint, compute, place)
-        notes += [*merged.notes(), note]
-    for name, each in beside.items():
-        params = attach(params, each, name, place)
-        notes += each.notes()
-    decoder = Decoder(checkpoint.plan, params, compute, place, kernels, activations)
-    engine = Engine(decoder, context, max_rows, max_sequences, checkpoints, kv_dtype=kv_dtype)
-    built = Model(checkpoint, decoder, engine, 0.0)
-    if not is_native and place.type == "cpu" and kernels == "auto":
-        notes.append(f"several times slower than it could be: {native_refusal('cpu', kernels)}")
-    built.notes += notes
+    opened = open_model(options, progress)
+    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0)
+    built.notes += opened.notes
     built.load_s = time.perf_counter() - started
     return built
-
-
-def check_kernels(name: str, device: torch.device) -> None:
-    """Raise KernelError for kernels that do not exist, or can't run here."""
-    if name not in CHOICES:
-        raise KernelError(f"kernels: expected one of {', '.join(CHOICES)}, found {name!r}")
-    if name == "triton" and (reason := triton_refusal(device.type, name)):
-        raise KernelError(f"kernels triton: {reason}")
-
-
-def check_activations(name: str | None, device: torch.device, kernels: str) -> bool:
-    """Tell whether the native kernels serve. Raises KernelError for a form that does not exist, or that would be ignored."""
-    if name is not None and name not in ACTIVATIONS:
-        raise KernelError(f"activations: expected one of {', '.join(ACTIVATIONS)}, found {name!r}")
-    refusal = native_refusal(device.type, kernels)
-    if name is not None and refusal is not None:
-        raise KernelError(f"activations {name}: a choice of the native CPU kernels, which are not used here: {refusal}")
-    return refusal is None
-
-
-def check_dtype(name: str) -> torch.dtype:
-    """Give the compute dtype of a name. Raises KernelError; float16 overflows in this family and is refused."""
-    if name in ("float16", "f16", "fp16", "half"):
-        raise KernelError("dtype float16: activations of this family exceed its range; use bfloat16 or float32")
-    if name not in DTYPES:
-        raise KernelError(f"dtype: expected float32 or bfloat16, found {name!r}")
-    return DTYPES[name]
-
-
-def check_kv(name: str | None, device: torch.device, kernels: str) -> torch.dtype | None:
-    """Give the dtype of keys and values; None for that of the rows. Raises KernelError where no kernel reads it."""
-    if name is None:
-        return None
-    if name != "fp8":
-        raise KernelError(f"kv: expected fp8, found {name!r}")
-    refusal = triton_refusal(device.type, kernels)
-    if refusal is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        refusal = "this GPU has no 8-bit floats"
-    if refusal is not None:
-        raise KernelError(f"kv fp8: a choice of the Triton kernels, which are not used here: {refusal}")
-    return torch.float8_e4m3fn
-
-
-def check_device(name: str) -> torch.device:
-    """Give the device of a name. Raises KernelError if there is none such."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise KernelError(f"device: expected cpu or cuda, found {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise KernelError("device cuda: torch finds no CUDA device here; use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise KernelError(f"device: expected cpu or cuda, found {name!r}")
-    return device

@@ -194,3 +194,9 @@ def level() -> str | None:
     """Give the processor level in use; None without the library."""
     found = load_library()
     return None if found is None else found.gc_level().decode()
+
+
+class KVView(ctypes.Structure):
+    """`gc_kv`: the tensors of the cache that hold one layer's keys and values."""
+
+    _fields_ = (("k", c_void_p), ("v", c_void_p), ("dtype", c_int32), ("reserved", c_int32))

@@ -21,8 +21,8 @@ from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from transformers.models.gemma4_unified import Gemma4UnifiedForCausalLM, Gemma4UnifiedTextConfig
 
 from gemcutter import config as configs
-from gemcutter.cache.pool import PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.checkpoint.formats import hf
 from gemcutter.engine.memory import page_counts
 from gemcutter.engine.request import Request, Sequence
@@ -284,11 +284,11 @@ def run_alone(decoder: Decoder, ids: tuple[int, ...], chunk: int, page_tokens: i
 
     With `keep_all` every row goes through all layers; else only the last, and the trace holds what was left of the rows.
     """
-    pool = PagedPool(decoder.plan, page_counts(decoder.plan, len(ids), chunk, page_tokens=page_tokens), decoder.dtype)
+    pool = PagedKVCache(decoder.plan, page_counts(decoder.plan, len(ids), chunk, page_tokens=page_tokens), decoder.dtype)
     for tensor in (*pool.keys.values(), *pool.values.values()):
         tensor.fill_(torch.nan)
     sequence = Sequence(0, Request(ids, hidden_states=keep_all))
-    sequence.table = table = Table(pool)
+    sequence.table = table = BlockTable(pool)
     layers: list[list[Tensor]] = [[] for _ in decoder.plan.layers]
     states = []
     while table.length < len(ids):

@@ -40,7 +40,7 @@ def load() -> tuple[Run, dict[str, Any]]:
         "version": gemcutter.__version__,
         "kernels": native.level(),
         "quant": subject.quant,
-        "activations": subject.decoder.numerics.activations,
+        "activations": subject.decoder.precision.activations,
         "load_s": subject.load_s,
         "dtype": str(subject.decoder.dtype).removeprefix("torch."),
         "weight_bytes": held_bytes(subject.plan, subject.decoder.params),

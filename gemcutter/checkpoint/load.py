@@ -8,28 +8,25 @@ goes out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from gemcutter.checkpoint.held import stays_mapped
 from gemcutter.checkpoint.match import Checkpoint
 from gemcutter.checkpoint.panel_cache import PanelCache
 from gemcutter.checkpoint.piece import PackedTensor, Piece
 from gemcutter.checkpoint.source import LazyTensor
 from gemcutter.checkpoint.tiles import dense, tiles, unpack, whole
 from gemcutter.errors import CheckpointError, ConfigError
-from gemcutter.plan import Access, ParamSpec
+from gemcutter.plan import Access, ParamKind, ParamSpec
 from gemcutter.quant import Part, Weight
-from gemcutter.quant.make import LOADABLE, RECIPES, Recipe, Scheme, pack
-from gemcutter.quant.packed import DenseStack, Packed
-from gemcutter.quant.striped import adjoin, place, stripe
+from gemcutter.quant.make import LOADABLE, RECIPES, Recipe, Scheme
+from gemcutter.quant.packing import Packer, PlainPacker
 from gemcutter.quant.tiled import Tiled
-from gemcutter.quant.tiling import join, tile
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -42,32 +39,30 @@ def load_params(
     device: torch.device,
     progress: Progress | None = None,
     quant: str | None = None,
-    tiled: bool = False,
+    packer: Packer | None = None,
     cache: PanelCache | None = None,
-    striped: bool = False,
 ) -> dict[str, Weight | Tensor]:
-    """Give every parameter of the plan: matrices as Weights, vectors as float32 tensors.
+    """Return every parameter of the plan: matrices as Weights, vectors as float32 tensors.
 
-    `quant`, "q4" or "q8", quantizes dense matrices, but for rows-only tables, which cost no memory as they are.
-    `tiled` repacks packed matrices for the native kernels, but for rows-only tables; those that `cache` keeps are mapped instead,
-    and if it keeps none they are kept there. `striped` repacks them for Triton's kernels instead, on `device`, and lays the parts
-    of a weight side by side. Raises CheckpointError, and ConfigError for another `quant`.
+    `packer` brings packed matrices, but for rows-only tables, into the form that a backend reads; by default they stay as they
+    are. Those that `cache` keeps are mapped instead, and if it keeps none they are kept there. `quant`, "q4" or "q8", quantizes
+    dense matrices, but for rows-only tables, which cost no memory as they are. Raises CheckpointError, and ConfigError for
+    another `quant`.
     """
     if quant is not None and quant not in LOADABLE:
         raise ConfigError(f"quant: expected {' or '.join(LOADABLE)}, found {quant!r}")
-    recipe = None if quant is None else RECIPES[quant]
+    packer = packer or PlainPacker(device)
     pieces = checkpoint.matched.pieces
     total = sum(piece.data.nbytes for found in pieces.values() for piece in found)
+    panels = Panels({} if cache is None or not packer.makes_panels else cache.read())
+    loader = _Loader(dtype, device, packer, None if quant is None else RECIPES[quant], panels, checkpoint.config.norm_offset)
     done, params = 0, dict[str, Weight | Tensor]()
-    panels = Panels({} if cache is None else cache.read()) if tiled else None
     for spec in checkpoint.plan.params():
-        params[spec.name] = param = _load(spec, pieces[spec.name], dtype, device, recipe, panels, striped)
-        if isinstance(param, Tensor) and spec.name.endswith("norm"):
-            params[spec.name] = (param + checkpoint.config.norm_offset) * spec.scale
+        params[spec.name] = loader.load(spec, pieces[spec.name])
         done += sum(piece.data.nbytes for piece in pieces[spec.name])
         if progress is not None:
             progress(done, total)
-    if panels is not None and panels.made and cache is not None:
+    if panels.made and cache is not None:
         cache.write({**panels.kept, **panels.made})
     return params
 
@@ -79,8 +74,8 @@ class Panels:
     kept: Mapping[str, Tiled]
     made: dict[str, Tiled] = field(default_factory=dict)
 
-    def get(self, name: str, make: Callable[[], Packed]) -> Packed:
-        """Give a kept weight, or make it; what has no form as panels is given as it was made."""
+    def get(self, name: str, make: Callable[[], Part]) -> Part:
+        """Return a kept weight, or make it; what has no form as panels is returned as it was made."""
         if name in self.kept:
             return self.kept[name]
         part = make()
@@ -89,38 +84,59 @@ class Panels:
         return part
 
 
-def _load(
-    spec: ParamSpec,
-    pieces: tuple[Piece, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    recipe: Recipe | None = None,
-    panels: Panels | None = None,
-    striped: bool = False,
-) -> Weight | Tensor:
-    if not pieces:
-        assert spec.default is not None
-        return torch.full(spec.shape, spec.default)
-    data = [piece.data for piece in pieces]
-    if len(spec.shape) == 1:
-        assert isinstance(data[0], LazyTensor)
-        return data[0].torch().to(device, torch.long if spec.integer else torch.float32, copy=True)
-    if spec.access is Access.ROWS:
-        return _table(data[0])
-    # Kernels are chosen by how all parts of a weight are stored: dense ones of several dtypes become one.
-    is_uniform = len({stored.dtype for stored in data if isinstance(stored, LazyTensor)}) < 2
-    scheme = None if recipe is None else recipe.scheme(spec.name, spec.shape[-1])
-    parts: tuple[Part, ...] = tuple(
-        _part(f"{spec.name}/{index}", stored, dtype, device, is_uniform, scheme, panels) for index, stored in enumerate(data)
-    )
-    if striped:
-        parts = adjoin([_stripe(part, stored, dtype, device) for part, stored in zip(parts, data, strict=True)])
-    weight = Weight(parts, tuple(name for name, _ in spec.parts) if len(parts) > 1 else ())
-    if len(parts) == 1 and spec.parts:  # stored as one: cut into its parts, so that all matrices of a kind look alike
-        edges = list(accumulate((rows for _, rows in spec.parts), initial=0))
-        cut = (weight.slice(*edge).parts[0] for edge in pairwise(edges))
-        weight = Weight(tuple(cut), tuple(name for name, _ in spec.parts))
-    return weight
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """How the parameters of one checkpoint are loaded."""
+
+    dtype: torch.dtype
+    device: torch.device
+    packer: Packer
+    recipe: Recipe | None
+    panels: Panels
+    norm_offset: float
+
+    def load(self, spec: ParamSpec, pieces: tuple[Piece, ...]) -> Weight | Tensor:
+        """Make one parameter of its pieces, as its kind asks."""
+        if spec.kind in (ParamKind.MATRIX, ParamKind.EXPERTS):
+            return self._matrix(spec, [piece.data for piece in pieces])
+        if not pieces:
+            assert spec.default is not None
+            return torch.full(spec.shape, spec.default)
+        (data,) = (piece.data for piece in pieces)
+        assert isinstance(data, LazyTensor)
+        found = data.torch().to(self.device, torch.long if spec.integer else torch.float32, copy=True)
+        return (found + self.norm_offset) * spec.scale if spec.kind is ParamKind.NORM else found
+
+    def _matrix(self, spec: ParamSpec, data: list[LazyTensor | PackedTensor]) -> Weight:
+        if spec.access is Access.ROWS:
+            return _table(data[0])
+        dense_dtypes = [stored.dtype for stored in data if isinstance(stored, LazyTensor)]
+        scheme = None if self.recipe is None else self.recipe.scheme(spec.name, spec.shape[-1])
+        parts = self.packer.arrange(
+            [self._part(f"{spec.name}/{index}", stored, dense_dtypes, scheme) for index, stored in enumerate(data)]
+        )
+        weight = Weight(parts, tuple(name for name, _ in spec.parts) if len(parts) > 1 else ())
+        if len(parts) == 1 and spec.parts:  # stored as one: cut into its parts, so that all matrices of a kind look alike
+            edges = list(accumulate((rows for _, rows in spec.parts), initial=0))
+            cut = (weight.slice(*edge).parts[0] for edge in pairwise(edges))
+            weight = Weight(tuple(cut), tuple(name for name, _ in spec.parts))
+        return weight
+
+    def _part(self, name: str, data: LazyTensor | PackedTensor, dense_dtypes: list[str], scheme: Scheme | None) -> Part:
+        if isinstance(data, PackedTensor):
+            return self.panels.get(name, lambda: self.packer.pack(unpack(data), data.release))
+        if scheme is not None:
+            return self.panels.get(name, lambda: self._quantize(data, scheme))
+        compute = str(self.dtype).removeprefix("torch.")
+        stays = stays_mapped(dense_dtypes, data.dtype, compute, self.device.type)
+        return data.torch() if stays else _copy(data, self.dtype, self.device)
+
+    def _quantize(self, data: LazyTensor, scheme: Scheme) -> Part:
+        """Quantize a mapped tensor. Raises CheckpointError for values that are not finite."""
+        try:
+            return self.packer.quantize((dense(part) for part in tiles(whole(data))), data.shape, scheme)
+        except ValueError as error:
+            raise CheckpointError(f"{data.origin} can't be quantized: {error}; is the file damaged?") from error
 
 
 def _table(data: LazyTensor | PackedTensor) -> Weight:
@@ -129,59 +145,6 @@ def _table(data: LazyTensor | PackedTensor) -> Weight:
     for tensor in (data,) if isinstance(data, LazyTensor) else data.stored:  # mapped by now, as the advice needs
         tensor.mapped.expect_scattered_reads(tensor.offset, tensor.nbytes)
     return table
-
-
-def _part(
-    name: str,
-    data: LazyTensor | PackedTensor,
-    dtype: torch.dtype,
-    device: torch.device,
-    is_uniform: bool,
-    scheme: Scheme | None,
-    panels: Panels | None,
-) -> Part:
-    if isinstance(data, PackedTensor):
-        return unpack(data) if panels is None else panels.get(name, partial(_tile, data))
-    if scheme is not None:
-        return _quantize(data, scheme, device) if panels is None else panels.get(name, partial(_quantize_tiled, data, scheme))
-    stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[data.dtype]
-    stays = is_uniform and device.type == "cpu" and stored.itemsize <= dtype.itemsize
-    return data.torch() if stays else _copy(data, dtype, device)
-
-
-def _tile(data: PackedTensor) -> Packed:
-    """Repack a mapped matrix for the native kernels, giving its pages back on the way; what has no such form stays mapped."""
-    packed = unpack(data)
-    return tile(packed, data.release) or packed
-
-
-def _stripe(part: Part, data: LazyTensor | PackedTensor, dtype: torch.dtype, device: torch.device) -> Part:
-    """Repack a matrix for Triton's kernels, giving its pages back on the way; what has no such form moves to the device."""
-    if isinstance(part, Tensor):
-        return part
-    if isinstance(part, DenseStack):
-        return torch.stack([item.to(device, dtype) for item in part.items])
-    return stripe(part, device, data.release) or place(part, device)
-
-
-def _quantize(data: LazyTensor, scheme: Scheme, device: torch.device) -> Packed:
-    """Quantize a mapped tensor into memory of its own. Raises CheckpointError for values that are not finite."""
-    with _refusing(data):
-        return pack((dense(part) for part in tiles(whole(data))), data.shape, scheme, device)
-
-
-def _quantize_tiled(data: LazyTensor, scheme: Scheme) -> Packed:
-    """Quantize a mapped tensor into panels. Raises CheckpointError for values that are not finite."""
-    with _refusing(data):
-        return join((scheme.quantize(dense(part)) for part in tiles(whole(data))), data.shape)
-
-
-@contextmanager
-def _refusing(data: LazyTensor) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise CheckpointError(f"{data.origin} can't be quantized: {error}; is the file damaged?") from error
 
 
 def _copy(data: LazyTensor, dtype: torch.dtype, device: torch.device) -> Tensor:

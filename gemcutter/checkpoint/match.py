@@ -92,7 +92,7 @@ def match(plan: ModelPlan, pieces: Iterable[Piece], source: str, ignore: Sequenc
 def compare(plan: ModelPlan, pieces: Iterable[Piece], problems: list[str], ignore: Sequence[str] = ()) -> Matched:
     """Give every parameter the pieces that fit it, noting every problem instead of raising."""
     specs = {spec.name: spec for spec in plan.params()}
-    owned = {name.partition(".")[2].partition(".")[2] for name in specs if name.startswith("layers.")}
+    redundant = plan.redundant()
     matched, found = Matched(), dict[tuple[str, str | None], Piece]()
     for piece in pieces:
         if any(fnmatch.fnmatchcase(piece.data.name, pattern) for pattern in ignore):
@@ -103,7 +103,7 @@ def compare(plan: ModelPlan, pieces: Iterable[Piece], problems: list[str], ignor
             twin = found.setdefault((piece.name, piece.part), piece)
             if twin is not piece:
                 problems.append(f"duplicate  {piece.label}: {twin.data.origin} and {piece.data.origin}")
-        elif piece.name is not None and _is_redundant(plan, piece, owned):
+        elif (piece.name, piece.part) in redundant:
             matched.redundant.append(piece)
         else:
             matched.unknown.append(piece)
@@ -115,19 +115,6 @@ def compare(plan: ModelPlan, pieces: Iterable[Piece], problems: list[str], ignor
 
 def _has_part(spec: ParamSpec, part: str | None) -> bool:
     return part is None or any(part == name for name, _ in spec.parts)
-
-
-def _is_redundant(plan: ModelPlan, piece: Piece, owned: set[str]) -> bool:
-    """Tell whether some layer owns such a tensor and this one, by its plan, does not; or whether it is the head of a tied
-    model.
-    """
-    assert piece.name is not None
-    if piece.name == "head":
-        return plan.tied_head
-    section, index, name = (*piece.name.split(".", 2), "", "")[:3]
-    if section != "layers" or not index.isdecimal() or int(index) >= len(plan.layers):
-        return False
-    return name in {"attn.in", "attn.k_norm"} and (name in owned or plan.is_drafter)
 
 
 def _take(spec: ParamSpec, found: dict[tuple[str, str | None], Piece], matched: Matched, problems: list[str]) -> Iterator[Piece]:

@@ -17,18 +17,7 @@ from gemcutter.quant import Part, Weight
 from gemcutter.quant.packed import DenseStack
 from gemcutter.quant.striped import stripe
 
-PLACES = ("gpu", "host", "mmap")
 SHARE = 4  # a table goes to the GPU by itself if this many of its size are free there
-
-
-def check_place(where: str | None, device: torch.device) -> None:
-    """Raise KernelError for a place that does not exist, or that would be ignored."""
-    if where is None:
-        return
-    if where not in PLACES:
-        raise KernelError(f"ple: expected one of {', '.join(PLACES)}, found {where!r}")
-    if device.type != "cuda" and where != "mmap":
-        raise KernelError(f"ple {where}: a choice for models on a GPU; on a CPU the table stays mapped")
 
 
 def place_table(table: Weight, where: str | None, device: torch.device) -> Weight:

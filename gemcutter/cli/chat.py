@@ -75,7 +75,7 @@ def chat(
 ) -> None:
     """Hold one conversation until the input ends. Raises UsageError or GemcutterError."""
     sampling = options.check_sampling(choosing)
-    loaded = load_model(model, loading, context=context, kv=kv, checkpoints=4)
+    loaded = load_model(model, loading, context=context, kv=kv, prefix_cache_entries=4)
     if loaded.template is None:
         raise RequestError(
             f"{model} has no chat template (a base model?); use `gemcutter run`, or an instruction-tuned checkpoint"

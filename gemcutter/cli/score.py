@@ -97,7 +97,7 @@ def score(
     if is_cut and len(lists) > 1:
         raise UsageError("--window and --stride cut a text or one list of ids; several lists are windows already")
     longest = length if is_cut else max(map(len, lists))
-    loaded = load_model(model, loading, context=longest, kv=kv, max_sequences=BATCH)
+    loaded = load_model(model, loading, context=longest, kv=kv, max_num_seqs=BATCH)
     if longest > loaded.engine.context:
         raise RequestError(f"a window of {longest} tokens does not fit the model's context of {loaded.engine.context}")
     windows = [Window(tuple(ids)) for ids in lists]

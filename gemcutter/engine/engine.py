@@ -11,9 +11,9 @@ from itertools import count
 
 import torch
 
-from gemcutter.cache.pool import PagedPool
-from gemcutter.cache.prefix import PrefixCache
-from gemcutter.engine.graphs import Choice, Flight, Graphs, refusal
+from gemcutter.cache.kv_cache import PagedKVCache
+from gemcutter.cache.prefix_cache import PrefixCache
+from gemcutter.engine.graphs import Choice, Flight, Graphs
 from gemcutter.engine.memory import compact_weights, page_counts
 from gemcutter.engine.request import Event, Finish, Request, Sequence
 from gemcutter.engine.runner import Walk
@@ -44,10 +44,10 @@ class Engine:
         self.decoder = decoder
         self.context = min(context, decoder.plan.context)
         counts = page_counts(decoder.plan, self.context, max_rows, max_sequences, checkpoints)
-        self.pool = PagedPool(decoder.plan, counts, kv_dtype or decoder.dtype, decoder.device, compact_weights(decoder))
+        self.pool = PagedKVCache(decoder.plan, counts, kv_dtype or decoder.dtype, decoder.device, compact_weights(decoder))
         self.prefix = PrefixCache(checkpoints)
         self.scheduler = Scheduler(self.pool, max_rows, max_sequences, self.prefix)
-        is_static = refusal(decoder) is None if graphs is None else graphs
+        is_static = decoder.capture_refusal() is None if graphs is None else graphs
         self._graphs = Graphs(decoder, self.pool, self.context) if is_static else None
         self._ahead: Flight | None = None  # launched before the tokens of the step before it had landed
         self._sequences: dict[int, Sequence] = {}

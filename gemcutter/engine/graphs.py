@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcutter.cache.pool import PagedPool
+from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.draw import FLOATS, Draws, can_draw, draw, numbers_of
 from gemcutter.engine.memory import most_pages
 from gemcutter.engine.request import Event
 from gemcutter.engine.runner import choose_one, needs_logits
 from gemcutter.engine.scheduler import Work
 from gemcutter.model.text import Decoder
-from gemcutter.ops.cuda_step import Paged, is_near, paged_key
-from gemcutter.ops.reference import matrix
 from gemcutter.ops.step import ALIGNMENT, Step
+from gemcutter.ops.triton.attn_metadata import TritonAttnMetadata
+from gemcutter.plan import GroupId
 
 # Sequences of a captured step; fewer are padded. Close together, because a row of padding costs: it chooses experts as others do.
 BUCKETS = (*range(1, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 65, 8))
@@ -71,7 +71,7 @@ class Staging:
         self.landed: Any = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
 
 
-def _places(rows: int, sequences: int, widths: Mapping[int | None, int]) -> dict[Any, Place]:
+def _places(rows: int, sequences: int, widths: Mapping[GroupId, int]) -> dict[Any, Place]:
     """Lay out the numbers of a slate: ids first, each at a multiple of ALIGNMENT bytes."""
     wanted: list[tuple[Any, torch.dtype, int]] = [(name, torch.long, rows) for name in ("ids", "positions", "top_k")]
     wanted += [(("slots", window), torch.long, rows) for window in widths]
@@ -92,7 +92,7 @@ class Slate:
     All of its numbers lie in one buffer, ids first, so that one copy fills them. Every row gets the token after it.
     """
 
-    def __init__(self, decoder: Decoder, pool: PagedPool, sequences: int, each: int, widths: Mapping[int | None, int]) -> None:
+    def __init__(self, decoder: Decoder, pool: PagedKVCache, sequences: int, each: int, widths: Mapping[GroupId, int]) -> None:
         self.decoder, self.pool, self.sequences, self.each, self.widths = decoder, pool, sequences, each, widths
         self._places = _places(sequences * each, sequences, widths)
         nbytes, is_cuda = max(place.end for place in self._places.values()), decoder.device.type == "cuda"
@@ -113,28 +113,30 @@ class Slate:
         ids, edges = self._at("ids"), torch.tensor(starts, dtype=torch.int32, device=device)
         owners = torch.arange(self.sequences, dtype=torch.int32, device=device).repeat_interleave(self.each)
         slots = {window: self._at(("slots", window)) for window in self.widths}
-        step = Step(
+        metadata = {
+            group: TritonAttnMetadata(
+                positions_N=self._at("rows at"),
+                row_sequence_N=owners,
+                query_start_S1=edges,
+                pages_SP=self._at(("pages", group)).view(self.sequences, width),
+                first_S=self._at(("first", group)),
+                page_tokens=self.pool.allocators[group].tokens,
+                slot_mapping_N=slots[group],
+                max_rows=self.each,
+            )
+            for group, width in self.widths.items()
+        }
+        return Step(
             ids_N=ids,
             ple_ids_N=ids,
             positions_N=self._at("positions"),
-            row_start=tuple(starts),
-            spans={},
-            slots=slots,
-            keep=None,
+            query_start=tuple(starts),
+            kv_ranges={},
+            slot_mapping=slots,
+            logit_rows=None,
             rope={},
+            attn_metadata=metadata,
         )
-        for window, width in self.widths.items():
-            step.memo[paged_key(window)] = Paged(
-                positions_N=self._at("rows at"),
-                row_sequence_N=owners,
-                row_start_S1=edges,
-                pages_SP=self._at(("pages", window)).view(self.sequences, width),
-                first_S=self._at(("first", window)),
-                page_tokens=self.pool.books[window].tokens,
-                slots_N=slots[window],
-                max_rows=self.each,
-            )
-        return step
 
     def fill(self, works: Sequence[Work], staging: Staging, ids_are_there: bool = False) -> None:
         """Write the numbers of some works and send them; rows that they lack are padding.
@@ -160,7 +162,7 @@ class Slate:
                 start = index * self.widths[window]
                 put["pages", window][start : start + len(pages)] = pages
                 put["first", window][index] = first
-                put["slots", window][rows] = work.table.slots(window)
+                put["slots", window][rows] = work.table.slot_mapping(window)
         start = self._places["positions"].start if ids_are_there else 0
         self._numbers[start:].copy_(staging.numbers[start:], non_blocking=True)
 
@@ -235,7 +237,7 @@ class Flight:
 class Graphs:
     """The slates of an engine, made when first needed."""
 
-    def __init__(self, decoder: Decoder, pool: PagedPool, context: int) -> None:
+    def __init__(self, decoder: Decoder, pool: PagedKVCache, context: int) -> None:
         self.decoder, self.pool, self.context = decoder, pool, context
         self.is_captured = decoder.device.type == "cuda"
         self._slates: dict[tuple[int, int], Slate] = {}
@@ -299,15 +301,3 @@ def _is_plain(work: Work) -> bool:
     has_report = sequence.in_prompt and sequence.request.wants_all_rows
     is_short = work.rows <= MOST_ROWS and work.is_last_chunk
     return is_short and needs_logits(sequence) and not has_report and sequence.request.adapter is None
-
-
-def refusal(decoder: Decoder) -> str | None:
-    """Say why a decoder's steps can't be captured; None if they can."""
-    if decoder.device.type != "cuda":
-        return "graphs are captured on a GPU"
-    others = sorted(decoder.providers - {"triton"})
-    if others:
-        return f"kernels of {', '.join(others)} may wait for the host"
-    if decoder.plan.ple_dim and not is_near(matrix(decoder.params, "embed.ple"), decoder.device):
-        return "the host gathers the per-layer embeddings"
-    return None

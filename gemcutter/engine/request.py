@@ -11,7 +11,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
 from gemcutter.engine.sampling import Sampling, TokenLogprobs
 
 
@@ -80,7 +80,7 @@ class Sequence:
     def __init__(self, number: int, request: Request) -> None:
         self.number, self.request = number, request
         self.tokens = list(request.prompt)  # prompt and reply; a preempted sequence computes all of them anew
-        self.table: Table | None = None
+        self.table: BlockTable | None = None
         self.report = PromptReport()
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemcutter.cache.pool import PagedPool
+from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.request import Event, Sequence
 from gemcutter.engine.sampling import TokenLogprobs, best_of, sample, token_logprobs
 from gemcutter.engine.scheduler import Work
@@ -28,7 +28,7 @@ class Walk:
     """A step of any kind, which runs when its tokens are asked for."""
 
     decoder: Decoder
-    pool: PagedPool
+    pool: PagedKVCache
     works: Rows[Work]
     is_committed: bool = False
 
@@ -37,7 +37,7 @@ class Walk:
         return run_step(self.decoder, self.pool, self.works) if self.works else []
 
 
-def run_step(decoder: Decoder, pool: PagedPool, works: Rows[Work]) -> list[Event | None]:
+def run_step(decoder: Decoder, pool: PagedKVCache, works: Rows[Work]) -> list[Event | None]:
     """Run the works' rows; for each work give the chosen token, or None while its prompt is unfinished."""
     states_MD = decoder.forward(build_step(decoder, works), pool)
     ends, start = [], 0

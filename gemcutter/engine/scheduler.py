@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from gemcutter.cache.pool import PagedPool
-from gemcutter.cache.prefix import PrefixCache
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache
+from gemcutter.cache.prefix_cache import PrefixCache
 from gemcutter.engine.request import Sequence
 from gemcutter.errors import CapacityError
 
@@ -22,7 +22,7 @@ class Work:
     """The next `rows` pending rows of a sequence, reserved in its table."""
 
     sequence: Sequence
-    table: Table
+    table: BlockTable
     rows: int
 
     @property
@@ -45,7 +45,7 @@ class Work:
 class Scheduler:
     """Continuous admission over one pool."""
 
-    def __init__(self, pool: PagedPool, max_rows: int, max_sequences: int, prefix: PrefixCache) -> None:
+    def __init__(self, pool: PagedKVCache, max_rows: int, max_sequences: int, prefix: PrefixCache) -> None:
         self.pool, self.prefix = pool, prefix
         self.max_rows, self.max_sequences = max_rows, max_sequences
         self.waiting: deque[Sequence] = deque()
@@ -70,7 +70,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, budget: int) -> Work | None:
         fresh = sequence.in_prompt and not sequence.request.wants_all_rows
-        table = (self.prefix.find(tuple(sequence.tokens), sequence.request.adapter) if fresh else None) or Table(self.pool)
+        table = (self.prefix.find(tuple(sequence.tokens), sequence.request.adapter) if fresh else None) or BlockTable(self.pool)
         sequence.table = table
         rows = min(sequence.pending, budget)
         while True:

@@ -20,21 +20,22 @@ from gemcutter.ops.step import Step, send
 @one_thread()
 def build_step(decoder: Decoder, works: Sequence[Work]) -> Step:
     """Lay the works' rows out one after the other, in order."""
-    row_start = tuple(accumulate((work.rows for work in works), initial=0))
-    keep = tuple(start + row for start, work in zip(row_start, works, strict=False) for row in work.kept_rows)
-    windows = works[0].table.pool.books
+    query_start = tuple(accumulate((work.rows for work in works), initial=0))
+    logit_rows = tuple(start + row for start, work in zip(query_start, works, strict=False) for row in work.kept_rows)
+    groups = works[0].table.cache.allocators
     ids = chain.from_iterable(work.ids for work in works)
     positions = chain.from_iterable(range(work.table.length, work.table.length + work.rows) for work in works)
-    slots = ([slot for work in works for slot in work.table.slots(window)] for window in windows)
+    slots = ([slot for work in works for slot in work.table.slot_mapping(group)] for group in groups)
     ids_N, positions_N, *slots_N = send((ids, positions, *slots), torch.long, decoder.device)
-    return Step(
+    step = Step(
         ids_N=ids_N,
         ple_ids_N=ids_N,
         positions_N=positions_N,
-        row_start=row_start,
-        spans={window: tuple(work.table.span(window) for work in works) for window in windows},
-        slots=dict(zip(windows, slots_N, strict=True)),
-        keep=None if len(keep) == row_start[-1] else keep,
+        query_start=query_start,
+        kv_ranges={group: tuple(work.table.kv_range(group) for work in works) for group in groups},
+        slot_mapping=dict(zip(groups, slots_N, strict=True)),
+        logit_rows=None if len(logit_rows) == query_start[-1] else logit_rows,
         rope=decoder.rope_tables(positions_N),
         adapters=tuple(work.sequence.request.adapter for work in works),
     )
+    return decoder.prepare(step)

@@ -13,33 +13,34 @@ from contextlib import contextmanager
 from typing import Any
 
 from gemcutter.model.text import Decoder
-from gemcutter.ops import SENTENCES
+from gemcutter.ops import LAYER_OPS, MODEL_OPS
 
+OPS = (*MODEL_OPS[:2], *LAYER_OPS, *MODEL_OPS[2:])  # that are timed, in the order of a step
 REST = "rest"  # the engine, the choice of tokens, Python between the sentences
 
 
 @contextmanager
 def clocked(decoder: Decoder) -> Iterator[dict[str, float]]:
     """Time every call of a sentence while this lasts, under its name; the decoder is as before afterwards."""
-    seconds = dict.fromkeys(SENTENCES, 0.0)
-    wholes = [layer.whole for layer in decoder.layers]
+    seconds = dict.fromkeys(OPS, 0.0)
+    fused = [layer.fused for layer in decoder.layers]
     places = [
         (owner, verb, bound)
         for owner in (decoder, *decoder.layers)
-        for verb in SENTENCES
+        for verb in OPS
         if callable(bound := getattr(owner, verb, None))
     ]
     for owner, verb, bound in places:
         setattr(owner, verb, _clock(bound, verb, seconds))
     for layer in decoder.layers:
-        layer.whole = None
+        layer.fused = None
     try:
         yield seconds
     finally:
         for owner, verb, bound in places:
             setattr(owner, verb, bound)
-        for layer, whole in zip(decoder.layers, wholes, strict=True):
-            layer.whole = whole
+        for layer, whole in zip(decoder.layers, fused, strict=True):
+            layer.fused = whole
 
 
 def measure(decoder: Decoder, run: Callable[[Callable[[], None]], float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gemcutter.ops.reference import Param
+from gemcutter.ops.types import Param
 from gemcutter.plan import Access, ModelPlan, ParamSpec
 
 
@@ -27,7 +27,7 @@ def token_bytes(plan: ModelPlan, params: Mapping[str, Param], batch: int = 1) ->
     total = 0.0
     for spec in plan.params():
         if not _is_gathered(plan, spec):
-            total += params[spec.name].nbytes * _share(plan, spec, batch)
+            total += params[spec.name].nbytes * plan.read_share(spec, batch)
         elif spec.shape[0]:
             total += batch * params[spec.name].nbytes / spec.shape[0]  # one row of a table
     return int(total)
@@ -40,11 +40,3 @@ def prefill_flops(plan: ModelPlan, depth: int, tokens: int) -> int:
 
 def _is_gathered(plan: ModelPlan, spec: ParamSpec) -> bool:
     return spec.access is Access.ROWS or (spec.name == "embed.tokens" and not plan.tied_head)
-
-
-def _share(plan: ModelPlan, spec: ParamSpec, batch: int) -> float:
-    """Give the part of a weight that one token of each sequence reads."""
-    if not spec.name.endswith(("moe.in", "moe.out")):
-        return 1.0
-    moe = next(layer.moe for layer in plan.layers if layer.moe)
-    return 1.0 - (1.0 - moe.top_k / moe.experts) ** batch

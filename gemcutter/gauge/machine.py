@@ -6,7 +6,6 @@ Read `ceilings.py` for what becomes of them.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import time
@@ -21,10 +20,11 @@ import gemcutter
 from gemcutter import native
 from gemcutter.gauge.memory import peak_rss_bytes
 from gemcutter.model.text import Decoder
-from gemcutter.ops import Site
-from gemcutter.ops.bind import choose, cpu_features
-from gemcutter.ops.cpu_native import ACTIVATIONS, array_of, entry
-from gemcutter.ops.reference import matrix
+from gemcutter.ops import KernelSite
+from gemcutter.ops.devices import cpu_features
+from gemcutter.ops.registry import CPU as CPU_BACKEND
+from gemcutter.ops.registry import select_kernel
+from gemcutter.ops.types import matrix
 from gemcutter.quant import Weight
 
 CPU = torch.device("cpu")
@@ -118,20 +118,14 @@ def native_rate(decoder: Decoder) -> float | None:
     None where no native kernel multiplies with them.
     """
     weight = matrix(decoder.params, "layers.0.mlp.in")
-    if choose(Site("linear", None, decoder.device.type, "float32", weight.stored)).provider.name != "native":
+    if select_kernel(KernelSite("linear", None, decoder.device.type, "float32", weight.stored)).impl.name != "native":
         return None
-    return product_rate(weight.slice(0, CACHED_ELEMENTS // weight.columns), decoder.numerics.activations)
+    return product_rate(weight.slice(0, CACHED_ELEMENTS // weight.columns), decoder.precision.activations)
 
 
 def product_rate(weight: Weight, activations: str) -> float:
     """Measure the operations per second of the native product of CACHED_ROWS rows, taken in the form `activations`."""
-    parts, rows = array_of(weight.parts), torch.randn(CACHED_ROWS, weight.columns)
-    out, form = torch.empty(CACHED_ROWS, weight.rows), ACTIVATIONS[activations]
-    multiply = entry("gc_linear")
-
-    def work() -> None:
-        multiply(ctypes.addressof(parts), len(parts), rows.data_ptr(), CACHED_ROWS, form, out.data_ptr())
-
+    work = CPU_BACKEND.matmul(weight, torch.randn(CACHED_ROWS, weight.columns), activations)
     time.sleep(REST_S)
     return 2 * CACHED_ROWS * weight.rows * weight.columns / best_seconds(work, SHORT_TRIES)
 

@@ -17,17 +17,17 @@ from torch import Tensor
 from gemcutter import config as configs
 from gemcutter.checkpoint.synth import SIZES, Size, distribution, shrink, spell_config
 from gemcutter.errors import ConfigError
-from gemcutter.ops.reference import Param
+from gemcutter.ops.types import Param
 from gemcutter.plan import Access, ModelPlan, ParamSpec, derive
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.affine import Affine
 from gemcutter.quant.blocks import TYPES, Blocks
 from gemcutter.quant.make import DENSE, RECIPES, BlockScheme, Recipe, Scheme
+from gemcutter.quant.packing import Packer, PlainPacker
 from gemcutter.quant.panels import PANEL
 from gemcutter.quant.room import take_room
-from gemcutter.quant.striped import Striped, adjoin, stripe
+from gemcutter.quant.striped import Striped
 from gemcutter.quant.tiled import Tiled
-from gemcutter.quant.tiling import tile
 
 CPU = torch.device("cpu")
 SMALL = "tiny:"  # before the name of a size: all of its traits, little of its width
@@ -61,14 +61,14 @@ def plan_of(preset: str, layers: int | None = None) -> ModelPlan:
     return replace(plan, layers=plan.layers[:layers])
 
 
-def make_params(plan: ModelPlan, quant: str, *, tiled: bool, device: torch.device = CPU) -> dict[str, Param]:
-    """Make every parameter of a plan; packed matrices are repacked for the native kernels if `tiled`, or for the GPU they are on.
+def make_params(plan: ModelPlan, quant: str, packer: Packer | None = None, device: torch.device = CPU) -> dict[str, Param]:
+    """Make every parameter of a plan; `packer` brings packed matrices into the form that a backend reads.
 
     Raises ConfigError for an unknown quantization.
     """
     if quant not in QUANTS:
         raise ConfigError(f"quant: expected {', '.join(QUANTS)}, found {quant!r}")
-    workshop = _Workshop(tiled, device)
+    workshop = _Workshop(packer or PlainPacker(device), device)
     return {spec.name: _param(spec, plan, QUANTS[quant], workshop) for spec in plan.params()}
 
 
@@ -83,14 +83,14 @@ def _param(spec: ParamSpec, plan: ModelPlan, recipe: Recipe, workshop: _Workshop
     sizes = tuple(rows for _, rows in spec.parts) or (spec.shape[-2],)
     shapes = ((*spec.shape[:-2], rows, spec.shape[-1]) for rows in sizes)
     parts = tuple(workshop.matrix(shape, scheme, spread) for shape in shapes)
-    return Weight(parts if workshop.device == CPU else adjoin(parts), names)
+    return Weight(workshop.packer.arrange(parts), names)
 
 
 class _Workshop:
     """Makes matrices; a piece of each kind is drawn and packed once."""
 
-    def __init__(self, tiled: bool, device: torch.device) -> None:
-        self.tiled, self.device = tiled, device
+    def __init__(self, packer: Packer, device: torch.device) -> None:
+        self.packer, self.device = packer, device
         self.generator = torch.Generator().manual_seed(0)
         self._pieces: dict[tuple[int, Scheme | None, float], Part] = {}
 
@@ -117,9 +117,7 @@ class _Workshop:
         """Bring a piece into the form in which it is multiplied, where that is."""
         if isinstance(drawn, Tensor):
             return drawn.to(self.device)
-        if self.device != CPU:
-            return stripe(drawn, self.device) or drawn
-        return tile(drawn) or drawn if self.tiled else drawn
+        return self.packer.pack(drawn, lambda: None)
 
 
 def draw_piece(columns: int, scheme: Scheme | None, spread: float, generator: torch.Generator) -> Tensor | Blocks | Affine:

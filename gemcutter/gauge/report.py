@@ -19,7 +19,6 @@ from gemcutter.errors import RequestError
 from gemcutter.gauge import breakdown, ceilings, machine
 from gemcutter.gauge.stand import MAX_ROWS, Stand, Trial
 from gemcutter.gauge.subject import Subject
-from gemcutter.ops import SENTENCES
 from gemcutter.plan import ModelPlan
 
 Progress = Callable[[int, int], None]  # tests done, tests in all
@@ -44,12 +43,12 @@ def measure(
     device = subject.decoder.device
     peak = machine.peak_bytes(device)
     rates = machine.measure_rates(device)
-    native = machine.native_rate(subject.decoder) if subject.how.is_native else None
+    native = machine.native_rate(subject.decoder) if subject.decoder.backend.name == "cpu" else None
     if native is not None:
         rates["native_flops_per_s"] = native
     reads = {test.batch: ceilings.token_bytes(subject.plan, subject.decoder.params, test.batch) for test in tests}
     for row, test in zip(rows, tests, strict=True):
-        row |= ceiling(subject.plan, reads[test.batch], subject.decoder.dtype.itemsize, test, rates)
+        row |= ceiling(subject.plan, reads[test.batch], subject.kv_dtype.itemsize, test, rates)
         row["share"] = row["tok_s"] / row["ceiling_tok_s"]
     return describe(subject, max_rows) | {
         "rates": rates,
@@ -73,7 +72,7 @@ def check(subject: Subject, tests: Sequence[Trial]) -> None:
 
 def _run(subject: Subject, tests: Sequence[Trial], repeats: int, max_rows: int, with_breakdown: bool) -> Iterator[dict[str, Any]]:
     """Run tests of one depth, whose cache goes when they are done."""
-    stand = Stand(subject.decoder, tests, max_rows)
+    stand = Stand(subject.decoder, tests, max_rows, subject.kv_dtype)
     stand.warm_up()
     for test in tests:
         speeds = [test.total / stand.run(test) for _ in range(repeats)]
@@ -115,7 +114,7 @@ def describe(subject: Subject, max_rows: int) -> dict[str, Any]:
         "layers": len(subject.plan.layers),
         "dtype": str(subject.decoder.dtype).removeprefix("torch."),
         "kernels": subject.how.kernels,
-        "activations": subject.decoder.numerics.activations,
+        "activations": subject.decoder.precision.activations,
         "threads": torch.get_num_threads(),
         "max_rows": max_rows,
         "load_s": subject.load_s,
@@ -174,7 +173,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _breakdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    verbs = [verb for verb in (*SENTENCES, breakdown.REST) if any(verb in row["breakdown_s"] for row in rows)]
+    verbs = [verb for verb in (*breakdown.OPS, breakdown.REST) if any(verb in row["breakdown_s"] for row in rows)]
     cells = [("", *(text for row in rows for text in (row["test"], "")), "")]
     for verb in verbs:
         line = [verb]

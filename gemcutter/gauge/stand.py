@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gemcutter.cache.pool import PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
 from gemcutter.model.text import Decoder
@@ -63,11 +63,13 @@ def list_trials(
 class Stand:
     """An engine whose context is filled up to `depth`, for tests of that depth; sequences of a batch share it."""
 
-    def __init__(self, decoder: Decoder, tests: Sequence[Trial], max_rows: int = MAX_ROWS) -> None:
+    def __init__(
+        self, decoder: Decoder, tests: Sequence[Trial], max_rows: int = MAX_ROWS, kv_dtype: torch.dtype | None = None
+    ) -> None:
         self.decoder, self.depth = decoder, tests[0].depth
         assert all(test.depth == self.depth for test in tests)
         batch = max(test.batch for test in tests)
-        self.engine = Engine(decoder, max(test.context for test in tests), max_rows, batch, checkpoints=1)
+        self.engine = Engine(decoder, max(test.context for test in tests), max_rows, batch, checkpoints=1, kv_dtype=kv_dtype)
         self._draw = torch.Generator().manual_seed(0)
         if self.depth:
             fill(self.engine.pool, decoder, self._draw)
@@ -111,7 +113,7 @@ def hold(engine: Engine, ids: tuple[int, ...]) -> None:
     """Make the engine remember `ids` as computed, and nothing else: a prompt that begins with them continues from there."""
     while engine.prefix.evict():
         pass
-    table = Table(engine.pool)
+    table = BlockTable(engine.pool)
     while table.length < len(ids):
         table.reserve(min(engine.scheduler.max_rows, len(ids) - table.length))
         table.commit(table.reserved)
@@ -119,7 +121,7 @@ def hold(engine: Engine, ids: tuple[int, ...]) -> None:
     table.release()
 
 
-def fill(pool: PagedPool, decoder: Decoder, draw: torch.Generator) -> None:
+def fill(pool: PagedKVCache, decoder: Decoder, draw: torch.Generator) -> None:
     """Fill every slot of a pool with rows as layers write them: normed, keys with their norm's weight; one draw over and over."""
     for layer in decoder.plan.writers:
         shape = (FILL_ROWS, layer.kv_heads, layer.head_dim)
@@ -127,8 +129,8 @@ def fill(pool: PagedPool, decoder: Decoder, draw: torch.Generator) -> None:
         assert isinstance(weight, torch.Tensor)
         keys, values = (rms_norm(torch.randn(shape, generator=draw), norm, decoder.plan.eps) for norm in (weight, None))
         keys, values = keys.to(decoder.device, decoder.dtype), values.to(decoder.device, decoder.dtype)
-        book = pool.books[layer.window]
-        num_slots = book.tokens * len(book.holders)
+        book = pool.allocators[layer.group]
+        num_slots = book.tokens * len(book.ref_counts)
         for start in range(0, num_slots, FILL_ROWS):
             slots = torch.arange(start, min(start + FILL_ROWS, num_slots), device=decoder.device)
             pool.write(layer.index, slots, keys[: len(slots)], values[: len(slots)])

@@ -1,7 +1,7 @@
 """What is measured: a decoder from a file, or one of a released geometry with synthetic weights.
 
-Owns the way there, as `load` takes it but without tokenizer and templates, and how long it took. Refuses to know tests. Read
-`presets.py` for synthetic weights, `gemcutter/api.py` for the load that users see.
+Owns how long it took to load; the way there is `loading.py`'s, the same as for every other use of a model. Refuses to know tests.
+Read `presets.py` for synthetic weights.
 """
 
 from __future__ import annotations
@@ -9,33 +9,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from gemcutter.api import check_activations, check_device, check_dtype
-from gemcutter.checkpoint.hub import locate
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import open_checkpoint
-from gemcutter.errors import RequestError
+import torch
+
 from gemcutter.gauge import presets
 from gemcutter.gauge.memory import forget_peak
+from gemcutter.load_options import LoadOptions, check_dtype
+from gemcutter.loading import find_device, make_decoder, open_model
 from gemcutter.model.text import Decoder
-from gemcutter.ops.bind import triton_refusal
-from gemcutter.ops.reference import Param
+from gemcutter.ops.registry import select_backend
 from gemcutter.plan import ModelPlan
 from gemcutter.quant import Weight
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """How to compute, in the words of `gemcutter.load`; None is its default."""
-
-    kernels: str = "auto"
-    dtype: str | None = None
-    activations: str | None = None
-    device: str = "cpu"
-
-    @property
-    def is_native(self) -> bool:
-        """Tell whether the native kernels serve. Raises KernelError for activations that would be ignored."""
-        return check_activations(self.activations, check_device(self.device), self.kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,39 +27,36 @@ class Subject:
 
     name: str
     quant: str
-    how: Compute
+    how: LoadOptions
     decoder: Decoder
     load_s: float | None
 
     @property
     def plan(self) -> ModelPlan:
-        """Give the decoder's plan."""
+        """Return the decoder's plan."""
         return self.decoder.plan
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Return the dtype of keys and values."""
+        return self.decoder.dtype if self.how.kv is None else torch.float8_e4m3fn
 
-def from_preset(preset: str, quant: str, layers: int | None, how: Compute) -> Subject:
+
+def from_preset(preset: str, quant: str, layers: int | None, how: LoadOptions) -> Subject:
     """Make a model of a size's geometry, or of its first layers. Raises ConfigError for names that are none."""
-    plan = presets.plan_of(preset, layers)
-    params = presets.make_params(plan, quant, tiled=how.is_native, device=check_device(how.device))
+    plan, device = presets.plan_of(preset, layers), find_device(how)
+    dtype = getattr(torch, check_dtype(how.dtype or "bfloat16"))
+    packer = select_backend(device.type, how.kernels).packer(device, dtype)
+    params = presets.make_params(plan, quant, packer, device)
     forget_peak()  # of making what others load
     name = preset if layers is None else f"{preset}, {layers} layers"
-    return Subject(name, quant, how, _decode(plan, params, how, how.dtype or "bfloat16"), None)
+    return Subject(name, quant, how, make_decoder(plan, params, how, dtype, device), None)
 
 
-def from_file(model: str, how: Compute) -> Subject:
-    """Load a checkpoint. Raises CheckpointError, ConfigError, and RequestError for one that can't run alone."""
+def from_file(how: LoadOptions) -> Subject:
+    """Load a checkpoint as `gemcutter.load` does, without tokenizer and templates. Raises GemcutterError."""
     started = time.perf_counter()
-    checkpoint = open_checkpoint(locate(model))
-    if checkpoint.plan.is_drafter:
-        raise RequestError(f"{model} is an assistant, which can't run alone; measure its target instead")
-    dtype = how.dtype or checkpoint.config.dtype
-    device = check_device(how.device)
-    striped = triton_refusal(device.type, how.kernels) is None
-    params = load_params(checkpoint, check_dtype(dtype), device, tiled=how.is_native, striped=striped)
-    decoder = _decode(checkpoint.plan, params, how, dtype)
-    stored = sorted({param.stored for param in params.values() if isinstance(param, Weight)})
-    return Subject(model, ", ".join(stored), how, decoder, time.perf_counter() - started)
-
-
-def _decode(plan: ModelPlan, params: dict[str, Param], how: Compute, dtype: str) -> Decoder:
-    return Decoder(plan, params, check_dtype(dtype), check_device(how.device), how.kernels, how.activations)
+    opened = open_model(how)
+    weights = [param for param in opened.decoder.params.values() if isinstance(param, Weight)]
+    stored = sorted({weight.stored for weight in weights})
+    return Subject(how.model, ", ".join(stored), how, opened.decoder, time.perf_counter() - started)

@@ -22,6 +22,7 @@ from gemcutter.quant import Weight, affine, widen
 from gemcutter.quant.blocks import TYPES, Blocks
 from gemcutter.quant.integer import from_packed, from_values
 from gemcutter.quant.packed import Packed
+from gemcutter.quant.packing import CpuPacker
 from gemcutter.quant.tiled import Tiled
 from gemcutter.quant.tiling import join, tile
 from tests.topologies import prompt, run_alone
@@ -120,7 +121,7 @@ def converted(to: str, quant: str, source: Path = DEMO_FOLDER) -> Path:
 
 
 def logits(checkpoint: Checkpoint, *, tiled: bool, quant: str | None = None) -> Tensor:
-    params = load_params(checkpoint, torch.float32, CPU, quant=quant, tiled=tiled)
+    params = load_params(checkpoint, torch.float32, CPU, quant=quant, packer=CpuPacker() if tiled else None)
     decoder = Decoder(checkpoint.plan, params, torch.float32, kernels="reference")
     return run_alone(decoder, prompt(9), chunk=9).logits
 
@@ -128,7 +129,7 @@ def logits(checkpoint: Checkpoint, *, tiled: bool, quant: str | None = None) -> 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_tiled_checkpoint_gives_the_same_logits(name: str) -> None:
     checkpoint = open_checkpoint(CHECKPOINTS[name]())
-    packed, tiled = (load_params(checkpoint, torch.float32, CPU, tiled=is_tiled) for is_tiled in (False, True))
+    packed, tiled = (load_params(checkpoint, torch.float32, CPU, packer=each) for each in (None, CpuPacker()))
     counts = {True: 0, False: 0}
     for spec in checkpoint.plan.params():
         before, after = packed[spec.name], tiled[spec.name]
@@ -148,7 +149,7 @@ def test_a_tiled_checkpoint_gives_the_same_logits(name: str) -> None:
 @pytest.mark.parametrize("quant", ["q4", "q8"])
 def test_what_is_quantized_at_load_is_tiled_too(quant: str) -> None:
     checkpoint = open_checkpoint(DEMO_FOLDER)
-    params = load_params(checkpoint, torch.float32, CPU, quant=quant, tiled=True)
+    params = load_params(checkpoint, torch.float32, CPU, quant=quant, packer=CpuPacker())
     tiled = [part for param in params.values() if isinstance(param, Weight) for part in param.parts if isinstance(part, Tiled)]
     assert len(tiled) > 20
     assert torch.equal(logits(checkpoint, tiled=True, quant=quant), logits(checkpoint, tiled=False, quant=quant))

@@ -1,7 +1,7 @@
 """Native attention against the reference, at every processor level that the library has here.
 
 Owns the grid of shapes, the edges of windows and the poison in slots that no query sees. Refuses to know sentences; read
-`test_providers.py` for the same grid over every provider. Shape letters: N rows, H heads, K key heads, E head dim, T keys.
+`test_providers.py` for the same grid over every impl. Shape letters: N rows, H heads, K key heads, E head dim, T keys.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gemcutter import native
 from gemcutter.ops import reference
-from gemcutter.ops.cpu_step import Viewer
-from gemcutter.ops.step import Span, Step
+from gemcutter.ops.cpu.attn_metadata import Viewer
+from gemcutter.ops.step import KVRange, Step
 from gemcutter.plan import Attn, LayerPlan, Proj, RopeSpec
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
@@ -58,7 +58,7 @@ class Cache:
     def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         raise AssertionError("attention writes nothing")
 
-    def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, span: KVRange) -> tuple[Tensor, Tensor]:
         return self.keys[span.where], self.values[span.where]
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -97,13 +97,13 @@ def make(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype, listed: bo
         slots = order[at : at + size]
         for tensor in (keys, values):
             tensor[slots[seen]] = torch.randn(int(seen.sum()), *tensor.shape[1:], generator=draw)
-        spans.append(Span(part.start, slots if listed else slice(at, at + size)))
+        spans.append(KVRange(part.start, slots if listed else slice(at, at + size)))
         at += size + 5
     positions = torch.tensor([position for part in parts for position in part.positions])
     row_start = [0]
     for part in parts:
         row_start.append(row_start[-1] + len(part.positions))
-    step = Step(positions, positions, positions, tuple(row_start), {layer.window: tuple(spans)}, {}, None, {})
+    step = Step(positions, positions, positions, tuple(row_start), {layer.group: tuple(spans)}, {}, None, {})
     return q_NHE * (2 * layer.head_dim**-0.5), step, Cache(keys.to(dtype), values.to(dtype))
 
 
@@ -203,7 +203,7 @@ def test_chunks_equal_the_whole() -> None:
     for first, last in ((0, 11), (11, 12), (12, 100), (100, 150)):
         part = slice(first, last)
         positions = step.positions_N[part]
-        piece = Step(positions, positions, positions, (0, last - first), step.spans, {}, None, {})
+        piece = Step(positions, positions, positions, (0, last - first), step.kv_ranges, {}, None, {})
         assert torch.allclose(attend(q_NHE[part].contiguous(), piece, pool, layer), whole[part], rtol=0, atol=1e-5)
 
 

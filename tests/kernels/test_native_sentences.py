@@ -24,7 +24,7 @@ from gemcutter.engine.engine import Engine
 from gemcutter.errors import KernelError
 from gemcutter.model.text import Decoder
 from gemcutter.ops import cpu_native, reference
-from gemcutter.ops.reference import Numerics, Param, Words
+from gemcutter.ops.types import OpContext, Param, Precision
 from gemcutter.parity.passage import PASSAGE
 from gemcutter.plan import ModelPlan, Proj
 from gemcutter.quant import Weight
@@ -120,7 +120,7 @@ def test_every_layer_equals_the_reference(name: str, stored: torch.dtype) -> Non
     ids = prompt(90)
     wanted = wanted_of(name, stored, 90)
     fast = decoder(name, stored)
-    assert all(layer.whole is not None for layer in fast.layers)
+    assert all(layer.fused is not None for layer in fast.layers)
     for rows in (90, 64, 7, 1) if stored == F32 else (64,):
         found = run_alone(fast, ids, rows, page_tokens=16)
         assert mismatches(found, wanted, 1e-4) == {}
@@ -131,7 +131,7 @@ def test_sentences_apart_give_the_bits_of_the_whole_layer(name: str) -> None:
     ids, fast = prompt(40), decoder(name)
     whole = run_alone(fast, ids, 33)
     for layer in fast.layers:
-        layer.whole = None
+        layer.fused = None
     apart = run_alone(fast, ids, 33)
     assert all(mine.equal(theirs) for mine, theirs in zip(apart.layers, whole.layers, strict=True))
     assert apart.logits.equal(whole.logits)
@@ -196,12 +196,12 @@ def test_ragged_batches_with_dropped_rows(name: str) -> None:
 
 def test_rows_stay_float32_and_the_cache_takes_the_compute_dtype() -> None:
     fast = decoder("E2B", BF16, dtype=BF16)
-    assert fast.numerics == Numerics(BF16, F32, "int8")
+    assert fast.precision == Precision(BF16, F32, "int8")
     assert fast.embed(torch.tensor([3])).dtype == F32
     found = run_alone(fast, prompt(30), 30)
     wanted = run_alone(decoder("E2B", BF16), prompt(30), 30)
     assert 1e-6 < relative_error(found.logits, wanted.logits) < 5e-2  # bfloat16 keys, and constants rounded to it
-    assert decoder("E2B", BF16, "reference", BF16).numerics == Numerics(BF16, BF16, "float32")
+    assert decoder("E2B", BF16, "reference", BF16).precision == Precision(BF16, BF16, "float32")
 
 
 # ---- at the ends of numbers ----
@@ -218,10 +218,10 @@ def inject_identity(dtype: torch.dtype = F32) -> tuple[Any, Any]:
         "scale": torch.ones(1),
     }
     sized = replace(plan(name), hidden=hidden)
-    narrow, words = replace(layer, ple_dim=hidden), Words(reference.linear)
+    narrow, words = replace(layer, ple_dim=hidden), OpContext(reference.linear)
     return (
-        cpu_native.build_inject(sized, narrow, here, words),
-        reference.build_inject(sized, narrow, here, words),  # type: ignore[arg-type]
+        cpu_native.build_ple_gate(sized, narrow, here, words),
+        reference.build_ple_gate(sized, narrow, here, words),  # type: ignore[arg-type]
     )
 
 
@@ -248,7 +248,7 @@ def test_softcap_is_right_near_zero_and_far_out(cap: float | None) -> None:
     here = {"embed.tokens": Weight((torch.eye(96),))}
     sized = replace(plan("E2B"), hidden=96, softcap=cap)
     rows = torch.stack([torch.linspace(-size, size, 96) for size in (1e-6, 0.1, 0.3, 3.0, 40.0, 1e4)])
-    found = cpu_native.build_head(sized, here, Words(reference.linear))(rows)
+    found = cpu_native.build_lm_head(sized, here, OpContext(reference.linear))(rows)
     wanted = rows.double() if cap is None else cap * torch.tanh(rows.double() / cap)
     assert torch.allclose(found.double(), wanted, rtol=1e-6, atol=0)
 
@@ -270,7 +270,7 @@ def test_int8_rows_cost_less_than_three_thousandths_of_the_nll(folder: Path, qua
         ids = plain.tokenizer.encode(PASSAGE, bos=True)[:128]
         wanted = nll(plain, ids)
     fast = api.load(str(folder), dtype="bfloat16", quant=quant, context=512)
-    assert fast.decoder.numerics.activations == "int8"
+    assert fast.decoder.precision.activations == "int8"
     assert nll(fast, ids) == pytest.approx(wanted, rel=3e-3)
     exact = api.load(str(folder), dtype="float32", quant=quant, context=512)
     assert nll(exact, ids) == pytest.approx(wanted, rel=1e-5)

@@ -11,7 +11,7 @@ import torch
 
 from gemcutter import native
 from gemcutter.ops import cpu_native, reference
-from gemcutter.ops.reference import Numerics, Words
+from gemcutter.ops.types import OpContext, Precision
 from gemcutter.quant import Weight, affine
 from gemcutter.quant.blocks import TYPES, Blocks
 from gemcutter.quant.packed import Packed
@@ -48,8 +48,8 @@ def test_rows_of_packed_tables(name: str, span: tuple[int, int]) -> None:
         "ple.norm": torch.linspace(0.5, 1.5, DIM),
     }
     x, ids = torch.randn(9, HIDDEN), torch.tensor([20, 39, 17, 17, 16, 15, 31, 32, 38])  # the first rows have infinite scales
-    fast = cpu_native.build_ple(PLAN, params, Words(cpu_native.linear, None, Numerics()))
-    wanted = reference.build_ple(PLAN, params, Words(reference.linear))(x, ids, *span)
+    fast = cpu_native.build_ple_embed(PLAN, params, OpContext(cpu_native.linear, None, Precision()))
+    wanted = reference.build_ple_embed(PLAN, params, OpContext(reference.linear))(x, ids, *span)
     for rows in (9, 1):
         found = fast(x[:rows], ids[:rows], *span)
         assert torch.allclose(found, wanted[:rows], rtol=1e-5, atol=1e-4, equal_nan=True)

@@ -22,7 +22,7 @@ from gemcutter.engine.request import Request
 from gemcutter.errors import RequestError
 from gemcutter.model.text import Decoder
 from gemcutter.ops import reference
-from gemcutter.ops.reference import Param
+from gemcutter.ops.types import Param
 from gemcutter.plan import Proj
 from tests.adapters import Changes, adapted, draw, places, tensors_of, write_adapter
 from tests.parity.batches import Answer, Job, drive, errors
@@ -106,8 +106,8 @@ def test_every_request_of_a_mixed_batch_equals_its_own_oracle(
     running = Engine(decoder(size, folders, kernels), CONTEXT, max_rows=max_rows, max_sequences=4)
     answers = drive(running, JOBS)
     assert not too_far(size, JOBS, answers)
-    for book in running.pool.books.values():
-        assert book.free == len(book.holders), "pages were leaked"
+    for book in running.pool.allocators.values():
+        assert book.free == len(book.ref_counts), "pages were leaked"
 
 
 def test_one_row_a_step(folders: dict[tuple[str, str], Path]) -> None:

@@ -68,8 +68,8 @@ def test_every_request_of_a_batch_equals_the_oracle_alone(size: str, max_rows: i
         else:
             assert answer.finish is Finish.CANCELLED
             assert len(answer.tokens) <= max(job.cancel_at, 1)
-    for book in running.pool.books.values():
-        assert book.free == len(book.holders), "pages were leaked"
+    for book in running.pool.allocators.values():
+        assert book.free == len(book.ref_counts), "pages were leaked"
 
 
 @pytest.mark.parametrize("max_rows", [7, 64, 192])

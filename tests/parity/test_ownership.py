@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcutter.cache.pool import PagedPool
+from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.memory import page_counts
 from gemcutter.model.text import Decoder
 from gemcutter.ops import reference
-from gemcutter.ops.reference import Param
+from gemcutter.ops.types import Param
 from gemcutter.plan import LayerPlan, ModelPlan, Proj
 from gemcutter.quant import Weight
 from tests.parity.batches import Job, drive
@@ -80,7 +80,7 @@ def metered_decoder(size: str, meter: Meter) -> Decoder:
 def test_readers_hold_no_keys_and_values(size: str) -> None:
     plan = plan_of(SIZES[size])
     decoder = build_decoder(build_oracle(SIZES[size]), plan)
-    pool = PagedPool(plan, page_counts(plan, TOKENS, TOKENS), torch.float32)
+    pool = PagedKVCache(plan, page_counts(plan, TOKENS, TOKENS), torch.float32)
     readers = [layer.plan for layer in decoder.layers if layer.plan.proj is Proj.Q_ONLY]
     assert readers
     for layer in readers:
@@ -99,7 +99,7 @@ def test_readers_hold_no_keys_and_values(size: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_cache_holds_what_the_writers_write(size: str) -> None:
     plan = plan_of(SIZES[size])
-    pool = PagedPool(plan, page_counts(plan, 128, 1, page_tokens=1), torch.float32)
+    pool = PagedKVCache(plan, page_counts(plan, 128, 1, page_tokens=1), torch.float32)
     writers = {layer.index for layer in plan.layers if layer.writes}
     assert pool.keys.keys() == pool.values.keys() == writers
     # One token a page leaves no slack but the row in flight and the page it shares: windows are kept, not contexts.

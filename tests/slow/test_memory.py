@@ -99,8 +99,8 @@ def probe_cache() -> dict[str, Any]:
     import torch
 
     from gemcutter import config as configs
-    from gemcutter.cache.pool import PagedPool
-    from gemcutter.cache.table import Table
+    from gemcutter.cache.block_table import BlockTable
+    from gemcutter.cache.kv_cache import PagedKVCache
     from gemcutter.checkpoint.synth import SIZES, spell_config
     from gemcutter.engine.memory import page_counts
     from gemcutter.plan import derive
@@ -108,13 +108,13 @@ def probe_cache() -> dict[str, Any]:
     plan = derive(configs.read(spell_config(SIZES["E2B"])))
     rows = {layer.index: torch.ones(ROWS, layer.kv_heads, layer.head_dim, dtype=torch.bfloat16) for layer in plan.writers}
     found: dict[str, Any] = {"start": status()}
-    pool = PagedPool(plan, page_counts(plan, TOKENS, ROWS), torch.bfloat16)
-    table = Table(pool)
+    pool = PagedKVCache(plan, page_counts(plan, TOKENS, ROWS), torch.bfloat16)
+    table = BlockTable(pool)
     found["allocated"] = status()
     while table.length < TOKENS:
         table.reserve(ROWS)
         for layer in plan.writers:
-            pool.write(layer.index, torch.tensor(table.slots(layer.window)), rows[layer.index], rows[layer.index])
+            pool.write(layer.index, torch.tensor(table.slot_mapping(layer.group)), rows[layer.index], rows[layer.index])
         table.commit(ROWS)
         if table.length == TOKENS // 2:
             found["half"] = status()

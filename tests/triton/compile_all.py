@@ -17,9 +17,9 @@ from torch import Tensor
 from gemcutter.engine.graphs import Choice
 from gemcutter.engine.step import build_step
 from gemcutter.gauge.presets import SIZES
-from gemcutter.ops.triton_linear import TYPES
-from gemcutter.ops.triton_report import measure, runs_on
-from gemcutter.ops.triton_variant import Variant
+from gemcutter.ops.triton.linear import TYPES
+from gemcutter.ops.triton.report import measure, runs_on
+from gemcutter.ops.triton.variant import Variant
 from tests.triton.dry import pretend, setting, static_step, works_of
 
 STATIC = ((1, 1), (8, 1), (32, 1), (1, 5), (4, 5))  # sequences, and rows of each

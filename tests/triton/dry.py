@@ -15,8 +15,8 @@ import pytest
 import torch
 from triton.runtime.jit import KernelInterface
 
-from gemcutter.cache.pool import PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.graphs import Graphs, Slate
 from gemcutter.engine.memory import compact_weights, page_counts
 from gemcutter.engine.request import Request
@@ -57,19 +57,19 @@ def params_of(preset: str, quant: str) -> dict[str, Any]:
     return presets.make_params(presets.plan_of(preset), quant, tiled=False, device=META)
 
 
-def setting(preset: str, quant: str) -> tuple[Decoder, PagedPool]:
+def setting(preset: str, quant: str) -> tuple[Decoder, PagedKVCache]:
     """Build a decoder in bfloat16 and a pool for it."""
     decoder = Decoder(presets.plan_of(preset), params_of(preset, quant), torch.bfloat16, META)
     assert decoder.providers == {"triton"}
     counts = page_counts(decoder.plan, CONTEXT, 4096, MOST_SEQUENCES)
-    return decoder, PagedPool(decoder.plan, counts, decoder.dtype, META, compact_weights(decoder))
+    return decoder, PagedKVCache(decoder.plan, counts, decoder.dtype, META, compact_weights(decoder))
 
 
-def works_of(pool: PagedPool, depths: Sequence[int], rows: int, sampling: Sampling = DRAWN) -> list[Work]:
+def works_of(pool: PagedKVCache, depths: Sequence[int], rows: int, sampling: Sampling = DRAWN) -> list[Work]:
     """Reserve the next rows of sequences whose earlier ones have been computed."""
     works = []
     for number, depth in enumerate(depths):
-        sequence, table = Running(number, Request((2,) * (depth + rows), sampling)), Table(pool)
+        sequence, table = Running(number, Request((2,) * (depth + rows), sampling)), BlockTable(pool)
         table.reserve(depth)
         table.commit(depth)
         table.reserve(rows)
@@ -78,7 +78,7 @@ def works_of(pool: PagedPool, depths: Sequence[int], rows: int, sampling: Sampli
     return works
 
 
-def static_step(decoder: Decoder, pool: PagedPool, sequences: int, each: int) -> Slate:
+def static_step(decoder: Decoder, pool: PagedKVCache, sequences: int, each: int) -> Slate:
     """Fill the static step of some sequences at different depths."""
     slate = Graphs(decoder, pool, CONTEXT)._slate(sequences, each)
     works = works_of(pool, [100 + 300 * number % (CONTEXT // 2) for number in range(sequences)], each)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemcutter.cache.pool import PageCount, PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.errors import KernelError
-from gemcutter.ops.cuda_step import paged
-from gemcutter.ops.step import Span, Step
-from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec
+from gemcutter.ops.step import KVRange, Step
+from gemcutter.ops.triton.attn_metadata import paged
+from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec, group_of
 
 WINDOW, PAGE = 5, 4
 
@@ -22,10 +22,10 @@ def plan_of(window: int | None) -> ModelPlan:
     return ModelPlan((layer,), 8, 8, None, 1e-6, 999, 0, 0, 0, True, False)
 
 
-def make_step(window: int | None, device: torch.device, lengths: tuple[int, ...] = (13, 0, 9)) -> tuple[Step, list[Table]]:
+def make_step(window: int | None, device: torch.device, lengths: tuple[int, ...] = (13, 0, 9)) -> tuple[Step, list[BlockTable]]:
     """Give a step of 2, 6 and 1 rows over tables whose pages interleave."""
-    pool = PagedPool(plan_of(window), {window: PageCount(40, PAGE)}, torch.float32)
-    tables, rows = [Table(pool) for _ in lengths], (2, 6, 1)
+    pool = PagedKVCache(plan_of(window), {group_of(window): PoolSize(40, PAGE)}, torch.float32)
+    tables, rows = [BlockTable(pool) for _ in lengths], (2, 6, 1)
     while any(table.length < length for table, length in zip(tables, lengths, strict=True)):
         for table, length in zip(tables, lengths, strict=True):
             if table.length < length:
@@ -34,8 +34,8 @@ def make_step(window: int | None, device: torch.device, lengths: tuple[int, ...]
     for table, count in zip(tables, rows, strict=True):
         table.reserve(count)
     positions = torch.cat([table.length + torch.arange(count) for table, count in zip(tables, rows, strict=True)]).to(device)
-    spans = {window: tuple(table.span(window) for table in tables)}
-    slots = {window: torch.tensor([slot for table in tables for slot in table.slots(window)], device=device)}
+    spans = {group_of(window): tuple(table.kv_range(group_of(window)) for table in tables)}
+    slots = {window: torch.tensor([slot for table in tables for slot in table.slot_mapping(group_of(window))], device=device)}
     return Step(positions, positions, positions, (0, 2, 8, 9), spans, slots, None, {}), tables
 
 
@@ -44,7 +44,7 @@ def test_every_key_is_found_where_the_span_has_it(window: int | None, device: to
     step, tables = make_step(window, device)
     here = paged(step, window)
     for s, table in enumerate(tables):
-        span = step.spans[window][s]
+        span = step.kv_ranges[group_of(window)][s]
         count = table.length + table.reserved - span.start
         wanted = list(range(span.where.start, span.where.stop)) if isinstance(span.where, slice) else span.where.tolist()
         assert len(wanted) == count
@@ -53,7 +53,7 @@ def test_every_key_is_found_where_the_span_has_it(window: int | None, device: to
             page = here.pages_SP[s, p // here.page_tokens - here.first_S[s]]
             found.append(int(page) * here.page_tokens + p % here.page_tokens)
         assert found == wanted
-        rows = slice(step.row_start[s], step.row_start[s + 1])
+        rows = slice(step.query_start[s], step.query_start[s + 1])
         assert here.slots_N is not None
         assert here.slots_N[rows].tolist() == found[table.length - span.start :]
 
@@ -87,6 +87,6 @@ def test_kept_rows_read_the_same_pages_and_write_nothing(device: torch.device) -
 
 def test_spans_without_pages_are_refused(device: torch.device) -> None:
     step, _ = make_step(None, device)
-    blind = replace(step, spans={None: tuple(Span(span.start, span.where) for span in step.spans[None])})
+    blind = replace(step, spans={None: tuple(KVRange(span.start, span.where) for span in step.kv_ranges[group_of(None)])})
     with pytest.raises(KernelError, match="name no pages"):
         paged(blind, None)

@@ -121,7 +121,7 @@ def test_prompts_of_full_size_wait_for_nothing(preset: str, quant: str, watch: W
         logits = decoder.logits(decoder.forward(step, pool))
     assert logits.shape == (3, decoder.plan.vocab)
     assert set(watch.crossings) <= {"aten._to_copy.default", "aten.to.dtype_layout"}
-    assert sum(watch.crossings.values()) <= 2 * len(pool.books)  # pages of each group, for all rows and for kept ones
+    assert sum(watch.crossings.values()) <= 2 * len(pool.allocators)  # pages of each group, for all rows and for kept ones
     per_layer = (sum(watch.kernels.values()) + sum(watch.operations.values())) / len(decoder.plan.layers)
     assert per_layer <= (24 if quant == "bf16" else 40), (
         watch.kernels,

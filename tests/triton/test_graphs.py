@@ -14,7 +14,7 @@ from gemcutter.ops import reference
 from gemcutter.quant import Weight, widen
 from tests.triton.decoders import decode_with, prompt
 
-triton_linear = pytest.importorskip("gemcutter.ops.triton_linear")
+triton_linear = pytest.importorskip("gemcutter.ops.triton.linear")
 
 CONTEXT = 40
 DRAWN = Sampling(temperature=1.0, top_k=8, top_p=0.9, seed=5)

@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcutter.cache.pool import PageCount, PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.engine.memory import compact_weights, page_counts
 from gemcutter.engine.request import Request, Sequence
 from gemcutter.engine.scheduler import Work
 from gemcutter.engine.step import build_step
 from gemcutter.ops import reference
 from gemcutter.ops import triton_attention as attention
-from gemcutter.ops.cuda_step import Paged, paged, paged_key
-from gemcutter.ops.step import Span, Step
-from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec
+from gemcutter.ops.step import KVRange, Step
+from gemcutter.ops.triton.attn_metadata import Paged, paged, paged_key
+from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec, group_of
 from tests.triton.decoders import decode_with, prompt
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -48,7 +48,7 @@ class Case:
 
     def layer(self) -> LayerPlan:
         attn = Attn.GLOBAL if self.window is None else Attn.SLIDING
-        proj, rope = Proj.QK_ONLY if self.turned else Proj.QKV, RopeSpec(1e4, self.dim, (self.turned or self.dim) // 2)
+        proj, rope = Proj.QK_ONLY if self.rotary_dims else Proj.QKV, RopeSpec(1e4, self.dim, (self.rotary_dims or self.dim) // 2)
         return LayerPlan(0, attn, proj, 0, "self", self.heads, self.key_heads, self.dim, self.window, rope, 4, None, 0)
 
 
@@ -65,19 +65,19 @@ class World:
         pages = 3 + max((page for span in spans for page in span.pages), default=0)
         weight = 1 + normal(case.dim, seed=1).abs()
         plan = ModelPlan((self.layer,), 8, 8, None, 1e-6, 9999, 0, 0, 0, True, False)
-        compact = {0: weight} if case.turned else None
+        compact = {0: weight} if case.rotary_dims else None
         dtype = case.pool or case.rows
-        self.pool = PagedPool(plan, {case.window: PageCount(pages, case.page)}, dtype, device, compact)
+        self.pool = PagedKVCache(plan, {group_of(case.window): PoolSize(pages, case.page)}, dtype, device, compact)
         for tensor in (*self.pool.keys.values(), *self.pool.values.values()):
             tensor.fill_(torch.nan)
         self.slots = [self._write(span, start + rows, weight) for span, (start, rows) in zip(spans, case.parts, strict=True)]
         spans = [replace(span, where=slots) for span, slots in zip(spans, self.slots, strict=True)]
         positions = torch.cat([torch.arange(start, start + rows) for start, rows in case.parts]).to(device)
         row_start = tuple(itertools.accumulate((rows for _, rows in case.parts), initial=0))
-        self.step = Step(positions, positions, positions, row_start, {case.window: tuple(spans)}, {}, None, {})
+        self.step = Step(positions, positions, positions, row_start, {group_of(case.window): tuple(spans)}, {}, None, {})
         self.q_NHE = (normal(row_start[-1], case.heads, case.dim, seed=2) * case.dim**-0.5).to(device, case.rows)
 
-    def _spans(self) -> Iterator[Span]:
+    def _spans(self) -> Iterator[KVRange]:
         """Give every sequence pages from all over the pool, without those that its window has passed."""
         case = self.case
         sizes = []
@@ -86,9 +86,9 @@ class World:
             sizes.append((first, -(-(start + rows) // case.page) - first))
         order = torch.randperm(sum(size for _, size in sizes) + 2, generator=torch.Generator().manual_seed(3)).tolist()
         for first, size in sizes:
-            yield Span(first * case.page, slice(0), tuple(order.pop() for _ in range(size)), case.page)
+            yield KVRange(first * case.page, slice(0), tuple(order.pop() for _ in range(size)), case.page)
 
-    def _write(self, span: Span, stop: int, weight: Tensor) -> Tensor:
+    def _write(self, span: KVRange, stop: int, weight: Tensor) -> Tensor:
         """Fill a sequence's slots; keys of a compact layer are its weighted values but for the columns that turn."""
         case = self.case
         slots = (torch.tensor(span.pages, dtype=torch.long)[:, None] * case.page + torch.arange(case.page)).flatten()[
@@ -96,13 +96,13 @@ class World:
         ]
         shape = (len(slots), case.key_heads, case.dim)
         keys, values = normal(*shape, seed=5 + stop), normal(*shape, seed=6 + stop)
-        if case.turned:
-            still = torch.arange(case.dim) % (case.dim // 2) >= case.turned // 2
+        if case.rotary_dims:
+            still = torch.arange(case.dim) % (case.dim // 2) >= case.rotary_dims // 2
             keys = torch.where(still, values * weight, keys)
         self.pool.write(0, slots.to(self.device), keys.to(self.device), values.to(self.device))
         return slots.to(self.device)
 
-    def _read(self, span: Span) -> tuple[Tensor, Tensor]:
+    def _read(self, span: KVRange) -> tuple[Tensor, Tensor]:
         """Read a sequence's keys and values; compact keys in float32, as kernels have them, not rounded to the pool's dtype."""
         compact = self.pool.compact(0)
         wide = compact and replace(compact, normed_TKE=compact.normed_TKE.float())
@@ -116,9 +116,9 @@ class World:
         """Attend in float64, each row by itself; `last` is the last position that it may see."""
         case, group = self.case, self.case.heads // self.case.key_heads
         out, positions = torch.zeros(self.q_NHE.shape, dtype=torch.float64), self.step.positions_N.tolist()
-        for s, span in enumerate(self.step.spans[case.window]):
+        for s, span in enumerate(self.step.kv_ranges[group_of(case.window)]):
             keys, values = (x.cpu().double().repeat_interleave(group, 1) for x in self._read(span))
-            for n in range(self.step.row_start[s], self.step.row_start[s + 1]):
+            for n in range(self.step.query_start[s], self.step.query_start[s + 1]):
                 oldest = 0 if case.window is None else max(0, positions[n] - case.window + 1)
                 seen = slice(oldest - span.start, max(positions[n], last[n] if last else 0) + 1 - span.start)
                 scores = torch.einsum("he,the->ht", self.q_NHE[n].cpu().double(), keys[seen])
@@ -270,14 +270,14 @@ def test_a_layer_writes_and_reads_compactly_and_says_the_same(device: torch.devi
         layer = next(layer for layer in decoder.layers if layer.plan.can_compact)
         compact = compact_weights(decoder)
         assert compact.keys() == ({layer.plan.index} if kernels == "triton" else set())
-        pool = PagedPool(decoder.plan, page_counts(decoder.plan, 64, 16), decoder.dtype, device, compact)
+        pool = PagedKVCache(decoder.plan, page_counts(decoder.plan, 64, 16), decoder.dtype, device, compact)
         sequence, outputs[kernels] = Sequence(0, Request(prompt(22))), []
-        sequence.table = table = Table(pool)
+        sequence.table = table = BlockTable(pool)
         for rows in (12, 9, 1):
             work = Work(sequence, table, rows)
             table.reserve(rows)
             step = build_step(decoder, [work])
             x_ND = normal(rows, decoder.plan.hidden, seed=rows).to(device)
-            outputs[kernels].append(layer.attend(layer.project(x_ND, step, pool), step.kept(), pool))
+            outputs[kernels].append(layer.attention(layer.qkv(x_ND, step, pool), step.kept(), pool))
             table.commit(rows)
     assert_close(torch.cat(outputs["triton"]), torch.cat(outputs["reference"]).cpu().double())

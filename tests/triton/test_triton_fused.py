@@ -219,7 +219,7 @@ def test_a_compact_layer_keeps_only_the_pairs_that_turn(device: torch.device) ->
     layer = layer_of(Proj.QK_ONLY, 32, 2, 2, pairs=4)
     packed, slots = Packed(layer, 3, F32, device), slots_of(3, device)
     normed = packed.pool(7, F32)[1]
-    turned = torch.full((7, 2, layer.turned), torch.nan, device=device)
+    turned = torch.full((7, 2, layer.rotary_dims), torch.nan, device=device)
     triton_fused.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, turned, normed)
     compact = Compact(normed, turned, packed.k_norm)
     check_pool((compact.keys(slice(None)), normed), (packed.k, packed.v), slots)

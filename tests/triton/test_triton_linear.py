@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gemcutter.ops import reference, triton_linear
-from gemcutter.ops.triton_linear import FEW_NARROW_ROWS, MANY_ROWS, gate_mul, gated, gather_rows, linear, logits_of
+from gemcutter.ops.triton.linear import FEW_NARROW_ROWS, MANY_ROWS, gate_mul, gated, gather_rows, linear, logits_of
 from gemcutter.quant import Weight
 from gemcutter.quant.packed import Packed
 from gemcutter.quant.striped import Striped, adjoin, place, stripe

@@ -39,10 +39,10 @@ FOLDERS = {"tiny-e": DEMO_FOLDER, "tiny-a": GOLDENS / "tiny-a"}
 @pytest.fixture(autouse=True)
 def _tall_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give programs of products many matrix rows: the interpreter takes as long for them as for one."""
-    choose = triton_linear.choose_tile
+    select_kernel = triton_linear.choose_tile
 
     def choose_tall(rows: int, features: int, *rest: Any) -> triton_linear.Tile:
-        return replace(choose(rows, features, *rest), features=min(TALL, triton.next_power_of_2(features)))
+        return replace(select_kernel(rows, features, *rest), features=min(TALL, triton.next_power_of_2(features)))
 
     if device.type == "cpu":
         for file in (triton_linear, triton_experts):
@@ -95,7 +95,7 @@ def test_a_small_decoder_whose_values_are_not_normed(device: torch.device) -> No
 
 
 def test_a_small_decoder_in_bfloat16(device: torch.device) -> None:
-    """Not the one with experts, among which a router may choose otherwise then."""
+    """Not the one with experts, among which a router may select_kernel otherwise then."""
     found = run(decode_with("triton", "Gemma 3", device, BF16), *JOB)
     assert not mismatches(found, reference("Gemma 3", device, BF16, True), TOLERANCES[BF16])
 

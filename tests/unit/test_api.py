@@ -48,7 +48,7 @@ def model(shared: Model) -> Model:
 
 def pages(model: Model) -> dict[int | None, tuple[int, int]]:
     """Count the free pages and all pages of every group."""
-    return {window: (book.free, len(book.holders)) for window, book in model.engine.pool.books.items()}
+    return {window: (book.free, len(book.ref_counts)) for window, book in model.engine.pool.allocators.items()}
 
 
 def is_busy(model: Model) -> bool:

@@ -18,7 +18,7 @@ from gemcutter.gauge.cold import first_token_s
 from gemcutter.gauge.report import ceiling, check, measure, show
 from gemcutter.gauge.stand import Stand, Trial, list_trials
 from gemcutter.gauge.subject import Compute, Subject, from_preset
-from gemcutter.ops import SENTENCES
+from gemcutter.ops import OPS
 from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Weight
 
@@ -183,7 +183,7 @@ def test_a_filled_context_is_continued_and_not_computed(depth: int) -> None:
         lengths.clear()
         stand.run(Trial("tg", 3, depth))
         assert lengths == [[depth + row] for row in range(4)]
-    assert stand.engine.pool.books.keys() == {group.window for group in made.plan.groups()}
+    assert stand.engine.pool.allocators.keys() == {group.window for group in made.plan.groups()}
 
 
 def test_filled_slots_look_like_what_layers_write() -> None:
@@ -232,7 +232,7 @@ def test_clocks_see_every_sentence_and_leave_the_decoder_as_it_was(kernels: str)
     before = [dict(vars(owner)) for owner in (made.decoder, *made.decoder.layers)]
     spent = breakdown.measure(made.decoder, lambda begin: stand.run(Trial("tg", 2), begin))
     assert [dict(vars(owner)) for owner in (made.decoder, *made.decoder.layers)] == before
-    assert spent.keys() == set(SENTENCES) - {"layer"} | {"rest"}
+    assert spent.keys() == set(OPS) - {"layer"} | {"rest"}
     assert all(seconds > 0 for verb, seconds in spent.items() if verb != "rest")
 
 

@@ -26,6 +26,7 @@ from gemcutter.checkpoint.synth import SIZES, shrink, write_size
 from gemcutter.checkpoint.write import Spec, write_json, write_sharded
 from gemcutter.plan import Access
 from gemcutter.quant import Weight
+from gemcutter.quant.packing import PlainPacker
 
 TINY_A = Path(__file__).parents[1] / "goldens" / "tiny-a"
 CPU = torch.device("cpu")
@@ -184,8 +185,9 @@ def test_conversion_is_exact_whatever_the_tiles(
     checkpoint = open_checkpoint(folder)
     wanted = expected(tmp_path, checkpoint)
     specs = [spec for spec in checkpoint.plan.params() if spec.name in small]
+    loader = module._Loader(torch.bfloat16, CPU, PlainPacker(CPU), None, module.Panels({}), 0.0)
     for spec in specs:  # one by one: four bytes a tile are slow
-        param = module._load(spec, checkpoint.matched.pieces[spec.name], torch.bfloat16, CPU)
+        param = loader.load(spec, checkpoint.matched.pieces[spec.name])
         assert stack(param).equal(wanted[spec.name].to(torch.bfloat16))
     assert len(specs) == len(small)
 

@@ -20,6 +20,7 @@ from gemcutter.checkpoint.load import load_params
 from gemcutter.checkpoint.match import open_checkpoint
 from gemcutter.checkpoint.panel_cache import PanelCache
 from gemcutter.quant import Weight
+from gemcutter.quant.packing import CpuPacker
 from gemcutter.quant.tiled import Tiled
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(model: Path, folder: Path, quant: str | None = None) -> list[Tiled]:
     """Load with a cache in `folder`, wait until it is written, and give the repacked weights."""
     checkpoint = open_checkpoint(model)
-    params = load_params(checkpoint, torch.float32, CPU, None, quant, True, PanelCache.of(checkpoint, quant, folder))
+    params = load_params(checkpoint, torch.float32, CPU, None, quant, CpuPacker(), PanelCache.of(checkpoint, quant, folder))
     for thread in threading.enumerate():
         if thread.name == "panel cache":
             thread.join()

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gemcutter.engine.runner as runner
-from gemcutter.cache.pool import PageCount, PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.memory import page_counts
 from gemcutter.engine.request import Event, Finish, PromptReport, Request
@@ -31,6 +31,7 @@ from gemcutter.engine.sampling import Sampling, TokenLogprobs
 from gemcutter.engine.scheduler import Work
 from gemcutter.errors import RequestError
 from gemcutter.model.text import Decoder
+from gemcutter.plan import group_of
 from tests.topologies import FULL, SIZES, SLIDING, build_decoder, build_oracle, plan_of, prompt
 
 CONTEXT = 40
@@ -136,8 +137,8 @@ def make_engine(max_rows: int = 8, max_sequences: int = 3, checkpoints: int = 0,
     """Build an engine whose every group has pages for one whole sequence and `spare` more."""
     engine = Engine(decoder(), CONTEXT, max_rows, max_sequences, checkpoints)
     counts = page_counts(decoder().plan, CONTEXT, max_rows, page_tokens=PAGE_TOKENS)
-    roomier = {window: PageCount(count.pages + spare, count.tokens) for window, count in counts.items()}
-    engine.pool = engine.scheduler.pool = PagedPool(decoder().plan, roomier, torch.float32)
+    roomier = {window: PoolSize(count.pages + spare, count.tokens) for window, count in counts.items()}
+    engine.pool = engine.scheduler.pool = PagedKVCache(decoder().plan, roomier, torch.float32)
     return engine
 
 
@@ -202,11 +203,11 @@ class Watched:
         assert all(answer.finish is not None for answer in self.answers.values())
 
 
-def poison_free_pages(pool: PagedPool) -> None:
+def poison_free_pages(pool: PagedKVCache) -> None:
     """Fill what nobody holds with NaN."""
     for group in pool.groups:
-        book = pool.books[group.window]
-        free = torch.tensor([holders == 0 for holders in book.holders])
+        book = pool.allocators[group.window]
+        free = torch.tensor([holders == 0 for holders in book.ref_counts])
         for layer in group.layers:
             for tensor in (pool.keys[layer], pool.values[layer]):
                 tensor.view(-1, book.tokens, *tensor.shape[1:])[free] = torch.nan
@@ -216,7 +217,7 @@ def assert_no_leaks(engine: Engine) -> None:
     """See that every page is free once the checkpoints are gone."""
     while engine.prefix.evict():
         pass
-    assert all(book.free == len(book.holders) for book in engine.pool.books.values()), "pages were leaked"
+    assert all(book.free == len(book.ref_counts) for book in engine.pool.allocators.values()), "pages were leaked"
 
 
 def alone(request: Request) -> Answer:
@@ -335,11 +336,11 @@ def test_a_long_prompt_does_not_stall_those_who_decode() -> None:
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("where", ["reserve", "attend", "logits", "sample"])
+@pytest.mark.parametrize("where", ["reserve", "attention", "logits", "sample"])
 def test_a_fault_in_a_step_leaves_no_trace(where: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     order = (1, 4, 3, 5, 0, 6)
     answers = [wanted(index) for index in order]
-    owner = {"reserve": Table, "attend": decoder().layers[0], "logits": decoder(), "sample": runner}[where]
+    owner = {"reserve": BlockTable, "attention": decoder().layers[0], "logits": decoder(), "sample": runner}[where]
     real, calls, raised = getattr(owner, where), count(1), list[int]()
 
     def failing(*args: Any) -> Any:
@@ -361,12 +362,12 @@ def test_a_fault_leaves_the_tables_as_they_were(monkeypatch: pytest.MonkeyPatch)
     watched = Watched(make_engine(checkpoints=2))
     stopped = watched.submit(REQUESTS[6])
     watched.step()
-    before = [book.free for book in watched.engine.pool.books.values()]
+    before = [book.free for book in watched.engine.pool.allocators.values()]
     with monkeypatch.context() as patch:
-        patch.setattr(decoder().layers[0], "attend", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(decoder().layers[0], "attention", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             watched.step()
-    assert [book.free for book in watched.engine.pool.books.values()] == before
+    assert [book.free for book in watched.engine.pool.allocators.values()] == before
     watched.cancel(stopped)
     again = watched.submit(REQUESTS[6])
     watched.finish()
@@ -409,7 +410,7 @@ def test_checkpoints_give_way_before_anyone_is_preempted() -> None:
     watched.submit(REQUESTS[6])
     watched.finish()
     assert len(watched.engine.prefix) == 2
-    assert watched.engine.pool.books[None].free < 5  # which is what each of the next two needs
+    assert watched.engine.pool.allocators[group_of(None)].free < 5  # which is what each of the next two needs
     requests = [ask(prompt(9, seed), 9, seed=seed) for seed in (50, 51)]
     numbers = [watched.submit(request) for request in requests]
     watched.finish()

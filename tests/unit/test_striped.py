@@ -13,6 +13,7 @@ from gemcutter.quant import Weight, affine
 from gemcutter.quant.integer import from_packed, from_values
 from gemcutter.quant.micro import from_mlx
 from gemcutter.quant.packed import Packed, Stack
+from gemcutter.quant.packing import GpuPacker
 from gemcutter.quant.panels import S8, U4, U6
 from gemcutter.quant.striped import F4, F8, Striped, adjoin, from_words, place, span_of, stripe, striped_layout, to_words
 from tests.unit.test_quant_blocks import HALVES
@@ -194,7 +195,9 @@ def test_a_striped_weight_is_used_like_any_other() -> None:
 def test_a_checkpoint_is_striped_while_it_is_loaded(quant: str | None) -> None:
     """Values stay; the parts of every matrix lie side by side, but for the rows-only table, which stays mapped."""
     checkpoint, cpu = open_checkpoint(DEMO_FOLDER), torch.device("cpu")
-    plain, found = (load_params(checkpoint, torch.float32, cpu, quant=quant, striped=each) for each in (False, True))
+    plain, found = (
+        load_params(checkpoint, torch.float32, cpu, quant=quant, packer=each) for each in (None, GpuPacker(cpu, torch.float32))
+    )
     assert plain.keys() == found.keys()
     for name, param in found.items():
         wanted = plain[name]

@@ -2,7 +2,7 @@
 
 Owns the elementwise kernels, the embeddings and top-k. Arithmetic is float32 whatever the rows' dtype, rounded once at the end;
 launch shapes follow from sizes alone. Shape letters as in `reference.py`, which says what every kernel computes; read
-`triton_fused.py` for norms, `triton_sentences.py` for who calls.
+`fused_norm.py` for norms, `layer_ops.py` for who calls.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcutter.ops.triton_fused import FEW_ROWS, TILE, root_of
-from gemcutter.ops.triton_tiles import gelu, squash
-from gemcutter.ops.triton_variant import Variant, variant_of
+from gemcutter.ops.triton.dequant import gelu, squash
+from gemcutter.ops.triton.fused_norm import FEW_ROWS, TILE, root_of
+from gemcutter.ops.triton.variant import Variant, variant_of
 
 COLUMNS = 1024  # elements of one program of an elementwise kernel
 ROOT_HALF = 2**-0.5

@@ -3,7 +3,7 @@
 Owns `linear` (the word), `gated` and `gate_mul` (a gate's product, its activation and what it opens, in one kernel), `logits_of`
 and `gather_rows` (rows of a striped table). Up to MANY_ROWS rows meet kernels of this file; more take the library's product, over
 striped weights that are widened a tile at a time. Launch shapes follow from row counts and matrix sizes alone. Refuses to know
-layers. Shape letters as in `reference.py`; read `triton_tiles.py` for the inner loops, `quant/striped.py` for the layout.
+layers. Shape letters as in `reference.py`; read `dequant.py` for the inner loops, `quant/striped.py` for the layout.
 """
 
 # ruff: noqa: RET505  # what branches on a constant needs its `else`: Triton compiles one of the two
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcutter.ops import triton_gates
-from gemcutter.ops.triton_tiles import INTERPRETED, Operand, decode_rows, gelu, multiply_few, multiply_many, operand, squash
-from gemcutter.ops.triton_variant import Variant
+from gemcutter.ops.triton import elementwise
+from gemcutter.ops.triton.dequant import INTERPRETED, Operand, decode_rows, gelu, multiply_few, multiply_many, operand, squash
+from gemcutter.ops.triton.variant import Variant
 from gemcutter.quant import Part, Weight, widen
 from gemcutter.quant.panels import BF16, F32, U4, Layout
 from gemcutter.quant.striped import F4, F8, STRIPE, Striped, room, span_of
@@ -166,7 +166,7 @@ def gated(x_ND: Tensor, weight_in: Weight) -> Tensor:
     """Multiply rows with a gate and an up matrix, stacked as [2 F, D], and give gelu(gate) * up: [N, F]."""
     whole = span_of(weight_in.parts)
     if whole is None or not 0 < x_ND.shape[0] <= MANY_ROWS:
-        return triton_gates.gelu_mul(linear(x_ND, weight_in))
+        return elementwise.gelu_mul(linear(x_ND, weight_in))
     out = x_ND.new_empty(x_ND.shape[0], weight_in.rows // 2)
     _launch(x_ND, operand(whole), out, is_gated=True)
     return out
@@ -176,7 +176,7 @@ def gate_mul(x_ND: Tensor, gate: Weight, times_NF: Tensor) -> Tensor:
     """Multiply rows with a gate's matrix [F, D], and give gelu(product) * times: [N, F]. The rows of `times` may lie apart."""
     whole = span_of(gate.parts)
     if whole is None or not 0 < x_ND.shape[0] <= MANY_ROWS:
-        return triton_gates.gate_mul(linear(x_ND, gate), times_NF)
+        return elementwise.gate_mul(linear(x_ND, gate), times_NF)
     out = x_ND.new_empty(x_ND.shape[0], gate.rows)
     _launch(x_ND, operand(whole), out, times_NF=times_NF)
     return out
@@ -189,7 +189,7 @@ def logits_of(x_RD: Tensor, weight: Weight, cap: float | None) -> Tensor:
     """
     whole = span_of(weight.parts)
     if whole is None or not 0 < x_RD.shape[0] <= MANY_ROWS:
-        return triton_gates.softcap(linear(x_RD, weight), cap)
+        return elementwise.softcap(linear(x_RD, weight), cap)
     out = torch.empty(x_RD.shape[0], weight.rows, dtype=torch.float32, device=x_RD.device)
     _launch(x_RD, operand(whole), out, cap=cap)
     return out

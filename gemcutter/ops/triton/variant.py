@@ -1,4 +1,4 @@
-"""A kernel as it is compiled ahead of time: what `triton_report.py` lists and tests hold to limits.
+"""A kernel as it is compiled ahead of time: what `report.py` lists and tests hold to limits.
 
 Owns the type; every file of Triton kernels exports `VARIANTS`, its hot kernels in the shapes of the family. Imports no torch and
 no Triton.

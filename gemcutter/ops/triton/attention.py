@@ -4,7 +4,7 @@ A program holds the rows of one tile for all query heads of one key head, so tha
 sequences are cut into tiles of rows; sequences of a few rows are cut along their keys instead, and `_merge` joins the parts by
 their log-sums. Owns launch shapes, which depend on geometry and row counts alone; refuses to know who wrote the keys. Read
 `cuda_step.py` for pages, `ops/step.py` for the compact form, `reference.py` for what attention means. Shape letters as there, R
-turned columns.
+rotary columns.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcutter.errors import KernelError
-from gemcutter.ops.cuda_step import Paged, paged
-from gemcutter.ops.step import Pool, Step
-from gemcutter.ops.triton_tiles import INTERPRETED
-from gemcutter.ops.triton_variant import Variant
+from gemcutter.ops.step import KVCache, Step
+from gemcutter.ops.triton.attn_metadata import TritonAttnMetadata, of_group
+from gemcutter.ops.triton.dequant import INTERPRETED
+from gemcutter.ops.triton.variant import Variant
 from gemcutter.plan import LayerPlan
 
 MIN_PAGE = 16  # a block of keys lies in one page, and the matrix units take no fewer keys
@@ -44,11 +44,11 @@ def _dot(a, b, sums):
 
 
 @triton.jit
-def _long_tile(row_start_S1, sequences, ROWS: tl.constexpr, SHORT: tl.constexpr, SEQUENCES: tl.constexpr):
+def _long_tile(query_start_S1, sequences, ROWS: tl.constexpr, SHORT: tl.constexpr, SEQUENCES: tl.constexpr):
     """Find this program's sequence and its tile there, the last tiles first: they see the most keys."""
     s = tl.arange(0, SEQUENCES)
-    start = tl.load(row_start_S1 + s, mask=s < sequences, other=0)
-    rows = tl.load(row_start_S1 + s + 1, mask=s < sequences, other=0) - start
+    start = tl.load(query_start_S1 + s, mask=s < sequences, other=0)
+    rows = tl.load(query_start_S1 + s + 1, mask=s < sequences, other=0) - start
     tiles = tl.where(rows > SHORT, (rows + ROWS - 1) // ROWS, 0)
     ends = tl.cumsum(tiles, 0)
     at = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -65,7 +65,7 @@ def _attend(
     lse,
     positions_N,
     last_N,
-    row_start_S1,
+    query_start_S1,
     pages_SP,
     first_S,
     sequences,
@@ -73,8 +73,8 @@ def _attend(
     KEY_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     E: tl.constexpr,
-    TURNED: tl.constexpr,
-    TURNED_PADDED: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ROTARY_PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,7 +82,7 @@ def _attend(
     SHORT: tl.constexpr,
     IS_SHORT: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    HAS_SPANS: tl.constexpr,
+    HAS_LAST_VISIBLE: tl.constexpr,
     MIN_BLOCKS: tl.constexpr,
     SEQUENCES: tl.constexpr,
 ):
@@ -93,10 +93,10 @@ def _attend(
         TILES: tl.constexpr = (SHORT + ROWS - 1) // ROWS
         s, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     else:
-        s, tile = _long_tile(row_start_S1, sequences, ROWS, SHORT, SEQUENCES)
+        s, tile = _long_tile(query_start_S1, sequences, ROWS, SHORT, SEQUENCES)
         if s >= sequences:
             return
-    start, stop = tl.load(row_start_S1 + s), tl.load(row_start_S1 + s + 1)
+    start, stop = tl.load(query_start_S1 + s), tl.load(query_start_S1 + s + 1)
     if (tile * ROWS >= stop - start) | ((stop - start > SHORT) & IS_SHORT):  # no tile, or one of the other launch
         return
     head = tl.program_id(1)
@@ -105,7 +105,7 @@ def _attend(
     is_row = (m < ROWS * GROUP) & (start + row < stop)
     position = tl.load(positions_N + start + row, mask=is_row, other=-1)
     last = position
-    if HAS_SPANS:
+    if HAS_LAST_VISIBLE:
         last = tl.maximum(position, tl.load(last_N + start + row, mask=position >= 0, other=-1))
 
     # the keys that some row sees, [low, high), and this program's blocks of them
@@ -120,11 +120,11 @@ def _attend(
         end = tl.minimum(end, begin + share)
 
     q_at = q_NHE + ((start + row) * HEADS + head * GROUP + m % GROUP)[:, None] * E
-    if TURNED > 0:  # the columns that turn meet the stored keys, all others the normalised rows
-        c = tl.arange(0, TURNED_PADDED)
-        column = tl.where(c < TURNED // 2, c, c + (E - TURNED) // 2)
-        q_turned = tl.load(q_at + column[None, :], mask=is_row[:, None] & (c < TURNED)[None, :], other=0.0)
-        q = tl.load(q_at + e[None, :], mask=is_row[:, None] & (e % (E // 2) >= TURNED // 2)[None, :], other=0.0)
+    if ROTARY > 0:  # the columns that turn meet the stored keys, all others the normalised rows
+        c = tl.arange(0, ROTARY_PADDED)
+        column = tl.where(c < ROTARY // 2, c, c + (E - ROTARY) // 2)
+        q_rotary = tl.load(q_at + column[None, :], mask=is_row[:, None] & (c < ROTARY)[None, :], other=0.0)
+        q = tl.load(q_at + e[None, :], mask=is_row[:, None] & (e % (E // 2) >= ROTARY // 2)[None, :], other=0.0)
     else:
         q = tl.load(q_at + e[None, :], mask=is_row[:, None], other=0.0)
 
@@ -134,8 +134,8 @@ def _attend(
     pages = pages_SP + s * width - tl.load(first_S + s)
     n = tl.arange(0, BLOCK_N)
     value_at, key_at = n[:, None] * (KEY_HEADS * E) + e[None, :], n[:, None] * (KEY_HEADS * E) + e[None, :]
-    if TURNED > 0:
-        key_at = n[:, None] * (KEY_HEADS * TURNED) + c[None, :]
+    if ROTARY > 0:
+        key_at = n[:, None] * (KEY_HEADS * ROTARY) + c[None, :]
     page = tl.load(pages + begin // (PAGE // BLOCK_N), mask=begin < end, other=0)
     for block in tl.range(begin, end, disable_licm=BLOCK_M >= 64):  # else it holds an address for each piece of the queries
         key = block * BLOCK_N + n
@@ -145,12 +145,12 @@ def _attend(
         slot = (this * (PAGE // BLOCK_N) + block % (PAGE // BLOCK_N)) * (BLOCK_N * KEY_HEADS) + head
         value = tl.load(values_TKE + slot * E + value_at, mask=is_held[:, None], other=0.0).to(q.dtype)
         none = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if TURNED > 0:
-            if TURNED == TURNED_PADDED:
-                turned = tl.load(keys_TKX + slot * TURNED + key_at).to(q.dtype)
+        if ROTARY > 0:
+            if ROTARY == ROTARY_PADDED:
+                rotary = tl.load(keys_TKX + slot * ROTARY + key_at).to(q.dtype)
             else:
-                turned = tl.load(keys_TKX + slot * TURNED + key_at, mask=(c < TURNED)[None, :], other=0.0).to(q.dtype)
-            scores = _dot(q_turned, tl.trans(turned), _dot(q, tl.trans(value), none))
+                rotary = tl.load(keys_TKX + slot * ROTARY + key_at, mask=(c < ROTARY)[None, :], other=0.0).to(q.dtype)
+            scores = _dot(q_rotary, tl.trans(rotary), _dot(q, tl.trans(value), none))
         else:
             keys = tl.load(keys_TKX + slot * E + key_at).to(q.dtype)
             scores = _dot(q, tl.trans(keys), none)
@@ -173,7 +173,10 @@ def _attend(
         tl.store(lse + part, top + tl.log2(total), mask=is_row)
         tl.store(out + part[:, None] * E + e[None, :], mixed, mask=(is_row & (total > 0.0))[:, None])
     else:
-        start, stop = tl.load(row_start_S1 + s), tl.load(row_start_S1 + s + 1)  # anew: no register holds addresses in the loop
+        start, stop = (
+            tl.load(query_start_S1 + s),
+            tl.load(query_start_S1 + s + 1),
+        )  # anew: no register holds addresses in the loop
         is_row = (m < ROWS * GROUP) & (start + row < stop)
         out_at = out + ((start + row) * HEADS + head * GROUP + m % GROUP)[:, None] * E
         tl.store(out_at + e[None, :], mixed.to(out.dtype.element_ty), mask=is_row[:, None])
@@ -184,7 +187,7 @@ def _merge(
     parts,
     lse,
     out_NHE,
-    row_start_S1,
+    query_start_S1,
     HEADS: tl.constexpr,
     E: tl.constexpr,
     SHORT: tl.constexpr,
@@ -193,7 +196,7 @@ def _merge(
 ):
     """Join the parts of some columns of one row and head: their mean, weighed by their sums."""
     s, row = tl.program_id(0) // SHORT, tl.program_id(0) % SHORT
-    start, stop = tl.load(row_start_S1 + s), tl.load(row_start_S1 + s + 1)
+    start, stop = tl.load(query_start_S1 + s), tl.load(query_start_S1 + s + 1)
     if (row >= stop - start) | (stop - start > SHORT):
         return
     head, e = tl.program_id(1), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -283,17 +286,17 @@ def num_splits(tiles: int, capacity: int, machine: Machine) -> int:
 
 
 def _constants(
-    heads: int, key_heads: int, dim: int, turned: int, window: int | None, page: int, launch: Launch, **others: int | bool
+    heads: int, key_heads: int, dim: int, rotary: int, window: int | None, page: int, launch: Launch, **others: int | bool
 ) -> dict[str, int | bool]:
-    """Give the constants of a launch; `turned` is the width of stored keys."""
-    turned = 0 if turned == dim else turned
+    """Give the constants of a launch; `rotary` is the width of stored keys."""
+    rotary = 0 if rotary == dim else rotary
     block_n = min(launch.block_n, page & -page)
     return {
         "KEY_HEADS": key_heads,
         "GROUP": heads // key_heads,
         "E": dim,
-        "TURNED": turned,
-        "TURNED_PADDED": max(16, triton.next_power_of_2(turned)),
+        "ROTARY": rotary,
+        "ROTARY_PADDED": max(16, triton.next_power_of_2(rotary)),
         "WINDOW": window or 0,
         "PAGE": page,
         "BLOCK_M": launch.block_m,
@@ -311,9 +314,8 @@ class _Site:
     q_NHE: Tensor
     keys_TKX: Tensor
     values_TKE: Tensor
-    step: Paged
+    step: TritonAttnMetadata
     window: int | None
-    last_N: Tensor | None
     machine: Machine
 
     @property
@@ -323,7 +325,7 @@ class _Site:
 
     def launch(self, grid: tuple[int, ...], launch: Launch, out: Tensor, lse: Tensor, **constants: int | bool) -> None:
         """Run the kernel over a grid of tiles, key heads and splits."""
-        step, last_N = self.step, self.last_N
+        step, last_N = self.step, self.step.last_visible_N
         _attend[grid](
             self.q_NHE,
             self.keys_TKX,
@@ -332,21 +334,19 @@ class _Site:
             lse,
             step.positions_N,
             step.positions_N if last_N is None else last_N,
-            step.row_start_S1,
+            step.query_start_S1,
             step.pages_SP,
             step.first_S,
             step.sequences,
             step.pages_SP.shape[1],
             **_constants(*self.sizes, self.keys_TKX.shape[2], self.window, step.page_tokens, launch, **constants),
-            HAS_SPANS=last_N is not None,
+            HAS_LAST_VISIBLE=last_N is not None,
             num_warps=launch.warps,
             num_stages=launch.stages,
         )
 
 
-def attend(
-    q_NHE: Tensor, keys_TKX: Tensor, values_TKE: Tensor, step: Paged, window: int | None, last_N: Tensor | None = None
-) -> Tensor:
+def attend(q_NHE: Tensor, keys_TKX: Tensor, values_TKE: Tensor, step: TritonAttnMetadata, window: int | None) -> Tensor:
     """Attend for rows over the pages of one layer, scale 1, softmax in float32; zeros where a row sees no key.
 
     `keys_TKX` are whole keys, or the R columns that turn of a compact layer, whose queries are multiplied with its weight
@@ -357,7 +357,7 @@ def attend(
         raise KernelError(f"Triton attention counts queries in 32 bits, {q_NHE.shape[0]} rows are too many; lower max_rows")
     if step.page_tokens % MIN_PAGE:
         raise KernelError(f"Triton attention needs pages of a multiple of {MIN_PAGE} tokens, found {step.page_tokens}")
-    site = _Site(q_NHE.contiguous(), keys_TKX, values_TKE, step, window, last_N, machine_of(q_NHE.device))
+    site = _Site(q_NHE.contiguous(), keys_TKX, values_TKE, step, window, machine_of(q_NHE.device))
     out = torch.empty_like(site.q_NHE)
     if q_NHE.shape[0]:
         if step.max_rows > SHORT_ROWS:
@@ -404,18 +404,18 @@ def _attend_short(site: _Site, out: Tensor) -> None:
     if splits > 1:
         columns = min(dim, MERGE_COLUMNS)
         grid = (slots, heads, dim // columns)
-        _merge[grid](parts, lse, out, step.row_start_S1, HEADS=heads, E=dim, SHORT=most, SPLITS=splits, COLUMNS=columns)
+        _merge[grid](parts, lse, out, step.query_start_S1, HEADS=heads, E=dim, SHORT=most, SPLITS=splits, COLUMNS=columns)
 
 
-def build_attention(layer: LayerPlan) -> Callable[[Tensor, Step, Pool], Tensor]:
+def build_attention(layer: LayerPlan) -> Callable[[Tensor, Step, KVCache], Tensor]:
     """Build attention of a layer's queries over the pages that its `kv_layer` wrote, compact or not."""
 
-    def attention(q_NHE: Tensor, step: Step, pool: Pool) -> Tensor:
-        here, compact = paged(step, layer.window), pool.compact(layer.kv_layer)
+    def attention(q_NHE: Tensor, step: Step, cache: KVCache) -> Tensor:
+        metadata, compact = of_group(step, layer.group), cache.compact(layer.kv_layer)
         if compact is None:
-            return attend(q_NHE, *pool.storage(layer.kv_layer), here, layer.window)
+            return attend(q_NHE, *cache.storage(layer.kv_layer), metadata, layer.window)
         scaled = torch.mul(q_NHE, compact.weight_E, out=torch.empty_like(q_NHE))
-        return attend(scaled, compact.turned_TKR, compact.normed_TKE, here, layer.window)
+        return attend(scaled, compact.rotary_TKR, compact.normed_TKE, metadata, layer.window)
 
     return attention
 
@@ -438,7 +438,7 @@ def _variants() -> Iterator[Variant]:
             launch = long_launch(dim, group, torch.bfloat16, machine)
             if is_short:
                 launch = short_launch(dim, group, count, torch.bfloat16, dtype, machine)
-            modes = {"SHORT": min(count, SHORT_ROWS), "IS_SHORT": is_short, "IS_SPLIT": is_short, "HAS_SPANS": False}
+            modes = {"SHORT": min(count, SHORT_ROWS), "IS_SHORT": is_short, "IS_SPLIT": is_short, "HAS_LAST_VISIBLE": False}
             types = ("*bf16", pool, pool, "*fp32" if is_short else "*bf16", "*fp32", *["*i32"] * 5, "i32", "i32")
             yield Variant(
                 _attend,

@@ -1,6 +1,6 @@
 """Products of a tile on Triton: some rows of the residual stream with some rows of one matrix, dense or packed.
 
-Owns what the kernels of `triton_linear.py` and `triton_experts.py` share: `multiply_few` and `multiply_many`, which run inside
+Owns what the kernels of `linear.py` and `moe.py` share: `multiply_few` and `multiply_many`, which run inside
 kernels and give float32 sums, and `Operand`, a matrix as those kernels take it. Few rows multiply in registers, in float32, and
 nothing is rounded; more rows multiply on the tensor cores, for which packed weights are rounded to the rows' dtype. Weights are
 read once, 16 bytes a thread. Refuses to know launch shapes. Shape letters as in `reference.py`, with R rows of a tile, F rows of

@@ -4,7 +4,7 @@ Owns `experts` and what its three ways share. A few rows: every (row, choice) pa
 it meets. Up to 16 rows: every expert looks for its rows itself, and its weights are read once. More: pairs are sorted by expert
 into blocks of rows. The host never learns what was chosen, so each way has fixed launch shapes. A row adds its
 experts up in the order of its choices. Refuses to know the router. Shape letters as in `reference.py`, with M rows, T choices
-of each, P = M * T pairs, B blocks of R pairs; read `triton_tiles.py` for the inner loops.
+of each, P = M * T pairs, B blocks of R pairs; read `dequant.py` for the inner loops.
 """
 
 # ruff: noqa: RET505  # what branches on a constant needs its `else`: Triton compiles one of the two
@@ -21,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcutter.errors import KernelError
-from gemcutter.ops.triton_linear import Tile, choose_tile, describe
-from gemcutter.ops.triton_tiles import Operand, gelu, multiply_few, multiply_many, operand
-from gemcutter.ops.triton_variant import Variant
+from gemcutter.ops.triton.dequant import Operand, gelu, multiply_few, multiply_many, operand
+from gemcutter.ops.triton.linear import Tile, choose_tile, describe
+from gemcutter.ops.triton.variant import Variant
 from gemcutter.quant import Weight
 from gemcutter.quant.panels import F32, Layout
 from gemcutter.quant.striped import F4, room, span_of

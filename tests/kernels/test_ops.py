@@ -1,7 +1,7 @@
-"""Every provider of every verb against the reference, and the reference against a third opinion: plain float64.
+"""Every impl of every verb against the reference, and the reference against a third opinion: plain float64.
 
 Owns the shape grids, the poison in unused cache slots, and naive definitions written from the formulas of the family, which share
-no code with `ops/`. A provider added to `ops/bind.py` is tested here without another line; a verb without a test fails. Shape
+no code with `ops/`. A impl added to `ops/bind.py` is tested here without another line; a verb without a test fails. Shape
 letters: N rows, H heads, K key heads, E head dim, D hidden, F outputs, T keys. Read `gemcutter/ops/reference.py` beside it.
 """
 
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from gemcutter import native
 from gemcutter.model.rope import Rope
-from gemcutter.ops import SENTENCES, WORDS, reference
-from gemcutter.ops.bind import PROVIDERS, Provider
-from gemcutter.ops.reference import Numerics, Param, Words
-from gemcutter.ops.step import Span, Step
-from gemcutter.plan import Attn, LayerPlan, ModelPlan, MoEPlan, Proj, RopeSpec
+from gemcutter.ops import LAYER_OPS, OPS, reference
+from gemcutter.ops.backend import KernelImpl
+from gemcutter.ops.registry import CPU, IMPLEMENTATIONS
+from gemcutter.ops.step import KVRange, Step, prepare
+from gemcutter.ops.types import Attention, OpContext, Param, Precision
+from gemcutter.plan import Attn, LayerPlan, ModelPlan, MoEPlan, Proj, RopeSpec, group_of
 from gemcutter.quant import Weight
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,16 +35,16 @@ ONE_ROUNDING = {F32: 1e-5, BF16: 2**-8}
 EPS = 1e-6
 
 
-def providers_of(verb: str) -> pytest.MarkDecorator:
-    """Run a test with every provider of a verb that can run here; Triton's have tests of their own, in `tests/triton`."""
+def implementations_of(op: str) -> pytest.MarkDecorator:
+    """Run a test with every impl of an op that can run here; Triton's have tests of their own, in `tests/triton`."""
     skip = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
-    here = (each for each in PROVIDERS if each.verb == verb and each.name != "triton")
+    here = (each for each in IMPLEMENTATIONS if each.op == op and each.name != "triton")
     found = [pytest.param(each, id=each.name, marks=[skip] if each.name == "native" else []) for each in here]
-    return pytest.mark.parametrize("provider", found)
+    return pytest.mark.parametrize("impl", found)
 
 
-def tolerance_of(provider: Provider, dtype: torch.dtype) -> float:
-    return (ONE_ROUNDING if provider.name == "reference" else TOLERANCE)[dtype]
+def tolerance_of(impl: KernelImpl, dtype: torch.dtype) -> float:
+    return (ONE_ROUNDING if impl.name == "reference" else TOLERANCE)[dtype]
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
@@ -71,27 +72,27 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "WEIGHT_TILE", 64)
 
 
-@providers_of("linear")
+@implementations_of("linear")
 @pytest.mark.parametrize("x_dtype", [F32, BF16], ids=["x-f32", "x-bf16"])
 @pytest.mark.parametrize("stored", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.usefixtures("small_tiles")
-def test_linear(provider: Provider, parts: str, stored: torch.dtype, x_dtype: torch.dtype) -> None:
+def test_linear(impl: KernelImpl, parts: str, stored: torch.dtype, x_dtype: torch.dtype) -> None:
     tensors = tuple(randn(rows, COLUMNS, seed=i, dtype=stored) for i, rows in enumerate(PARTS[parts]))
-    weight, linear = Weight(tensors), provider.load()
+    weight, linear = Weight(tensors), impl.load()
     matrix = torch.cat([tensor.double() for tensor in tensors])
     for rows in ROWS:
         x_ND = randn(rows, COLUMNS, seed=rows, dtype=x_dtype)
         found = linear(x_ND, weight)
         assert found.dtype == x_dtype
-        assert_close(found, x_ND.double() @ matrix.T, tolerance_of(provider, x_dtype))
+        assert_close(found, x_ND.double() @ matrix.T, tolerance_of(impl, x_dtype))
         assert_close(found, reference.linear(x_ND, weight), TOLERANCE[x_dtype])
 
 
-@providers_of("linear")
+@implementations_of("linear")
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 @pytest.mark.usefixtures("small_tiles")
-def test_linear_over_views(provider: Provider, dtype: torch.dtype) -> None:
+def test_linear_over_views(impl: KernelImpl, dtype: torch.dtype) -> None:
     """Slices, named parts and experts are views into larger tensors; rows of x may be strided too."""
     stack = Weight(torch.split(randn(3, 70, COLUMNS, dtype=dtype), [30, 40], dim=-2), ("gate", "up"))
     x_ND = randn(5, 2 * COLUMNS, dtype=dtype)[:, ::2]
@@ -102,7 +103,7 @@ def test_linear_over_views(provider: Provider, dtype: torch.dtype) -> None:
         "slice": (stack.expert(1).slice(21, 55), whole[21:55]),
     }
     for weight, matrix in views.values():
-        assert_close(provider.load()(x_ND, weight), x_ND.double() @ matrix.T, tolerance_of(provider, dtype))
+        assert_close(impl.load()(x_ND, weight), x_ND.double() @ matrix.T, tolerance_of(impl, dtype))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
@@ -140,7 +141,7 @@ class Cache:
     def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         self.written[layer] = (k_NKE, v_NKE)
 
-    def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, span: KVRange) -> tuple[Tensor, Tensor]:
         assert layer == KV_LAYER
         return self.keys[span.where], self.values[span.where]
 
@@ -164,17 +165,34 @@ def layer_plan(heads: int, kv_heads: int, dim: int, window: int | None = None, *
     return replace(plan, **traits)
 
 
-def make_step(parts: Sequence[Part], spans: Iterable[Span], window: int | None) -> Step:
+def make_step(parts: Sequence[Part], spans: Iterable[KVRange], layer: LayerPlan, **more: Any) -> Step:
+    """Make a step of one group, prepared for any CPU kernel."""
     positions = torch.tensor([position for part in parts for position in part.positions])
     row_start = [0]
     for part in parts:
         row_start.append(row_start[-1] + part.rows)
-    return Step(positions, positions, positions, tuple(row_start), {window: tuple(spans)}, {}, None, {})
+    ranges = {layer.group: tuple(spans)}
+    return prepared(
+        Step(positions, positions, positions, tuple(row_start), ranges, {}, **{"logit_rows": None, "rope": {}} | more), layer
+    )
+
+
+def prepared(step: Step, layer: LayerPlan) -> Step:
+    return prepare(step, lambda rows: CPU.attn_metadata(rows, [(layer.group, layer.rope)]))
+
+
+def attention_of(impl: KernelImpl, layer: LayerPlan) -> Attention:
+    attention: Attention = impl.load()(model_plan(layer), layer, {}, REFERENCE_CONTEXT)
+    return attention
+
+
+def reference_attention(layer: LayerPlan) -> Attention:
+    return reference.build_attention(model_plan(layer), layer, {}, REFERENCE_CONTEXT)
 
 
 def make_cache(
     parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype, scattered: bool, poison: float
-) -> tuple[Cache, list[Span]]:
+) -> tuple[Cache, list[KVRange]]:
     """Lay the sequences' keys out one after the other with gaps between them, or all over the place."""
     sizes = [part.past + part.rows - part.start for part in parts]
     total = sum(sizes) + 7 * len(parts) + 7
@@ -186,20 +204,24 @@ def make_cache(
         slots = order[offset : offset + size]
         pool.keys[slots] = randn(size, layer.kv_heads, layer.head_dim, seed=2 * number, dtype=dtype)
         pool.values[slots] = randn(size, layer.kv_heads, layer.head_dim, seed=2 * number + 1, dtype=dtype)
-        spans.append(Span(part.start, slots if scattered else slice(offset, offset + size)))
+        spans.append(KVRange(part.start, slots if scattered else slice(offset, offset + size)))
         offset += size + 7
     return pool, spans
 
 
 def naive_attention(q_NHE: Tensor, step: Step, pool: Cache, window: int | None) -> Tensor:
-    """Attend row by row: a query sees itself and what came before, `window` keys at most, and takes their softmaxed mean."""
+    """Attend row by row: a query sees itself, what came before it and what it may see beyond, and takes their softmaxed mean.
+
+    Of what came before it sees `window` - 1 positions at most.
+    """
     out = torch.empty(q_NHE.shape, dtype=torch.float64)
-    for index, span in enumerate(step.spans[window]):
+    for index, span in enumerate(step.kv_ranges[group_of(window)]):
         group = q_NHE.shape[1] // pool.keys.shape[1]  # head j reads key head j // group
         keys, values = (x[span.where].double().repeat_interleave(group, dim=1) for x in (pool.keys, pool.values))
-        for row in range(step.row_start[index], step.row_start[index + 1]):
-            last = int(step.positions_N[row])
-            oldest = 0 if window is None else max(0, last - window + 1)
+        for row in range(step.query_start[index], step.query_start[index + 1]):
+            own = int(step.positions_N[row])
+            last = own if step.last_visible_N is None else int(step.last_visible_N[row])
+            oldest = 0 if window is None else max(0, own - window + 1)
             assert oldest >= span.start, "the test released a key that is seen"
             seen = slice(oldest - span.start, last + 1 - span.start)
             scores = torch.einsum("the,he->th", keys[seen], q_NHE[row].double())
@@ -213,72 +235,94 @@ def opinions(layer: LayerPlan, parts: tuple[Part, ...], dtype: torch.dtype) -> t
     q_NHE = randn(sum(part.rows for part in parts), layer.heads, layer.head_dim, seed=99, dtype=dtype)
     q_NHE = q_NHE * layer.head_dim**-0.5  # as q_norm makes them
     pool, spans = make_cache(parts, layer, dtype, scattered=False, poison=0.0)
-    step = make_step(parts, spans, layer.window)
-    return q_NHE, reference.build_attention(layer)(q_NHE, step, pool), naive_attention(q_NHE, step, pool, layer.window)
+    step = make_step(parts, spans, layer)
+    return q_NHE, reference_attention(layer)(q_NHE, step, pool), naive_attention(q_NHE, step, pool, layer.window)
 
 
-@providers_of("attention")
+@implementations_of("attention")
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (8, 1, 128), (6, 2, 256), (4, 1, 512), (1, 1, 64)])
-def test_attention(provider: Provider, heads: int, kv_heads: int, dim: int, window: int | None, dtype: torch.dtype) -> None:
+def test_attention(impl: KernelImpl, heads: int, kv_heads: int, dim: int, window: int | None, dtype: torch.dtype) -> None:
     layer, parts = layer_plan(heads, kv_heads, dim, window), UNBOUNDED if window is None else RELEASED
     q_NHE, plain, naive = opinions(layer, parts, dtype)
-    attention = provider.load()(layer)
+    attention = attention_of(impl, layer)
     for scattered, poison in ((False, torch.nan), (False, 1e4), (True, torch.nan)):
         pool, spans = make_cache(parts, layer, dtype, scattered, poison)
-        found = attention(q_NHE, make_step(parts, spans, window), pool)
+        found = attention(q_NHE, make_step(parts, spans, layer), pool)
         assert found.dtype == dtype
-        assert_close(found, naive, tolerance_of(provider, dtype))
+        assert_close(found, naive, tolerance_of(impl, dtype))
         assert_close(found, plain, TOLERANCE[dtype])
 
 
-@providers_of("attention")
+@implementations_of("attention")
 @pytest.mark.parametrize("window", [None, 5, 64])
-def test_attention_of_kept_rows(provider: Provider, window: int | None) -> None:
+def test_attention_of_kept_rows(impl: KernelImpl, window: int | None) -> None:
     """After the last writer a sequence may have any of its rows left, so positions need not follow each other."""
     layer, parts = layer_plan(4, 2, 64, window), (Part(0, 40), Part(7, 3), Part(290, 30), Part(20, 1))
     pool, spans = make_cache(parts, layer, F32, scattered=True, poison=torch.nan)
     keep = (2, 7, 8, 39, 43, 51, 72, 73)  # none of the second sequence
-    step = replace(make_step(parts, spans, window), keep=keep).kept()
-    assert step.row_start == (0, 4, 4, 7, 8)
+    step = make_step(parts, spans, layer, logit_rows=keep).remaining
+    assert step.query_start == (0, 4, 4, 7, 8)
     q_MHE = randn(len(keep), 4, 64, seed=5) / 8
     wanted = naive_attention(q_MHE, step, pool, window)
-    assert_close(provider.load()(layer)(q_MHE, step, pool), wanted, TOLERANCE[F32])
+    assert_close(attention_of(impl, layer)(q_MHE, step, pool), wanted, TOLERANCE[F32])
 
 
-@providers_of("attention")
+@implementations_of("attention")
+@pytest.mark.parametrize("window", [None, 5, 64])
+def test_attention_sees_up_to_the_last_visible_position(impl: KernelImpl, window: int | None) -> None:
+    """Rows of a media block see the whole block, later rows included; all others see what they see without it."""
+    layer, parts = layer_plan(4, 2, 64, window), (Part(0, 40), Part(290, 30), Part(7, 3), Part(20, 1))
+    blocks = ((5, 20), (300, 319), (8, 9))  # first and last position of a block in each of three sequences
+    last = [
+        next((high for low, high in blocks[index : index + 1] if low <= position <= high), position)
+        for index, part in enumerate(parts)
+        for position in part.positions
+    ]
+    pool, spans = make_cache(parts, layer, F32, scattered=True, poison=torch.nan)
+    step = make_step(parts, spans, layer, last_visible_N=torch.tensor(last))
+    q_NHE = randn(len(last), 4, 64, seed=6) / 8
+    found, wanted = attention_of(impl, layer)(q_NHE, step, pool), naive_attention(q_NHE, step, pool, window)
+    assert_close(found, wanted, TOLERANCE[F32])
+    causal = attention_of(impl, layer)(q_NHE, make_step(parts, spans, layer), pool)
+    differs = ((causal - found).abs().amax((1, 2)) > 1e-4).tolist()
+    positions = [position for part in parts for position in part.positions]
+    assert differs == [position != high for position, high in zip(positions, last, strict=True)]
+
+
+@implementations_of("attention")
 @pytest.mark.parametrize("rows", [1, 20])
-def test_attention_with_scores_far_apart(provider: Provider, rows: int) -> None:
+def test_attention_with_scores_far_apart(impl: KernelImpl, rows: int) -> None:
     """Nothing scales the scores: hundreds must neither overflow nor lose the best key, and a window of one is that key."""
     part = Part(300, rows)
     layer = layer_plan(2, 1, 64)
     pool, spans = make_cache([part], layer, F32, scattered=False, poison=torch.nan)
     pool.keys *= 40
     q_NHE = randn(rows, 2, 64, seed=3)
-    step = make_step([part], spans, None)
-    assert_close(provider.load()(layer)(q_NHE, step, pool), naive_attention(q_NHE, step, pool, None), 1e-3)
+    step = make_step([part], spans, layer)
+    assert_close(attention_of(impl, layer)(q_NHE, step, pool), naive_attention(q_NHE, step, pool, None), 1e-3)
     alone = replace(layer, window=1)
-    step = make_step([part], spans, 1)
+    step = make_step([part], spans, alone)
     own = pool.values[spans[0].where][-rows:].expand(-1, 2, -1)
-    assert_close(provider.load()(alone)(q_NHE, step, pool), own, 1e-6)
+    assert_close(attention_of(impl, alone)(q_NHE, step, pool), own, 1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 64])
 def test_reference_attention_depends_on_its_own_sequence_alone(window: int | None) -> None:
     """Bit for bit: whatever the chunk, the neighbours, the pages let go and the layout."""
     layer = layer_plan(4, 2, 64, window)
-    attention = reference.build_attention(layer)
+    attention = reference_attention(layer)
     whole = Part(0, 600)
     pool, spans = make_cache([whole], layer, BF16, scattered=False, poison=torch.nan)
     q_NHE = randn(600, 4, 64, seed=9, dtype=BF16) / 8
-    wanted = attention(q_NHE, make_step([whole], spans, window), pool)
+    wanted = attention(q_NHE, make_step([whole], spans, layer), pool)
     slots = torch.arange(spans[0].where.start, spans[0].where.stop) if isinstance(spans[0].where, slice) else spans[0].where
     for past, rows in ((0, 5), (255, 2), (511, 1), (77, 200)):
         start = 0 if window is None else max(0, past - window + 1) // 16 * 16
         part = Part(past, rows, start)
         for where in (slots[start : past + rows], slice(int(slots[start]), int(slots[start]) + past + rows - start)):
-            neighbours = make_step([Part(0, 3), part], [Span(0, slots[:3]), Span(start, where)], window)
+            neighbours = make_step([Part(0, 3), part], [KVRange(0, slots[:3]), KVRange(start, where)], layer)
             found = attention(torch.cat([q_NHE[:3], q_NHE[past : past + rows]]), neighbours, pool)
             assert found[3:].equal(wanted[past : past + rows])
 
@@ -364,7 +408,7 @@ def test_softcap() -> None:
 # ---- sentences, written in reference words, against their formulas ----
 
 HIDDEN, VOCAB, ROWS_N = 24, 30, 7
-WORDS_OF_REFERENCE = Words(reference.linear)
+REFERENCE_CONTEXT = OpContext(reference.linear)
 
 
 def model_plan(layer: LayerPlan, **traits: Any) -> ModelPlan:
@@ -396,29 +440,29 @@ def wide(params: dict[str, Param], name: str) -> Tensor:
 X_ND = randn(ROWS_N, HIDDEN, seed=77)
 
 
-@providers_of("embed")
-def test_embed(provider: Provider) -> None:
+@implementations_of("embed")
+def test_embed(impl: KernelImpl) -> None:
     params, ids = params_of({"embed.tokens": (VOCAB, HIDDEN)}), torch.tensor([3, 0, 29, 3])
-    found = provider.load()(model_plan(layer_plan(1, 1, 4)), params, WORDS_OF_REFERENCE)(ids)
+    found = impl.load()(model_plan(layer_plan(1, 1, 4)), params, REFERENCE_CONTEXT)(ids)
     assert_close(found, wide(params, "embed.tokens")[ids] * math.sqrt(HIDDEN), 1e-6)
 
 
-@providers_of("embed")
+@implementations_of("embed")
 @pytest.mark.parametrize(("hidden", "root"), [(1536, 39.25), (2560, 50.5), (2816, 53.0), (3840, 62.0), (5376, 73.5)])
-def test_embed_rounds_the_root_first(provider: Provider, hidden: int, root: float) -> None:
+def test_embed_rounds_the_root_first(impl: KernelImpl, hidden: int, root: float) -> None:
     params: dict[str, Param] = {"embed.tokens": Weight((torch.ones(2, hidden, dtype=BF16),))}
     plan = model_plan(layer_plan(1, 1, 4), hidden=hidden)
-    words = Words(reference.linear, numerics=Numerics(BF16, BF16))
-    assert provider.load()(plan, params, words)(torch.tensor([1])).unique().tolist() == [root]
+    words = OpContext(reference.linear, precision=Precision(BF16, BF16))
+    assert impl.load()(plan, params, words)(torch.tensor([1])).unique().tolist() == [root]
 
 
-@providers_of("ple")
-def test_ple(provider: Provider) -> None:
+@implementations_of("ple_embed")
+def test_ple_embed(impl: KernelImpl) -> None:
     dim, layers = 6, 4
     params = params_of({"ple.in": (layers * dim, HIDDEN), "ple.norm": (dim,)})
     params["embed.ple"] = Weight((randn(VOCAB, layers * dim, seed=8),))
     plan, ids = model_plan(layer_plan(1, 1, 4, ple_dim=dim)), torch.arange(ROWS_N)
-    ple = provider.load()(plan, params, WORDS_OF_REFERENCE)
+    ple = impl.load()(plan, params, REFERENCE_CONTEXT)
     tokens = wide(params, "embed.ple")[ids].view(ROWS_N, layers, dim) * math.sqrt(dim)
     context = (X_ND.double() @ wide(params, "ple.in").T / math.sqrt(HIDDEN)).view(ROWS_N, layers, dim)
     wanted = (naive_norm(context, params["ple.norm"]) + tokens) / math.sqrt(2)  # type: ignore[arg-type]
@@ -426,11 +470,11 @@ def test_ple(provider: Provider) -> None:
         assert_close(ple(X_ND, ids, first, last), wanted[:, first:last], 1e-5)
 
 
-@providers_of("project")
+@implementations_of("qkv")
 @pytest.mark.parametrize("keep", [None, [], [1, 5]], ids=str)
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("proj", Proj)
-def test_project(provider: Provider, proj: Proj, window: int | None, keep: list[int] | None) -> None:
+def test_qkv(impl: KernelImpl, proj: Proj, window: int | None, keep: list[int] | None) -> None:
     """A layer that writes is the last writer here: all rows leave keys and values, those that are kept give queries."""
     spec = RopeSpec(1e6, 8, 1) if window is None else RopeSpec(1e4, 8, 4)
     layer = layer_plan(6, 2, 8, window, proj=proj, rope=spec, kv_layer=5 if proj.writes else KV_LAYER)
@@ -443,20 +487,22 @@ def test_project(provider: Provider, proj: Proj, window: int | None, keep: list[
         params["attn.k_norm"] = 1 + randn(8, seed=50) / 3
     positions = list(range(40, 40 + ROWS_N))
     tables = Rope(spec, torch.device("cpu"), F32).tables(torch.tensor(positions))
-    step = replace(make_step([Part(40, ROWS_N)], [], window), slots={window: torch.arange(ROWS_N)}, rope={spec: tables})
-    if proj.writes and keep is not None:
-        step = replace(step, keep=tuple(keep))
+    plan = model_plan(layer)
+    (layer,) = plan.layers
+    kept = tuple(keep) if proj.writes and keep is not None else None
+    more = {"slot_mapping": {layer.group: torch.arange(ROWS_N)}, "rope": {spec: tables}, "logit_rows": kept}
+    step = prepared(replace(make_step([Part(40, ROWS_N)], [], layer), **more), layer)
     pool = Cache(torch.empty(0), torch.empty(0))
-    if provider.name == "native":  # writes to where the pool stores
+    if impl.name == "native":  # writes to where the pool stores
         pool.written = {5: (torch.empty(ROWS_N, 2, 8), torch.empty(ROWS_N, 2, 8))} if proj.writes else {}
-    found = provider.load()(model_plan(layer), layer, params, WORDS_OF_REFERENCE)(X_ND, step, pool)
+    found = impl.load()(plan, layer, params, REFERENCE_CONTEXT)(X_ND, step, pool)
 
     normed = naive_norm(X_ND, wide(params, "attn.norm"))
     rows = torch.split(normed @ wide(params, "attn.in").T, [rows for _, rows in parts], dim=1)
     raw = dict(zip((name for name, _ in parts), rows, strict=True))
     q = naive_norm(raw["q"].view(ROWS_N, 6, 8), wide(params, "attn.q_norm"))
     wanted = naive_rope(q, positions, spec)
-    assert_close(found, wanted if step.keep_M is None else wanted[step.keep_M], 3e-5)
+    assert_close(found, wanted if step.logit_rows_M is None else wanted[step.logit_rows_M], 3e-5)
     assert pool.written.keys() == ({5} if proj.writes else set())
     if proj.writes:
         k, v = pool.written[5]
@@ -465,23 +511,13 @@ def test_project(provider: Provider, proj: Proj, window: int | None, keep: list[
         assert_close(v, naive_norm(raw["v"].view(ROWS_N, 2, 8) if proj is Proj.QKV else raw_k), 1e-5)
 
 
-@providers_of("attend")
-def test_attend(provider: Provider) -> None:
-    layer, part = layer_plan(4, 2, 64), Part(20, 5)
-    pool, spans = make_cache([part], layer, F32, scattered=False, poison=torch.nan)
-    q_NHE, step = randn(5, 4, 64) / 8, make_step([part], spans, None)
-    words = Words(reference.linear, reference.build_attention(layer))
-    found = provider.load()(model_plan(layer), layer, {}, words)(q_NHE, step, pool)
-    assert_close(found, naive_attention(q_NHE, step, pool, None), 1e-5)
-
-
-@providers_of("mix")
-def test_mix(provider: Provider) -> None:
+@implementations_of("attn_out")
+def test_attn_out(impl: KernelImpl) -> None:
     layer = layer_plan(3, 1, 4)
     params = params_of({"attn.out": (HIDDEN, 12), "attn.post_norm": (HIDDEN,)})
     o_MHE = randn(ROWS_N, 3, 4, seed=4)
     wanted = X_ND + naive_norm(o_MHE.double().flatten(1) @ wide(params, "attn.out").T, wide(params, "attn.post_norm"))
-    assert_close(provider.load()(model_plan(layer), layer, params, WORDS_OF_REFERENCE)(X_ND, o_MHE), wanted, 1e-5)
+    assert_close(impl.load()(model_plan(layer), layer, params, REFERENCE_CONTEXT)(X_ND, o_MHE), wanted, 1e-5)
 
 
 def naive_mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -489,9 +525,9 @@ def naive_mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     return (naive_gelu(gate) * up) @ w_out.T
 
 
-@providers_of("feed")
+@implementations_of("mlp")
 @pytest.mark.parametrize("moe", [None, MoEPlan(5, 2, 3), MoEPlan(3, 3, 4), MoEPlan(4, 1, 4)], ids=str)
-def test_feed(provider: Provider, moe: MoEPlan | None) -> None:
+def test_mlp(impl: KernelImpl, moe: MoEPlan | None) -> None:
     width = 10
     layer = layer_plan(1, 1, 4, mlp_width=width, moe=moe)
     dense: dict[str, Any] = {"mlp.norm": (HIDDEN,), "mlp.in": [(width, HIDDEN)] * 2, "mlp.out": [(HIDDEN, width)]}
@@ -513,31 +549,33 @@ def test_feed(provider: Provider, moe: MoEPlan | None) -> None:
                 share = weights[index] / weights[chosen].sum() * get("moe.expert_scale")[index]
                 experts[row] += share * naive_mlp(normed[row], get("moe.in")[index], get("moe.out")[index])
         both = naive_norm(both, get("mlp.branch_norm")) + naive_norm(experts, get("moe.branch_norm"))
-    wanted = (x + naive_norm(both, get("mlp.post_norm"))) * get("scale")  # the feed-forward closes a layer without inject
-    assert_close(provider.load()(model_plan(layer), layer, params, WORDS_OF_REFERENCE)(X_ND), wanted, 1e-5)
+    wanted = (x + naive_norm(both, get("mlp.post_norm"))) * get(
+        "scale"
+    )  # the feed-forward closes a layer without per-layer embeddings
+    assert_close(impl.load()(model_plan(layer), layer, params, REFERENCE_CONTEXT)(X_ND), wanted, 1e-5)
 
 
-@providers_of("inject")
-def test_inject(provider: Provider) -> None:
+@implementations_of("ple_gate")
+def test_ple_gate(impl: KernelImpl) -> None:
     layer = layer_plan(1, 1, 4, ple_dim=6)
     params = params_of({"ple.gate": (6, HIDDEN), "ple.out": (HIDDEN, 6), "ple.post_norm": (HIDDEN,), "scale": (1,)})
     ple = randn(ROWS_N, 6, seed=5)
     gated = naive_gelu(X_ND.double() @ wide(params, "ple.gate").T) * ple.double()
     wanted = (X_ND + naive_norm(gated @ wide(params, "ple.out").T, wide(params, "ple.post_norm"))) * wide(params, "scale")
-    assert_close(provider.load()(model_plan(layer), layer, params, WORDS_OF_REFERENCE)(X_ND, ple), wanted, 1e-5)
+    assert_close(impl.load()(model_plan(layer), layer, params, REFERENCE_CONTEXT)(X_ND, ple), wanted, 1e-5)
 
 
-@providers_of("norm")
-def test_norm(provider: Provider) -> None:
+@implementations_of("final_norm")
+def test_final_norm(impl: KernelImpl) -> None:
     params = params_of({"norm": (HIDDEN,)})
     for rows in (1, ROWS_N):
-        found = provider.load()(model_plan(layer_plan(1, 1, 4)), params, WORDS_OF_REFERENCE)(X_ND[:rows])
+        found = impl.load()(model_plan(layer_plan(1, 1, 4)), params, REFERENCE_CONTEXT)(X_ND[:rows])
         assert_close(found, naive_norm(X_ND[:rows], wide(params, "norm")), 1e-6)
 
 
-@providers_of("layer")
-def test_layer(provider: Provider) -> None:
-    """What reads a whole layer at once equals the layer read sentence by sentence; the reference reads none."""
+@implementations_of("layer")
+def test_layer(impl: KernelImpl) -> None:
+    """What reads a whole layer at once equals the layer computed op by op; the reference reads none."""
     layer = layer_plan(4, 2, 32, 64, mlp_width=10, ple_dim=6, rope=RopeSpec(1e4, 32, 16))
     shapes: dict[str, Any] = {
         "attn.in": (128, HIDDEN),
@@ -549,29 +587,28 @@ def test_layer(provider: Provider) -> None:
     shapes |= dict.fromkeys(("attn.norm", "attn.post_norm", "mlp.norm", "mlp.post_norm", "ple.post_norm"), (HIDDEN,))
     params, plan, part = params_of(shapes), model_plan(layer), Part(20, ROWS_N)
     params["attn.in"] = replace(params["attn.in"], names=("q",))  # type: ignore[type-var]
-    whole = provider.load()(plan, layer, params, WORDS_OF_REFERENCE)
-    if provider.name == "reference":
+    whole = impl.load()(plan, layer, params, REFERENCE_CONTEXT)
+    if impl.name == "reference":
         assert whole is None
         return
     pool, spans = make_cache([part], layer, F32, scattered=False, poison=torch.nan)
     tables = Rope(layer.rope, torch.device("cpu"), F32).tables(torch.arange(20, 20 + ROWS_N))
-    step = replace(make_step([part], spans, 64), rope={layer.rope: tables})
-    words, ple = Words(reference.linear, reference.build_attention(layer)), randn(ROWS_N, 6, seed=5)
-    project, attend, mix, feed, inject = (
-        getattr(reference, f"build_{line}")(plan, layer, params, words) for line in ("project", "attend", "mix", "feed", "inject")
+    step, ple = make_step([part], spans, layer, rope={layer.rope: tables}), randn(ROWS_N, 6, seed=5)
+    qkv, attention, attn_out, mlp, ple_gate = (
+        getattr(reference, f"build_{op}")(plan, layer, params, REFERENCE_CONTEXT) for op in LAYER_OPS
     )
-    wanted = inject(feed(mix(X_ND, attend(project(X_ND, step, pool), step, pool))), ple)
-    assert_close(whole(X_ND, step, pool, ple), wanted, 1e-5)
+    wanted = ple_gate(mlp(attn_out(X_ND, attention(qkv(X_ND, step, pool), step, pool))), ple)
+    assert_close(whole(X_ND, step, pool, ple)[0], wanted, 1e-5)
 
 
-@providers_of("head")
+@implementations_of("lm_head")
 @pytest.mark.parametrize("softcap", [None, 30.0, 2.0])
 @pytest.mark.parametrize("tied", [True, False])
-def test_head(provider: Provider, tied: bool, softcap: float | None) -> None:
+def test_lm_head(impl: KernelImpl, tied: bool, softcap: float | None) -> None:
     params = params_of({"embed.tokens": (VOCAB, HIDDEN), "head": (VOCAB, HIDDEN)})
     plan = replace(model_plan(layer_plan(1, 1, 4)), tied_head=tied, softcap=softcap)
     logits = X_ND.double() @ wide(params, "embed.tokens" if tied else "head").T
-    found = provider.load()(plan, params, WORDS_OF_REFERENCE)(X_ND)
+    found = impl.load()(plan, params, REFERENCE_CONTEXT)(X_ND)
     assert found.dtype == F32
     assert_close(found, logits if softcap is None else softcap * torch.tanh(logits / softcap), 1e-5)
 
@@ -581,5 +618,5 @@ def test_head(provider: Provider, tied: bool, softcap: float | None) -> None:
 
 def test_every_provider_is_tested_here() -> None:
     tests = {name.removeprefix("test_") for name, value in globals().items() if callable(value)}
-    assert {provider.verb for provider in PROVIDERS} == {*WORDS, *SENTENCES}
-    assert {*WORDS, *SENTENCES} <= tests
+    assert {impl.op for impl in IMPLEMENTATIONS} == {*OPS}
+    assert {*OPS} <= tests

@@ -1,6 +1,6 @@
 """What Triton kernels take before they run: compiles every listed variant ahead of time, on any machine, and reads the result.
 
-Owns the targets and their limits; `python -m gemcutter.ops.triton_report [80 90 100]` prints registers, shared memory and spilled
+Owns the targets and their limits; `python -m gemcutter.ops.triton.report [80 90 100]` prints registers, shared memory and spilled
 bytes of each variant on each target. Needs Triton, whose wheels bring the assembler, and no GPU; a process under Triton's
 interpreter can't compile. Refuses to know what kernels compute. Read the `VARIANTS` of their files for what is listed.
 """
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from gemcutter.ops.triton_variant import Variant
+from gemcutter.ops.triton.variant import Variant
 
-FILES = ("triton_fused", "triton_gates", "triton_attention", "triton_linear", "triton_experts")
+FILES = ("fused_norm", "elementwise", "attention", "linear", "moe")
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory that one program may take
 FP8_TARGET = 89  # the first target that converts 8-bit floats
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -49,7 +49,7 @@ class Cost:
 def variants() -> Iterator[Variant]:
     """List the hot variants of all files."""
     for file in FILES:
-        yield from import_module(f"gemcutter.ops.{file}").VARIANTS
+        yield from import_module(f"gemcutter.ops.triton.{file}").VARIANTS
 
 
 def runs_on(variant: Variant, target: int) -> bool:

@@ -3,7 +3,7 @@
 Owns the kernels between matrix products and attention that norm. Rows are read once and written once; arithmetic is float32
 whatever the rows' dtype, rounded once at the end. Launch shapes follow from row counts and sizes alone, so that a step can be
 captured in a graph. Refuses to know weights, steps and pages beyond a slot number a row. Shape letters as in `reference.py`,
-which says what every kernel computes; `triton_gates.py` has the kernels that do not norm, `triton_sentences.py` calls both.
+which says what every kernel computes; `elementwise.py` has the kernels that do not norm, `layer_ops.py` calls both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcutter.ops.triton_variant import Variant, variant_of
+from gemcutter.ops.triton.variant import Variant, variant_of
 from gemcutter.plan import LayerPlan, Proj
 
 FEW_ROWS = 256  # up to here a kernel has the chip to itself, and a row is spread over more warps
