@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 1  # of the interface, gc_version()
+VERSION = 2  # of the interface, gc_version()
 LEVELS = ("portable", "avx2", "avx512", "amx")
 
 
@@ -43,12 +43,12 @@ class StepView(ctypes.Structure):
     _fields_ = (
         ("rows", c_int64),
         ("sequences", c_int64),
-        ("row_start", c_void_p),
+        ("query_start", c_void_p),
         ("positions", c_void_p),
-        ("span_start", c_void_p),
-        ("span_low", c_void_p),
-        ("span_slots", c_void_p),
-        ("slots", c_void_p),
+        ("kv_start", c_void_p),
+        ("kv_first_slot", c_void_p),
+        ("kv_slots", c_void_p),
+        ("slot_mapping", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
     )
@@ -101,8 +101,8 @@ class LayerView(ctypes.Structure):
         ("ple_post_norm", c_void_p),
         ("experts", c_void_p),
         ("eps", c_float),
-        ("feed_scale", c_float),
-        ("inject_scale", c_float),
+        ("mlp_scale", c_float),
+        ("ple_scale", c_float),
         ("has_v_norm", c_int32),
         ("activations", c_int32),
         ("reserved", c_int32),

@@ -2,7 +2,7 @@
 
 Owns what crosses the border: weights as `gc_matrix`, a layer as one `gc_layer` that is filled once, rows as contiguous float32
 tensors. Refuses arithmetic: each function equals its namesake in `reference.py` within rounding. Whoever calls keeps tensors and
-weights alive meanwhile. Read `csrc/cpu/sentences.cpp` for the other side, `cpu_step.py` for steps, `bind.py` for when these are
+weights alive meanwhile. Read `csrc/cpu/layer_ops.cpp` for the other side, `cpu_step.py` for steps, `bind.py` for when these are
 chosen.
 """
 
@@ -33,16 +33,16 @@ ACTIVATIONS = {"int8": 0, "bf16": 1, "float32": 2}  # enum gc_activations
 
 _ENTRIES: dict[str, tuple[Any, ...]] = {
     "gc_linear": (c_void_p, c_int, c_void_p, c_int64, c_int, c_void_p),
-    "gc_attend": (c_void_p, c_void_p, c_void_p, c_void_p),
+    "gc_attention_forward": (c_void_p, c_void_p, c_void_p, c_void_p),
     "gc_embed": (c_void_p, c_void_p, c_int64, c_float, c_void_p),
-    "gc_ple_rows": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
-    "gc_project": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
-    "gc_mix": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
-    "gc_feed": (c_void_p, c_void_p, c_int64, c_void_p),
-    "gc_inject": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+    "gc_ple_embed": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+    "gc_qkv": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+    "gc_attn_out": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+    "gc_mlp": (c_void_p, c_void_p, c_int64, c_void_p),
+    "gc_ple_gate": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
     "gc_layer_forward": (c_void_p,) * 6 + (c_int64, c_void_p),
-    "gc_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
-    "gc_head": (c_void_p, c_void_p, c_int64, c_int, c_float, c_void_p),
+    "gc_final_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
+    "gc_lm_head": (c_void_p, c_void_p, c_int64, c_int, c_float, c_void_p),
 }
 
 
@@ -110,7 +110,7 @@ def linear(x_ND: Tensor, weight: Weight) -> Tensor:
 def build_attention(layer: LayerPlan) -> Attention:
     """Build attention over the pool's pages as they lie."""
     shape, view = attention_view(layer), Viewer(layer.window, layer.rope)
-    pools, address, call = _Pools(shape, layer), ctypes.addressof(shape), entry("gc_attend")
+    pools, address, call = _Pools(shape, layer), ctypes.addressof(shape), entry("gc_attention_forward")
 
     def attention(q_NHE: Tensor, step: Step, pool: Pool) -> Tensor:
         pools.meet(pool)
@@ -161,8 +161,8 @@ class _Bound:
             hidden=plan.hidden,
             ple_dim=layer.ple_dim,
             eps=plan.eps,
-            feed_scale=1.0,
-            inject_scale=1.0,
+            mlp_scale=1.0,
+            ple_scale=1.0,
             has_v_norm=layer.has_v_norm,
             activations=ACTIVATIONS[words.numerics.activations],
         )
@@ -211,14 +211,14 @@ class _Bound:
         self.alive += (gate, up)
         self.view.gate, self.view.up, self.view.down = whole_matrix(gate), whole_matrix(up), self._whole("mlp.out")
         self.view.mlp_norm, self.view.mlp_post_norm = self._norm("mlp.norm"), self._norm("mlp.post_norm")
-        self.view.feed_scale = closing_scale(self.layer, self.params, "feed")
+        self.view.mlp_scale = closing_scale(self.layer, self.params, "feed")
         if self.layer.moe is not None:
             self.view.experts = ctypes.addressof(self._experts())
 
     def _fill_inject(self) -> None:
         self.view.ple_gate, self.view.ple_out = self._whole("ple.gate"), self._whole("ple.out")
         self.view.ple_post_norm = self._norm("ple.post_norm")
-        self.view.inject_scale = closing_scale(self.layer, self.params, "inject")
+        self.view.ple_scale = closing_scale(self.layer, self.params, "inject")
 
     def _experts(self) -> ExpertsView:
         moe = self.layer.moe
@@ -247,7 +247,7 @@ class _Bound:
 
 def build_project(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Callable[..., Tensor]:
     """Build norm, in-projection, q/k/v norms, RoPE and cache write."""
-    bound, call = _Bound(plan, layer, params, words, ("project",)), entry("gc_project")
+    bound, call = _Bound(plan, layer, params, words, ("project",)), entry("gc_qkv")
 
     def project(x_ND: Tensor, step: Step, pool: Pool) -> Tensor:
         if layer.writes:
@@ -269,7 +269,7 @@ def build_attend(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param],
 
 def build_mix(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor, Tensor], Tensor]:
     """Build the out-projection of the attention, its norm and the residual."""
-    bound, call = _Bound(plan, layer, params, words, ("mix",)), entry("gc_mix")
+    bound, call = _Bound(plan, layer, params, words, ("mix",)), entry("gc_attn_out")
 
     def mix(x_MD: Tensor, o_MHE: Tensor) -> Tensor:
         x, o = rows_of(x_MD), rows_of(o_MHE)
@@ -282,7 +282,7 @@ def build_mix(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], wo
 
 def build_feed(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
     """Build the feed-forward, dense or dense and experts."""
-    bound, call = _Bound(plan, layer, params, words, ("feed",)), entry("gc_feed")
+    bound, call = _Bound(plan, layer, params, words, ("feed",)), entry("gc_mlp")
 
     def feed(x_MD: Tensor) -> Tensor:
         x = rows_of(x_MD)
@@ -297,7 +297,7 @@ def build_inject(
     plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Build the per-layer-embedding gate."""
-    bound, call = _Bound(plan, layer, params, words, ("inject",)), entry("gc_inject")
+    bound, call = _Bound(plan, layer, params, words, ("inject",)), entry("gc_ple_gate")
 
     def inject(x_MD: Tensor, ple_MP: Tensor) -> Tensor:
         x, ple = rows_of(x_MD), _strided(ple_MP)
@@ -356,7 +356,7 @@ def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Cal
     scheme.
     """
     table, project, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), rows_of(vector(params, "ple.norm"))
-    token_scale, dim, call = rounded_root(plan.ple_dim, words), plan.ple_dim, entry("gc_ple_rows")
+    token_scale, dim, call = rounded_root(plan.ple_dim, words), plan.ple_dim, entry("gc_ple_embed")
     spans: dict[tuple[int, int], tuple[PleView, Weight, Weight]] = {}
     alive: list[Any] = []
 
@@ -394,7 +394,7 @@ def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Cal
 
 def build_norm(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
     """Build the norm after the last layer."""
-    norm, call = rows_of(vector(params, "norm")), entry("gc_norm")
+    norm, call = rows_of(vector(params, "norm")), entry("gc_final_norm")
 
     def final(x_MD: Tensor) -> Tensor:
         x = rows_of(x_MD)
@@ -407,7 +407,7 @@ def build_norm(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Ca
 
 def build_head(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Callable[[Tensor], Tensor]:
     """Build the head: normed rows [R, D] to soft-capped logits [R, V]."""
-    weight, call = matrix(params, "embed.tokens" if plan.tied_head else "head"), entry("gc_head")
+    weight, call = matrix(params, "embed.tokens" if plan.tied_head else "head"), entry("gc_lm_head")
     table, activations = whole_matrix(weight), ACTIVATIONS[words.numerics.activations]
 
     def head(h_RD: Tensor) -> Tensor:

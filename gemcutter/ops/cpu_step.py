@@ -44,27 +44,27 @@ class Viewer:
 
 def _view(step: Step, window: int | None, rope: RopeSpec) -> View:
     spans = step.spans.get(window, ())
-    row_start = _array(step.row_start)
-    span_start = _array([span.start for span in spans])
-    span_low = _array([span.where.start if isinstance(span.where, slice) else -1 for span in spans])
+    query_start = _array(step.row_start)
+    kv_start = _array([span.start for span in spans])
+    kv_first_slot = _array([span.where.start if isinstance(span.where, slice) else -1 for span in spans])
     listed = [_listed(span) for span in spans]
-    span_slots = (c_void_p * len(spans))(*(None if slots is None else slots.data_ptr() for slots in listed))
+    kv_slots = (c_void_p * len(spans))(*(None if slots is None else slots.data_ptr() for slots in listed))
     positions, slots = _longs(step.positions_N), step.slots.get(window)
-    slots = None if slots is None else _longs(slots)
+    slot_mapping = None if slots is None else _longs(slots)
     cos, sin = (table.float().contiguous() for table in step.rope[rope]) if rope in step.rope else (None, None)
     struct = StepView(
         rows=step.num_rows,
         sequences=len(step.row_start) - 1,
-        row_start=ctypes.addressof(row_start),
+        query_start=ctypes.addressof(query_start),
         positions=positions.data_ptr(),
-        span_start=ctypes.addressof(span_start),
-        span_low=ctypes.addressof(span_low),
-        span_slots=ctypes.addressof(span_slots),
-        slots=None if slots is None else slots.data_ptr(),
+        kv_start=ctypes.addressof(kv_start),
+        kv_first_slot=ctypes.addressof(kv_first_slot),
+        kv_slots=ctypes.addressof(kv_slots),
+        slot_mapping=None if slot_mapping is None else slot_mapping.data_ptr(),
         cos=None if cos is None else cos.data_ptr(),
         sin=None if sin is None else sin.data_ptr(),
     )
-    alive = (struct, row_start, span_start, span_low, span_slots, listed, positions, slots, cos, sin)
+    alive = (struct, query_start, kv_start, kv_first_slot, kv_slots, listed, positions, slot_mapping, cos, sin)
     return View(ctypes.addressof(struct), alive)
 
 
