@@ -1,7 +1,7 @@
 """The native CPU library: where it lies, whether it can be used, and its plain C interface.
 
 Owns loading and the types that cross the border (csrc/cpu/api.h); refuses to know torch, plans and weights. Everything works
-without the library, only slower; `missing()` says why it is not there. Read `ops/cpu_native.py` for the kernels' providers.
+without the library, only slower; `missing()` says why it is not there. Read `ops/cpu/library.py` for the kernels' providers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 1  # of the interface, gc_version()
+VERSION = 2  # of the interface, gc_version()
 LEVELS = ("portable", "avx2", "avx512", "amx")
 
 
@@ -43,29 +43,32 @@ class StepView(ctypes.Structure):
     _fields_ = (
         ("rows", c_int64),
         ("sequences", c_int64),
-        ("row_start", c_void_p),
+        ("query_start", c_void_p),
         ("positions", c_void_p),
-        ("span_start", c_void_p),
-        ("span_low", c_void_p),
-        ("span_slots", c_void_p),
-        ("slots", c_void_p),
+        ("kv_start", c_void_p),
+        ("kv_first_slot", c_void_p),
+        ("kv_slots", c_void_p),
+        ("slot_mapping", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("last_visible", c_void_p),
     )
 
 
+class KVView(ctypes.Structure):
+    """`gc_kv`: the tensors of the cache that hold one layer's keys and values."""
+
+    _fields_ = (("k", c_void_p), ("v", c_void_p), ("dtype", c_int32), ("reserved", c_int32))
+
+
 class AttentionView(ctypes.Structure):
-    """`gc_attention`: one layer's attention shape and the pool tensors that it reads."""
+    """`gc_attention`: the shape of one layer's attention."""
 
     _fields_ = (
-        ("k", c_void_p),
-        ("v", c_void_p),
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("head_dim", c_int64),
         ("window", c_int64),
-        ("dtype", c_int32),
-        ("reserved", c_int32),
     )
 
 
@@ -101,8 +104,8 @@ class LayerView(ctypes.Structure):
         ("ple_post_norm", c_void_p),
         ("experts", c_void_p),
         ("eps", c_float),
-        ("feed_scale", c_float),
-        ("inject_scale", c_float),
+        ("mlp_scale", c_float),
+        ("ple_scale", c_float),
         ("has_v_norm", c_int32),
         ("activations", c_int32),
         ("reserved", c_int32),
@@ -194,9 +197,3 @@ def level() -> str | None:
     """Give the processor level in use; None without the library."""
     found = load_library()
     return None if found is None else found.gc_level().decode()
-
-
-class KVView(ctypes.Structure):
-    """`gc_kv`: the tensors of the cache that hold one layer's keys and values."""
-
-    _fields_ = (("k", c_void_p), ("v", c_void_p), ("dtype", c_int32), ("reserved", c_int32))

@@ -7,7 +7,7 @@
 
 #define GC_JOIN2(a, b) a##_##b
 #define GC_JOIN(a, b) GC_JOIN2(a, b)
-#define GC_NAME(name) GC_JOIN(name, GC_LEVEL)  // words -> words_avx2
+#define GC_NAME(name) GC_JOIN(name, GC_LEVEL)  // vector_ops -> vector_ops_avx2
 
 namespace gemcutter {
 namespace {

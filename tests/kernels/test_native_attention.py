@@ -122,7 +122,7 @@ def attend(q_NHE: Tensor, step: Step, pool: Cache, layer: LayerPlan) -> Tensor:
     out = torch.full_like(q_NHE, torch.nan)
     seen = Viewer(layer.window, layer.rope)(step)
     q, to = ctypes.c_void_p(q_NHE.data_ptr()), ctypes.c_void_p(out.data_ptr())
-    assert library.gc_attend(q, ctypes.c_void_p(seen.address), ctypes.byref(struct), to) == 0
+    assert library.gc_attention_forward(q, ctypes.c_void_p(seen.address), ctypes.byref(struct), to) == 0
     return out
 
 

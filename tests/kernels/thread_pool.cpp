@@ -1,14 +1,14 @@
-// Stress of the thread team: two callers at once, thousands of tiny regions, the number of threads changed between them.
+// Stress of the thread pool: two callers at once, thousands of tiny regions, the number of threads changed between them.
 //
 // A program of its own, because the thread sanitizer wants every object that runs to be built with it, which Python's are not.
-// `tools/sanitize.sh` builds and runs it. Gives 0 if every region saw what its barriers promise.
+// `tools/sanitize.sh` builds and runs it. Returns 0 if every region saw what its barriers promise.
 #include <stdio.h>
 
 #include <memory>
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/threads.h"
+#include "../../csrc/cpu/thread_pool.h"
 
 namespace {
 
@@ -19,15 +19,15 @@ struct Work {
 };
 
 // Each thread writes without locks, and after a barrier reads what all others wrote; then all share out a count.
-void body(void *argument, gemcutter::Team &team, int index) {
+void body(void *argument, gemcutter::ThreadPool &pool, int index) {
     Work &work = *static_cast<Work *>(argument);
     work.written[index] = work.items + index;
-    team.barrier();
-    for (int i = 0; i < team.size; ++i) work.failures[index] += work.written[i] != work.items + i;
-    while (team.counters[3].fetch_add(1) < work.items) ++work.taken[index];
-    team.barrier();
+    pool.barrier();
+    for (int i = 0; i < pool.size; ++i) work.failures[index] += work.written[i] != work.items + i;
+    while (pool.counters[3].fetch_add(1) < work.items) ++work.taken[index];
+    pool.barrier();
     int64_t taken = 0;
-    for (int i = 0; i < team.size; ++i) taken += work.taken[i];
+    for (int i = 0; i < pool.size; ++i) taken += work.taken[i];
     work.failures[index] += taken != work.items;
 }
 
@@ -39,7 +39,7 @@ int64_t call_often(unsigned seed) {
         if ((seed >> 24) % 8 == 0) gemcutter::set_threads(counts[seed >> 16 & 3]);
         auto work = std::make_unique<Work>();
         work->items = seed >> 20 & 31;
-        gemcutter::run(body, work.get());
+        gemcutter::run_parallel(body, work.get());
         for (int64_t failed : work->failures) failures += failed;
     }
     return failures;

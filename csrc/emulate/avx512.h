@@ -1,8 +1,8 @@
 // AVX-512 in plain C++, so that the kernels of wider processors are tested on any x86-64 with AVX2 (-DGC_EMULATE).
 //
 // Owns functions with the intrinsics' own names in namespace gemcutter: a kernel's unqualified call finds them before the
-// compiler's. It holds the words that kernels use; where one is missing the build fails, since its flags lack the instruction.
-// Add it with the exact semantics (masks, signedness, no saturation where there is none). Refuses to be fast. Read `tiles.h` for
+// compiler's. It has the intrinsics that kernels use; where one is missing the build fails, since its flags lack the instruction.
+// Add it with the exact semantics (masks, signedness, no saturation where there is none). Refuses to be fast. Read `amx.h` for
 // AMX.
 #pragma once
 #include <immintrin.h>
@@ -21,8 +21,8 @@
 
 #pragma GCC diagnostic ignored "-Wignored-attributes"  // vectors as template arguments lose may_alias; memcpy needs none
 
-// Not inlined: a kernel is thousands of words, and each word a loop over lanes.
-#define WORD static __attribute__((noinline, unused))
+// Not inlined: a kernel calls thousands of intrinsics, and each is a loop over lanes.
+#define INTRINSIC static __attribute__((noinline, unused))
 
 namespace gemcutter {
 namespace {
@@ -91,77 +91,77 @@ inline float reduce(__m512 a, F f) {
 
 // ---- load, store, set ----
 
-WORD __m512 _mm512_loadu_ps(const void *p) { return load_any<__m512>(p); }
-WORD __m512i _mm512_loadu_si512(const void *p) { return load_any<__m512i>(p); }
-WORD __m512i _mm512_load_si512(const void *p) {
+INTRINSIC __m512 _mm512_loadu_ps(const void *p) { return load_any<__m512>(p); }
+INTRINSIC __m512i _mm512_loadu_si512(const void *p) { return load_any<__m512i>(p); }
+INTRINSIC __m512i _mm512_load_si512(const void *p) {
     if ((uintptr_t)p % 64) __builtin_trap();
     return load_any<__m512i>(p);
 }
-WORD void _mm512_storeu_ps(void *p, __m512 a) { memcpy(p, &a, sizeof a); }
-WORD void _mm512_store_si512(void *p, __m512i a) {
+INTRINSIC void _mm512_storeu_ps(void *p, __m512 a) { memcpy(p, &a, sizeof a); }
+INTRINSIC void _mm512_store_si512(void *p, __m512i a) {
     if ((uintptr_t)p % 64) __builtin_trap();
     memcpy(p, &a, sizeof a);
 }
-WORD __m512i _mm512_setzero_si512() { return __m512i{}; }
-WORD __m512 _mm512_set1_ps(float x) { return make<float, __m512>([=](int) { return x; }); }
-WORD __m512i _mm512_set1_epi8(char x) { return make<char, __m512i>([=](int) { return x; }); }
-WORD __m512i _mm512_set1_epi32(int x) { return make<int32_t, __m512i>([=](int) { return x; }); }
+INTRINSIC __m512i _mm512_setzero_si512() { return __m512i{}; }
+INTRINSIC __m512 _mm512_set1_ps(float x) { return make<float, __m512>([=](int) { return x; }); }
+INTRINSIC __m512i _mm512_set1_epi8(char x) { return make<char, __m512i>([=](int) { return x; }); }
+INTRINSIC __m512i _mm512_set1_epi32(int x) { return make<int32_t, __m512i>([=](int) { return x; }); }
 
 // ---- float32 ----
 
-WORD __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+INTRINSIC __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     Lanes<float, __m512> x(a), y(b), z(c);
     return make<float, __m512>([&](int i) { return __builtin_fmaf(x.at[i], y.at[i], z.at[i]); });
 }
-WORD __m512 _mm512_max_ps(__m512 a, __m512 b) { return each<float>(a, b, greater); }
-WORD __m512 _mm512_min_ps(__m512 a, __m512 b) { return each<float>(a, b, lesser); }
-WORD float _mm512_reduce_add_ps(__m512 a) { return reduce(a, [](float x, float y) { return x + y; }); }
-WORD float _mm512_reduce_max_ps(__m512 a) { return reduce(a, greater); }
-WORD __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
+INTRINSIC __m512 _mm512_max_ps(__m512 a, __m512 b) { return each<float>(a, b, greater); }
+INTRINSIC __m512 _mm512_min_ps(__m512 a, __m512 b) { return each<float>(a, b, lesser); }
+INTRINSIC float _mm512_reduce_add_ps(__m512 a) { return reduce(a, [](float x, float y) { return x + y; }); }
+INTRINSIC float _mm512_reduce_max_ps(__m512 a) { return reduce(a, greater); }
+INTRINSIC __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
     if (how != _CMP_LT_OQ) __builtin_trap();
     Lanes<float, __m512> x(a), y(b);
     uint32_t mask = 0;
     for (int i = 0; i < 16; ++i) mask |= (uint32_t)(x.at[i] < y.at[i]) << i;
     return (__mmask16)mask;
 }
-WORD __m512 _mm512_mask_blend_ps(__mmask16 k, __m512 off, __m512 on) { return select<float>(k, on, off); }
+INTRINSIC __m512 _mm512_mask_blend_ps(__mmask16 k, __m512 off, __m512 on) { return select<float>(k, on, off); }
 
 // ---- conversions ----
 
-WORD __m512 _mm512_castsi512_ps(__m512i a) { return (__m512)a; }
-WORD __m512i _mm512_castps_si512(__m512 a) { return (__m512i)a; }
-WORD __m512 _mm512_cvtepi32_ps(__m512i a) { return convert<float, __m512, int32_t>(a); }
-WORD __m512i _mm512_cvtps_epi32(__m512 a) {
+INTRINSIC __m512 _mm512_castsi512_ps(__m512i a) { return (__m512)a; }
+INTRINSIC __m512i _mm512_castps_si512(__m512 a) { return (__m512i)a; }
+INTRINSIC __m512 _mm512_cvtepi32_ps(__m512i a) { return convert<float, __m512, int32_t>(a); }
+INTRINSIC __m512i _mm512_cvtps_epi32(__m512 a) {
     Lanes<float, __m512> x(a);
     return make<int32_t, __m512i>([&](int i) { return rounded(x.at[i]); });
 }
-WORD __m512i _mm512_cvtepu8_epi32(__m128i a) { return convert<int32_t, __m512i, uint8_t>(a); }
-WORD __m512i _mm512_cvtepi8_epi32(__m128i a) { return convert<int32_t, __m512i, int8_t>(a); }
-WORD __m512i _mm512_cvtepu16_epi32(__m256i a) { return convert<int32_t, __m512i, uint16_t>(a); }
-WORD __m128i _mm512_cvtepi32_epi8(__m512i a) { return convert<uint8_t, __m128i, uint32_t>(a); }
-WORD __m512 _mm512_cvtph_ps(__m256i a) {
+INTRINSIC __m512i _mm512_cvtepu8_epi32(__m128i a) { return convert<int32_t, __m512i, uint8_t>(a); }
+INTRINSIC __m512i _mm512_cvtepi8_epi32(__m128i a) { return convert<int32_t, __m512i, int8_t>(a); }
+INTRINSIC __m512i _mm512_cvtepu16_epi32(__m256i a) { return convert<int32_t, __m512i, uint16_t>(a); }
+INTRINSIC __m128i _mm512_cvtepi32_epi8(__m512i a) { return convert<uint8_t, __m128i, uint32_t>(a); }
+INTRINSIC __m512 _mm512_cvtph_ps(__m256i a) {
     __m256 halves[] = {_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))};
     return load_any<__m512>(halves);
 }
 
 // ---- integers ----
 
-WORD __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
-WORD __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
-WORD __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
-WORD __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((U32)a + (U32)b); }
-WORD __m512i _mm512_slli_epi16(__m512i a, unsigned n) { return n > 15 ? __m512i{} : (__m512i)((U16)a << (int)n); }
-WORD __m512i _mm512_srli_epi16(__m512i a, unsigned n) { return n > 15 ? __m512i{} : (__m512i)((U16)a >> (int)n); }
-WORD __m512i _mm512_slli_epi32(__m512i a, unsigned n) { return n > 31 ? __m512i{} : (__m512i)((U32)a << (int)n); }
-WORD __m512i _mm512_srli_epi32(__m512i a, unsigned n) { return n > 31 ? __m512i{} : (__m512i)((U32)a >> (int)n); }
-WORD __m512i _mm512_srai_epi32(__m512i a, unsigned n) { return (__m512i)((S32)a >> (n > 31 ? 31 : (int)n)); }
-WORD __m512i _mm512_mask_blend_epi16(__mmask32 k, __m512i off, __m512i on) { return select<uint16_t>(k, on, off); }
-WORD int _mm512_reduce_add_epi32(__m512i a) {
+INTRINSIC __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
+INTRINSIC __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
+INTRINSIC __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
+INTRINSIC __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((U32)a + (U32)b); }
+INTRINSIC __m512i _mm512_slli_epi16(__m512i a, unsigned n) { return n > 15 ? __m512i{} : (__m512i)((U16)a << (int)n); }
+INTRINSIC __m512i _mm512_srli_epi16(__m512i a, unsigned n) { return n > 15 ? __m512i{} : (__m512i)((U16)a >> (int)n); }
+INTRINSIC __m512i _mm512_slli_epi32(__m512i a, unsigned n) { return n > 31 ? __m512i{} : (__m512i)((U32)a << (int)n); }
+INTRINSIC __m512i _mm512_srli_epi32(__m512i a, unsigned n) { return n > 31 ? __m512i{} : (__m512i)((U32)a >> (int)n); }
+INTRINSIC __m512i _mm512_srai_epi32(__m512i a, unsigned n) { return (__m512i)((S32)a >> (n > 31 ? 31 : (int)n)); }
+INTRINSIC __m512i _mm512_mask_blend_epi16(__mmask32 k, __m512i off, __m512i on) { return select<uint16_t>(k, on, off); }
+INTRINSIC int _mm512_reduce_add_epi32(__m512i a) {
     uint32_t sum = 0;
     for (uint32_t lane : Lanes<uint32_t, __m512i>(a).at) sum += lane;
     return (int)sum;
 }
-WORD __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {  // unsigned times signed, four at a time, wrapping
+INTRINSIC __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {  // unsigned times signed, four at a time, wrapping
     Lanes<uint32_t, __m512i> s(sum);
     Lanes<uint8_t, __m512i> x(a);
     Lanes<int8_t, __m512i> y(b);
@@ -175,4 +175,4 @@ WORD __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {  // unsign
 }  // namespace
 }  // namespace gemcutter
 
-#undef WORD
+#undef INTRINSIC

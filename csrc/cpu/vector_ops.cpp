@@ -1,8 +1,8 @@
-// The small kernels over one row: norms, GELU, rotation, soft cap, rounding, quantization. Compiled once per processor level.
+// Vector kernels over one row: norms, GELU, RoPE, soft cap, rounding, quantization. Compiled once per processor level.
 //
 // Owns float32 arithmetic on rows of any length; the elements beyond the last whole vector go through a padded one, so that equal
-// elements give equal results wherever they stand. Refuses to know matrices and threads. Read `kernels.h` for the contract of
-// each word, `exp.h` for the exponential beneath GELU and soft cap.
+// elements have equal results at any position. Refuses to know matrices and threads. Read `kernels.h` for the contract of each
+// op, `exp.h` for the exponential in GELU and soft cap.
 #include <math.h>
 
 #include "exp.h"
@@ -67,7 +67,7 @@ void add_norm(const float *x, const float *y, const float *weight, float eps, fl
     for (; i < n; ++i) out[i] = (x[i] + y[i] * inverse * weight[i]) * scale;
 }
 
-// z * tanh-GELU'(z) written with one exponential: 0.5 * (1 + tanh u) = 1 / (1 + exp(-2u)), which is right at both ends.
+// z * tanh-GELU'(z) written with one exponential: 0.5 * (1 + tanh u) = 1 / (1 + exp(-2u)), accurate for large |z| of either sign.
 inline V gelu(V z) {
     const V twice_root = set1(-1.59576912f), cubic = set1(-0.0713548163f);  // -2 * sqrt(2 / pi), and that times 0.044715
     V u = z * fma(z * z, cubic, twice_root);
@@ -140,7 +140,7 @@ void from_bf16(const uint16_t *x, int64_t n, float *out) {
     }
 }
 
-// 32 quotients between -127 and 127 as bytes, rounded to nearest even; gives their sum.
+// 32 quotients between -127 and 127 as bytes, rounded to nearest even; returns their sum.
 #if defined(GC_LEVEL_AVX512)
 inline int32_t round_block(const float *x, V by, int8_t *q) {
     __m512i a = _mm512_cvtps_epi32(load(x) * by), b = _mm512_cvtps_epi32(load(x + 16) * by);
@@ -152,7 +152,7 @@ inline int32_t round_block(const float *x, V by, int8_t *q) {
 inline int32_t round_block(const float *x, V by, int8_t *q) {
     __m256i a = _mm256_cvtps_epi32(load(x) * by), b = _mm256_cvtps_epi32(load(x + 8) * by);
     __m256i c = _mm256_cvtps_epi32(load(x + 16) * by), d = _mm256_cvtps_epi32(load(x + 24) * by);
-    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));  // in runs of four, by halves
+    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));  // in groups of four, interleaved by 128-bit halves
     bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256((__m256i *)q, bytes);
     __m256i pairs = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
@@ -186,12 +186,12 @@ void quantize(const float *x, int64_t n, int8_t *q, float *scale, float *sum_of)
             most = vmax(most, vmax(v, -v));
             poison = fma(v, set1(0.0f), poison);
         }
-        float largest = top(most), inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;  // no inverse of a smaller one exists
+        float largest = top(most), inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;  // the inverse of anything smaller overflows
         float step = inverse > 0 ? largest / 127.0f : 0.0f;
         *scale++ = step;
         *sum_of++ = step * (float)round_block(x, set1(inverse), q);
     }
-    *first += sum(poison);  // a row with NaN or infinity stays as bad as it was
+    *first += sum(poison);  // so that NaN or infinity in a row stays visible
 }
 
 void add_scaled(const float *x, float factor, int64_t n, float *out) {
@@ -201,7 +201,7 @@ void add_scaled(const float *x, float factor, int64_t n, float *out) {
     for (; i < n; ++i) out[i] += x[i] * factor;
 }
 
-void multiply(const float *x, float factor, int64_t n, float *out) {
+void scale_by(const float *x, float factor, int64_t n, float *out) {
     V by = set1(factor);
     int64_t i = 0;
     for (; i + W <= n; i += W) store(out + i, load(x + i) * by);
@@ -210,7 +210,7 @@ void multiply(const float *x, float factor, int64_t n, float *out) {
 
 }  // namespace
 
-extern const Words GC_NAME(words) = {rms_norm, add_norm, gelu_mul, rope, softcap,   to_bf16,
-                                     from_bf16, quantize, add_scaled, multiply};
+extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm, gelu_mul, rope, softcap,   to_bf16,
+                                     from_bf16, quantize, add_scaled, scale_by};
 
 }  // namespace gemcutter

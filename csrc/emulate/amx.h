@@ -1,7 +1,7 @@
 // AMX's tiles in plain C++: eight tiles a thread, whose shapes a configuration sets.
 //
 // Owns the state of a thread and the checks that the processor makes: an operation on shapes that do not fit, or without a
-// configuration, traps here as it faults there. Read `emulate.h` for how kernels come to call these.
+// configuration, traps here as it faults there. Read `avx512.h` for how kernels come to call these.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
