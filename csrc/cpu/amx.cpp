@@ -118,9 +118,9 @@ void gemm_tiles(const uint16_t *const *rows, const uint16_t *pairs, int64_t colu
 
 // The last tile of rows begins early enough to be whole, so that nothing beyond the rows is read; its first rows are dropped.
 void gemm_pairs(const uint16_t *pairs, int width, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
-                    float *sums) {
-    void (*const kernels_by_count[])(const uint16_t *const *, const uint16_t *, int64_t, float *) = {gemm_tiles<1>, gemm_tiles<2>,
-                                                                                         gemm_tiles<3>, gemm_tiles<4>};
+                float *sums) {
+    void (*const kernels_by_count[])(const uint16_t *const *, const uint16_t *, int64_t, float *) = {
+        gemm_tiles<1>, gemm_tiles<2>, gemm_tiles<3>, gemm_tiles<4>};
     for (int64_t row = first; row < last; row += TILES * PANEL) {
         const uint16_t *starts[TILES];
         int64_t begins[TILES], count = 0;
@@ -149,8 +149,9 @@ int formats(const gc_matrix *m, int64_t rows, int activations) {
 
 template <const MatmulKernels &FALLBACK>
 void gemm_panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-           void *scratch, const void *next) {
-    if (!fits(*m, rows->count, rows->activations)) return FALLBACK.gemm_panel(m, panel, rows, first, last, out, ld, scratch, next);
+                void *scratch, const void *next) {
+    if (!fits(*m, rows->count, rows->activations))
+        return FALLBACK.gemm_panel(m, panel, rows, first, last, out, ld, scratch, next);
     float *sums = static_cast<float *>(scratch);
     uint16_t *pairs = reinterpret_cast<uint16_t *>(sums + TILES * TILE_FLOATS);
     if (is_dense(*m)) pairs_of_dense(*m, panel, pairs);
@@ -165,8 +166,9 @@ void gemm_panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t fir
 
 template <const MatmulKernels &FALLBACK>
 size_t scratch_bytes(const gc_matrix *m) {
-    size_t few = FALLBACK.scratch_bytes(m), own = sizeof(float) * TILES * TILE_FLOATS + sizeof(uint16_t) * PANEL * (size_t)m->columns;
-    return own > few ? own : few;
+    size_t own = sizeof(float) * TILES * TILE_FLOATS + sizeof(uint16_t) * PANEL * (size_t)m->columns;
+    size_t other = FALLBACK.scratch_bytes(m);
+    return own > other ? own : other;
 }
 
 template <const MatmulKernels &FALLBACK>
@@ -175,7 +177,8 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
 }
 
 template <const MatmulKernels &FALLBACK>
-constexpr MatmulKernels TABLE = {formats<FALLBACK>, gemm_panel<FALLBACK>, scratch_bytes<FALLBACK>, gather<FALLBACK>, 8 * CHUNK_ELEMENTS, 2 * CHUNK_ROWS};
+constexpr MatmulKernels TABLE = {formats<FALLBACK>, gemm_panel<FALLBACK>, scratch_bytes<FALLBACK>,
+                                 gather<FALLBACK>,  8 * CHUNK_ELEMENTS,   2 * CHUNK_ROWS};
 
 }  // namespace
 

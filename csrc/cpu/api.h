@@ -14,7 +14,11 @@
 
 enum gc_codes { GC_U4 = 0, GC_U6 = 1, GC_S8 = 2, GC_BF16 = 3, GC_F16 = 4, GC_F32 = 5 };  // from GC_BF16 on: dense
 enum gc_scales { GC_SCALE_F16 = 0, GC_SCALE_BF16 = 1, GC_SCALE_F32 = 2, GC_SUPER32 = 3, GC_SUPER16 = 4 };
-enum gc_activations { GC_INT8 = 0, GC_BF16_ROWS = 1, GC_FLOAT_ROWS = 2 };  // precision of activations in products with packed matrices
+enum gc_activations {
+    GC_INT8 = 0,
+    GC_BF16_ROWS = 1,
+    GC_FLOAT_ROWS = 2
+};  // precision of activations in products with packed matrices
 
 typedef struct {
     const void *data;  // panels of 16 rows (layout.h), or dense rows
@@ -41,14 +45,15 @@ typedef struct {
 // One step: the flat rows of S sequences, and where one layer group's keys are in the KV cache (Step and KVRange of ops/step.py).
 typedef struct {
     int64_t rows, sequences;
-    const int64_t *query_start;          // [S + 1] sequence s owns rows query_start[s] to query_start[s + 1] - 1
-    const int64_t *positions;          // [N] absolute, ascending within a sequence
+    const int64_t *query_start;      // [S + 1] sequence s owns rows query_start[s] to query_start[s + 1] - 1
+    const int64_t *positions;        // [N] absolute, ascending within a sequence
     const int64_t *kv_start;         // [S] the first position of the sequence that the cache holds
-    const int64_t *kv_first_slot;           // [S] the slot of that position if slots are consecutive, else -1
+    const int64_t *kv_first_slot;    // [S] the slot of that position if slots are consecutive, else -1
     const int64_t *const *kv_slots;  // [S] otherwise the slots of positions kv_start, kv_start + 1, ...
-    const int64_t *slot_mapping;       // [N] the slot that each row's key and value are written to; null where none are
-    const float *cos, *sin;            // [N, E / 2]; null where nothing is rotated
-    const int64_t *last_visible;  // [N] the last position that a row sees if later than its own, never descending within a sequence; or null
+    const int64_t *slot_mapping;     // [N] the slot that each row's key and value are written to; null where none are
+    const float *cos, *sin;          // [N, E / 2]; null where nothing is rotated
+    const int64_t *
+        last_visible;  // [N] the last position that a row sees if later than its own, never descending within a sequence; or null
 } gc_step;
 
 // The tensors [T, K, E] of the KV cache that hold one layer's keys and values.

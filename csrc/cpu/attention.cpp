@@ -1,5 +1,5 @@
-// The two attention kernels over one key head: `decode` streams the keys past few query rows, `prefill` multiplies many query rows
-// with packed blocks of keys.
+// The two attention kernels over one key head: `decode` streams the keys past few query rows, `prefill` multiplies many query
+// rows with packed blocks of keys.
 //
 // Owns softmax and products in float32, with the scale 1. A key that no row of a call sees, outside the window or later than the
 // row, changes nothing, whatever its memory holds. Refuses to know sequences, pages and threads; read `attention_split.cpp` for
@@ -14,10 +14,10 @@
 namespace gemcutter {
 namespace {
 
-constexpr int KEY_BLOCK = 64;     // keys of one softmax update of `prefill`, aligned to absolute positions
-constexpr int64_t K_CHUNK = 256;  // head dims of one packed panel: 16 KB, half of an L1 cache
-constexpr int VALUE_KEYS = 16;    // values summed in registers before the output is updated
-constexpr int64_t PREFETCH_KEYS = 8;      // keys prefetched ahead: the hardware prefetcher stops at the end of every row
+constexpr int KEY_BLOCK = 64;              // keys of one softmax update of `prefill`, aligned to absolute positions
+constexpr int64_t K_CHUNK = 256;           // head dims of one packed panel: 16 KB, half of an L1 cache
+constexpr int VALUE_KEYS = 16;             // values summed in registers before the output is updated
+constexpr int64_t PREFETCH_KEYS = 8;       // keys prefetched ahead: the hardware prefetcher stops at the end of every row
 constexpr int64_t BLOCK_ELEMENTS = 49152;  // of a block of query rows: 384 KB with its output
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -163,10 +163,8 @@ void score_range(const float *q, int64_t heads, int64_t dim, const Keys &keys, i
         for (int64_t i = 0; i < count; ++i) {
             int64_t later = t + i + PREFETCH_KEYS;
             rows[i] = row_of<Type>(keys.k, keys, t + i);
-            if (later < last)
-                prefetch<Type>(row_of<Type>(keys.k, keys, later), dim);
-            else if (first + later - last < last)
-                prefetch<Type>(row_of<Type>(keys.v, keys, first + later - last), dim);
+            if (later < last) prefetch<Type>(row_of<Type>(keys.k, keys, later), dim);
+            else if (first + later - last < last) prefetch<Type>(row_of<Type>(keys.v, keys, first + later - last), dim);
         }
         auto *score = count == 2 ? score_keys<Type, 2> : score_keys<Type, 1>;
         score(q, heads, dim, rows, scores + t - first, DECODE_KEYS);
@@ -237,7 +235,7 @@ void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
             for (int i = 0; i < PANEL; ++i) some[i] = rows[i] + e;
             pack_panel<Type>(some, dims, b.panel);
             gemm_panel(b.q + first * b.dim + e, b.dim, last - first, b.panel, dims, b.scores + first * KEY_BLOCK + t - low,
-                           KEY_BLOCK, e > 0);
+                       KEY_BLOCK, e > 0);
         }
     }
 }

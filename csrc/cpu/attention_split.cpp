@@ -25,10 +25,10 @@ struct AttentionMerge {
 
 namespace {
 
-constexpr int64_t FEW_ROWS = 8;     // a sequence with at most so many rows is split along the keys, row by row
-constexpr int64_t MIN_PIECE = 128;  // keys: fewer would cost more to merge than the split gains
-constexpr int64_t MAX_PIECES = 32;  // of one row, unless the kernel's limit on keys asks for more
-constexpr int64_t MIN_QUERIES = 48;   // query vectors (rows times heads) of a block, below which packing its keys does not pay
+constexpr int64_t FEW_ROWS = 8;      // a sequence with at most so many rows is split along the keys, row by row
+constexpr int64_t MIN_PIECE = 128;   // keys: fewer would cost more to merge than the split gains
+constexpr int64_t MAX_PIECES = 32;   // of one row, unless the kernel's limit on keys asks for more
+constexpr int64_t MIN_QUERIES = 48;  // query vectors (rows times heads) of a block, below which packing its keys does not pay
 
 int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -100,7 +100,8 @@ int64_t block_rows(const gc_step &step, const gc_attention &layer) {
 Keys keys_of(const AttentionPlan &plan, const AttentionItem &item) {
     const gc_attention &layer = plan.layer;
     const gc_step &step = *plan.step;
-    int64_t offset = item.kv_head * layer.head_dim * (plan.kv.dtype == GC_F32 ? 4 : 2), first_slot = step.kv_first_slot[item.sequence];
+    int64_t offset = item.kv_head * layer.head_dim * (plan.kv.dtype == GC_F32 ? 4 : 2),
+            first_slot = step.kv_first_slot[item.sequence];
     Keys keys = {};
     keys.k = static_cast<const char *>(plan.kv.k) + offset;
     keys.v = static_cast<const char *>(plan.kv.v) + offset;
@@ -119,8 +120,8 @@ void run_item(const AttentionPlan &plan, const AttentionItem &item, const float 
     Keys keys = keys_of(plan, item);
     if (item.piece < 0)
         kernels().attention->prefill(q + at, out + at, stride, item.rows, group, dim, plan.step->positions + item.row,
-                                     plan.step->last_visible ? plan.step->last_visible + item.row : nullptr,
-                                     layer.window, &keys, scratch);
+                                     plan.step->last_visible ? plan.step->last_visible + item.row : nullptr, layer.window, &keys,
+                                     scratch);
     else
         kernels().attention->decode(q + at, dim, group, dim, &keys, item.first, item.last,
                                     plan.partial + item.piece * group * dim, plan.top + item.piece * group,

@@ -9,10 +9,10 @@
 namespace gemcutter {
 namespace {
 
-constexpr int64_t K_CHUNK = 256;    // columns of one converted chunk: 16 KB, half of an L1 cache
-constexpr int64_t GEMV_ROWS = 8;  // up to here converting a panel costs more than it saves
-constexpr int64_t SHORT_ROW = 8192;  // bytes: the hardware prefetcher stops at the end of every row, so short rows are prefetched by hand
-constexpr int64_t SPARE_ROWS = 64;  // activation rows at a time of a panel that lacks rows
+constexpr int64_t K_CHUNK = 256;     // columns of one converted chunk: 16 KB, half of an L1 cache
+constexpr int64_t GEMV_ROWS = 8;     // up to here converting a panel costs more than it saves
+constexpr int64_t SHORT_ROW = 8192;  // bytes: prefetched by hand, since the hardware prefetcher stops at every row's end
+constexpr int64_t SPARE_ROWS = 64;   // activation rows at a time of a panel that lacks rows
 
 template <typename Type>
 const typename Type::Element *row_of(const gc_matrix &m, int64_t row) {
@@ -66,7 +66,7 @@ void gemv(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, 
 // out [count, 16] = activation rows times matrix rows first..first+15; those from `last` on repeat the one before.
 template <typename Type>
 void gemm(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld,
-             float *scratch) {
+          float *scratch) {
     for (int64_t k = 0; k < matrix.columns; k += K_CHUNK) {
         const typename Type::Element *rows[PANEL];
         for (int64_t r = 0; r < PANEL; ++r) rows[r] = row_of<Type>(matrix, first + r < last ? first + r : last - 1) + k;
@@ -78,7 +78,7 @@ void gemm(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, 
 
 template <typename Type>
 void gemm_ragged(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld,
-                    float *scratch) {
+                 float *scratch) {
     float *spare = scratch + K_CHUNK * PANEL;
     for (int64_t m = 0; m < count; m += SPARE_ROWS) {
         int64_t some = count - m < SPARE_ROWS ? count - m : SPARE_ROWS;
@@ -100,7 +100,7 @@ void panel_type(const gc_matrix &matrix, int64_t panel, const Rows &rows, int64_
 int formats(const gc_matrix *, int64_t, int) { return FORMAT_FLOAT; }
 
 void gemm_panel(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-           void *scratch, const void *) {
+                void *scratch, const void *) {
     auto *run = matrix->codes == GC_BF16 ? panel_type<Bf16> : matrix->codes == GC_F16 ? panel_type<F16> : panel_type<F32>;
     run(*matrix, panel, *rows, first, last, out, ld, static_cast<float *>(scratch));
 }

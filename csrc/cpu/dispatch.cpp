@@ -1,6 +1,6 @@
 // Selects the processor level: the best one at first use, or the one that gc_set_level names.
 //
-// Owns the table of levels and the CPUID checks; refuses to know what kernels compute. Read `kernels.h` for what a level provides.
+// Owns the table of levels and the CPUID checks; refuses to know what kernels compute. Read `kernels.h` for what a level has.
 #include <string.h>
 
 #include <atomic>
@@ -51,7 +51,7 @@ int best_level() {
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
     bool has_xsave = c >> 27 & 1, has_avx = c >> 28 & 1, has_fma = c >> 12 & 1, has_f16c = c >> 29 & 1;
     if (!has_xsave || (xcr0() & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    if (!(has_avx && has_fma && has_f16c && (b >> 5 & 1) && (b >> 8 & 1))) return 0;  // AVX2, BMI2
+    if (!(has_avx && has_fma && has_f16c && (b >> 5 & 1) && (b >> 8 & 1))) return 0;                   // AVX2, BMI2
     bool has_512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 11 & 1);  // F DQ BW VL VNNI
     if (!has_512 || (xcr0() & 0xe6) != 0xe6) return 1;
     bool has_amx = (d >> 22 & 1) && (d >> 24 & 1) && (xcr0() >> 17 & 3) == 3;  // BF16, TILE

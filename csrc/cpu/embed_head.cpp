@@ -44,7 +44,8 @@ GC_EXPORT int gc_ple_embed(const gc_ple *ple, const float *x, const int64_t *ids
     return in_arena([&](Arena &arena) {
         const gc_matrix &weight = ple->project;
         int64_t width = weight.rows, dim = ple->dim;
-        ConvertedRows converted = allocate_rows(arena, formats_of(&weight, 1, rows, ple->activations), rows, weight.columns, ple->activations);
+        ConvertedRows converted =
+            allocate_rows(arena, formats_of(&weight, 1, rows, ple->activations), rows, weight.columns, ple->activations);
         float *context = arena.array<float>(rows * width);
         Scratch scratch;
         size_t bytes = scratch_bytes(&weight, 1), panel = ple->source ? (size_t)ple->table.stride : 0;

@@ -50,7 +50,8 @@ void Experts::route(ThreadPool &pool, int index, const float *x) {
         ops.rms_norm(x + n * hidden, experts_.norm, layer_.eps, hidden, normed_ + n * hidden);
     }
     pool.barrier();
-    parallel_gemm(pool, index, &experts_.router, 1, routed_.converted.rows, router_logits_, experts_.experts, scratch_.of(index), COUNT_ROUTER);
+    parallel_gemm(pool, index, &experts_.router, 1, routed_.converted.rows, router_logits_, experts_.experts, scratch_.of(index),
+                  COUNT_ROUTER);
     pool.barrier();
     for (int64_t n = own.first; n < own.last; ++n) choose(n);
     pool.barrier();
@@ -151,8 +152,8 @@ void Experts::run(ThreadPool &pool, int index) {
     for_each_panel(pool, COUNT_EXPERTS_OUT, (hidden + PANEL - 1) / PANEL, [&](const Group &group, int64_t panel) {
         const gc_matrix &down = experts_.down[group.expert];
         Rows rows = rows_of(gated_.converted.rows, group);
-        matmul_kernels(down).gemm_panel(&down, panel, &rows, 0, group.count, product_ + group.first * hidden + panel * PANEL, hidden, rest,
-                             nullptr);
+        matmul_kernels(down).gemm_panel(&down, panel, &rows, 0, group.count, product_ + group.first * hidden + panel * PANEL,
+                                        hidden, rest, nullptr);
     });
     pool.barrier();
 }

@@ -1,9 +1,9 @@
 // What every processor level provides, as tables of function pointers; a level's objects are compiled with its own flags.
 //
 // Owns the contract between kernels compiled once per level (vector_ops.cpp, packed.cpp, dense.cpp, attention.cpp, amx.cpp) and
-// the code that is compiled once (layer_ops.cpp, parallel_gemm.cpp, dispatch.cpp). Level sources include no C++ library templates:
-// an inline function compiled for AVX-512 must never be the copy that the linker keeps for every processor. Shape letters: M
-// rows, K columns, E head dim, T keys.
+// the code that is compiled once (layer_ops.cpp, parallel_gemm.cpp, dispatch.cpp). Level sources include no C++ library
+// templates: an inline function compiled for AVX-512 must never be the copy that the linker keeps for every processor. Shape
+// letters: M rows, K columns, E head dim, T keys.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -19,12 +19,12 @@ enum ActivationFormat { FORMAT_FLOAT = 1, FORMAT_INT8 = 2, FORMAT_BF16 = 4 };
 // M activation rows [M, columns]; formats that no kernel needs are null. All are contiguous: row m begins at m * columns.
 struct Rows {
     int64_t count, columns;
-    int activations;        // enum gc_activations
-    const float *x;         // float32; rounded to bfloat16 if activations says so
-    const int8_t *q;        // -127..127, one scale for every 32 columns
-    const float *scale;     // [M, columns / 32]
-    const float *sum;       // [M, columns / 32]: scale * the sum of the 32 q
-    const uint16_t *bf16;   // bfloat16
+    int activations;       // enum gc_activations
+    const float *x;        // float32; rounded to bfloat16 if activations says so
+    const int8_t *q;       // -127..127, one scale for every 32 columns
+    const float *scale;    // [M, columns / 32]
+    const float *sum;      // [M, columns / 32]: scale * the sum of the 32 q
+    const uint16_t *bf16;  // bfloat16
 };
 
 // Element-wise and reduction ops on single rows.
@@ -55,10 +55,10 @@ struct MatmulKernels {
     // The activation formats (a bit set) that `gemm_panel` reads for this matrix and number of rows.
     int (*formats)(const gc_matrix *matrix, int64_t rows, int activations);
     // Rows first..last-1 times the 16 matrix rows of one panel: out[m * ld + r], m counted from `first`, r from the panel's first
-    // row; ragged last panels write only the rows that exist. `scratch` is 64-byte aligned, of scratch_bytes(), and belongs to the thread.
+    // row; ragged last panels write only the rows that exist. `scratch` has scratch_bytes(), 64-byte aligned, one for each thread.
     // `next` is what the thread reads afterwards, prefetched near the end of this panel; null means the next panel in memory.
-    void (*gemm_panel)(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-                  void *scratch, const void *next);
+    void (*gemm_panel)(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out,
+                       int64_t ld, void *scratch, const void *next);
     size_t (*scratch_bytes)(const gc_matrix *matrix);
     // Write one row of a matrix as float32.
     void (*gather)(const gc_matrix *matrix, int64_t row, float *out);
@@ -67,9 +67,9 @@ struct MatmulKernels {
 
 // Keys and values of one key head in one sequence. Slot t of positions start, start + 1, ...: consecutive from `low`, or listed.
 struct Keys {
-    const void *k, *v;      // first element of the key head in slot 0
-    int64_t stride;         // elements from one slot to the next
-    int32_t dtype;          // GC_BF16 or GC_F32
+    const void *k, *v;          // first element of the key head in slot 0
+    int64_t stride;             // elements from one slot to the next
+    int32_t dtype;              // GC_BF16 or GC_F32
     int64_t start, first_slot;  // first cached position; its slot, or -1 if `slots` lists them
     const int64_t *slots;
 };
@@ -83,8 +83,8 @@ constexpr int64_t DECODE_KEYS = 512;  // the most keys of one call of `decode`
 struct AttentionKernels {
     // Partial attention of G query heads (q [G, E], float32) of one row over positions first..last-1 of one key head: writes
     // unnormalised out [G, E], and per head the maximum score and the sum of exp(score - maximum).
-    void (*decode)(const float *q, int64_t q_stride, int64_t heads, int64_t head_dim, const Keys *keys, int64_t first, int64_t last,
-                   float *out, float *top, float *total, void *scratch);
+    void (*decode)(const float *q, int64_t q_stride, int64_t heads, int64_t head_dim, const Keys *keys, int64_t first,
+                   int64_t last, float *out, float *top, float *total, void *scratch);
     // Attention of `rows` query rows at `positions` (ascending) times G heads over one key head: q and out [rows, G, E] with
     // row stride `stride` elements, head stride E. window 0 means all keys up to the row's own position;
     // `last_visible` (never descending, or null) extends what a row sees beyond its own position.
@@ -101,10 +101,10 @@ struct Kernels {
     const AttentionKernels *attention;
 };
 
-#define GC_DECLARE(level)                     \
-    extern const VectorOps vector_ops_##level;         \
-    extern const MatmulKernels packed_##level;     \
-    extern const MatmulKernels dense_##level;      \
+#define GC_DECLARE(level)                      \
+    extern const VectorOps vector_ops_##level; \
+    extern const MatmulKernels packed_##level; \
+    extern const MatmulKernels dense_##level;  \
     extern const AttentionKernels attention_##level;
 GC_DECLARE(portable)
 #if defined(__x86_64__)

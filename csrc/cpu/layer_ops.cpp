@@ -15,7 +15,8 @@ void Scratch::allocate(Arena &arena, size_t bytes) {
     memory = static_cast<char *>(arena.allocate(stride * (size_t)threads()));
 }
 
-void ActivationBuffer::allocate(Arena &arena, const gc_matrix *parts, int num_parts, int64_t count, int64_t columns, int activations) {
+void ActivationBuffer::allocate(Arena &arena, const gc_matrix *parts, int num_parts, int64_t count, int64_t columns,
+                                int activations) {
     allocate(arena, formats_of(parts, num_parts, count, activations), count, columns, activations);
 }
 
@@ -28,8 +29,14 @@ void ActivationBuffer::allocate(Arena &arena, int wanted, int64_t count, int64_t
 // ---- qkv ----
 
 Qkv::Qkv(Arena &arena, const gc_layer &layer, const gc_step &step, const gc_kv *kv, const int64_t *keep, int64_t kept)
-    : layer_(layer), step_(step), cache_(kv), keep_(keep), kept_(keep ? kept : step.rows), q_width_(layer.attn_in[0].rows),
-      kv_width_(layer.attn_in[1].rows + layer.attn_in[2].rows), num_kv_(!!layer.attn_in[1].rows + !!layer.attn_in[2].rows) {
+    : layer_(layer),
+      step_(step),
+      cache_(kv),
+      keep_(keep),
+      kept_(keep ? kept : step.rows),
+      q_width_(layer.attn_in[0].rows),
+      kv_width_(layer.attn_in[1].rows + layer.attn_in[2].rows),
+      num_kv_(!!layer.attn_in[1].rows + !!layer.attn_in[2].rows) {
     const gc_matrix *parts = layer.attn_in;
     all_.allocate(arena, keep ? parts + 1 : parts, num_kv_ + !keep, step.rows, layer.hidden, layer.activations);
     if (keep) {
@@ -95,10 +102,8 @@ void Qkv::write_keys(int64_t n, int64_t head, float *spare) const {
     float *k = spare, *v = spare + dim;
     ops.rms_norm(raw_k, layer_.k_norm, layer_.eps, dim, k);
     ops.rope(k, step_.cos + at, step_.sin + at, dim);
-    if (layer_.has_v_norm)
-        ops.rms_norm(raw_v, nullptr, layer_.eps, dim, v);
-    else
-        memcpy(v, raw_v, sizeof(float) * (size_t)dim);
+    if (layer_.has_v_norm) ops.rms_norm(raw_v, nullptr, layer_.eps, dim, v);
+    else memcpy(v, raw_v, sizeof(float) * (size_t)dim);
     if (cache_->dtype == GC_BF16) {
         ops.to_bf16(k, dim, (uint16_t *)cache_->k + slot);
         ops.to_bf16(v, dim, (uint16_t *)cache_->v + slot);
@@ -151,10 +156,8 @@ void Mlp::run(ThreadPool &pool, int index, const float *x, float *out, float sca
         kernels().vector_ops->rms_norm(x + m * hidden, layer_.mlp_norm, layer_.eps, hidden, normed_.row(m));
         normed_.convert(m);
     }
-    if (experts_)
-        experts_->route(pool, index, x);
-    else
-        pool.barrier();
+    if (experts_) experts_->route(pool, index, x);
+    else pool.barrier();
     void *scratch = scratch_.of(index);
     parallel_geglu(pool, index, &layer_.gate, &layer_.up, normed_.converted.rows, gated_.x, layer_.down.columns, scratch,
                    COUNT_GATED);
@@ -163,10 +166,8 @@ void Mlp::run(ThreadPool &pool, int index, const float *x, float *out, float sca
     convert_rows(pool, index, gated_.converted, gated_.x);
     pool.barrier();
     parallel_gemm(pool, index, &layer_.down, 1, gated_.converted.rows, product_, hidden, scratch, COUNT_DOWN);
-    if (experts_)
-        experts_->run(pool, index);
-    else
-        pool.barrier();
+    if (experts_) experts_->run(pool, index);
+    else pool.barrier();
     for (int64_t m = own.first; m < own.last; ++m) join(m, x + m * hidden, out + m * hidden, scale);
 }
 
@@ -224,8 +225,8 @@ void PleGate::run(ThreadPool &pool, int index, const float *x, const float *ple,
 // Every entry returns 0, or 1 if memory for intermediate activations ran out.
 
 // q [M, H, E]: queries of the M rows that `keep` lists (null: of all rows); writes keys and values of all rows to the cache.
-GC_EXPORT int gc_qkv(const gc_layer *layer, const gc_step *step, const gc_kv *kv, const float *x, const int64_t *keep, int64_t kept,
-                     float *q) {
+GC_EXPORT int gc_qkv(const gc_layer *layer, const gc_step *step, const gc_kv *kv, const float *x, const int64_t *keep,
+                     int64_t kept, float *q) {
     using namespace gemcutter;
     return in_arena([&](Arena &arena) {
         Qkv qkv(arena, *layer, *step, kv, keep, kept);

@@ -13,8 +13,19 @@
 namespace gemcutter {
 
 // Indices of the pool counters within one parallel region; a layer uses each once.
-enum Counter { COUNT_KV, COUNT_Q, COUNT_ATTENTION, COUNT_OUT, COUNT_GATED, COUNT_DOWN, COUNT_PLE_GATE, COUNT_PLE_OUT, COUNT_ROUTER,
-               COUNT_EXPERTS_IN, COUNT_EXPERTS_OUT };
+enum Counter {
+    COUNT_KV,
+    COUNT_Q,
+    COUNT_ATTENTION,
+    COUNT_OUT,
+    COUNT_GATED,
+    COUNT_DOWN,
+    COUNT_PLE_GATE,
+    COUNT_PLE_OUT,
+    COUNT_ROUTER,
+    COUNT_EXPERTS_IN,
+    COUNT_EXPERTS_OUT
+};
 
 inline Range own_rows(int64_t count, int index, int size) { return share(count, 1, index, size); }
 
@@ -51,10 +62,10 @@ class Qkv {
     const gc_step &step_;
     const gc_kv *cache_;  // null in a layer that only reads
     const int64_t *keep_;
-    int64_t kept_, q_width_, kv_width_;  // kv_width_: columns of projected keys and values, 0 in a layer that only reads the cache
+    int64_t kept_, q_width_, kv_width_;  // kv_width_: 0 in a layer that only reads the cache
     int num_kv_;
     ActivationBuffer all_, wanted_;  // `wanted_` only where some rows are dropped
-    float *kv_, *raw_q_;     // projection outputs; one matrix [N, q + kv] where all rows are kept
+    float *kv_, *raw_q_;             // projection outputs; one matrix [N, q + kv] where all rows are kept
     int64_t kv_stride_, q_stride_;
     Scratch scratch_, spare_;
 };
@@ -98,12 +109,12 @@ class Experts {
     const gc_experts &experts_;
     int64_t rows_, num_groups_ = 0;
     ActivationBuffer routed_, gated_;
-    float *normed_;      // [N, D]
+    float *normed_;            // [N, D]
     ConvertedRows pair_rows_;  // one for each (row, expert) pair, sorted by expert; a single one where there is one row
     float *gathered_ = nullptr;
     float *router_logits_, *weights_, *product_;  // [N, X], [N, top_k], [pairs, D]
-    int64_t *chosen_, *places_;  // [N, top_k]: a row's experts in ascending order, and the pair of each
-    int64_t *row_of_;            // [pairs]
+    int64_t *chosen_, *places_;                   // [N, top_k]: a row's experts in ascending order, and the pair of each
+    int64_t *row_of_;                             // [pairs]
     Group *groups_;
     Scratch scratch_;
 };

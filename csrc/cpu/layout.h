@@ -28,7 +28,8 @@ namespace gemcutter {
 constexpr int PANEL = 16;   // rows of a panel
 constexpr int BLOCK = 32;   // columns of a code block, and of one activation scale
 constexpr int SUPER = 256;  // columns of a super-block
-constexpr int64_t PREFETCH_BYTES = 2048;  // prefetch distance in bytes: without it one core does not use the full memory bandwidth
+// Prefetch distance: without it a core does not use its share of memory bandwidth.
+constexpr int64_t PREFETCH_BYTES = 2048;
 
 inline bool is_dense(const gc_matrix &m) { return m.codes >= GC_BF16; }
 

@@ -41,14 +41,14 @@ inline void gemm_tile(const float *a, int64_t lda, const float *panel, int64_t k
 
 template <int R>
 inline void gemm_rest(int64_t rows, const float *a, int64_t lda, const float *panel, int64_t k, float *out, int64_t ldo,
-                          bool add) {
+                      bool add) {
     if (rows == R) return gemm_tile<R>(a, lda, panel, k, out, ldo, add);
     if constexpr (R > 1) gemm_rest<R - 1>(rows, a, lda, panel, k, out, ldo, add);
 }
 
 // out[m * ldo + c] = (add ? itself : 0) + sum over i < k of a[m * lda + i] * panel[i * 16 + c], for 16 columns c.
 inline void gemm_panel(const float *a, int64_t lda, int64_t rows, const float *panel, int64_t k, float *out, int64_t ldo,
-                           bool add) {
+                       bool add) {
     for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * lda, out += TILE_ROWS * ldo)
         gemm_tile<TILE_ROWS>(a, lda, panel, k, out, ldo, add);
     if constexpr (TILE_ROWS > 1) gemm_rest<TILE_ROWS - 1>(rows, a, lda, panel, k, out, ldo, add);

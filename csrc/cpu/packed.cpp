@@ -1,8 +1,8 @@
 // Kernels for packed matrices: products with activation rows, and gathering of single rows. Compiled once per processor level.
 //
 // Owns the level's table `packed` and the choice of kernel: int8 activations where there are any, float32 otherwise. Refuses to
-// know threads (`parallel_gemm.cpp` shares panels among them). Read `layout.h` for the bytes, then `packed_decode.h`, `packed_dot.h` and
-// `packed_int8.h`.
+// know threads (`parallel_gemm.cpp` shares panels among them). Read `layout.h` for the bytes, then `packed_decode.h`,
+// `packed_dot.h` and `packed_int8.h`.
 #include "packed_float.h"
 
 namespace gemcutter {
@@ -20,7 +20,7 @@ void panel_in_pieces(const gc_matrix &m, int64_t panel, const Rows &rows, int64_
 }
 
 void gemm_panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-           void *scratch, const void *next) {
+                void *scratch, const void *next) {
     if (pieces_of(*m) == 2) return panel_in_pieces<2>(*m, panel, *rows, first, last, out, ld, scratch, next);
     panel_in_pieces<1>(*m, panel, *rows, first, last, out, ld, scratch, next);
 }

@@ -11,8 +11,8 @@ namespace {
 
 #define GC_INLINE inline __attribute__((always_inline))
 
-constexpr int PARTS = PANEL / W;   // vectors that hold one value for each row of a panel
-constexpr int QUADS = BLOCK / 4;   // quads of a code block
+constexpr int PARTS = PANEL / W;  // vectors that hold one value for each row of a panel
+constexpr int QUADS = BLOCK / 4;  // quads of a code block
 constexpr int QUAD_BYTES = PANEL * 4;
 
 // W bytes as floats; integer vectors N of W lanes.
@@ -66,8 +66,13 @@ struct PanelDecoder {
     Scales<PIECES> scales = {};
 
     GC_INLINE PanelDecoder(const gc_matrix &m, int64_t panel)
-        : at(panel_of(m, panel)), code_bytes(code_block_bytes(m.codes)), kind(m.scales),
-          blocks_of_scale(kind >= GC_SUPER32 ? SUPER / BLOCK : m.group > BLOCK ? m.group / BLOCK : 1), is_biased(has_bias(m)) {}
+        : at(panel_of(m, panel)),
+          code_bytes(code_block_bytes(m.codes)),
+          kind(m.scales),
+          blocks_of_scale(kind >= GC_SUPER32 ? SUPER / BLOCK
+                          : m.group > BLOCK  ? m.group / BLOCK
+                                             : 1),
+          is_biased(has_bias(m)) {}
 
     // Reads the scales before the next block's codes into `scales`, and returns the codes.
     GC_INLINE const uint8_t *next() {

@@ -116,8 +116,9 @@ GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, i
                 const N row = _mm256_set1_epi32(four_bytes(q + m * stride + 4 * j));
 #pragma GCC unroll 2
                 for (int h = 0; h < H; ++h) {
-                    const N pair = CodeReader::IS_SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(w[h]), _mm256_sign_epi8(row, w[h]))
-                                                     : _mm256_maddubs_epi16(w[h], row);
+                    const N pair = CodeReader::IS_SIGNED
+                                       ? _mm256_maddubs_epi16(_mm256_abs_epi8(w[h]), _mm256_sign_epi8(row, w[h]))
+                                       : _mm256_maddubs_epi16(w[h], row);
                     pairs[m][h] = j == start ? pair : _mm256_add_epi16(pairs[m][h], pair);
                     keep(pairs[m][h]);
                 }

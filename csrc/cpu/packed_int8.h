@@ -10,19 +10,22 @@
 namespace gemcutter {
 namespace {
 
-constexpr int64_t RUN = 16;  // blocks that are unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
+constexpr int64_t RUN = 16;  // blocks unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
 
 // M neighbouring rows, some blocks of them. Rows are reached by strides: arrays of pointers would live in memory.
 template <int PIECES, int M>
 struct RowRun {
     const int8_t *q;
     const float *scale, *sum;
-    int64_t columns, blocks;  // strides
+    int64_t columns, blocks;                    // strides
     float halves[PIECES == 2 ? M : 1][2][RUN];  // with scales for 16 columns: `sum` of each half block
 
     GC_INLINE RowRun(const Rows &rows, int64_t row, int64_t first, int64_t count)
-        : q(rows.q + row * rows.columns + first * BLOCK), scale(rows.scale + row * (rows.columns / BLOCK) + first),
-          sum(rows.sum + row * (rows.columns / BLOCK) + first), columns(rows.columns), blocks(rows.columns / BLOCK) {
+        : q(rows.q + row * rows.columns + first * BLOCK),
+          scale(rows.scale + row * (rows.columns / BLOCK) + first),
+          sum(rows.sum + row * (rows.columns / BLOCK) + first),
+          columns(rows.columns),
+          blocks(rows.columns / BLOCK) {
         if (PIECES == 2)
             for (int m = 0; m < M; ++m) sum_halves(q + m * columns, scale + m * blocks, count, halves[m][0], RUN);
     }

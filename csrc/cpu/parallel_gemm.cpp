@@ -16,8 +16,8 @@ namespace gemcutter {
 namespace {
 
 constexpr size_t ALIGNMENT = 64, LEAST_CHUNK = (size_t)1 << 20;
-constexpr int64_t FEW_ROWS = 16;    // up to here a thread has its own range of panels
-constexpr int64_t ROW_UNIT = 32;    // chunks are multiples of the rows that any micro-kernel takes at once
+constexpr int64_t FEW_ROWS = 16;  // up to here a thread has its own range of panels
+constexpr int64_t ROW_UNIT = 32;  // chunks are multiples of the rows that any micro-kernel takes at once
 
 size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
@@ -124,7 +124,7 @@ void convert_row(ConvertedRows &converted, int64_t row, const float *x_row) {
     int64_t columns = rows.columns, at = row * columns, block = row * (columns / BLOCK);
     if (converted.formats & FORMAT_INT8)
         ops.quantize(x_row, columns, const_cast<int8_t *>(rows.q) + at, const_cast<float *>(rows.scale) + block,
-                       const_cast<float *>(rows.sum) + block);
+                     const_cast<float *>(rows.sum) + block);
     uint16_t *bf16 = converted.formats & FORMAT_BF16 ? const_cast<uint16_t *>(rows.bf16) + at : nullptr;
     if (bf16) ops.to_bf16(x_row, columns, bf16);
     if (!(converted.formats & FORMAT_FLOAT) || rows.activations != GC_BF16_ROWS) return;
@@ -147,7 +147,7 @@ void convert_rows(ThreadPool &pool, int index, ConvertedRows &converted, const f
 }
 
 void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
-              void *scratch, int counter) {
+                   void *scratch, int counter) {
     int64_t panels = 0;
     for (int i = 0; i < num_parts; ++i) panels += panels_of(parts[i]);
     int64_t chunk = chunk_rows(matmul_kernels(*parts), rows.count, rows.columns);
@@ -164,8 +164,8 @@ void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_
     });
 }
 
-void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out, int64_t ld,
-                    void *scratch, int counter) {
+void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out,
+                    int64_t ld, void *scratch, int counter) {
     int64_t chunk = rows.count > FEW_ROWS ? chunk_rows(matmul_kernels(*gate), rows.count, rows.columns) : rows.count;
     float *gates = static_cast<float *>(scratch), *ups = gates + chunk * PANEL;
     void *rest = ups + chunk * PANEL;
@@ -201,8 +201,9 @@ size_t scratch_bytes(const gc_matrix *parts, int num_parts) {
 }
 
 size_t geglu_scratch_bytes(const gc_matrix *gate, const gc_matrix *up) {
-    size_t both = align(sizeof(float) * 2 * matmul_kernels(*gate).chunk_rows * PANEL), a = scratch_bytes(gate, 1), b = scratch_bytes(up, 1);
-    return both + (a > b ? a : b);
+    size_t products = align(sizeof(float) * 2 * matmul_kernels(*gate).chunk_rows * PANEL);
+    size_t a = scratch_bytes(gate, 1), b = scratch_bytes(up, 1);
+    return products + (a > b ? a : b);
 }
 
 }  // namespace gemcutter
@@ -215,7 +216,8 @@ GC_EXPORT int gc_linear(const gc_matrix *parts, int num_parts, const float *x, i
     return in_arena([&](Arena &arena) {
         int64_t ld = 0;
         for (int i = 0; i < num_parts; ++i) ld += parts[i].rows;
-        ConvertedRows converted = allocate_rows(arena, formats_of(parts, num_parts, rows, activations), rows, parts->columns, activations);
+        ConvertedRows converted =
+            allocate_rows(arena, formats_of(parts, num_parts, rows, activations), rows, parts->columns, activations);
         size_t bytes = scratch_bytes(parts, num_parts);
         char *scratch = arena.array<char>((int64_t)bytes * threads());
         parallel_region([&](ThreadPool &pool, int index) {

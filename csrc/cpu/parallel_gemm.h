@@ -57,17 +57,17 @@ void convert_rows(ThreadPool &pool, int index, ConvertedRows &converted, const f
 // out[m * ld + r] = rows times the matrices stacked by rows; no barrier at the end. `scratch` is this thread's own, of
 // scratch_bytes(). `counter` is the index of a pool counter that nothing else in this region uses.
 void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
-              void *scratch, int counter);
+                   void *scratch, int counter);
 
 // out[m * ld + f] = gelu_tanh(gate row f) * (up row f), with matrices [gate parts..., up parts...] given as two stacks of equally
 // many rows; no barrier at the end. The two products are never stored as a whole.
-void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out, int64_t ld,
-                    void *scratch, int counter);
+void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out,
+                    int64_t ld, void *scratch, int counter);
 
 // Prefetches the weights that this thread reads first in a product of `count` rows; does nothing where there are many rows.
 void prefetch_weights(const ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, int64_t count);
 
-size_t scratch_bytes(const gc_matrix *parts, int num_parts);        // for parallel_gemm
+size_t scratch_bytes(const gc_matrix *parts, int num_parts);             // for parallel_gemm
 size_t geglu_scratch_bytes(const gc_matrix *gate, const gc_matrix *up);  // for parallel_geglu
 
 }  // namespace gemcutter

@@ -12,7 +12,7 @@ namespace gemcutter {
 template <typename Body>
 void parallel_region(const Body &body) {
     run_parallel([](void *argument, ThreadPool &pool, int index) { (*static_cast<const Body *>(argument))(pool, index); },
-        const_cast<Body *>(&body));
+                 const_cast<Body *>(&body));
 }
 
 // Calls call(arena) with an empty arena; returns 0, or 1 if memory ran out.
@@ -23,9 +23,7 @@ int in_arena(const Call &call) {
         arena.clear();
         call(arena);
         return 0;
-    } catch (const std::bad_alloc &) {
-        return 1;
-    }
+    } catch (const std::bad_alloc &) { return 1; }
 }
 
 }  // namespace gemcutter

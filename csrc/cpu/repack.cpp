@@ -30,7 +30,7 @@ inline void store_u16(uint8_t *heads, int row, const uint8_t *value) { memcpy(he
 
 void q4_0(const uint8_t *source, uint8_t *out, int row) {
     store_u16(out, row, source);
-    for (int j = 0; j < 4; ++j) store_u32(out + 32, j, row, load_u32(source + 2 + 4 * j));  // nibbles 16 columns apart, as in a panel
+    for (int j = 0; j < 4; ++j) store_u32(out + 32, j, row, load_u32(source + 2 + 4 * j));  // pairs nibbles as panels do
 }
 
 void q8_0(const uint8_t *source, uint8_t *out, int row) {

@@ -28,10 +28,8 @@ constexpr int SPINS = 2000;   // about 40 us; then a thread yields its core to a
 constexpr int YIELDS = 2000;  // about 1 ms if no other does, longer than the gap between two tokens; then a worker sleeps
 
 void spin_or_yield(int spin, int spins) {
-    if (spin < spins)
-        relax();
-    else
-        std::this_thread::yield();
+    if (spin < spins) relax();
+    else std::this_thread::yield();
 }
 
 struct Workers {
@@ -88,7 +86,10 @@ struct Workers {
         for (auto &counter : pool.counters) counter.store(0, std::memory_order_relaxed);
         if (pool.size > 1) {
             running.store(pool.size - 1, std::memory_order_relaxed);
-            { std::lock_guard<std::mutex> lock(mutex); ticket.fetch_add(1, std::memory_order_release); }
+            {
+                std::lock_guard<std::mutex> lock(mutex);
+                ticket.fetch_add(1, std::memory_order_release);
+            }
             wake.notify_all();
         }
         work(argument, pool, 0);
@@ -96,8 +97,8 @@ struct Workers {
     }
 };
 
-std::mutex region_lock;          // one region at a time
-Workers *current = nullptr;         // created at first use; never destroyed at exit, when its threads may be at any point
+std::mutex region_lock;      // one region at a time
+Workers *current = nullptr;  // created at first use; never destroyed at exit, when its threads may be at any point
 std::atomic<int> wanted{1};
 thread_local int planned = 0;  // what threads() returned, until the region that it was called for
 
@@ -125,7 +126,7 @@ void run_parallel(void (*work)(void *, ThreadPool &, int), void *argument) {
     std::lock_guard<std::mutex> lock(region_lock);
     int size = threads();
     planned = 0;
-    if (current && current->owner != getpid()) current = nullptr;  // after a fork its threads do not exist, so it can't be destroyed
+    if (current && current->owner != getpid()) current = nullptr;  // after a fork it has no threads and can't be destroyed
     if (current && current->pool.size != size) {
         delete current;
         current = nullptr;

@@ -152,7 +152,8 @@ inline int32_t round_block(const float *x, V by, int8_t *q) {
 inline int32_t round_block(const float *x, V by, int8_t *q) {
     __m256i a = _mm256_cvtps_epi32(load(x) * by), b = _mm256_cvtps_epi32(load(x + 8) * by);
     __m256i c = _mm256_cvtps_epi32(load(x + 16) * by), d = _mm256_cvtps_epi32(load(x + 24) * by);
-    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));  // in groups of four, interleaved by 128-bit halves
+    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b),
+                                       _mm256_packs_epi32(c, d));  // in groups of four, interleaved by 128-bit halves
     bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256((__m256i *)q, bytes);
     __m256i pairs = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
@@ -186,7 +187,8 @@ void quantize(const float *x, int64_t n, int8_t *q, float *scale, float *sum_of)
             most = vmax(most, vmax(v, -v));
             poison = fma(v, set1(0.0f), poison);
         }
-        float largest = top(most), inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;  // the inverse of anything smaller overflows
+        float largest = top(most),
+              inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;  // the inverse of anything smaller overflows
         float step = inverse > 0 ? largest / 127.0f : 0.0f;
         *scale++ = step;
         *sum_of++ = step * (float)round_block(x, set1(inverse), q);
@@ -210,7 +212,7 @@ void scale_by(const float *x, float factor, int64_t n, float *out) {
 
 }  // namespace
 
-extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm, gelu_mul, rope, softcap,   to_bf16,
-                                     from_bf16, quantize, add_scaled, scale_by};
+extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm,  gelu_mul, rope,       softcap,
+                                              to_bf16,  from_bf16, quantize, add_scaled, scale_by};
 
 }  // namespace gemcutter

@@ -103,9 +103,15 @@ INTRINSIC void _mm512_store_si512(void *p, __m512i a) {
     memcpy(p, &a, sizeof a);
 }
 INTRINSIC __m512i _mm512_setzero_si512() { return __m512i{}; }
-INTRINSIC __m512 _mm512_set1_ps(float x) { return make<float, __m512>([=](int) { return x; }); }
-INTRINSIC __m512i _mm512_set1_epi8(char x) { return make<char, __m512i>([=](int) { return x; }); }
-INTRINSIC __m512i _mm512_set1_epi32(int x) { return make<int32_t, __m512i>([=](int) { return x; }); }
+INTRINSIC __m512 _mm512_set1_ps(float x) {
+    return make<float, __m512>([=](int) { return x; });
+}
+INTRINSIC __m512i _mm512_set1_epi8(char x) {
+    return make<char, __m512i>([=](int) { return x; });
+}
+INTRINSIC __m512i _mm512_set1_epi32(int x) {
+    return make<int32_t, __m512i>([=](int) { return x; });
+}
 
 // ---- float32 ----
 
@@ -115,7 +121,9 @@ INTRINSIC __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
 }
 INTRINSIC __m512 _mm512_max_ps(__m512 a, __m512 b) { return each<float>(a, b, greater); }
 INTRINSIC __m512 _mm512_min_ps(__m512 a, __m512 b) { return each<float>(a, b, lesser); }
-INTRINSIC float _mm512_reduce_add_ps(__m512 a) { return reduce(a, [](float x, float y) { return x + y; }); }
+INTRINSIC float _mm512_reduce_add_ps(__m512 a) {
+    return reduce(a, [](float x, float y) { return x + y; });
+}
 INTRINSIC float _mm512_reduce_max_ps(__m512 a) { return reduce(a, greater); }
 INTRINSIC __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
     if (how != _CMP_LT_OQ) __builtin_trap();
