@@ -72,7 +72,7 @@ struct WorkSplitter {
 
     void split_keys(int64_t s, int64_t row) {
         int64_t last = newest_of(step, row) + 1, first = step.kv_start[s];
-        if (layer.window) first = max_of(first, last - layer.window);
+        if (layer.window) first = max_of(first, step.positions[row] + 1 - layer.window);
         int64_t size = max_of(MIN_PIECE, ceil_div(ceil_div(last - first, MAX_PIECES), 16) * 16);
         size = min_of(size, DECODE_KEYS);
         int64_t pieces = last > first ? ceil_div(last - first, size) : 0;
