@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gemcutter.completion import Chunk, Completion, Stream
     from gemcutter.engine.engine import Engine
     from gemcutter.engine.request import Request
-    from gemcutter.engine.sampling import Sampling
+    from gemcutter.engine.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _HOMES = {
     "Stream": "completion",
     "Engine": "engine.engine",
     "Request": "engine.request",
-    "Sampling": "engine.sampling",
+    "SamplingParams": "engine.sampling",
 }
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
     "Model",
     "Request",
     "RequestError",
-    "Sampling",
+    "SamplingParams",
     "Stream",
     "load",
 ]

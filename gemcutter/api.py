@@ -25,7 +25,7 @@ from gemcutter.completion import Chunk, Completion, Mail, Stream, Timings
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.memory import check_limits
 from gemcutter.engine.request import Request
-from gemcutter.engine.sampling import Sampling
+from gemcutter.engine.sampling import SamplingParams
 from gemcutter.errors import KernelError, RequestError
 from gemcutter.lexicon import read_defaults, read_template, read_tokenizer
 from gemcutter.model.text import Decoder
@@ -63,7 +63,7 @@ class Model:
     def generate(self, prompts: str | Sequence[Prompt], **options: Any) -> Completion | list[Completion]:
         """Continue one raw text, or a list of prompts (texts, id lists, conversations) in one batch.
 
-        Options are `max_tokens`, `stop`, `ignore_eos`, the fields of `Sampling` and of `Request`. Raises RequestError.
+        Options are `max_tokens`, `stop`, `ignore_eos`, the fields of `SamplingParams` and of `Request`. Raises RequestError.
         """
         if isinstance(prompts, str):
             return self.stream(prompts, **options).finish()
@@ -118,7 +118,7 @@ class Model:
         stop_ids = frozenset() if options.pop("ignore_eos", False) else self.defaults.stop_ids
         sampling = options.pop("sampling", None)
         if sampling is None:
-            unknown = sorted(set(options) - set(Sampling.__slots__))
+            unknown = sorted(set(options) - set(SamplingParams.__slots__))
             if unknown:
                 raise RequestError(
                     f"unknown options: {', '.join(unknown)}", [f"{name}: not an option of a request" for name in unknown]

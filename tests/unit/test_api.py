@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import gemcutter
-from gemcutter import Completion, KernelError, Model, RequestError, Sampling
+from gemcutter import Completion, KernelError, Model, RequestError, SamplingParams
 from gemcutter.checkpoint.hub import DEMO_FOLDER
 from gemcutter.checkpoint.synth import COPIED
 from gemcutter.checkpoint.write import write_json, write_safetensors
@@ -326,7 +326,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(model: Model) -> None:
     alone = model.generate(TEXT, seed=7, **options)
     batch = model.generate(["Of the sea", TEXT, THANKS], seed=7, **options)
     assert batch[1].tokens == alone.tokens
-    assert model.generate(TEXT, sampling=Sampling(temperature=1.0, top_k=50, seed=7), max_tokens=6).tokens == alone.tokens
+    assert model.generate(TEXT, sampling=SamplingParams(temperature=1.0, top_k=50, seed=7), max_tokens=6).tokens == alone.tokens
     others = {model.generate(TEXT, seed=seed, **options).tokens for seed in (8, 9)}
     assert others != {alone.tokens}
 
@@ -346,7 +346,7 @@ def test_placeholders_are_suppressed_unless_asked_for(model: Model) -> None:
     [
         ({"temprature": 1.0, "n": 2}, ["n", "temprature"]),
         ({"max_new_tokens": 3}, ["max_new_tokens"]),
-        ({"sampling": Sampling(), "top_k": 3}, ["top_k"]),
+        ({"sampling": SamplingParams(), "top_k": 3}, ["top_k"]),
         ({"top_p": 2.0, "min_p": 1.5}, ["top_p", "min_p"]),
         ({"max_tokens": -1}, ["max_tokens"]),
         ({"max_tokens": "5"}, ["max_tokens"]),
