@@ -72,9 +72,9 @@ class Chunk:
 class Stream:
     """The chunks of one request, the last one with its completion; it may be read from any thread.
 
-    The engine works on whether the stream is read or not. Closing a stream, or dropping it, cancels its request; what was computed
-    stays in the cache for reuse. An interrupt while a stream is read closes it. Raises what the request ended with, if that is an
-    error.
+    The engine works on whether the stream is read or not. Closing a stream, or dropping it, cancels its request; what was
+    computed stays in the cache for reuse. An interrupt while a stream is read closes it. Reading raises the error of a request
+    that ended with one.
     """
 
     def __init__(self, request: Request, text: TextStream) -> None:
@@ -143,14 +143,17 @@ class Stream:
             self._tokens.append(event.token)
             self._logprobs += [event.logprobs] if event.logprobs is not None else []
             self._ready += [Chunk(piece.text, piece.kind) for piece in self._text.push(event.token)]
-            if self._text.stopped is not None:
-                finish = FinishReason.STOP
+        if finish is not None:
+            self._cancel.detach()
+        elif self._text.stopped is not None:
+            self._cancel()
+        if self._text.stopped is not None:
+            finish = FinishReason.STOP
         if finish is not None:
             self._end(finish)
 
     def _end(self, finish: FinishReason) -> None:
         self._ready += [Chunk(piece.text, piece.kind) for piece in self._text.finish()]
-        self._cancel()  # a stop string ends a request of which the engine knows no end
         self._completion = self._complete(_REASONS[finish])
         self._ready.append(Chunk("", completion=self._completion))
 

@@ -331,9 +331,9 @@ def _is_plain(chunk: ScheduledChunk) -> bool:
 
 def _is_sampled_by_graph(chunk: ScheduledChunk) -> bool:
     """Return whether a chunk's tokens can be chosen without its logits leaving the graph, and nothing else is asked of them."""
-    if rows_for_logits(chunk) > chunk.num_sampled or not chunk.num_sampled or chunk.want_probs or (chunk.in_prompt and chunk.sequence.request.top_logits):
-        return False
     request = chunk.sequence.request
+    if not chunk.num_sampled or chunk.want_probs or (chunk.in_prompt and request.top_logits):
+        return False
     is_edited = request.sampling.alters_logits or bool(request.logits_processors)
     return not is_edited and request.sampling.logprobs is None and is_batchable(request.sampling)
 

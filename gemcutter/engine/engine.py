@@ -104,13 +104,14 @@ class Engine:
         for name, number in wanted.items():
             if not (_is_count(number) or (number is None and name == "prompt_logprobs")):
                 yield f"request.{name}: expected 0 or more, found {number!r}"
-        if type(request.hidden_states) is not bool:
+        flag: Any = request.hidden_states
+        if not isinstance(flag, bool):
             yield f"request.hidden_states: expected True or False, found {request.hidden_states!r}"
         stop_ids: Any = request.stop_ids
-        if not isinstance(stop_ids, set | frozenset) or not all(map(_is_count, request.stop_ids)):
+        if not isinstance(stop_ids, set | frozenset) or not all(map(_is_count, stop_ids)):
             yield f"request.stop_ids: expected a set of token ids, found {request.stop_ids!r}"
         processors: Any = request.logits_processors
-        if not isinstance(processors, tuple) or not all(map(callable, request.logits_processors)):
+        if not isinstance(processors, tuple) or not all(map(callable, processors)):
             yield f"request.logits_processors: expected a tuple of callables, found {request.logits_processors!r}"
         if request.adapter is not None and request.adapter not in self.decoder.adapters:
             loaded = ", ".join(self.decoder.adapters) or "none"

@@ -24,12 +24,9 @@ model, *how = sys.argv[1:]
 dtype, kernels, activations, repack_cache = (word or None for word in how)
 options = {"dtype": dtype, "kernels": kernels, "activations": activations, "repack_cache": bool(repack_cache)}
 loaded = gemcutter.load(model, **options, context=64, max_sequences=1, checkpoints=0)
-loaded.engine.submit(gemcutter.Request((2,), max_tokens=1))
-events = []
-while not events:
-    events = loaded.engine.step()
+((event, *_),) = loaded.loop.complete([gemcutter.Request((2,), max_tokens=1)])
 chosen = time.monotonic()
-loaded.tokenizer.decode([events[0].token], special=True)
+loaded.tokenizer.decode([event.token], special=True)
 print(chosen, time.monotonic())
 """
 
