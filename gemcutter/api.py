@@ -7,17 +7,21 @@ beneath, `text/stream.py` for how ids become text.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import Any, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from gemcutter.checkpoint.load import Progress
 from gemcutter.checkpoint.match import Checkpoint
-from gemcutter.completion import Chunk, Completion, Mail, Stream, Timings
+from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
 from gemcutter.engine.engine import Engine
+from gemcutter.engine.loop import CLOSED, EngineLoop
 from gemcutter.engine.request import Request
-from gemcutter.engine.sampling import Sampling
+from gemcutter.engine.sampler import LogitsProcessor
+from gemcutter.engine.sampling import SamplingParams
 from gemcutter.errors import RequestError
 from gemcutter.lexicon import read_defaults, read_template, read_tokenizer
 from gemcutter.load_options import LoadOptions
@@ -26,14 +30,70 @@ from gemcutter.model.text import Decoder
 from gemcutter.pause import collector_paused
 from gemcutter.text.stream import TextStream
 
-__all__ = ["Chunk", "Completion", "Message", "Model", "Prompt", "Stream", "Timings", "load"]
+__all__ = [
+    "Chunk",
+    "Completion",
+    "GenerateOptions",
+    "Message",
+    "Model",
+    "PreparedRequest",
+    "Prompt",
+    "RequestMetrics",
+    "Stream",
+    "load",
+]
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 Prompt = str | Sequence[int] | Sequence[Message]  # raw text, token ids, or a conversation
 
 
+class GenerateOptions(TypedDict, total=False):
+    """What a request may ask for, all of it optional; a checkpoint's generation_config.json fills in the sampling fields.
+
+    `stop` are strings that end the text, `ignore_eos` goes on after tokens that end a turn; `enable_thinking` and `tools` are for
+    the chat template. `sampling` takes the place of the single sampling fields (`SamplingParams`); the others are `Request`'s.
+    """
+
+    max_tokens: int
+    stop: Sequence[str] | None
+    ignore_eos: bool
+    enable_thinking: bool
+    tools: Sequence[Message] | None
+    prompt_logprobs: int | None
+    hidden_states: bool
+    top_logits: int
+    adapter: str | None
+    logits_processors: tuple[LogitsProcessor, ...]
+    sampling: SamplingParams | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    suppress: tuple[int, ...]
+    seed: int | None
+    logprobs: int | None
+
+
+OF_REQUEST = ("max_tokens", "prompt_logprobs", "hidden_states", "top_logits", "adapter", "logits_processors")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that was encoded and checked, and the strings that end its text; it may be submitted any number of times."""
+
+    request: Request
+    stop: tuple[str, ...] = ()
+
+
 class Model:
-    """A loaded model. One thread at a time; several streams may be read in turns."""
+    """A loaded model; its methods may be called from any thread, and requests of all threads run together.
+
+    A context manager, which closes it. Once closed, everything that is asked of it raises RequestError.
+    """
 
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, engine: Engine, load_s: float) -> None:
         self.checkpoint, self.decoder, self.engine, self.load_s = checkpoint, decoder, engine, load_s
@@ -42,44 +102,89 @@ class Model:
         self.tokenizer = read_tokenizer(checkpoint.source)
         self.template = read_template(checkpoint.source, self.tokenizer)
         self.defaults = read_defaults(checkpoint, self.tokenizer)
-        self._mail = Mail(engine)
+        self.loop = EngineLoop(engine)  # the way to the engine; its own methods are for the loop's thread
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every request, and give memory, threads and files back; a second call does nothing."""
+        loop = vars(self).get("loop")
+        if loop is None:
+            return
+        loop.close()
+        vars(self).clear()
+        del loop
+        gc.collect()  # layers and the kernels bound to them refer to each other
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            """Raise RequestError: only a closed model lacks what its class promises."""
+            if name.startswith("__") or vars(self):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise RequestError(CLOSED)
 
     @overload
-    def generate(self, prompts: str, **options: Any) -> Completion: ...
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self, prompts: str, **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
     @overload
-    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]: ...
-    def generate(self, prompts: str | Sequence[Prompt], **options: Any) -> Completion | list[Completion]:
-        """Continue one raw text, or a list of prompts (texts, id lists, conversations) in one batch.
-
-        Options are `max_tokens`, `stop`, `ignore_eos`, the fields of `Sampling` and of `Request`. Raises RequestError.
-        """
+    def generate(self, prompts: Sequence[Prompt], **options: Unpack[GenerateOptions]) -> list[Completion]: ...
+    def generate(self, prompts: str | Sequence[Prompt], **options: Unpack[GenerateOptions]) -> Completion | list[Completion]:
+        """Continue one raw text, or a list of prompts (texts, id lists, conversations) in one batch. Raises RequestError."""
         if isinstance(prompts, str):
             return self.stream(prompts, **options).finish()
         if not isinstance(prompts, list | tuple):
             raise RequestError(f"prompts: expected a text or a list of prompts, found {type(prompts).__name__}")
         if prompts and not isinstance(prompts[0], str | list | tuple):
             raise RequestError("prompts: a list of prompts holds texts, id lists or conversations; put a single one in a list")
-        with ExitStack() as open_streams:  # a prompt that is refused, or an interrupt, withdraws the others
-            streams = [open_streams.enter_context(closing(self.stream(prompt, **options))) for prompt in prompts]
+        prepared = [self.prepare(prompt, **options) for prompt in prompts]
+        with ExitStack() as open_streams:  # an error or an interrupt withdraws the others
+            streams = [open_streams.enter_context(closing(stream)) for stream in self.submit_many(prepared)]
             return [stream.finish() for stream in streams]
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
+    def chat(self, messages: Sequence[Message], **options: Unpack[GenerateOptions]) -> Completion:
         """Answer a conversation through the checkpoint's chat template. Raises RequestError if it has none."""
         return self.stream(messages, **options).finish()
 
-    def stream(self, prompt: Prompt, **options: Any) -> Stream:
-        """Queue a prompt now and give the stream of its chunks; queued prompts run together once any stream is read.
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream:
+        """Submit a prompt and return the stream of its chunks.
 
         Closing or dropping the stream cancels the request and keeps what was computed for reuse. Raises RequestError.
         """
-        stop: Sequence[str] = options.pop("stop", None) or ()
-        ids = self.encode(prompt, enable_thinking=options.pop("enable_thinking", False), tools=options.pop("tools", None))
-        request = self._request(ids, options)
+        return self.submit(self.prepare(prompt, **options))
+
+    def prepare(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> PreparedRequest:
+        """Encode a prompt and check it with its options, without the engine's thread. Raises RequestError with every problem."""
+        given: dict[str, object] = dict(options)
+        stop = check_stop(given.pop("stop", None))
+        thinking, ignore_eos = (check_flag(name, given.pop(name, False)) for name in ("enable_thinking", "ignore_eos"))
+        ids = self.encode(prompt, enable_thinking=thinking, tools=options.get("tools"))
+        given.pop("tools", None)
+        request = self._request(ids, given, frozenset() if ignore_eos else self.defaults.stop_ids)
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
-        return Stream(self._mail, request, TextStream.after(ids, self.tokenizer, stop=stop))
+        return PreparedRequest(request, stop)
+
+    def submit(self, prepared: PreparedRequest) -> Stream:
+        """Queue a prepared request and return the stream of its chunks."""
+        return self.submit_many([prepared])[0]
+
+    def submit_many(self, prepared: Sequence[PreparedRequest]) -> list[Stream]:
+        """Queue prepared requests that start in the same step, and return their streams."""
+        streams = [
+            Stream(each.request, TextStream.after(each.request.prompt, self.tokenizer, stop=each.stop)) for each in prepared
+        ]
+        sinks = [(each.request, stream.sink) for each, stream in zip(prepared, streams, strict=True)]
+        for stream, number in zip(streams, self.loop.submit_many(sinks, is_checked=True), strict=True):
+            stream.attach(self.loop, number)
+        return streams
 
     def encode(self, prompt: Prompt, *, enable_thinking: bool = False, tools: Sequence[Message] | None = None) -> list[int]:
-        """Give the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template.
+        """Return the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template.
 
         Raises RequestError for anything else, and for `enable_thinking` or `tools` without a conversation.
         """
@@ -97,16 +202,11 @@ class Model:
             raise RequestError("request.prompt: expected text, a list of token ids or a list of messages")
         return list(prompt)
 
-    def _request(self, ids: Sequence[int], options: dict[str, Any]) -> Request:
-        own = {
-            name: options.pop(name)
-            for name in ("max_tokens", "prompt_logprobs", "hidden_states", "top_logits", "adapter")
-            if name in options
-        }
-        stop_ids = frozenset() if options.pop("ignore_eos", False) else self.defaults.stop_ids
+    def _request(self, ids: Sequence[int], options: dict[str, Any], stop_ids: frozenset[int]) -> Request:
+        own = {name: options.pop(name) for name in OF_REQUEST if name in options}
         sampling = options.pop("sampling", None)
         if sampling is None:
-            unknown = sorted(set(options) - set(Sampling.__slots__))
+            unknown = sorted(set(options) - set(SamplingParams.__slots__))
             if unknown:
                 raise RequestError(
                     f"unknown options: {', '.join(unknown)}", [f"{name}: not an option of a request" for name in unknown]
@@ -115,6 +215,31 @@ class Model:
         elif options:
             raise RequestError(f"pass either `sampling` or {', '.join(sorted(options))}, not both")
         return Request(tuple(ids), sampling, stop_ids=stop_ids, **own)
+
+
+def check_stop(stop: object) -> tuple[str, ...]:
+    """Return stop strings as a tuple; none for None. Raises RequestError for anything but a list of texts."""
+    if stop is None:
+        return ()
+    if isinstance(stop, str):
+        raise RequestError(f"stop is the string {stop!r}, expected a list of strings: write [{stop!r}]")
+    if not isinstance(stop, list | tuple):
+        raise RequestError(f"stop: expected a list of strings, found {type(stop).__name__}")
+    problems = [
+        f"stop[{index}] is {item!r}, expected a non-empty string"
+        for index, item in enumerate(stop)
+        if not isinstance(item, str) or not item
+    ]
+    if problems:
+        raise RequestError("stop strings can't be used", problems)
+    return tuple(stop)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return an option that is on or off. Raises RequestError for anything else."""
+    if not isinstance(value, bool):
+        raise RequestError(f"{name}: expected True or False, found {value!r}")
+    return value
 
 
 @collector_paused()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemcutter.config import ModelConfig
-from gemcutter.engine.sampling import FIELDS, Sampling
+from gemcutter.engine.sampling import FIELDS, SamplingParams
 from gemcutter.errors import ConfigError
 from gemcutter.text.tokenizer import Tokenizer
 
@@ -43,9 +43,9 @@ class Defaults:
         inside = (token for token in stop_ids if token is not None and token < vocab)
         return cls(frozenset(inside), tuple(sorted(token for token in suppress if token < vocab)), options)
 
-    def sampling(self, options: Mapping[str, Any]) -> Sampling:
+    def sampling(self, options: Mapping[str, Any]) -> SamplingParams:
         """Make Sampling from the checkpoint's defaults and a caller's options, which win. Raises RequestError."""
-        return Sampling(**{**self.options, "suppress": self.suppress, **options})
+        return SamplingParams(**{**self.options, "suppress": self.suppress, **options})
 
 
 def _sampled(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

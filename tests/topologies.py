@@ -25,8 +25,8 @@ from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.checkpoint.formats import hf
 from gemcutter.engine.memory import page_counts
-from gemcutter.engine.request import Request, Sequence
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.model.text import Decoder
 from gemcutter.plan import ModelPlan, ParamSpec, derive
@@ -287,12 +287,12 @@ def run_alone(decoder: Decoder, ids: tuple[int, ...], chunk: int, page_tokens: i
     pool = PagedKVCache(decoder.plan, page_counts(decoder.plan, len(ids), chunk, page_tokens=page_tokens), decoder.dtype)
     for tensor in (*pool.keys.values(), *pool.values.values()):
         tensor.fill_(torch.nan)
-    sequence = Sequence(0, Request(ids, hidden_states=keep_all))
+    sequence = SequenceState(0, Request(ids, hidden_states=keep_all))
     sequence.table = table = BlockTable(pool)
     layers: list[list[Tensor]] = [[] for _ in decoder.plan.layers]
     states = []
     while table.length < len(ids):
-        work = Work(sequence, table, min(chunk, len(ids) - table.length))
+        work = ScheduledChunk.of(sequence, table, min(chunk, len(ids) - table.length))
         table.reserve(work.rows)
         found = decoder.forward(build_step(decoder, [work]), pool, lambda index, x_ND: layers[index].append(x_ND.clone()))
         table.commit(work.rows)

@@ -62,14 +62,17 @@ class BlockTable:
         for _ in range(pages):
             run.pages.append(book.take(run.pages[-1] if run.pages else None))
 
-    def commit(self, accepted: int) -> None:
-        """Keep the first `accepted` reserved rows, forget the others, and let go of pages that no later query sees."""
-        assert 0 <= accepted <= self.reserved
+    def commit(self, accepted: int, ahead: int = 0) -> None:
+        """Keep the first `accepted` reserved rows, and let go of pages that no later query sees.
+
+        The next `ahead` rows stay reserved, for a step that is launched already; all others are forgotten.
+        """
+        assert 0 <= accepted <= accepted + ahead <= self.reserved
         self.length += accepted
-        self.reserved = 0
+        self.reserved = ahead
         for group, run in self._runs.items():
             book = self.cache.allocators[group]
-            while run.first + len(run.pages) > -(-self.length // book.tokens):
+            while run.first + len(run.pages) > -(-(self.length + ahead) // book.tokens):
                 book.drop(run.pages.pop())
             window = self.cache.windows[group]
             oldest = 0 if window is None else max(0, self.length - window + 1)  # the next query sees position oldest and later

@@ -195,7 +195,7 @@ class Session:
 
 def summary(completion: Completion) -> str:
     """Say how long a turn was, how fast it came, and what of it was in the cache already."""
-    spent = completion.timings
+    spent = completion.metrics
     return (
         f"({len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}; "
         f"prompt {len(completion.prompt_tokens)} tokens, {spent.cached_tokens} of them from the cache)"

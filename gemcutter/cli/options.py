@@ -47,11 +47,11 @@ def check_sampling(choosing: Choosing, **more: Any) -> dict[str, Any]:
 
     Raises UsageError that names all that the engine does not take.
     """
-    from gemcutter.engine.sampling import Sampling
+    from gemcutter.engine.sampling import SamplingParams
 
     found = {name: value for name, value in (asdict(choosing) | more).items() if value is not None}
     try:
-        Sampling(**found)
+        SamplingParams(**found)
     except RequestError as error:
         raise UsageError("; ".join(error.problems)) from None
     return found

@@ -185,12 +185,11 @@ def _losses(model: Model, windows: Sequence[Window]) -> Iterator[float]:
     """Yield the negative log-probability of every counted token of a batch."""
     from gemcutter.engine.request import Request
 
-    engine = model.engine
-    numbered = {engine.submit(Request(window.ids, max_tokens=0, prompt_logprobs=0)): window for window in windows}
-    while engine.has_work:
-        for event in engine.step():
+    requests = [Request(window.ids, max_tokens=0, prompt_logprobs=0) for window in windows]
+    for window, events in zip(windows, model.loop.complete(requests), strict=True):
+        for event in events:
             if event.prompt is not None:  # one log-probability for each token but the first
-                yield from (-found.logprob for found in event.prompt.logprobs[numbered[event.request].context - 1 :])
+                yield from (-found.logprob for found in event.prompt.logprobs[window.context - 1 :])
 
 
 def show(found: dict[str, Any]) -> None:

@@ -23,12 +23,9 @@ PROGRAM = """
 import json, sys, time
 import gemcutter
 loaded = gemcutter.load(**json.loads(sys.argv[1]))
-loaded.engine.submit(gemcutter.Request((2,), max_tokens=1))
-events = []
-while not events:
-    events = loaded.engine.step()
+((event, *_),) = loaded.loop.complete([gemcutter.Request((2,), max_tokens=1)])
 chosen = time.monotonic()
-loaded.tokenizer.decode([events[0].token], special=True)
+loaded.tokenizer.decode([event.token], special=True)
 print(chosen, time.monotonic())
 """
 

@@ -69,7 +69,9 @@ class Stand:
         self.decoder, self.depth = decoder, tests[0].depth
         assert all(test.depth == self.depth for test in tests)
         batch = max(test.batch for test in tests)
-        self.engine = Engine(decoder, max(test.context for test in tests), max_rows, batch, checkpoints=1, kv_dtype=kv_dtype)
+        self.engine = Engine(
+            decoder, max(test.context for test in tests), max_rows, batch, prefix_cache_entries=1, kv_dtype=kv_dtype
+        )
         self._draw = torch.Generator().manual_seed(0)
         if self.depth:
             fill(self.engine.pool, decoder, self._draw)
@@ -115,7 +117,7 @@ def hold(engine: Engine, ids: tuple[int, ...]) -> None:
         pass
     table = BlockTable(engine.pool)
     while table.length < len(ids):
-        table.reserve(min(engine.scheduler.max_rows, len(ids) - table.length))
+        table.reserve(min(engine.scheduler.max_batched_tokens, len(ids) - table.length))
         table.commit(table.reserved)
     engine.prefix.keep(ids, table)
     table.release()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gemcutter.errors import KernelError
 from gemcutter.ops import OPS, KernelSite
 from gemcutter.ops.devices import cpu_features
 
@@ -83,6 +84,12 @@ class Backend(Protocol):
     def attn_metadata(self, step: Step, kinds: AttnKinds) -> Mapping[GroupId, object]:
         """Return what the attention kernels are told of a step, for each group."""
 
+    def static_metadata(self, **tensors: Any) -> object:
+        """Return attention metadata over tensors that are filled anew for every step, as `TritonAttnMetadata` names them.
+
+        Raises KernelError for a backend whose steps can't run over static memory.
+        """
+
     def capture_refusal(self, device: Device, kernels: Collection[str], ple_table: Weight | None) -> str | None:
         """Return why steps on these kernels (by name) can't be captured as graphs; None where they can.
 
@@ -127,6 +134,10 @@ class PlainBackend:
     def attn_metadata(self, step: Step, kinds: AttnKinds) -> Mapping[GroupId, object]:
         """Return nothing: the attention reads the step's own KV ranges."""
         return {}
+
+    def static_metadata(self, **tensors: Any) -> object:
+        """Raise KernelError: the attention reads the KV ranges of each step."""
+        raise KernelError(f"steps of the {self.name} kernels can't run over static memory")
 
     def capture_refusal(self, device: Device, kernels: Collection[str], ple_table: Weight | None) -> str | None:
         """Return why steps can't be captured: always."""

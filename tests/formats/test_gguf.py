@@ -77,7 +77,7 @@ def test_losses_are_those_of_llama_cpp(name: str) -> None:
 @pytest.mark.parametrize(("name", "golden_name", "kind"), [("e", "tiny-e-f16", "F16"), ("a", "tiny-a-Q8_0", "Q8_0")])
 def test_files_too_large_to_keep_are_made_again(name: str, golden_name: str, kind: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make(tmp_path, name, kind))
-    engine = Engine(decoder_of(checkpoint, "auto"), 1024, max_rows=512, max_sequences=1)
+    engine = Engine(decoder_of(checkpoint, "auto"), 1024, max_batched_tokens=512, max_num_seqs=1)
     mean, _ = loss(engine, [golden("prompts")["passage_600"]["token_ids"]])
     assert mean == pytest.approx(golden(f"{golden_name}.gguf")["passage_600"]["nll_mean"], rel=1e-3)
 

@@ -488,7 +488,7 @@ def test_packed_weights_are_merged_dense_and_adapted_packed(demo: Checkpoint, tm
     assert up is params["layers.0.mlp.in"].parts[1]  # type: ignore[union-attr]
     assert carried["layers.0.mlp.in"].parts == params["layers.0.mlp.in"].parts  # type: ignore[union-attr]
     runs = [Decoder(demo.plan, each) for each in (merged, carried, params)]
-    folded, beside, base = (gemcutter.Engine(decoder, 256, max_rows=16) for decoder in runs)
+    folded, beside, base = (gemcutter.Engine(decoder, 256, max_batched_tokens=16) for decoder in runs)
     found = [_logits(engine, adapter) for engine, adapter in ((folded, None), (beside, "tiny"), (base, None), (beside, None))]
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     assert torch.equal(found[2], found[3])

@@ -31,7 +31,7 @@ from gemcutter.checkpoint.source import Source
 from gemcutter.checkpoint.synth import SIZES, spell_config, write_size
 from gemcutter.cli.inspect import describe
 from gemcutter.engine.engine import Engine
-from gemcutter.engine.request import Event, Request
+from gemcutter.engine.request import Request, RequestEvent
 from gemcutter.model.text import Decoder
 from gemcutter.plan import derive
 from gemcutter.quant.affine import Affine
@@ -64,8 +64,8 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 # ---- running ----
 
 
-def run(engine: Engine, requests: list[Request]) -> list[list[Event]]:
-    events: dict[int, list[Event]] = {engine.submit(request): [] for request in requests}
+def run(engine: Engine, requests: list[Request]) -> list[list[RequestEvent]]:
+    events: dict[int, list[RequestEvent]] = {engine.submit(request): [] for request in requests}
     while engine.has_work:
         for event in engine.step():
             events[event.request].append(event)
@@ -74,7 +74,7 @@ def run(engine: Engine, requests: list[Request]) -> list[list[Event]]:
 
 def engine_of(checkpoint: Checkpoint, kernels: str = "reference") -> Engine:
     params = load_params(checkpoint, torch.float32, torch.device("cpu"))
-    return Engine(Decoder(checkpoint.plan, params, torch.float32, "cpu", kernels), 1024, max_rows=512, max_sequences=12)
+    return Engine(Decoder(checkpoint.plan, params, torch.float32, "cpu", kernels), 1024, max_batched_tokens=512, max_num_seqs=12)
 
 
 def trace(folder: Path, tokens: int = 2) -> tuple[list[int | None], list[float]]:

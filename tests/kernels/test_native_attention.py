@@ -117,9 +117,7 @@ def prepared(step: Step, layer: LayerPlan) -> Step:
 def attend(q_NHE: Tensor, step: Step, pool: Cache, layer: LayerPlan) -> Tensor:
     library = native.load_library()
     assert library is not None
-    struct = native.AttentionView(
-        heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim, window=layer.window or 0
-    )
+    struct = native.AttentionView(heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim, window=layer.window or 0)
     kv = native.KVView(k=pool.keys.data_ptr(), v=pool.values.data_ptr(), dtype=CODES[pool.keys.dtype])
     out = torch.full_like(q_NHE, torch.nan)
     metadata = ctypes.c_void_p(of_group(step, layer.group, layer.rope))

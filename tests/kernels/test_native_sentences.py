@@ -178,7 +178,7 @@ JOBS = (
 
 def answers(name: str, kernels: str, dtype: torch.dtype = F32) -> list[Answer]:
     with threads(1 if kernels == "reference" else 2):
-        return drive(Engine(decoder(name, kernels=kernels, dtype=dtype), 192, max_rows=64, max_sequences=4), JOBS)
+        return drive(Engine(decoder(name, kernels=kernels, dtype=dtype), 192, max_batched_tokens=64, max_num_seqs=4), JOBS)
 
 
 @pytest.mark.parametrize("name", ["E2B", "26B-A4B"])

@@ -24,7 +24,7 @@ from gemcutter.checkpoint.load import load_params
 from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.synth import COPIED
 from gemcutter.engine.engine import Engine
-from gemcutter.engine.request import Event, PromptReport, Request
+from gemcutter.engine.request import PromptReport, Request, RequestEvent
 from gemcutter.model.text import Decoder
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -71,19 +71,19 @@ def build(name: str, release: Path, dtype: torch.dtype, kernels: str) -> Engine:
     folder = {"tiny-e": DEMO_FOLDER, "tiny-e-release": release, "tiny-a": GOLDENS / "tiny-a"}[name]
     checkpoint = opened(folder)
     params = load_params(checkpoint, dtype, torch.device("cpu"))
-    return Engine(Decoder(checkpoint.plan, params, dtype, "cpu", kernels), 1024, max_rows=64, max_sequences=6)
+    return Engine(Decoder(checkpoint.plan, params, dtype, "cpu", kernels), 1024, max_batched_tokens=64, max_num_seqs=6)
 
 
-def run(engine: Engine, requests: list[Request]) -> list[list[Event]]:
+def run(engine: Engine, requests: list[Request]) -> list[list[RequestEvent]]:
     """Run requests together and give each one's events."""
-    events: dict[int, list[Event]] = {engine.submit(request): [] for request in requests}
+    events: dict[int, list[RequestEvent]] = {engine.submit(request): [] for request in requests}
     while engine.has_work:
         for event in engine.step():
             events[event.request].append(event)
     return list(events.values())
 
 
-def report(events: list[Event]) -> PromptReport:
+def report(events: list[RequestEvent]) -> PromptReport:
     """Give the report that a request's first event carries."""
     assert events[0].prompt is not None
     return events[0].prompt

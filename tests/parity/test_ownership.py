@@ -111,7 +111,7 @@ def test_a_value_that_is_its_key_is_projected_once(size: str, meter: Meter) -> N
     decoder = metered_decoder(size, meter)
     layers = [layer for layer in decoder.plan.layers if layer.proj is Proj.QK_ONLY]
     assert layers
-    drive(Engine(decoder, 64, max_rows=16), [Job(prompt(TOKENS), max_tokens=0)])
+    drive(Engine(decoder, 64, max_batched_tokens=16), [Job(prompt(TOKENS), max_tokens=0)])
     for layer in layers:
         weight = decoder.params[f"layers.{layer.index}.attn.in"]
         assert isinstance(weight, Weight)
@@ -149,7 +149,7 @@ def _inner(layer: LayerPlan) -> list[str]:
 @pytest.mark.parametrize("size", SIZES)
 def test_no_unwanted_row_passes_the_last_writer(size: str, max_rows: int, meter: Meter) -> None:
     decoder = metered_decoder(size, meter)
-    drive(Engine(decoder, 64, max_rows=max_rows), [Job(prompt(TOKENS), max_tokens=1)])
+    drive(Engine(decoder, 64, max_batched_tokens=max_rows), [Job(prompt(TOKENS), max_tokens=1)])
     assert dict(meter.rows) == expected_rows(decoder.plan, wanted=1)
     assert 2 * meter.macs == decoder.plan.flops(TOKENS, wanted=1, attention=False)
 
@@ -157,5 +157,5 @@ def test_no_unwanted_row_passes_the_last_writer(size: str, max_rows: int, meter:
 @pytest.mark.parametrize("size", SIZES)
 def test_wanted_rows_pass_all_layers(size: str, meter: Meter) -> None:
     decoder = metered_decoder(size, meter)
-    drive(Engine(decoder, 64, max_rows=7), [Job(prompt(TOKENS), max_tokens=0, wants_states=True)])
+    drive(Engine(decoder, 64, max_batched_tokens=7), [Job(prompt(TOKENS), max_tokens=0, wants_states=True)])
     assert dict(meter.rows) == expected_rows(decoder.plan, wanted=TOKENS)

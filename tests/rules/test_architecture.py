@@ -56,7 +56,7 @@ MAY_IMPORT = {
 TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use_double_wide_mlp", "global_head_dim")
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 VAGUE_CLASSES = ("Manager", "Handler", "Helper", "Impl", "Wrapper", "Base")
-BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure"}  # a Structure is a C struct
+BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure", "TypedDict"}  # a Structure is a C struct
 
 
 def part_of(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gemcutter.engine.graphs import Choice
+from gemcutter.engine.cuda_graphs import TokenSource
 from gemcutter.engine.step import build_step
 from gemcutter.gauge.presets import SIZES
 from gemcutter.ops.triton.linear import TYPES
@@ -57,7 +57,7 @@ def launches(presets: Sequence[str], quants: Sequence[str]) -> dict[str, Variant
             for quant in quants:
                 decoder, pool = setting(preset, quant)
                 for shape in STATIC:
-                    static_step(decoder, pool, *shape).launch(Choice.GREEDY, is_captured=False)
+                    static_step(decoder, pool, *shape).launch(TokenSource.GREEDY, is_captured=False)
                 for prompts in PROMPTS:
                     works = [work for depth, rows in prompts for work in works_of(pool, [depth], rows)]
                     decoder.logits(decoder.forward(build_step(decoder, works), pool))

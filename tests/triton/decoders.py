@@ -18,8 +18,8 @@ from gemcutter import config as configs
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.memory import page_counts
-from gemcutter.engine.request import Request, Sequence
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.model.text import Decoder
 from gemcutter.ops.types import Param, vector
@@ -132,7 +132,7 @@ def run(
     for tensor in (*pool.keys.values(), *pool.values.values()):
         tensor.fill_(torch.nan)
     sequences = [
-        Sequence(index, Request(tuple(prompt), hidden_states=keep_all, adapter=adapter))
+        SequenceState(index, Request(tuple(prompt), hidden_states=keep_all, adapter=adapter))
         for index, (prompt, adapter) in enumerate(zip(prompts, adapters or [None] * len(prompts), strict=True))
     ]
     for sequence in sequences:
@@ -150,10 +150,10 @@ def run(
     return Trace(outputs, torch.cat(states), decoder.logits(torch.cat(states)))
 
 
-def _reserve(sequence: Sequence, rows: int) -> Work:
+def _reserve(sequence: SequenceState, rows: int) -> ScheduledChunk:
     table = sequence.table
     assert table is not None
-    work = Work(sequence, table, min(rows, len(sequence.request.prompt) - table.length))
+    work = ScheduledChunk.of(sequence, table, min(rows, len(sequence.request.prompt) - table.length))
     table.reserve(work.rows)
     return work
 

@@ -17,12 +17,11 @@ from triton.runtime.jit import KernelInterface
 
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache
-from gemcutter.engine.graphs import Graphs, Slate
+from gemcutter.engine.cuda_graphs import CapturedSteps, GraphBuffers
 from gemcutter.engine.memory import compact_weights, page_counts
-from gemcutter.engine.request import Request
-from gemcutter.engine.request import Sequence as Running
-from gemcutter.engine.sampling import Sampling
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.gauge import presets
 from gemcutter.model.text import Decoder
 from gemcutter.ops import bind, triton_attention, triton_sentences
@@ -30,7 +29,7 @@ from gemcutter.ops import bind, triton_attention, triton_sentences
 META = torch.device("meta")
 H100 = triton_attention.Machine(132, 232_448)
 CONTEXT, MOST_SEQUENCES = 8192, 32
-DRAWN = Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=1)
+DRAWN = SamplingParams(temperature=1.0, top_k=64, top_p=0.95, seed=1)
 
 Launch = Callable[[Any, tuple[int, ...], Sequence[Any], dict[str, Any]], None]  # kernel, grid, arguments, constants
 
@@ -65,24 +64,24 @@ def setting(preset: str, quant: str) -> tuple[Decoder, PagedKVCache]:
     return decoder, PagedKVCache(decoder.plan, counts, decoder.dtype, META, compact_weights(decoder))
 
 
-def works_of(pool: PagedKVCache, depths: Sequence[int], rows: int, sampling: Sampling = DRAWN) -> list[Work]:
+def works_of(pool: PagedKVCache, depths: Sequence[int], rows: int, sampling: SamplingParams = DRAWN) -> list[ScheduledChunk]:
     """Reserve the next rows of sequences whose earlier ones have been computed."""
     works = []
     for number, depth in enumerate(depths):
-        sequence, table = Running(number, Request((2,) * (depth + rows), sampling)), BlockTable(pool)
+        sequence, table = SequenceState(number, Request((2,) * (depth + rows), sampling)), BlockTable(pool)
         table.reserve(depth)
         table.commit(depth)
         table.reserve(rows)
         sequence.table = table
-        works.append(Work(sequence, table, rows))
+        works.append(ScheduledChunk.of(sequence, table, rows))
     return works
 
 
-def static_step(decoder: Decoder, pool: PagedKVCache, sequences: int, each: int) -> Slate:
+def static_step(decoder: Decoder, pool: PagedKVCache, sequences: int, each: int) -> GraphBuffers:
     """Fill the static step of some sequences at different depths."""
-    slate = Graphs(decoder, pool, CONTEXT)._slate(sequences, each)
+    slate = CapturedSteps(decoder, pool, CONTEXT).buffers(sequences, each)
     works = works_of(pool, [100 + 300 * number % (CONTEXT // 2) for number in range(sequences)], each)
-    slate.fill(works, slate.next_staging())
+    slate.fill(works, slate.next_pinned())
     for work in works:
         work.table.release()
     return slate

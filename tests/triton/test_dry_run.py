@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gemcutter.engine.graphs import Choice
+from gemcutter.engine.cuda_graphs import TokenSource
 from gemcutter.engine.step import build_step
 from gemcutter.gauge import presets
 from gemcutter.plan import LayerPlan, ModelPlan
@@ -98,7 +98,7 @@ def test_decode_steps_of_full_size_are_launches_and_nothing_else(preset: str, se
     decoder, pool = setting(preset, "bf16")
     slate = static_step(decoder, pool, sequences, each)
     with watch:
-        slate.launch(Choice.DRAWN, is_captured=False)
+        slate.launch(TokenSource.SAMPLED, is_captured=False)
     assert not watch.crossings
     merges = watch.kernels.pop("_merge", 0)
     assert merges <= len(decoder.plan.layers)

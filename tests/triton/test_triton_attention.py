@@ -18,8 +18,8 @@ from torch import Tensor
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.engine.memory import compact_weights, page_counts
-from gemcutter.engine.request import Request, Sequence
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.ops import reference
 from gemcutter.ops import triton_attention as attention
@@ -67,7 +67,7 @@ class World:
         plan = ModelPlan((self.layer,), 8, 8, None, 1e-6, 9999, 0, 0, 0, True, False)
         compact = {0: weight} if case.rotary_dims else None
         dtype = case.pool or case.rows
-        self.pool = PagedKVCache(plan, {group_of(case.window): PoolSize(pages, case.page)}, dtype, device, compact)
+        self.pool = PagedKVCache(plan, {case.window: PoolSize(pages, case.page)}, dtype, device, compact)
         for tensor in (*self.pool.keys.values(), *self.pool.values.values()):
             tensor.fill_(torch.nan)
         self.slots = [self._write(span, start + rows, weight) for span, (start, rows) in zip(spans, case.parts, strict=True)]
@@ -271,10 +271,10 @@ def test_a_layer_writes_and_reads_compactly_and_says_the_same(device: torch.devi
         compact = compact_weights(decoder)
         assert compact.keys() == ({layer.plan.index} if kernels == "triton" else set())
         pool = PagedKVCache(decoder.plan, page_counts(decoder.plan, 64, 16), decoder.dtype, device, compact)
-        sequence, outputs[kernels] = Sequence(0, Request(prompt(22))), []
+        sequence, outputs[kernels] = SequenceState(0, Request(prompt(22))), []
         sequence.table = table = BlockTable(pool)
         for rows in (12, 9, 1):
-            work = Work(sequence, table, rows)
+            work = ScheduledChunk.of(sequence, table, rows)
             table.reserve(rows)
             step = build_step(decoder, [work])
             x_ND = normal(rows, decoder.plan.hidden, seed=rows).to(device)

@@ -120,7 +120,7 @@ def test_greedy_tokens_and_logits(name: str, device: torch.device) -> None:
         Decoder(checkpoint.plan, load_params(checkpoint, F32, device), F32, device, kernels)
         for kernels in ("reference", "triton")
     )
-    engine = Engine(first, 256, max_rows=len(said["token_ids"]) - 3)
+    engine = Engine(first, 256, max_batched_tokens=len(said["token_ids"]) - 3)
     engine.submit(Request(tuple(said["token_ids"]), max_tokens=2, top_logits=10))
     assert engine.step() == []
     engine.decoder, events = then, []

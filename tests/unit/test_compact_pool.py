@@ -17,8 +17,8 @@ from gemcutter.api import load
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.engine.memory import compact_weights, page_counts
-from gemcutter.engine.request import Request, Sequence
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.errors import KernelError
 from gemcutter.model.text import Decoder
@@ -50,18 +50,18 @@ def make_pool(decoder: Decoder, is_compact: bool) -> PagedKVCache:
 @torch.inference_mode()
 def decode(decoder: Decoder, pool: PagedKVCache) -> tuple[list[int], Tensor]:
     """Run a prompt in chunks and a greedy reply; give the reply and the logits that chose it."""
-    sequence = Sequence(0, Request(PROMPT))
+    sequence = SequenceState(0, Request(PROMPT))
     sequence.table = table = BlockTable(pool)
     logits = []
     while len(sequence.reply) < 8:
-        work = Work(sequence, table, min(32, sequence.pending))
+        work = ScheduledChunk.of(sequence, table, min(32, sequence.pending))
         table.reserve(work.rows)
         states = decoder.forward(build_step(decoder, [work]), pool)
-        is_last = work.is_last_chunk
+        is_last = work.is_last
         table.commit(work.rows)
         if is_last:
             logits.append(decoder.logits(states[-1:]))
-            sequence.tokens.append(int(logits[-1].argmax()))
+            sequence.append(int(logits[-1].argmax()))
     return sequence.reply, torch.cat(logits)
 
 

@@ -14,7 +14,7 @@ from gemcutter import config as configs
 from gemcutter.checkpoint.hub import DEMO_FOLDER
 from gemcutter.checkpoint.synth import SIZES, shrink, spell_config
 from gemcutter.defaults import ENDS, MEDIA, Defaults
-from gemcutter.engine.sampling import Sampling
+from gemcutter.engine.sampling import SamplingParams
 from gemcutter.errors import ConfigError, RequestError
 from gemcutter.text.tokenizer import Tokenizer
 
@@ -85,12 +85,12 @@ def test_a_file_may_name_what_to_suppress() -> None:
 def test_greedy_without_a_generation_config() -> None:
     found = read(None)
     assert found.options == {}
-    assert found.sampling({}) == Sampling(suppress=found.suppress)
+    assert found.sampling({}) == SamplingParams(suppress=found.suppress)
 
 
 def test_published_values_become_the_defaults() -> None:
     found = read(PUBLISHED)
-    assert found.sampling({}) == Sampling(temperature=1.0, top_k=64, top_p=0.95, suppress=found.suppress)
+    assert found.sampling({}) == SamplingParams(temperature=1.0, top_k=64, top_p=0.95, suppress=found.suppress)
     assert isinstance(found.options["top_k"], int)
 
 
@@ -114,7 +114,7 @@ def test_sampling_follows_do_sample(generation: Mapping[str, Any], options: Mapp
 
 def test_callers_win() -> None:
     found = read(PUBLISHED | {"suppress_tokens": [9]})
-    assert found.sampling({"temperature": 0.0}) == Sampling(temperature=0.0, top_k=64, top_p=0.95, suppress=(9,))
+    assert found.sampling({"temperature": 0.0}) == SamplingParams(temperature=0.0, top_k=64, top_p=0.95, suppress=(9,))
     assert found.sampling({"suppress": (), "seed": 3}).suppress == ()
     with pytest.raises(RequestError, match=r"sampling\.top_p"):
         found.sampling({"top_p": 0.0})

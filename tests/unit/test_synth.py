@@ -130,7 +130,7 @@ def test_transformers_computes_the_same_logits(like: str, folders: dict[str, Pat
     checkpoint = open_checkpoint(folders[like])
     assert not checkpoint.matched.notes(checkpoint.plan)
     decoder = Decoder(checkpoint.plan, load_params(checkpoint, torch.float32, torch.device("cpu")))
-    engine = Engine(decoder, context=256, max_rows=64)
+    engine = Engine(decoder, context=256, max_batched_tokens=64)
     engine.submit(Request(tuple(ids.tolist()), max_tokens=0, hidden_states=True))
     events = [event for _ in range(3) for event in engine.step()]
     assert events[-1].prompt is not None

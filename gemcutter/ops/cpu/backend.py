@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemcutter import native
+from gemcutter.errors import KernelError
 from gemcutter.ops import LAYER_OPS, MODEL_OPS, KernelSite
 from gemcutter.ops.backend import ASKED, DENSE, NEIGHBOURS, NO_GPU, AttnKinds, KernelImpl
 
@@ -86,6 +87,10 @@ class CpuBackend:
         from gemcutter.ops.cpu.attn_metadata import build
 
         return build(step, kinds)
+
+    def static_metadata(self, **tensors: Any) -> object:
+        """Raise KernelError: every step has structs of its own."""
+        raise KernelError("steps of the native kernels can't run over static memory")
 
     def capture_refusal(self, device: Device, kernels: Collection[str], ple_table: Weight | None) -> str | None:
         """Return why steps can't be captured: there is no GPU."""

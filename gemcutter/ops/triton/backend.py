@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemcutter.ops import LAYER_OPS, MODEL_OPS, KernelSite, devices
 from gemcutter.ops.backend import DENSE, NEIGHBOURS, NO_GPU, AttnKinds, KernelImpl
@@ -86,6 +86,12 @@ class TritonBackend:
         from gemcutter.ops.triton.attn_metadata import build
 
         return build(step)
+
+    def static_metadata(self, **tensors: Any) -> object:
+        """Return a `TritonAttnMetadata` over the given tensors."""
+        from gemcutter.ops.triton.attn_metadata import TritonAttnMetadata
+
+        return TritonAttnMetadata(**tensors)
 
     def capture_refusal(self, device: Device, kernels: Collection[str], ple_table: Weight | None) -> str | None:
         """Return why steps can't be captured: a kernel, or the host's gathering of per-layer embeddings, would wait."""
