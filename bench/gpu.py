@@ -34,7 +34,8 @@ from gemcutter.errors import GemcutterError
 from gemcutter.gauge import machine
 from gemcutter.gauge.report import measure
 from gemcutter.gauge.stand import list_trials
-from gemcutter.gauge.subject import Compute, from_preset
+from gemcutter.gauge.subject import from_preset
+from gemcutter.load_options import LoadOptions
 from gemcutter.parity.passage import PASSAGE
 
 HERE = Path(__file__).parent
@@ -82,7 +83,7 @@ def _nll_of_transformers(folder: Path, device: str) -> float:
 
 def time_model(preset: str, quant: str, device: str, sizes: argparse.Namespace) -> dict[str, Any]:
     """Measure one geometry: prompts, and replies in batches."""
-    subject = from_preset(preset, quant, None, Compute(device=device))
+    subject = from_preset(preset, quant, None, LoadOptions(model=preset, device=device))
     tests = list_trials(sizes.prompt, sizes.tokens, [0], sizes.batch)
     found = measure(subject, tests, sizes.rounds, max_rows=max([*sizes.prompt, 512]))
     for row in found["rows"]:

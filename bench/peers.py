@@ -42,7 +42,7 @@ from gemcutter.gauge import machine
 from gemcutter.gauge.cold import first_token_s
 from gemcutter.gauge.report import ceiling
 from gemcutter.gauge.stand import Trial, list_trials
-from gemcutter.gauge.subject import Compute
+from gemcutter.load_options import LoadOptions
 
 HERE = Path(__file__).parent
 NAMES = ("gemcutter", "llama.cpp", "transformers bfloat16", "transformers float32", "mlx-lm")
@@ -222,9 +222,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "engines": found,
     }
     try:
-        cold = str(model), options.threads, Compute(), options.rounds
-        run["first_token_s"], run["first_text_s"] = first_token_s(*cold)
-        run["first_token_cached_s"], _ = first_token_s(*cold, repack_cache=True)
+        plain, cached = (LoadOptions(model=str(model), repack_cache=keeps) for keeps in (False, True))
+        run["first_token_s"], run["first_text_s"] = first_token_s(plain, options.threads, options.rounds)
+        run["first_token_cached_s"], _ = first_token_s(cached, options.threads, options.rounds)
     except GemcutterError as error:
         run["first_token_problem"] = str(error)
     return run

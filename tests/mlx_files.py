@@ -70,7 +70,7 @@ def micro(scheme: str) -> Recipe:
 
 
 def convert(
-    folder: Path, out: Path, select_kernel: Choice, *, prefix: str = "model.", extra: Tensors | None = None, **config: Any
+    folder: Path, out: Path, choose: Choice, *, prefix: str = "model.", extra: Tensors | None = None, **config: Any
 ) -> tuple[Path, Path]:
     """Write the model in `folder` as MLX does, and densely with the values that the packed one stands for; give both folders."""
     packed, dense = out / "packed", out / "dense"
@@ -78,7 +78,7 @@ def convert(
     for name, tensor in load_file(folder / "model.safetensors").items():
         values = []
         for own, part in modules(name.removeprefix("model."), tensor):
-            recipe = select_kernel(own) if part.ndim > 1 else None
+            recipe = choose(own) if part.ndim > 1 else None
             arrays, value = recipe(part.contiguous()) if recipe else ({"weight": part}, part)
             ending = "." if part.ndim > 1 or own.endswith("norm") or "layernorm" in own else None
             stored |= {

@@ -17,7 +17,8 @@ from gemcutter import native
 from gemcutter.gauge.ceilings import held_bytes, token_bytes
 from gemcutter.gauge.machine import native_rate
 from gemcutter.gauge.stand import Stand, Trial
-from gemcutter.gauge.subject import Compute, Subject, from_file
+from gemcutter.gauge.subject import Subject, from_file
+from gemcutter.load_options import LoadOptions
 
 MOMENTS, PAUSE_S = 4, 0.5  # at which the rate of products is measured
 
@@ -25,7 +26,7 @@ MOMENTS, PAUSE_S = 4, 0.5  # at which the rate of products is measured
 def load() -> tuple[Run, dict[str, Any]]:
     """Load the file and give the runner of tests."""
     torch.set_num_threads(int(sys.argv[2]))
-    subject = from_file(sys.argv[1], Compute())
+    subject = from_file(LoadOptions(model=sys.argv[1]))
     stands: dict[int, Stand] = {}
 
     def run(kind: str, tokens: int, depth: int) -> float:

@@ -19,7 +19,7 @@ from gemcutter.checkpoint.match import open_checkpoint, read_checkpoint
 from gemcutter.checkpoint.remote import open_source, received, survey
 from gemcutter.checkpoint.source import Source
 from gemcutter.errors import CheckpointError
-from tests.formats.web import COMMIT, KernelSite, cut_off, serve, write_hollow
+from tests.formats.web import COMMIT, Site, cut_off, serve, write_hollow
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +28,13 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def site() -> Iterator[KernelSite]:
+def site() -> Iterator[Site]:
     with serve(DEMO_FOLDER) as site:
         yield site
 
 
 @pytest.fixture
-def hub(site: KernelSite, monkeypatch: pytest.MonkeyPatch) -> KernelSite:
+def hub(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
     """Make the site the hub, which holds the demo as owner/model."""
     monkeypatch.setattr(constants, "ENDPOINT", site.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", site.url + "/{repo_id}/resolve/{revision}/{filename}")
@@ -75,7 +75,7 @@ def test_bytes_read_are_far_below_a_hundredth_of_the_file(tmp_path: Path, like: 
         assert client.requests == len(site.seen) <= 2 * shards + 6
 
 
-def test_a_file_by_its_address(site: KernelSite) -> None:
+def test_a_file_by_its_address(site: Site) -> None:
     source = open_source(f"{site.url}/model.safetensors?signature=abc")
     same(source, Source.open(DEMO_FOLDER))
     assert read_checkpoint(source).plan == open_checkpoint(DEMO_FOLDER).plan
@@ -83,12 +83,12 @@ def test_a_file_by_its_address(site: KernelSite) -> None:
     assert "signature" not in str(source.path)
 
 
-def test_a_folder_without_an_index(site: KernelSite) -> None:
+def test_a_folder_without_an_index(site: Site) -> None:
     same(open_source(f"{site.url}"), Source.open(DEMO_FOLDER))
     assert "has neither model.safetensors.index.json nor model.safetensors" in refusal(f"{site.url}/sub/")
 
 
-def test_small_files_are_read_once_and_absent_ones_are_none(site: KernelSite) -> None:
+def test_small_files_are_read_once_and_absent_ones_are_none(site: Site) -> None:
     source = open_source(f"{site.url}/")
     for _ in range(2):
         assert source.read_json("generation_config.json") == json.loads((DEMO_FOLDER / "generation_config.json").read_text())
@@ -100,7 +100,7 @@ def test_small_files_are_read_once_and_absent_ones_are_none(site: KernelSite) ->
     assert site.sent_bytes - sent < 5000
 
 
-def test_weights_can_not_be_read(site: KernelSite) -> None:
+def test_weights_can_not_be_read(site: Site) -> None:
     tensor = next(iter(open_source(f"{site.url}/").tensors.values()))
     for read in (tensor.raw, tensor.torch):
         with pytest.raises(CheckpointError, match="only its header was read; download the checkpoint"):
@@ -160,7 +160,7 @@ def test_a_server_without_ranges_is_told_and_left(tmp_path: Path, fault: str) ->
         ("500", "the server answered HTTP 500; try again later"),
     ],
 )
-def test_bad_servers_get_one_clear_message(site: KernelSite, fault: str, words: str) -> None:
+def test_bad_servers_get_one_clear_message(site: Site, fault: str, words: str) -> None:
     site.fault = fault
     message = refusal(f"{site.url}/model.safetensors")
     assert words in message
@@ -180,7 +180,7 @@ def test_what_is_no_address_is_told(url: str) -> None:
     assert message.isprintable()
 
 
-def test_a_slow_server_is_given_up(site: KernelSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_server_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_file, "DEADLINE_S", -1.0)
     assert "TimeoutError" in refusal(f"{site.url}/model.safetensors")
 
@@ -226,7 +226,7 @@ def test_index_problems_are_all_told(tmp_path: Path) -> None:
 # ---- the hub ----
 
 
-def test_a_repository_is_read_at_one_commit(hub: KernelSite) -> None:
+def test_a_repository_is_read_at_one_commit(hub: Site) -> None:
     source = open_source("owner/model")
     same(source, Source.open(DEMO_FOLDER))
     assert read_checkpoint(source).format == "Hugging Face safetensors"
@@ -237,11 +237,11 @@ def test_a_repository_is_read_at_one_commit(hub: KernelSite) -> None:
 
 
 @pytest.mark.parametrize("page", ["", "/", "/tree/main", "/blob/main/model.safetensors", "/resolve/main/model.safetensors"])
-def test_pages_of_the_hub_are_repositories(hub: KernelSite, page: str) -> None:
+def test_pages_of_the_hub_are_repositories(hub: Site, page: str) -> None:
     same(open_source(f"{hub.url}/owner/model{page}"), Source.open(DEMO_FOLDER))
 
 
-def test_a_token_goes_to_the_hub_alone(hub: KernelSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_goes_to_the_hub_alone(hub: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with serve(DEMO_FOLDER) as storage:
         source = open_source("owner/model")
@@ -254,7 +254,7 @@ def test_a_token_goes_to_the_hub_alone(hub: KernelSite, monkeypatch: pytest.Monk
         assert {token for _, _, token in stranger.seen} == {None}
 
 
-def test_a_cached_repository_is_read_where_it_is(hub: KernelSite, tmp_path: Path) -> None:
+def test_a_cached_repository_is_read_where_it_is(hub: Site, tmp_path: Path) -> None:
     root = tmp_path / "hub" / "models--owner--model"
     shutil.copytree(DEMO_FOLDER, root / "snapshots" / COMMIT)
     (root / "refs").mkdir()
@@ -278,7 +278,7 @@ def test_a_cached_repository_is_read_where_it_is(hub: KernelSite, tmp_path: Path
         ("500", "can't deliver owner/model (HTTP 500)"),
     ],
 )
-def test_the_hubs_refusals(hub: KernelSite, status: str, words: str) -> None:
+def test_the_hubs_refusals(hub: Site, status: str, words: str) -> None:
     hub.fault = status
     assert words in refusal("owner/model")
 
@@ -296,7 +296,7 @@ def test_offline() -> None:
     assert "HF_HUB_OFFLINE forbids the network" in shown
 
 
-def test_a_repository_without_weights(hub: KernelSite, tmp_path: Path) -> None:
+def test_a_repository_without_weights(hub: Site, tmp_path: Path) -> None:
     hub.folder = tmp_path
     (tmp_path / "README.md").write_text("")
     assert "holds no .safetensors or .gguf file (but README.md" in refusal("owner/model")

@@ -1,6 +1,6 @@
 """A web server for tests: files of a folder by byte ranges, with the faults of real servers on demand, and a hub in miniature.
 
-Owns `KernelSite`, which counts what it sends. Refuses to judge. Read `test_remote.py` for who visits it.
+Owns `Site`, which counts what it sends. Refuses to judge. Read `test_remote.py` for who visits it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
-class KernelSite:
+class Site:
     """What a server serves and how; `sent_bytes` counts bodies, `seen` the requests as (path, range, authorization)."""
 
     folder: Path
@@ -41,9 +41,9 @@ class KernelSite:
 
 
 @contextmanager
-def serve(folder: Path, **options: Any) -> Iterator[KernelSite]:
+def serve(folder: Path, **options: Any) -> Iterator[Site]:
     """Serve a folder on this machine, and as the repository `repo` of a hub."""
-    site = KernelSite(folder, **options)
+    site = Site(folder, **options)
 
     class Visitor(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -75,7 +75,7 @@ def serve(folder: Path, **options: Any) -> Iterator[KernelSite]:
         server.server_close()
 
 
-def _answer(site: KernelSite, path: str, span: str | None, token: str | None) -> tuple[int, dict[str, str], Iterator[bytes]]:
+def _answer(site: Site, path: str, span: str | None, token: str | None) -> tuple[int, dict[str, str], Iterator[bytes]]:
     status, _, code = site.fault.partition(" ")
     if status.isdecimal():
         return int(status), {"Content-Length": "6", "X-Error-Code": code}, iter([b"refuse"])
@@ -98,7 +98,7 @@ def _whole(body: bytes, status: int = 200) -> tuple[int, dict[str, str], Iterato
     return status, {"Content-Length": str(len(body)), "Content-Type": "application/json"}, iter([body])
 
 
-def _part(site: KernelSite, file: Path, span: str | None) -> tuple[int, dict[str, str], Iterator[bytes]]:
+def _part(site: Site, file: Path, span: str | None) -> tuple[int, dict[str, str], Iterator[bytes]]:
     size = file.stat().st_size
     if span is None or site.fault == "no ranges":
         return 200, {"Content-Length": str(size)}, _blocks(file, 0, size)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gemcutter import native
-from gemcutter.ops import cpu_native, reference
+from gemcutter.ops import reference
+from gemcutter.ops.cpu import layer_ops, model_ops
 from gemcutter.ops.types import OpContext, Precision
 from gemcutter.quant import Weight, affine
 from gemcutter.quant.blocks import TYPES, Blocks
@@ -48,7 +49,7 @@ def test_rows_of_packed_tables(name: str, span: tuple[int, int]) -> None:
         "ple.norm": torch.linspace(0.5, 1.5, DIM),
     }
     x, ids = torch.randn(9, HIDDEN), torch.tensor([20, 39, 17, 17, 16, 15, 31, 32, 38])  # the first rows have infinite scales
-    fast = cpu_native.build_ple_embed(PLAN, params, OpContext(cpu_native.linear, None, Precision()))
+    fast = model_ops.build_ple_embed(PLAN, params, OpContext(layer_ops.linear, Precision()))
     wanted = reference.build_ple_embed(PLAN, params, OpContext(reference.linear))(x, ids, *span)
     for rows in (9, 1):
         found = fast(x[:rows], ids[:rows], *span)

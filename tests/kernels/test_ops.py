@@ -1,7 +1,7 @@
-"""Every impl of every verb against the reference, and the reference against a third opinion: plain float64.
+"""Every implementation of every op against the reference, and the reference against a third opinion: plain float64.
 
 Owns the shape grids, the poison in unused cache slots, and naive definitions written from the formulas of the family, which share
-no code with `ops/`. A impl added to `ops/bind.py` is tested here without another line; a verb without a test fails. Shape
+no code with `ops/`. A kernel added to a backend is tested here without another line; an op without a test fails. Shape
 letters: N rows, H heads, K key heads, E head dim, D hidden, F outputs, T keys. Read `gemcutter/ops/reference.py` beside it.
 """
 
@@ -36,7 +36,7 @@ EPS = 1e-6
 
 
 def implementations_of(op: str) -> pytest.MarkDecorator:
-    """Run a test with every impl of an op that can run here; Triton's have tests of their own, in `tests/triton`."""
+    """Run a test with every implementation of an op that can run here; Triton's have tests of their own, in `tests/triton`."""
     skip = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
     here = (each for each in IMPLEMENTATIONS if each.op == op and each.name != "triton")
     found = [pytest.param(each, id=each.name, marks=[skip] if each.name == "native" else []) for each in here]

@@ -24,10 +24,12 @@ from gemcutter.engine.sampling import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.gauge import presets
 from gemcutter.model.text import Decoder
-from gemcutter.ops import bind, triton_attention, triton_sentences
+from gemcutter.ops.registry import CPU, TRITON
+from gemcutter.ops.triton import attention, layer_ops
+from gemcutter.quant.packing import GpuPacker
 
 META = torch.device("meta")
-H100 = triton_attention.Machine(132, 232_448)
+H100 = attention.Machine(132, 232_448)
 CONTEXT, MOST_SEQUENCES = 8192, 32
 DRAWN = SamplingParams(temperature=1.0, top_k=64, top_p=0.95, seed=1)
 
@@ -43,23 +45,23 @@ def pretend(launch: Launch) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(KernelInterface, "__getitem__", accept)
-        patch.setattr(bind, "triton_refusal", lambda device, kernels: None)
-        patch.setattr(bind, "native_refusal", lambda device, kernels: "not here")
-        patch.setattr(triton_attention, "machine_of", lambda device: H100)
-        patch.setattr(triton_sentences, "closing_scale", lambda *_: 0.5)
+        patch.setattr(TRITON, "refusal", lambda device, kernels: None)
+        patch.setattr(CPU, "refusal", lambda device, kernels: "not here")
+        patch.setattr(attention, "machine_of", lambda device: H100)
+        patch.setattr(layer_ops, "closing_scale", lambda *_: 0.5)
         yield
 
 
 @cache
 def params_of(preset: str, quant: str) -> dict[str, Any]:
     """Make a model's parameters once."""
-    return presets.make_params(presets.plan_of(preset), quant, tiled=False, device=META)
+    return presets.make_params(presets.plan_of(preset), quant, GpuPacker(META, torch.bfloat16), META)
 
 
 def setting(preset: str, quant: str) -> tuple[Decoder, PagedKVCache]:
     """Build a decoder in bfloat16 and a pool for it."""
     decoder = Decoder(presets.plan_of(preset), params_of(preset, quant), torch.bfloat16, META)
-    assert decoder.providers == {"triton"}
+    assert decoder.kernel_names == {"triton"}
     counts = page_counts(decoder.plan, CONTEXT, 4096, MOST_SEQUENCES)
     return decoder, PagedKVCache(decoder.plan, counts, decoder.dtype, META, compact_weights(decoder))
 

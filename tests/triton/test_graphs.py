@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcutter.engine.cuda_graphs import CapturedStep, refusal
+from gemcutter.engine.cuda_graphs import CapturedStep
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import FinishReason, Request, RequestEvent
 from gemcutter.engine.runner import StepResult
@@ -193,5 +193,5 @@ def test_a_cache_of_eight_bits(device: torch.device) -> None:
 
 
 def test_only_a_gpu_captures(device: torch.device) -> None:
-    reason = refusal(decode_with("triton", "Gemma 3", device))
+    reason = decode_with("triton", "Gemma 3", device).capture_refusal()
     assert (reason is None) is (device.type == "cuda")

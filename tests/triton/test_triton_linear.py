@@ -8,7 +8,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gemcutter.ops import reference, triton_linear
+from gemcutter.ops import reference
+from gemcutter.ops.triton import linear as linear_kernels
 from gemcutter.ops.triton.linear import FEW_NARROW_ROWS, MANY_ROWS, gate_mul, gated, gather_rows, linear, logits_of
 from gemcutter.quant import Weight
 from gemcutter.quant.packed import Packed
@@ -21,7 +22,7 @@ ROWS = (1, 2, 3, FEW_NARROW_ROWS, FEW_NARROW_ROWS + 1, 15, 16, 17, 33)
 @pytest.fixture(autouse=True)
 def _usual_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the small matrices of these tests for usual ones, neither narrow nor wide."""
-    monkeypatch.setattr(triton_linear, "NARROW_MATRIX", 4)
+    monkeypatch.setattr(linear_kernels, "NARROW_MATRIX", 4)
 
 
 def rows_of(count: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -108,8 +109,8 @@ def test_packed_rows_of_all_lengths(name: str, columns: int, device: torch.devic
 @pytest.mark.parametrize("count", [1, 5, MANY_ROWS + 1])
 def test_matrices_with_many_rows(count: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Taller tiles, and widening in several pieces."""
-    monkeypatch.setattr(triton_linear, "WIDE_MATRIX", 64)
-    monkeypatch.setattr(triton_linear, "SCRATCH_ELEMENTS", 30 * 64)
+    monkeypatch.setattr(linear_kernels, "WIDE_MATRIX", 64)
+    monkeypatch.setattr(linear_kernels, "SCRATCH_ELEMENTS", 30 * 64)
     part, x_ND = blocks("Q4_0", 70, 64), rows_of(count, 64, torch.float32, device)
     dense = small(70, 64).to(device)
     check(linear(x_ND, Weight((striped(part, device),))), reference.linear(x_ND, Weight((place(part, device),))))
@@ -119,7 +120,7 @@ def test_matrices_with_many_rows(count: int, monkeypatch: pytest.MonkeyPatch, de
 @pytest.mark.parametrize("count", [1, 3, FEW_NARROW_ROWS, FEW_NARROW_ROWS + 1])
 def test_matrices_with_few_rows(count: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Each of their rows is a program of its own."""
-    monkeypatch.setattr(triton_linear, "NARROW_MATRIX", 64)
+    monkeypatch.setattr(linear_kernels, "NARROW_MATRIX", 64)
     x_ND, dense = rows_of(count, 64, torch.float32, device), small(5, 64).to(device)
     check(linear(x_ND, Weight((dense,))), reference.linear(x_ND, Weight((dense,))))
     for part in (blocks("Q4_0", 5, 64), blocks("Q5_1", 3, 64)):
@@ -140,13 +141,13 @@ def test_parts_fill_their_columns_wherever_they_lie(count: int, device: torch.de
 
 
 def test_side_by_side_parts_are_one_launch(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    launched, launch = list[int](), triton_linear._launch
+    launched, launch = list[int](), linear_kernels._launch
 
-    def counting(x: Tensor, matrix: triton_linear.Operand, out: Tensor) -> None:
+    def counting(x: Tensor, matrix: linear_kernels.Operand, out: Tensor) -> None:
         launched.append(out.shape[1])
         launch(x, matrix, out)
 
-    monkeypatch.setattr(triton_linear, "_launch", counting)
+    monkeypatch.setattr(linear_kernels, "_launch", counting)
     parts = adjoin([small(rows, 64, seed=rows).to(device) for rows in (8, 4, 2)])
     weight = Weight(parts, ("q", "k", "v"))
     linear(rows_of(1, 64, torch.float32, device), weight)

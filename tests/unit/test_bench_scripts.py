@@ -15,7 +15,8 @@ from bench.synthetic import write_model
 from gemcutter.checkpoint.match import open_checkpoint
 from gemcutter.gauge.presets import plan_of
 from gemcutter.gauge.stand import Trial
-from gemcutter.gauge.subject import Compute, from_file
+from gemcutter.gauge.subject import from_file
+from gemcutter.load_options import LoadOptions
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"cpu": "AMD EPYC (Zen 3)", "cores": 2, "features": ["avx2"]}
@@ -150,7 +151,7 @@ def test_a_synthetic_file_is_the_preset(preset: str, quant: str, tmp_path: Path)
     path = tmp_path / "model.gguf"
     write_model(path, preset, quant)
     assert open_checkpoint(path).plan.layers == plan_of(preset).layers
-    logits = from_file(str(path), Compute()).decoder
+    logits = from_file(LoadOptions(model=str(path))).decoder
     assert logits.plan.vocab == plan_of(preset).vocab
     assert [found.name for found in tmp_path.iterdir()] == ["model.gguf"]
 

@@ -17,10 +17,12 @@ from gemcutter.gauge import breakdown, ceilings, machine, presets
 from gemcutter.gauge.cold import first_token_s
 from gemcutter.gauge.report import ceiling, check, measure, show
 from gemcutter.gauge.stand import Stand, Trial, list_trials
-from gemcutter.gauge.subject import Compute, Subject, from_preset
+from gemcutter.gauge.subject import Subject, from_preset
+from gemcutter.load_options import LoadOptions
 from gemcutter.ops import OPS
 from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Weight
+from gemcutter.quant.packing import CpuPacker
 
 SMALL = Size(hidden=64, mlp=128, layers=2, period=2, heads=2, kv_heads=1, head_dim=32, window=8, context=512, vocab=256)
 
@@ -31,7 +33,7 @@ def small_plan() -> ModelPlan:
 
 
 def subject(preset: str = "tiny:E2B", quant: str = "q4_0", layers: int | None = None, **how: Any) -> Subject:
-    return from_preset(preset, quant, layers, Compute(**how))
+    return from_preset(preset, quant, layers, LoadOptions(model=preset, **how))
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_weights_are_stored_as_files_of_their_kind_have_them(size: str, quant: s
 
 def test_a_preset_has_the_shapes_and_the_spread_of_its_plan() -> None:
     plan = presets.plan_of("tiny:26B-A4B")
-    params = presets.make_params(plan, "q8_0", tiled=False)
+    params = presets.make_params(plan, "q8_0")
     for spec in plan.params():
         param = params[spec.name]
         if isinstance(param, Weight):
@@ -88,7 +90,7 @@ def test_a_preset_has_the_shapes_and_the_spread_of_its_plan() -> None:
 
 def test_tiled_and_plain_presets_have_equal_values() -> None:
     plan = presets.plan_of("tiny:E2B", 2)
-    plain, tiled = (presets.make_params(plan, "mlx4", tiled=tiled) for tiled in (False, True))
+    plain, tiled = (presets.make_params(plan, "mlx4", packer) for packer in (None, CpuPacker()))
     for name in ("embed.tokens", "layers.1.mlp.out"):
         ours, theirs = plain[name].parts[0], tiled[name].parts[0]
         assert theirs.scheme == f"tiled-{ours.scheme}"
@@ -112,7 +114,7 @@ def test_cut_models_keep_the_first_layers() -> None:
         (lambda: presets.plan_of("7B"), "there is no size '7B'"),
         (lambda: presets.plan_of("E2B", 36), "E2B has 35, found 36"),
         (lambda: presets.plan_of("E2B", 0), "found 0"),
-        (lambda: presets.make_params(small_plan(), "q3", tiled=False), "expected q4_0"),
+        (lambda: presets.make_params(small_plan(), "q3"), "expected q4_0"),
     ],
 )
 def test_names_and_numbers_that_are_none_are_refused(call: Any, message: str) -> None:
@@ -125,7 +127,7 @@ def test_names_and_numbers_that_are_none_are_refused(call: Any, message: str) ->
 
 def test_the_bytes_of_a_token_are_those_of_every_matrix_once() -> None:
     plan = small_plan()
-    params = presets.make_params(plan, "bf16", tiled=False)
+    params = presets.make_params(plan, "bf16")
     first = (128 + 64 + 256 + 128) * 64 * 2  # q, k and v [64 + 32 + 32], out [64, 64], gate and up [256], down [64, 128]
     second = (256 + 128 + 256 + 128) * 64 * 2  # heads are twice as wide in the global layer
     vectors = 4 * ((4 * 64 + 2 * 32 + 1) + (4 * 64 + 2 * 64 + 1) + 64)  # norms and scale of both, the last norm: float32
@@ -135,11 +137,11 @@ def test_the_bytes_of_a_token_are_those_of_every_matrix_once() -> None:
 
 def test_only_the_chosen_experts_and_one_row_of_a_table_count() -> None:
     plan = presets.plan_of("tiny:26B-A4B")
-    params = presets.make_params(plan, "bf16", tiled=False)
+    params = presets.make_params(plan, "bf16")
     experts = sum(params[spec.name].nbytes for spec in plan.params() if spec.name.endswith(("moe.in", "moe.out")))
     assert ceilings.held_bytes(plan, params) - ceilings.token_bytes(plan, params) == experts * 12 // 16  # 4 of 16
     plan = presets.plan_of("tiny:E2B")
-    params = presets.make_params(plan, "bf16", tiled=False)
+    params = presets.make_params(plan, "bf16")
     held, table = ceilings.held_bytes(plan, params), params["embed.ple"].nbytes
     assert held == sum(param.nbytes for param in params.values()) - table
     assert ceilings.token_bytes(plan, params) == held + 2 * len(plan.layers) * plan.ple_dim
@@ -183,7 +185,7 @@ def test_a_filled_context_is_continued_and_not_computed(depth: int) -> None:
         lengths.clear()
         stand.run(Trial("tg", 3, depth))
         assert lengths == [[depth + row] for row in range(4)]
-    assert stand.engine.pool.allocators.keys() == {group.window for group in made.plan.groups()}
+    assert stand.engine.pool.allocators.keys() == {group.id for group in made.plan.groups()}
 
 
 def test_filled_slots_look_like_what_layers_write() -> None:
@@ -232,7 +234,7 @@ def test_clocks_see_every_sentence_and_leave_the_decoder_as_it_was(kernels: str)
     before = [dict(vars(owner)) for owner in (made.decoder, *made.decoder.layers)]
     spent = breakdown.measure(made.decoder, lambda begin: stand.run(Trial("tg", 2), begin))
     assert [dict(vars(owner)) for owner in (made.decoder, *made.decoder.layers)] == before
-    assert spent.keys() == set(OPS) - {"layer"} | {"rest"}
+    assert spent.keys() == set(OPS) - {"linear", "layer"} | {"rest"}
     assert all(seconds > 0 for verb, seconds in spent.items() if verb != "rest")
 
 
@@ -262,5 +264,5 @@ def test_the_reference_has_no_native_rate() -> None:
 
 @pytest.mark.slow
 def test_a_fresh_process_gives_a_first_token() -> None:
-    chosen, written = first_token_s("demo", 1, Compute())
+    chosen, written = first_token_s(LoadOptions(model="demo"), 1)
     assert 0 < chosen <= written < 600

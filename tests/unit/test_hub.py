@@ -152,7 +152,7 @@ def test_download_asks_for_weights_and_text_files_only(cache: Path, monkeypatch:
 
 def test_repository_without_safetensors_says_so(cache: Path) -> None:
     keep(cache, "owner/name", "config.json")
-    assert "holds no .safetensors file; select_kernel a safetensors release" in refusal("owner/name")
+    assert "holds no .safetensors file; choose a safetensors release" in refusal("owner/name")
 
 
 # ---- without a network ----

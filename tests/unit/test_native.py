@@ -35,11 +35,11 @@ def region():
 """
 CHANGES = """
 def call(seed, times):
-    select_kernel = random.Random(seed)
+    choose = random.Random(seed)
     try:
         for _ in range(times):
-            if select_kernel.random() < 0.1:
-                library.gc_set_threads(select_kernel.choice((1, 2, 7)))
+            if choose.random() < 0.1:
+                library.gc_set_threads(choose.choice((1, 2, 7)))
             region()
     except BaseException as error:
         failures.append(error)

@@ -172,7 +172,7 @@ def test_large_tables_take_one_block_of_memory_and_repeat_no_row(tmp_path: Path)
 
 def test_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"not empty, it holds notes\.txt; select_kernel another folder"):
+    with pytest.raises(CheckpointError, match=r"not empty, it holds notes\.txt; choose another folder"):
         write_checkpoint("E2B", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -180,7 +180,7 @@ def test_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> N
 @pytest.mark.parametrize("inside", ["", "deep/down"])
 def test_file_in_the_way_is_named(inside: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"file.*select_kernel another"):
+    with pytest.raises(CheckpointError, match=r"file.*choose another"):
         write_checkpoint("E2B", tmp_path / "file" / inside)
 
 

@@ -312,7 +312,7 @@ def test_a_tensor_above_the_shard_size_has_a_shard_of_its_own(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", INDEX_NAME])
 def test_shards_never_join_an_older_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("old")
-    with pytest.raises(CheckpointError, match=f"already holds {name}; select_kernel another folder"):
+    with pytest.raises(CheckpointError, match=f"already holds {name}; choose another folder"):
         write_sharded(tmp_path, SPECS, [A, B])
     assert (tmp_path / name).read_text() == "old"
 

@@ -10,9 +10,9 @@ import torch
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.errors import KernelError
-from gemcutter.ops.step import KVRange, Step
-from gemcutter.ops.triton.attn_metadata import paged
-from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec, group_of
+from gemcutter.ops.step import KVRange, Step, prepare
+from gemcutter.ops.triton.attn_metadata import TritonAttnMetadata, build, of_group
+from gemcutter.plan import GLOBAL_GROUP, Attn, LayerPlan, ModelPlan, Proj, RopeSpec, group_of
 
 WINDOW, PAGE = 5, 4
 
@@ -35,14 +35,16 @@ def make_step(window: int | None, device: torch.device, lengths: tuple[int, ...]
         table.reserve(count)
     positions = torch.cat([table.length + torch.arange(count) for table, count in zip(tables, rows, strict=True)]).to(device)
     spans = {group_of(window): tuple(table.kv_range(group_of(window)) for table in tables)}
-    slots = {window: torch.tensor([slot for table in tables for slot in table.slot_mapping(group_of(window))], device=device)}
-    return Step(positions, positions, positions, (0, 2, 8, 9), spans, slots, None, {}), tables
+    slots = {
+        group_of(window): torch.tensor([slot for table in tables for slot in table.slot_mapping(group_of(window))], device=device)
+    }
+    return prepare(Step(positions, positions, positions, (0, 2, 8, 9), spans, slots, None, {}), build), tables
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_every_key_is_found_where_the_span_has_it(window: int | None, device: torch.device) -> None:
     step, tables = make_step(window, device)
-    here = paged(step, window)
+    here = of_group(step, group_of(window))
     for s, table in enumerate(tables):
         span = step.kv_ranges[group_of(window)][s]
         count = table.length + table.reserved - span.start
@@ -54,39 +56,53 @@ def test_every_key_is_found_where_the_span_has_it(window: int | None, device: to
             found.append(int(page) * here.page_tokens + p % here.page_tokens)
         assert found == wanted
         rows = slice(step.query_start[s], step.query_start[s + 1])
-        assert here.slots_N is not None
-        assert here.slots_N[rows].tolist() == found[table.length - span.start :]
+        assert here.slot_mapping_N is not None
+        assert here.slot_mapping_N[rows].tolist() == found[table.length - span.start :]
 
 
 def test_rows_name_their_sequences(device: torch.device) -> None:
-    here = paged(make_step(None, device)[0], None)
+    here = of_group(make_step(None, device)[0], GLOBAL_GROUP)
     assert here.row_sequence_N.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 2]
-    assert here.row_start_S1.tolist() == [0, 2, 8, 9]
+    assert here.query_start_S1.tolist() == [0, 2, 8, 9]
     assert here.positions_N.tolist() == [13, 14, 0, 1, 2, 3, 4, 5, 9]
     assert (here.max_rows, here.sequences, here.page_tokens) == (6, 3, PAGE)
-    small = (here.positions_N, here.row_sequence_N, here.row_start_S1, here.pages_SP, here.first_S)
+    small = (here.positions_N, here.row_sequence_N, here.query_start_S1, here.pages_SP, here.first_S)
     assert {(each.dtype, each.device.type) for each in small} == {(torch.int32, device.type)}
 
 
-def test_it_is_made_once_a_step(device: torch.device) -> None:
+def test_it_is_made_once_a_step_for_its_groups_alone(device: torch.device) -> None:
     step, _ = make_step(WINDOW, device)
-    assert paged(step, WINDOW) is paged(step, WINDOW)
-    with pytest.raises(KeyError):
-        paged(step, None)
+    assert of_group(step, group_of(WINDOW)) is of_group(step, group_of(WINDOW))
+    with pytest.raises(KernelError, match="no Triton attention metadata for the group 'global'"):
+        of_group(step, GLOBAL_GROUP)
+
+
+def test_last_visible_positions_come_along(device: torch.device) -> None:
+    step, _ = make_step(None, device)
+    last = torch.arange(9, device=device) + 20
+    step = prepare(replace(step, last_visible_N=last, logit_rows=(1, 8)), build)
+    whole, kept = of_group(step, GLOBAL_GROUP), of_group(step.remaining, GLOBAL_GROUP)
+    assert whole.last_visible_N is not None
+    assert kept.last_visible_N is not None
+    assert (whole.last_visible_N.dtype, whole.last_visible_N.tolist()) == (torch.int32, last.tolist())
+    assert kept.last_visible_N.tolist() == [21, 28]
+    assert TritonAttnMetadata.__dataclass_fields__["last_visible_N"].default is None
 
 
 def test_kept_rows_read_the_same_pages_and_write_nothing(device: torch.device) -> None:
     step, _ = make_step(WINDOW, device)
-    kept = replace(step, keep=(1, 8)).kept()
-    whole, here = paged(step, WINDOW), paged(kept, WINDOW)
-    assert here.slots_N is None
-    assert here.row_start_S1.tolist() == [0, 1, 1, 2]
+    kept = prepare(replace(step, logit_rows=(1, 8)), build).remaining
+    whole, here = of_group(step, group_of(WINDOW)), of_group(kept, group_of(WINDOW))
+    assert here.slot_mapping_N is None
+    assert here.query_start_S1.tolist() == [0, 1, 1, 2]
     assert here.positions_N.tolist() == [14, 9]
     assert torch.equal(here.pages_SP, whole.pages_SP)
 
 
 def test_spans_without_pages_are_refused(device: torch.device) -> None:
     step, _ = make_step(None, device)
-    blind = replace(step, spans={None: tuple(KVRange(span.start, span.where) for span in step.kv_ranges[group_of(None)])})
+    blind = replace(
+        step, kv_ranges={GLOBAL_GROUP: tuple(KVRange(span.start, span.where) for span in step.kv_ranges[group_of(None)])}
+    )
     with pytest.raises(KernelError, match="name no pages"):
-        paged(blind, None)
+        build(blind)

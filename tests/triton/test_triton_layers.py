@@ -1,7 +1,7 @@
 """Whole decoders on Triton: small ones against the reference, the trained ones against what transformers said of them, and the
 proof that no layer launches what its place in the model does not need.
 
-Owns no single kernel: the other files here do. Read `gemcutter/ops/triton_sentences.py` beside it.
+Owns no single kernel: the other files here do. Read `gemcutter/ops/triton/layer_ops.py` beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
 from gemcutter.model.text import Decoder
-from gemcutter.ops import triton_experts, triton_fused, triton_gates, triton_linear
+from gemcutter.ops.triton import elementwise, fused_norm, moe
+from gemcutter.ops.triton import linear as linear_kernels
 from gemcutter.plan import Proj
 from gemcutter.quant import Weight
 from tests.trained import GOLDENS, golden
@@ -39,13 +40,13 @@ FOLDERS = {"tiny-e": DEMO_FOLDER, "tiny-a": GOLDENS / "tiny-a"}
 @pytest.fixture(autouse=True)
 def _tall_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give programs of products many matrix rows: the interpreter takes as long for them as for one."""
-    select_kernel = triton_linear.choose_tile
+    choose = linear_kernels.choose_tile
 
-    def choose_tall(rows: int, features: int, *rest: Any) -> triton_linear.Tile:
-        return replace(select_kernel(rows, features, *rest), features=min(TALL, triton.next_power_of_2(features)))
+    def choose_tall(rows: int, features: int, *rest: Any) -> linear_kernels.Tile:
+        return replace(choose(rows, features, *rest), features=min(TALL, triton.next_power_of_2(features)))
 
     if device.type == "cpu":
-        for file in (triton_linear, triton_experts):
+        for file in (linear_kernels, moe):
             monkeypatch.setattr(file, "choose_tile", choose_tall)
 
 
@@ -95,7 +96,7 @@ def test_a_small_decoder_whose_values_are_not_normed(device: torch.device) -> No
 
 
 def test_a_small_decoder_in_bfloat16(device: torch.device) -> None:
-    """Not the one with experts, among which a router may select_kernel otherwise then."""
+    """Not the one with experts, among which a router may choose otherwise then."""
     found = run(decode_with("triton", "Gemma 3", device, BF16), *JOB)
     assert not mismatches(found, reference("Gemma 3", device, BF16, True), TOLERANCES[BF16])
 
@@ -154,8 +155,8 @@ class Ledger:
 @pytest.fixture
 def ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
     """Note every launch and product."""
-    found, launch, linear = Ledger(), KernelInterface.__getitem__, triton_linear.linear
-    files = vars(triton_fused) | vars(triton_gates)
+    found, launch, linear = Ledger(), KernelInterface.__getitem__, linear_kernels.linear
+    files = vars(fused_norm) | vars(elementwise)
     own = {value: name for name, value in files.items() if isinstance(value, KernelInterface)}
 
     def note_kernel(kernel: Any, grid: Any) -> Any:
@@ -171,7 +172,7 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
         return linear(x_ND, weight)
 
     monkeypatch.setattr(KernelInterface, "__getitem__", note_kernel)
-    monkeypatch.setattr(triton_linear, "linear", note_product)
+    monkeypatch.setattr(linear_kernels, "linear", note_product)
     return found
 
 

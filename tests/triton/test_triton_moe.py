@@ -9,7 +9,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gemcutter.errors import KernelError
-from gemcutter.ops import reference, triton_experts, triton_linear
+from gemcutter.ops import reference
+from gemcutter.ops.triton import linear as linear_kernels
+from gemcutter.ops.triton import moe
 from gemcutter.ops.triton.moe import PAIR_ROWS, SCAN_ROWS, block_rows, experts, list_blocks
 from gemcutter.quant import Weight
 from gemcutter.quant.packed import Stack
@@ -22,7 +24,7 @@ EXPERTS, CHOICES, HIDDEN, WIDTH = 5, 3, 64, 32
 @pytest.fixture(autouse=True)
 def _usual_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the small matrices of these tests for usual ones, whose tiles hold several rows."""
-    monkeypatch.setattr(triton_linear, "NARROW_MATRIX", 4)
+    monkeypatch.setattr(linear_kernels, "NARROW_MATRIX", 4)
 
 
 def packed_stack(name: str, rows: int, columns: int, device: torch.device, first: int = 0) -> tuple[Weight, Tensor]:
@@ -38,7 +40,7 @@ def dense_stack(rows: int, columns: int, seed: int, dtype: torch.dtype, device: 
     return (small(EXPERTS, rows, columns, seed=seed) * 10).to(device, dtype)
 
 
-def select_kernel(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def choose(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Make rows, weights and choices; the last expert is never chosen."""
     generator = torch.Generator().manual_seed(count)
     x_MD = torch.randn(count, HIDDEN, generator=generator)
@@ -66,7 +68,7 @@ def check(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("count", [1, 2, PAIR_ROWS, PAIR_ROWS + 1, SCAN_ROWS, SCAN_ROWS + 1, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_experts(count: int, dtype: torch.dtype, device: torch.device) -> None:
-    x_MD, weights_MT, chosen_MT = select_kernel(count, device)
+    x_MD, weights_MT, chosen_MT = choose(count, device)
     gates, outs = (dense_stack(*shape, dtype, device) for shape in ((2 * WIDTH, HIDDEN, 1), (HIDDEN, WIDTH, 2)))
     gates[-1] = outs[-1] = torch.nan  # never chosen, and never met
     rows = x_MD.to(dtype)
@@ -79,7 +81,7 @@ def test_dense_experts(count: int, dtype: torch.dtype, device: torch.device) -> 
 @pytest.mark.parametrize("name", ["Q4_0", "affine8g64", "nvfp4"])
 def test_packed_experts(name: str, count: int, device: torch.device) -> None:
     hidden, width = HIDDEN, HIDDEN if name == "affine8g64" else WIDTH
-    _, weights_MT, chosen_MT = select_kernel(count, device)
+    _, weights_MT, chosen_MT = choose(count, device)
     x_MD = torch.randn(count, hidden, generator=torch.Generator().manual_seed(7)).to(device)
     w_in, gates = packed_stack(name, 2 * width, hidden, device)
     w_out, outs = packed_stack(name, hidden, width, device, first=3)
@@ -88,7 +90,7 @@ def test_packed_experts(name: str, count: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("count", [1, PAIR_ROWS + 1, SCAN_ROWS + 1])
 def test_gate_and_up_may_be_parts_of_one_stack(count: int, device: torch.device) -> None:
-    x_MD, weights_MT, chosen_MT = select_kernel(count, device)
+    x_MD, weights_MT, chosen_MT = choose(count, device)
     halves = [dense_stack(WIDTH, HIDDEN, seed, torch.float32, device) for seed in (3, 4)]
     outs = dense_stack(HIDDEN, WIDTH, 2, torch.float32, device)
     w_in = Weight(adjoin(halves), ("gate", "up"))
@@ -99,7 +101,7 @@ def test_gate_and_up_may_be_parts_of_one_stack(count: int, device: torch.device)
 
 
 def test_all_rows_may_choose_one_expert(device: torch.device) -> None:
-    x_MD, weights_MT, _ = select_kernel(40, device)
+    x_MD, weights_MT, _ = choose(40, device)
     gates, outs = (dense_stack(*shape, torch.float32, device) for shape in ((2 * WIDTH, HIDDEN, 1), (HIDDEN, WIDTH, 2)))
     chosen_MT = torch.tensor([3, 0, 4], device=device).repeat(40, 1)
     found = experts(x_MD, weights_MT, chosen_MT, Weight((gates,)), Weight((outs,)))
@@ -119,8 +121,8 @@ def test_blocks_hold_every_pair_once_beside_its_expert(
     count: int, size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many pairs are looked through bit by bit."""
-    monkeypatch.setattr(triton_experts, "SORT_PAIRS", 32)
-    for chosen_MT in (select_kernel(count, device)[2], *(torch.full((count, 1), expert, device=device) for expert in (0, 4))):
+    monkeypatch.setattr(moe, "SORT_PAIRS", 32)
+    for chosen_MT in (choose(count, device)[2], *(torch.full((count, 1), expert, device=device) for expert in (0, 4))):
         owners_B, members_BR = list_blocks(chosen_MT, EXPERTS, size)
         blocks = zip(owners_B.tolist(), members_BR.tolist(), strict=True)
         found = [(owner, pair) for owner, pairs in blocks for pair in pairs if pair >= 0]

@@ -2,7 +2,7 @@
 
 Owns shapes that native kernels take whole (head dims of 32 and more); `test_providers.py` holds each sentence against its formula
 on odd shapes, `test_native_packed.py`, `test_native_dense.py` and `test_native_attention.py` the words beneath. Read
-`gemcutter/ops/cpu_native.py` beside it.
+`gemcutter/ops/layer_ops.py` beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from gemcutter.checkpoint.hub import DEMO_FOLDER
 from gemcutter.engine.engine import Engine
 from gemcutter.errors import KernelError
 from gemcutter.model.text import Decoder
-from gemcutter.ops import cpu_native, reference
+from gemcutter.ops import reference
+from gemcutter.ops.cpu import layer_ops, model_ops
 from gemcutter.ops.types import OpContext, Param, Precision
 from gemcutter.parity.passage import PASSAGE
 from gemcutter.plan import ModelPlan, Proj
@@ -220,7 +221,7 @@ def inject_identity(dtype: torch.dtype = F32) -> tuple[Any, Any]:
     sized = replace(plan(name), hidden=hidden)
     narrow, words = replace(layer, ple_dim=hidden), OpContext(reference.linear)
     return (
-        cpu_native.build_ple_gate(sized, narrow, here, words),
+        layer_ops.build_ple_gate(sized, narrow, here, words),
         reference.build_ple_gate(sized, narrow, here, words),  # type: ignore[arg-type]
     )
 
@@ -248,7 +249,7 @@ def test_softcap_is_right_near_zero_and_far_out(cap: float | None) -> None:
     here = {"embed.tokens": Weight((torch.eye(96),))}
     sized = replace(plan("E2B"), hidden=96, softcap=cap)
     rows = torch.stack([torch.linspace(-size, size, 96) for size in (1e-6, 0.1, 0.3, 3.0, 40.0, 1e4)])
-    found = cpu_native.build_lm_head(sized, here, OpContext(reference.linear))(rows)
+    found = model_ops.build_lm_head(sized, here, OpContext(reference.linear))(rows)
     wanted = rows.double() if cap is None else cap * torch.tanh(rows.double() / cap)
     assert torch.allclose(found.double(), wanted, rtol=1e-6, atol=0)
 
