@@ -147,11 +147,19 @@ class EngineLoop:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine  # its numbers may be read from anywhere; all else goes through `run`
+        self._engine: Engine | None = engine
         self._owner = _Owner(engine)
         self._lock = threading.Lock()  # of starting and closing
         self._is_closed = False
         weakref.finalize(self, self._owner.inbox.put, _Owner.close).atexit = False
+
+    @property
+    def engine(self) -> Engine:
+        """Return the engine, whose limits and checks any thread may use; all else goes through `run`. Raises RequestError."""
+        engine = self._engine
+        if engine is None:
+            raise RequestError(CLOSED)
+        return engine
 
     def submit(self, request: Request, sink: Sink, *, is_checked: bool = False) -> int:
         """Queue a request and return its number; its events go to `sink`. Raises RequestError if it can never run."""
@@ -225,7 +233,7 @@ class EngineLoop:
         self._owner.inbox.put(_Owner.close)
         if thread is not None and thread is not threading.current_thread():
             thread.join()
-        self.__dict__.pop("engine", None)  # streams may outlive the model; its memory should not
+        self._engine = None  # streams may outlive the model; its memory should not
 
     def _post(self, message: Message) -> None:
         """Put a message into the inbox, with a thread to read it. Raises RequestError once the loop is closed."""
