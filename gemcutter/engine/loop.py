@@ -24,12 +24,13 @@ import torch
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import FinishReason, Request, RequestEvent
 from gemcutter.engine.threads import thread_count
-from gemcutter.errors import GemcutterError, RequestError
+from gemcutter.errors import CapacityError, GemcutterError, RequestError
 
 Found = TypeVar("Found")
 Sink = Callable[[RequestEvent], None]  # called on the engine's thread: it must not block
 Message = Callable[["_Owner"], None]
 CLOSED = "the model is closed; load it again"
+ALLOCATORS = ("can't allocate memory", "out of memory")  # how torch words what Python calls a MemoryError
 EXIT_S = 10.0  # that the end of the program waits for a step to end
 
 log = logging.getLogger(__name__)
@@ -252,7 +253,9 @@ def failure(error: Exception) -> GemcutterError:
     """Return an error to raise in the reader of a request that ended with `error`; several readers may share that one."""
     if isinstance(error, GemcutterError):
         return type(error)(error.summary, error.problems)
-    found = RequestError(f"the request failed in a step of the engine: {type(error).__name__}: {error}")
+    found: GemcutterError = RequestError(f"the request failed in a step of the engine: {type(error).__name__}: {error}")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in ALLOCATORS):
+        found = CapacityError("no memory is left for a step; lower --context or the batch, or choose a smaller model")
     found.__cause__ = error
     return found
 
