@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from itertools import count
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ class Engine:
                 pending = self.runner.launch(chunks)
             if self.runner.can_run_ahead(pending) and (after := self.scheduler.schedule_after(chunks)):
                 following = self.runner.launch_after(pending, after)
-            results = pending.result().chunks
+            results, now = pending.result().chunks, time.perf_counter()
         except Exception as error:
             self._withdraw()
             return self._fail([chunk.sequence for chunk in chunks] or self._next_up(), error)
@@ -153,7 +154,7 @@ class Engine:
             self._withdraw()
             raise
         self._ahead = following
-        now, events = time.perf_counter(), list[RequestEvent]()
+        events = list[RequestEvent]()
         for chunk, result in zip(chunks, results, strict=True):
             if chunk.sequence.table is chunk.table:  # else it ended while this row was computed
                 events += self._advance(chunk, result, now, ahead=int(following is not None))
@@ -231,6 +232,8 @@ class Engine:
 
     def _end(self, sequence: SequenceState, finish: FinishReason, now: float, error: Exception | None = None) -> RequestEvent:
         """End a request between its tokens."""
+        if error is not None:
+            clear_frames(error.__traceback__)  # which hold the step's tensors as long as somebody holds the error
         self._forget(sequence)
         return RequestEvent(sequence.number, finish=finish, error=error, time_s=now)
 

@@ -24,12 +24,13 @@ import torch
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import FinishReason, Request, RequestEvent
 from gemcutter.engine.threads import thread_count
-from gemcutter.errors import GemcutterError, RequestError
+from gemcutter.errors import CapacityError, GemcutterError, RequestError
 
 Found = TypeVar("Found")
 Sink = Callable[[RequestEvent], None]  # called on the engine's thread: it must not block
 Message = Callable[["_Owner"], None]
 CLOSED = "the model is closed; load it again"
+ALLOCATORS = ("can't allocate memory", "out of memory")  # how torch words what Python calls a MemoryError
 EXIT_S = 10.0  # that the end of the program waits for a step to end
 
 log = logging.getLogger(__name__)
@@ -147,11 +148,19 @@ class EngineLoop:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine  # its numbers may be read from anywhere; all else goes through `run`
+        self._engine: Engine | None = engine
         self._owner = _Owner(engine)
         self._lock = threading.Lock()  # of starting and closing
         self._is_closed = False
         weakref.finalize(self, self._owner.inbox.put, _Owner.close).atexit = False
+
+    @property
+    def engine(self) -> Engine:
+        """Return the engine, whose limits and checks any thread may use; all else goes through `run`. Raises RequestError."""
+        engine = self._engine
+        if engine is None:
+            raise RequestError(CLOSED)
+        return engine
 
     def submit(self, request: Request, sink: Sink, *, is_checked: bool = False) -> int:
         """Queue a request and return its number; its events go to `sink`. Raises RequestError if it can never run."""
@@ -225,7 +234,7 @@ class EngineLoop:
         self._owner.inbox.put(_Owner.close)
         if thread is not None and thread is not threading.current_thread():
             thread.join()
-        self.__dict__.pop("engine", None)  # streams may outlive the model; its memory should not
+        self._engine = None  # streams may outlive the model; its memory should not
 
     def _post(self, message: Message) -> None:
         """Put a message into the inbox, with a thread to read it. Raises RequestError once the loop is closed."""
@@ -244,7 +253,9 @@ def failure(error: Exception) -> GemcutterError:
     """Return an error to raise in the reader of a request that ended with `error`; several readers may share that one."""
     if isinstance(error, GemcutterError):
         return type(error)(error.summary, error.problems)
-    found = RequestError(f"the request failed in a step of the engine: {type(error).__name__}: {error}")
+    found: GemcutterError = RequestError(f"the request failed in a step of the engine: {type(error).__name__}: {error}")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in ALLOCATORS):
+        found = CapacityError("no memory is left for a step; lower --context or the batch, or choose a smaller model")
     found.__cause__ = error
     return found
 

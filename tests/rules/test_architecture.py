@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "repack": {"native"},
     "quant": {"native", "repack"},
     "ops": {"plan", "quant", "native"},
+    "load_options": {"ops"},
+    "loading": {"load_options", "plan", "checkpoint", "engine", "model", "ops"},
     "model": {"plan", "quant", "ops"},
     "cache": {"plan", "ops"},
     "engine": {"plan", "model", "cache", "ops"},
@@ -31,11 +33,12 @@ MAY_IMPORT = {
     "text": set(),
     "defaults": {"config", "engine", "text"},
     "completion": {"engine", "text"},
-    "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "lexicon", "completion", "pause"},
+    "api": {"load_options", "loading", "checkpoint", "engine", "model", "text", "lexicon", "completion", "pause"},
     "lexicon": {"checkpoint", "text", "defaults"},
     "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api"},
-    "gauge": {"plan", "config", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
+    "gauge": {"plan", "config", "checkpoint", "quant", "ops", "cache", "engine", "model", "load_options", "loading", "native"},
     "cli": {
+        "load_options",
         "plan",
         "config",
         "checkpoint",
@@ -148,3 +151,30 @@ def test_plan_is_standard_library_only(module: str, imported: set[str]) -> None:
     names = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) or "" for node in direct}
     assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"gemcutter"}
     assert {name for name in names if name.startswith("gemcutter")} == imported
+
+
+PUBLIC = ("api.py", "completion.py", "engine/request.py", "engine/sampling.py", "engine/loop.py", "engine/engine.py")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_no_parameter_of_the_public_api_is_of_any_kind(name: str) -> None:
+    """Options are typed: neither a public function nor an alias or a TypedDict that it uses says Any."""
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+        said: list[ast.AST | None] = []
+        if isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__init__"):
+            given = node.args
+            every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+            said = [each.annotation for each in every if each is not None]
+        elif isinstance(node, ast.ClassDef):
+            said = [each.annotation for each in node.body if isinstance(each, ast.AnnAssign)]
+        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("Message", "Prompt"):
+            said = [node.value]
+        names = {each.id for one in said if one is not None for each in ast.walk(one) if isinstance(each, ast.Name)}
+        assert "Any" not in names, f"{name}: {getattr(node, 'name', 'an alias')}"
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((PACKAGE / "engine").glob("*.py"))])
+def test_nothing_happens_when_an_object_dies(name: str) -> None:
+    """The collector runs anywhere, in the middle of a step too; a finalizer posts a note to the engine's inbox at most."""
+    for path in (PACKAGE / "engine" / name, PACKAGE / "completion.py", PACKAGE / "api.py"):
+        assert "__del__" not in path.read_text()

@@ -23,7 +23,7 @@ from gemcutter.checkpoint.hub import DEMO_FOLDER
 from gemcutter.checkpoint.synth import COPIED
 from gemcutter.checkpoint.write import write_json, write_safetensors
 from gemcutter.engine.sampling import TokenLogprobs
-from gemcutter.ops import bind
+from gemcutter.ops.triton import backend as triton_backend
 
 ROOT = Path(__file__).parents[2]
 TEXT = "The king"
@@ -390,11 +390,11 @@ def test_a_checkpoint_without_a_template_does_not_chat(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu"}, "device: expected cpu or cuda, found 'tpu'"),
-        ({"device": "mps"}, "device: expected cpu or cuda, found 'mps'"),
+        ({"device": "tpu"}, "device: expected cpu, cuda or cuda:N, found 'tpu'"),
+        ({"device": "mps"}, "device: expected cpu, cuda or cuda:N, found 'mps'"),
         ({"dtype": "float16"}, "dtype float16: .* use bfloat16 or float32"),
         ({"dtype": "fp8"}, "dtype: expected float32 or bfloat16, found 'fp8'"),
-        ({"kernels": "fast"}, "kernels: expected one of auto, triton, reference, found 'fast'"),
+        ({"kernels": "fast"}, "kernels: expected auto, triton or reference, found 'fast'"),
     ],
     ids=repr,
 )
@@ -405,7 +405,7 @@ def test_kernels_that_are_not_there_are_refused(options: dict[str, Any], message
 
 @pytest.mark.parametrize("finds", [None, True])
 def test_triton_is_refused_where_it_cannot_run(finds: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bind, "find_spec", lambda name: finds)
+    monkeypatch.setattr(triton_backend, "find_spec", lambda name: finds)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     message = (
         "kernels triton: runs on a CPU only under TRITON_INTERPRET=1" if finds else "kernels triton: Triton is not installed"

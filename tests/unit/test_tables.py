@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gemcutter import api
-from gemcutter.checkpoint.tables import PLACES, check_place, place_table
+from gemcutter.checkpoint.tables import place_table
 from gemcutter.errors import KernelError
+from gemcutter.load_options import PLE_PLACES, LoadOptions
 from gemcutter.quant import Weight
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -21,19 +22,23 @@ def test_a_table_stays_mapped_on_a_cpu_and_where_that_is_asked_for() -> None:
     assert place_table(table, "mmap", GPU) is table
 
 
-@pytest.mark.parametrize("where", PLACES)
+def options(where: str | None, device: str) -> LoadOptions:
+    return LoadOptions(model="demo", ple=where, device=device)
+
+
+@pytest.mark.parametrize("where", PLE_PLACES)
 def test_every_place_serves_a_gpu(where: str) -> None:
-    check_place(where, GPU)
+    assert options(where, "cuda").ple == where
 
 
 def test_places_that_would_be_ignored_are_refused() -> None:
-    check_place(None, CPU)
-    check_place("mmap", CPU)
+    assert options(None, "cpu").ple is None
+    assert options("mmap", "cpu").ple == "mmap"
     for where in ("gpu", "host"):
         with pytest.raises(KernelError, match="on a CPU the table stays mapped"):
-            check_place(where, CPU)
-    with pytest.raises(KernelError, match="expected one of gpu, host, mmap, found 'disk'"):
-        check_place("disk", GPU)
+            options(where, "cpu")
+    with pytest.raises(KernelError, match="expected gpu, host or mmap, found 'disk'"):
+        options("disk", "cuda")
 
 
 class Runtime:
