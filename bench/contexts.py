@@ -2,7 +2,7 @@
 
 Owns the chart, an SVG that is readable on light and dark pages, with the floor beside the measurement: what reading weights, keys
 and values takes at this machine's bandwidth. Only the global layers' keys may make it grow. Refuses to know how contexts are
-filled (`gauge/stand.py`).
+filled (`benchmark/harness.py`).
 
     python bench/contexts.py --preset E2B --quant q4_0 -t 2 --depth 0 2048 16384 65536 --out docs/contexts.svg
 """
@@ -24,10 +24,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.contexts` has it
 
 from bench.ratios import RESULTS, spell_machine
+from gemcutter.benchmark.harness import list_trials
+from gemcutter.benchmark.report import measure
+from gemcutter.benchmark.target import Compute, from_file, from_preset
 from gemcutter.errors import GemcutterError
-from gemcutter.gauge.report import measure
-from gemcutter.gauge.stand import list_trials
-from gemcutter.gauge.subject import Compute, from_file, from_preset
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 40, 64, 56  # margins around the plot

@@ -14,25 +14,25 @@ from typing import Any, overload
 
 import torch
 
-from gemcutter.checkpoint.adapters import attach, fold
 from gemcutter.checkpoint.formats.lora import open_adapter
-from gemcutter.checkpoint.hub import locate
-from gemcutter.checkpoint.load import Progress, load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.panel_cache import PanelCache
-from gemcutter.checkpoint.tables import check_place, place_table
+from gemcutter.checkpoint.load.adapters import attach, fold
+from gemcutter.checkpoint.load.load_params import Progress, load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.load.packed_weight_cache import PanelCache
+from gemcutter.checkpoint.load.ple_placement import check_place, place_table
+from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.completion import Chunk, Completion, Mail, Stream, Timings
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.memory import check_limits
 from gemcutter.engine.request import Request
 from gemcutter.engine.sampling import Sampling
 from gemcutter.errors import KernelError, RequestError
-from gemcutter.lexicon import read_defaults, read_template, read_tokenizer
+from gemcutter.gc_pause import collector_paused
 from gemcutter.model.text import Decoder
 from gemcutter.ops.bind import ACTIVATIONS, CHOICES, native_refusal, triton_refusal
 from gemcutter.ops.reference import matrix
-from gemcutter.pause import collector_paused
 from gemcutter.text.stream import TextStream
+from gemcutter.text_assets import read_defaults, read_template, read_tokenizer
 
 __all__ = ["Chunk", "Completion", "Message", "Model", "Prompt", "Stream", "Timings", "load"]
 

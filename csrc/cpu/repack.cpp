@@ -1,7 +1,7 @@
 // Repacking: from the bytes of a file to panels of 16 rows, at the speed of memory.
 //
 // Owns the source formats that are common enough for a loop of their own; the others take the slow way through Python
-// (gemcutter/quant/tiling.py), which is also the definition that this file is tested against. Every row of a block writes words
+// (gemcutter/quant/cpu_packing.py), which is also the definition that this file is tested against. Every row of a block writes words
 // of 4 codes at a stride of 64 bytes, so a block stays in the first-level cache while its 16 rows meet. Read `layout.h` for the
 // target.
 #include <string.h>

@@ -1,7 +1,7 @@
 """`gemcutter bench`: how fast a model runs on this machine, beside what the machine allows.
 
-Owns the options and the progress line; the measuring is in `gemcutter/gauge/`. Refuses to know what a test or a ceiling is; read
-`gauge/report.py` for that.
+Owns the options and the progress line; the measuring is in `gemcutter/benchmark/`. Refuses to know what a test or a ceiling
+is; read `benchmark/report.py` for that.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def bench(
     import torch
 
     from gemcutter import native
-    from gemcutter.gauge.cold import first_token_s
-    from gemcutter.gauge.report import measure, show
-    from gemcutter.gauge.stand import list_trials
-    from gemcutter.gauge.subject import Compute, from_file, from_preset
+    from gemcutter.benchmark.cold_start import first_token_s
+    from gemcutter.benchmark.harness import list_trials
+    from gemcutter.benchmark.report import measure, show
+    from gemcutter.benchmark.target import Compute, from_file, from_preset
 
     if level is not None:
         native.set_level(level)

@@ -25,8 +25,8 @@ from gemcutter.ops.reference import Attention, Param, Words, closing_scale, matr
 from gemcutter.ops.step import Pool, Step
 from gemcutter.plan import LayerPlan, ModelPlan
 from gemcutter.quant import Part, Weight
-from gemcutter.quant.tiled import Tiled
-from gemcutter.quant.tiling import row_source
+from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_packing import row_source
 
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # enum gc_codes
 ACTIVATIONS = {"int8": 0, "bf16": 1, "float32": 2}  # enum gc_activations

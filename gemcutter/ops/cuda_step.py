@@ -17,7 +17,7 @@ from torch import Tensor
 from gemcutter.errors import KernelError
 from gemcutter.ops.step import Span, Step, send
 from gemcutter.quant import Weight
-from gemcutter.quant.striped import Striped
+from gemcutter.quant.gpu_packing import Striped
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Owns `linear` (the word), `gated` and `gate_mul` (a gate's product, its activation and what it opens, in one kernel), `logits_of`
 and `gather_rows` (rows of a striped table). Up to MANY_ROWS rows meet kernels of this file; more take the library's product, over
 striped weights that are widened a tile at a time. Launch shapes follow from row counts and matrix sizes alone. Refuses to know
-layers. Shape letters as in `reference.py`; read `triton_tiles.py` for the inner loops, `quant/striped.py` for the layout.
+layers. Shape letters as in `reference.py`; read `triton_tiles.py` for the inner loops, `quant/gpu_packing.py` for the layout.
 """
 
 # ruff: noqa: RET505  # what branches on a constant needs its `else`: Triton compiles one of the two
@@ -23,9 +23,9 @@ from gemcutter.ops import triton_gates
 from gemcutter.ops.triton_tiles import INTERPRETED, Operand, decode_rows, gelu, multiply_few, multiply_many, operand, squash
 from gemcutter.ops.triton_variant import Variant
 from gemcutter.quant import Part, Weight, widen
-from gemcutter.quant.panels import BF16, F32, U4, Layout
-from gemcutter.quant.striped import F4, F8, STRIPE, Striped, room, span_of
-from gemcutter.quant.tiling import BLOCK_TYPES
+from gemcutter.quant.cpu_layout import BF16, F32, U4, Layout
+from gemcutter.quant.cpu_packing import BLOCK_TYPES
+from gemcutter.quant.gpu_packing import F4, F8, STRIPE, Striped, room, span_of
 
 FEW_ROWS = 2  # up to here products in registers take fewer instructions than the way to the tensor cores
 FEW_NARROW_ROWS = 8  # the same, half of it if packed, for a matrix too narrow to fill the chip with tiles for the tensor cores

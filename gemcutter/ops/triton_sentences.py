@@ -16,7 +16,7 @@ from gemcutter.ops.cuda_step import is_near, paged
 from gemcutter.ops.reference import Attention, Param, Words, closing_scale, matrix, rounded_root, vector
 from gemcutter.ops.step import Pool, Step
 from gemcutter.plan import LayerPlan, ModelPlan
-from gemcutter.quant.striped import Striped
+from gemcutter.quant.gpu_packing import Striped
 
 Fan = tuple[Tensor, ...]  # the weights under which rows are normed, or these rows
 NORMED = "normed"  # where a step's memo has the residual that a layer gave, and its norm under the next layer's weight

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gemcutter.cache.pool import PagedPool
 from gemcutter.cache.table import Table
-from gemcutter.checkpoint.load import Progress
+from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.engine.memory import page_counts
 from gemcutter.engine.request import Request
 from gemcutter.engine.request import Sequence as Running

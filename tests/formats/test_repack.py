@@ -11,22 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcutter import native, repack
-from gemcutter.checkpoint.convert import convert
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter import native
+from gemcutter.checkpoint.convert.convert import convert
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Access
-from gemcutter.quant import Weight, affine, widen
-from gemcutter.quant.blocks import TYPES, Blocks
-from gemcutter.quant.integer import from_packed, from_values
+from gemcutter.quant import Weight, affine, native_repack, widen
+from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_packing import join, tile
+from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.packed import Packed
-from gemcutter.quant.tiled import Tiled
-from gemcutter.quant.tiling import join, tile
+from gemcutter.quant.scaled_int import from_packed, from_values
 from tests.topologies import prompt, run_alone
 from tests.trained import trained
-from tests.unit.test_quant_blocks import random_blocks
+from tests.unit.test_quant_gguf_blocks import random_blocks
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(native.load_library() is None, reason=f"needs the native library: {native.missing()}")
@@ -46,7 +46,7 @@ def affine_of(bits: int, group: int, dtype: torch.dtype, rows: int) -> Packed:
 
 
 PARTS: dict[str, Callable[[int], Packed]] = {
-    **{name: functools.partial(blocks, name) for name in repack.BLOCK_KINDS},
+    **{name: functools.partial(blocks, name) for name in native_repack.BLOCK_KINDS},
     **{
         f"affine{bits}g{group} {dtype}": functools.partial(affine_of, bits, group, dtype)
         for bits in (4, 8)
@@ -75,11 +75,11 @@ def test_the_library_writes_what_the_definition_says(name: str, rows: int) -> No
 def test_the_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[int]()
 
-    def spy(source: repack.Source, target: native.Matrix, threads: int) -> bool:
+    def spy(source: native_repack.Source, target: native.Matrix, threads: int) -> bool:
         asked.append(source.kind)
-        return repack.repack(source, target, threads)
+        return native_repack.repack(source, target, threads)
 
-    monkeypatch.setattr("gemcutter.quant.tiling.repack", spy)
+    monkeypatch.setattr("gemcutter.quant.cpu_packing.repack", spy)
     for name, make in PARTS.items():
         asked.clear()
         tile(make(20))

@@ -13,10 +13,10 @@ from gemcutter import native
 from gemcutter.ops import cpu_native, reference
 from gemcutter.ops.reference import Numerics, Words
 from gemcutter.quant import Weight, affine
-from gemcutter.quant.blocks import TYPES, Blocks
+from gemcutter.quant.cpu_packing import row_source
+from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.packed import Packed
-from gemcutter.quant.tiling import row_source
-from tests.unit.test_quant_blocks import random_blocks
+from tests.unit.test_quant_gguf_blocks import random_blocks
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 

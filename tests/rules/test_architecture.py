@@ -19,38 +19,37 @@ MAY_IMPORT = {
     "plan": {"config"},  # for type checking only, see test_plan_is_standard_library_only
     "config": set(),
     "native": set(),
-    "pause": set(),
-    "repack": {"native"},
-    "quant": {"native", "repack"},
+    "gc_pause": set(),
+    "quant": {"native"},
     "ops": {"plan", "quant", "native"},
     "model": {"plan", "quant", "ops"},
     "cache": {"plan", "ops"},
     "engine": {"plan", "model", "cache", "ops"},
     "checkpoint": {"plan", "config", "quant", "native"},
     "text": set(),
-    "defaults": {"config", "engine", "text"},
+    "generation_config": {"config", "engine", "text"},
     "completion": {"engine", "text"},
-    "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "lexicon", "completion", "pause"},
-    "lexicon": {"checkpoint", "text", "defaults"},
+    "api": {"plan", "config", "checkpoint", "engine", "model", "ops", "text", "text_assets", "completion", "gc_pause"},
+    "text_assets": {"checkpoint", "text", "generation_config"},
     "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api"},
-    "gauge": {"plan", "config", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
+    "benchmark": {"plan", "config", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
     "cli": {
         "plan",
         "config",
         "checkpoint",
         "ops",
         "text",
-        "lexicon",
+        "text_assets",
         "api",
         "parity",
-        "gauge",
+        "benchmark",
         "engine",
         "completion",
         "native",
-        "pause",
+        "gc_pause",
     },
     "__main__": {"cli"},
-    "__init__": {"api", "engine", "completion", "pause"},
+    "__init__": {"api", "engine", "completion", "gc_pause"},
 }
 TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use_double_wide_mlp", "global_head_dim")
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
@@ -131,7 +130,7 @@ def test_transformers_is_never_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["gemcutter", "gemcutter.plan", "gemcutter.config", "gemcutter.checkpoint.match", "gemcutter.ops.bind"]
+    "module", ["gemcutter", "gemcutter.plan", "gemcutter.config", "gemcutter.checkpoint.load.match", "gemcutter.ops.bind"]
 )
 def test_headers_and_plans_need_no_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
@@ -144,3 +143,63 @@ def test_plan_is_standard_library_only() -> None:
     names = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) or "" for node in direct}
     assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"gemcutter"}
     assert {name for name in names if name.startswith("gemcutter")} == {"gemcutter.errors"}
+
+
+# Each package of checkpoint/ and those that it may import, besides itself.
+CHECKPOINT_MAY_IMPORT = {
+    "container": set(),
+    "formats": {"container"},
+    "load": {"container", "formats"},
+    "write": {"container", "formats", "remote"},  # remote: the demo's folder, whose tokenizer random checkpoints get
+    "convert": {"container", "formats", "load", "write"},
+    "remote": {"container"},
+    "doctor": {"container", "formats", "load", "remote"},
+}
+
+
+@pytest.mark.parametrize("package", CHECKPOINT_MAY_IMPORT)
+def test_checkpoint_packages_are_layers(package: str) -> None:
+    for path in (PACKAGE / "checkpoint" / package).rglob("*.py"):
+        found = {name.split(".")[2] for name, _ in imported_modules(path) if name.startswith("gemcutter.checkpoint.")}
+        assert found <= CHECKPOINT_MAY_IMPORT[package] | {package}, path
+
+
+def imported_modules(path: Path) -> list[tuple[str, bool]]:
+    """Return the gemcutter modules that a file imports, each with whether the import runs when the file itself is imported."""
+    modules = {module_name(each) for each in FILES}
+    found = list[tuple[str, bool]]()
+
+    def visit(node: ast.AST, is_run: bool) -> None:
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            while name and name not in modules:  # a function or class of a module
+                name = name.rpartition(".")[0]
+            if name:
+                found.append((name, is_run))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            is_run = False
+        for child in ast.iter_child_nodes(node):
+            visit(child, is_run and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    visit(ast.parse(path.read_text()), True)
+    return found
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a file's module."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions and for type checking alone are exempt: they do not run when a module is imported."""
+    graph = {module_name(path): {name for name, is_run in imported_modules(path) if is_run} for path in FILES}
+    for name, found in graph.items():
+        found.discard(name)
+    while leaves := [name for name, found in graph.items() if not found & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph, f"modules that import each other: {sorted(graph)}"

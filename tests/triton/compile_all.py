@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gemcutter.benchmark.synthetic import SIZES
 from gemcutter.engine.graphs import Choice
 from gemcutter.engine.step import build_step
-from gemcutter.gauge.presets import SIZES
 from gemcutter.ops.triton_linear import TYPES
 from gemcutter.ops.triton_report import measure, runs_on
 from gemcutter.ops.triton_variant import Variant

@@ -15,6 +15,7 @@ import pytest
 import torch
 from triton.runtime.jit import KernelInterface
 
+from gemcutter.benchmark import synthetic
 from gemcutter.cache.pool import PagedPool
 from gemcutter.cache.table import Table
 from gemcutter.engine.graphs import Graphs, Slate
@@ -23,7 +24,6 @@ from gemcutter.engine.request import Request
 from gemcutter.engine.request import Sequence as Running
 from gemcutter.engine.sampling import Sampling
 from gemcutter.engine.scheduler import Work
-from gemcutter.gauge import presets
 from gemcutter.model.text import Decoder
 from gemcutter.ops import bind, triton_attention, triton_sentences
 
@@ -54,12 +54,12 @@ def pretend(launch: Launch) -> Iterator[None]:
 @cache
 def params_of(preset: str, quant: str) -> dict[str, Any]:
     """Make a model's parameters once."""
-    return presets.make_params(presets.plan_of(preset), quant, tiled=False, device=META)
+    return synthetic.make_params(synthetic.plan_of(preset), quant, tiled=False, device=META)
 
 
 def setting(preset: str, quant: str) -> tuple[Decoder, PagedPool]:
     """Build a decoder in bfloat16 and a pool for it."""
-    decoder = Decoder(presets.plan_of(preset), params_of(preset, quant), torch.bfloat16, META)
+    decoder = Decoder(synthetic.plan_of(preset), params_of(preset, quant), torch.bfloat16, META)
     assert decoder.providers == {"triton"}
     counts = page_counts(decoder.plan, CONTEXT, 4096, MOST_SEQUENCES)
     return decoder, PagedPool(decoder.plan, counts, decoder.dtype, META, compact_weights(decoder))

@@ -12,8 +12,8 @@ from gemcutter.errors import KernelError
 from gemcutter.ops import reference, triton_experts, triton_linear
 from gemcutter.ops.triton_experts import PAIR_ROWS, SCAN_ROWS, block_rows, experts, list_blocks
 from gemcutter.quant import Weight
+from gemcutter.quant.gpu_packing import adjoin, stripe
 from gemcutter.quant.packed import Stack
-from gemcutter.quant.striped import adjoin, stripe
 from tests.triton.packed import MAKERS, small
 
 EXPERTS, CHOICES, HIDDEN, WIDTH = 5, 3, 64, 32
