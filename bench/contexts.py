@@ -24,10 +24,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.contexts` has it
 
 from bench.ratios import RESULTS, spell_machine
+from gemcutter.benchmark.harness import list_trials
+from gemcutter.benchmark.report import measure
+from gemcutter.benchmark.target import from_file, from_preset
 from gemcutter.errors import GemcutterError
-from gemcutter.gauge.report import measure
-from gemcutter.gauge.stand import list_trials
-from gemcutter.gauge.subject import from_file, from_preset
 from gemcutter.load_options import LoadOptions
 
 WIDTH, HEIGHT = 720, 400

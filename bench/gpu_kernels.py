@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcutter.benchmark.hardware import read_rate
+from gemcutter.benchmark.synthetic import make_params, plan_of
 from gemcutter.engine.memory import PAGE_TOKENS
-from gemcutter.gauge.machine import read_rate
-from gemcutter.gauge.presets import make_params, plan_of
 from gemcutter.ops import reference
 from gemcutter.ops.registry import select_backend
 from gemcutter.ops.triton.attn_metadata import TritonAttnMetadata

@@ -34,14 +34,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.peers`
 
 from bench.ratios import RESULTS, keep, table
 from bench.synthetic import FILE_TYPES, write_model
-from gemcutter.checkpoint.hub import locate
-from gemcutter.checkpoint.match import open_checkpoint
-from gemcutter.checkpoint.synth import SIZES, spell_config
+from gemcutter.benchmark import hardware
+from gemcutter.benchmark.cold_start import first_token_s
+from gemcutter.benchmark.harness import Trial, list_trials
+from gemcutter.benchmark.report import ceiling
+from gemcutter.checkpoint.load.match import open_checkpoint
+from gemcutter.checkpoint.remote.hub import locate
+from gemcutter.checkpoint.write.synth import SIZES, spell_config
 from gemcutter.errors import GemcutterError
-from gemcutter.gauge import machine
-from gemcutter.gauge.cold import first_token_s
-from gemcutter.gauge.report import ceiling
-from gemcutter.gauge.stand import Trial, list_trials
 from gemcutter.load_options import LoadOptions
 
 HERE = Path(__file__).parent
@@ -205,7 +205,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     found = {engine.name: engine.as_object() for engine in engines}
     ours = found["gemcutter"]
-    rates = machine.measure_rates()
+    rates = hardware.measure_rates()
     if ours["about"].get("native_flops_per_s"):
         rates["native_flops_per_s"] = ours["about"]["native_flops_per_s"]
     about = ours["about"]
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str]) -> int:
         except GemcutterError as error:
             print(error, file=sys.stderr)
             return 1
-    path = keep(run, machine.describe(), date.today().isoformat(), options.results)
+    path = keep(run, hardware.describe(), date.today().isoformat(), options.results)
     print(table(run))
     print(f"\n{path}; `python bench/ratios.py --write` puts the newest into the README")
     return 0

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gemcutter.errors import CapacityError, CheckpointError, ConfigError, GemcutterError, KernelError, RequestError
-from gemcutter.pause import collector_paused
+from gemcutter.gc_pause import collector_paused
 
 if TYPE_CHECKING:
     from gemcutter.api import GenerateOptions, Model, PreparedRequest, load

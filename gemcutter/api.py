@@ -14,8 +14,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
-from gemcutter.checkpoint.load import Progress
-from gemcutter.checkpoint.match import Checkpoint
+from gemcutter.checkpoint.load.load_params import Progress
+from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.loop import CLOSED, EngineLoop
@@ -23,12 +23,12 @@ from gemcutter.engine.request import Request
 from gemcutter.engine.sampler import LogitsProcessor
 from gemcutter.engine.sampling import SamplingParams
 from gemcutter.errors import RequestError
-from gemcutter.lexicon import read_defaults, read_template, read_tokenizer
+from gemcutter.gc_pause import collector_paused
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model
 from gemcutter.model.text import Decoder
-from gemcutter.pause import collector_paused
 from gemcutter.text.stream import TextStream
+from gemcutter.text_assets import read_defaults, read_template, read_tokenizer
 
 __all__ = [
     "Chunk",

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gemcutter.checkpoint.adapters import attach, fold
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
-from gemcutter.checkpoint.hub import locate
-from gemcutter.checkpoint.load import Progress, load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.panel_cache import PanelCache
-from gemcutter.checkpoint.tables import place_table
+from gemcutter.checkpoint.load.adapters import attach, fold
+from gemcutter.checkpoint.load.load_params import Progress, load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.load.packed_weight_cache import PanelCache
+from gemcutter.checkpoint.load.ple_placement import place_table
+from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.engine.engine import Engine
 from gemcutter.errors import KernelError, RequestError
 from gemcutter.load_options import DEFAULT_CONTEXT, LoadOptions, check_dtype

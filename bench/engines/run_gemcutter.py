@@ -14,10 +14,10 @@ from turns import Run, serve
 
 import gemcutter
 from gemcutter import native
-from gemcutter.gauge.ceilings import held_bytes, token_bytes
-from gemcutter.gauge.machine import native_rate
-from gemcutter.gauge.stand import Stand, Trial
-from gemcutter.gauge.subject import Subject, from_file
+from gemcutter.benchmark.hardware import native_rate
+from gemcutter.benchmark.harness import Stand, Trial
+from gemcutter.benchmark.roofline import held_bytes, token_bytes
+from gemcutter.benchmark.target import Subject, from_file
 from gemcutter.load_options import LoadOptions
 
 MOMENTS, PAUSE_S = 4, 0.5  # at which the rate of products is measured

@@ -124,7 +124,7 @@ class PagedKVCache:
         store(self.values[layer], slots_N, v_NKE)
 
     def read(self, layer: int, kv_range: KVRange) -> tuple[Tensor, Tensor]:
-        """Return keys and values [T, K, E] of a KV range: views where its pages are consecutive, else copies; rebuilt keys are."""
+        """Return keys and values [T, K, E] of a KV range: views of consecutive pages, else copies, as rebuilt keys always are."""
         compact = self._compact.get(layer)
         keys = self.keys[layer][kv_range.where] if compact is None else compact.keys(kv_range.where)
         return keys, self.values[layer][kv_range.where]

@@ -108,10 +108,10 @@ def bench(
     import torch
 
     from gemcutter import native
-    from gemcutter.gauge.cold import first_token_s
-    from gemcutter.gauge.report import measure, show
-    from gemcutter.gauge.stand import list_trials
-    from gemcutter.gauge.subject import from_file, from_preset
+    from gemcutter.benchmark.cold_start import first_token_s
+    from gemcutter.benchmark.harness import list_trials
+    from gemcutter.benchmark.report import measure, show
+    from gemcutter.benchmark.target import from_file, from_preset
 
     if level is not None:
         native.set_level(level)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemcutter.checkpoint.held import ITEM_BYTES, held_as
-from gemcutter.checkpoint.match import Checkpoint, read_checkpoint
-from gemcutter.checkpoint.source import DTYPES
+from gemcutter.checkpoint.container.lazy_tensor import DTYPES
+from gemcutter.checkpoint.load.held import ITEM_BYTES, held_as
+from gemcutter.checkpoint.load.match import Checkpoint, read_checkpoint
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import spell_bytes, spell_count, spell_work
@@ -67,7 +67,9 @@ def inspect(
     asked = None if contexts is None else options.parse_integers("--context", contexts)
     if asked is not None and (not asked or min(asked) < 1):
         raise UsageError(f"--context: expected positive numbers, found {contexts!r}")
-    from gemcutter.checkpoint.remote import open_source  # which knows the web, and takes as long to import as all the rest
+    from gemcutter.checkpoint.remote.remote_source import (
+        open_source,
+    )  # which knows the web, and takes as long to import as all the rest
 
     checkpoint = read_checkpoint(open_source(model), tuple(ignore or ()))
     compute = dtype or checkpoint.config.dtype

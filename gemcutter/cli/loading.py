@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gemcutter.cli.options import Loading
 from gemcutter.cli.terminal import note, progress
-from gemcutter.pause import collector_paused
+from gemcutter.gc_pause import collector_paused
 
 if TYPE_CHECKING:
     from gemcutter.api import Model

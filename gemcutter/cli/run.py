@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemcutter.benchmark.memory import peak_rss_bytes
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model
 from gemcutter.cli.terminal import Answer, aside, note, spell_rate
 from gemcutter.errors import RequestError
-from gemcutter.gauge.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from gemcutter.api import Completion, Model, Prompt

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemcutter.checkpoint.write import write_json
+from gemcutter.checkpoint.write.write_safetensors import write_json
 from gemcutter.cli import options
 from gemcutter.cli.failure import FAILED, UsageError
 from gemcutter.cli.loading import load_model

@@ -1,7 +1,7 @@
 """Builds the flat rows of one step from scheduled chunks.
 
-Owns the order of rows and the translation of block tables to slots and KV ranges; refuses to know why the chunks were chosen. Read
-`ops/step.py` for the type.
+Owns the order of rows and the translation of block tables to slots and KV ranges; refuses to know why the chunks were chosen.
+Read `ops/step.py` for the type.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from gemcutter import __version__
 from gemcutter.api import Model
-from gemcutter.checkpoint.fingerprint import sampled_sha256
-from gemcutter.checkpoint.load import Progress
+from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
+from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.ops.devices import cpu_features
 from gemcutter.ops.registry import CPU

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache
-from gemcutter.checkpoint.load import Progress
+from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.engine.memory import page_counts
 from gemcutter.engine.request import Request, SequenceState
 from gemcutter.engine.scheduler import ScheduledChunk

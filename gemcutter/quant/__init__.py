@@ -2,7 +2,7 @@
 
 Owns `Weight`. A checkpoint usually stores q, k and v apart, and may pack each by another scheme; a Weight stacks them without
 copying, so a mapped file is used in place. Refuses to know layers and files. Read `packed.py` for what a packed part can do,
-`ops/reference.py` for who consumes a Weight, `checkpoint/load.py` for who makes it.
+`ops/reference.py` for who consumes a Weight, `checkpoint/load/load_params.py` for who makes it.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gemcutter.quant import Part
-from gemcutter.quant.make import Scheme
-from gemcutter.quant.make import pack as quantize
+from gemcutter.quant.cpu_packing import join, tile
+from gemcutter.quant.gpu_packing import adjoin, place, stripe
 from gemcutter.quant.packed import DenseStack, Packed
-from gemcutter.quant.striped import adjoin, place, stripe
-from gemcutter.quant.tiling import join, tile
+from gemcutter.quant.recipes import Scheme
+from gemcutter.quant.recipes import pack as quantize
 
 Release = Callable[[], None]  # gives back the mapped pages that were read so far
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.formats import compressed, gguf, hf, mlx
-from gemcutter.checkpoint.synth import SIZES, shrink, write_size
+from gemcutter.checkpoint.write.synth import SIZES, shrink, write_size
 from gemcutter.plan import ModelPlan, ParamSpec, Proj, derive
 from tests import gguf_files, mlx_files
 from tests.formats.packers import BLOCK, GROUP, PACKERS, Packer, Stored

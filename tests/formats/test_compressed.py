@@ -2,7 +2,7 @@
 
 Owns the matrix of layouts, sizes, expert names and prefixes, what stays in place, and what the loader leaves alone. Read
 `packers.py` for the tools that write the layouts, `test_compressed_broken.py` for what is refused. The values of single weights
-are the business of `tests/unit/test_quant_integer.py` and `test_quant_micro.py`.
+are the business of `tests/unit/test_quant_scaled_int.py` and `test_quant_micro.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor, MappedFile
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.formats import compressed
-from gemcutter.checkpoint.match import Checkpoint, format_of, open_checkpoint
-from gemcutter.checkpoint.piece import PackedTensor
-from gemcutter.checkpoint.source import LazyTensor, MappedFile, Source
-from gemcutter.checkpoint.synth import SIZES
+from gemcutter.checkpoint.load.match import Checkpoint, format_of, open_checkpoint
+from gemcutter.checkpoint.write.synth import SIZES
 from gemcutter.model.text import Decoder
 from gemcutter.quant import Weight, widen
 from gemcutter.quant.packed import DenseStack, Stack

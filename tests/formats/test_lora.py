@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gemcutter
-from gemcutter.checkpoint.adapters import attach, fold
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.source import LazyTensor
+from gemcutter.checkpoint.load.adapters import attach, fold
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import main
 from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.model.text import Decoder

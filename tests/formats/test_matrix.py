@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gemcutter.checkpoint.formats import FORMATS
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.synth import SIZES
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.write.synth import SIZES
 from gemcutter.errors import CheckpointError
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Proj

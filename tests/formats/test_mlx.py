@@ -22,20 +22,20 @@ from torch import Tensor
 
 from gemcutter import config as configs
 from gemcutter import native
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.formats import mlx
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.piece import PackedTensor
-from gemcutter.checkpoint.source import Source
-from gemcutter.checkpoint.synth import SIZES, spell_config, write_size
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write.synth import SIZES, spell_config, write_size
 from gemcutter.cli.inspect import describe
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request, RequestEvent
 from gemcutter.model.text import Decoder
 from gemcutter.plan import derive
 from gemcutter.quant.affine import Affine
-from gemcutter.quant.micro import Micro
+from gemcutter.quant.microscaling import Micro
 from tests.mlx_files import Arrays, Recipe, Tensors, affine, convert, like_mlx, micro, misalign, schemes, small
 from tests.trained import golden, trained
 
@@ -337,12 +337,12 @@ def test_misaligned_codes_are_used_in_place(sizes: Mapping[str, Path], tmp_path:
 PROBE = """
 import json, sys, torch
 from pathlib import Path
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import open_checkpoint
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
 from gemcutter.model.text import Decoder
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 
 def status():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -407,7 +407,7 @@ def test_what_is_resident_is_the_file(tmp_path: Path) -> None:
 def test_headers_are_matched_without_torch(sizes: Mapping[str, Path], tmp_path: Path) -> None:
     packed, _ = convert(sizes["E2B"], tmp_path, lambda own: affine(4, 32))
     code = (
-        "import sys; from pathlib import Path; from gemcutter.checkpoint.match import open_checkpoint; "
+        "import sys; from pathlib import Path; from gemcutter.checkpoint.load.match import open_checkpoint; "
         f"found = open_checkpoint(Path({str(packed)!r})); sys.exit('torch' in sys.modules or found.format != {mlx.NAME!r})"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

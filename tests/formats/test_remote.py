@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from gemcutter.checkpoint import http_file
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.match import open_checkpoint, read_checkpoint
-from gemcutter.checkpoint.remote import open_source, received, survey
-from gemcutter.checkpoint.source import Source
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.load.match import open_checkpoint, read_checkpoint
+from gemcutter.checkpoint.remote import http_file
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.remote.remote_source import open_source, received, survey
 from gemcutter.errors import CheckpointError
 from tests.formats.web import COMMIT, Site, cut_off, serve, write_hollow
 
@@ -123,7 +123,7 @@ def test_a_few_bytes_deep_inside_cost_no_more(tmp_path: Path) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import gemcutter.checkpoint.doctor, sys; sys.exit('torch' in sys.modules)"
+    code = "import gemcutter.checkpoint.doctor.doctor, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -286,7 +286,7 @@ def test_the_hubs_refusals(hub: Site, status: str, words: str) -> None:
 def test_offline() -> None:
     assert "the hub can't be reached" in refusal("owner/model") or "can't be downloaded" in refusal("owner/model")
     code = (
-        "from gemcutter.checkpoint.remote import open_source\n"
+        "from gemcutter.checkpoint.remote.remote_source import open_source\n"
         "from gemcutter.errors import CheckpointError\n"
         "try: open_source('owner/model')\n"
         "except CheckpointError as error: print(error)"

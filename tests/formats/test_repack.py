@@ -9,25 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.test_quant_gguf_blocks import random_blocks
 from torch import Tensor
 
 from gemcutter import native, repack
 from gemcutter.checkpoint.convert import convert
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Access
 from gemcutter.quant import Weight, affine, widen
-from gemcutter.quant.blocks import TYPES, Blocks
-from gemcutter.quant.integer import from_packed, from_values
+from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_packing import join, tile
+from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.packed import Packed
 from gemcutter.quant.packing import CpuPacker
-from gemcutter.quant.tiled import Tiled
-from gemcutter.quant.tiling import join, tile
+from gemcutter.quant.scaled_int import from_packed, from_values
 from tests.topologies import prompt, run_alone
 from tests.trained import trained
-from tests.unit.test_quant_blocks import random_blocks
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(native.load_library() is None, reason=f"needs the native library: {native.missing()}")
@@ -80,7 +80,7 @@ def test_the_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(source.kind)
         return repack.repack(source, target, threads)
 
-    monkeypatch.setattr("gemcutter.quant.tiling.repack", spy)
+    monkeypatch.setattr("gemcutter.quant.cpu_packing.repack", spy)
     for name, make in PARTS.items():
         asked.clear()
         tile(make(20))

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from gemcutter import api, native
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.engine.engine import Engine
 from gemcutter.errors import KernelError
 from gemcutter.model.text import Decoder

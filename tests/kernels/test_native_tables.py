@@ -14,10 +14,10 @@ from gemcutter.ops import reference
 from gemcutter.ops.cpu import layer_ops, model_ops
 from gemcutter.ops.types import OpContext, Precision
 from gemcutter.quant import Weight, affine
-from gemcutter.quant.blocks import TYPES, Blocks
+from gemcutter.quant.cpu_packing import row_source
+from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.packed import Packed
-from gemcutter.quant.tiling import row_source
-from tests.unit.test_quant_blocks import random_blocks
+from tests.unit.test_quant_gguf_blocks import random_blocks
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gemcutter.checkpoint.adapters import attach
 from gemcutter.checkpoint.formats.lora import open_adapter
+from gemcutter.checkpoint.load.adapters import attach
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
 from gemcutter.errors import RequestError

@@ -63,8 +63,8 @@ def probe_model(folder: str, dtype_name: str) -> dict[str, Any]:
     """Load a checkpoint, run a short prompt and decode, watching memory after each."""
     import torch
 
-    from gemcutter.checkpoint.load import load_params
-    from gemcutter.checkpoint.match import open_checkpoint
+    from gemcutter.checkpoint.load.load_params import load_params
+    from gemcutter.checkpoint.load.match import open_checkpoint
     from gemcutter.engine.engine import Engine
     from gemcutter.engine.request import Request
     from gemcutter.model.text import Decoder
@@ -101,7 +101,7 @@ def probe_cache() -> dict[str, Any]:
     from gemcutter import config as configs
     from gemcutter.cache.block_table import BlockTable
     from gemcutter.cache.kv_cache import PagedKVCache
-    from gemcutter.checkpoint.synth import SIZES, spell_config
+    from gemcutter.checkpoint.write.synth import SIZES, spell_config
     from gemcutter.engine.memory import page_counts
     from gemcutter.plan import derive
 
@@ -141,7 +141,7 @@ def run_probe(*arguments: str) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=["E2B's widths", "E2B"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Write a checkpoint of E2B's widths, with all of its layers or one of each kind; remove it afterwards."""
-    from gemcutter.checkpoint.synth import SIZES, write_size
+    from gemcutter.checkpoint.write.synth import SIZES, write_size
 
     size = SIZES["E2B"]
     if request.param != "E2B":

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gemcutter.benchmark.synthetic import SIZES
 from gemcutter.engine.cuda_graphs import TokenSource
 from gemcutter.engine.step import build_step
-from gemcutter.gauge.presets import SIZES
 from gemcutter.ops.triton.linear import TYPES
 from gemcutter.ops.triton.report import measure, runs_on
 from gemcutter.ops.triton.variant import Variant

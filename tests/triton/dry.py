@@ -15,6 +15,7 @@ import pytest
 import torch
 from triton.runtime.jit import KernelInterface
 
+from gemcutter.benchmark import synthetic
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.cuda_graphs import CapturedSteps, GraphBuffers
@@ -22,7 +23,6 @@ from gemcutter.engine.memory import compact_weights, page_counts
 from gemcutter.engine.request import Request, SequenceState
 from gemcutter.engine.sampling import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
-from gemcutter.gauge import presets
 from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import CPU, TRITON
 from gemcutter.ops.triton import attention, layer_ops
@@ -55,12 +55,12 @@ def pretend(launch: Launch) -> Iterator[None]:
 @cache
 def params_of(preset: str, quant: str) -> dict[str, Any]:
     """Make a model's parameters once."""
-    return presets.make_params(presets.plan_of(preset), quant, GpuPacker(META, torch.bfloat16), META)
+    return synthetic.make_params(synthetic.plan_of(preset), quant, GpuPacker(META, torch.bfloat16), META)
 
 
 def setting(preset: str, quant: str) -> tuple[Decoder, PagedKVCache]:
     """Build a decoder in bfloat16 and a pool for it."""
-    decoder = Decoder(presets.plan_of(preset), params_of(preset, quant), torch.bfloat16, META)
+    decoder = Decoder(synthetic.plan_of(preset), params_of(preset, quant), torch.bfloat16, META)
     assert decoder.kernel_names == {"triton"}
     counts = page_counts(decoder.plan, CONTEXT, 4096, MOST_SEQUENCES)
     return decoder, PagedKVCache(decoder.plan, counts, decoder.dtype, META, compact_weights(decoder))

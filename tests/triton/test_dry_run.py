@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gemcutter.benchmark import synthetic
 from gemcutter.engine.cuda_graphs import TokenSource
 from gemcutter.engine.step import build_step
-from gemcutter.gauge import presets
 from gemcutter.plan import LayerPlan, ModelPlan
 from tests.triton.dry import pretend, setting, static_step, works_of
 
@@ -91,7 +91,7 @@ def expected(plan: ModelPlan, rows: int) -> Counter[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", presets.SIZES)
+@pytest.mark.parametrize("preset", synthetic.SIZES)
 @pytest.mark.parametrize(("sequences", "each"), [(1, 1), (8, 1), (32, 1), (1, 5)])
 def test_decode_steps_of_full_size_are_launches_and_nothing_else(preset: str, sequences: int, each: int, watch: Watch) -> None:
     """Static steps as a graph captures them, tokens drawn on the device."""

@@ -18,9 +18,9 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
 from gemcutter.model.text import Decoder

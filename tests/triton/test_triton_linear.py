@@ -12,8 +12,8 @@ from gemcutter.ops import reference
 from gemcutter.ops.triton import linear as linear_kernels
 from gemcutter.ops.triton.linear import FEW_NARROW_ROWS, MANY_ROWS, gate_mul, gated, gather_rows, linear, logits_of
 from gemcutter.quant import Weight
+from gemcutter.quant.gpu_packing import Striped, adjoin, place, stripe
 from gemcutter.quant.packed import Packed
-from gemcutter.quant.striped import Striped, adjoin, place, stripe
 from tests.triton.packed import DTYPES, MAKERS, blocks, small
 
 ROWS = (1, 2, 3, FEW_NARROW_ROWS, FEW_NARROW_ROWS + 1, 15, 16, 17, 33)

@@ -14,8 +14,8 @@ from gemcutter.ops.triton import linear as linear_kernels
 from gemcutter.ops.triton import moe
 from gemcutter.ops.triton.moe import PAIR_ROWS, SCAN_ROWS, block_rows, experts, list_blocks
 from gemcutter.quant import Weight
+from gemcutter.quant.gpu_packing import adjoin, stripe
 from gemcutter.quant.packed import Stack
-from gemcutter.quant.striped import adjoin, stripe
 from tests.triton.packed import MAKERS, small
 
 EXPERTS, CHOICES, HIDDEN, WIDTH = 5, 3, 64, 32

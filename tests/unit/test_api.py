@@ -19,9 +19,9 @@ import torch
 
 import gemcutter
 from gemcutter import Completion, KernelError, Model, RequestError, SamplingParams
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.synth import COPIED
-from gemcutter.checkpoint.write import write_json, write_safetensors
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write.synth import COPIED
+from gemcutter.checkpoint.write.write_safetensors import write_json, write_safetensors
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.ops.triton import backend as triton_backend
 

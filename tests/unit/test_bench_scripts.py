@@ -12,10 +12,10 @@ import pytest
 from bench import contexts, peers, ratios
 from bench.engines.state import grow
 from bench.synthetic import write_model
-from gemcutter.checkpoint.match import open_checkpoint
-from gemcutter.gauge.presets import plan_of
-from gemcutter.gauge.stand import Trial
-from gemcutter.gauge.subject import from_file
+from gemcutter.benchmark.harness import Trial
+from gemcutter.benchmark.synthetic import plan_of
+from gemcutter.benchmark.target import from_file
+from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.load_options import LoadOptions
 
 ROOT = Path(__file__).parents[2]

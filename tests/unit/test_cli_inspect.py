@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from gemcutter import config as configs
-from gemcutter.checkpoint import synth
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.match import open_checkpoint
+from gemcutter.checkpoint.load.match import open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write import synth
 from gemcutter.cli import main
 from gemcutter.ops import OPS
 from gemcutter.plan import ModelPlan, ParamSpec, derive

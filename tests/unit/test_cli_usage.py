@@ -16,7 +16,7 @@ import pytest
 import typer
 
 import gemcutter
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import failure, main, run
 from gemcutter.cli.app import app
 from gemcutter.cli.loading import load_model

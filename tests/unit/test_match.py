@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 import pytest
 
 from gemcutter import config as configs
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor, MappedFile, tensor_nbytes
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.source import LazyTensor, MappedFile, tensor_nbytes
-from gemcutter.checkpoint.synth import SIZES, shrink, spell_config
-from gemcutter.checkpoint.write import write_json, write_safetensors
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.write.synth import SIZES, shrink, spell_config
+from gemcutter.checkpoint.write.write_safetensors import write_json, write_safetensors
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ModelPlan, ParamSpec, Proj, derive
 

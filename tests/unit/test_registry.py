@@ -16,7 +16,7 @@ import pytest
 
 from gemcutter import config as configs
 from gemcutter import native
-from gemcutter.checkpoint.synth import SIZES, spell_config
+from gemcutter.checkpoint.write.synth import SIZES, spell_config
 from gemcutter.errors import KernelError
 from gemcutter.ops import OPS, KernelSite, backend, devices, registry
 from gemcutter.ops.backend import KernelImpl

@@ -1,4 +1,4 @@
-"""Tensor-parallel plans: every rank's slices together are the whole model, and each rank's layers have the sizes of its slices."""
+"""Tensor-parallel plans: all slices together are the whole model, and each rank's layers have the sizes of its slices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from gemcutter import config as configs
-from gemcutter.checkpoint.synth import SIZES, spell_config
+from gemcutter.checkpoint.write.synth import SIZES, spell_config
 from gemcutter.errors import ConfigError
 from gemcutter.plan import ModelPlan, ParamKind, ParamSpec, derive
 from gemcutter.shard import Shard, Slice

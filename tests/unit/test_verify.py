@@ -19,10 +19,10 @@ from torch import Tensor
 
 from gemcutter import native
 from gemcutter.api import load
-from gemcutter.checkpoint.fingerprint import BLOCK_BYTES, sampled_sha256
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import Progress
-from gemcutter.checkpoint.source import Source
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.doctor.fingerprint import BLOCK_BYTES, sampled_sha256
+from gemcutter.checkpoint.load.load_params import Progress
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import main
 from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.parity import oracle

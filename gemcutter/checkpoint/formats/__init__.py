@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import Piece
 from gemcutter.checkpoint.formats import compressed, gguf, hf, mlx
-from gemcutter.checkpoint.piece import Piece
-from gemcutter.checkpoint.source import Source
 from gemcutter.config import ModelConfig
 from gemcutter.plan import ModelPlan
 

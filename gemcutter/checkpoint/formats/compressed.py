@@ -1,11 +1,11 @@
 """Quantized Hugging Face layouts: compressed-tensors, FP8, ModelOpt, GPTQ, AWQ, AutoRound and Gemma's own mobile files.
 
-Owns what they share: modules have Hugging Face's names, a tensor's ending says what it is to its module's weight, and experts may
-be stored one by one. Endings, shapes and dtypes decide how a weight is packed; the config only settles what they leave open, and
-must not contradict them. Its lists of targets and ignored modules are never run: they are patterns of a stranger's making, and a
-module that was ignored is dense in the file. Scales of activations and caches are left aside, since both stay unquantized here.
-Refuses to know what codes mean: that is in `quant/integer.py` and `quant/micro.py`. Source: the layouts of google's QAT releases,
-RedHatAI, nvidia, Intel and cyankiwi.
+Owns what they share: modules have Hugging Face's names, a tensor's ending says what it is to its module's weight, and experts
+may be stored one by one. Endings, shapes and dtypes decide how a weight is packed; the config only settles what they leave
+open, and must not contradict them. Its lists of targets and ignored modules are never run: they are patterns of a stranger's
+making, and a module that was ignored is dense in the file. Scales of activations and caches are left aside, since both stay
+unquantized here. Refuses to know what codes mean: that is in `quant/scaled_int.py` and `quant/microscaling.py`. Source: the
+layouts of google's QAT releases, RedHatAI, nvidia, Intel and cyankiwi.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from gemcutter.checkpoint.container.lazy_tensor import DTYPES, LazyTensor
+from gemcutter.checkpoint.container.small_file import shown
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, Piece
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.piece import PackedTensor, Piece
-from gemcutter.checkpoint.source import DTYPES, LazyTensor, Source, shown
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan
@@ -387,7 +389,7 @@ def _optional(tensors: Tensors, role: str) -> Tensor | None:
 
 
 def _build_integers(tensors: Tensors, shape: tuple[int, ...], bits: int, group: int | None) -> Packed:
-    from gemcutter.quant.integer import from_packed
+    from gemcutter.quant.scaled_int import from_packed
 
     _check_shape(tensors, shape)
     zeros, group_of = _optional(tensors, "zeros"), _optional(tensors, "index")
@@ -396,7 +398,7 @@ def _build_integers(tensors: Tensors, shape: tuple[int, ...], bits: int, group: 
 
 
 def _build_values(tensors: Tensors, block: tuple[int, int] | None) -> Packed:
-    from gemcutter.quant.integer import from_values
+    from gemcutter.quant.scaled_int import from_values
 
     codes, scales = tensors["codes"].torch(), tensors["scales"].torch()
     _check_shape(tensors, tuple(codes.shape))
@@ -404,7 +406,7 @@ def _build_values(tensors: Tensors, block: tuple[int, int] | None) -> Packed:
 
 
 def _build_micro(tensors: Tensors, shape: tuple[int, ...]) -> Packed:
-    from gemcutter.quant.micro import from_compressed, from_modelopt
+    from gemcutter.quant.microscaling import from_compressed, from_modelopt
 
     _check_shape(tensors, shape)
     codes, scales = tensors["codes"].torch(), tensors["scales"].torch()
@@ -420,14 +422,14 @@ def _build_micro(tensors: Tensors, shape: tuple[int, ...]) -> Packed:
 
 
 def _build_gptq(tensors: Tensors, bits: int, group: int | None, has_plain_zeros: bool) -> Packed:
-    from gemcutter.quant.integer import from_gptq
+    from gemcutter.quant.scaled_int import from_gptq
 
     words, zeros, scales = (tensors[role].torch() for role in ("words", "zeros", "scales"))
     return from_gptq(words, zeros, scales, bits, group=group, group_of=_optional(tensors, "index"), is_v2=has_plain_zeros)
 
 
 def _build_awq(tensors: Tensors) -> Packed:
-    from gemcutter.quant.integer import from_awq
+    from gemcutter.quant.scaled_int import from_awq
 
     return from_awq(tensors["words"].torch(), tensors["zeros"].torch(), tensors["scales"].torch())
 

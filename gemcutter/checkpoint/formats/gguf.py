@@ -1,6 +1,6 @@
 """GGUF checkpoints of Gemma 4 and Gemma 3, as llama.cpp's converter, its quantizer and Ollama write them.
 
-Owns the translation from their tensor names and metadata keys; refuses to know bytes (`gguf_file.py`, `quant/blocks.py`) and
+Owns the translation from their tensor names and metadata keys; refuses to know bytes (`gguf_file.py`, `quant/gguf_blocks.py`) and
 which layer needs what (`plan.py`). Metadata is put into the published spelling of config.json and read by `config.py`, so that
 both say the same of one model. What a file does not say comes from its tensors: whether values have a projection of their own,
 and how many pairs rotate. Norms of Gemma 3 have their 1 added already. Source: llama.cpp's gguf-py and its conversion scripts.
@@ -17,9 +17,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gemcutter import config as configs
-from gemcutter.checkpoint.gguf_file import TENSOR_TYPES, Array
-from gemcutter.checkpoint.piece import PackedTensor, Piece
-from gemcutter.checkpoint.source import LazyTensor, Source, shown
+from gemcutter.checkpoint.container.gguf_file import TENSOR_TYPES, Array
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.small_file import shown
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, Piece
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ModelPlan
 
@@ -30,7 +32,7 @@ NAME = "GGUF"
 
 ARCHITECTURE = "general.architecture"
 DENSE = ("F32", "F16", "BF16")
-# Those that `quant/blocks.py` decodes, listed here so that a header can be judged without torch.
+# Those that `quant/gguf_blocks.py` decodes, listed here so that a header can be judged without torch.
 BLOCKS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split()  # noqa: SIM905
 BLOCK_VALUES = {name: values for name, values, _ in TENSOR_TYPES.values()}
 # Projectors and towers that Ollama puts into the same file.
@@ -130,9 +132,9 @@ def _piece(tensor: LazyTensor, name: str | None, part: str | None, plan: ModelPl
 
 
 def _unpack(tensor: LazyTensor) -> Packed:
-    from gemcutter.quant import blocks
+    from gemcutter.quant import gguf_blocks
 
-    return blocks.from_arrays(tensor.raw(), tensor.dtype, tensor.shape)
+    return gguf_blocks.from_arrays(tensor.raw(), tensor.dtype, tensor.shape)
 
 
 # ---- metadata as a config ----

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gemcutter import config as configs
-from gemcutter.checkpoint.piece import Piece
-from gemcutter.checkpoint.source import LazyTensor, Source
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import Piece
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan
 

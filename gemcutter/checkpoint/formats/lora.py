@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT saves them: adapter_config.json and adapter_model.safetensors.
 
 Owns their names, the config's keys and the check against a plan, from headers alone: every change is one of the decoder's, or
-known to have no effect, or a problem. Refuses to compute: read `checkpoint/adapters.py` for that. Imports no torch.
+known to have no effect, or a problem. Refuses to compute: read `checkpoint/load/adapters.py` for that. Imports no torch.
 Source: the layouts of PEFT 0.21, whose stacked experts have A [r * X, in] with an expert's rows together, and B [out, r * X]
 with an expert's columns apart.
 """
@@ -16,8 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.small_file import shown
+from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.source import LazyTensor, Source, shown
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan, ParamSpec
 

@@ -3,7 +3,7 @@
 Owns how MLX packs a module (`weight` with `scales`, and `biases` in the affine mode) and where it keeps experts; all other
 names are Hugging Face's. Stored shapes and dtypes decide how a module is packed, because published configs often leave out an
 override; entries that do name a module are checked against them. Refuses to know what the codes mean: that is in
-`quant/affine.py` and `quant/micro.py`. Source: the layouts of mlx-community/gemma-4-*.
+`quant/affine.py` and `quant/microscaling.py`. Source: the layouts of mlx-community/gemma-4-*.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.small_file import shown
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, Piece
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.piece import PackedTensor, Piece
-from gemcutter.checkpoint.source import LazyTensor, Source, shown
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan
@@ -225,7 +227,7 @@ def _contradiction(claim: object, layout: Layout | None) -> str | None:
 def _build(layout: Layout, arrays: Mapping[str, LazyTensor], columns: int) -> Packed:
     """Make the packed weight of mapped views."""
     from gemcutter.quant.affine import Affine
-    from gemcutter.quant.micro import Micro, from_mlx
+    from gemcutter.quant.microscaling import Micro, from_mlx
 
     codes, scales = arrays["weight"], arrays["scales"]
     if layout.mode == AFFINE:

@@ -20,7 +20,7 @@ from gemcutter.errors import CapacityError
 from gemcutter.native import KVView, Matrix
 from gemcutter.ops.step import KVCache
 from gemcutter.quant import Part, Weight
-from gemcutter.quant.tiled import Tiled
+from gemcutter.quant.cpu_packed import Tiled
 
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # enum gc_codes
 ACTIVATIONS = {"int8": 0, "bf16": 1, "float32": 2}  # enum gc_activations

@@ -19,8 +19,8 @@ from gemcutter.ops.step import NO_ADAPTERS, AdapterRows
 from gemcutter.ops.types import OpContext, Param, matrix, rounded_root, vector
 from gemcutter.plan import ModelPlan
 from gemcutter.quant import Weight
-from gemcutter.quant.tiled import Tiled
-from gemcutter.quant.tiling import row_source
+from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_packing import row_source
 
 
 def build_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[[Tensor], Tensor]:

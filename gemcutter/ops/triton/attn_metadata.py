@@ -18,7 +18,7 @@ from gemcutter.errors import KernelError
 from gemcutter.ops.step import KVRange, Step, send
 from gemcutter.plan import GroupId
 from gemcutter.quant import Weight
-from gemcutter.quant.striped import Striped
+from gemcutter.quant.gpu_packing import Striped
 
 
 @dataclass(frozen=True, slots=True)

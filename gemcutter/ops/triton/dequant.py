@@ -6,8 +6,9 @@ nothing is rounded; more rows multiply on the tensor cores, for which packed wei
 read once, 16 bytes a thread. Refuses to know launch shapes. Shape letters as in `reference.py`, with R rows of a tile, F rows of
 the matrix, W words, B columns.
 
-A packed matrix is read as `quant/striped.py` lays it out: for each k, a tile [F, W] of words holds a tile of codes whose columns
-are those of one tile [R, W] of x. A code becomes a float without a conversion: its bits are put into the mantissa of 2^23.
+A packed matrix is read as `quant/gpu_packing.py` lays it out: for each k, a tile [F, W] of words holds a tile of codes whose
+columns are those of one tile [R, W] of x. A code becomes a float without a conversion: its bits are put into the mantissa of
+2^23.
 """
 
 # What branches on a constant needs its `else`, of which Triton compiles one; and it knows no starred tuples.
@@ -22,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcutter.quant.panels import S8, SUPER16, SUPER32
-from gemcutter.quant.striped import STRIPE, Striped
+from gemcutter.quant.cpu_layout import S8, SUPER16, SUPER32
+from gemcutter.quant.gpu_packing import STRIPE, Striped
 
 DENSE = -1  # in place of a kind of codes
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's interpreter, which takes bfloat16 products for integers

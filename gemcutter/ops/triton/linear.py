@@ -23,9 +23,9 @@ from gemcutter.ops.triton import elementwise
 from gemcutter.ops.triton.dequant import INTERPRETED, Operand, decode_rows, gelu, multiply_few, multiply_many, operand, squash
 from gemcutter.ops.triton.variant import Variant
 from gemcutter.quant import Part, Weight, widen
-from gemcutter.quant.panels import BF16, F32, U4, Layout
-from gemcutter.quant.striped import F4, F8, STRIPE, Striped, room, span_of
-from gemcutter.quant.tiling import BLOCK_TYPES
+from gemcutter.quant.cpu_layout import BF16, F32, U4, Layout
+from gemcutter.quant.cpu_packing import BLOCK_TYPES
+from gemcutter.quant.gpu_packing import F4, F8, STRIPE, Striped, room, span_of
 
 FEW_ROWS = 2  # up to here products in registers take fewer instructions than the way to the tensor cores
 FEW_NARROW_ROWS = 8  # the same, half of it if packed, for a matrix too narrow to fill the chip with tiles for the tensor cores

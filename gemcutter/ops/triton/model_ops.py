@@ -16,7 +16,7 @@ from gemcutter.ops.triton import linear as linear_kernels
 from gemcutter.ops.triton.attn_metadata import is_near
 from gemcutter.ops.types import OpContext, Param, matrix, rounded_root, vector
 from gemcutter.plan import ModelPlan
-from gemcutter.quant.striped import Striped
+from gemcutter.quant.gpu_packing import Striped
 
 
 def build_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[[Tensor], Tensor]:

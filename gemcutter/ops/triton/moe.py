@@ -25,9 +25,9 @@ from gemcutter.ops.triton.dequant import Operand, gelu, multiply_few, multiply_m
 from gemcutter.ops.triton.linear import Tile, choose_tile, describe
 from gemcutter.ops.triton.variant import Variant
 from gemcutter.quant import Weight
-from gemcutter.quant.panels import F32, Layout
-from gemcutter.quant.striped import F4, room, span_of
-from gemcutter.quant.tiling import BLOCK_TYPES
+from gemcutter.quant.cpu_layout import F32, Layout
+from gemcutter.quant.cpu_packing import BLOCK_TYPES
+from gemcutter.quant.gpu_packing import F4, room, span_of
 
 PAIR_ROWS = 4  # up to here few experts meet two rows, and pairs go their own ways
 SCAN_ROWS = 16  # up to here one block holds all rows of an expert
