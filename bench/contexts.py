@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.contexts` has it
 
 from bench.ratios import RESULTS, spell_machine
-from gemcutter.benchmark.harness import list_trials
+from gemcutter.benchmark.harness import list_cases
 from gemcutter.benchmark.report import measure
 from gemcutter.benchmark.target import Compute, from_file, from_preset
 from gemcutter.errors import GemcutterError
@@ -152,10 +152,10 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     try:
         if options.model:
-            subject = from_file(options.model, Compute())
+            target = from_file(options.model, Compute())
         else:
-            subject = from_preset(options.preset, options.quant, options.layers, Compute())
-        found = measure(subject, list_trials([], [options.tokens], options.depth), options.repeats)
+            target = from_preset(options.preset, options.quant, options.layers, Compute())
+        found = measure(target, list_cases([], [options.tokens], options.depth), options.repeats)
     except GemcutterError as error:
         print(error, file=sys.stderr)
         return 1

@@ -133,7 +133,7 @@ def product_cases(device: torch.device) -> Iterator[tuple[str, int, Callable[[],
     from gemcutter.ops import triton_linear
 
     for preset, quant in product(("E4B", "31B"), ("bf16", "q4_0")):
-        params = make_params(plan_of(preset, 1), quant, tiled=False, device=device)
+        params = make_params(plan_of(preset, 1), quant, cpu_packed=False, device=device)
         for name, rows in product(("layers.0.mlp.in", "layers.0.mlp.out"), (1, 2, 16, 64)):
             weight = matrix(params, name)
             x = torch.randn(rows, weight.columns, device=device).bfloat16()

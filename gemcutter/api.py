@@ -18,7 +18,7 @@ from gemcutter.checkpoint.formats.lora import open_adapter
 from gemcutter.checkpoint.load.adapters import attach, fold
 from gemcutter.checkpoint.load.load_params import Progress, load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.load.packed_weight_cache import PanelCache
+from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import check_place, place_table
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.completion import Chunk, Completion, Mail, Stream, Timings
@@ -177,7 +177,7 @@ def load(
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
     merged = None if adapter is None else open_adapter(locate(adapter), checkpoint.plan, ignore)
     beside = {name: open_adapter(locate(path), checkpoint.plan, ignore) for name, path in (adapters or {}).items()}
-    cache = PanelCache.of(checkpoint, quant) if repack_cache and is_native else None
+    cache = PackedWeightCache.of(checkpoint, quant) if repack_cache and is_native else None
     is_striped = triton_refusal(place.type, kernels) is None
     params, notes = load_params(checkpoint, compute, place, progress, quant, is_native, cache, is_striped), list[str]()
     if "embed.ple" in params:

@@ -15,9 +15,9 @@ from turns import Run, serve
 import gemcutter
 from gemcutter import native
 from gemcutter.benchmark.hardware import native_rate
-from gemcutter.benchmark.harness import Stand, Trial
+from gemcutter.benchmark.harness import BenchCase, BenchEngine
 from gemcutter.benchmark.roofline import held_bytes, token_bytes
-from gemcutter.benchmark.target import Compute, Subject, from_file
+from gemcutter.benchmark.target import BenchTarget, Compute, from_file
 
 MOMENTS, PAUSE_S = 4, 0.5  # at which the rate of products is measured
 
@@ -25,39 +25,39 @@ MOMENTS, PAUSE_S = 4, 0.5  # at which the rate of products is measured
 def load() -> tuple[Run, dict[str, Any]]:
     """Load the file and give the runner of tests."""
     torch.set_num_threads(int(sys.argv[2]))
-    subject = from_file(sys.argv[1], Compute())
-    stands: dict[int, Stand] = {}
+    target = from_file(sys.argv[1], Compute())
+    engines: dict[int, BenchEngine] = {}
 
     def run(kind: str, tokens: int, depth: int) -> float:
-        test = Trial(kind, tokens, depth)
-        if depth not in stands or stands[depth].engine.context < test.context:
-            stands.clear()  # the cache of another depth is not kept beside this one's
-            stands[depth] = Stand(subject.decoder, [test])
-            stands[depth].warm_up()
-        return stands[depth].run(test)
+        test = BenchCase(kind, tokens, depth)
+        if depth not in engines or engines[depth].engine.context < test.context:
+            engines.clear()  # the cache of another depth is not kept beside this one's
+            engines[depth] = BenchEngine(target.decoder, [test])
+            engines[depth].warm_up()
+        return engines[depth].run(test)
 
     return run, {
         "version": gemcutter.__version__,
         "kernels": native.level(),
-        "quant": subject.quant,
-        "activations": subject.decoder.numerics.activations,
-        "load_s": subject.load_s,
-        "dtype": str(subject.decoder.dtype).removeprefix("torch."),
-        "weight_bytes": held_bytes(subject.plan, subject.decoder.params),
-        "token_bytes": token_bytes(subject.plan, subject.decoder.params),
-        "kv_itemsize": subject.decoder.dtype.itemsize,
-        "native_flops_per_s": best_native_rate(subject),
+        "quant": target.quant,
+        "activations": target.decoder.numerics.activations,
+        "load_s": target.load_s,
+        "dtype": str(target.decoder.dtype).removeprefix("torch."),
+        "weight_bytes": held_bytes(target.plan, target.decoder.params),
+        "token_bytes": token_bytes(target.plan, target.decoder.params),
+        "kv_itemsize": target.decoder.dtype.itemsize,
+        "native_flops_per_s": best_native_rate(target),
     }
 
 
-def best_native_rate(subject: Subject) -> float | None:
+def best_native_rate(target: BenchTarget) -> float | None:
     """Measure the rate of products at several moments: on a shared machine a single one may be a slow one."""
-    if not subject.how.is_native:
+    if not target.how.is_native:
         return None
     rates = list[float | None]()
     for _ in range(MOMENTS):
         time.sleep(PAUSE_S)
-        rates.append(native_rate(subject.decoder))
+        rates.append(native_rate(target.decoder))
     return max((rate for rate in rates if rate is not None), default=None)
 
 

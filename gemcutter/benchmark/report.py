@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from gemcutter.benchmark import breakdown, hardware, roofline
-from gemcutter.benchmark.harness import MAX_ROWS, Stand, Trial
-from gemcutter.benchmark.target import Subject
+from gemcutter.benchmark.harness import MAX_ROWS, BenchCase, BenchEngine
+from gemcutter.benchmark.target import BenchTarget
 from gemcutter.errors import RequestError
 from gemcutter.ops import SENTENCES
 from gemcutter.plan import ModelPlan
@@ -26,8 +26,8 @@ Progress = Callable[[int, int], None]  # tests done, tests in all
 
 
 def measure(
-    subject: Subject,
-    tests: Sequence[Trial],
+    target: BenchTarget,
+    tests: Sequence[BenchCase],
     repeats: int,
     *,
     max_rows: int = MAX_ROWS,
@@ -35,33 +35,33 @@ def measure(
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Run all tests, `repeats` times each; give everything that was found. Raises RequestError for tests that can't run."""
-    check(subject, tests)
+    check(target, tests)
     rows = list[dict[str, Any]]()
     for _, group in groupby(tests, key=lambda test: test.depth):
-        for row in _run(subject, list(group), repeats, max_rows, with_breakdown):
+        for row in _run(target, list(group), repeats, max_rows, with_breakdown):
             rows.append(row)
             progress(len(rows), len(tests))
-    device = subject.decoder.device
+    device = target.decoder.device
     peak = hardware.peak_bytes(device)
     rates = hardware.measure_rates(device)
-    native = hardware.native_rate(subject.decoder) if subject.how.is_native else None
+    native = hardware.native_rate(target.decoder) if target.how.is_native else None
     if native is not None:
         rates["native_flops_per_s"] = native
-    reads = {test.batch: roofline.token_bytes(subject.plan, subject.decoder.params, test.batch) for test in tests}
+    reads = {test.batch: roofline.token_bytes(target.plan, target.decoder.params, test.batch) for test in tests}
     for row, test in zip(rows, tests, strict=True):
-        row |= ceiling(subject.plan, reads[test.batch], subject.decoder.dtype.itemsize, test, rates)
+        row |= ceiling(target.plan, reads[test.batch], target.decoder.dtype.itemsize, test, rates)
         row["share"] = row["tok_s"] / row["ceiling_tok_s"]
-    return describe(subject, max_rows) | {
+    return describe(target, max_rows) | {
         "rates": rates,
-        "memory": memory(subject, peak),
+        "memory": memory(target, peak),
         "rows": rows,
         "machine": hardware.describe(device),
     }
 
 
-def check(subject: Subject, tests: Sequence[Trial]) -> None:
+def check(target: BenchTarget, tests: Sequence[BenchCase]) -> None:
     """Raise RequestError unless every test fits the model's context."""
-    room = subject.plan.context
+    room = target.plan.context
     problems = [
         f"{test.name}: needs {test.context} positions, the model was made for {room}" for test in tests if test.context > room
     ]
@@ -71,12 +71,14 @@ def check(subject: Subject, tests: Sequence[Trial]) -> None:
         raise RequestError("the tests can't run", problems)
 
 
-def _run(subject: Subject, tests: Sequence[Trial], repeats: int, max_rows: int, with_breakdown: bool) -> Iterator[dict[str, Any]]:
+def _run(
+    target: BenchTarget, tests: Sequence[BenchCase], repeats: int, max_rows: int, with_breakdown: bool
+) -> Iterator[dict[str, Any]]:
     """Run tests of one depth, whose cache goes when they are done."""
-    stand = Stand(subject.decoder, tests, max_rows)
-    stand.warm_up()
+    engine = BenchEngine(target.decoder, tests, max_rows)
+    engine.warm_up()
     for test in tests:
-        speeds = [test.total / stand.run(test) for _ in range(repeats)]
+        speeds = [test.total / engine.run(test) for _ in range(repeats)]
         row: dict[str, Any] = {
             "test": test.name,
             "tokens": test.tokens,
@@ -88,11 +90,11 @@ def _run(subject: Subject, tests: Sequence[Trial], repeats: int, max_rows: int, 
             "repeats": repeats,
         }
         if with_breakdown:
-            row["breakdown_s"] = breakdown.measure(subject.decoder, partial(stand.run, test))
-        yield row | {"peak_bytes": hardware.peak_bytes(subject.decoder.device)}
+            row["breakdown_s"] = breakdown.measure(target.decoder, partial(engine.run, test))
+        yield row | {"peak_bytes": hardware.peak_bytes(target.decoder.device)}
 
 
-def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: Trial, rates: Mapping[str, float]) -> dict[str, Any]:
+def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: BenchCase, rates: Mapping[str, float]) -> dict[str, Any]:
     """Give the speed that a machine of these rates allows, and the rate that bounds it.
 
     `weight_bytes` are those that decoding one token of each sequence reads.
@@ -106,25 +108,25 @@ def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: Trial, r
     return {"ceiling_tok_s": test.tokens * rates[best] / flops, "ceiling": best, "flops": flops}
 
 
-def describe(subject: Subject, max_rows: int) -> dict[str, Any]:
+def describe(target: BenchTarget, max_rows: int) -> dict[str, Any]:
     """Say what was measured, and how it was computed."""
     return {
-        "model": subject.name,
-        "quant": subject.quant,
-        "params": subject.plan.num_params(),
-        "layers": len(subject.plan.layers),
-        "dtype": str(subject.decoder.dtype).removeprefix("torch."),
-        "kernels": subject.how.kernels,
-        "activations": subject.decoder.numerics.activations,
+        "model": target.name,
+        "quant": target.quant,
+        "params": target.plan.num_params(),
+        "layers": len(target.plan.layers),
+        "dtype": str(target.decoder.dtype).removeprefix("torch."),
+        "kernels": target.how.kernels,
+        "activations": target.decoder.numerics.activations,
         "threads": torch.get_num_threads(),
         "max_rows": max_rows,
-        "load_s": subject.load_s,
+        "load_s": target.load_s,
     }
 
 
-def memory(subject: Subject, peak: int) -> dict[str, int]:
+def memory(target: BenchTarget, peak: int) -> dict[str, int]:
     """Put the peak beside what must be held: the weights, but for tables that are only gathered from."""
-    held = roofline.held_bytes(subject.plan, subject.decoder.params)
+    held = roofline.held_bytes(target.plan, target.decoder.params)
     return {"peak_bytes": peak, "weight_bytes": held, "over_weights_bytes": peak - held}
 
 
@@ -159,9 +161,9 @@ def show(found: dict[str, Any]) -> str:
         lines.append(
             f"from a cold process to the first token {found['first_token_s']:.2f} s, to its text {found['first_text_s']:.2f} s"
         )
-    clocked = [row for row in found["rows"] if "breakdown_s" in row]
-    if clocked:
-        lines += ["", "milliseconds a token, and their share, in one more run with clocks:", "", *_breakdown(clocked)]
+    timed = [row for row in found["rows"] if "breakdown_s" in row]
+    if timed:
+        lines += ["", "milliseconds a token, and their share, in one more run with clocks:", "", *_breakdown(timed)]
     return "\n".join(lines)
 
 

@@ -22,11 +22,11 @@ from gemcutter.plan import Access, ModelPlan, ParamSpec, derive
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.affine import Affine
 from gemcutter.quant.cpu_layout import PANEL
-from gemcutter.quant.cpu_packed import Tiled
-from gemcutter.quant.cpu_packing import tile
+from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.cpu_packing import pack_for_cpu
 from gemcutter.quant.gguf_blocks import TYPES, Blocks
-from gemcutter.quant.gpu_packing import Striped, adjoin, stripe
-from gemcutter.quant.hugepage_arena import take_room
+from gemcutter.quant.gpu_packing import GpuPackedWeight, adjoin, pack_for_gpu
+from gemcutter.quant.hugepage_arena import allocate
 from gemcutter.quant.recipes import DENSE, RECIPES, BlockScheme, Recipe, Scheme
 
 CPU = torch.device("cpu")
@@ -61,14 +61,14 @@ def plan_of(preset: str, layers: int | None = None) -> ModelPlan:
     return replace(plan, layers=plan.layers[:layers])
 
 
-def make_params(plan: ModelPlan, quant: str, *, tiled: bool, device: torch.device = CPU) -> dict[str, Param]:
-    """Make every parameter of a plan; packed matrices are repacked for the native kernels if `tiled`, or for the GPU they are on.
+def make_params(plan: ModelPlan, quant: str, *, cpu_packed: bool, device: torch.device = CPU) -> dict[str, Param]:
+    """Make every parameter of a plan; matrices are packed for the native kernels if `cpu_packed`, or for the GPU they are on.
 
     Raises ConfigError for an unknown quantization.
     """
     if quant not in QUANTS:
         raise ConfigError(f"quant: expected {', '.join(QUANTS)}, found {quant!r}")
-    workshop = _Workshop(tiled, device)
+    workshop = _Workshop(cpu_packed, device)
     return {spec.name: _param(spec, plan, QUANTS[quant], workshop) for spec in plan.params()}
 
 
@@ -89,8 +89,8 @@ def _param(spec: ParamSpec, plan: ModelPlan, recipe: Recipe, workshop: _Workshop
 class _Workshop:
     """Makes matrices; a piece of each kind is drawn and packed once."""
 
-    def __init__(self, tiled: bool, device: torch.device) -> None:
-        self.tiled, self.device = tiled, device
+    def __init__(self, cpu_packed: bool, device: torch.device) -> None:
+        self.cpu_packed, self.device = cpu_packed, device
         self.generator = torch.Generator().manual_seed(0)
         self._pieces: dict[tuple[int, Scheme | None, float], Part] = {}
 
@@ -102,9 +102,9 @@ class _Workshop:
         piece = self._pieces[key]
         if isinstance(piece, Tensor):
             return _repeated(piece, shape[:-1])
-        if isinstance(piece, Striped):
+        if isinstance(piece, GpuPackedWeight):
             return piece.each(lambda array: _repeated(array, shape[:-1]))
-        if isinstance(piece, Tiled):
+        if isinstance(piece, CpuPackedWeight):
             panels = (*shape[:-2], -(-shape[-2] // PANEL))
             return replace(piece, data=_repeated(piece.data, panels), num_rows=shape[-2])
         if isinstance(piece, Blocks):
@@ -118,8 +118,8 @@ class _Workshop:
         if isinstance(drawn, Tensor):
             return drawn.to(self.device)
         if self.device != CPU:
-            return stripe(drawn, self.device) or drawn
-        return tile(drawn) or drawn if self.tiled else drawn
+            return pack_for_gpu(drawn, self.device) or drawn
+        return pack_for_cpu(drawn) or drawn if self.cpu_packed else drawn
 
 
 def draw_piece(columns: int, scheme: Scheme | None, spread: float, generator: torch.Generator) -> Tensor | Blocks | Affine:
@@ -144,7 +144,7 @@ def _pack(values: Tensor, scheme: Scheme, spread: float) -> Blocks | Affine:
 def _repeated(piece: Tensor, lead: tuple[int, ...]) -> Tensor:
     """Fill [*lead, width] with the rows of a piece [rows, width], over and over, in copies that double in size."""
     if piece.device == CPU:
-        out: Tensor = take_room((*lead, piece.shape[1] * piece.itemsize)).view(piece.dtype)
+        out: Tensor = allocate((*lead, piece.shape[1] * piece.itemsize)).view(piece.dtype)
     else:
         out = piece.new_empty(*lead, piece.shape[1])
     rows = out.view(-1, piece.shape[1])

@@ -39,7 +39,7 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class BenchTarget:
     """A decoder, what it is called, and how long it took to load; None where nothing was loaded from a file."""
 
     name: str
@@ -54,16 +54,16 @@ class Subject:
         return self.decoder.plan
 
 
-def from_preset(preset: str, quant: str, layers: int | None, how: Compute) -> Subject:
+def from_preset(preset: str, quant: str, layers: int | None, how: Compute) -> BenchTarget:
     """Make a model of a size's geometry, or of its first layers. Raises ConfigError for names that are none."""
     plan = synthetic.plan_of(preset, layers)
-    params = synthetic.make_params(plan, quant, tiled=how.is_native, device=check_device(how.device))
+    params = synthetic.make_params(plan, quant, cpu_packed=how.is_native, device=check_device(how.device))
     forget_peak()  # of making what others load
     name = preset if layers is None else f"{preset}, {layers} layers"
-    return Subject(name, quant, how, _decode(plan, params, how, how.dtype or "bfloat16"), None)
+    return BenchTarget(name, quant, how, _decode(plan, params, how, how.dtype or "bfloat16"), None)
 
 
-def from_file(model: str, how: Compute) -> Subject:
+def from_file(model: str, how: Compute) -> BenchTarget:
     """Load a checkpoint. Raises CheckpointError, ConfigError, and RequestError for one that can't run alone."""
     started = time.perf_counter()
     checkpoint = open_checkpoint(locate(model))
@@ -71,11 +71,11 @@ def from_file(model: str, how: Compute) -> Subject:
         raise RequestError(f"{model} is an assistant, which can't run alone; measure its target instead")
     dtype = how.dtype or checkpoint.config.dtype
     device = check_device(how.device)
-    striped = triton_refusal(device.type, how.kernels) is None
-    params = load_params(checkpoint, check_dtype(dtype), device, tiled=how.is_native, striped=striped)
+    gpu_packed = triton_refusal(device.type, how.kernels) is None
+    params = load_params(checkpoint, check_dtype(dtype), device, cpu_packed=how.is_native, gpu_packed=gpu_packed)
     decoder = _decode(checkpoint.plan, params, how, dtype)
     stored = sorted({param.stored for param in params.values() if isinstance(param, Weight)})
-    return Subject(model, ", ".join(stored), how, decoder, time.perf_counter() - started)
+    return BenchTarget(model, ", ".join(stored), how, decoder, time.perf_counter() - started)
 
 
 def _decode(plan: ModelPlan, params: dict[str, Param], how: Compute, dtype: str) -> Decoder:

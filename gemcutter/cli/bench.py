@@ -111,7 +111,7 @@ def bench(
 
     from gemcutter import native
     from gemcutter.benchmark.cold_start import first_token_s
-    from gemcutter.benchmark.harness import list_trials
+    from gemcutter.benchmark.harness import list_cases
     from gemcutter.benchmark.report import measure, show
     from gemcutter.benchmark.target import Compute, from_file, from_preset
 
@@ -120,14 +120,14 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     how = Compute(kernels, dtype, activations, device)
-    tests = list_trials(*sizes)
+    tests = list_cases(*sizes)
     if model is None:
         assert preset is not None
-        subject = from_preset(preset, quant or "q4_0", layers, how)
+        target = from_preset(preset, quant or "q4_0", layers, how)
     else:
-        subject = from_file(model, how)
+        target = from_file(model, how)
     with progress("measuring") as advance:
-        found = measure(subject, tests, repeats, max_rows=rows, with_breakdown=breakdown, progress=advance)
+        found = measure(target, tests, repeats, max_rows=rows, with_breakdown=breakdown, progress=advance)
     if model is not None and device == "cpu":
         try:
             found["first_token_s"], found["first_text_s"] = first_token_s(model, found["threads"], how)

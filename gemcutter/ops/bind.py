@@ -27,8 +27,8 @@ from gemcutter.plan import ModelPlan
 CHOICES = ("auto", "triton", "reference")  # the fastest that accept, Triton's or an error, the definitions
 ACTIVATIONS = ("int8", "bf16")  # how native products take the rows that meet packed weights, where they are not float32
 DENSE = ("float32", "bfloat16", "float16")
-STRIPED = "striped-"  # begins the name of a scheme that was repacked for Triton's kernels
-TILED = "tiled-"  # begins the name of a scheme that was repacked for the native kernels
+GPU_PACKED = "gpu-packed-"  # begins the name of a scheme that was repacked for Triton's kernels
+CPU_PACKED = "cpu-packed-"  # begins the name of a scheme that was repacked for the native kernels
 UNTILED = re.compile(r"mxfp8|fp8|.*-indexed")  # begin the schemes that stay as they are: 8-bit floats, scattered groups
 UNSTRIPED = re.compile(r".*-indexed")  # the same for Triton's kernels
 HEAD_DIM_UNIT = 32  # of native attention
@@ -110,12 +110,12 @@ def held_as(stored: str, device: str, kernels: str) -> str:
     if stored in DENSE:
         return stored
     if triton_refusal(device, kernels) is None:
-        return stored if UNSTRIPED.match(stored) else STRIPED + stored
-    return stored if UNTILED.match(stored) or native_refusal(device, kernels) else TILED + stored
+        return stored if UNSTRIPED.match(stored) else GPU_PACKED + stored
+    return stored if UNTILED.match(stored) or native_refusal(device, kernels) else CPU_PACKED + stored
 
 
 def _native_word(site: Site) -> str | None:
-    foreign = [kind for kind in site.stored.split("+") if kind not in DENSE and not kind.startswith(TILED)]
+    foreign = [kind for kind in site.stored.split("+") if kind not in DENSE and not kind.startswith(CPU_PACKED)]
     if reason := native_refusal(site.device, site.kernels):
         return reason
     return f"no native layout for {', '.join(foreign)}" if foreign else None
@@ -187,7 +187,7 @@ def triton_refusal(device: str, kernels: str) -> str | None:
 
 def _triton_word(site: Site) -> str | None:
     known = (*DENSE, "mixed")  # whose parts the product takes one by one; they are listed apart where a sentence is chosen
-    foreign = [kind for kind in site.stored.split("+") if kind not in known and not kind.startswith(STRIPED)]
+    foreign = [kind for kind in site.stored.split("+") if kind not in known and not kind.startswith(GPU_PACKED)]
     if reason := triton_refusal(site.device, site.kernels):
         return reason
     return f"no Triton kernel for {', '.join(foreign)}" if foreign else None

@@ -25,7 +25,7 @@ from gemcutter.ops.reference import Attention, Param, Words, closing_scale, matr
 from gemcutter.ops.step import Pool, Step
 from gemcutter.plan import LayerPlan, ModelPlan
 from gemcutter.quant import Part, Weight
-from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.cpu_packing import row_source
 
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # enum gc_codes
@@ -77,7 +77,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def matrix_of(part: Part) -> Matrix:
     """Describe a part for the kernels: dense where it lies, or tiled."""
-    if isinstance(part, Tiled):
+    if isinstance(part, CpuPackedWeight):
         return part.matrix()
     assert isinstance(part, Tensor)
     assert part.stride(1) == 1
@@ -372,7 +372,7 @@ def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Cal
             activations=ACTIVATIONS[words.numerics.activations],
         )
         (held,) = some.parts
-        if isinstance(held, Tensor | Tiled):
+        if isinstance(held, Tensor | CpuPackedWeight):
             bound.table = matrix_of(held)
         elif source := row_source(held):
             bound.table, bound.source = source[0], ctypes.addressof(source[1])

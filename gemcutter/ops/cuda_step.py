@@ -17,7 +17,7 @@ from torch import Tensor
 from gemcutter.errors import KernelError
 from gemcutter.ops.step import Span, Step, send
 from gemcutter.quant import Weight
-from gemcutter.quant.gpu_packing import Striped
+from gemcutter.quant.gpu_packing import GpuPackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,5 +91,5 @@ def _padded(span: Span, width: int) -> Iterable[int]:
 
 def is_near(table: Weight, device: torch.device) -> bool:
     """Tell whether kernels of a device can read a table: it lies there, or in pinned memory of the host."""
-    held = [each for part in table.parts for each in (part.tensors() if isinstance(part, Striped) else (part,))]
+    held = [each for part in table.parts for each in (part.tensors() if isinstance(part, GpuPackedWeight) else (part,))]
     return all(isinstance(each, Tensor) and (each.device == device or each.is_pinned()) for each in held)

@@ -16,7 +16,7 @@ from gemcutter.ops.cuda_step import is_near, paged
 from gemcutter.ops.reference import Attention, Param, Words, closing_scale, matrix, rounded_root, vector
 from gemcutter.ops.step import Pool, Step
 from gemcutter.plan import LayerPlan, ModelPlan
-from gemcutter.quant.gpu_packing import Striped
+from gemcutter.quant.gpu_packing import GpuPackedWeight
 
 Fan = tuple[Tensor, ...]  # the weights under which rows are normed, or these rows
 NORMED = "normed"  # where a step's memo has the residual that a layer gave, and its norm under the next layer's weight
@@ -206,7 +206,7 @@ def build_embed(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> C
     (table,) = weight.parts
     if isinstance(table, Tensor):
         return lambda ids_N: triton_gates.embed_rows(table, ids_N, scale, dtype)
-    if isinstance(table, Striped):
+    if isinstance(table, GpuPackedWeight):
         return lambda ids_N: triton_linear.gather_rows(table, ids_N, dtype, scale)
     return lambda ids_N: weight.gather(ids_N, dtype) * scale
 
@@ -222,7 +222,7 @@ def build_ple(plan: ModelPlan, params: Mapping[str, Param], words: Words) -> Cal
         (part,) = span.parts
         if near and isinstance(part, Tensor):
             return triton_gates.ple_rows(context, part, ple_ids_N, norm, plan.eps, token_scale, context_scale)
-        if near and isinstance(part, Striped):
+        if near and isinstance(part, GpuPackedWeight):
             tokens = triton_linear.gather_rows(part, ple_ids_N, words.numerics.rows)
         else:
             tokens = span.gather(ple_ids_N, words.numerics.rows)

@@ -26,7 +26,7 @@ from gemcutter.api import Model
 from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
 from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.errors import CheckpointError, RequestError
-from gemcutter.ops.bind import TILED, cpu_features, explain
+from gemcutter.ops.bind import CPU_PACKED, cpu_features, explain
 from gemcutter.parity import oracle
 from gemcutter.parity.compare import Drift, compare
 from gemcutter.parity.limits import Stored, choose_limits, first_divergent, judge
@@ -252,7 +252,7 @@ def describe(side: Side) -> dict[str, Any]:
 def stored_weights(model: Model) -> Stored:
     """Say how a model's weights are stored as it computes with them; repacking for kernels changes no value."""
     weights = [param for param in model.decoder.params.values() if isinstance(param, Weight)]
-    kinds = {kind.removeprefix(TILED) for kind in _kinds(model)}
+    kinds = {kind.removeprefix(CPU_PACKED) for kind in _kinds(model)}
     elements = [sum(math.prod(part.shape) for part in weight.parts) for weight in weights]
     bits = [8 * weight.nbytes / count for weight, count in zip(weights, elements, strict=True)]
     mean = sum(map(math.prod, zip(bits, elements, strict=True))) / sum(elements)

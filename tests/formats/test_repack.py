@@ -18,9 +18,9 @@ from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Access
-from gemcutter.quant import Weight, affine, native_repack, widen
-from gemcutter.quant.cpu_packed import Tiled
-from gemcutter.quant.cpu_packing import join, tile
+from gemcutter.quant import Weight, affine, dequantize, native_repack
+from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.cpu_packing import join, pack_for_cpu
 from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.packed import Packed
 from gemcutter.quant.scaled_int import from_packed, from_values
@@ -66,7 +66,7 @@ PARTS: dict[str, Callable[[int], Packed]] = {
 def test_the_library_writes_what_the_definition_says(name: str, rows: int) -> None:
     part = PARTS[name](rows)
     for cut in (part, part.columns(0, part.shape[-1] // 2), part.rows(rows // 3, rows)):
-        found = tile(cut)
+        found = pack_for_cpu(cut)
         assert found is not None
         assert torch.equal(found.data, join([cut], cut.shape).data)
 
@@ -82,7 +82,7 @@ def test_the_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemcutter.quant.cpu_packing.repack", spy)
     for name, make in PARTS.items():
         asked.clear()
-        tile(make(20))
+        pack_for_cpu(make(20))
         assert asked, name
 
 
@@ -93,7 +93,7 @@ def test_any_number_of_threads_writes_the_same(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = tile(part)
+        found = pack_for_cpu(part)
     finally:
         torch.set_num_threads(before)
     assert found is not None
@@ -119,8 +119,8 @@ def converted(to: str, quant: str, source: Path = DEMO_FOLDER) -> Path:
     return target
 
 
-def logits(checkpoint: Checkpoint, *, tiled: bool, quant: str | None = None) -> Tensor:
-    params = load_params(checkpoint, torch.float32, CPU, quant=quant, tiled=tiled)
+def logits(checkpoint: Checkpoint, *, cpu_packed: bool, quant: str | None = None) -> Tensor:
+    params = load_params(checkpoint, torch.float32, CPU, quant=quant, cpu_packed=cpu_packed)
     decoder = Decoder(checkpoint.plan, params, torch.float32, kernels="reference")
     return run_alone(decoder, prompt(9), chunk=9).logits
 
@@ -128,27 +128,33 @@ def logits(checkpoint: Checkpoint, *, tiled: bool, quant: str | None = None) -> 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_tiled_checkpoint_gives_the_same_logits(name: str) -> None:
     checkpoint = open_checkpoint(CHECKPOINTS[name]())
-    packed, tiled = (load_params(checkpoint, torch.float32, CPU, tiled=is_tiled) for is_tiled in (False, True))
+    packed, cpu_packed = (load_params(checkpoint, torch.float32, CPU, cpu_packed=is_tiled) for is_tiled in (False, True))
     counts = {True: 0, False: 0}
     for spec in checkpoint.plan.params():
-        before, after = packed[spec.name], tiled[spec.name]
+        before, after = packed[spec.name], cpu_packed[spec.name]
         if not isinstance(before, Weight):
             continue
         assert isinstance(after, Weight)
         assert (after.names, after.rows, after.columns) == (before.names, before.rows, before.columns)
         for one, other in zip(before.parts, after.parts, strict=True):
-            counts[isinstance(other, Tiled)] += not isinstance(one, Tensor)
-            assert isinstance(other, Tiled) <= (spec.access is not Access.ROWS)
-            assert torch.equal(widen(one), widen(other)), spec.name
+            counts[isinstance(other, CpuPackedWeight)] += not isinstance(one, Tensor)
+            assert isinstance(other, CpuPackedWeight) <= (spec.access is not Access.ROWS)
+            assert torch.equal(dequantize(one), dequantize(other)), spec.name
     assert counts[True] > 20
     assert counts[False] <= 1  # the table of per-layer embeddings
-    assert torch.equal(logits(checkpoint, tiled=True), logits(checkpoint, tiled=False))
+    assert torch.equal(logits(checkpoint, cpu_packed=True), logits(checkpoint, cpu_packed=False))
 
 
 @pytest.mark.parametrize("quant", ["q4", "q8"])
 def test_what_is_quantized_at_load_is_tiled_too(quant: str) -> None:
     checkpoint = open_checkpoint(DEMO_FOLDER)
-    params = load_params(checkpoint, torch.float32, CPU, quant=quant, tiled=True)
-    tiled = [part for param in params.values() if isinstance(param, Weight) for part in param.parts if isinstance(part, Tiled)]
-    assert len(tiled) > 20
-    assert torch.equal(logits(checkpoint, tiled=True, quant=quant), logits(checkpoint, tiled=False, quant=quant))
+    params = load_params(checkpoint, torch.float32, CPU, quant=quant, cpu_packed=True)
+    cpu_packed = [
+        part
+        for param in params.values()
+        if isinstance(param, Weight)
+        for part in param.parts
+        if isinstance(part, CpuPackedWeight)
+    ]
+    assert len(cpu_packed) > 20
+    assert torch.equal(logits(checkpoint, cpu_packed=True, quant=quant), logits(checkpoint, cpu_packed=False, quant=quant))

@@ -54,7 +54,7 @@ def pretend(launch: Launch) -> Iterator[None]:
 @cache
 def params_of(preset: str, quant: str) -> dict[str, Any]:
     """Make a model's parameters once."""
-    return synthetic.make_params(synthetic.plan_of(preset), quant, tiled=False, device=META)
+    return synthetic.make_params(synthetic.plan_of(preset), quant, cpu_packed=False, device=META)
 
 
 def setting(preset: str, quant: str) -> tuple[Decoder, PagedPool]:

@@ -11,7 +11,7 @@ from gemcutter.engine.graphs import Flight, refusal
 from gemcutter.engine.request import Event, Finish, Request
 from gemcutter.engine.sampling import Sampling
 from gemcutter.ops import reference
-from gemcutter.quant import Weight, widen
+from gemcutter.quant import Weight, dequantize
 from tests.triton.decoders import decode_with, prompt
 
 triton_linear = pytest.importorskip("gemcutter.ops.triton_linear")
@@ -27,7 +27,7 @@ def plain_products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Non
         return
 
     def linear(x_ND: Tensor, weight: Weight) -> Tensor:
-        return torch.cat([x_ND @ widen(part).t() for part in weight.parts], dim=1)
+        return torch.cat([x_ND @ dequantize(part).t() for part in weight.parts], dim=1)
 
     def gated(x_ND: Tensor, weight: Weight) -> Tensor:
         return reference.gelu_mul(*linear(x_ND, weight).chunk(2, dim=1))

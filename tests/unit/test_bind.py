@@ -119,10 +119,10 @@ NARROW = replace(plan_of("E2B").layers[0], head_dim=48)
     ("site", "reason"),
     [
         (linear("cpu", F32, F32), None),
-        (linear("cpu", F32, "tiled-Q4_0"), None),
-        (linear("cpu", F32, "bfloat16+tiled-Q4_0+tiled-Q6_K"), None),
+        (linear("cpu", F32, "cpu-packed-Q4_0"), None),
+        (linear("cpu", F32, "bfloat16+cpu-packed-Q4_0+cpu-packed-Q6_K"), None),
         (linear("cpu", F32, "mxfp8"), "no native layout for mxfp8"),
-        (linear("cpu", F32, "mixed+tiled-Q4_0"), "no native layout for mixed"),
+        (linear("cpu", F32, "mixed+cpu-packed-Q4_0"), "no native layout for mixed"),
         (linear("cuda", F32, F32), "runs on the CPU"),
         (linear("cpu", F32, F32, kernels="reference"), "how many rows run beside it"),
         (replace(linear("cpu", F32, BF16), verb="feed"), None),
@@ -150,7 +150,7 @@ def test_native_kernels_come_first_and_say_why_not(site: Site, reason: str | Non
     ("site", "reason"),
     [
         (linear("cuda", BF16, BF16), None),
-        (linear("cuda", BF16, "bfloat16+striped-Q4_0"), None),
+        (linear("cuda", BF16, "bfloat16+gpu-packed-Q4_0"), None),
         (linear("cuda", BF16, "mixed"), None),
         (linear("cuda", BF16, "Q4_0"), "no Triton kernel for Q4_0"),
         (linear("cuda", BF16, BF16, "triton"), None),
@@ -236,7 +236,7 @@ def test_native_kernels_keep_rows_in_float32_and_packed_weights_tiled() -> None:
     assert forms == ["float32", "int8", "bf16", "int8", "int8", "bf16"]
     assert bind.row_form("cuda", BF16, "auto", None) == F32
     held = [bind.held_as(stored, "cpu", "auto") for stored in ("Q4_0", "affine4g64", "mxfp8", "packed4-indexed", BF16)]
-    assert held == ["tiled-Q4_0", "tiled-affine4g64", "mxfp8", "packed4-indexed", BF16]
+    assert held == ["cpu-packed-Q4_0", "cpu-packed-affine4g64", "mxfp8", "packed4-indexed", BF16]
     assert bind.held_as("Q4_0", "cpu", "reference") == "Q4_0"
 
 

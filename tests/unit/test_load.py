@@ -19,8 +19,8 @@ from torch import Tensor
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import hf
+from gemcutter.checkpoint.load import load_params as module
 from gemcutter.checkpoint.load.load_params import load_params
-from gemcutter.checkpoint.load.load_params import load_params as module
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write.synth import SIZES, shrink, write_size
