@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.contexts` has it
 
 from bench.ratios import RESULTS, spell_machine
-from gemcutter.benchmark.harness import list_trials
+from gemcutter.benchmark.harness import list_cases
 from gemcutter.benchmark.report import measure
 from gemcutter.benchmark.target import from_file, from_preset
 from gemcutter.errors import GemcutterError
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str]) -> int:
             subject = from_file(LoadOptions(model=options.model))
         else:
             subject = from_preset(options.preset, options.quant, options.layers, LoadOptions(model=options.preset))
-        found = measure(subject, list_trials([], [options.tokens], options.depth), options.repeats)
+        found = measure(subject, list_cases([], [options.tokens], options.depth), options.repeats)
     except GemcutterError as error:
         print(error, file=sys.stderr)
         return 1

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.gpu` h
 from bench.gpu_kernels import check_norms, time_kernels
 from gemcutter import api
 from gemcutter.benchmark import hardware
-from gemcutter.benchmark.harness import list_trials
+from gemcutter.benchmark.harness import list_cases
 from gemcutter.benchmark.report import measure
 from gemcutter.benchmark.target import from_preset
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
@@ -84,7 +84,7 @@ def _nll_of_transformers(folder: Path, device: str) -> float:
 def time_model(preset: str, quant: str, device: str, sizes: argparse.Namespace) -> dict[str, Any]:
     """Measure one geometry: prompts, and replies in batches."""
     subject = from_preset(preset, quant, None, LoadOptions(model=preset, device=device))
-    tests = list_trials(sizes.prompt, sizes.tokens, [0], sizes.batch)
+    tests = list_cases(sizes.prompt, sizes.tokens, [0], sizes.batch)
     found = measure(subject, tests, sizes.rounds, max_rows=max([*sizes.prompt, 512]))
     for row in found["rows"]:
         row["ms_a_step"] = 1e3 * row["batch"] / row["tok_s"]

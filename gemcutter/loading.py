@@ -15,7 +15,7 @@ from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
 from gemcutter.checkpoint.load.adapters import attach, fold
 from gemcutter.checkpoint.load.load_params import Progress, load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.load.packed_weight_cache import PanelCache
+from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.engine.engine import Engine
@@ -63,7 +63,7 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     apart = {name: _open_adapter(path, checkpoint, options) for name, path in options.adapters.items()}
     backend = select_backend(device.type, options.kernels)
     packer = backend.packer(device, dtype)
-    cache = PanelCache.of(checkpoint, options.quant) if options.repack_cache and packer.makes_panels else None
+    cache = PackedWeightCache.of(checkpoint, options.quant) if options.repack_cache and packer.makes_panels else None
     params, notes = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache), list[str]()
     if checkpoint.plan.ple_dim:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)

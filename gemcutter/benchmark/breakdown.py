@@ -1,8 +1,8 @@
 """Where the time goes: seconds of every sentence of a model, and what is left for all else.
 
-Owns the clocks around a decoder's bound sentences; refuses to know what they compute. A clock costs a microsecond or so a call,
-and a
-layer's lines run one by one where a kernel could run them all at once: what is clocked is not what is reported as speed.
+Owns the timers around a decoder's bound sentences; refuses to know what they compute. A timer costs a microsecond or so a
+call, and timers force layer-by-layer execution where a kernel could run a whole layer at once, so these times add up to more
+than the benchmark's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REST = "rest"  # the engine, the choice of tokens, Python between the sentences
 
 
 @contextmanager
-def clocked(decoder: Decoder) -> Iterator[dict[str, float]]:
+def timed(decoder: Decoder) -> Iterator[dict[str, float]]:
     """Time every call of a sentence while this lasts, under its name; the decoder is as before afterwards."""
     seconds = dict.fromkeys(OPS, 0.0)
     fused = [layer.fused for layer in decoder.layers]
@@ -31,7 +31,7 @@ def clocked(decoder: Decoder) -> Iterator[dict[str, float]]:
         if callable(bound := getattr(owner, verb, None))
     ]
     for owner, verb, bound in places:
-        setattr(owner, verb, _clock(bound, verb, seconds))
+        setattr(owner, verb, _timed(bound, verb, seconds))
     for layer in decoder.layers:
         layer.fused = None
     try:
@@ -48,17 +48,17 @@ def measure(decoder: Decoder, run: Callable[[Callable[[], None]], float]) -> dic
 
     `run` gives those, and calls the function that it gets when they begin.
     """
-    with clocked(decoder) as seconds:
+    with timed(decoder) as seconds:
         whole = run(lambda: seconds.update(dict.fromkeys(seconds, 0.0)))
         found = {verb: spent for verb, spent in seconds.items() if spent}
     return found | {REST: whole - sum(found.values())}
 
 
-def _clock(bound: Callable[..., Any], verb: str, seconds: dict[str, float]) -> Callable[..., Any]:
-    def timed(*arguments: Any, **named: Any) -> Any:
+def _timed(bound: Callable[..., Any], verb: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
         started = time.perf_counter()
         found = bound(*arguments, **named)
         seconds[verb] += time.perf_counter() - started
         return found
 
-    return timed
+    return call

@@ -26,7 +26,7 @@ MAX_ROWS = 512  # of a step: what the engine takes by itself
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class BenchCase:
     """`tokens` rows of a prompt at once ("pp"), or one by one ("tg") in `batch` sequences, after `depth` positions."""
 
     kind: str
@@ -51,20 +51,20 @@ class Trial:
         return self.depth + self.tokens + 2
 
 
-def list_trials(
+def list_cases(
     prompts: Sequence[int], replies: Sequence[int], depths: Sequence[int], batches: Sequence[int] = (1,)
-) -> list[Trial]:
+) -> list[BenchCase]:
     """List all tests, those of one depth after the other; a size of 0 asks for none. Prompts run alone, replies in batches."""
     alone = [("pp", size, 1) for size in prompts if size]
     sizes = alone + [("tg", size, batch) for size in replies if size for batch in batches]
-    return [Trial(kind, size, depth, batch) for depth in depths for kind, size, batch in sizes]
+    return [BenchCase(kind, size, depth, batch) for depth in depths for kind, size, batch in sizes]
 
 
-class Stand:
+class BenchEngine:
     """An engine whose context is filled up to `depth`, for tests of that depth; sequences of a batch share it."""
 
     def __init__(
-        self, decoder: Decoder, tests: Sequence[Trial], max_rows: int = MAX_ROWS, kv_dtype: torch.dtype | None = None
+        self, decoder: Decoder, tests: Sequence[BenchCase], max_rows: int = MAX_ROWS, kv_dtype: torch.dtype | None = None
     ) -> None:
         self.decoder, self.depth = decoder, tests[0].depth
         assert all(test.depth == self.depth for test in tests)
@@ -82,7 +82,7 @@ class Stand:
         while self.engine.has_work:
             self.engine.step()
 
-    def run(self, test: Trial, at_start: Callable[[], None] = lambda: None) -> float:
+    def run(self, test: BenchCase, at_start: Callable[[], None] = lambda: None) -> float:
         """Run one test and give its seconds; `at_start` is called when they begin.
 
         Of a prompt they last until its first token is chosen, of a reply from then on, so that all of its steps have one row.

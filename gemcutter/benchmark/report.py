@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from gemcutter.benchmark import breakdown, hardware, roofline
-from gemcutter.benchmark.harness import MAX_ROWS, Stand, Trial
-from gemcutter.benchmark.target import Subject
+from gemcutter.benchmark.harness import MAX_ROWS, BenchCase, BenchEngine
+from gemcutter.benchmark.target import BenchTarget
 from gemcutter.errors import RequestError
 from gemcutter.plan import ModelPlan
 
@@ -25,8 +25,8 @@ Progress = Callable[[int, int], None]  # tests done, tests in all
 
 
 def measure(
-    subject: Subject,
-    tests: Sequence[Trial],
+    subject: BenchTarget,
+    tests: Sequence[BenchCase],
     repeats: int,
     *,
     max_rows: int = MAX_ROWS,
@@ -58,7 +58,7 @@ def measure(
     }
 
 
-def check(subject: Subject, tests: Sequence[Trial]) -> None:
+def check(subject: BenchTarget, tests: Sequence[BenchCase]) -> None:
     """Raise RequestError unless every test fits the model's context."""
     room = subject.plan.context
     problems = [
@@ -70,9 +70,11 @@ def check(subject: Subject, tests: Sequence[Trial]) -> None:
         raise RequestError("the tests can't run", problems)
 
 
-def _run(subject: Subject, tests: Sequence[Trial], repeats: int, max_rows: int, with_breakdown: bool) -> Iterator[dict[str, Any]]:
+def _run(
+    subject: BenchTarget, tests: Sequence[BenchCase], repeats: int, max_rows: int, with_breakdown: bool
+) -> Iterator[dict[str, Any]]:
     """Run tests of one depth, whose cache goes when they are done."""
-    stand = Stand(subject.decoder, tests, max_rows, subject.kv_dtype)
+    stand = BenchEngine(subject.decoder, tests, max_rows, subject.kv_dtype)
     stand.warm_up()
     for test in tests:
         speeds = [test.total / stand.run(test) for _ in range(repeats)]
@@ -91,7 +93,7 @@ def _run(subject: Subject, tests: Sequence[Trial], repeats: int, max_rows: int, 
         yield row | {"peak_bytes": hardware.peak_bytes(subject.decoder.device)}
 
 
-def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: Trial, rates: Mapping[str, float]) -> dict[str, Any]:
+def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: BenchCase, rates: Mapping[str, float]) -> dict[str, Any]:
     """Give the speed that a machine of these rates allows, and the rate that bounds it.
 
     `weight_bytes` are those that decoding one token of each sequence reads.
@@ -105,7 +107,7 @@ def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: Trial, r
     return {"ceiling_tok_s": test.tokens * rates[best] / flops, "ceiling": best, "flops": flops}
 
 
-def describe(subject: Subject, max_rows: int) -> dict[str, Any]:
+def describe(subject: BenchTarget, max_rows: int) -> dict[str, Any]:
     """Say what was measured, and how it was computed."""
     return {
         "model": subject.name,
@@ -121,7 +123,7 @@ def describe(subject: Subject, max_rows: int) -> dict[str, Any]:
     }
 
 
-def memory(subject: Subject, peak: int) -> dict[str, int]:
+def memory(subject: BenchTarget, peak: int) -> dict[str, int]:
     """Put the peak beside what must be held: the weights, but for tables that are only gathered from."""
     held = roofline.held_bytes(subject.plan, subject.decoder.params)
     return {"peak_bytes": peak, "weight_bytes": held, "over_weights_bytes": peak - held}
@@ -158,9 +160,9 @@ def show(found: dict[str, Any]) -> str:
         lines.append(
             f"from a cold process to the first token {found['first_token_s']:.2f} s, to its text {found['first_text_s']:.2f} s"
         )
-    clocked = [row for row in found["rows"] if "breakdown_s" in row]
-    if clocked:
-        lines += ["", "milliseconds a token, and their share, in one more run with clocks:", "", *_breakdown(clocked)]
+    timed = [row for row in found["rows"] if "breakdown_s" in row]
+    if timed:
+        lines += ["", "milliseconds a token, and their share, in one more run with clocks:", "", *_breakdown(timed)]
     return "\n".join(lines)
 
 

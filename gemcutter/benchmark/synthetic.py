@@ -22,10 +22,10 @@ from gemcutter.plan import Access, ModelPlan, ParamSpec, derive
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.affine import Affine
 from gemcutter.quant.cpu_layout import PANEL
-from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.gguf_blocks import TYPES, Blocks
-from gemcutter.quant.gpu_packing import Striped
-from gemcutter.quant.hugepage_arena import take_room
+from gemcutter.quant.gpu_packing import GpuPackedWeight
+from gemcutter.quant.hugepage_arena import allocate
 from gemcutter.quant.packing import Packer, PlainPacker
 from gemcutter.quant.recipes import DENSE, RECIPES, BlockScheme, Recipe, Scheme
 
@@ -102,9 +102,9 @@ class _Workshop:
         piece = self._pieces[key]
         if isinstance(piece, Tensor):
             return _repeated(piece, shape[:-1])
-        if isinstance(piece, Striped):
+        if isinstance(piece, GpuPackedWeight):
             return piece.each(lambda array: _repeated(array, shape[:-1]))
-        if isinstance(piece, Tiled):
+        if isinstance(piece, CpuPackedWeight):
             panels = (*shape[:-2], -(-shape[-2] // PANEL))
             return replace(piece, data=_repeated(piece.data, panels), num_rows=shape[-2])
         if isinstance(piece, Blocks):
@@ -142,7 +142,7 @@ def _pack(values: Tensor, scheme: Scheme, spread: float) -> Blocks | Affine:
 def _repeated(piece: Tensor, lead: tuple[int, ...]) -> Tensor:
     """Fill [*lead, width] with the rows of a piece [rows, width], over and over, in copies that double in size."""
     if piece.device == CPU:
-        out: Tensor = take_room((*lead, piece.shape[1] * piece.itemsize)).view(piece.dtype)
+        out: Tensor = allocate((*lead, piece.shape[1] * piece.itemsize)).view(piece.dtype)
     else:
         out = piece.new_empty(*lead, piece.shape[1])
     rows = out.view(-1, piece.shape[1])

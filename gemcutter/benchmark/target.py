@@ -22,7 +22,7 @@ from gemcutter.quant import Weight
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class BenchTarget:
     """A decoder, what it is called, and how long it took to load; None where nothing was loaded from a file."""
 
     name: str
@@ -42,7 +42,7 @@ class Subject:
         return self.decoder.dtype if self.how.kv is None else torch.float8_e4m3fn
 
 
-def from_preset(preset: str, quant: str, layers: int | None, how: LoadOptions) -> Subject:
+def from_preset(preset: str, quant: str, layers: int | None, how: LoadOptions) -> BenchTarget:
     """Make a model of a size's geometry, or of its first layers. Raises ConfigError for names that are none."""
     plan, device = synthetic.plan_of(preset, layers), find_device(how)
     dtype = getattr(torch, check_dtype(how.dtype or "bfloat16"))
@@ -50,13 +50,13 @@ def from_preset(preset: str, quant: str, layers: int | None, how: LoadOptions) -
     params = synthetic.make_params(plan, quant, packer, device)
     forget_peak()  # of making what others load
     name = preset if layers is None else f"{preset}, {layers} layers"
-    return Subject(name, quant, how, make_decoder(plan, params, how, dtype, device), None)
+    return BenchTarget(name, quant, how, make_decoder(plan, params, how, dtype, device), None)
 
 
-def from_file(how: LoadOptions) -> Subject:
+def from_file(how: LoadOptions) -> BenchTarget:
     """Load a checkpoint as `gemcutter.load` does, without tokenizer and templates. Raises GemcutterError."""
     started = time.perf_counter()
     opened = open_model(how)
     weights = [param for param in opened.decoder.params.values() if isinstance(param, Weight)]
     stored = sorted({weight.stored for weight in weights})
-    return Subject(how.model, ", ".join(stored), how, opened.decoder, time.perf_counter() - started)
+    return BenchTarget(how.model, ", ".join(stored), how, opened.decoder, time.perf_counter() - started)

@@ -109,7 +109,7 @@ def bench(
 
     from gemcutter import native
     from gemcutter.benchmark.cold_start import first_token_s
-    from gemcutter.benchmark.harness import list_trials
+    from gemcutter.benchmark.harness import list_cases
     from gemcutter.benchmark.report import measure, show
     from gemcutter.benchmark.target import from_file, from_preset
 
@@ -117,7 +117,7 @@ def bench(
         native.set_level(level)
     if loading.threads is not None:
         torch.set_num_threads(loading.threads)
-    tests = list_trials(*sizes)
+    tests = list_cases(*sizes)
     subject = from_file(how) if preset is None else from_preset(preset, quant or "q4_0", layers, how)
     with progress("measuring") as advance:
         found = measure(subject, tests, repeats, max_rows=rows, with_breakdown=breakdown, progress=advance)

@@ -33,7 +33,7 @@ Show what a checkpoint is and how it will run.
 
 That is: its layers and whose keys and values they read, what it holds beyond them, memory and work by context length, and the
 kernels that would be chosen, with the reasons against the others. Only headers are read. Drafters (assistants) can be inspected,
-too; towers for images and audio are listed as left aside.
+too; towers for images and audio are listed as not loaded.
 """
 EXAMPLES = """\b
 Examples:
@@ -114,7 +114,7 @@ def describe(
         "first_reader": plan.first_reader,
         "parameters": count_parameters(checkpoint),
         "skipped": _pile(checkpoint.matched.redundant),
-        "left_aside": {kind: _pile(pieces) for kind, pieces in checkpoint.matched.beside.items()},
+        "left_aside": {kind: _pile(pieces) for kind, pieces in checkpoint.matched.other_modules.items()},
         "ignored": _pile(checkpoint.matched.ignored),
         "notes": checkpoint.matched.notes(plan),
         "weights": {

@@ -21,7 +21,7 @@ from torch import Tensor
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, KVRange, Step, visible_mask
 from gemcutter.ops.types import Attention, OpContext, Param, closing_scale, matrix, rounded_root, vector
 from gemcutter.plan import LayerPlan, ModelPlan
-from gemcutter.quant import Weight, widen
+from gemcutter.quant import Weight, dequantize
 
 ROW_TILE = 16  # rows of one matrix product; fixed, so that a row never meets another kernel
 KEY_BLOCK = 256  # keys of one softmax update, aligned to absolute positions
@@ -72,8 +72,8 @@ def linear(x_ND: Tensor, weight: Weight) -> Tensor:
     padded = F.pad(x_ND.float(), (0, 0, 0, -rows % ROW_TILE)).view(-1, ROW_TILE, columns)
     out = x_ND.new_empty(rows, weight.rows)
     offset = 0
-    for tile in weight.tiles(WEIGHT_TILE):
-        wide = widen(tile).t()
+    for tile in weight.row_chunks(WEIGHT_TILE):
+        wide = dequantize(tile).t()
         for index, block in enumerate(padded):
             start = index * ROW_TILE
             out[start : start + ROW_TILE, offset : offset + wide.shape[1]] = (block @ wide)[: rows - start]

@@ -1,8 +1,9 @@
 """Panels of 16 rows: how packed matrices lie in memory for the native kernels, and the way there and back in plain PyTorch.
 
-Owns `Layout`, `Grid` (a matrix as codes by row and column, scales by row and group) and the two transforms between a grid and
-panels, which are the definition that csrc/cpu/repack.cpp and the kernels are tested against. The bytes are those of
-csrc/cpu/layout.h. Refuses to know schemes: read `cpu_packing.py` for what becomes of those, `cpu_packed.py` for the weight.
+Owns `PackedLayout`, `UnpackedWeight` (a matrix as codes by row and column, scales by row and group) and the two transforms
+between a grid and panels, which are the definition that csrc/cpu/repack.cpp and the kernels are tested against. The bytes are
+those of csrc/cpu/layout.h. Refuses to know schemes: read `cpu_packing.py` for what becomes of those, `cpu_packed.py` for the
+weight.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Head = tuple[torch.dtype, int]  # numbers of this dtype, so many for each row
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PackedLayout:
     """How a matrix is coded: value = scale * (code + offset) + bias. Codes are unsigned but for S8; fields as in `gc_matrix`."""
 
     codes: int
@@ -73,13 +74,13 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class UnpackedWeight:
     """Rows of a matrix, taken apart: codes uint8 [rows, columns], and an array [rows, numbers] for each of the layout's heads.
 
     Codes of S8 are the bytes of int8. Arrays come in the order of `heads`, then `block_heads`.
     """
 
-    layout: Layout
+    layout: PackedLayout
     codes: Tensor
     arrays: tuple[Tensor, ...]
 
@@ -100,7 +101,7 @@ class Grid:
         return arrays[0], arrays[1] if self.layout.has_bias else None
 
 
-def to_panels(grid: Grid) -> Tensor:
+def to_panels(grid: UnpackedWeight) -> Tensor:
     """Lay rows out as panels, uint8 [panels, stride]; rows that the last panel lacks are zeros."""
     layout, (rows, columns) = grid.layout, grid.codes.shape
     missing = -rows % PANEL
@@ -115,14 +116,14 @@ def to_panels(grid: Grid) -> Tensor:
     return pad(panels, (0, layout.stride(columns) - panels.shape[1]))
 
 
-def from_panels(panels: Tensor, layout: Layout, columns: int) -> Grid:
+def from_panels(panels: Tensor, layout: PackedLayout, columns: int) -> UnpackedWeight:
     """Take panels, uint8 [panels, bytes], apart into rows, those beyond the last included."""
     units, blocks = columns // layout.run, layout.run // BLOCK
     rest = panels[:, : layout.panel_bytes(columns)].reshape(len(panels), units, layout.unit_bytes)
     arrays, rest = _heads_out(rest, layout.heads)
     rest = rest.reshape(len(panels), units * blocks, rest.shape[-1] // blocks)
     block_arrays, rest = _heads_out(rest, layout.block_heads)
-    return Grid(layout, _codes_out(rest, layout.codes), (*arrays, *block_arrays))
+    return UnpackedWeight(layout, _codes_out(rest, layout.codes), (*arrays, *block_arrays))
 
 
 def _head_bytes(heads: tuple[Head, ...]) -> int:

@@ -22,7 +22,7 @@ _lock = threading.Lock()
 _slab = torch.empty(0, dtype=torch.uint8)  # what is left of the newest slab
 
 
-def take_room(shape: tuple[int, ...]) -> Tensor:
+def allocate(shape: tuple[int, ...]) -> Tensor:
     """Make zeroed memory, uint8, that begins at a multiple of 64 bytes."""
     global _slab
     size = math.prod(shape)

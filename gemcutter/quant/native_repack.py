@@ -15,7 +15,7 @@ BLOCK_KINDS = {"Q4_0": 0, "Q8_0": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}  # enum gc
 STREAM_KINDS = {4: 5, 8: 6}  # by bits: codes without gaps, lowest bits first, with scales of their own
 
 
-class Source(ctypes.Structure):
+class RepackSource(ctypes.Structure):
     """`gc_source`: rows of a matrix as a file holds them. Strides are bytes from one row to the next."""
 
     _fields_ = (
@@ -29,7 +29,7 @@ class Source(ctypes.Structure):
     )
 
 
-def repack(source: Source, target: Matrix, threads: int) -> bool:
+def repack(source: RepackSource, target: Matrix, threads: int) -> bool:
     """Write rows as the panels of `target`, whose memory is written to; False, and nothing done, without the library."""
     found = load_library()
     if found is None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gemcutter.quant import Part
-from gemcutter.quant.cpu_packing import join, tile
-from gemcutter.quant.gpu_packing import adjoin, place, stripe
+from gemcutter.quant.cpu_packing import join, pack_for_cpu
+from gemcutter.quant.gpu_packing import adjoin, pack_for_gpu, place
 from gemcutter.quant.packed import DenseStack, Packed
 from gemcutter.quant.recipes import Scheme
 from gemcutter.quant.recipes import pack as quantize
@@ -27,7 +27,7 @@ class Packer(Protocol):
 
     @property
     def makes_panels(self) -> bool:
-        """Return whether packed weights become `Tiled`, which can be kept in a file and mapped."""
+        """Return whether packed weights become `CpuPackedWeight`, which can be kept in a file and mapped."""
         ...
 
     def pack(self, part: Packed, release: Release) -> Part:
@@ -71,7 +71,7 @@ class CpuPacker:
 
     def pack(self, part: Packed, release: Release) -> Part:
         """Repack a part; what has no such form stays mapped."""
-        return tile(part, release) or part
+        return pack_for_cpu(part, release) or part
 
     def quantize(self, chunks: Iterable[Tensor], shape: tuple[int, ...], scheme: Scheme) -> Part:
         """Quantize into panels. Raises ValueError for values that are not finite."""
@@ -94,12 +94,12 @@ class GpuPacker:
         """Repack a part; what has no such form moves to the device."""
         if isinstance(part, DenseStack):
             return torch.stack([item.to(self.device, self.dtype) for item in part.items])
-        return stripe(part, self.device, release) or place(part, self.device)
+        return pack_for_gpu(part, self.device, release) or place(part, self.device)
 
     def quantize(self, chunks: Iterable[Tensor], shape: tuple[int, ...], scheme: Scheme) -> Part:
         """Quantize on the device and repack. Raises ValueError for values that are not finite."""
         found = quantize(chunks, shape, scheme, self.device)
-        return stripe(found, self.device) or found
+        return pack_for_gpu(found, self.device) or found
 
     def arrange(self, parts: Sequence[Part]) -> tuple[Part, ...]:
         """Return the parts one after the other in memory, where they are of one kind."""

@@ -1,4 +1,4 @@
-"""Quantizers by name: which scheme each weight gets, and how a dense matrix becomes a packed one a tile at a time.
+"""Quantizers by name: which scheme each weight gets, and how a dense matrix becomes a packed one some rows at a time.
 
 Owns the recipes. A recipe is a scheme for the matrices that every token multiplies, and a better one where bits buy more than
 they cost: the table of per-layer embeddings (whose rows are only gathered), the head, the router. "q4" and "q8" are the ones
@@ -111,23 +111,23 @@ RECIPES = {
 LOADABLE = ("q4", "q8")  # what `load` takes: the recipes to recommend
 
 
-def pack(tiles: Iterable[Tensor], shape: tuple[int, ...], scheme: Scheme, device: torch.device | str = "cpu") -> Affine | Blocks:
-    """Quantize a matrix or a stack of them, `shape`, that comes as tiles of whole rows in order: [rows of the tile, columns].
+def pack(chunks: Iterable[Tensor], shape: tuple[int, ...], scheme: Scheme, device: torch.device | str = "cpu") -> Affine | Blocks:
+    """Quantize a matrix or a stack of them, `shape`, that comes as chunks of whole rows in order: [rows of the chunk, columns].
 
-    Never more than one tile is wide at a time. Raises ValueError for values that are not finite.
+    Never more than one chunk is dense at a time. Raises ValueError for values that are not finite.
     """
     rows = torch.Size(shape[:-1]).numel()
     whole: Affine | Blocks | None = None
     start = 0
-    for tile in tiles:
-        piece = scheme.quantize(tile)
+    for chunk in chunks:
+        piece = scheme.quantize(chunk)
         if whole is None:
             whole = replace(piece, **{name: _room(array, rows, device) for name, array in _arrays(piece).items()})
         for name, array in _arrays(piece).items():
             getattr(whole, name)[start : start + len(array)] = array
-        start += len(tile)
+        start += len(chunk)
     if whole is None or start != rows:
-        raise ValueError(f"tiles: {rows} rows expected, found {start}")
+        raise ValueError(f"chunks: {rows} rows expected, found {start}")
     return replace(whole, **{name: array.unflatten(0, shape[:-1]) for name, array in _arrays(whole).items()})
 
 

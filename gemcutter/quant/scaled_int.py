@@ -1,7 +1,7 @@
 """Numbers times scales: packed integers, plain int8 and 8-bit floats, as compressed-tensors, GPTQ, AWQ and Gemma's own QAT
 files keep them.
 
-Owns `Scaled`, which covers every layout whose rows lie apart, and `Awq`, where eight rows share each word. Refuses to know
+Owns `ScaledInt`, which covers every layout whose rows lie apart, and `Awq`, where eight rows share each word. Refuses to know
 files, names and activations: input and output scales are not weights. Read `packed.py` for the protocol, `bits.py` for streams.
 """
 
@@ -31,7 +31,7 @@ _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # where each of eight neighbouring 
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scaled:
+class ScaledInt:
     """w = (number - zero) * scale, with one scale for a row or one for each group of columns.
 
     `kind` says what `codes` hold, [..., rows, columns] or as many words or bytes as that takes: "int" int8; "fp" float8_e4m3fn;
@@ -68,11 +68,11 @@ class Scaled:
         """Count the stored bytes."""
         return stored_bytes(self)
 
-    def rows(self, start: int, stop: int) -> Scaled:
+    def rows(self, start: int, stop: int) -> ScaledInt:
         """Give rows start to stop - 1 of every expert without copying."""
         return cut_rows(self, start, stop)
 
-    def columns(self, start: int, stop: int) -> Scaled:
+    def columns(self, start: int, stop: int) -> ScaledInt:
         """Give columns start to stop - 1, whole groups in whole bytes or words, without copying."""
         values, items = self._run()
         check_cut(start, stop, self.num_columns, math.lcm(values, self.group or 1))
@@ -83,11 +83,11 @@ class Scaled:
         zeros = None if self.zeros is None else self.zeros[..., groups]
         return replace(self, codes=codes, num_columns=stop - start, scales=self.scales[..., groups], zeros=zeros)
 
-    def expert(self, index: int) -> Scaled:
+    def expert(self, index: int) -> ScaledInt:
         """Give one matrix of a stack without copying."""
         return cut_expert(self, index)
 
-    def gather(self, ids_N: Tensor) -> Scaled:
+    def gather(self, ids_N: Tensor) -> ScaledInt:
         """Copy the rows that ids name."""
         return gather_rows(self, ids_N)
 
@@ -201,7 +201,7 @@ def from_packed(
     zeros: Tensor | None = None,
     group: int | None = None,
     group_of: Tensor | None = None,
-) -> Scaled:
+) -> ScaledInt:
     """Take packed integers whose zero point is half their range, unless `zeros` gives others.
 
     compressed-tensors' pack-quantized: `weight_packed` int32, `weight_scale`, `weight_zero_point` int32 packed along the rows,
@@ -220,7 +220,7 @@ def from_packed(
     own_zeros = None if zeros is None else _zero_points(zeros, bits, (*lead, scales.shape[-1]))
     group, group_of = _grouping(columns, scales.shape[-1], group, group_of, problems)
     refuse(problems)
-    return Scaled(kind, codes, scales, bits, columns, group, group_of, 0 if zeros is not None else 1 << bits - 1, own_zeros)
+    return ScaledInt(kind, codes, scales, bits, columns, group, group_of, 0 if zeros is not None else 1 << bits - 1, own_zeros)
 
 
 def from_gptq(
@@ -232,7 +232,7 @@ def from_gptq(
     group: int | None = None,
     group_of: Tensor | None = None,
     is_v2: bool = False,
-) -> Scaled:
+) -> ScaledInt:
     """Take GPTQ's arrays, also AutoRound's, whose zero points are stored less one, except in version 2.
 
     `qweight` int32 [columns * bits / 32, rows], `qzeros` int32 [groups, rows * bits / 32], `scales` [groups, rows], `group_of`
@@ -250,7 +250,7 @@ def from_gptq(
     group, group_of = _grouping(columns, groups, group, group_of, problems)
     refuse(problems)
     zeros = _unpack_rows(qzeros, bits, rows)
-    return Scaled("gptq", qweight.t(), scales.t(), bits, columns, group, group_of, 0 if is_v2 else 1, zeros)
+    return ScaledInt("gptq", qweight.t(), scales.t(), bits, columns, group, group_of, 0 if is_v2 else 1, zeros)
 
 
 def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Awq:
@@ -270,7 +270,9 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Awq:
     return Awq(qweight, qzeros, scales, torch.arange(words * 8, device=qweight.device), columns // groups)
 
 
-def from_values(values: Tensor, scales: Tensor, *, zeros: Tensor | None = None, block: tuple[int, int] | None = None) -> Scaled:
+def from_values(
+    values: Tensor, scales: Tensor, *, zeros: Tensor | None = None, block: tuple[int, int] | None = None
+) -> ScaledInt:
     """Take int8 or float8 values [..., rows, columns] with scales of the tensor, of rows, or of blocks of rows and columns.
 
     compressed-tensors' int-quantized and float-quantized, Gemma's 8-bit linears. Scales of blocks are repeated for the rows of a
@@ -286,7 +288,7 @@ def from_values(values: Tensor, scales: Tensor, *, zeros: Tensor | None = None, 
     refuse(problems)
     group, _ = _grouping(columns, scales.shape[-1], group if scales.shape[-1] > 1 else None, None, problems)
     refuse(problems)
-    return Scaled("int" if values.dtype == torch.int8 else "fp", values, scales, 8, columns, group, zeros=zeros)
+    return ScaledInt("int" if values.dtype == torch.int8 else "fp", values, scales, 8, columns, group, zeros=zeros)
 
 
 def _packing(name: str, items: int, itemsize: int, values: int, bits: int, problems: list[str]) -> str:

@@ -239,7 +239,7 @@ class Layout:
         return {f"{name}[{part}]" if part else name for name, part in model(like).unread.keys() - used.keys()}
 
 
-TOWER_FILE = Note("A tower in the same file, where Ollama puts it, is left aside; llama.cpp's `mmproj` files hold no text model.")
+TOWER_FILE = Note("A tower in the same file, where Ollama puts it, is not loaded; llama.cpp's `mmproj` files hold no text model.")
 OWN_VALUES = Note(
     "No key of a GGUF file says that values are the raw keys; the absence of `attn_v` does. Where it is stored it is used, "
     "and a copy of the keys' gives the same numbers."

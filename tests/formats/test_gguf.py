@@ -212,7 +212,10 @@ def test_towers_in_the_same_file_are_left_aside(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(
         make(tmp_path, extra=tower | divisors(original("e")[0]), metadata={"vision.block_count": 12, "audio.block_count": 1})
     )
-    assert {kind: len(pieces) for kind, pieces in checkpoint.matched.beside.items()} == {"vision tower": 13, "audio tower": 1}
+    assert {kind: len(pieces) for kind, pieces in checkpoint.matched.other_modules.items()} == {
+        "vision tower": 13,
+        "audio tower": 1,
+    }
 
 
 def test_spell_is_the_inverse_of_translate() -> None:

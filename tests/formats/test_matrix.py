@@ -49,7 +49,7 @@ def check_headers(checkpoint: Checkpoint, layout: Layout, like: str, state: Stat
     assert {piece.data.dtype for piece in pieces} == {layout.stored}, state
     redundant = {piece.label for piece in checkpoint.matched.redundant}
     assert redundant == (layout.redundant(like) if state.has_unread else set()), state
-    assert ("vision tower" in checkpoint.matched.beside) is state.is_wrapped, state
+    assert ("vision tower" in checkpoint.matched.other_modules) is state.is_wrapped, state
     assert checkpoint.format == layout.format, state
 
 

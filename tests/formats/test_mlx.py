@@ -281,7 +281,7 @@ def test_a_tower_with_more_layers_than_the_decoder_is_left_aside(sizes: Mapping[
         quantization=claims,
     )
     checkpoint = open_checkpoint(packed)
-    beside = checkpoint.matched.beside
+    beside = checkpoint.matched.other_modules
     assert {kind: len(pieces) for kind, pieces in beside.items()} == {"vision tower": 27 * 5 + 2, "audio tower": 27 * 5}
     assert not checkpoint.matched.redundant
     assert trace(packed) == trace(dense)

@@ -95,8 +95,8 @@ def test_small_files_are_read_once_and_absent_ones_are_none(site: Site) -> None:
         assert source.read_json("absent.json") is None
     assert [path for path, _, _ in site.seen].count("generation_config.json") == 1
     sent = site.sent_bytes
-    assert source.size_beside("tokenizer.json") == (DEMO_FOLDER / "tokenizer.json").stat().st_size
-    assert source.size_beside("absent.json") is None
+    assert source.size_of_sidecar("tokenizer.json") == (DEMO_FOLDER / "tokenizer.json").stat().st_size
+    assert source.size_of_sidecar("absent.json") is None
     assert site.sent_bytes - sent < 5000
 
 
@@ -247,7 +247,7 @@ def test_a_token_goes_to_the_hub_alone(hub: Site, monkeypatch: pytest.MonkeyPatc
         source = open_source("owner/model")
         assert {token for _, _, token in hub.seen} == {"Bearer hf_secret"}
         hub.elsewhere = storage.url  # as the hub sends readers of large files to its storage
-        assert source.size_beside("tokenizer.json")
+        assert source.size_of_sidecar("tokenizer.json")
         assert [token for _, _, token in storage.seen] == [None]
     with serve(DEMO_FOLDER) as stranger:
         open_source(f"{stranger.url}/")

@@ -128,5 +128,5 @@ def test_a_release_is_the_demo_and_more(release: Path) -> None:
     assert {piece.name for piece in mine.matched.redundant} == {
         f"layers.{layer.index}.attn.{name}" for layer in mine.plan.layers if not layer.writes for name in ("in", "k_norm")
     }
-    assert set(mine.matched.beside) == {"audio tower", "vision tower"}
+    assert set(mine.matched.other_modules) == {"audio tower", "vision tower"}
     assert not bare.matched.notes(bare.plan)

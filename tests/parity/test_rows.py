@@ -1,7 +1,7 @@
 """What enters and leaves the layers is rows: those of a drafter that reads its target, of media, and of a few wanted states.
 
-Owns whole decoders on steps that text generation never makes; `tests/kernels/test_ops.py` holds single kernels against formulas. No
-outside oracle: rows that are computed together are compared with rows computed alone, kernels with the reference.
+Owns whole decoders on steps that text generation never makes; `tests/kernels/test_ops.py` holds single kernels against formulas.
+No outside oracle: rows that are computed together are compared with rows computed alone, kernels with the reference.
 """
 
 from __future__ import annotations

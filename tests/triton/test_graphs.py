@@ -12,7 +12,7 @@ from gemcutter.engine.request import FinishReason, Request, RequestEvent
 from gemcutter.engine.runner import StepResult
 from gemcutter.engine.sampling import SamplingParams
 from gemcutter.ops import reference
-from gemcutter.quant import Weight, widen
+from gemcutter.quant import Weight, dequantize
 from tests.triton.decoders import decode_with, prompt
 
 triton_linear = pytest.importorskip("gemcutter.ops.triton.linear")
@@ -28,7 +28,7 @@ def plain_products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Non
         return
 
     def linear(x_ND: Tensor, weight: Weight) -> Tensor:
-        return torch.cat([x_ND @ widen(part).t() for part in weight.parts], dim=1)
+        return torch.cat([x_ND @ dequantize(part).t() for part in weight.parts], dim=1)
 
     def gated(x_ND: Tensor, weight: Weight) -> Tensor:
         return reference.gelu_mul(*linear(x_ND, weight).chunk(2, dim=1))

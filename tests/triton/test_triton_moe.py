@@ -14,7 +14,7 @@ from gemcutter.ops.triton import linear as linear_kernels
 from gemcutter.ops.triton import moe
 from gemcutter.ops.triton.moe import PAIR_ROWS, SCAN_ROWS, block_rows, experts, list_blocks
 from gemcutter.quant import Weight
-from gemcutter.quant.gpu_packing import adjoin, stripe
+from gemcutter.quant.gpu_packing import adjoin, pack_for_gpu
 from gemcutter.quant.packed import Stack
 from tests.triton.packed import MAKERS, small
 
@@ -31,7 +31,7 @@ def packed_stack(name: str, rows: int, columns: int, device: torch.device, first
     """Make a stack of matrices that differ, repacked, and its values."""
     whole = MAKERS[name](rows * EXPERTS + first, columns)
     items = tuple(whole.rows(first + rows * index, first + rows * (index + 1)) for index in range(EXPERTS))
-    found = stripe(Stack(items), device)
+    found = pack_for_gpu(Stack(items), device)
     assert found is not None
     return Weight((found,)), torch.stack([item.dequantize() for item in items]).to(device)
 

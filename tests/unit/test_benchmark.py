@@ -12,9 +12,9 @@ import torch
 from gemcutter import config as configs
 from gemcutter.benchmark import breakdown, hardware, roofline, synthetic
 from gemcutter.benchmark.cold_start import first_token_s
-from gemcutter.benchmark.harness import Stand, Trial, list_trials
+from gemcutter.benchmark.harness import BenchCase, BenchEngine, list_cases
 from gemcutter.benchmark.report import ceiling, check, measure, show
-from gemcutter.benchmark.target import Subject, from_preset
+from gemcutter.benchmark.target import BenchTarget, from_preset
 from gemcutter.checkpoint.write.synth import SIZES, Size, spell_config
 from gemcutter.engine.request import Request
 from gemcutter.errors import ConfigError, RequestError
@@ -32,7 +32,7 @@ def small_plan() -> ModelPlan:
     return derive(configs.read(spell_config(SMALL)))
 
 
-def subject(preset: str = "tiny:E2B", quant: str = "q4_0", layers: int | None = None, **how: Any) -> Subject:
+def subject(preset: str = "tiny:E2B", quant: str = "q4_0", layers: int | None = None, **how: Any) -> BenchTarget:
     return from_preset(preset, quant, layers, LoadOptions(model=preset, **how))
 
 
@@ -50,7 +50,7 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_and_quantization_runs(size: str, quant: str) -> None:
     made = subject(f"tiny:{size}", quant, layers=2)
-    stand = Stand(made.decoder, [Trial("tg", 8)])
+    stand = BenchEngine(made.decoder, [BenchCase("tg", 8)])
     stand.engine.submit(Request((2, 9, 5, 7), max_tokens=2, top_logits=3))
     events = [event for _ in range(2) for event in stand.engine.step()]
     assert events[0].prompt is not None
@@ -93,7 +93,7 @@ def test_tiled_and_plain_presets_have_equal_values() -> None:
     plain, tiled = (synthetic.make_params(plan, "mlx4", packer) for packer in (None, CpuPacker()))
     for name in ("embed.tokens", "layers.1.mlp.out"):
         ours, theirs = plain[name].parts[0], tiled[name].parts[0]
-        assert theirs.scheme == f"tiled-{ours.scheme}"
+        assert theirs.scheme == f"cpu-packed-{ours.scheme}"
         assert torch.equal(ours.dequantize(), theirs.dequantize())
 
 
@@ -150,10 +150,10 @@ def test_only_the_chosen_experts_and_one_row_of_a_table_count() -> None:
 def test_a_reply_is_bound_by_bytes_and_a_prompt_by_the_best_products() -> None:
     plan = small_plan()
     rates = {"read_bytes_per_s": 1e6, "float32_flops_per_s": 1e9, "native_flops_per_s": 4e9}
-    reply = ceiling(plan, 10_000, 2, Trial("tg", 10, 14), rates)
+    reply = ceiling(plan, 10_000, 2, BenchCase("tg", 10, 14), rates)
     assert reply["read_bytes_per_token"] == 10_000 + 2 * (2 * 32 * 8 + 2 * 64 * 20)  # the window's 8 positions, and all 20
     assert reply["ceiling_tok_s"] == 1e6 / reply["read_bytes_per_token"]
-    prompt = ceiling(plan, 10_000, 2, Trial("pp", 10), rates)
+    prompt = ceiling(plan, 10_000, 2, BenchCase("pp", 10), rates)
     assert (prompt["ceiling"], prompt["flops"]) == ("native_flops_per_s", plan.flops(10))
     assert prompt["ceiling_tok_s"] == 10 * 4e9 / plan.flops(10)
 
@@ -174,23 +174,23 @@ def test_a_prompt_behind_a_context_pays_for_its_own_rows_and_all_visible_keys() 
 @pytest.mark.parametrize("depth", [0, 1, 64, 100])
 def test_a_filled_context_is_continued_and_not_computed(depth: int) -> None:
     made = subject(layers=5)
-    stand = Stand(made.decoder, [Trial("pp", 9, depth), Trial("tg", 3, depth)], max_rows=40)
+    stand = BenchEngine(made.decoder, [BenchCase("pp", 9, depth), BenchCase("tg", 3, depth)], max_rows=40)
     lengths = []
     real = made.decoder.forward
     made.decoder.forward = lambda step, pool: lengths.append(step.positions_N.tolist()) or real(step, pool)  # type: ignore
     for _ in range(2):  # a second run finds the context as the first did
         lengths.clear()
-        stand.run(Trial("pp", 9, depth))
+        stand.run(BenchCase("pp", 9, depth))
         assert lengths == [list(range(depth, depth + 9))]
         lengths.clear()
-        stand.run(Trial("tg", 3, depth))
+        stand.run(BenchCase("tg", 3, depth))
         assert lengths == [[depth + row] for row in range(4)]
     assert stand.engine.pool.allocators.keys() == {group.id for group in made.plan.groups()}
 
 
 def test_filled_slots_look_like_what_layers_write() -> None:
     made = subject(layers=5)
-    pool = Stand(made.decoder, [Trial("tg", 1, 50)]).engine.pool
+    pool = BenchEngine(made.decoder, [BenchCase("tg", 1, 50)]).engine.pool
     for layer in made.plan.writers:
         weight = made.decoder.params[f"layers.{layer.index}.attn.k_norm"]
         assert isinstance(weight, torch.Tensor)
@@ -201,16 +201,16 @@ def test_filled_slots_look_like_what_layers_write() -> None:
 
 def test_long_prompts_run_in_chunks() -> None:
     made = subject(layers=2)
-    stand = Stand(made.decoder, [Trial("pp", 25)], max_rows=10)
+    stand = BenchEngine(made.decoder, [BenchCase("pp", 25)], max_rows=10)
     rows = []
     real = made.decoder.forward
     made.decoder.forward = lambda step, pool: rows.append(step.num_rows) or real(step, pool)  # type: ignore
-    stand.run(Trial("pp", 25))
+    stand.run(BenchCase("pp", 25))
     assert rows == [10, 10, 5]
 
 
 def test_tests_are_listed_by_depth() -> None:
-    assert [test.name for test in list_trials([512, 0], [16], [0, 2048])] == ["pp512", "tg16", "pp512@d2048", "tg16@d2048"]
+    assert [test.name for test in list_cases([512, 0], [16], [0, 2048])] == ["pp512", "tg16", "pp512@d2048", "tg16@d2048"]
 
 
 def test_tests_that_cannot_run_are_all_named() -> None:
@@ -218,7 +218,7 @@ def test_tests_that_cannot_run_are_all_named() -> None:
     short = replace(made, decoder=made.decoder)
     room = made.plan.context
     with pytest.raises(RequestError) as caught:
-        check(short, [Trial("pp", 5), Trial("pp", room), Trial("tg", 1, room)])
+        check(short, [BenchCase("pp", 5), BenchCase("pp", room), BenchCase("tg", 1, room)])
     assert len(caught.value.problems) == 2
     with pytest.raises(RequestError, match="no test"):
         check(made, [])
@@ -230,9 +230,9 @@ def test_tests_that_cannot_run_are_all_named() -> None:
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_clocks_see_every_sentence_and_leave_the_decoder_as_it_was(kernels: str) -> None:
     made = subject(layers=5, kernels=kernels)
-    stand = Stand(made.decoder, [Trial("tg", 2)])
+    stand = BenchEngine(made.decoder, [BenchCase("tg", 2)])
     before = [dict(vars(owner)) for owner in (made.decoder, *made.decoder.layers)]
-    spent = breakdown.measure(made.decoder, lambda begin: stand.run(Trial("tg", 2), begin))
+    spent = breakdown.measure(made.decoder, lambda begin: stand.run(BenchCase("tg", 2), begin))
     assert [dict(vars(owner)) for owner in (made.decoder, *made.decoder.layers)] == before
     assert spent.keys() == set(OPS) - {"linear", "layer"} | {"rest"}
     assert all(seconds > 0 for verb, seconds in spent.items() if verb != "rest")
@@ -241,7 +241,7 @@ def test_clocks_see_every_sentence_and_leave_the_decoder_as_it_was(kernels: str)
 @pytest.mark.usefixtures("quick_machine")
 def test_a_measurement_has_a_row_a_test_beside_its_ceiling() -> None:
     done: list[tuple[int, int]] = []
-    tests = list_trials([6], [2], [0, 30])
+    tests = list_cases([6], [2], [0, 30])
     found = measure(subject(layers=2), tests, 2, with_breakdown=True, progress=lambda count, total: done.append((count, total)))
     assert [row["test"] for row in found["rows"]] == ["pp6", "tg2", "pp6@d30", "tg2@d30"]
     for row in found["rows"]:
@@ -257,7 +257,7 @@ def test_a_measurement_has_a_row_a_test_beside_its_ceiling() -> None:
 
 @pytest.mark.usefixtures("quick_machine")
 def test_the_reference_has_no_native_rate() -> None:
-    found = measure(subject(layers=1, kernels="reference"), [Trial("pp", 3)], 1)
+    found = measure(subject(layers=1, kernels="reference"), [BenchCase("pp", 3)], 1)
     assert "native_flops_per_s" not in found["rates"]
     assert found["kernels"] == "reference"
 

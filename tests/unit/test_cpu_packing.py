@@ -1,4 +1,4 @@
-"""Tiled weights: every scheme's values survive the way to panels bit for bit, and panels are cut like any packed weight."""
+"""Weights packed for the CPU: all values survive the way to panels bit for bit, and panels are cut like any packed weight."""
 
 from __future__ import annotations
 
@@ -9,13 +9,25 @@ import torch
 from torch import Tensor
 
 from gemcutter.quant import Weight, affine
-from gemcutter.quant.cpu_layout import F16, F32, S8, SUPER16, SUPER32, U4, U6, Grid, Layout, from_panels, to_panels
-from gemcutter.quant.cpu_packed import Tiled
-from gemcutter.quant.cpu_packing import join, layout_of, tile
+from gemcutter.quant.cpu_layout import (
+    F16,
+    F32,
+    S8,
+    SUPER16,
+    SUPER32,
+    U4,
+    U6,
+    PackedLayout,
+    UnpackedWeight,
+    from_panels,
+    to_panels,
+)
+from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.cpu_packing import cpu_layout_of, join, pack_for_cpu
 from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.microscaling import Micro, from_mlx
 from gemcutter.quant.packed import Packed, Stack
-from gemcutter.quant.scaled_int import Scaled, from_awq, from_gptq, from_packed, from_values
+from gemcutter.quant.scaled_int import ScaledInt, from_awq, from_gptq, from_packed, from_values
 from tests.unit.test_quant_gguf_blocks import HALVES, random_blocks
 
 ROWS, COLUMNS = 37, 512  # the last of three panels is ragged
@@ -39,8 +51,8 @@ def scales(*shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(2)) - 0.3
 
 
-def tiled(part: Packed) -> Tiled:
-    found = tile(part)
+def cpu_packed(part: Packed) -> CpuPackedWeight:
+    found = pack_for_cpu(part)
     assert found is not None
     return found
 
@@ -53,9 +65,9 @@ def agree(found: Tensor, wanted: Tensor) -> bool:
 @pytest.mark.parametrize("name", HALVES)
 def test_every_block_type_keeps_its_values(name: str) -> None:
     part = blocks(name)
-    found = tiled(part)
+    found = cpu_packed(part)
     assert agree(found.dequantize(), part.dequantize())
-    assert (found.scheme, found.shape) == (f"tiled-{name}", part.shape)
+    assert (found.scheme, found.shape) == (f"cpu-packed-{name}", part.shape)
 
 
 @pytest.mark.parametrize("bits", affine.BITS)
@@ -63,13 +75,13 @@ def test_every_block_type_keeps_its_values(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_affine_keeps_its_values(bits: int, group: int, dtype: torch.dtype) -> None:
     part = affine.quantize(scales(ROWS, 256).to(dtype), bits, group)
-    assert agree(tiled(part).dequantize(), part.dequantize())
+    assert agree(cpu_packed(part).dequantize(), part.dequantize())
 
 
 def test_affine_with_two_dtypes_keeps_its_values() -> None:
     part = affine.quantize(scales(ROWS, 64).half(), 4, 32)
     mixed = affine.Affine(part.codes, part.scales, part.biases.bfloat16(), 4, 32)
-    assert agree(tiled(mixed).dequantize(), mixed.dequantize())
+    assert agree(cpu_packed(mixed).dequantize(), mixed.dequantize())
 
 
 def zero_points(bits: int, groups: int) -> Tensor:
@@ -104,13 +116,13 @@ INTEGERS: dict[str, Callable[[], Packed]] = {
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers_keep_their_values(name: str) -> None:
     part = INTEGERS[name]()
-    assert agree(tiled(part).dequantize(), part.dequantize())
+    assert agree(cpu_packed(part).dequantize(), part.dequantize())
 
 
 def test_zero_points_beside_float32_scales_cost_one_rounding() -> None:
     """The bias is rounded, and the sum: each by half a unit in the last place of at most 15 scales."""
     part = from_packed(words(ROWS, 32), scales(ROWS, 8), 4, 256, zeros=zero_points(4, 8))
-    error = (tiled(part).dequantize() - part.dequantize()).abs()
+    error = (cpu_packed(part).dequantize() - part.dequantize()).abs()
     largest = scales(ROWS, 8).abs().repeat_interleave(32, 1) * 15
     assert (error <= largest * 2.0**-23).all()
     assert error.any()
@@ -120,9 +132,9 @@ def test_zero_points_beside_float32_scales_cost_one_rounding() -> None:
 def test_four_bit_floats_keep_their_values(factor: Tensor | None) -> None:
     """Codes are doubled and scales halved, which is exact; NaN scales stay NaN."""
     every = torch.arange(256, dtype=torch.uint8).repeat(ROWS, 1)
-    assert agree(tiled(nvfp4 := from_mlx(words(ROWS, 512), every, 4096, factor)).dequantize(), nvfp4.dequantize())
+    assert agree(cpu_packed(nvfp4 := from_mlx(words(ROWS, 512), every, 4096, factor)).dequantize(), nvfp4.dequantize())
     if factor is None:
-        assert agree(tiled(mxfp4 := from_mlx(words(ROWS, 1024), every, 8192)).dequantize(), mxfp4.dequantize())
+        assert agree(cpu_packed(mxfp4 := from_mlx(words(ROWS, 1024), every, 8192)).dequantize(), mxfp4.dequantize())
 
 
 def test_what_has_no_form_as_panels_stays_as_it_is() -> None:
@@ -133,16 +145,16 @@ def test_what_has_no_form_as_panels_stays_as_it_is() -> None:
     narrow = Blocks(torch.zeros(ROWS, 36, dtype=torch.uint8), TYPES["Q4_0"]).columns(0, 32)
     short = from_packed(words(ROWS, 10), scales(ROWS, 2), 4, 80, group=64)
     ungrouped = from_packed(words(ROWS, 6), scales(ROWS, 1), 4, 48)
-    assert [tile(part) for part in (fp8, mxfp8, indexed, short, ungrouped)] == [None] * 5
-    assert isinstance(fp8, Scaled)
+    assert [pack_for_cpu(part) for part in (fp8, mxfp8, indexed, short, ungrouped)] == [None] * 5
+    assert isinstance(fp8, ScaledInt)
     assert isinstance(mxfp8, Micro)
-    assert tile(tiled(narrow)) is None
+    assert pack_for_cpu(cpu_packed(narrow)) is None
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q5_1", "NVFP4", "Q2_K"])
 def test_cuts_agree_with_those_of_the_scheme(name: str) -> None:
     part = blocks(name)
-    found = tiled(part)
+    found = cpu_packed(part)
     for rows in ((0, 16), (16, 37), (16, 20), (3, 30), (35, 36), (0, 0), (30, 99)):
         assert agree(found.rows(*rows).dequantize(), part.rows(*rows).dequantize())
     assert found.rows(16, 37).data.data_ptr() == found.data[1].data_ptr()
@@ -162,7 +174,7 @@ def test_stacks_are_tiled_expert_by_expert() -> None:
     part = blocks("Q4_0", 3)
     apart = Stack(tuple(part.expert(index) for index in range(3)))
     for stacked in (part, apart):
-        found = tiled(stacked)
+        found = cpu_packed(stacked)
         assert agree(found.dequantize(), part.dequantize())
         assert agree(found.expert(2).dequantize(), part.expert(2).dequantize())
         assert agree(found.rows(5, 20).dequantize(), part.rows(5, 20).dequantize())
@@ -172,7 +184,7 @@ def test_stacks_are_tiled_expert_by_expert() -> None:
 
 
 def test_a_matrix_is_described_for_the_kernels() -> None:
-    found = tiled(affine.quantize(scales(ROWS, 256).bfloat16(), 8, 64))
+    found = cpu_packed(affine.quantize(scales(ROWS, 256).bfloat16(), 8, 64))
     matrix = found.rows(16, 37).matrix()
     assert (matrix.data, matrix.rows, matrix.columns) == (found.data.data_ptr() + matrix.stride, 21, 256)
     assert (matrix.codes, matrix.scales, matrix.group, matrix.has_bias, matrix.offset) == (S8, 1, 64, 1, 128)
@@ -183,14 +195,14 @@ def test_a_matrix_is_described_for_the_kernels() -> None:
 @pytest.mark.parametrize(
     ("layout", "columns", "nbytes"),
     [
-        (Layout(U4, F16, 32), 64, 2 * (32 + 256)),
-        (Layout(U6, F32, 64, has_bias=True), 64, 64 + 64 + 2 * 384),
-        (Layout(S8, F16, 16, has_bias=True), 32, 64 + 64 + 512),
-        (Layout(U4, SUPER32, 32), 256, 64 + 8 * (32 + 256)),
-        (Layout(U6, SUPER16, 16), 512, 2 * (32 + 8 * (32 + 384))),
+        (PackedLayout(U4, F16, 32), 64, 2 * (32 + 256)),
+        (PackedLayout(U6, F32, 64, has_bias=True), 64, 64 + 64 + 2 * 384),
+        (PackedLayout(S8, F16, 16, has_bias=True), 32, 64 + 64 + 512),
+        (PackedLayout(U4, SUPER32, 32), 256, 64 + 8 * (32 + 256)),
+        (PackedLayout(U6, SUPER16, 16), 512, 2 * (32 + 8 * (32 + 384))),
     ],
 )
-def test_panels_are_as_long_as_the_layout_says(layout: Layout, columns: int, nbytes: int) -> None:
+def test_panels_are_as_long_as_the_layout_says(layout: PackedLayout, columns: int, nbytes: int) -> None:
     assert layout.panel_bytes(columns) == nbytes
     assert layout.stride(columns) == -(-nbytes // 64) * 64
 
@@ -199,7 +211,7 @@ def test_the_first_bytes_of_a_panel_are_where_kernels_look_for_them() -> None:
     """Scales first, one a row; then, of row r, columns 4j.. in the low and 16 + 4j.. in the high nibbles at 64 j + 4 r."""
     codes = torch.randint(0, 16, (16, 32), dtype=torch.uint8)
     scale = torch.rand(16, 1).half()
-    (panel,) = to_panels(Grid(Layout(U4, F16, 32), codes, (scale,)))
+    (panel,) = to_panels(UnpackedWeight(PackedLayout(U4, F16, 32), codes, (scale,)))
     assert torch.equal(panel[:32].view(torch.float16), scale[:, 0])
     for row, j, c in ((0, 0, 0), (5, 2, 3), (15, 3, 1)):
         assert panel[32 + 64 * j + 4 * row + c] == codes[row, 4 * j + c] + 16 * codes[row, 16 + 4 * j + c]
@@ -208,7 +220,7 @@ def test_the_first_bytes_of_a_panel_are_where_kernels_look_for_them() -> None:
 @pytest.mark.parametrize(("kind", "top"), [(U4, 16), (U6, 64), (S8, 256)])
 def test_panels_come_apart_as_they_were_made(kind: int, top: int) -> None:
     codes = torch.randint(0, top, (20, 96), dtype=torch.uint8)
-    grid = Grid(Layout(kind, F32, 16, has_bias=True), codes, (torch.rand(20, 6), torch.rand(20, 6)))
+    grid = UnpackedWeight(PackedLayout(kind, F32, 16, has_bias=True), codes, (torch.rand(20, 6), torch.rand(20, 6)))
     found = from_panels(to_panels(grid), grid.layout, 96)
     assert torch.equal(found.codes[:20], codes)
     assert not found.codes[20:].any()
@@ -218,15 +230,15 @@ def test_panels_come_apart_as_they_were_made(kind: int, top: int) -> None:
 def test_rows_that_come_in_pieces_are_joined() -> None:
     part = blocks("Q8_0", 2)
     pieces = [part.expert(index).rows(*rows) for index in range(2) for rows in ((0, 32), (32, ROWS))]
-    assert torch.equal(join(pieces, part.shape).data, tiled(part).data)
+    assert torch.equal(join(pieces, part.shape).data, cpu_packed(part).data)
 
 
 def test_a_tiled_weight_is_used_like_any_other() -> None:
     part = blocks("Q6_K").rows(12, 37)  # no extreme scales
-    packed, found = Weight((part,)), Weight((tiled(part),))
-    assert found.stored == "tiled-Q6_K"
+    packed, found = Weight((part,)), Weight((cpu_packed(part),))
+    assert found.stored == "cpu-packed-Q6_K"
     assert agree(found.gather(torch.tensor([3, 1]), torch.float32), packed.gather(torch.tensor([3, 1]), torch.float32))
     assert agree(found.slice(5, 20).parts[0].dequantize(), packed.slice(5, 20).parts[0].dequantize())  # type: ignore[union-attr]
-    tiles = [each.dequantize() for each in found.tiles(7 * COLUMNS) if not isinstance(each, Tensor)]
+    tiles = [each.dequantize() for each in found.row_chunks(7 * COLUMNS) if not isinstance(each, Tensor)]
     assert agree(torch.cat(tiles), part.dequantize())
-    assert layout_of(part) is not None
+    assert cpu_layout_of(part) is not None

@@ -1,11 +1,9 @@
-"""Striped weights: every scheme's values survive the way to words bit for bit, and words are cut like any packed weight."""
+"""Weights packed for GPUs: all values survive the way to words bit for bit, and words are cut like any packed weight."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tests.unit.test_quant_gguf_blocks import HALVES
-from tests.unit.test_tiled import COLUMNS, DTYPES, INTEGERS, ROWS, agree, blocks, scales, words
 from torch import Tensor
 
 from gemcutter.checkpoint.load.load_params import load_params
@@ -13,15 +11,28 @@ from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.quant import Weight, affine
 from gemcutter.quant.cpu_layout import S8, U4, U6
-from gemcutter.quant.gpu_packing import F4, F8, Striped, adjoin, from_words, place, span_of, stripe, striped_layout, to_words
+from gemcutter.quant.gpu_packing import (
+    F4,
+    F8,
+    GpuPackedWeight,
+    adjoin,
+    from_words,
+    pack_for_gpu,
+    place,
+    span_of,
+    striped_layout,
+    to_words,
+)
 from gemcutter.quant.microscaling import from_mlx
 from gemcutter.quant.packed import Packed, Stack
 from gemcutter.quant.packing import GpuPacker
 from gemcutter.quant.scaled_int import from_packed, from_values
+from tests.unit.test_cpu_packing import COLUMNS, DTYPES, INTEGERS, ROWS, agree, blocks, scales, words
+from tests.unit.test_quant_gguf_blocks import HALVES
 
 
-def striped(part: Packed) -> Striped:
-    found = stripe(part, "cpu")
+def striped(part: Packed) -> GpuPackedWeight:
+    found = pack_for_gpu(part, "cpu")
     assert found is not None
     return found
 
@@ -37,7 +48,7 @@ def test_every_block_type_keeps_its_values(name: str) -> None:
     part = blocks(name)
     found = striped(part)
     assert agree(found.dequantize(), part.dequantize())
-    assert (found.scheme, found.shape) == (f"striped-{name}", part.shape)
+    assert (found.scheme, found.shape) == (f"gpu-packed-{name}", part.shape)
 
 
 @pytest.mark.parametrize("bits", affine.BITS)
@@ -86,7 +97,7 @@ def test_what_has_no_form_as_stripes_stays_as_it_is() -> None:
     short = from_packed(words(ROWS, 10), scales(ROWS, 2), 4, 80, group=64)
     narrow = from_values(floats(ROWS, 12).view(torch.float8_e4m3fn), scales(ROWS))
     not_a_number = from_values(torch.full((2, 32), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn), scales(2))
-    assert [stripe(part, "cpu") for part in (indexed, short, narrow, not_a_number)] == [None] * 4
+    assert [pack_for_gpu(part, "cpu") for part in (indexed, short, narrow, not_a_number)] == [None] * 4
     assert striped_layout(not_a_number) is not None
 
 
@@ -134,7 +145,7 @@ def test_stacks_are_striped_expert_by_expert() -> None:
 def test_mapped_pages_are_given_back_while_a_part_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemcutter.quant.gpu_packing.CHUNK_ELEMENTS", 10 * COLUMNS)
     part, calls = blocks("Q8_0"), list[int]()
-    found = stripe(part, "cpu", lambda: calls.append(1))
+    found = pack_for_gpu(part, "cpu", lambda: calls.append(1))
     assert len(calls) == 4
     assert found is not None
     assert agree(found.dequantize(), part.dequantize())
@@ -145,10 +156,10 @@ def test_parts_are_laid_out_as_one_matrix(name: str) -> None:
     part = blocks(name, 2)
     parts = adjoin([striped(part.rows(*rows)) for rows in ((0, 16), (16, 20), (20, ROWS))])
     whole = span_of(parts)
-    assert isinstance(whole, Striped)
+    assert isinstance(whole, GpuPackedWeight)
     assert agree(whole.dequantize(), part.dequantize())
     middle = span_of(parts[1:])
-    assert isinstance(middle, Striped)
+    assert isinstance(middle, GpuPackedWeight)
     assert agree(middle.dequantize(), part.rows(16, ROWS).dequantize())
     assert span_of((parts[0], parts[2])) is None
     assert span_of(parts[::-1]) is None
@@ -177,17 +188,17 @@ def test_packed_weights_of_all_kinds_move_to_a_device() -> None:
     for part in (blocks("Q4_0", 2), INTEGERS["AWQ"](), INTEGERS["2 bits, zero points"](), Stack((blocks("Q8_0"),) * 2)):
         moved = place(part, "meta")
         assert moved.shape == part.shape
-        assert stripe(part, "cpu") is not None
+        assert pack_for_gpu(part, "cpu") is not None
     assert place(striped(blocks("Q6_K")), "meta").device == torch.device("meta")
 
 
 def test_a_striped_weight_is_used_like_any_other() -> None:
     part = blocks("Q6_K").rows(12, 37)  # no extreme scales
     packed, found = Weight((part,)), Weight((striped(part),))
-    assert found.stored == "striped-Q6_K"
+    assert found.stored == "gpu-packed-Q6_K"
     assert found.nbytes == 25 * (COLUMNS * 6 // 8 + COLUMNS // 16 + COLUMNS // 256 * 2)
     assert agree(found.gather(torch.tensor([3, 1]), torch.float32), packed.gather(torch.tensor([3, 1]), torch.float32))
-    tiles = [each.dequantize() for each in found.tiles(7 * COLUMNS) if not isinstance(each, Tensor)]
+    tiles = [each.dequantize() for each in found.row_chunks(7 * COLUMNS) if not isinstance(each, Tensor)]
     assert agree(torch.cat(tiles), part.dequantize())
 
 
@@ -207,7 +218,7 @@ def test_a_checkpoint_is_striped_while_it_is_loaded(quant: str | None) -> None:
         assert isinstance(wanted, Weight)
         if name != "embed.ple":
             assert span_of(param.parts) is not None, name
-            assert quant is None or "router" in name or param.stored.startswith("striped-affine"), name
+            assert quant is None or "router" in name or param.stored.startswith("gpu-packed-affine"), name
         for one, other in zip(param.parts, wanted.parts, strict=True):
             assert agree(values(one), values(other)), name
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import hf
+from gemcutter.checkpoint.load import load_params as module
 from gemcutter.checkpoint.load.load_params import load_params
-from gemcutter.checkpoint.load.load_params import load_params as module
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write.synth import SIZES, shrink, write_size
@@ -186,7 +186,7 @@ def test_conversion_is_exact_whatever_the_tiles(
     checkpoint = open_checkpoint(folder)
     wanted = expected(tmp_path, checkpoint)
     specs = [spec for spec in checkpoint.plan.params() if spec.name in small]
-    loader = module._Loader(torch.bfloat16, CPU, PlainPacker(CPU), None, module.Panels({}), 0.0)
+    loader = module._Loader(torch.bfloat16, CPU, PlainPacker(CPU), None, module.PackedWeights({}), 0.0)
     for spec in specs:  # one by one: four bytes a tile are slow
         param = loader.load(spec, checkpoint.matched.pieces[spec.name])
         assert stack(param).equal(wanted[spec.name].to(torch.bfloat16))

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemcutter.checkpoint.load import packed_weight_cache as module
 from gemcutter.checkpoint.convert import convert
+from gemcutter.checkpoint.load import packed_weight_cache as module
 from gemcutter.checkpoint.load.load_params import load_params
 from gemcutter.checkpoint.load.match import open_checkpoint
-from gemcutter.checkpoint.load.packed_weight_cache import PanelCache
+from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.quant import Weight
-from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.packing import CpuPacker
 
 CPU = torch.device("cpu")
@@ -34,21 +34,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(model: Path, folder: Path, quant: str | None = None) -> list[Tiled]:
+def load(model: Path, folder: Path, quant: str | None = None) -> list[CpuPackedWeight]:
     """Load with a cache in `folder`, wait until it is written, and give the repacked weights."""
     checkpoint = open_checkpoint(model)
-    params = load_params(checkpoint, torch.float32, CPU, None, quant, CpuPacker(), PanelCache.of(checkpoint, quant, folder))
+    params = load_params(
+        checkpoint, torch.float32, CPU, None, quant, CpuPacker(), PackedWeightCache.of(checkpoint, quant, folder)
+    )
     for thread in threading.enumerate():
         if thread.name == "panel cache":
             thread.join()
-    return [part for param in params.values() if isinstance(param, Weight) for part in param.parts if isinstance(part, Tiled)]
+    return [
+        part
+        for param in params.values()
+        if isinstance(param, Weight)
+        for part in param.parts
+        if isinstance(part, CpuPackedWeight)
+    ]
 
 
-def kept(model: Path, folder: Path) -> dict[str, Tiled]:
-    return PanelCache.of(open_checkpoint(model), folder=folder).read()
+def kept(model: Path, folder: Path) -> dict[str, CpuPackedWeight]:
+    return PackedWeightCache.of(open_checkpoint(model), folder=folder).read()
 
 
-def same(some: list[Tiled], others: list[Tiled]) -> bool:
+def same(some: list[CpuPackedWeight], others: list[CpuPackedWeight]) -> bool:
     return all(
         (one.layout, one.shape, one.scheme) == (other.layout, other.shape, other.scheme) and torch.equal(one.data, other.data)
         for one, other in zip(some, others, strict=True)
@@ -151,7 +159,7 @@ def test_partial_writes_are_continued(model: Path, tmp_path: Path, monkeypatch: 
 
 def test_writers_and_readers_at_once_never_meet(model: Path, tmp_path: Path) -> None:
     made = load(model, tmp_path / "first")
-    cache = PanelCache.of(open_checkpoint(model), folder=tmp_path)
+    cache = PackedWeightCache.of(open_checkpoint(model), folder=tmp_path)
     weights = kept(model, tmp_path / "first")
     writers = [cache.write(weights) for _ in range(4)]
     seen = [0]

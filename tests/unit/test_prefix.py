@@ -38,7 +38,7 @@ def number(ids: Ids) -> int:
 def extend(table: BlockTable, ids: Ids) -> BlockTable:
     """Compute the ids that a table lacks: one key a position, named by all ids up to it."""
     table.reserve(len(ids) - table.length)
-    for layer, (group, window) in enumerate(table.cache.windows.items()):
+    for layer, group in enumerate(table.cache.windows):
         keys = torch.tensor([number(ids[: position + 1]) for position in range(table.length, len(ids))], dtype=torch.float64)
         k_NKE = keys[:, None, None].expand(-1, 1, 2)
         table.cache.write(layer, torch.tensor(table.slot_mapping(group)), k_NKE, k_NKE)

@@ -154,7 +154,7 @@ def test_views_copy_nothing(name: str) -> None:
 @every_scheme
 def test_nbytes_add_up(name: str) -> None:
     weight, _ = SAMPLES[name]
-    extra = weight.group_of.nbytes if isinstance(weight, scaled_int.Scaled) and weight.group_of is not None else 0
+    extra = weight.group_of.nbytes if isinstance(weight, scaled_int.ScaledInt) and weight.group_of is not None else 0
     parts = weight.rows(0, 6).nbytes + weight.rows(6, 16).nbytes
     assert parts >= weight.nbytes - extra > 0
     assert parts - weight.nbytes <= max(extra, 4 * EXPERTS)  # what belongs to no row is in both parts

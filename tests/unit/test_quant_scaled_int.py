@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcutter.quant.scaled_int import Awq, Scaled, from_awq, from_gptq, from_packed, from_values
+from gemcutter.quant.scaled_int import Awq, ScaledInt, from_awq, from_gptq, from_packed, from_values
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbouring rows each nibble of a word holds
 
@@ -316,6 +316,6 @@ INT8, QZEROS = torch.zeros(16, 64, dtype=torch.int8), torch.zeros(2, 2, dtype=to
         (lambda: from_awq(WORDS, WORDS[:0], torch.ones(0, 64)), "qweight and scales: two axes expected"),
     ],
 )
-def test_wrong_arrays_are_refused(build: Callable[[], Scaled | Awq], problem: str) -> None:
+def test_wrong_arrays_are_refused(build: Callable[[], ScaledInt | Awq], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         build()

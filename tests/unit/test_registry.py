@@ -126,10 +126,10 @@ NARROW = replace(plan_of("E2B").layers[0], head_dim=48)
     ("site", "reason"),
     [
         (linear("cpu", F32, F32), None),
-        (linear("cpu", F32, "tiled-Q4_0"), None),
-        (linear("cpu", F32, "bfloat16+tiled-Q4_0+tiled-Q6_K"), None),
+        (linear("cpu", F32, "cpu-packed-Q4_0"), None),
+        (linear("cpu", F32, "bfloat16+cpu-packed-Q4_0+cpu-packed-Q6_K"), None),
         (linear("cpu", F32, "mxfp8"), "no native layout for mxfp8"),
-        (linear("cpu", F32, "mixed+tiled-Q4_0"), "no native layout for mixed"),
+        (linear("cpu", F32, "mixed+cpu-packed-Q4_0"), "no native layout for mixed"),
         (linear("cuda", F32, F32), "runs on the CPU"),
         (linear("cpu", F32, F32, kernels="reference"), "how many rows run beside it"),
         (replace(linear("cpu", F32, BF16), op="mlp"), None),
@@ -157,7 +157,7 @@ def test_native_kernels_come_first_and_say_why_not(site: KernelSite, reason: str
     ("site", "reason"),
     [
         (linear("cuda", BF16, BF16), None),
-        (linear("cuda", BF16, "bfloat16+striped-Q4_0"), None),
+        (linear("cuda", BF16, "bfloat16+gpu-packed-Q4_0"), None),
         (linear("cuda", BF16, "mixed"), None),
         (linear("cuda", BF16, "Q4_0"), "no Triton kernel for Q4_0"),
         (linear("cuda", BF16, BF16, "triton"), None),
@@ -245,8 +245,8 @@ def test_native_kernels_keep_rows_in_float32_and_pack_weights() -> None:
     assert forms == ["float32", "int8", "bf16", "int8", "int8", "bf16"]
     assert select_backend("cuda", "auto").activations(BF16, None) == F32
     held = [cpu.packing(stored) for stored in ("Q4_0", "affine4g64", "mxfp8", "packed4-indexed", BF16)]
-    assert held == ["tiled-Q4_0", "tiled-affine4g64", "mxfp8", "packed4-indexed", BF16]
-    assert cpu.unpacked("tiled-Q4_0") == "Q4_0"
+    assert held == ["cpu-packed-Q4_0", "cpu-packed-affine4g64", "mxfp8", "packed4-indexed", BF16]
+    assert cpu.unpacked("cpu-packed-Q4_0") == "Q4_0"
     assert select_backend("cpu", "reference").packing("Q4_0") == "Q4_0"
 
 
@@ -357,7 +357,7 @@ def test_layers_that_differ_are_told_apart() -> None:
     plan = replace(plan, layers=narrow)
     site = KernelSite("linear", None, "cpu", F32, BF16)
     packed = {"layers.3.mlp.out": "mxfp8"}
-    kernels = registry.KernelPlan(plan, site, lambda name: (packed.get(name, "tiled-Q4_0"),))
+    kernels = registry.KernelPlan(plan, site, lambda name: (packed.get(name, "cpu-packed-Q4_0"),))
     found = [(each.site.op, each.impl.name, layers) for each, layers in kernels.selections()]
     wide = tuple(layer.index for layer in plan.layers if layer.window is not None)
     assert ("attention", "native", wide) in found
@@ -366,7 +366,7 @@ def test_layers_that_differ_are_told_apart() -> None:
     assert ("mlp", "native", tuple(index for index in range(len(plan.layers)) if index != 3)) in found
     assert [(name, each) for op, name, each in found if op == "qkv"] == [("native", tuple(range(len(plan.layers))))]
     linear = {(each.site.stored, each.impl.name) for each, _ in kernels.selections() if each.site.op == "linear"}
-    assert linear == {("tiled-Q4_0", "native"), ("mxfp8", "torch-chunked")}
+    assert linear == {("cpu-packed-Q4_0", "native"), ("mxfp8", "torch-chunked")}
 
 
 def test_explaining_needs_no_torch() -> None:

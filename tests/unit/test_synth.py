@@ -17,8 +17,8 @@ from gemcutter import config as configs
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.load.load_params import load_params
 from gemcutter.checkpoint.load.match import open_checkpoint
-from gemcutter.checkpoint.write.synth import SIZES, Size, shrink, spell_config, write_checkpoint, write_size
 from gemcutter.checkpoint.write import synth
+from gemcutter.checkpoint.write.synth import SIZES, Size, shrink, spell_config, write_checkpoint, write_size
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
 from gemcutter.errors import CheckpointError, ConfigError

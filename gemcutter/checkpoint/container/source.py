@@ -93,12 +93,12 @@ class Source:
         Raises CheckpointError, naming file and line, for a file that can't be read or holds anything but a JSON object.
         """
         try:
-            raw = self.read_beside(name)
+            raw = self.read_sidecar(name)
             return None if raw is None else parse_object(raw, "the file")
         except ValueError as error:
             raise CheckpointError(f"{self.folder / name}: {error}; repair it or download it again") from error
 
-    def read_beside(self, name: str) -> bytes | None:
+    def read_sidecar(self, name: str) -> bytes | None:
         """Return the bytes of the small file `name` beside the tensors, or None where there is no such file.
 
         Raises ValueError, saying what is wrong, for a file that can't be read or is not small; CheckpointError from a network.
@@ -107,7 +107,7 @@ class Source:
             return self.remote.read(name)
         return read_small(self.folder / name) if os.path.lexists(self.folder / name) else None
 
-    def size_beside(self, name: str) -> int | None:
+    def size_of_sidecar(self, name: str) -> int | None:
         """Return the bytes that the file `name` beside the tensors takes, or None where there is no such file."""
         if self.remote is not None:
             return self.remote.size_of(name)

@@ -47,7 +47,7 @@ class PackedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StoredTensor:
     """One stored tensor: which part of which parameter it is, or that it is none of the decoder's.
 
     `name` None means unknown to the format; a `name` in parentheses, such as "(vision tower)", is known and not the decoder's.

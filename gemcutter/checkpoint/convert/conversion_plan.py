@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor, Piece
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.convert.tensor_writers import Output, copied, made, stored, zeros
 from gemcutter.checkpoint.formats import gguf, gguf_metadata, hf, mlx
 from gemcutter.checkpoint.load.match import Checkpoint
@@ -36,7 +36,7 @@ MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ConvertOptions:
     """What a conversion shall make: the target's format, its quantization, and what happens to keys and values nobody reads."""
 
     to: str
@@ -49,7 +49,7 @@ class Wish:
         return TARGETS[self.to][self.quant]
 
     def problems(self) -> list[str]:
-        """Say what is wrong with the wish itself."""
+        """say what is wrong with the options themselves."""
         if self.to not in TARGETS:
             return [f"to: expected {', '.join(TARGETS)}, found {self.to!r}"]
         found = []
@@ -70,16 +70,16 @@ class Listing:
     wraps: bool = False  # names carry the prefix of a multimodal wrapper
 
 
-def list_outputs(checkpoint: Checkpoint, wish: Wish) -> Listing:
+def list_outputs(checkpoint: Checkpoint, options: ConvertOptions) -> Listing:
     """Decide what becomes of every tensor. Raises CheckpointError, listing all tensors that the target can't take."""
-    return _Lister(checkpoint, wish).run()
+    return _Lister(checkpoint, options).run()
 
 
 class _Lister:
     """One conversion while it is being decided."""
 
-    def __init__(self, checkpoint: Checkpoint, wish: Wish) -> None:
-        self.checkpoint, self.plan, self.matched, self.wish = checkpoint, checkpoint.plan, checkpoint.matched, wish
+    def __init__(self, checkpoint: Checkpoint, options: ConvertOptions) -> None:
+        self.checkpoint, self.plan, self.matched, self.options = checkpoint, checkpoint.plan, checkpoint.matched, options
         self.is_gguf_source = checkpoint.format == gguf.NAME
         self.model_dtype = MODEL_DTYPES.get(checkpoint.config.dtype, "BF16")
         self.listing = Listing(is_verbatim=self._is_verbatim(), wraps=self._wraps())
@@ -93,21 +93,21 @@ class _Lister:
                 self._param(spec, self.matched.pieces[spec.name])
             self._beside()
             self._redundant()
-            if self.wish.to == "gguf":
+            if self.options.to == "gguf":
                 values = torch.tensor(gguf_metadata.frequencies(self.plan))
                 self.listing.outputs.append(made(gguf.ROPE_DIVISORS, values))
         self._drop("ignored, as asked", self.matched.ignored)
-        if self.wish.shared_kv == "restore":
+        if self.options.shared_kv == "restore":
             self._restore()
         if self.problems:
             raise CheckpointError(
-                f"{self.checkpoint.source.path} can't become {self.wish.to} ({len(self.problems)} problems)", self.problems
+                f"{self.checkpoint.source.path} can't become {self.options.to} ({len(self.problems)} problems)", self.problems
             )
         return self.listing
 
     # ---- the decoder ----
 
-    def _param(self, spec: ParamSpec, pieces: tuple[Piece, ...]) -> None:
+    def _param(self, spec: ParamSpec, pieces: tuple[StoredTensor, ...]) -> None:
         if not pieces:
             return  # its absence has a meaning, which the target's readers share
         for part, shape, runs in _cut(spec, pieces, is_fused=self._fuses(spec)):
@@ -115,27 +115,27 @@ class _Lister:
 
     def _fuses(self, spec: ParamSpec) -> bool:
         """Tell whether the target keeps the parts of a parameter in one tensor: only experts, and not in MLX."""
-        return len(spec.shape) == 3 and self.wish.to != "mlx"
+        return len(spec.shape) == 3 and self.options.to != "mlx"
 
     def _store(self, name: str, part: str | None, shape: tuple[int, ...], runs: list[Run], is_integer: bool = False) -> None:
         spelled = self._spell(name, part)
         if spelled is None:
-            self.problems.append(f"{runs[0].data.origin}: {self.wish.to} files have no name for {name}")
+            self.problems.append(f"{runs[0].data.origin}: {self.options.to} files have no name for {name}")
             return
         dtype = runs[0].data.dtype if is_integer else self._dtype(name, shape, runs)
         self.listing.outputs.append(stored(spelled, shape, runs, dtype, self._scheme(name, shape)))
 
     def _scheme(self, name: str, shape: tuple[int, ...]) -> Scheme | None:
-        recipe = self.wish.recipe
+        recipe = self.options.recipe
         return recipe.scheme(name, shape[-1]) if recipe is not None and len(shape) > 1 else None
 
     def _dtype(self, name: str, shape: tuple[int, ...], runs: list[Run]) -> str:
         """Choose the dtype of what is stored dense, and of MLX's scales."""
         is_small = len(shape) == 1 or name.endswith("moe.router")  # which GGUF knows in float32 alone
-        if self.wish.to == "gguf" and is_small:
+        if self.options.to == "gguf" and is_small:
             return "F32"
-        if self.wish.quant in DENSE:
-            return DENSE[self.wish.quant]
+        if self.options.quant in DENSE:
+            return DENSE[self.options.quant]
         found = {dense_dtype(run.data) for run in runs}
         usual = found.pop() if len(found) == 1 else None
         if usual is None:
@@ -145,21 +145,21 @@ class _Lister:
         return usual
 
     def _spell(self, name: str, part: str | None) -> str | None:
-        spell: Callable[[str, str | None], str] = {"hf": hf.spell, "mlx": mlx.spell, "gguf": gguf.spell}[self.wish.to]
+        spell: Callable[[str, str | None], str] = {"hf": hf.spell, "mlx": mlx.spell, "gguf": gguf.spell}[self.options.to]
         try:
             spelled = spell(name, part)
         except (StopIteration, KeyError):
             return None
         if not self.listing.wraps:
             return spelled
-        if self.wish.to == "mlx":
+        if self.options.to == "mlx":
             return f"language_model.{spelled}"
         return f"model.language_model.{spelled.removeprefix('model.')}" if spelled.startswith("model.") else spelled
 
     # ---- what the decoder does not use ----
 
     def _redundant(self) -> None:
-        if self.wish.shared_kv == "drop":
+        if self.options.shared_kv == "drop":
             self._drop("never read: the layer uses another layer's keys and values", self.matched.redundant)
             return
         for piece in self.matched.redundant:
@@ -183,34 +183,36 @@ class _Lister:
         for name, part, shape in _absent_kv(self.plan):
             spelled = self._spell(name, part)
             if (name, part) not in there and spelled is not None:
-                is_f32 = self.wish.to == "gguf" and len(shape) == 1
-                dtype = "F32" if is_f32 else DENSE.get(self.wish.quant, self.model_dtype)
+                is_f32 = self.options.to == "gguf" and len(shape) == 1
+                dtype = "F32" if is_f32 else DENSE.get(self.options.quant, self.model_dtype)
                 self.listing.outputs.append(zeros(spelled, shape, dtype, self._scheme(name, shape)))
 
     def _beside(self) -> None:
-        for kind, pieces in self.matched.beside.items():
-            if not kind.endswith("tower") or (self.wish.to == "hf" and not self.listing.wraps):
+        for kind, pieces in self.matched.other_modules.items():
+            if not kind.endswith("tower") or (self.options.to == "hf" and not self.listing.wraps):
                 self._drop(kind, pieces)
-            elif self.wish.to == "gguf":
+            elif self.options.to == "gguf":
                 self._drop(f"{kind}: GGUF keeps it in a file of its own, which is not written", pieces)
             else:
                 self._towers(pieces)
 
-    def _towers(self, pieces: list[Piece]) -> None:
+    def _towers(self, pieces: list[StoredTensor]) -> None:
         """Carry a tower over as it is, but for its convolutions: MLX has their channels last."""
-        prefix = "model." if self.wish.to == "hf" else ""
+        prefix = "model." if self.options.to == "hf" else ""
         was_mlx = self.checkpoint.format == mlx.NAME
         for piece in pieces:
             data, name = piece.data, prefix + hf.strip(piece.data.name)
-            if isinstance(data, PackedTensor) or (self.wish.to == "hf" and data.dtype == "U32"):
+            if isinstance(data, PackedTensor) or (self.options.to == "hf" and data.dtype == "U32"):
                 self.problems.append(f"{data.origin}: packed, and no part of the decoder; --ignore '{data.name}' to leave it out")
-            elif was_mlx == (self.wish.to == "mlx") or not _is_convolution(data):
+            elif was_mlx == (self.options.to == "mlx") or not _is_convolution(data):
                 self.listing.outputs.append(copied(name, data))
             else:
-                order = (0, *range(2, len(data.shape)), 1) if self.wish.to == "mlx" else (0, -1, *range(1, len(data.shape) - 1))
+                order = (
+                    (0, *range(2, len(data.shape)), 1) if self.options.to == "mlx" else (0, -1, *range(1, len(data.shape) - 1))
+                )
                 self.listing.outputs.append(made(name, data.torch().permute(order), data))
 
-    def _drop(self, why: str, pieces: list[Piece]) -> None:
+    def _drop(self, why: str, pieces: list[StoredTensor]) -> None:
         for piece in pieces:
             names = [piece.data.name] if isinstance(piece.data, LazyTensor) else [each.name for each in piece.data.stored]
             self.listing.dropped += [(name, why) for name in names]
@@ -221,25 +223,27 @@ class _Lister:
         """Tell whether source and target are of one container, and packed weights pass through it untouched."""
         container = {mlx.NAME: "mlx", gguf.NAME: "gguf"}.get(self.checkpoint.format, "hf")
         is_packed = any(dense_dtype(piece.data) is None for found in self.matched.pieces.values() for piece in found)
-        return self.wish.quant == "none" and container == self.wish.to and is_packed
+        return self.options.quant == "none" and container == self.options.to and is_packed
 
     def _copy_all(self) -> None:
-        out = self.matched.ignored + (self.matched.redundant if self.wish.shared_kv == "drop" else [])
-        if self.wish.shared_kv == "drop":
+        out = self.matched.ignored + (self.matched.redundant if self.options.shared_kv == "drop" else [])
+        if self.options.shared_kv == "drop":
             self._drop("never read: the layer uses another layer's keys and values", self.matched.redundant)
         gone = {tensor.name for piece in out for tensor in _arrays(piece)}
         self.listing.outputs += [copied(name, data) for name, data in self.checkpoint.source.tensors.items() if name not in gone]
 
     def _wraps(self) -> bool:
         is_wrapper = self.checkpoint.config.model_type in WRAPPER_TYPES
-        has_towers = any(kind.endswith("tower") for kind in self.matched.beside)
-        return is_wrapper and (self.wish.to == "mlx" or (self.wish.to == "hf" and has_towers))
+        has_towers = any(kind.endswith("tower") for kind in self.matched.other_modules)
+        return is_wrapper and (self.options.to == "mlx" or (self.options.to == "hf" and has_towers))
 
 
 # ---- facts about tensors ----
 
 
-def _cut(spec: ParamSpec, pieces: tuple[Piece, ...], is_fused: bool) -> Iterator[tuple[str | None, tuple[int, ...], list[Run]]]:
+def _cut(
+    spec: ParamSpec, pieces: tuple[StoredTensor, ...], is_fused: bool
+) -> Iterator[tuple[str | None, tuple[int, ...], list[Run]]]:
     """Yield what a parameter becomes: its parts one by one, or all of it; with shapes, and the stored rows to take."""
     if not spec.parts:
         yield None, spec.shape, whole(pieces[0].data)
@@ -272,7 +276,7 @@ def _absent_kv(plan: ModelPlan) -> Iterator[tuple[str, str | None, tuple[int, ..
         yield f"layers.{layer.index}.attn.k_norm", None, (layer.head_dim,)
 
 
-def _arrays(piece: Piece) -> tuple[LazyTensor, ...]:
+def _arrays(piece: StoredTensor) -> tuple[LazyTensor, ...]:
     return (piece.data,) if isinstance(piece.data, LazyTensor) else piece.data.stored
 
 

@@ -1,4 +1,4 @@
-"""Converts a checkpoint into another format, quantization or layout, a tile of a tensor in memory at a time.
+"""Converts a checkpoint into another format, quantization or layout, some rows of a tensor in memory at a time.
 
 Owns the run: what lies beside the tensors (config, tokenizer, manifest), the check that what was written reads back as the
 same model, and that nothing stands under the final name before that. What becomes of each tensor is decided in
@@ -19,7 +19,7 @@ import gemcutter
 from gemcutter.checkpoint.container.lazy_tensor import tensor_nbytes
 from gemcutter.checkpoint.container.small_file import read_small
 from gemcutter.checkpoint.container.source import Source
-from gemcutter.checkpoint.convert.conversion_plan import MODEL_DTYPES, Listing, Wish, list_outputs
+from gemcutter.checkpoint.convert.conversion_plan import MODEL_DTYPES, ConvertOptions, Listing, list_outputs
 from gemcutter.checkpoint.convert.tensor_writers import Output
 from gemcutter.checkpoint.formats import gguf, gguf_metadata, hf_config
 from gemcutter.checkpoint.formats.gguf_metadata import Entry
@@ -36,7 +36,7 @@ Texts = Callable[[Checkpoint], Mapping[str, bytes]]
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 # What is carried over from beside the weights.
-BESIDE = (
+SIDECAR_FILES = (
     TOKENIZER,
     TOKENIZER_CONFIG,
     GENERATION,
@@ -96,16 +96,16 @@ def convert(
 
     Raises CheckpointError or ConfigError with everything that is wrong; then nothing stands under the target's name.
     """
-    wish = Wish(to, quant, shared_kv)
-    problems = wish.problems() or _place_problems(source, target, to)
+    options = ConvertOptions(to, quant, shared_kv)
+    problems = options.problems() or _place_problems(source, target, to)
     if problems:
         raise CheckpointError(f"{source} can't be converted", problems)
     checkpoint = open_checkpoint(source, ignore)
     _insist_on_family(checkpoint, to)
-    listing = list_outputs(checkpoint, wish)
+    listing = list_outputs(checkpoint, options)
     write = _write_gguf if to == "gguf" else _write_folder
     with put_in_place(target, is_folder=to != "gguf", force=force) as partial:
-        write(_Work(checkpoint, wish, listing, target, progress), partial, texts)
+        write(_Work(checkpoint, options, listing, target, progress), partial, texts)
         _check_written(partial, checkpoint)
     return _report(checkpoint, listing, target, to)
 
@@ -115,7 +115,7 @@ class _Work:
     """Everything that is decided before the first byte is written."""
 
     checkpoint: Checkpoint
-    wish: Wish
+    options: ConvertOptions
     listing: Listing
     target: Path
     progress: Progress | None
@@ -145,7 +145,7 @@ def _insist_on_family(checkpoint: Checkpoint, to: str) -> None:
 def _write_folder(work: _Work, partial: Path, texts: Texts | None) -> None:
     ordered = sorted(work.listing.outputs, key=lambda output: -output.alignment)  # stable: no tensor is misaligned
     specs = [spec for output in ordered for spec in output.specs]
-    metadata = {"format": "mlx"} if work.wish.to == "mlx" else PYTORCH_METADATA
+    metadata = {"format": "mlx"} if work.options.to == "mlx" else PYTORCH_METADATA
     write_sharded(partial, specs, _stream(ordered, _total(ordered, tensor_nbytes), work.progress), metadata)
     _copy_texts(work.checkpoint, partial, texts)
     write_json(partial / "config.json", _config(work))
@@ -164,7 +164,7 @@ def _config(work: _Work) -> dict[str, Any]:
                 dense[dtype] += tensor_nbytes(dtype, shape)
     usual = dense.most_common(1)[0][0] if dense else "BF16"
     dtype = next(name for name, spelling in MODEL_DTYPES.items() if spelling == usual)
-    if work.wish.to == "hf":
+    if work.options.to == "hf":
         return hf_config.for_transformers(raw, checkpoint.config, checkpoint.plan, dtype, wraps=listing.wraps)
     return hf_config.for_mlx(raw, checkpoint.config, checkpoint.plan, dtype, _mlx_quantization(listing.outputs))
 
@@ -193,7 +193,7 @@ def _copy_texts(checkpoint: Checkpoint, folder: Path, texts: Texts | None) -> No
         found |= {} if texts is None else texts(checkpoint)
         if generation:
             write_json(folder / GENERATION, {"do_sample": True, **generation})
-    for name in BESIDE if not found else ():
+    for name in SIDECAR_FILES if not found else ():
         path = checkpoint.source.folder / name
         if path.is_file():
             try:
@@ -285,7 +285,7 @@ def _check_written(partial: Path, checkpoint: Checkpoint) -> None:
 
 def _manifest(work: _Work) -> dict[str, Any]:
     """Say what was done: from which headers, with which options, to which tensor."""
-    source, wish = work.checkpoint.source, work.wish
+    source, options = work.checkpoint.source, work.options
     return {
         "gemcutter": gemcutter.__version__,
         "source": {
@@ -294,7 +294,7 @@ def _manifest(work: _Work) -> dict[str, Any]:
             "files": {file.name: file.stat().st_size for file in source.files},
             "headers_sha256": headers_sha256(source),
         },
-        "options": {"to": wish.to, "quant": wish.quant, "shared_kv": wish.shared_kv},
+        "options": {"to": options.to, "quant": options.quant, "shared_kv": options.shared_kv},
         "tensors": [
             {"name": output.specs[0][0], "from": list(output.sources), "deed": output.deed, "stored": output.scheme}
             for output in work.listing.outputs

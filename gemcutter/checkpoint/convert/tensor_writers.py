@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gemcutter.checkpoint.container.lazy_tensor import DTYPES, LazyTensor
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor
-from gemcutter.checkpoint.load.row_chunks import TILE_ELEMENTS, Run, dense, dense_dtype, tiles, whole
+from gemcutter.checkpoint.load.row_chunks import CHUNK_ELEMENTS, Run, dense, dense_dtype, row_chunks, whole
 from gemcutter.checkpoint.write.write_safetensors import Spec
 from gemcutter.errors import CheckpointError
 from gemcutter.quant import Part
@@ -23,7 +23,7 @@ from gemcutter.quant.affine import Affine
 from gemcutter.quant.gguf_blocks import Blocks
 from gemcutter.quant.recipes import AffineScheme, BlockScheme, Scheme
 
-COPY_BYTES = 4 * TILE_ELEMENTS
+COPY_BYTES = 4 * CHUNK_ELEMENTS
 ALIGNMENTS = (8, 4, 2, 1)
 
 
@@ -67,7 +67,7 @@ def stored(name: str, shape: tuple[int, ...], runs: Sequence[Run], dtype: str, s
         _specs(name, shape, dtype, scheme),
         _deed(name, runs, dtype, scheme),
         tuple(dict.fromkeys(run.data.name for run in runs)),
-        lambda: _chunks(name, tiles(runs), dtype, scheme),
+        lambda: _chunks(name, row_chunks(runs), dtype, scheme),
         dtype if scheme is None else scheme.name,
     )
 
@@ -75,7 +75,7 @@ def stored(name: str, shape: tuple[int, ...], runs: Sequence[Run], dtype: str, s
 def zeros(name: str, shape: tuple[int, ...], dtype: str, scheme: Scheme | None) -> Output:
     """Store zeros under a scheme or as `dtype`."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    step = max(1, TILE_ELEMENTS // columns)
+    step = max(1, CHUNK_ELEMENTS // columns)
 
     def blank() -> Iterator[Tensor]:
         for start in range(0, rows, step):

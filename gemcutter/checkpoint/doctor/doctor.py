@@ -14,9 +14,9 @@ from typing import Any
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.container.source import Source
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor, Piece
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.doctor.engine_compat import find_facts, judge
-from gemcutter.checkpoint.doctor.sidecar_files import Beside, read_beside
+from gemcutter.checkpoint.doctor.sidecar_files import SidecarFiles, read_sidecar_files
 from gemcutter.checkpoint.formats import FORMATS, Format
 from gemcutter.checkpoint.load.match import FLOATS, Matched, compare
 from gemcutter.checkpoint.remote.remote_source import received, survey
@@ -70,9 +70,9 @@ def examine(model: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
             matched = compare(plan, format.pieces(source, plan), problems, ignore)
         except GemcutterError as error:
             problems += _problems_of("file", error)
-    beside = read_beside(source, config)
-    problems += [f"text       {problem}" for problem in beside.problems]
-    remarks = [*(_remarks(plan, config, matched) if plan and config and matched else ()), *beside.remarks]
+    sidecar = read_sidecar_files(source, config)
+    problems += [f"text       {problem}" for problem in sidecar.problems]
+    remarks = [*(_remarks(plan, config, matched) if plan and config and matched else ()), *sidecar.remarks]
     status = BROKEN if problems else REMARKS if remarks else FINE
     raw = _raw_config(source)
     return _report(
@@ -85,7 +85,7 @@ def examine(model: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
         config=config,
         plan=plan,
         matched=matched,
-        beside=beside,
+        sidecar=sidecar,
         facts=find_facts(source, raw, config, plan, matched),
     )
 
@@ -162,12 +162,12 @@ def _remarks(plan: ModelPlan, config: ModelConfig, matched: Matched) -> Iterator
             if scheme["bits_per_weight"] < FEW_BITS.get(row["role"], 0):
                 bits, role = scheme["bits_per_weight"], row["role"].replace("_", " ")
                 yield f"{role}: {scheme['dtype']} leaves {bits:.1f} bits a weight, where quality is known to suffer"
-    absent = [tower for tower in config.towers if not any(tower in kind for kind in matched.beside)]
+    absent = [tower for tower in config.towers if not any(tower in kind for kind in matched.other_modules)]
     if absent and not plan.is_drafter:
         yield f"the config names towers for {' and '.join(absent)}, and there are no tensors of theirs"
 
 
-def _mixed(dense: Sequence[Piece]) -> Iterator[str]:
+def _mixed(dense: Sequence[StoredTensor]) -> Iterator[str]:
     """Report matrices of another float type than most, in a checkpoint that is not quantized."""
     sizes = Counter[str]()
     for piece in dense:
@@ -195,7 +195,7 @@ def _report(
     config: ModelConfig | None = None,
     plan: ModelPlan | None = None,
     matched: Matched | None = None,
-    beside: Beside | None = None,
+    sidecar: SidecarFiles | None = None,
     facts: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     client = None if source is None else received(source)
@@ -217,10 +217,10 @@ def _report(
         "missing": [] if matched is None else [{"name": name, "shape": list(shape)} for name, shape in matched.missing],
         "unknown": [] if matched is None else [_named(piece) for piece in matched.unknown],
         "redundant": [] if matched is None else [_named(piece) for piece in matched.redundant],
-        "left_aside": {} if matched is None else {kind: _pile(pieces) for kind, pieces in matched.beside.items()},
+        "left_aside": {} if matched is None else {kind: _pile(pieces) for kind, pieces in matched.other_modules.items()},
         "dtypes": [] if source is None else _dtypes(source),
         "roles": [] if matched is None else _roles(matched),
-        "text": None if beside is None else _text(beside),
+        "text": None if sidecar is None else _text(sidecar),
         "facts": list(facts),
         "verdicts": [] if source is None else [_own_verdict(status), *judge(facts)],
     }
@@ -311,26 +311,26 @@ def _roles(matched: Matched) -> list[dict[str, Any]]:
     ]
 
 
-def _elements(piece: Piece) -> int:
+def _elements(piece: StoredTensor) -> int:
     count = 1
     for size in piece.data.shape:
         count *= size
     return count
 
 
-def _text(beside: Beside) -> dict[str, Any]:
-    found = asdict(beside)
+def _text(sidecar: SidecarFiles) -> dict[str, Any]:
+    found = asdict(sidecar)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items() if key not in _LISTED}
 
 
 _LISTED = ("problems", "remarks")  # which stand among all problems and remarks
 
 
-def _named(piece: Piece) -> dict[str, Any]:
+def _named(piece: StoredTensor) -> dict[str, Any]:
     return {"name": piece.data.name, "file": piece.data.origin.partition(":")[0], "bytes": piece.data.nbytes}
 
 
-def _pile(pieces: Sequence[Piece]) -> dict[str, int]:
+def _pile(pieces: Sequence[StoredTensor]) -> dict[str, int]:
     return {"tensors": len(pieces), "bytes": sum(piece.data.nbytes for piece in pieces)}
 
 

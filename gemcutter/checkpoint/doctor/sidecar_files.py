@@ -27,7 +27,7 @@ SMALL_TOKENIZER_BYTES = 1 << 20  # a vocabulary that is read for its markers; th
 
 
 @dataclass(slots=True)
-class Beside:
+class SidecarFiles:
     """What was found; `remarks` says what is amiss and what it leads to."""
 
     tokenizer: str | None = None
@@ -42,9 +42,9 @@ class Beside:
     remarks: list[str] = field(default_factory=list)
 
 
-def read_beside(source: Source, config: ModelConfig | None) -> Beside:
+def read_sidecar_files(source: Source, config: ModelConfig | None) -> SidecarFiles:
     """Read what lies beside the weights; damaged files become problems."""
-    found = Beside()
+    found = SidecarFiles()
     if any(file.suffix == ".gguf" for file in source.files):
         _read_gguf(source.metadata, found)  # its readers look for end markers in the vocabulary, whatever the metadata say
     else:
@@ -61,10 +61,10 @@ def read_beside(source: Source, config: ModelConfig | None) -> Beside:
 # ---- files ----
 
 
-def _read_files(source: Source, found: Beside) -> None:
+def _read_files(source: Source, found: SidecarFiles) -> None:
     options = _read_json(source, TOKENIZER_CONFIG, found) or {}
     generation = _read_json(source, GENERATION, found)
-    found.tokenizer_bytes = source.size_beside(TOKENIZER)
+    found.tokenizer_bytes = source.size_of_sidecar(TOKENIZER)
     found.tokenizer = TOKENIZER if found.tokenizer_bytes is not None else None
     found.template, text = _find_template(source, options, found)
     pad, add_bos = options.get("pad_token"), options.get("add_bos_token")
@@ -80,7 +80,7 @@ def _read_files(source: Source, found: Beside) -> None:
         found.remarks.append("processor_config.json has no feature_extractor: some engines then ignore audio, silently")
 
 
-def _read_json(source: Source, name: str, found: Beside) -> dict[str, Any] | None:
+def _read_json(source: Source, name: str, found: SidecarFiles) -> dict[str, Any] | None:
     try:
         return source.read_json(name)
     except GemcutterError as error:
@@ -88,10 +88,10 @@ def _read_json(source: Source, name: str, found: Beside) -> dict[str, Any] | Non
         return None
 
 
-def _find_template(source: Source, options: Mapping[str, Any], found: Beside) -> tuple[str | None, str]:
+def _find_template(source: Source, options: Mapping[str, Any], found: SidecarFiles) -> tuple[str | None, str]:
     """Return where the chat template is, and its text."""
     try:
-        raw = source.read_beside(TEMPLATE)
+        raw = source.read_sidecar(TEMPLATE)
     except (ValueError, GemcutterError) as error:
         found.problems.append(f"{TEMPLATE}: {error}")
         return None, ""
@@ -103,7 +103,7 @@ def _find_template(source: Source, options: Mapping[str, Any], found: Beside) ->
     return None, ""
 
 
-def _find_markers(source: Source, options: Mapping[str, Any], template: str, found: Beside) -> dict[str, int | None]:
+def _find_markers(source: Source, options: Mapping[str, Any], template: str, found: SidecarFiles) -> dict[str, int | None]:
     """Return the ids of the markers that end a turn, as far as small files tell; tool calls only if the template knows them."""
     wanted = [piece for piece in PUBLISHED_ENDS if piece != "<|tool_response>" or piece in template]
     listed: list[Any] = []
@@ -120,7 +120,7 @@ def _find_markers(source: Source, options: Mapping[str, Any], template: str, fou
 # ---- GGUF, which has all of it in its metadata ----
 
 
-def _read_gguf(metadata: Mapping[str, Any], found: Beside) -> None:
+def _read_gguf(metadata: Mapping[str, Any], found: SidecarFiles) -> None:
     if "tokenizer.ggml.tokens" in metadata:
         found.tokenizer = f"in the file ({shown(metadata.get('tokenizer.ggml.model'))})"
     template = metadata.get("tokenizer.chat_template")
@@ -135,7 +135,7 @@ def _read_gguf(metadata: Mapping[str, Any], found: Beside) -> None:
 # ---- what it leads to ----
 
 
-def _remarks(found: Beside, config: ModelConfig | None) -> Iterator[str]:
+def _remarks(found: SidecarFiles, config: ModelConfig | None) -> Iterator[str]:
     is_drafter = config is not None and config.is_drafter
     if found.tokenizer is None:
         return

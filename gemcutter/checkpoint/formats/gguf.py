@@ -21,7 +21,7 @@ from gemcutter.checkpoint.container.gguf_file import TENSOR_TYPES, Array
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.small_file import shown
 from gemcutter.checkpoint.container.source import Source
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor, Piece
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ModelPlan
 
@@ -36,7 +36,7 @@ DENSE = ("F32", "F16", "BF16")
 BLOCKS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split()  # noqa: SIM905
 BLOCK_VALUES = {name: values for name, values, _ in TENSOR_TYPES.values()}
 # Projectors and towers that Ollama puts into the same file.
-BESIDE = {"v.": "(vision tower)", "mm.a.": "(audio tower)", "mm.": "(vision tower)", "a.": "(audio tower)"}
+TOWER_PREFIXES = {"v.": "(vision tower)", "mm.a.": "(audio tower)", "mm.": "(vision tower)", "a.": "(audio tower)"}
 ROPE_DIVISORS = "rope_freqs.weight"
 FLOAT32 = 6  # as the container numbers them
 SWITCHED_OFF = 1e29  # a divisor above this stops a pair: converters write 1e30
@@ -93,7 +93,7 @@ def sniff(source: Source) -> bool:
 
 def translate(name: str) -> tuple[str | None, str | None]:
     """Give a tensor's canonical name and part; None for what the format does not know."""
-    for prefix, kind in BESIDE.items():
+    for prefix, kind in TOWER_PREFIXES.items():
         if name.startswith(prefix):
             return kind, None
     layer = LAYER.fullmatch(name)
@@ -112,23 +112,27 @@ def spell(name: str, part: str | None) -> str:
     return f"blk.{index}." + next(own for own, canonical in LAYERED.items() if canonical == (rest, part))
 
 
-def pieces(source: Source, plan: ModelPlan) -> Iterator[Piece]:
+def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
     """Yield every stored tensor under its canonical name, but for the rope's divisors, which `config` has read."""
     for tensor in source.tensors.values():
         if tensor.name != ROPE_DIVISORS:
             yield _piece(tensor, *translate(tensor.name), plan)
 
 
-def _piece(tensor: LazyTensor, name: str | None, part: str | None, plan: ModelPlan) -> Piece:
+def _piece(tensor: LazyTensor, name: str | None, part: str | None, plan: ModelPlan) -> StoredTensor:
     if name is None or name.startswith("(") or tensor.dtype in DENSE or len(tensor.shape) < 2:
-        return Piece(name, part, tensor)
+        return StoredTensor(name, part, tensor)
     if tensor.dtype not in BLOCKS:
         able = ", ".join((*DENSE, *BLOCKS))
-        return Piece(name, part, tensor, f"{tensor.dtype} is not read, only {able}; take another quantization of this model")
+        return StoredTensor(
+            name, part, tensor, f"{tensor.dtype} is not read, only {able}; take another quantization of this model"
+        )
     fault = None
     if name == "embed.ple" and plan.ple_dim % BLOCK_VALUES[tensor.dtype]:
         fault = f"{tensor.dtype}'s blocks of {BLOCK_VALUES[tensor.dtype]} span several layers of {plan.ple_dim} values each"
-    return Piece(name, part, PackedTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,), partial(_unpack, tensor)), fault)
+    return StoredTensor(
+        name, part, PackedTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,), partial(_unpack, tensor)), fault
+    )
 
 
 def _unpack(tensor: LazyTensor) -> Packed:

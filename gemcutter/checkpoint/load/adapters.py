@@ -1,6 +1,6 @@
 """Brings adapters to a model's weights: folded in for good, or carried beside them for the requests that ask.
 
-Owns the arithmetic of folding (float32, a tile at a time, one rounding) and what each way costs. Refuses to know names: read
+Owns the arithmetic of folding (float32, some rows at a time, one rounding) and what each way costs. Refuses to know names: read
 `formats/lora.py` for those, `quant/lora.py` for a delta, `ops/adapt.py` for what happens to deltas at run time.
 """
 
@@ -16,7 +16,7 @@ from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.formats.lora import Adapter, Factors
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.errors import CheckpointError
-from gemcutter.quant import Part, Weight, widen
+from gemcutter.quant import Part, Weight, dequantize
 from gemcutter.quant.lora import Delta, cut_deltas
 
 Params = Mapping[str, Weight | Tensor]
@@ -99,8 +99,8 @@ def _fold_part(part: Part, deltas: Sequence[Delta], dtype: torch.dtype, device: 
     pairs = [(whole, out)] if out.ndim == 2 else [(whole.expert(index), each) for index, each in enumerate(out.unbind(0))]
     for weight, target in pairs:
         start = 0
-        for tile in weight.tiles(FOLD_ELEMENTS):
-            wide, stop = widen(tile).to(device), start + tile.shape[0]
+        for rows in weight.row_chunks(FOLD_ELEMENTS):
+            wide, stop = dequantize(rows).to(device), start + rows.shape[0]
             for delta in weight.deltas:
                 wide = wide.addmm(delta.up[start:stop], delta.down)
             target[start:stop] = wide

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from gemcutter.checkpoint.container.lazy_tensor import DTYPES
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor, Piece
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # of the compute dtypes
 
@@ -23,7 +23,7 @@ def stays_mapped(dtypes: Sequence[str], stored: str, compute: str, device: str) 
     return device == "cpu" and len(set(dtypes)) < 2 and DTYPES[stored][0] <= ITEM_BYTES[compute]
 
 
-def held_as(pieces: Sequence[Piece], compute: str, device: str, packing: Callable[[str], str]) -> list[str]:
+def held_as(pieces: Sequence[StoredTensor], compute: str, device: str, packing: Callable[[str], str]) -> list[str]:
     """List how the parts of a weight are held: dtypes as torch spells them, or the names of packings."""
     dense = [piece.data.dtype for piece in pieces if not isinstance(piece.data, PackedTensor)]
     return [

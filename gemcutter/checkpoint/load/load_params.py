@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor, Piece
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.load.held import stays_mapped
 from gemcutter.checkpoint.load.match import Checkpoint
-from gemcutter.checkpoint.load.packed_weight_cache import PanelCache
-from gemcutter.checkpoint.load.row_chunks import dense, tiles, unpack, whole
+from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
+from gemcutter.checkpoint.load.row_chunks import dense, row_chunks, unpack, whole
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import Access, ParamKind, ParamSpec
 from gemcutter.quant import Part, Weight
-from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.packing import Packer, PlainPacker
 from gemcutter.quant.recipes import LOADABLE, RECIPES, Recipe, Scheme
 
@@ -40,7 +40,7 @@ def load_params(
     progress: Progress | None = None,
     quant: str | None = None,
     packer: Packer | None = None,
-    cache: PanelCache | None = None,
+    cache: PackedWeightCache | None = None,
 ) -> dict[str, Weight | Tensor]:
     """Return every parameter of the plan: matrices as Weights, vectors as float32 tensors.
 
@@ -54,7 +54,7 @@ def load_params(
     packer = packer or PlainPacker(device)
     pieces = checkpoint.matched.pieces
     total = sum(piece.data.nbytes for found in pieces.values() for piece in found)
-    panels = Panels({} if cache is None or not packer.makes_panels else cache.read())
+    panels = PackedWeights({} if cache is None or not packer.makes_panels else cache.read())
     loader = _Loader(dtype, device, packer, None if quant is None else RECIPES[quant], panels, checkpoint.config.norm_offset)
     done, params = 0, dict[str, Weight | Tensor]()
     for spec in checkpoint.plan.params():
@@ -68,18 +68,18 @@ def load_params(
 
 
 @dataclass(frozen=True, slots=True)
-class Panels:
+class PackedWeights:
     """Weights that are repacked, by name: those that an earlier load has kept, and those that this one makes."""
 
-    kept: Mapping[str, Tiled]
-    made: dict[str, Tiled] = field(default_factory=dict)
+    kept: Mapping[str, CpuPackedWeight]
+    made: dict[str, CpuPackedWeight] = field(default_factory=dict)
 
     def get(self, name: str, make: Callable[[], Part]) -> Part:
         """Return a kept weight, or make it; what has no form as panels is returned as it was made."""
         if name in self.kept:
             return self.kept[name]
         part = make()
-        if isinstance(part, Tiled):
+        if isinstance(part, CpuPackedWeight):
             self.made[name] = part
         return part
 
@@ -92,10 +92,10 @@ class _Loader:
     device: torch.device
     packer: Packer
     recipe: Recipe | None
-    panels: Panels
+    panels: PackedWeights
     norm_offset: float
 
-    def load(self, spec: ParamSpec, pieces: tuple[Piece, ...]) -> Weight | Tensor:
+    def load(self, spec: ParamSpec, pieces: tuple[StoredTensor, ...]) -> Weight | Tensor:
         """Make one parameter of its pieces, as its kind asks."""
         if spec.kind in (ParamKind.MATRIX, ParamKind.EXPERTS):
             return self._matrix(spec, [piece.data for piece in pieces])
@@ -134,7 +134,7 @@ class _Loader:
     def _quantize(self, data: LazyTensor, scheme: Scheme) -> Part:
         """Quantize a mapped tensor. Raises CheckpointError for values that are not finite."""
         try:
-            return self.packer.quantize((dense(part) for part in tiles(whole(data))), data.shape, scheme)
+            return self.packer.quantize((dense(part) for part in row_chunks(whole(data))), data.shape, scheme)
         except ValueError as error:
             raise CheckpointError(f"{data.origin} can't be quantized: {error}; is the file damaged?") from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.container.source import Source
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor, Piece
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.formats import FORMATS, Format
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan, ParamSpec, derive
@@ -27,13 +27,13 @@ INTEGERS = ("I64", "I32")
 class Matched:
     """The pieces of every parameter, and what a checkpoint holds beyond them."""
 
-    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)  # in the order of the spec's parts
-    redundant: list[Piece] = field(default_factory=list)  # the decoder has such tensors, but not in this place
-    beside: dict[str, list[Piece]] = field(default_factory=dict)  # towers and the like, by kind
+    pieces: dict[str, tuple[StoredTensor, ...]] = field(default_factory=dict)  # in the order of the spec's parts
+    redundant: list[StoredTensor] = field(default_factory=list)  # the decoder has such tensors, but not in this place
+    other_modules: dict[str, list[StoredTensor]] = field(default_factory=dict)  # towers and the like, by kind
     defaults: list[ParamSpec] = field(default_factory=list)  # absent, and their absence has a meaning
-    ignored: list[Piece] = field(default_factory=list)
+    ignored: list[StoredTensor] = field(default_factory=list)
     missing: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # label and shape of what the plan needs in vain
-    unknown: list[Piece] = field(default_factory=list)
+    unknown: list[StoredTensor] = field(default_factory=list)
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """Say once what was left out and why."""
@@ -43,7 +43,7 @@ class Matched:
             size = sum(piece.data.nbytes for piece in self.redundant) / 1e6
             place = f"{len(readers)} layers that do not use them" if readers else "a tied head"
             notes.append(f"{len(self.redundant)} tensors of {place} skipped, as planned ({size:.1f} MB)")
-        notes += [f"{len(pieces)} tensors of the {kind} left aside" for kind, pieces in self.beside.items()]
+        notes += [f"{len(pieces)} tensors of the {kind} not loaded" for kind, pieces in self.other_modules.items()]
         return notes
 
 
@@ -79,7 +79,7 @@ def format_of(source: Source) -> Format:
     return next(format for format in FORMATS if format.sniff(source))
 
 
-def match(plan: ModelPlan, pieces: Iterable[Piece], source: str, ignore: Sequence[str] = ()) -> Matched:
+def match(plan: ModelPlan, pieces: Iterable[StoredTensor], source: str, ignore: Sequence[str] = ()) -> Matched:
     """Give every parameter its pieces. Raises CheckpointError that lists all problems; nothing is allocated."""
     problems: list[str] = []
     matched = compare(plan, pieces, problems, ignore)
@@ -89,16 +89,16 @@ def match(plan: ModelPlan, pieces: Iterable[Piece], source: str, ignore: Sequenc
     return matched
 
 
-def compare(plan: ModelPlan, pieces: Iterable[Piece], problems: list[str], ignore: Sequence[str] = ()) -> Matched:
+def compare(plan: ModelPlan, pieces: Iterable[StoredTensor], problems: list[str], ignore: Sequence[str] = ()) -> Matched:
     """Give every parameter the pieces that fit it, noting every problem instead of raising."""
     specs = {spec.name: spec for spec in plan.params()}
     redundant = plan.redundant()
-    matched, found = Matched(), dict[tuple[str, str | None], Piece]()
+    matched, found = Matched(), dict[tuple[str, str | None], StoredTensor]()
     for piece in pieces:
         if any(fnmatch.fnmatchcase(piece.data.name, pattern) for pattern in ignore):
             matched.ignored.append(piece)
         elif piece.name is not None and piece.name.startswith("("):
-            matched.beside.setdefault(piece.name.strip("()"), []).append(piece)
+            matched.other_modules.setdefault(piece.name.strip("()"), []).append(piece)
         elif piece.name in specs and _has_part(specs[piece.name], piece.part):
             twin = found.setdefault((piece.name, piece.part), piece)
             if twin is not piece:
@@ -117,7 +117,9 @@ def _has_part(spec: ParamSpec, part: str | None) -> bool:
     return part is None or any(part == name for name, _ in spec.parts)
 
 
-def _take(spec: ParamSpec, found: dict[tuple[str, str | None], Piece], matched: Matched, problems: list[str]) -> Iterator[Piece]:
+def _take(
+    spec: ParamSpec, found: dict[tuple[str, str | None], StoredTensor], matched: Matched, problems: list[str]
+) -> Iterator[StoredTensor]:
     """Yield a parameter's pieces in order, checked; report what is missing or does not fit."""
     whole = found.get((spec.name, None))
     wanted = [(None, spec.shape)] if whole or not spec.parts else [(part, _part_shape(spec, rows)) for part, rows in spec.parts]
@@ -148,7 +150,7 @@ def _part_shape(spec: ParamSpec, rows: int) -> tuple[int, ...]:
     return (*spec.shape[:-2], rows, spec.shape[-1])
 
 
-def _hint(spec: ParamSpec, shape: tuple[int, ...], piece: Piece) -> str:
+def _hint(spec: ParamSpec, shape: tuple[int, ...], piece: StoredTensor) -> str:
     """Name the config key that most likely explains a wrong shape."""
     if ".mlp." in spec.name and any(2 * a == b or a == 2 * b for a, b in zip(shape, piece.data.shape, strict=False)):
         return ": half or twice the width that config.json gives this layer; are both of one model?"

@@ -1,7 +1,7 @@
-"""Repacked weights on disk: what one load has laid out as panels, the next maps.
+"""Packed weights on disk: what one load has packed for the CPU kernels, the next maps.
 
 Owns one file a checkpoint in the user's cache folder: a header that names the checkpoint's files as they were (paths, sizes,
-times, a digest of their headers), then the panels. Nothing depends on it. A file that is damaged, foreign, of another version
+times, a digest of their headers), then the weights. Nothing depends on it. A file that is damaged, foreign, of another version
 or of an older checkpoint counts as none and is replaced; it is written under another name and renamed when whole, so that
 readers and several writers never meet; where the disk is full or the folder is not to be written to, one warning is all. Read
 `load_params.py` for who asks.
@@ -28,32 +28,35 @@ import torch
 from torch import Tensor
 
 from gemcutter.checkpoint.load.match import Checkpoint
-from gemcutter.quant.cpu_layout import PANEL, Layout
-from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_layout import PANEL, PackedLayout
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 
-VERSION = 1  # of this file's layout and of csrc/cpu/layout.h
-SUFFIX, UNFINISHED = ".panels", ".unfinished"
+VERSION = 2  # of this file's layout and of csrc/cpu/layout.h
+SUFFIX, UNFINISHED = ".packed", ".unfinished"
 STALE_S = 24 * 3600  # after which an unfinished file has no writer any more
 
 _HEAD = struct.Struct("<8s32sQ")  # magic, digest of the header, its length
-_MAGIC = b"GCPANELS"
+_MAGIC = b"GCPACKED"
 _MAX_HEADER_BYTES = 1 << 26
-_PAGE_BYTES = 4096  # panels begin on one
+_PAGE_BYTES = 4096  # weights begin on one
 _ALIGN_BYTES = 64
 _WRITE_BYTES = 16 << 20
 _POPULATE_READ = 22  # MADV_POPULATE_READ: map all pages at once instead of one fault for each few
 
 
 @dataclass(frozen=True, slots=True)
-class PanelCache:
-    """Where the panels of one checkpoint are kept, and what identifies them."""
+class PackedWeightCache:
+    """Where the packed weights of one checkpoint are kept, and what identifies them."""
 
     path: Path
     key: Mapping[str, Any]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, quant: str | None = None, folder: Path | None = None) -> PanelCache:
-        """Say where a checkpoint's panels belong: in `folder`, or in the user's cache. Raises OSError if its files are gone."""
+    def of(cls, checkpoint: Checkpoint, quant: str | None = None, folder: Path | None = None) -> PackedWeightCache:
+        """Return where a checkpoint's packed weights belong: in `folder`, or in the user's cache.
+
+        Raises OSError if its files are gone.
+        """
         source = checkpoint.source
         tensors = [(each.name, each.dtype, each.shape, each.offset, each.file.name) for each in source.tensors.values()]
         key = {
@@ -65,7 +68,7 @@ class PanelCache:
         place = hashlib.sha256(f"{source.path.resolve()} {quant}".encode()).hexdigest()[:24]
         return cls((folder or user_folder()) / f"{source.path.stem}-{place}{SUFFIX}", key)
 
-    def read(self) -> dict[str, Tiled]:
+    def read(self) -> dict[str, CpuPackedWeight]:
         """Map the weights that are kept, by name; none where there is no such file, or not of this checkpoint as it is now."""
         try:
             with open(self.path, "rb") as file:
@@ -78,17 +81,17 @@ class PanelCache:
                 if content["key"] != self.key or content["bytes"] != os.fstat(file.fileno()).st_size:
                     return {}
                 memory = _map(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            return {name: _tiled(memory, entry) for name, entry in content["weights"].items()}
+            return {name: _weight(memory, entry) for name, entry in content["weights"].items()}
         except (OSError, struct.error, ValueError, KeyError, TypeError, RuntimeError):  # whatever it is, it is not ours
             return {}
 
-    def write(self, weights: Mapping[str, Tiled]) -> threading.Thread:
+    def write(self, weights: Mapping[str, CpuPackedWeight]) -> threading.Thread:
         """Keep weights for later loads, in a thread of its own that a program waits for when it ends."""
-        thread = threading.Thread(target=self._write, args=(dict(weights),), name="panel cache")
+        thread = threading.Thread(target=self._write, args=(dict(weights),), name="packed weight cache")
         thread.start()
         return thread
 
-    def _write(self, weights: Mapping[str, Tiled]) -> None:
+    def _write(self, weights: Mapping[str, CpuPackedWeight]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(self.path.parent)
@@ -107,7 +110,7 @@ class PanelCache:
 
 def user_folder() -> Path:
     """Give the folder for repacked weights, which may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemcutter" / "panels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemcutter" / "packed-weights"
 
 
 def _identity(path: Path) -> list[Any]:
@@ -124,15 +127,15 @@ def _map(mapping: mmap.mmap) -> Tensor:
         return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
-def _tiled(memory: Tensor, entry: Mapping[str, Any]) -> Tiled:
+def _weight(memory: Tensor, entry: Mapping[str, Any]) -> CpuPackedWeight:
     *experts, rows, columns = entry["shape"]
-    layout = Layout(**entry["layout"])
+    layout = PackedLayout(**entry["layout"])
     shape = (*experts, -(-rows // PANEL), layout.stride(columns))
     data = memory[entry["offset"] : entry["offset"] + torch.Size(shape).numel()].view(shape)
-    return Tiled(data, rows, columns, layout, entry["origin"])
+    return CpuPackedWeight(data, rows, columns, layout, entry["origin"])
 
 
-def _pieces(key: Mapping[str, Any], weights: Mapping[str, Tiled]) -> Iterator[memoryview]:
+def _pieces(key: Mapping[str, Any], weights: Mapping[str, CpuPackedWeight]) -> Iterator[memoryview]:
     """Spell the whole file, piece by piece."""
     entries, end = dict[str, Any](), 0
     for name, each in weights.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemcutter.errors import KernelError
 from gemcutter.quant import Part, Weight
-from gemcutter.quant.gpu_packing import stripe
+from gemcutter.quant.gpu_packing import pack_for_gpu
 from gemcutter.quant.packed import DenseStack
 
 SHARE = 4  # a table goes to the GPU by itself if this many of its size are free there
@@ -35,10 +35,10 @@ def _moved(part: Part, place: torch.device) -> Part:
     """Copy a table to the GPU, or into pinned memory; one that kernels can't read stays mapped."""
     if isinstance(part, Tensor):
         return _pinned(part.clone()) if place.type == "cpu" else part.to(place)
-    striped = None if isinstance(part, DenseStack) else stripe(part, place)
-    if striped is None:
+    gpu_packed = None if isinstance(part, DenseStack) else pack_for_gpu(part, place)
+    if gpu_packed is None:
         return part
-    return striped.each(_pinned) if place.type == "cpu" else striped
+    return gpu_packed.each(_pinned) if place.type == "cpu" else gpu_packed
 
 
 def _pinned(array: Tensor) -> Tensor:

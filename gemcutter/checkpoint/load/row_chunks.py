@@ -1,7 +1,7 @@
-"""Reads stored matrices a tile of rows at a time, dense or packed, and gives their pages back on the way.
+"""Reads stored matrices some rows at a time, dense or packed, and gives their pages back on the way.
 
 Owns `Run`, rows of a stored matrix, and the one loop that keeps converting and quantizing small: whatever a file holds, no more
-than a tile of it is in memory. Refuses to know what the tiles become. Read `convert.py` and `load_params.py` for that.
+than a chunk of rows is in memory. Refuses to know what the chunks become. Read `convert.py` and `load_params.py` for that.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from gemcutter.errors import CheckpointError
 from gemcutter.quant import Part
 from gemcutter.quant.packed import Packed
 
-TILE_ELEMENTS = 2 << 20  # 8 MB in float32, and a few times that while codes are made of them
-TILE_ROWS = 16  # tiles begin at multiples of so many rows of their run, as panels for native kernels do
+CHUNK_ELEMENTS = 2 << 20  # 8 MB in float32, and a few times that while codes are made of them
+CHUNK_ROWS = 16  # chunks begin at multiples of so many rows of their run, as panels for native kernels do
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def whole(data: LazyTensor | PackedTensor) -> list[Run]:
     return [Run(data, None, 0, rows)]
 
 
-def tiles(runs: Iterable[Run], elements: int = TILE_ELEMENTS) -> Iterator[Part]:
+def row_chunks(runs: Iterable[Run], elements: int = CHUNK_ELEMENTS) -> Iterator[Part]:
     """Yield the rows of all runs in order, [rows, columns], at most `elements` elements (TILE_ROWS rows at least) at once.
 
     They come as they are stored, dense or packed: views that must not be written to, and only good until the next one is asked
@@ -48,7 +48,7 @@ def tiles(runs: Iterable[Run], elements: int = TILE_ELEMENTS) -> Iterator[Part]:
     """
     opened: dict[int, Packed] = {}
     for run in runs:
-        data, step = run.data, max(TILE_ROWS, elements // max(1, run.data.shape[-1]) // TILE_ROWS * TILE_ROWS)
+        data, step = run.data, max(CHUNK_ROWS, elements // max(1, run.data.shape[-1]) // CHUNK_ROWS * CHUNK_ROWS)
         if isinstance(data, PackedTensor) and id(data) not in opened:
             opened[id(data)] = unpack(data)
         for start in range(run.start, run.stop, step):

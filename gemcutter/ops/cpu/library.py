@@ -20,7 +20,7 @@ from gemcutter.errors import CapacityError
 from gemcutter.native import KVView, Matrix
 from gemcutter.ops.step import KVCache
 from gemcutter.quant import Part, Weight
-from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # enum gc_codes
 ACTIVATIONS = {"int8": 0, "bf16": 1, "float32": 2}  # enum gc_activations
@@ -71,7 +71,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def matrix_of(part: Part) -> Matrix:
     """Describe a part for the kernels: dense as it is in memory, or packed."""
-    if isinstance(part, Tiled):
+    if isinstance(part, CpuPackedWeight):
         return part.matrix()
     assert isinstance(part, Tensor)
     assert part.stride(1) == 1

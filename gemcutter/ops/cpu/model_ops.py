@@ -19,7 +19,7 @@ from gemcutter.ops.step import NO_ADAPTERS, AdapterRows
 from gemcutter.ops.types import OpContext, Param, matrix, rounded_root, vector
 from gemcutter.plan import ModelPlan
 from gemcutter.quant import Weight
-from gemcutter.quant.cpu_packed import Tiled
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.cpu_packing import row_source
 
 
@@ -60,7 +60,7 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
             activations=ACTIVATIONS[ctx.precision.activations],
         )
         (held,) = some.parts
-        if isinstance(held, Tensor | Tiled):
+        if isinstance(held, Tensor | CpuPackedWeight):
             bound.table = matrix_of(held)
         elif source := row_source(held):
             bound.table, bound.source = source[0], ctypes.addressof(source[1])

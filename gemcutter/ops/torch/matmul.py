@@ -40,7 +40,7 @@ def linear_chunked(x_ND: Tensor, weight: Weight) -> Tensor:
     out = torch.empty(x_ND.shape[0], weight.rows)
     scratch = torch.empty(max(WEIGHT_TILE, weight.columns))
     offset = 0
-    for tile in weight.tiles(WEIGHT_TILE):
+    for tile in weight.row_chunks(WEIGHT_TILE):
         narrow = scratch[: tile.numel()].view(tile.shape).copy_(tile) if isinstance(tile, Tensor) else tile.dequantize()
         torch.mm(wide, narrow.t(), out=out[:, offset : offset + tile.shape[0]])
         offset += tile.shape[0]

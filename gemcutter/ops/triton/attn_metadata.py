@@ -18,7 +18,7 @@ from gemcutter.errors import KernelError
 from gemcutter.ops.step import KVRange, Step, send
 from gemcutter.plan import GroupId
 from gemcutter.quant import Weight
-from gemcutter.quant.gpu_packing import Striped
+from gemcutter.quant.gpu_packing import GpuPackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,5 +96,5 @@ def _padded(kv_range: KVRange, width: int) -> Iterable[int]:
 
 def is_near(table: Weight, device: torch.device) -> bool:
     """Return whether kernels of a device can read a table: it is there, or in pinned memory of the host."""
-    held = [each for part in table.parts for each in (part.tensors() if isinstance(part, Striped) else (part,))]
+    held = [each for part in table.parts for each in (part.tensors() if isinstance(part, GpuPackedWeight) else (part,))]
     return all(isinstance(each, Tensor) and (each.device == device or each.is_pinned()) for each in held)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # what follows imports torch
     from gemcutter.quant import Weight
     from gemcutter.quant.packing import Packer
 
-PACKED = "striped-"  # begins the name of a scheme that was repacked for these kernels
+PACKED = "gpu-packed-"  # begins the name of a scheme that was repacked for these kernels
 UNPACKED = re.compile(r".*-indexed")  # begins the schemes that stay as they are: scattered groups
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 

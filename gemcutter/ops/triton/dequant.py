@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcutter.quant.cpu_layout import S8, SUPER16, SUPER32
-from gemcutter.quant.gpu_packing import STRIPE, Striped
+from gemcutter.quant.gpu_packing import VECTOR_WORDS, GpuPackedWeight
 
 DENSE = -1  # in place of a kind of codes
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # by Triton's interpreter, which takes bfloat16 products for integers
@@ -343,10 +343,10 @@ class Operand:
         """Count the loads of a row: columns, or words."""
         width = self.arguments[-1]
         assert isinstance(width, int)
-        return width if self.is_dense else width * STRIPE
+        return width if self.is_dense else width * VECTOR_WORDS
 
 
-def operand(part: Tensor | Striped) -> Operand:
+def operand(part: Tensor | GpuPackedWeight) -> Operand:
     """Describe a dense or a striped matrix, or a stack of them; valid as long as it lives."""
     *experts, rows, columns = part.shape
     first = part if isinstance(part, Tensor) else part.codes
@@ -365,6 +365,6 @@ def operand(part: Tensor | Striped) -> Operand:
         "OFFSET": form.offset - 128 if form.codes == S8 else form.offset,
         "HAS_BIAS": has_bias,
     }
-    strides = (first.stride(-2) // STRIPE, scale.stride(-2), 0 if fine is None else fine.stride(-2))
-    arguments = (first, part.high, scale, bias, fine, fine_bias, *strides, first.shape[-1] // STRIPE)
+    strides = (first.stride(-2) // VECTOR_WORDS, scale.stride(-2), 0 if fine is None else fine.stride(-2))
+    arguments = (first, part.high, scale, bias, fine, fine_bias, *strides, first.shape[-1] // VECTOR_WORDS)
     return Operand(arguments, constants, rows, step, columns)

@@ -22,10 +22,10 @@ from torch import Tensor
 from gemcutter.ops.triton import elementwise
 from gemcutter.ops.triton.dequant import INTERPRETED, Operand, decode_rows, gelu, multiply_few, multiply_many, operand, squash
 from gemcutter.ops.triton.variant import Variant
-from gemcutter.quant import Part, Weight, widen
-from gemcutter.quant.cpu_layout import BF16, F32, U4, Layout
+from gemcutter.quant import Part, Weight, dequantize
+from gemcutter.quant.cpu_layout import BF16, F32, U4, PackedLayout
 from gemcutter.quant.cpu_packing import BLOCK_TYPES
-from gemcutter.quant.gpu_packing import F4, F8, STRIPE, Striped, room, span_of
+from gemcutter.quant.gpu_packing import F4, F8, VECTOR_WORDS, GpuPackedWeight, allocate_gpu_packed, span_of
 
 FEW_ROWS = 2  # up to here products in registers take fewer instructions than the way to the tensor cores
 FEW_NARROW_ROWS = 8  # the same, half of it if packed, for a matrix too narrow to fill the chip with tiles for the tensor cores
@@ -137,7 +137,7 @@ def choose_tile(rows: int, features: int, matrix: Operand, dtype: torch.dtype) -
         return Tile(triton.next_power_of_2(max(1, rows)), tall, warps * 32 * lane, True, warps, 1)
     padded = max(16, triton.next_power_of_2(rows))
     if dtype == torch.float32:
-        return Tile(padded, 16, 16 if matrix.is_dense else STRIPE, False, 4, 1)
+        return Tile(padded, 16, 16 if matrix.is_dense else VECTOR_WORDS, False, 4, 1)
     tall = 32 if features >= WIDE_MATRIX or padded > 16 else 16
     block = min(128 if matrix.is_dense else 16, max(16, triton.next_power_of_2(matrix.width)))
     if matrix.is_dense:
@@ -195,7 +195,7 @@ def logits_of(x_RD: Tensor, weight: Weight, cap: float | None) -> Tensor:
     return out
 
 
-def gather_rows(table: Striped, ids_N: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+def gather_rows(table: GpuPackedWeight, ids_N: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Give the rows that ids name times a number, widened: [N, columns]."""
     out = torch.empty((ids_N.shape[0], table.num_columns), dtype=dtype, device=ids_N.device)
     _widen(operand(table), ids_N, 0, out, scale)
@@ -213,7 +213,7 @@ def _multiply(x_ND: Tensor, part: Part, out_NF: Tensor) -> Tensor:
     rows = x_ND.shape[0]
     if not rows:
         return out_NF
-    if rows <= MANY_ROWS and isinstance(part, Tensor | Striped):
+    if rows <= MANY_ROWS and isinstance(part, Tensor | GpuPackedWeight):
         _launch(x_ND, operand(part), out_NF)
         return out_NF
     if isinstance(part, Tensor) and part.dtype == x_ND.dtype:
@@ -226,9 +226,9 @@ def _multiply(x_ND: Tensor, part: Part, out_NF: Tensor) -> Tensor:
 
 
 def _widened(part: Part, start: int, stop: int, x_ND: Tensor) -> Tensor:
-    if isinstance(part, Striped):
+    if isinstance(part, GpuPackedWeight):
         return widen_rows(operand(part), start, stop, x_ND.dtype, x_ND.device)
-    tile = part[start:stop] if isinstance(part, Tensor) else widen(part.rows(start, stop))
+    tile = part[start:stop] if isinstance(part, Tensor) else dequantize(part.rows(start, stop))
     return tile.to(x_ND.device, x_ND.dtype)
 
 
@@ -292,9 +292,14 @@ def describe(name: str, kernel: Any, arguments: Sequence[Any], constants: Mappin
 
 def _variants() -> Iterator[Variant]:
     """List the products of E4B: all forms of one matrix, some of those with another course."""
-    block, affine = BLOCK_TYPES, Layout(U4, BF16, 64, True)
+    block, affine = BLOCK_TYPES, PackedLayout(U4, BF16, 64, True)
     forms = {"bf16": None, "Q4_0": block["Q4_0"][0], "Q8_0": block["Q8_0"][0], "affine4g64": affine}
-    forms |= {"Q4_K": block["Q4_K"][0], "Q6_K": block["Q6_K"][0], "nvfp4": Layout(F4, F32, 16), "fp8": Layout(F8, F32, 10240)}
+    forms |= {
+        "Q4_K": block["Q4_K"][0],
+        "Q6_K": block["Q6_K"][0],
+        "nvfp4": PackedLayout(F4, F32, 16),
+        "fp8": PackedLayout(F8, F32, 10240),
+    }
     yield from (_variant("mlp-out", (2560, 10240), *form, rows) for form in forms.items() for rows in (1, 2, 16, 32, 64))
     main = [(form, forms[form]) for form in ("bf16", "Q4_0")]
     yield from (_variant("mlp-in", (10240, 2560), *form, rows, is_gated=True) for form in main for rows in (1, 2, 16, 64))
@@ -309,14 +314,14 @@ def _variants() -> Iterator[Variant]:
 
 
 def _variant(
-    place: str, shape: tuple[int, int], form: str, layout: Layout | None, rows: int, is_gated: bool = False,
+    place: str, shape: tuple[int, int], form: str, layout: PackedLayout | None, rows: int, is_gated: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Variant:  # fmt: skip
     features, columns = shape
     x, out = (torch.empty((rows, width), dtype=dtype, device="meta") for width in (columns, features))
     lead = (2 * features if is_gated else features,)
     dense = torch.empty((*lead, columns), dtype=torch.bfloat16, device="meta")
-    matrix = operand(dense if layout is None else room(layout, lead, columns, "meta", form))
+    matrix = operand(dense if layout is None else allocate_gpu_packed(layout, lead, columns, "meta", form))
     tile = choose_tile(rows, features, matrix, dtype)
     times, cap = (out, 10752) if place == "ple-gate" else (None, 0), 0.0
     if place == "head":

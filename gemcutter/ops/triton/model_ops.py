@@ -16,7 +16,7 @@ from gemcutter.ops.triton import linear as linear_kernels
 from gemcutter.ops.triton.attn_metadata import is_near
 from gemcutter.ops.types import OpContext, Param, matrix, rounded_root, vector
 from gemcutter.plan import ModelPlan
-from gemcutter.quant.gpu_packing import Striped
+from gemcutter.quant.gpu_packing import GpuPackedWeight
 
 
 def build_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[[Tensor], Tensor]:
@@ -25,7 +25,7 @@ def build_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) ->
     (table,) = weight.parts
     if isinstance(table, Tensor):
         return lambda ids_N: elementwise.embed_rows(table, ids_N, scale, dtype)
-    if isinstance(table, Striped):
+    if isinstance(table, GpuPackedWeight):
         return lambda ids_N: linear_kernels.gather_rows(table, ids_N, dtype, scale)
     return lambda ids_N: weight.gather(ids_N, dtype) * scale
 
@@ -42,7 +42,7 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
         (part,) = span.parts
         if near and isinstance(part, Tensor):
             return elementwise.ple_rows(context, part, ple_ids_N, norm, plan.eps, token_scale, context_scale)
-        if near and isinstance(part, Striped):
+        if near and isinstance(part, GpuPackedWeight):
             tokens = linear_kernels.gather_rows(part, ple_ids_N, dtype)
         else:
             tokens = span.gather(ple_ids_N, dtype)

@@ -25,9 +25,9 @@ from gemcutter.ops.triton.dequant import Operand, gelu, multiply_few, multiply_m
 from gemcutter.ops.triton.linear import Tile, choose_tile, describe
 from gemcutter.ops.triton.variant import Variant
 from gemcutter.quant import Weight
-from gemcutter.quant.cpu_layout import F32, Layout
+from gemcutter.quant.cpu_layout import F32, PackedLayout
 from gemcutter.quant.cpu_packing import BLOCK_TYPES
-from gemcutter.quant.gpu_packing import F4, room, span_of
+from gemcutter.quant.gpu_packing import F4, allocate_gpu_packed, span_of
 
 PAIR_ROWS = 4  # up to here few experts meet two rows, and pairs go their own ways
 SCAN_ROWS = 16  # up to here one block holds all rows of an expert
@@ -244,11 +244,12 @@ def list_blocks(chosen_MT: Tensor, num_experts: int, size: int) -> tuple[Tensor,
 def _variants() -> Iterator[Variant]:
     """List the products of 26B-A4B's experts."""
     hidden, width, num_experts, choices = 2816, 704, 128, 8
-    for form, layout in (("bf16", None), ("Q4_0", BLOCK_TYPES["Q4_0"][0]), ("nvfp4", Layout(F4, F32, 16))):
+    for form, layout in (("bf16", None), ("Q4_0", BLOCK_TYPES["Q4_0"][0]), ("nvfp4", PackedLayout(F4, F32, 16))):
         x, inner = (torch.empty(8, size, dtype=torch.bfloat16, device="meta") for size in (hidden, width))
         shapes = ((num_experts, 2 * width, hidden), (num_experts, hidden, width))
         gates, outs = (
-            operand(x.new_empty(shape) if layout is None else room(layout, shape[:2], shape[2], "meta", form)) for shape in shapes
+            operand(x.new_empty(shape) if layout is None else allocate_gpu_packed(layout, shape[:2], shape[2], "meta", form))
+            for shape in shapes
         )
         chosen, weights = torch.empty(8, dtype=torch.int64, device="meta"), x.float()
         tile, _ = _pair_tile(width, choices, gates)
