@@ -91,7 +91,7 @@ class Stream:
         self._lock = threading.Lock()  # of readers; the engine's thread takes none
 
     def attach(self, loop: EngineLoop, number: int) -> None:
-        """Tell the stream the number of its request. A stream that is dropped before the end posts a cancellation."""
+        """Set the number of the request that the stream reads. A stream that is dropped before the end posts a cancellation."""
         self._number = number
         self._cancel = weakref.finalize(self, loop.cancel, number)
         self._cancel.atexit = False

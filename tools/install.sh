@@ -21,6 +21,7 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
             pip install -q "$torch"
     fi
 fi
-# Imports come straight from this folder (inplace), so that files may move. The kernels are built in place by tools/native.sh, which builds only what has changed.
+# Imports come straight from this folder (inplace), so that files may move. The kernels are built in place by tools/native.sh,
+# which builds only what has changed.
 pip install -q -C wheel.cmake=false -C editable.mode=inplace -e ".${extras:+[$extras]}"
 touch ".venv/.installed${extras:+-$extras}"

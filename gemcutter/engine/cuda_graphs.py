@@ -190,7 +190,8 @@ class GraphBuffers:
                 self._compute(source)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        # Threads other than the engine's may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             self._compute(source)
         self._graphs[source] = graph
 

@@ -92,9 +92,13 @@ class _Owner:
     def _read_inbox(self) -> None:
         with suppress(Empty):
             while not self.is_closing:
-                message = self.inbox.get(block=not self.engine.has_work)
-                message(self)
-                del message  # else what it refers to lives until the next one comes
+                self._obey(self.inbox.get(block=not self.engine.has_work))
+
+    def _obey(self, message: Message) -> None:
+        try:
+            message(self)
+        except Exception:
+            log.exception("a message to the engine failed")
 
     def _step(self) -> list[RequestEvent]:
         try:
@@ -135,7 +139,7 @@ class _Owner:
         """End every request, those whose messages are still in the inbox too."""
         with suppress(Empty):
             while True:
-                self.inbox.get_nowait()(self)
+                self._obey(self.inbox.get_nowait())
         for number in self.router.numbers:
             self.cancel(number)
         del self.engine
@@ -239,14 +243,14 @@ class EngineLoop:
     def _post(self, message: Message) -> None:
         """Put a message into the inbox, with a thread to read it. Raises RequestError once the loop is closed."""
         with self._lock:
-            if self._is_closed:
+            owner = self._owner
+            if self._is_closed or owner.is_closing:
                 raise RequestError(CLOSED)
-            if self._owner.thread is None:
-                owner = self._owner
+            if owner.thread is None or not owner.thread.is_alive():  # a fork leaves it behind
                 owner.thread = threading.Thread(target=owner.run, name="gemcutter-engine", daemon=True)
                 _owners.add(owner)
                 owner.thread.start()
-            self._owner.inbox.put(message)
+            owner.inbox.put(message)
 
 
 def failure(error: Exception) -> GemcutterError:

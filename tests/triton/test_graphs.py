@@ -14,6 +14,7 @@ from gemcutter.engine.sampling import SamplingParams
 from gemcutter.ops import reference
 from gemcutter.quant import Weight, dequantize
 from tests.triton.decoders import decode_with, prompt
+from tests.unit.test_drafts import Oracle
 
 triton_linear = pytest.importorskip("gemcutter.ops.triton.linear")
 
@@ -195,3 +196,16 @@ def test_a_cache_of_eight_bits(device: torch.device) -> None:
 def test_only_a_gpu_captures(device: torch.device) -> None:
     reason = decode_with("triton", "Gemma 3", device).capture_refusal()
     assert (reason is None) is (device.type == "cuda")
+
+
+def test_drafts_are_verified_over_static_memory(device: torch.device, results: list[tuple[str, int, bool]]) -> None:
+    """Right ones and wrong ones, of a greedy and of a sampled sequence; a shape is captured when it comes a second time."""
+    requests = [Request(prompt(5, 1), max_tokens=9), Request(prompt(7, 2), DRAWN, 9)]
+    wanted = replies(engine("readers", device, graphs=False, max_num_seqs=2), requests)
+    answers = {request.prompt: wanted[number] for number, request in enumerate(requests)}
+    for good in (2, 1):
+        drafted = engine("readers", device, graphs=True, max_num_seqs=2)
+        drafted.scheduler.proposer = Oracle(answers, good, limit=2)
+        assert replies(drafted, requests) == wanted
+    assert max(rows for _, rows, _ in results) == 6
+    assert not any(is_followed for _, _, is_followed in results)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PageAllocator, PagedKVCache, PoolSize
-from gemcutter.engine.memory import page_counts
+from gemcutter.engine.memory import most_pages, page_counts
 from gemcutter.errors import CapacityError
 from gemcutter.ops.step import KVRange
 from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec, group_of
@@ -64,7 +64,7 @@ def held(table: BlockTable, window: int | None) -> list[int]:
 
 
 def oldest_visible(window: int | None, position: int) -> int:
-    """Give the first position that the query at `position` sees."""
+    """Return the first position that the query at `position` sees."""
     return 0 if window is None else max(0, position + 1 - window)
 
 
@@ -363,3 +363,32 @@ def test_the_book_does_not_grow_with_use() -> None:
         book.drop(second)
     assert book.free == 8
     assert len(book._lowest) <= 17
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 5, 6, 9, 13])
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_rows_ahead_keep_their_slots_until_they_are_committed_or_forgotten(window: int, size: int) -> None:
+    """A step is launched before the one before it is done: never more pages than a decode row may hold, and all come back."""
+    plan = make_plan([window, None])
+    most = most_pages(plan, 60, 1, size)
+    pool = make_pool({each: PoolSize(80, size) for each in (window, None)})
+    table, other = BlockTable(pool), BlockTable(pool)
+    table.reserve(7)
+    table.commit(7)
+    table.reserve(1)
+    while table.length < 57:
+        table.reserve(2)
+        expected = {each: table.slot_mapping(each) for each in most}
+        assert all(len(table.pages(each)[1]) <= pages for each, pages in most.items())
+        table.commit(1, ahead=1)
+        other.reserve(1)  # somebody else takes pages between the two
+        other.commit(1)
+        assert {each: table.slot_mapping(each) for each in most} == {each: slots[1:] for each, slots in expected.items()}
+    length = table.length
+    table.reserve(2)
+    table.commit(0)
+    assert (table.length, table.reserved) == (length, 0)
+    assert len(held(table, None)) == -(-length // size)
+    table.release()
+    other.release()
+    assert all(book.free == len(book.ref_counts) for book in pool.allocators.values())
