@@ -35,7 +35,7 @@ print(chosen, time.monotonic())
 
 
 def first_token_s(model: str, threads: int, how: Compute, repeats: int = 1, *, repack_cache: bool = False) -> tuple[float, float]:
-    """Give the seconds from starting a process to its first token, and to that one's text: medians.
+    """Return the seconds from starting a process to its first token, and to that one's text: medians.
 
     With `repack_cache` the process that does not count also keeps the repacked weights, in a folder that is removed afterwards.
     Raises GemcutterError if the process fails.

@@ -34,7 +34,7 @@ def measure(
     with_breakdown: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Run all tests, `repeats` times each; give everything that was found. Raises RequestError for tests that can't run."""
+    """Run all tests, `repeats` times each; return all that was found. Raises RequestError for tests that can't run."""
     check(target, tests)
     rows = list[dict[str, Any]]()
     for _, group in groupby(tests, key=lambda test: test.depth):
@@ -78,7 +78,9 @@ def _run(
     engine = BenchEngine(target.decoder, tests, max_rows)
     engine.warm_up()
     for test in tests:
-        speeds = [test.total / engine.run(test) for _ in range(repeats)]
+        seconds = [engine.run(test) for _ in range(repeats)]
+        speeds = [test.total / each for each in seconds]
+        latency = statistics.median(seconds) if test.kind == "pp" else statistics.median(seconds) / test.tokens
         row: dict[str, Any] = {
             "test": test.name,
             "tokens": test.tokens,
@@ -87,6 +89,7 @@ def _run(
             "tok_s": statistics.median(speeds),
             "tok_s_min": min(speeds),
             "tok_s_max": max(speeds),
+            "ttft_s" if test.kind == "pp" else "tpot_s": latency,
             "repeats": repeats,
         }
         if with_breakdown:
@@ -95,7 +98,7 @@ def _run(
 
 
 def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: BenchCase, rates: Mapping[str, float]) -> dict[str, Any]:
-    """Give the speed that a machine of these rates allows, and the rate that bounds it.
+    """Return the speed that a machine of these rates allows, and the rate that bounds it.
 
     `weight_bytes` are those that decoding one token of each sequence reads.
     """
@@ -109,7 +112,7 @@ def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: BenchCas
 
 
 def describe(target: BenchTarget, max_rows: int) -> dict[str, Any]:
-    """Say what was measured, and how it was computed."""
+    """Return what was measured, and how it was computed."""
     return {
         "model": target.name,
         "quant": target.quant,
@@ -168,10 +171,12 @@ def show(found: dict[str, Any]) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    cells = [("test", "tok/s", "from", "to", "ceiling", "share", "of")]
+    cells = [("test", "tok/s", "from", "to", "ceiling", "share", "TTFT (s)", "TPOT (ms)", "of")]
     for row in rows:
+        first = f"{row['ttft_s']:.3f}" if "ttft_s" in row else ""
+        each = f"{row['tpot_s'] * 1e3:.2f}" if "tpot_s" in row else ""
         speeds = (f"{row[name]:.2f}" for name in ("tok_s", "tok_s_min", "tok_s_max", "ceiling_tok_s"))
-        cells.append((row["test"], *speeds, f"{row['share']:.1%}", CEILINGS[row["ceiling"]]))
+        cells.append((row["test"], *speeds, f"{row['share']:.1%}", first, each, CEILINGS[row["ceiling"]]))
     return _aligned(cells)
 
 

@@ -43,7 +43,7 @@ def _is_gathered(plan: ModelPlan, spec: ParamSpec) -> bool:
 
 
 def _share(plan: ModelPlan, spec: ParamSpec, batch: int) -> float:
-    """Give the part of a weight that one token of each sequence reads."""
+    """Return the part of a weight that one token of each sequence reads."""
     if not spec.name.endswith(("moe.in", "moe.out")):
         return 1.0
     moe = next(layer.moe for layer in plan.layers if layer.moe)

@@ -34,7 +34,7 @@ class Compute:
 
     @property
     def is_native(self) -> bool:
-        """Tell whether the native kernels serve. Raises KernelError for activations that would be ignored."""
+        """Return whether the native kernels serve. Raises KernelError for activations that would be ignored."""
         return check_activations(self.activations, check_device(self.device), self.kernels)
 
 
@@ -50,7 +50,7 @@ class BenchTarget:
 
     @property
     def plan(self) -> ModelPlan:
-        """Give the decoder's plan."""
+        """Return the decoder's plan."""
         return self.decoder.plan
 
 

@@ -1,4 +1,4 @@
-"""Weights packed for the CPU: every scheme's values survive the way to panels bit for bit, and panels are cut like any packed weight."""
+"""Weights packed for the CPU: every scheme's values survive packing bit for bit, and panels are cut like any packed weight."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cpu_packed(part: Packed) -> CpuPackedWeight:
 
 
 def agree(found: Tensor, wanted: Tensor) -> bool:
-    """Say whether values are equal, NaN to NaN."""
+    """Return whether values are equal, NaN to NaN."""
     return found.shape == wanted.shape and bool(((found == wanted) | (found.isnan() & wanted.isnan())).all())
 
 

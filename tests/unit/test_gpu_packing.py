@@ -1,4 +1,4 @@
-"""Weights packed for the GPU: every scheme's values survive the way to words bit for bit, and words are cut like any packed weight."""
+"""Weights packed for the GPU: every scheme's values survive packing bit for bit, and words are cut like any packed weight."""
 
 from __future__ import annotations
 

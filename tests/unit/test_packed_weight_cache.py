@@ -38,7 +38,7 @@ def load(model: Path, folder: Path, quant: str | None = None) -> list[CpuPackedW
     checkpoint = open_checkpoint(model)
     params = load_params(checkpoint, torch.float32, CPU, None, quant, True, PackedWeightCache.of(checkpoint, quant, folder))
     for thread in threading.enumerate():
-        if thread.name == "panel cache":
+        if thread.name == "packed weight cache":
             thread.join()
     return [
         part
@@ -64,7 +64,7 @@ def test_the_second_load_maps_what_the_first_has_made(model: Path, tmp_path: Pat
     first = load(model, tmp_path)
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("demo-")
-    monkeypatch.setattr("gemcutter.checkpoint.load.load_params.tile", lambda *_: pytest.fail("repacked again"))
+    monkeypatch.setattr("gemcutter.checkpoint.load.load_params.pack_for_cpu", lambda *_: pytest.fail("repacked again"))
     second = load(model, tmp_path)
     assert len(first) > 20
     assert same(first, second)
@@ -179,7 +179,7 @@ def test_what_a_killed_writer_left_is_removed_after_a_day(model: Path, tmp_path:
 
 def test_the_folder_is_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert module.user_folder() == tmp_path / "gemcutter" / "panels"
+    assert module.user_folder() == tmp_path / "gemcutter" / "packed-weights"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert module.user_folder() == tmp_path / "home" / ".cache" / "gemcutter" / "panels"
+    assert module.user_folder() == tmp_path / "home" / ".cache" / "gemcutter" / "packed-weights"

@@ -46,7 +46,7 @@ def load_params(
     cache: PackedWeightCache | None = None,
     gpu_packed: bool = False,
 ) -> dict[str, Weight | Tensor]:
-    """Give every parameter of the plan: matrices as Weights, vectors as float32 tensors.
+    """Return every parameter of the plan: matrices as Weights, vectors as float32 tensors.
 
     `quant`, "q4" or "q8", quantizes dense matrices, but for rows-only tables, which cost no memory as they are. `cpu_packed`
     repacks packed matrices for the native kernels, but for rows-only tables; those that `cache` keeps are mapped instead, and if
@@ -80,7 +80,7 @@ class PackedWeights:
     made: dict[str, CpuPackedWeight] = field(default_factory=dict)
 
     def get(self, name: str, make: Callable[[], Packed]) -> Packed:
-        """Give a kept weight, or make it; what can't be packed is given as it was made."""
+        """Return a kept weight, or make it; what can't be packed is given as it was made."""
         if name in self.kept:
             return self.kept[name]
         part = make()

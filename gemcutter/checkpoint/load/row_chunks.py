@@ -70,7 +70,7 @@ def dense_dtype(data: LazyTensor | PackedTensor) -> str | None:
 
 
 def dense(part: Part) -> Tensor:
-    """Give rows as a tensor: in their stored dtype, or in float32 where they are packed."""
+    """Return rows as a tensor: in their stored dtype, or in float32 where they are packed."""
     return part if isinstance(part, Tensor) else part.dequantize()
 
 
