@@ -48,7 +48,7 @@ Point = tuple[float, float]  # context in tokens, milliseconds a token
 
 
 def points(found: Mapping[str, Any]) -> tuple[list[Point], list[Point]]:
-    """Give the measured milliseconds a token and the least that reading takes, by context."""
+    """Return the measured milliseconds a token and the least that reading takes, by context."""
     rows = sorted((row["depth"], row["tok_s"], row["ceiling_tok_s"]) for row in found["rows"])
     return [(depth, 1e3 / speed) for depth, speed, _ in rows], [(depth, 1e3 / ceiling) for depth, _, ceiling in rows]
 
@@ -86,7 +86,7 @@ def draw(found: Mapping[str, Any], day: str) -> str:
 
 
 def nice_step(rough: float) -> float:
-    """Give the next of 1, 2, 5, 10, ... times a power of ten."""
+    """Return the next of 1, 2, 5, 10, ... times a power of ten."""
     power = 10.0 ** len(str(int(rough))) / 10 if rough >= 1 else 0.1
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
 

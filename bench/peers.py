@@ -103,7 +103,7 @@ class Engine:
         return speed
 
     def as_object(self) -> dict[str, Any]:
-        """Give everything that was found."""
+        """Return everything that was found."""
         rows = [
             {
                 "test": name,
@@ -237,7 +237,7 @@ def name_of(options: argparse.Namespace) -> str:
 
 
 def files_of(options: argparse.Namespace, folder: Path) -> tuple[Path, Path | None]:
-    """Give the GGUF file to run, and the config of the same geometry; a preset's are written unless they are there already."""
+    """Return the GGUF file to run, and the config of the same geometry; a preset's are written unless they are there already."""
     if options.model:
         return locate(options.model), None
     stem = f"{options.preset}-{options.quant}" + (f"-{options.layers}" if options.layers else "")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the template engine is imported where there is a template
 
 
 def read_tokenizer(source: Source) -> Tokenizer:
-    """Give a checkpoint's tokenizer; a GGUF file without a vocabulary may have tokenizer.json beside it.
+    """Return a checkpoint's tokenizer; a GGUF file without a vocabulary may have tokenizer.json beside it.
 
     Raises CheckpointError for a damaged one, and where there is none.
     """
@@ -37,7 +37,7 @@ def read_tokenizer(source: Source) -> Tokenizer:
 
 
 def read_template(source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Give a checkpoint's chat template, None where it has none. Raises CheckpointError for a damaged one."""
+    """Return a checkpoint's chat template, None where it has none. Raises CheckpointError for a damaged one."""
     is_gguf = gguf.sniff(source)
     found = gguf.chat_template(source) if is_gguf else None
     if is_gguf and found is None:
@@ -50,7 +50,7 @@ def read_template(source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:
 
 
 def read_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Defaults:
-    """Give what a checkpoint says about generation. Raises ConfigError."""
+    """Return what a checkpoint says about generation. Raises ConfigError."""
     source = checkpoint.source
     raw = gguf.generation(source) if gguf.sniff(source) else source.read_json("generation_config.json")
     return Defaults.read(raw, checkpoint.config, tokenizer)

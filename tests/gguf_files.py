@@ -40,7 +40,7 @@ SCALES = {
 
 
 def tensors_of(checkpoint: Checkpoint) -> Tensors:
-    """Give every stored tensor of a dense checkpoint."""
+    """Return every stored tensor of a dense checkpoint."""
     pieces = [piece for found in checkpoint.matched.pieces.values() for piece in found]
     return {(str(piece.name), piece.part): piece.data.torch() for piece in pieces if hasattr(piece.data, "torch")}
 
@@ -146,7 +146,7 @@ def describe(plan: ModelPlan, architecture: str) -> dict[str, Any]:
 
 
 def divisors(plan: ModelPlan) -> dict[str, np.ndarray]:
-    """Give the tensor that stops the pairs of global layers which do not rotate."""
+    """Return the tensor that stops the pairs of global layers which do not rotate."""
     rope = next(layer.rope for layer in plan.layers if layer.attn is Attn.GLOBAL)
     return {"rope_freqs.weight": np.array([1.0] * rope.pairs + [1e30] * (rope.head_dim // 2 - rope.pairs), np.float32)}
 

@@ -95,7 +95,7 @@ def convert(
 
 
 def modules(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Give MLX's modules in one of Hugging Face's tensors."""
+    """Return MLX's modules in one of Hugging Face's tensors."""
     experts = name.partition("experts.")[0] + "experts.switch_glu."
     if name.endswith("experts.gate_up_proj"):
         gate, up = tensor.chunk(2, -2)

@@ -53,14 +53,14 @@ def load() -> tuple[Run, dict[str, Any]]:
 
 
 def predicate(path: str, module: Any) -> bool | dict[str, int]:
-    """Say how a module is quantized: routers in 8 bits, as mlx-lm's converter does."""
+    """Return how a module is quantized: routers in 8 bits, as mlx-lm's converter does."""
     if not hasattr(module, "to_quantized"):
         return False
     return {"group_size": 64, "bits": 8} if path.endswith("router.proj") else True
 
 
 def constant(array: Any) -> Any:
-    """Give an array of that shape and kind without computing what it was to hold."""
+    """Return an array of that shape and kind without computing what it was to hold."""
     if array.dtype == mx.uint32:
         return mx.full(array.shape, 0x98765432, dtype=mx.uint32)
     return mx.full(array.shape, 0.01, dtype=mx.bfloat16)

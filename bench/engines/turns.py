@@ -41,7 +41,7 @@ def serve(load: Callable[[], tuple[Run, dict[str, Any]]]) -> None:
 
 
 def peak_bytes() -> int | None:
-    """Give the most bytes that were ever resident in this process, mapped files included; None where that can't be read."""
+    """Return the most bytes that were ever resident in this process, mapped files included; None where that can't be read."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

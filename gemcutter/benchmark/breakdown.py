@@ -44,7 +44,7 @@ def timed(decoder: Decoder) -> Iterator[dict[str, float]]:
 
 
 def measure(decoder: Decoder, run: Callable[[Callable[[], None]], float]) -> dict[str, float]:
-    """Give the seconds of every sentence that ran while `run` did, and the rest of its own seconds.
+    """Return the seconds of every sentence that ran while `run` did, and the rest of its own seconds.
 
     `run` gives those, and calls the function that it gets when they begin.
     """

@@ -31,7 +31,7 @@ print(chosen, time.monotonic())
 
 
 def first_token_s(how: LoadOptions, threads: int, repeats: int = 1) -> tuple[float, float]:
-    """Give the seconds from starting a process to its first token, and to that one's text: medians.
+    """Return the seconds from starting a process to its first token, and to that one's text: medians.
 
     With `repack_cache` the process that does not count also keeps the repacked weights, in a folder that is removed afterwards.
     The engine is as small as it can be.

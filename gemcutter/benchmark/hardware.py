@@ -72,7 +72,7 @@ def cpu_name() -> str:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Give the most bytes that were ever taken: of a GPU by tensors, else by this process."""
+    """Return the most bytes that were ever taken: of a GPU by tensors, else by this process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
 
 
@@ -131,7 +131,7 @@ def product_rate(weight: Weight, activations: str) -> float:
 
 
 def best_seconds(work: Callable[[], object], tries: int = TRIES) -> float:
-    """Give the shortest of a few times that `work` takes."""
+    """Return the shortest of a few times that `work` takes."""
     times = []
     for _ in range(tries):
         started = time.perf_counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def peak_rss_bytes() -> int:
-    """Give the most bytes that were ever resident, mapped files included.
+    """Return the most bytes that were ever resident, mapped files included.
 
     The kernel's own counter, where there is one: getrusage also counts what the parent held when it started this process.
     """

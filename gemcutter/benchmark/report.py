@@ -1,7 +1,7 @@
 """The whole measurement as one object: a row a test, each beside its ceiling; and the object as a table.
 
 Owns the order of things (tests first, the machine's rates last, because their buffers would count as the model's memory) and the
-names in the JSON: sizes in bytes, times in seconds. Refuses to know how a test runs (`stand.py`) and what a ceiling is
+names in the JSON: sizes in bytes, times in seconds. Refuses to know how a test runs (`engine.py`) and what a ceiling is
 (`roofline.py`).
 """
 
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]  # tests done, tests in all
 
 
 def measure(
-    subject: BenchTarget,
+    target: BenchTarget,
     tests: Sequence[BenchCase],
     repeats: int,
     *,
@@ -34,33 +34,33 @@ def measure(
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Run all tests, `repeats` times each; give everything that was found. Raises RequestError for tests that can't run."""
-    check(subject, tests)
+    check(target, tests)
     rows = list[dict[str, Any]]()
     for _, group in groupby(tests, key=lambda test: test.depth):
-        for row in _run(subject, list(group), repeats, max_rows, with_breakdown):
+        for row in _run(target, list(group), repeats, max_rows, with_breakdown):
             rows.append(row)
             progress(len(rows), len(tests))
-    device = subject.decoder.device
+    device = target.decoder.device
     peak = hardware.peak_bytes(device)
     rates = hardware.measure_rates(device)
-    native = hardware.native_rate(subject.decoder) if subject.decoder.backend.name == "cpu" else None
+    native = hardware.native_rate(target.decoder) if target.decoder.backend.name == "cpu" else None
     if native is not None:
         rates["native_flops_per_s"] = native
-    reads = {test.batch: roofline.token_bytes(subject.plan, subject.decoder.params, test.batch) for test in tests}
+    reads = {test.batch: roofline.token_bytes(target.plan, target.decoder.params, test.batch) for test in tests}
     for row, test in zip(rows, tests, strict=True):
-        row |= ceiling(subject.plan, reads[test.batch], subject.kv_dtype.itemsize, test, rates)
+        row |= ceiling(target.plan, reads[test.batch], target.kv_dtype.itemsize, test, rates)
         row["share"] = row["tok_s"] / row["ceiling_tok_s"]
-    return describe(subject, max_rows) | {
+    return describe(target, max_rows) | {
         "rates": rates,
-        "memory": memory(subject, peak),
+        "memory": memory(target, peak),
         "rows": rows,
         "machine": hardware.describe(device),
     }
 
 
-def check(subject: BenchTarget, tests: Sequence[BenchCase]) -> None:
+def check(target: BenchTarget, tests: Sequence[BenchCase]) -> None:
     """Raise RequestError unless every test fits the model's context."""
-    room = subject.plan.context
+    room = target.plan.context
     problems = [
         f"{test.name}: needs {test.context} positions, the model was made for {room}" for test in tests if test.context > room
     ]
@@ -71,13 +71,15 @@ def check(subject: BenchTarget, tests: Sequence[BenchCase]) -> None:
 
 
 def _run(
-    subject: BenchTarget, tests: Sequence[BenchCase], repeats: int, max_rows: int, with_breakdown: bool
+    target: BenchTarget, tests: Sequence[BenchCase], repeats: int, max_rows: int, with_breakdown: bool
 ) -> Iterator[dict[str, Any]]:
     """Run tests of one depth, whose cache goes when they are done."""
-    stand = BenchEngine(subject.decoder, tests, max_rows, subject.kv_dtype)
-    stand.warm_up()
+    engine = BenchEngine(target.decoder, tests, max_rows, target.kv_dtype)
+    engine.warm_up()
     for test in tests:
-        speeds = [test.total / stand.run(test) for _ in range(repeats)]
+        seconds = [engine.run(test) for _ in range(repeats)]
+        speeds = [test.total / each for each in seconds]
+        latency = statistics.median(seconds) if test.kind == "pp" else statistics.median(seconds) / test.tokens
         row: dict[str, Any] = {
             "test": test.name,
             "tokens": test.tokens,
@@ -86,15 +88,16 @@ def _run(
             "tok_s": statistics.median(speeds),
             "tok_s_min": min(speeds),
             "tok_s_max": max(speeds),
+            "ttft_s" if test.kind == "pp" else "tpot_s": latency,
             "repeats": repeats,
         }
         if with_breakdown:
-            row["breakdown_s"] = breakdown.measure(subject.decoder, partial(stand.run, test))
-        yield row | {"peak_bytes": hardware.peak_bytes(subject.decoder.device)}
+            row["breakdown_s"] = breakdown.measure(target.decoder, partial(engine.run, test))
+        yield row | {"peak_bytes": hardware.peak_bytes(target.decoder.device)}
 
 
 def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: BenchCase, rates: Mapping[str, float]) -> dict[str, Any]:
-    """Give the speed that a machine of these rates allows, and the rate that bounds it.
+    """Return the speed that a machine of these rates allows, and the rate that bounds it.
 
     `weight_bytes` are those that decoding one token of each sequence reads.
     """
@@ -107,25 +110,25 @@ def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: BenchCas
     return {"ceiling_tok_s": test.tokens * rates[best] / flops, "ceiling": best, "flops": flops}
 
 
-def describe(subject: BenchTarget, max_rows: int) -> dict[str, Any]:
-    """Say what was measured, and how it was computed."""
+def describe(target: BenchTarget, max_rows: int) -> dict[str, Any]:
+    """Return what was measured, and how it was computed."""
     return {
-        "model": subject.name,
-        "quant": subject.quant,
-        "params": subject.plan.num_params(),
-        "layers": len(subject.plan.layers),
-        "dtype": str(subject.decoder.dtype).removeprefix("torch."),
-        "kernels": subject.how.kernels,
-        "activations": subject.decoder.precision.activations,
+        "model": target.name,
+        "quant": target.quant,
+        "params": target.plan.num_params(),
+        "layers": len(target.plan.layers),
+        "dtype": str(target.decoder.dtype).removeprefix("torch."),
+        "kernels": target.how.kernels,
+        "activations": target.decoder.precision.activations,
         "threads": torch.get_num_threads(),
         "max_rows": max_rows,
-        "load_s": subject.load_s,
+        "load_s": target.load_s,
     }
 
 
-def memory(subject: BenchTarget, peak: int) -> dict[str, int]:
+def memory(target: BenchTarget, peak: int) -> dict[str, int]:
     """Put the peak beside what must be held: the weights, but for tables that are only gathered from."""
-    held = roofline.held_bytes(subject.plan, subject.decoder.params)
+    held = roofline.held_bytes(target.plan, target.decoder.params)
     return {"peak_bytes": peak, "weight_bytes": held, "over_weights_bytes": peak - held}
 
 
@@ -167,10 +170,12 @@ def show(found: dict[str, Any]) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    cells = [("test", "tok/s", "from", "to", "ceiling", "share", "of")]
+    cells = [("test", "tok/s", "from", "to", "ceiling", "share", "TTFT (s)", "TPOT (ms)", "of")]
     for row in rows:
+        first = f"{row['ttft_s']:.3f}" if "ttft_s" in row else ""
+        each = f"{row['tpot_s'] * 1e3:.2f}" if "tpot_s" in row else ""
         speeds = (f"{row[name]:.2f}" for name in ("tok_s", "tok_s_min", "tok_s_max", "ceiling_tok_s"))
-        cells.append((row["test"], *speeds, f"{row['share']:.1%}", CEILINGS[row["ceiling"]]))
+        cells.append((row["test"], *speeds, f"{row['share']:.1%}", first, each, CEILINGS[row["ceiling"]]))
     return _aligned(cells)
 
 

@@ -44,7 +44,7 @@ Q6_K_DEVIATION = 18.5 * 40  # of 6-bit codes around 32, times the mean of their 
 
 
 def size_of(preset: str) -> Size:
-    """Give the geometry of a size such as "E2B"; "tiny:E2B" is a narrow one. Raises ConfigError for an unknown size."""
+    """Return the geometry of a size such as "E2B"; "tiny:E2B" is a narrow one. Raises ConfigError for an unknown size."""
     name = preset.removeprefix(SMALL)
     if name not in SIZES:
         raise ConfigError(f"there is no size {name!r}; known are {', '.join(SIZES)}")

@@ -29,7 +29,8 @@ pp512 is a prompt of 512 tokens until the next one is chosen; tg128 are 128 toke
 same behind 16384 positions that are there already, tg128x8 eight such replies side by side. Sizes may be listed: -p 512 2048,
 or -p 512,2048. The ceiling of a reply is the measured read bandwidth over the bytes that a token must read: the weights as they
 are held, of experts the chosen ones, and visible keys and values. The ceiling of a prompt is the best measured rate of matrix
-products over the operations that it needs. Speeds are medians.
+products over the operations that it needs. Speeds are medians. TTFT is the time to the first token of a prompt, TPOT the time per
+output token of a reply.
 """
 EXAMPLES = """\b
 Examples:

@@ -109,7 +109,7 @@ def convert(
 
 
 def as_object(report: Report) -> dict[str, object]:
-    """Give the report as the object that --json prints."""
+    """Return the report as the object that --json prints."""
     return {
         "target": str(report.target),
         "deeds": dict(report.deeds),

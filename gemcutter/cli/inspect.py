@@ -91,7 +91,7 @@ def inspect(
 def describe(
     checkpoint: Checkpoint, model: str, contexts: Sequence[int], dtype: str, device: str, kernels: str
 ) -> dict[str, Any]:
-    """Give everything that `inspect` shows. Bytes count what is stored for layers, what is held in memory for weights."""
+    """Return everything that `inspect` shows. Bytes count what is stored for layers, what is held in memory for weights."""
     plan, source, config = checkpoint.plan, checkpoint.source, checkpoint.config
     stored, item_bytes = stored_dtype(checkpoint), held_bytes(checkpoint, dtype, device)
     stored, place = DTYPES[stored][1] if stored in DTYPES else stored, device.partition(":")[0]
@@ -152,7 +152,7 @@ def describe_kernel(selection: Selection, layers: tuple[int, ...], among: Sequen
 def describe_context(
     checkpoint: Checkpoint, tokens: int, item_bytes: float, kv_item_bytes: int, is_compact: bool
 ) -> dict[str, Any]:
-    """Give memory and work at one context length."""
+    """Return memory and work at one context length."""
     plan = checkpoint.plan
     # a drafter has no prefill: its target's keys and values are there already
     flops = (None, None) if plan.is_drafter else (plan.flops(tokens), plan.flops(tokens, skip_rows=False))
@@ -166,7 +166,7 @@ def describe_context(
 
 
 def describe_layer(layer: LayerPlan, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Give one row of the layer table; `bytes` are the stored ones of its own tensors."""
+    """Return one row of the layer table; `bytes` are the stored ones of its own tensors."""
     prefix = f"layers.{layer.index}."
     owned = [pieces for name, pieces in checkpoint.matched.pieces.items() if name.startswith(prefix)]
     return {
@@ -186,7 +186,7 @@ def describe_layer(layer: LayerPlan, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Give the dtype (in safetensors spelling) or the packed scheme that most bytes of the decoder are stored in."""
+    """Return the dtype (in safetensors spelling) or the packed scheme that most bytes of the decoder are stored in."""
     sizes = Counter[str]()
     for pieces in checkpoint.matched.pieces.values():
         for piece in pieces:
@@ -195,7 +195,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def held_bytes(checkpoint: Checkpoint, dtype: str, device: str) -> float:
-    """Give the bytes that an element of the weights takes in memory; an average where they are packed, and stay so."""
+    """Return the bytes that an element of the weights takes in memory; an average where they are packed, and stay so."""
     stored = stored_dtype(checkpoint)
     if stored not in DTYPES:
         total = sum(piece.data.nbytes for pieces in checkpoint.matched.pieces.values() for piece in pieces)

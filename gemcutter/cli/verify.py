@@ -106,7 +106,7 @@ def verify(
 
 
 def plainly(loading: options.Loading) -> options.Loading:
-    """Say how the other side is loaded: what is computed and where stay the same, how it is computed is plain."""
+    """Return how the other side is loaded: what is computed and where stay the same, how it is computed is plain."""
     return options.Loading(
         dtype="float32",
         device=loading.device,
@@ -154,7 +154,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def _show_layers(found: dict[str, Any]) -> None:
-    """Say where it began; a failure lists every layer, because drift adds up and its jumps tell more than a limit."""
+    """Print the first layer that drifts; a failure lists every layer: drift adds up, and its jumps tell more than a limit."""
     first = found["first_divergent_layer"]
     if first is not None:
         print(f"first divergent layer: {first}")

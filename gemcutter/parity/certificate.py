@@ -59,7 +59,7 @@ class Side:
 
 
 def certify(ours: Side, theirs: Side | None, ids: Sequence[int], bars: Bars) -> dict[str, Any]:
-    """Run ids of `encode` through both sides (`theirs` None: transformers, over the same files); give the certificate, as JSON.
+    """Run ids of `encode` through both sides (`theirs` None: transformers, over the same files); return the certificate, as JSON.
 
     Raises CheckpointError where the two are not of one model or the other library can't run it, RequestError where it is absent.
     """
@@ -94,7 +94,7 @@ def _trace(side: Side, ids: Sequence[int], kept_K: Tensor, bars: Bars) -> Trace:
 
 
 def _share_weights(ours: Side, described: dict[str, Any], theirs: Side | None, against: dict[str, Any]) -> bool:
-    """Tell whether both sides compute with the very same weights."""
+    """Return whether both sides compute with the very same weights."""
     if theirs is None:
         return ours.quant is None
     return bool(described["sampled_sha256"] == against["sampled_sha256"]) and ours.quant == theirs.quant
@@ -108,13 +108,13 @@ def _stored(side: Side | None) -> Stored:
 
 
 def default_tokens(plan: ModelPlan) -> int:
-    """Give the length of a text that outruns every window, as far as the model's context goes."""
+    """Return the length of a text that outruns every window, as far as the model's context goes."""
     window = max((layer.window or 0 for layer in plan.layers), default=0)
     return min(window + BEYOND_WINDOW, plan.context)
 
 
 def encode(ours: Side, theirs: Side | None, text: str | None, tokens: int | None) -> list[int]:
-    """Give the first `tokens` ids of a text (None: the built-in one, again and again if need be).
+    """Return the first `tokens` ids of a text (None: the built-in one, again and again if need be).
 
     Raises RequestError where there are not even two or more are wanted than the model's context holds, CheckpointError where the
     model has no such ids or the other side's tokenizer gives others.
@@ -182,7 +182,7 @@ def _fields(ours: ModelPlan | LayerPlan, theirs: ModelPlan | LayerPlan, place: s
 
 
 def _arithmetic(side: dict[str, Any]) -> str:
-    """Give the dtype that a side's rounding is judged as: rows that are rounded before products count as bfloat16."""
+    """Return the dtype that a side's rounding is judged as: rows that are rounded before products count as bfloat16."""
     is_exact = side.get("activations", "float32") == "float32"
     dtype: str = side["dtype"] if is_exact else "bfloat16"
     return dtype
@@ -227,7 +227,7 @@ def _describe_ids(model: Model, ids: Sequence[int]) -> dict[str, Any]:
 
 
 def describe(side: Side) -> dict[str, Any]:
-    """Say what a side is and which kernels it runs on."""
+    """Return what a side is and which kernels it runs on."""
     model, decoder = side.model, side.model.decoder
     dtype, stored = str(decoder.dtype).removeprefix("torch."), stored_weights(model)
     kernels: dict[str, list[str]] = {}  # of each op, those that some layer has
@@ -251,7 +251,7 @@ def describe(side: Side) -> dict[str, Any]:
 
 
 def stored_weights(model: Model) -> Stored:
-    """Say how a model's weights are stored as it computes with them; repacking for kernels changes no value."""
+    """Return how a model's weights are stored as it computes with them; repacking for kernels changes no value."""
     weights = [param for param in model.decoder.params.values() if isinstance(param, Weight)]
     kinds = {CPU.unpacked(kind) for kind in _kinds(model)}
     elements = [sum(math.prod(part.shape) for part in weight.parts) for weight in weights]

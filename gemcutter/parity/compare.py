@@ -45,22 +45,22 @@ class Drift:
 
     @property
     def mean_kl(self) -> float:
-        """Give the mean of KL(theirs || ours), in nats a token."""
+        """Return the mean of KL(theirs || ours), in nats a token."""
         return math.fsum(self.kl) / len(self.kl)
 
     @property
     def worst_position(self) -> int:
-        """Give the position whose distributions differ most."""
+        """Return the position whose distributions differ most."""
         return max(range(len(self.kl)), key=lambda position: (math.isnan(self.kl[position]), self.kl[position]))
 
     @property
     def top1(self) -> float:
-        """Give the share of positions where both sides prefer the same token."""
+        """Return the share of positions where both sides prefer the same token."""
         return self.agreeing / len(self.kl)
 
     @property
     def nll(self) -> tuple[float, float]:
-        """Give the mean negative log-likelihood of ours and theirs."""
+        """Return the mean negative log-likelihood of ours and theirs."""
         return math.fsum(self.loss_ours) / len(self.loss_ours), math.fsum(self.loss_theirs) / len(self.loss_theirs)
 
 

@@ -52,7 +52,7 @@ class Check:
 
 
 def choose_limits(dtypes: tuple[str, str], stored: tuple[Stored, Stored] | None) -> tuple[Limits, str]:
-    """Give the limits that fit two sides, and why. `stored` is None where both compute with the very same weights."""
+    """Return the limits that fit two sides, and why. `stored` is None where both compute with the very same weights."""
     weights = "the same weights" if stored is None else "weights of one kind"
     if stored is not None and stored[0].kinds != stored[1].kinds:
         kinds = [f"{', '.join(side.kinds)} ({side.mean_bits:.1f} bits a weight)" for side in stored]
@@ -80,5 +80,5 @@ def judge(drift: Drift, limits: Limits) -> list[Check]:
 
 
 def first_divergent(drift: Drift, limits: Limits) -> LayerDrift | None:
-    """Give the first layer whose rows drift by more than the limit, in the mean."""
+    """Return the first layer whose rows drift by more than the limit, in the mean."""
     return next((layer for layer in drift.layers if not layer.mean <= limits.layer), None)

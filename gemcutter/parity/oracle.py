@@ -22,7 +22,7 @@ INSTALL = "pip install 'transformers>=5.23'"
 
 
 def check(path: Path) -> str:
-    """Give the version of transformers that would read a checkpoint. Raises RequestError if there is none, or it can't."""
+    """Return the version of transformers that would read a checkpoint. Raises RequestError if there is none, or it can't."""
     try:
         library = import_module("transformers")
     except ImportError as error:
@@ -76,7 +76,7 @@ def _run(model: Any, ids: Sequence[int], kept_K: Tensor) -> Trace:
 
 
 def _head(model: Any) -> Callable[[Tensor], Tensor]:
-    """Give the head alone, so that the rest of the model can go."""
+    """Return the head alone, so that the rest of the model can go."""
     weight_VD: Tensor = model.get_output_embeddings().weight.detach()
     cap = model.config.get_text_config().final_logit_softcapping
 

@@ -36,7 +36,7 @@ class Trace:
     head: Callable[[Tensor], Tensor]
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """Give the logits [R, V] of rows start to stop - 1, in float32 on the CPU."""
+        """Return the logits [R, V] of rows start to stop - 1, in float32 on the CPU."""
         return self.head(self.states_ND[start:stop]).float().cpu()
 
 

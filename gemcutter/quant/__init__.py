@@ -46,7 +46,7 @@ class Weight:
 
     @property
     def is_dense(self) -> bool:
-        """Tell whether no part is packed."""
+        """Return whether no part is packed."""
         return all(isinstance(part, Tensor) for part in self.parts)
 
     @property
@@ -55,7 +55,7 @@ class Weight:
         return sum(part.nbytes for part in self.parts)
 
     def part(self, *names: str) -> Weight:
-        """Give the rows of the named parts."""
+        """Return the rows of the named parts."""
         found = dict(zip(self.names, self.parts, strict=True))
         places = dict(zip(self.names, self.edges(), strict=True))
         deltas, offset = list[Delta](), 0
@@ -66,11 +66,11 @@ class Weight:
         return Weight(tuple(found[name] for name in names), names, tuple(deltas))
 
     def edges(self) -> tuple[tuple[int, int], ...]:
-        """Give the first row of every part, and the row after its last."""
+        """Return the first row of every part, and the row after its last."""
         return tuple(pairwise(accumulate((part.shape[-2] for part in self.parts), initial=0)))
 
     def slice(self, start: int, stop: int) -> Weight:
-        """Give rows start to stop - 1 without copying."""
+        """Return rows start to stop - 1 without copying."""
         found, offset = [], 0
         for part in self.parts:
             low, high = max(start - offset, 0), min(stop - offset, part.shape[-2])
@@ -80,13 +80,13 @@ class Weight:
         return Weight(tuple(found), deltas=tuple(cut_deltas(self.deltas, start, stop)))
 
     def span(self, start: int, stop: int) -> Weight:
-        """Give columns start to stop - 1 without copying. Raises ValueError where that would cut a packed group in two."""
+        """Return columns start to stop - 1 without copying. Raises ValueError where that would cut a packed group in two."""
         cut = (part[..., start:stop] if isinstance(part, Tensor) else part.columns(start, stop) for part in self.parts)
         deltas = (replace(delta, down=delta.down[..., start:stop]) for delta in self.deltas)
         return Weight(tuple(cut), self.names, tuple(deltas))
 
     def expert(self, index: int) -> Weight:
-        """Give one matrix of a stack."""
+        """Return one matrix of a stack."""
         chosen = (part[index] if isinstance(part, Tensor) else part.expert(index) for part in self.parts)
         deltas = (replace(delta, down=delta.down[index], up=delta.up[index]) for delta in self.deltas)
         return Weight(tuple(chosen), self.names, tuple(deltas))
@@ -107,7 +107,7 @@ class Weight:
 
 
 def dequantize(part: Part) -> Tensor:
-    """Give the values of a part in float32."""
+    """Return the values of a part in float32."""
     return part.float() if isinstance(part, Tensor) else part.dequantize()
 
 

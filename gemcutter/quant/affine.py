@@ -41,7 +41,7 @@ class Affine:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the logical shape."""
+        """Return the logical shape."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * self.group)
 
     @property
@@ -50,15 +50,15 @@ class Affine:
         return stored_bytes(self)
 
     def rows(self, start: int, stop: int) -> Affine:
-        """Give rows start to stop - 1 of every expert without copying."""
+        """Return rows start to stop - 1 of every expert without copying."""
         return cut_rows(self, start, stop)
 
     def columns(self, start: int, stop: int) -> Affine:
-        """Give columns start to stop - 1, whole groups in whole bytes, without copying."""
+        """Return columns start to stop - 1, whole groups in whole bytes, without copying."""
         return cut_columns(self, start, stop, math.lcm(self.group, 8 // math.gcd(8, self.bits)))
 
     def expert(self, index: int) -> Affine:
-        """Give one matrix of a stack without copying."""
+        """Return one matrix of a stack without copying."""
         return cut_expert(self, index)
 
     def gather(self, ids_N: Tensor) -> Affine:
@@ -72,7 +72,7 @@ class Affine:
 
 
 def infer(words_shape: tuple[int, ...], scales_shape: tuple[int, ...], columns: int) -> tuple[int, int]:
-    """Give (bits, group) of a matrix with so many columns. Raises ValueError where the shapes fit no affine layout."""
+    """Return (bits, group) of a matrix with so many columns. Raises ValueError where the shapes fit no affine layout."""
     if len(words_shape) not in (2, 3) or words_shape[:-1] != scales_shape[:-1]:
         raise ValueError(
             "words and scales: [rows, ...] or [experts, rows, ...], alike but for the last axis, expected, "

@@ -39,7 +39,7 @@ class CpuPackedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the logical shape."""
+        """Return the logical shape."""
         return (*self.data.shape[:-2], self.num_rows, self.num_columns)
 
     @property
@@ -48,7 +48,7 @@ class CpuPackedWeight:
         return self.data.nbytes
 
     def rows(self, start: int, stop: int) -> CpuPackedWeight:
-        """Give rows start to stop - 1 of every expert, without copying where `start` begins a panel."""
+        """Return rows start to stop - 1 of every expert, without copying where `start` begins a panel."""
         start, stop = min(start, self.num_rows), min(stop, self.num_rows)
         if start % PANEL:
             return self.gather(torch.arange(start, stop))
@@ -56,14 +56,14 @@ class CpuPackedWeight:
         return replace(self, data=panels, num_rows=stop - start)
 
     def columns(self, start: int, stop: int) -> CpuPackedWeight:
-        """Give columns start to stop - 1, whole groups or super-blocks, without copying."""
+        """Return columns start to stop - 1, whole groups or super-blocks, without copying."""
         run = self.layout.run
         check_cut(start, stop, self.num_columns, run)
         size = self.layout.unit_bytes
         return replace(self, data=self.data[..., start // run * size : stop // run * size], num_columns=stop - start)
 
     def expert(self, index: int) -> CpuPackedWeight:
-        """Give one matrix of a stack without copying. Raises ValueError where there is no stack."""
+        """Return one matrix of a stack without copying. Raises ValueError where there is no stack."""
         if self.data.ndim != 3:
             raise ValueError(f"expert {index}: found a single matrix {list(self.shape)}")
         return replace(self, data=self.data[index])

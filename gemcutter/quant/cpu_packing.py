@@ -79,7 +79,7 @@ def _fill(target: CpuPackedWeight, source: Packed) -> None:
 
 
 def source_of(part: Packed) -> RepackSource | None:
-    """Say where rows lie for the native library; None where it does not know the scheme."""
+    """Return where rows lie for the native library; None where it does not know the scheme."""
     if isinstance(part, Blocks) and part.scheme in BLOCK_KINDS and part.data.stride(-1) == 1:
         return RepackSource(codes=part.data.data_ptr(), code_stride=part.data.stride(-2), kind=BLOCK_KINDS[part.scheme])
     if isinstance(part, Affine) and part.bits in STREAM_KINDS and _affine_dtype(part) == part.scales.dtype:
@@ -125,7 +125,7 @@ def join(chunks: Iterable[Packed], shape: tuple[int, ...]) -> CpuPackedWeight:
 
 
 def cpu_layout_of(part: Packed) -> PackedLayout | None:
-    """Say how a part would be coded as panels; None if it can't be."""
+    """Return how a part would be coded as panels; None if it can't be."""
     if isinstance(part, Stack):
         return cpu_layout_of(part.items[0])
     columns, layout = part.shape[-1], None

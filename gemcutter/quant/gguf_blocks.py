@@ -70,7 +70,7 @@ class Blocks:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the logical shape."""
+        """Return the logical shape."""
         return (*self.data.shape[:-1], self.data.shape[-1] // self.kind.nbytes * self.kind.values)
 
     @property
@@ -79,15 +79,15 @@ class Blocks:
         return stored_bytes(self)
 
     def rows(self, start: int, stop: int) -> Blocks:
-        """Give rows start to stop - 1 of every expert without copying."""
+        """Return rows start to stop - 1 of every expert without copying."""
         return cut_rows(self, start, stop)
 
     def columns(self, start: int, stop: int) -> Blocks:
-        """Give columns start to stop - 1, whole blocks, without copying."""
+        """Return columns start to stop - 1, whole blocks, without copying."""
         return cut_columns(self, start, stop, self.kind.values)
 
     def expert(self, index: int) -> Blocks:
-        """Give one matrix of a stack without copying."""
+        """Return one matrix of a stack without copying."""
         return cut_expert(self, index)
 
     def gather(self, ids_N: Tensor) -> Blocks:

@@ -85,7 +85,7 @@ def encode_q4_0(values: Tensor) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """Give 1 / scale, but 0 where that overflows: such a scale is 0 as float16, whatever the codes."""
+    """Return 1 / scale, but 0 where that overflows: such a scale is 0 as float16, whatever the codes."""
     inverse = 1 / scale
     return torch.where(inverse.isinf(), 0.0, inverse)
 

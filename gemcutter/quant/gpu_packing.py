@@ -58,7 +58,7 @@ class GpuPackedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the logical shape."""
+        """Return the logical shape."""
         return (*self.codes.shape[:-1], self.num_columns)
 
     @property
@@ -68,7 +68,7 @@ class GpuPackedWeight:
 
     @property
     def device(self) -> torch.device:
-        """Tell where it is stored."""
+        """Return where it is stored."""
         return self.codes.device
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -76,11 +76,11 @@ class GpuPackedWeight:
         return (self.codes, *(() if self.high is None else (self.high,)), *self.arrays)
 
     def rows(self, start: int, stop: int) -> GpuPackedWeight:
-        """Give rows start to stop - 1 of every expert without copying."""
+        """Return rows start to stop - 1 of every expert without copying."""
         return self.each(lambda array: array[..., start:stop, :])
 
     def columns(self, start: int, stop: int) -> GpuPackedWeight:
-        """Give columns start to stop - 1, whole groups or super-blocks, without copying."""
+        """Return columns start to stop - 1, whole groups or super-blocks, without copying."""
         whole = self.num_columns
         check_cut(start, stop, whole, self.layout.run)
 
@@ -90,7 +90,7 @@ class GpuPackedWeight:
         return replace(self.each(cut), num_columns=stop - start)
 
     def expert(self, index: int) -> GpuPackedWeight:
-        """Give one matrix of a stack without copying. Raises ValueError where there is no stack."""
+        """Return one matrix of a stack without copying. Raises ValueError where there is no stack."""
         if self.codes.ndim != 3:
             raise ValueError(f"expert {index}: found a single matrix {list(self.shape)}")
         return self.each(lambda array: array[index])
@@ -195,7 +195,7 @@ def pack_for_gpu(
 
 
 def gpu_layout_of(part: Packed) -> PackedLayout | None:
-    """Say how a part would be coded; None if it can't be."""
+    """Return how a part would be coded; None if it can't be."""
     if isinstance(part, ScaledInt) and part.kind == "fp":
         group = part.group or part.num_columns
         if part.group_of is not None or part.num_columns % group or group % 32:
@@ -238,7 +238,7 @@ def _cut(part: Packed, layout: PackedLayout) -> tuple[Tensor, ...] | None:
 
 
 def _floats(part: Packed) -> tuple[Tensor, Tensor]:
-    """Give the bytes and the scales of 8-bit floats."""
+    """Return the bytes and the scales of 8-bit floats."""
     if isinstance(part, Micro):
         return part.codes, float8(part.scales, torch.float8_e8m0fnu).bfloat16()
     assert isinstance(part, ScaledInt)
@@ -246,7 +246,7 @@ def _floats(part: Packed) -> tuple[Tensor, Tensor]:
 
 
 def _nibbles(device: torch.device) -> Tensor:
-    """Give the 4-bit float of every doubled value that one can have, by the byte of its int8."""
+    """Return the 4-bit float of every doubled value that one can have, by the byte of its int8."""
     table = torch.zeros(256, dtype=torch.uint8)
     for code, value in reversed(list(enumerate(E2M1))):  # of the two zeros the positive one stays
         table[int(2 * value) & 255] = code
@@ -287,7 +287,7 @@ def adjoin(parts: Sequence[Tensor | Packed]) -> tuple[Tensor | Packed, ...]:
 
 
 def span_of(parts: Sequence[Tensor | Packed]) -> Tensor | GpuPackedWeight | None:
-    """Give the one matrix whose rows `parts` are, one after the other; None where they do not lie so in memory."""
+    """Return the one matrix whose rows `parts` are, one after the other; None where they do not lie so in memory."""
     first, rows = parts[0], sum(part.shape[-2] for part in parts)
     arrays: list[tuple[Tensor, ...]]
     if isinstance(first, Tensor):
@@ -309,7 +309,7 @@ def span_of(parts: Sequence[Tensor | Packed]) -> Tensor | GpuPackedWeight | None
 
 
 def _follow(arrays: Sequence[Tensor]) -> bool:
-    """Say whether each array begins where the one before it ends in one storage, with one dtype and one distance between rows."""
+    """Return whether each array begins where the one before it ends, in one storage, with one dtype and one row stride."""
     place, storage = arrays[0].data_ptr(), arrays[0].untyped_storage().data_ptr()
     for array in arrays:
         if array.untyped_storage().data_ptr() != storage:  # neighbours in a mapped file, say

@@ -26,7 +26,7 @@ class Delta:
 
 
 def cut_deltas(deltas: Iterable[Delta], start: int, stop: int, to: int = 0) -> Iterator[Delta]:
-    """Give what deltas add to rows start to stop - 1 of their weight, where those become rows `to` and on of another."""
+    """Return what deltas add to rows start to stop - 1 of their weight, where those become rows `to` and on of another."""
     for delta in deltas:
         low, high = max(start, delta.start), min(stop, delta.start + delta.up.shape[-2])
         if low < high:

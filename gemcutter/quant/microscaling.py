@@ -50,7 +50,7 @@ class Micro:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the logical shape."""
+        """Return the logical shape."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * self.group)
 
     @property
@@ -59,15 +59,15 @@ class Micro:
         return stored_bytes(self)
 
     def rows(self, start: int, stop: int) -> Micro:
-        """Give rows start to stop - 1 of every expert without copying."""
+        """Return rows start to stop - 1 of every expert without copying."""
         return cut_rows(self, start, stop)
 
     def columns(self, start: int, stop: int) -> Micro:
-        """Give columns start to stop - 1, whole groups, without copying."""
+        """Return columns start to stop - 1, whole groups, without copying."""
         return cut_columns(self, start, stop, self.group)
 
     def expert(self, index: int) -> Micro:
-        """Give one matrix of a stack without copying."""
+        """Return one matrix of a stack without copying."""
         return cut_expert(self, index)
 
     def gather(self, ids_N: Tensor) -> Micro:

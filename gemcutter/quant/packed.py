@@ -28,7 +28,7 @@ class Packed(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the logical shape."""
+        """Return the logical shape."""
         ...
 
     @property
@@ -37,19 +37,19 @@ class Packed(Protocol):
         ...
 
     def rows(self, start: int, stop: int) -> Packed:
-        """Give rows start to stop - 1 of every expert without copying."""
+        """Return rows start to stop - 1 of every expert without copying."""
         ...
 
     def columns(self, start: int, stop: int) -> Packed:
-        """Give columns start to stop - 1 without copying. Raises ValueError where that would cut a group or a block in two."""
+        """Return columns start to stop - 1 without copying. Raises ValueError where that would cut a group or a block in two."""
         ...
 
     def expert(self, index: int) -> Packed | Tensor:
-        """Give one matrix of a stack without copying. Raises ValueError where there is no stack."""
+        """Return one matrix of a stack without copying. Raises ValueError where there is no stack."""
         ...
 
     def gather(self, ids_N: Tensor) -> Packed:
-        """Give the rows that ids name, in their order, and touch no others."""
+        """Return the rows that ids name, in their order, and touch no others."""
         ...
 
     def dequantize(self) -> Tensor:
@@ -70,7 +70,7 @@ class Stack:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the logical shape."""
+        """Return the logical shape."""
         return (len(self.items), *self.items[0].shape)
 
     @property
@@ -79,19 +79,19 @@ class Stack:
         return sum(item.nbytes for item in self.items)
 
     def rows(self, start: int, stop: int) -> Stack:
-        """Give rows start to stop - 1 of every expert without copying."""
+        """Return rows start to stop - 1 of every expert without copying."""
         return Stack(tuple(item.rows(start, stop) for item in self.items))
 
     def columns(self, start: int, stop: int) -> Stack:
-        """Give columns start to stop - 1 of every expert without copying."""
+        """Return columns start to stop - 1 of every expert without copying."""
         return Stack(tuple(item.columns(start, stop) for item in self.items))
 
     def expert(self, index: int) -> Packed:
-        """Give one matrix as it is stored."""
+        """Return one matrix as it is stored."""
         return self.items[index]
 
     def gather(self, ids_N: Tensor) -> Stack:
-        """Give the rows that ids name, of every expert."""
+        """Return the rows that ids name, of every expert."""
         return Stack(tuple(item.gather(ids_N) for item in self.items))
 
     def dequantize(self) -> Tensor:
@@ -115,7 +115,7 @@ class DenseStack:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the logical shape."""
+        """Return the logical shape."""
         return (len(self.items), *self.items[0].shape)
 
     @property
@@ -124,16 +124,16 @@ class DenseStack:
         return sum(item.nbytes for item in self.items)
 
     def rows(self, start: int, stop: int) -> DenseStack:
-        """Give rows start to stop - 1 of every expert without copying."""
+        """Return rows start to stop - 1 of every expert without copying."""
         return DenseStack(tuple(item[start:stop] for item in self.items))
 
     def columns(self, start: int, stop: int) -> DenseStack:
-        """Give columns start to stop - 1 of every expert without copying. Raises ValueError where they do not exist."""
+        """Return columns start to stop - 1 of every expert without copying. Raises ValueError where they do not exist."""
         check_cut(start, stop, self.items[0].shape[-1], 1)
         return DenseStack(tuple(item[:, start:stop] for item in self.items))
 
     def expert(self, index: int) -> Tensor:
-        """Give one matrix as it is stored."""
+        """Return one matrix as it is stored."""
         return self.items[index]
 
     def gather(self, ids_N: Tensor) -> DenseStack:
@@ -141,7 +141,7 @@ class DenseStack:
         return DenseStack(tuple(item.index_select(0, ids_N.to(item.device)) for item in self.items))
 
     def dequantize(self) -> Tensor:
-        """Give the values in float32, [experts, rows, columns]."""
+        """Return the values in float32, [experts, rows, columns]."""
         return torch.stack([item.float() for item in self.items])
 
 
@@ -163,12 +163,12 @@ P = TypeVar("P", bound=Packed)
 
 
 def cut_rows(packed: P, start: int, stop: int) -> P:
-    """Give rows start to stop - 1 as views."""
+    """Return rows start to stop - 1 as views."""
     return _map(packed, lambda array: array[..., start:stop, :])
 
 
 def cut_columns(packed: P, start: int, stop: int, run: int) -> P:
-    """Give columns start to stop - 1 as views, where every array has a number for each row or evenly many for `run` columns.
+    """Return columns start to stop - 1 as views, where every array has a number for each row or evenly many for `run` columns.
 
     Raises ValueError where the cut is not at a multiple of `run`.
     """
@@ -189,7 +189,7 @@ def check_cut(start: int, stop: int, columns: int, run: int) -> None:
 
 
 def cut_expert(packed: P, index: int) -> P:
-    """Give one matrix of a stack as views. Raises ValueError where there is no stack."""
+    """Return one matrix of a stack as views. Raises ValueError where there is no stack."""
     if len(packed.shape) != 3:
         raise ValueError(f"expert {index}: found a single matrix {list(packed.shape)}")
     return _map(packed, lambda array: array[index])
@@ -222,14 +222,14 @@ def _map(packed: P, pick: Callable[[Tensor], Tensor]) -> P:
 
 
 def lead_axes(name: str, array: Tensor) -> tuple[int, ...]:
-    """Give all axes but the last: (rows,) or (experts, rows). Raises ValueError for any other number of axes."""
+    """Return all axes but the last: (rows,) or (experts, rows). Raises ValueError for any other number of axes."""
     if array.ndim not in (2, 3):
         raise ValueError(f"{name}: shape [rows, ...] or [experts, rows, ...] expected, found {list(array.shape)}")
     return tuple(array.shape[:-1])
 
 
 def mismatches(name: str, array: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[str]:
-    """Say what is wrong with an array's shape and dtype."""
+    """Return what is wrong with an array's shape and dtype."""
     problems = []
     if tuple(array.shape) != tuple(shape):
         problems.append(f"{name}: shape {list(shape)} expected, found {list(array.shape)}")

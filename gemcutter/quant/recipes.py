@@ -30,11 +30,11 @@ class AffineScheme:
 
     @property
     def name(self) -> str:
-        """Give the name that weights of the scheme give themselves."""
+        """Return the name that weights of the scheme give themselves."""
         return f"affine{self.bits}g{self.group}"
 
     def fits(self, columns: int) -> bool:
-        """Tell whether whole groups fill a row."""
+        """Return whether whole groups fill a row."""
         return columns % self.group == 0
 
     def quantize(self, x: Tensor) -> Affine:
@@ -49,7 +49,7 @@ class BlockScheme:
     name: str
 
     def fits(self, columns: int) -> bool:
-        """Tell whether whole blocks fill a row."""
+        """Return whether whole blocks fill a row."""
         return columns % gguf_blocks.TYPES[self.name].values == 0
 
     def quantize(self, x: Tensor) -> Blocks:

@@ -60,7 +60,7 @@ class ScaledInt:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the logical shape."""
+        """Return the logical shape."""
         return (*self.codes.shape[:-1], self.num_columns)
 
     @property
@@ -69,11 +69,11 @@ class ScaledInt:
         return stored_bytes(self)
 
     def rows(self, start: int, stop: int) -> ScaledInt:
-        """Give rows start to stop - 1 of every expert without copying."""
+        """Return rows start to stop - 1 of every expert without copying."""
         return cut_rows(self, start, stop)
 
     def columns(self, start: int, stop: int) -> ScaledInt:
-        """Give columns start to stop - 1, whole groups in whole bytes or words, without copying."""
+        """Return columns start to stop - 1, whole groups in whole bytes or words, without copying."""
         values, items = self._run()
         check_cut(start, stop, self.num_columns, math.lcm(values, self.group or 1))
         codes = self.codes[..., start // values * items : -(-stop // values) * items]
@@ -84,7 +84,7 @@ class ScaledInt:
         return replace(self, codes=codes, num_columns=stop - start, scales=self.scales[..., groups], zeros=zeros)
 
     def expert(self, index: int) -> ScaledInt:
-        """Give one matrix of a stack without copying."""
+        """Return one matrix of a stack without copying."""
         return cut_expert(self, index)
 
     def gather(self, ids_N: Tensor) -> ScaledInt:
@@ -97,7 +97,7 @@ class ScaledInt:
         return self._numbers().sub_(zeros).mul_(self._spread(self.scales.float()))
 
     def integers(self) -> Tensor:
-        """Give the stored integers, [..., rows, columns]: int8 of kind "int", else uint8. Raises ValueError for floats."""
+        """Return the stored integers, [..., rows, columns]: int8 of kind "int", else uint8. Raises ValueError for floats."""
         if self.kind == "fp":
             raise ValueError(f"integers: {self.scheme} holds 8-bit floats")
         if self.kind == "int":
@@ -119,7 +119,7 @@ class ScaledInt:
         return by_group.repeat_interleave(self.group, -1)[..., : self.num_columns]
 
     def _run(self) -> tuple[int, int]:
-        """Give the fewest values that fill whole items of `codes`, and how many items those are."""
+        """Return the fewest values that fill whole items of `codes`, and how many items those are."""
         if self.kind == "words":
             return 32 // self.bits, 1
         item_bits = self.codes.itemsize * 8
@@ -148,7 +148,7 @@ class Awq:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the logical shape."""
+        """Return the logical shape."""
         return (self.chosen.shape[0], self.words.shape[0])
 
     @property
@@ -158,11 +158,11 @@ class Awq:
         return whole * self.chosen.shape[0] // self.scales.shape[1]
 
     def rows(self, start: int, stop: int) -> Awq:
-        """Give rows start to stop - 1 without copying."""
+        """Return rows start to stop - 1 without copying."""
         return replace(self, chosen=self.chosen[start:stop])
 
     def columns(self, start: int, stop: int) -> Awq:
-        """Give columns start to stop - 1, whole groups, without copying."""
+        """Return columns start to stop - 1, whole groups, without copying."""
         check_cut(start, stop, self.words.shape[0], self.group)
         groups = slice(start // self.group, stop // self.group)
         return replace(self, words=self.words[start:stop], zeros=self.zeros[groups], scales=self.scales[groups])
@@ -172,7 +172,7 @@ class Awq:
         raise ValueError(f"expert {index}: found a single matrix {list(self.shape)}")
 
     def gather(self, ids_N: Tensor) -> Awq:
-        """Give the rows that ids name."""
+        """Return the rows that ids name."""
         return replace(self, chosen=self.chosen[ids_N.to(self.chosen.device)])
 
     def dequantize(self) -> Tensor:
@@ -183,7 +183,7 @@ class Awq:
         return values.t().contiguous()
 
     def integers(self) -> tuple[Tensor, Tensor]:
-        """Give codes, uint8 [rows, columns], and zero points, uint8 [rows, groups], of the chosen rows."""
+        """Return codes, uint8 [rows, columns], and zero points, uint8 [rows, groups], of the chosen rows."""
         codes, zeros = (self._nibbles(words).to(torch.uint8).t() for words in (self.words, self.zeros))
         return codes, zeros
 
@@ -292,7 +292,7 @@ def from_values(
 
 
 def _packing(name: str, items: int, itemsize: int, values: int, bits: int, problems: list[str]) -> str:
-    """Tell from the width whether values form a stream without gaps or lie in words that none straddles."""
+    """Return whether, by the width, values form a stream without gaps or lie in words that none straddles."""
     dense, apart = -(-values * bits // (8 * itemsize)), -(-values // (32 // bits))
     if items != dense and (items != apart or itemsize != 4):
         unit = "words" if itemsize == 4 else "bytes"

@@ -32,7 +32,7 @@ class Bpe:
         self._added, self._literals = _Finder(added), _Finder(literals)
 
     def encode(self, text: str, *, with_markers: bool) -> list[int]:
-        """Give the ids of a text; without markers only literals are cut out of it. Raises UnicodeEncodeError for surrogates."""
+        """Return the ids of a text; without markers only literals are cut out of it. Raises UnicodeEncodeError for surrogates."""
         found, start = list[int](), 0
         text.encode()
         for place, piece in (self._added if with_markers else self._literals).find(text):
@@ -126,7 +126,7 @@ def read_bpe(raw: Mapping[str, Any]) -> tuple[Bpe, frozenset[int]] | None:
 
 
 def fits(ids: Mapping[str, Any], merges: Sequence[Any]) -> bool:
-    """Tell whether ids are numbers and merges spell pieces, "left right" each, all of them in the vocabulary."""
+    """Return whether ids are numbers and merges spell pieces, "left right" each, all of them in the vocabulary."""
     try:
         return all(type(id) is int for id in ids.values()) and all(
             left in ids and right in ids and left + right in ids for left, right in (merge.split(" ") for merge in merges)
@@ -150,7 +150,7 @@ class _Finder:
         self._first = re.compile(f"[{''.join(map(re.escape, self._lengths))}]") if lengths else None
 
     def find(self, text: str) -> Iterator[tuple[int, str]]:
-        """Give the places and pieces, none of which overlap, in order."""
+        """Return the places and pieces, none of which overlap, in order."""
         at = 0
         while self._first is not None and (match := self._first.search(text, at)):
             at = match.start()

@@ -15,7 +15,7 @@ from gemcutter.text.tokenizer import Tokenizer
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Give tokenizer.json and tokenizer_config.json, by name."""
+    """Return tokenizer.json and tokenizer_config.json, by name."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     bos = tokenizer.special_tokens["bos_token"]
     backend.post_processor = processors.TemplateProcessing(

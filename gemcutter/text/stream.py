@@ -145,7 +145,7 @@ class TextStream:
 
 
 def ends_in_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
-    """Tell whether the prompt leaves a channel open: in its last turn, no `<channel|>` follows the last `<|channel>`."""
+    """Return whether the prompt leaves a channel open: in its last turn, no `<channel|>` follows the last `<|channel>`."""
     opener = tokenizer.id_of(CHANNEL_OPEN)
     # A turn marker ends the search, so that a `<|channel>` which a user typed can't turn the answer into reasoning.
     borders = {tokenizer.id_of(piece) for piece in (CHANNEL_OPEN, CHANNEL_CLOSE, TURN_OPEN, TURN_CLOSE)}
@@ -154,7 +154,7 @@ def ends_in_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
 
 
 def invites_bare_header(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
-    """Tell whether the prompt ends in a tool response or an empty channel, after which models may write a bare `thought` line."""
+    """Return whether the prompt ends in a tool response or empty channel, after which models may write a bare `thought` line."""
     return INVITING_END.search(tokenizer.decode(prompt_ids[-16:], special=True)) is not None
 
 

@@ -78,7 +78,7 @@ class Model:
     own_values: dict[Key, Tensor]
 
     def named(self, state: State) -> Tensors:
-        """Give the tensors under Hugging Face's names, with those that no layer uses if the state has them."""
+        """Return the tensors under Hugging Face's names, with those that no layer uses if the state has them."""
         return {hf.spell(*key): tensor for key, tensor in (self.tensors | (self.unread if state.has_unread else {})).items()}
 
 
@@ -172,7 +172,7 @@ def write_gguf(kind: str, folder: Path, model: Model, state: State) -> Files:
 
 @functools.cache
 def _read_by_library(kind: str, model: Model) -> Tensors:
-    """Give the values that the gguf library reads out of what it stored."""
+    """Return the values that the gguf library reads out of what it stored."""
     found, choice = Tensors(), gguf_files.every(kind)
     for key, values in model.tensors.items():
         name = choice(key[0], values) if values.ndim > 1 else "F32"
@@ -199,7 +199,7 @@ def pack_smoothed(weight: Tensor) -> tuple[Stored, Tensor]:
 
 
 def transformed() -> dict[str, Any]:
-    """Give the config of a compressed-tensors model whose activations are rotated."""
+    """Return the config of a compressed-tensors model whose activations are rotated."""
     rotation = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
     return PACKERS["ct-W4A16"][1]() | {"transform_config": {"config_groups": {"u": rotation}}}
 
@@ -228,7 +228,7 @@ class Layout:
         return self.write(folder, model(like, self.width), state)
 
     def notes(self, like: str) -> list[Note]:
-        """Give the footnotes of a size's cell."""
+        """Return the footnotes of a size's cell."""
         if self.refusal is not None:
             return [self.refusal]
         return [note for note in self.remarks if note is not OWN_VALUES or model(like).own_values]

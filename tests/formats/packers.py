@@ -28,7 +28,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbouring rows each ni
 
 @functools.cache
 def ct_scheme(preset: str) -> Any:
-    """Give one of compressed-tensors' presets, its groups and blocks made to fit small matrices; skip where there is none."""
+    """Return one of compressed-tensors' presets, its groups and blocks made to fit small matrices; skip where there is none."""
     pytest.importorskip("compressed_tensors", reason="needs compressed-tensors, which writes these files")
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
@@ -68,7 +68,7 @@ def pack_ct(preset: str, weight: Tensor) -> tuple[Stored, Tensor]:
 
 
 def _ranges(weight: Tensor, args: Any) -> tuple[Tensor, Tensor]:
-    """Give the smallest and largest value of all that share a scale."""
+    """Return the smallest and largest value of all that share a scale."""
     if args.strategy == "tensor":
         return weight.min(), weight.max()
     if args.strategy == "channel":
@@ -81,7 +81,7 @@ def _ranges(weight: Tensor, args: Any) -> tuple[Tensor, Tensor]:
 
 
 def ct_config(preset: str) -> dict[str, Any]:
-    """Give the quantization_config that compressed-tensors writes for a model of one preset."""
+    """Return the quantization_config that compressed-tensors writes for a model of one preset."""
     scheme = ct_scheme(preset)
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationConfig

@@ -43,7 +43,7 @@ class Files:
 
 @functools.cache
 def random_model(like: str) -> tuple[Raw, Tensors]:
-    """Give config and tensors of a small model with a size's traits; every width is a multiple of 32, some of no 48."""
+    """Return config and tensors of a small model with a size's traits; every width is a multiple of 32, some of no 48."""
     size = shrink(SIZES[like])
     small = replace(
         size,

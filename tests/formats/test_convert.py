@@ -32,7 +32,7 @@ TINY_A = ROOT / "tests" / "goldens" / "tiny-a"
 
 
 def contents(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Give every stored tensor's dtype, shape and bytes."""
+    """Return every stored tensor's dtype, shape and bytes."""
     return {name: (tensor.dtype, tensor.shape, bytes(tensor.raw().numpy())) for name, tensor in Source.open(path).tensors.items()}
 
 
@@ -41,7 +41,7 @@ def run(source: Path, target: Path, to: str, quant: str = "none", shared_kv: str
 
 
 def beside(target: Path) -> set[str]:
-    """Give the names in the target's folder."""
+    """Return the names in the target's folder."""
     return set(os.listdir(target.parent))
 
 

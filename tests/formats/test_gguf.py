@@ -45,7 +45,7 @@ def opened(path: Path) -> Checkpoint:
 
 @functools.cache
 def original(name: str) -> tuple[ModelPlan, Tensors]:
-    """Give plan and tensors of a checkpoint that the files here are made from."""
+    """Return plan and tensors of a checkpoint that the files here are made from."""
     checkpoint = opened({"e": DEMO_FOLDER, "a": TINY_A}[name])
     return checkpoint.plan, tensors_of(checkpoint)
 

@@ -64,7 +64,7 @@ def one(folder: Path, **config: Any) -> Path:
 
 
 def problems_of(folder: Path, plan: Any = E2B) -> tuple[str, ...]:
-    """Give what is wrong with an adapter, which must be something."""
+    """Return what is wrong with an adapter, which must be something."""
     with pytest.raises(CheckpointError) as caught:
         open_adapter(folder, plan)
     return caught.value.problems
@@ -496,7 +496,7 @@ def test_packed_weights_are_merged_dense_and_adapted_packed(demo: Checkpoint, tm
 
 
 def _logits(engine: gemcutter.Engine, adapter: str | None) -> Tensor:
-    """Give all logits at the end of a prompt."""
+    """Return all logits at the end of a prompt."""
     size = engine.decoder.plan.vocab
     engine.submit(gemcutter.Request(tuple(range(20, 60)), max_tokens=0, adapter=adapter, top_logits=size))
     events = []

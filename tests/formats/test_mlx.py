@@ -78,7 +78,7 @@ def engine_of(checkpoint: Checkpoint, kernels: str = "reference") -> Engine:
 
 
 def trace(folder: Path, tokens: int = 2) -> tuple[list[int | None], list[float]]:
-    """Give the greedy reply to a prompt, and what every prompt token is worth."""
+    """Return the greedy reply to a prompt, and what every prompt token is worth."""
     checkpoint = open_checkpoint(folder)
     prompt = tuple(7 * index % min(checkpoint.plan.vocab, 4096) for index in range(1, 25))
     (events,) = run(engine_of(checkpoint), [Request(prompt, max_tokens=tokens, prompt_logprobs=0)])

@@ -63,13 +63,13 @@ BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure
 
 
 def part_of(path: Path) -> str:
-    """Give the part of the package that a file belongs to."""
+    """Return the part of the package that a file belongs to."""
     first = path.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
 
 
 def imported_parts(path: Path) -> set[str]:
-    """Give the parts of the package that a file imports, wherever in the file."""
+    """Return the parts of the package that a file imports, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):

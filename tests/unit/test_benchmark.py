@@ -247,6 +247,8 @@ def test_a_measurement_has_a_row_a_test_beside_its_ceiling() -> None:
     for row in found["rows"]:
         assert 0 < row["tok_s_min"] <= row["tok_s"] <= row["tok_s_max"] < math.inf
         assert row["share"] == row["tok_s"] / row["ceiling_tok_s"] > 0
+        latency = row["ttft_s"] / row["tokens"] if row["test"].startswith("pp") else row["tpot_s"] / row["batch"]
+        assert 0.99 / row["tok_s_max"] <= latency <= 1.01 / row["tok_s_min"]
         assert row["ceiling"] in found["rates"]
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert found["memory"]["peak_bytes"] == found["memory"]["weight_bytes"] + found["memory"]["over_weights_bytes"]

@@ -58,7 +58,7 @@ def cpu_packed(part: Packed) -> CpuPackedWeight:
 
 
 def agree(found: Tensor, wanted: Tensor) -> bool:
-    """Say whether values are equal, NaN to NaN."""
+    """Return whether values are equal, NaN to NaN."""
     return found.shape == wanted.shape and bool(((found == wanted) | (found.isnan() & wanted.isnan())).all())
 
 

@@ -59,7 +59,7 @@ def stored_as(dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
 
 
 def stack(param: Weight | Tensor) -> Tensor:
-    """Give a parameter's values as one tensor."""
+    """Return a parameter's values as one tensor."""
     return torch.cat(param.parts, dim=-2) if isinstance(param, Weight) else param
 
 
@@ -76,7 +76,7 @@ def expected(path: Path, checkpoint: Checkpoint) -> Tensors:
 
 
 def is_in_place(tensor: Tensor, stored: LazyTensor) -> bool:
-    """Tell whether a tensor is the mapped file itself, from its first byte to its last."""
+    """Return whether a tensor is the mapped file itself, from its first byte to its last."""
     return tensor.data_ptr() == stored.raw().data_ptr() and tensor.nbytes == stored.nbytes
 
 

@@ -46,14 +46,14 @@ def sealed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(like: str, **traits: Any) -> Raw:
-    """Give the config of a size with all its traits and widths of a few numbers each."""
+    """Return the config of a size with all its traits and widths of a few numbers each."""
     size = shrink(SIZES[like])
     narrow = replace(size, hidden=8, mlp=6, head_dim=4, vocab=16, ple=2 if size.ple else 0, expert_width=3 if size.experts else 0)
     return spell_config(narrow) | traits
 
 
 def assistant_config() -> Raw:
-    """Give the config of a drafter: four layers that own no keys and values."""
+    """Return the config of a drafter: four layers that own no keys and values."""
     size = replace(shrink(SIZES["31B"]), hidden=8, mlp=6, layers=4, period=4, readers=4, global_kv_heads=None, vocab=16)
     text = spell_config(size) | {"use_bidirectional_attention": None}
     extra = {"use_ordered_embeddings": True, "num_centroids": 4, "centroid_intermediate_top_k": 2}

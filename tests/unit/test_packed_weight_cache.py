@@ -41,7 +41,7 @@ def load(model: Path, folder: Path, quant: str | None = None) -> list[CpuPackedW
         checkpoint, torch.float32, CPU, None, quant, CpuPacker(), PackedWeightCache.of(checkpoint, quant, folder)
     )
     for thread in threading.enumerate():
-        if thread.name == "panel cache":
+        if thread.name == "packed weight cache":
             thread.join()
     return [
         part
@@ -182,7 +182,7 @@ def test_what_a_killed_writer_left_is_removed_after_a_day(model: Path, tmp_path:
 
 def test_the_folder_is_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert module.user_folder() == tmp_path / "gemcutter" / "panels"
+    assert module.user_folder() == tmp_path / "gemcutter" / "packed-weights"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert module.user_folder() == tmp_path / "home" / ".cache" / "gemcutter" / "panels"
+    assert module.user_folder() == tmp_path / "home" / ".cache" / "gemcutter" / "packed-weights"

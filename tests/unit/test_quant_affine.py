@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(scope="module")
 def mx() -> ModuleType:
-    """Give mlx.core, or skip."""
+    """Return mlx.core, or skip."""
     return pytest.importorskip("mlx.core", reason="needs MLX for comparison: pip install 'mlx[cpu]'")
 
 
@@ -27,7 +27,7 @@ def random_words(*shape: int) -> Tensor:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Say whether two float32 tensors are equal bit for bit, all NaN taken for one."""
+    """Return whether two float32 tensors are equal bit for bit, all NaN taken for one."""
     bits = [torch.where(x.isnan(), torch.nan, x).view(torch.int32) for x in (one, other)]
     return torch.equal(*bits)
 

@@ -36,7 +36,7 @@ EXTREMES = (0.0, -0.0, 6e-8, -6e-8, 6e-5, 65504.0, -65504.0, 1.0, -0.3, math.inf
 
 @pytest.fixture(scope="module")
 def gguf() -> ModuleType:
-    """Give the gguf package, or skip."""
+    """Return the gguf package, or skip."""
     return pytest.importorskip("gguf", reason="needs the gguf package for comparison: pip install gguf")
 
 
@@ -53,7 +53,7 @@ def random_blocks(name: str, num_blocks: int) -> Tensor:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Say whether two float32 tensors are equal bit for bit, all NaN taken for one."""
+    """Return whether two float32 tensors are equal bit for bit, all NaN taken for one."""
     bits = [torch.where(x.isnan(), torch.nan, x).view(torch.int32) for x in (one, other)]
     return torch.equal(*bits)
 

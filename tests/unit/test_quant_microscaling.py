@@ -18,13 +18,13 @@ MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 @pytest.fixture(scope="module")
 def mx() -> ModuleType:
-    """Give mlx.core, or skip."""
+    """Return mlx.core, or skip."""
     return pytest.importorskip("mlx.core", reason="needs MLX for comparison: pip install 'mlx[cpu]'")
 
 
 @pytest.fixture(scope="module")
 def ct() -> ModuleType:
-    """Give compressed_tensors, or skip."""
+    """Return compressed_tensors, or skip."""
     return pytest.importorskip("compressed_tensors", reason="needs compressed-tensors for comparison")
 
 
@@ -33,7 +33,7 @@ def random_bytes(*shape: int) -> Tensor:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Say whether two float32 tensors are equal bit for bit, all NaN taken for one."""
+    """Return whether two float32 tensors are equal bit for bit, all NaN taken for one."""
     bits = [torch.where(x.isnan(), torch.nan, x).view(torch.int32) for x in (one, other)]
     return torch.equal(*bits)
 

@@ -86,7 +86,7 @@ every_scheme = pytest.mark.parametrize("name", SAMPLES)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Say whether two float32 tensors are equal bit for bit, all NaN taken for one."""
+    """Return whether two float32 tensors are equal bit for bit, all NaN taken for one."""
     bits = [torch.where(x.isnan(), torch.nan, x).view(torch.int32) for x in (one, other)]
     return torch.equal(*bits)
 

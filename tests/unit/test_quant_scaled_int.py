@@ -19,7 +19,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbouring rows each ni
 
 @pytest.fixture(scope="module")
 def ct() -> ModuleType:
-    """Give compressed_tensors, or skip."""
+    """Return compressed_tensors, or skip."""
     return pytest.importorskip("compressed_tensors", reason="needs compressed-tensors for comparison")
 
 
@@ -65,7 +65,7 @@ def random_fp8(*shape: int) -> Tensor:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Say whether two float32 tensors are equal bit for bit, all NaN taken for one."""
+    """Return whether two float32 tensors are equal bit for bit, all NaN taken for one."""
     bits = [torch.where(x.isnan(), torch.nan, x).view(torch.int32) for x in (one, other)]
     return torch.equal(*bits)
 

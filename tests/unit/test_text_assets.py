@@ -72,7 +72,7 @@ def source_of(folder: Path, metadata: dict[str, Any]) -> Source:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Give the demo's text side as a converter writes it, which takes some markers for plain text."""
+    """Return the demo's text side as a converter writes it, which takes some markers for plain text."""
     kinds = [1 if piece in ("<|think|>", "<unused3>", "<tool|>") else 4 if piece == "<|channel>" else kind
              for piece, kind in zip(PIECES, KINDS, strict=True)]  # fmt: skip
     merges = [" ".join(merge) for merge in MODEL["merges"]]
@@ -137,7 +137,7 @@ def test_a_damaged_template_is_told(tmp_path: Path) -> None:
 
 
 def scored() -> tuple[list[str], list[int], list[float]]:
-    """Give a small vocabulary of SentencePiece's kind: bytes, letters, words by rank, and literals that are never merged."""
+    """Return a small vocabulary of SentencePiece's kind: bytes, letters, words by rank, and literals that are never merged."""
     control = ["<pad>", "<eos>", "<bos>", "<unk>"]
     literals = ["\n", "\n\n", "  ", "   ", "<b>", "<start_of_image>"]
     words = ["▁t", "he", "▁the", "in", "▁a", "er", "the", "▁in", "ther"]

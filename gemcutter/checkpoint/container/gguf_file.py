@@ -124,7 +124,7 @@ class _Cursor:
 
     @property
     def offset(self) -> int:
-        """Give the place as an offset in the file."""
+        """Return the place as an offset in the file."""
         return self.base + self.at
 
     @property

@@ -60,7 +60,7 @@ class StoredFile(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """Give the size of the whole file."""
+        """Return the size of the whole file."""
         ...
 
     def read(self, offset: int, length: int) -> bytes:
@@ -223,7 +223,7 @@ def tensor_nbytes(dtype: object, shape: object) -> int:
 
 
 def name_problem(name: str) -> str | None:
-    """Say what is wrong with a tensor name, or return None."""
+    """Return what is wrong with a tensor name, or None."""
     if name == METADATA_KEY:
         return f"tensor name {name} is reserved"
     # Unprintable covers terminal escapes and lone surrogates, which no message or file could carry.

@@ -122,7 +122,7 @@ def gather(
     problems: list[str],
     remote: RemoteFolder | None = None,
 ) -> Source:
-    """Make a source of all files that `openers` open, noting the problems of each, and what `weight_map` promises in vain.
+    """Make a source of all files that `openers` open, noting the problems of each, and the tensors of `weight_map` that none has.
 
     An opener raises OSError or ValueError for a file that can't be read.
     """

@@ -37,7 +37,7 @@ class PackedTensor:
 
     @property
     def origin(self) -> str:
-        """Give "file:name", for messages."""
+        """Return "file:name", for messages."""
         return self.stored[0].origin
 
     def release(self) -> None:

@@ -45,7 +45,7 @@ class ConvertOptions:
 
     @property
     def recipe(self) -> Recipe | None:
-        """Give the recipe of the asked quantization, if it is one."""
+        """Return the recipe of the asked quantization, if it is one."""
         return TARGETS[self.to][self.quant]
 
     def problems(self) -> list[str]:
@@ -114,7 +114,7 @@ class _Lister:
             self._store(spec.name, part, shape, runs, is_integer=spec.integer)
 
     def _fuses(self, spec: ParamSpec) -> bool:
-        """Tell whether the target keeps the parts of a parameter in one tensor: only experts, and not in MLX."""
+        """Return whether the target keeps the parts of a parameter in one tensor: only experts, and not in MLX."""
         return len(spec.shape) == 3 and self.options.to != "mlx"
 
     def _store(self, name: str, part: str | None, shape: tuple[int, ...], runs: list[Run], is_integer: bool = False) -> None:
@@ -220,7 +220,7 @@ class _Lister:
     # ---- packed weights that stay as they are ----
 
     def _is_verbatim(self) -> bool:
-        """Tell whether source and target are of one container, and packed weights pass through it untouched."""
+        """Return whether source and target are of one container, and packed weights pass through it untouched."""
         container = {mlx.NAME: "mlx", gguf.NAME: "gguf"}.get(self.checkpoint.format, "hf")
         is_packed = any(dense_dtype(piece.data) is None for found in self.matched.pieces.values() for piece in found)
         return self.options.quant == "none" and container == self.options.to and is_packed
@@ -281,7 +281,7 @@ def _arrays(piece: StoredTensor) -> tuple[LazyTensor, ...]:
 
 
 def _is_exact(data: LazyTensor | PackedTensor, dtype: str) -> bool:
-    """Tell whether a small tensor's values fit a narrower dtype."""
+    """Return whether a small tensor's values fit a narrower dtype."""
     assert isinstance(data, LazyTensor)
     values = data.torch()
     return bool((values.to({"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]) == values).all())

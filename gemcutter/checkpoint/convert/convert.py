@@ -65,7 +65,7 @@ class Report:
     target_bytes: int
 
     def notes(self) -> list[str]:
-        """Say what a user should know."""
+        """Return what a user should know."""
         found = [f"{count} tensors left out: {why}" for why, count in self.dropped.items()]
         if self.deeds.get("requantized"):
             found.append(
@@ -170,7 +170,7 @@ def _config(work: _Work) -> dict[str, Any]:
 
 
 def _mlx_quantization(outputs: Sequence[Output]) -> dict[str, Any] | None:
-    """Give the settings that most modules have, and those of every module that differs."""
+    """Return the settings that most modules have, and those of every module that differs."""
     modules = {output.specs[0][0].removesuffix(".weight"): output.scheme for output in outputs if len(output.specs) == 3}
     if not modules:
         return None
@@ -284,7 +284,7 @@ def _check_written(partial: Path, checkpoint: Checkpoint) -> None:
 
 
 def _manifest(work: _Work) -> dict[str, Any]:
-    """Say what was done: from which headers, with which options, to which tensor."""
+    """Return what was done: from which headers, with which options, to which tensor."""
     source, options = work.checkpoint.source, work.options
     return {
         "gemcutter": gemcutter.__version__,

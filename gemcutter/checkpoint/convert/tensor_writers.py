@@ -43,7 +43,7 @@ class Output:
 
     @property
     def alignment(self) -> int:
-        """Give the largest power of two up to 8 that divides the sizes of all tensors, as far as their shapes tell."""
+        """Return the largest power of two up to 8 that divides the sizes of all tensors, as far as their shapes tell."""
         sizes = [math.prod(shape) * DTYPES[dtype][0] if dtype in DTYPES else 8 for _, dtype, shape in self.specs]
         return next(power for power in ALIGNMENTS if all(size % power == 0 for size in sizes))
 
@@ -97,7 +97,7 @@ def _specs(name: str, shape: tuple[int, ...], dtype: str, scheme: Scheme | None)
 
 
 def _deed(name: str, runs: Sequence[Run], dtype: str, scheme: Scheme | None) -> str:
-    """Say in a word what happens to the rows."""
+    """Return a word for what happens to the rows."""
     sources = list({id(run.data): run.data for run in runs}.values())
     if not all(_is_stored_so(data, dtype, scheme) for data in sources):
         was_packed = any(dense_dtype(data) is None for data in sources)
@@ -112,7 +112,7 @@ def _deed(name: str, runs: Sequence[Run], dtype: str, scheme: Scheme | None) -> 
 
 
 def _is_stored_so(data: LazyTensor | PackedTensor, dtype: str, scheme: Scheme | None) -> bool:
-    """Tell whether rows of `data` need not change to be stored under the scheme."""
+    """Return whether rows of `data` need not change to be stored under the scheme."""
     if scheme is None:
         return dense_dtype(data) == dtype
     if isinstance(data, LazyTensor) or data.dtype != scheme.name:
@@ -164,7 +164,7 @@ def _blocks(part: Part, scheme: BlockScheme) -> Tensor:
 
 
 def _as_dtype(name: str, part: Part, dtype: str) -> Tensor:
-    """Give the values of some rows as a dtype. Raises CheckpointError for a value that float16 has no place for."""
+    """Return the values of some rows as a dtype. Raises CheckpointError for a value that float16 has no place for."""
     values, wanted = dense(part), _torch_dtype(dtype)
     cast = values.to(wanted)
     if wanted == torch.float16 and values.dtype != wanted and not (cast.isfinite() | ~values.isfinite()).all():

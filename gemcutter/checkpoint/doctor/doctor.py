@@ -119,7 +119,7 @@ def _read_model(
 
 
 def _is_of(format: Format, source: Source) -> bool:
-    """Tell whether the checkpoint is of a format. One that stumbles over a damaged config is passed by; the last takes all."""
+    """Return whether the checkpoint is of a format. One that stumbles over a damaged config is passed by; the last takes all."""
     try:
         return format.sniff(source)
     except GemcutterError:
@@ -263,7 +263,7 @@ def _model(plan: ModelPlan, config: ModelConfig) -> dict[str, Any]:
 
 
 def _layer(layer: LayerPlan, plan: ModelPlan, matched: Matched | None) -> dict[str, Any]:
-    """Give what a layer needs by the plan, and what the checkpoint has of it."""
+    """Return what a layer needs by the plan, and what the checkpoint has of it."""
     prefix = f"layers.{layer.index}."
     pieces = [] if matched is None else [p for name, found in matched.pieces.items() if name.startswith(prefix) for p in found]
     spare = [] if matched is None else [piece for piece in matched.redundant if (piece.name or "").startswith(prefix)]

@@ -171,7 +171,7 @@ def read_rules() -> dict[str, Any]:
 
 
 def judge(facts: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Give a verdict for every rule that speaks and, for each engine without one, "unknown"."""
+    """Return a verdict for every rule that speaks and, for each engine without one, "unknown"."""
     book = read_rules()
     verdicts = []
     for engine in book["engines"]:

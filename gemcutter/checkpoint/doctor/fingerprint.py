@@ -38,7 +38,7 @@ def _canonical(value: object) -> bytes:
 
 
 def _hash_array(array: Array) -> str:
-    """Give the hash of what a GGUF header keeps where it lies, to stand for it."""
+    """Return the hash of what a GGUF header keeps where it lies, to stand for it."""
     return hashlib.sha256(_read(array.stored, array.offset, array.nbytes)).hexdigest()
 
 

@@ -24,7 +24,7 @@ class Format(Protocol):
         ...
 
     def sniff(self, source: Source) -> bool:
-        """Tell whether the checkpoint is of this format."""
+        """Return whether the checkpoint is of this format."""
         ...
 
     def config(self, source: Source, ignore: Sequence[str] = ()) -> ModelConfig:

@@ -167,7 +167,7 @@ def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
 
 
 def _place(tensor: LazyTensor) -> tuple[Key, int | None, str] | None:
-    """Say which weight a tensor belongs to and as what: key, expert if stored apart, and role; None for what is of no weight."""
+    """Return the weight a tensor belongs to, and as what: key, expert if stored apart, and role; None for those of no weight."""
     bare = hf.strip(tensor.name)
     expert = EXPERT.fullmatch(bare)
     if expert:
@@ -227,7 +227,7 @@ def _join(experts: Mapping[int, Tensors], shape: tuple[int, ...], claims: Claims
 
 
 def _layout(tensors: Tensors, columns: int, claims: Claims) -> ModuleLayout:
-    """Tell how a module is packed. Raises ValueError with what does not fit."""
+    """Return how a module is packed. Raises ValueError with what does not fit."""
     codes, scales = tensors.get("codes") or tensors.get("words"), tensors.get("scales")
     if codes is None or scales is None:
         raise ValueError(f"no {'weight' if codes is None else 'scales'} beside {_endings(tensors)}; {REPAIR}")
@@ -310,7 +310,7 @@ def _columns_first(tensors: Tensors, words: LazyTensor, scales: LazyTensor, colu
 
 
 def _bits(width: int, unit: int, columns: int, claims: Claims) -> int:
-    """Tell how wide integers are of which so many columns take `width` words of `unit` bits. Raises ValueError."""
+    """Return how wide integers are of which so many columns take `width` words of `unit` bits. Raises ValueError."""
     fits = [bits for bits in range(1, 9) if width == _over(columns * bits, unit)]
     if unit == 32:  # no integer straddles words in files older than compressed-tensors 0.20
         fits += [bits for bits in range(1, 9) if bits not in fits and width == _over(columns, unit // bits)]
@@ -326,7 +326,7 @@ def _bits(width: int, unit: int, columns: int, claims: Claims) -> int:
 
 
 def _group(columns: int, groups: int, claims: Claims) -> int | None:
-    """Give the columns of a group, None for whole rows; by the config where a group of its size fits, or else by division."""
+    """Return the columns of a group, None for whole rows; by the config where a group of its size fits, or else by division."""
     if groups <= 1:
         return None
     named = [group for group in claims.groups if _over(columns, group) == groups]
@@ -338,7 +338,7 @@ def _group(columns: int, groups: int, claims: Claims) -> int | None:
 
 
 def _block(shape: tuple[int, ...], scales: LazyTensor, claims: Claims) -> tuple[int, int] | None:
-    """Give the rows and columns that share a scale; None where scales are of the tensor or its rows."""
+    """Return the rows and columns that share a scale; None where scales are of the tensor or its rows."""
     rows, columns = shape[-2:]
     if len(scales.shape) != len(shape) or scales.shape[-2:] == (rows, 1) or math.prod(scales.shape) == 1:
         return None
@@ -455,7 +455,7 @@ def _check_shape(tensors: Tensors, shape: tuple[int, ...]) -> None:
 
 
 def _quantization(source: Source) -> dict[str, Any]:
-    """Give the config's account of the quantization, or that of the file in which ModelOpt used to put it; {} for neither."""
+    """Return the config's account of the quantization, or that of the file in which ModelOpt used to put it; {} for neither."""
     raw = source.read_json("config.json") or {}
     if "quantization" in raw:  # MLX's key
         return {}
@@ -467,7 +467,7 @@ def _quantization(source: Source) -> dict[str, Any]:
 
 
 def _refusals(source: Source, quantization: Mapping[str, Any]) -> Iterator[str]:
-    """Say what of the config can't be read here; what only concerns single weights is found with them."""
+    """Return what of the config can't be read here; what only concerns single weights is found with them."""
     method = quantization.get("quant_method")
     if method is None and any(".quant_state." in name for name in source.tensors):
         method = "bitsandbytes"

@@ -92,7 +92,7 @@ def sniff(source: Source) -> bool:
 
 
 def translate(name: str) -> tuple[str | None, str | None]:
-    """Give a tensor's canonical name and part; None for what the format does not know."""
+    """Return a tensor's canonical name and part; None for what the format does not know."""
     for prefix, kind in TOWER_PREFIXES.items():
         if name.startswith(prefix):
             return kind, None
@@ -104,7 +104,7 @@ def translate(name: str) -> tuple[str | None, str | None]:
 
 
 def spell(name: str, part: str | None) -> str:
-    """Give the name that llama.cpp's converter writes for a canonical parameter or part; the inverse of `translate`."""
+    """Return the name that llama.cpp's converter writes for a canonical parameter or part; the inverse of `translate`."""
     section, _, rest = name.partition(".")
     if section != "layers":
         return next(own for own, canonical in GLOBALS.items() if canonical == (name, part))
@@ -171,7 +171,7 @@ class _Keys:
         return float(f"{value:.7g}")  # stored in 32 bits: 1e-6 comes back as 9.999999974752427e-07
 
     def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
-        """Give a number for each layer, whether stored once or as an array."""
+        """Return a number for each layer, whether stored once or as an array."""
         value = self.get(key)
         if value is None:
             if default is None:
@@ -312,7 +312,7 @@ def _experts(keys: _Keys) -> dict[str, Any]:
 
 
 def _partial_rotary(keys: _Keys, source: Source) -> float:
-    """Give the part of the pairs that rotate in global layers: the divisors of all others are huge."""
+    """Return the part of the pairs that rotate in global layers: the divisors of all others are huge."""
     usual, divisors = 0.25, source.tensors.get(ROPE_DIVISORS)
     if divisors is None:
         return usual
@@ -430,7 +430,7 @@ def _list(source: Source, name: str, value: object, kind: type, count: int | Non
 
 
 def chat_template(source: Source) -> str | None:
-    """Give the chat template, or None where the file has none, as base models."""
+    """Return the chat template, or None where the file has none, as base models."""
     found = source.metadata.get("tokenizer.chat_template")
     return found if isinstance(found, str) else None
 

@@ -31,7 +31,7 @@ SAMPLING = {"top_k": "i32", "top_p": "f32", "temperature": "f32"}
 
 
 def describe(config: ModelConfig, plan: ModelPlan, name: str, usual_type: str) -> list[Entry]:
-    """Say what the decoder is; `usual_type` is how most of its bytes are stored."""
+    """Return what the decoder is; `usual_type` is how most of its bytes are stored."""
     layers = plan.layers
     widest = next(layer for layer in layers if layer.attn is Attn.GLOBAL)
     narrow = next((layer for layer in layers if layer.attn is Attn.SLIDING), widest)
@@ -71,7 +71,7 @@ def describe(config: ModelConfig, plan: ModelPlan, name: str, usual_type: str) -
 
 
 def frequencies(plan: ModelPlan) -> list[float]:
-    """Give the divisors of the global layers' rotary frequencies: 1, and for pairs that do not rotate one that stops them."""
+    """Return the divisors of the global layers' rotary frequencies: 1, and for pairs that do not rotate one that stops them."""
     rope = next(layer.rope for layer in plan.layers if layer.attn is Attn.GLOBAL)
     return [1.0 if pair < rope.pairs else 1e30 for pair in range(rope.head_dim // 2)]
 

@@ -133,7 +133,7 @@ def strip(name: str) -> str:
 
 
 def spell(name: str, part: str | None) -> str:
-    """Give the name that `save_pretrained` writes for a canonical parameter or part; the inverse of `translate`."""
+    """Return the name that `save_pretrained` writes for a canonical parameter or part; the inverse of `translate`."""
     section, _, rest = name.partition(".")
     if section != "layers":
         own = next(hf for hf, canonical in GLOBALS.items() if canonical == (name, part))

@@ -22,7 +22,7 @@ CLASSES = {"gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4Uni
 def for_transformers(
     raw: Mapping[str, Any] | None, config: ModelConfig, plan: ModelPlan, dtype: str, *, wraps: bool
 ) -> dict[str, Any]:
-    """Give the config of an unquantized checkpoint: the source's own where it has one (`raw`), else spelled from the typed one.
+    """Return the config of an unquantized checkpoint: the source's own where it has one (`raw`), else spelled from the typed one.
 
     Without `wraps`, a wrapper's config becomes that of the text model inside it.
     """
@@ -33,7 +33,7 @@ def for_transformers(
 def for_mlx(
     raw: Mapping[str, Any] | None, config: ModelConfig, plan: ModelPlan, dtype: str, quantization: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Give the config of an MLX checkpoint, with the published keys, which mlx-lm knows, in place of per-layer ones.
+    """Return the config of an MLX checkpoint, with the published keys, which mlx-lm knows, in place of per-layer ones.
 
     `quantization` holds the settings of all modules, and an object under the name of each one that differs.
     """
@@ -50,7 +50,7 @@ def for_mlx(
 
 
 def spell(config: ModelConfig, plan: ModelPlan) -> dict[str, Any]:
-    """Give the config of a text model, from the typed one alone."""
+    """Return the config of a text model, from the typed one alone."""
     kind = config.model_type if config.model_type in CLASSES else "gemma4_text"
     return {
         "architectures": [CLASSES[kind]],
@@ -115,7 +115,7 @@ def _flat(found: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 
 def _with_dtype(found: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Say in which dtype the dense weights are, wherever the config speaks of it."""
+    """Return the dtype of the dense weights, wherever the config speaks of it."""
     changed = {key: value for key, value in found.items() if key != "torch_dtype"} | {"dtype": dtype}
     if "text_config" in changed:
         changed["text_config"] = {key: value for key, value in changed["text_config"].items() if key != "torch_dtype"} | {

@@ -88,7 +88,7 @@ class Adapter:
     other_modules: Mapping[str, int] = field(default_factory=dict)  # changes of towers, by kind
 
     def notes(self) -> list[str]:
-        """Say once what of the adapter has no effect, and why."""
+        """Return notes on what of the adapter has no effect, and why."""
         notes = []
         if self.idle:
             layers = len({label.split(".")[1] for label in self.idle})
@@ -113,7 +113,7 @@ class _Settings:
     alphas: Mapping[str, tuple[int, Any]]
 
     def of(self, module: str, stored: int) -> tuple[int, float]:
-        """Give the rank that a module should have, and the scale of its change; `stored` counts where the config is broken."""
+        """Return the rank that a module should have, and the scale of its change; `stored` counts where the config is broken."""
         rank = _first_match(self.ranks, module, self.rank or stored)
         alpha = _first_match(self.alphas, module, self.alpha)
         return rank, alpha / (rank**0.5 if self.is_rslora else rank)
@@ -220,7 +220,7 @@ def _is_alpha(value: object) -> bool:
 
 
 def _first_match(patterns: Mapping[str, tuple[int, Any]], module: str, default: Any) -> Any:
-    """Give the value of the first pattern that names the module or, without a ^, the end of its name."""
+    """Return the value of the first pattern that names the module or, without a ^, the end of its name."""
     words = module.split(".")
     names = [f"^{module}", *(".".join(words[start:]) for start in range(len(words)))] if patterns else []
     return min((patterns[name] for name in names if name in patterns), default=(0, default))[1]
@@ -249,7 +249,7 @@ def _pair(source: Source, ignore: Sequence[str], problems: list[str]) -> dict[st
 def _match(
     path: Path, plan: ModelPlan, settings: _Settings, pairs: Mapping[str, Mapping[str, LazyTensor]], problems: list[str]
 ) -> Adapter:
-    """Give every change its parameter, noting all problems."""
+    """Find every change's parameter, noting all problems."""
     specs = {spec.name: spec for spec in plan.params()}
     factors, idle, other_modules = dict[str, Factors](), list[str](), dict[str, int]()
     for module, halves in pairs.items():
@@ -296,7 +296,7 @@ def _locate(module: str, down: LazyTensor, up: LazyTensor, specs: Mapping[str, P
 
 
 def _is_unused(plan: ModelPlan, name: str, part: str | None, spec: ParamSpec | None) -> bool:
-    """Tell whether a change is of keys or values that this layer, by its plan, does not make."""
+    """Return whether a change is of keys or values that this layer, by its plan, does not make."""
     return spec is not None and name.endswith(".attn.in") and part in ("k", "v") and part not in dict(spec.parts)
 
 

@@ -110,7 +110,7 @@ def translate(tensor: LazyTensor) -> StoredTensor:
 
 
 def spell(name: str, part: str | None) -> str:
-    """Give the name that mlx-lm writes for a canonical parameter or part; experts are stored by part.
+    """Return the name that mlx-lm writes for a canonical parameter or part; experts are stored by part.
 
     A packed module keeps its codes there; its scales and biases end in `scales` and `biases` instead of `weight`.
     """
@@ -146,7 +146,7 @@ def _module(module: str, arrays: dict[str, LazyTensor], columns: Mapping[str, in
 
 
 def _layout(arrays: Mapping[str, LazyTensor], columns: int) -> ModuleMode:
-    """Tell from headers how a module with so many columns is packed. Raises ValueError with everything that does not fit."""
+    """Return, from headers, how a module with so many columns is packed. Raises ValueError with everything that does not fit."""
     codes, scales = arrays.get("weight"), arrays.get("scales")
     if codes is None or scales is None:
         found = " and ".join(name for name in ARRAYS if name in arrays)
@@ -178,7 +178,7 @@ def _layout(arrays: Mapping[str, LazyTensor], columns: int) -> ModuleMode:
 
 
 def _companion_problems(mode: str, arrays: Mapping[str, LazyTensor], scales: LazyTensor) -> Iterator[str]:
-    """Say what is wrong with a module's biases and global scale; an unknown mode is somebody else's complaint."""
+    """Return what is wrong with a module's biases and global scale; an unknown mode is somebody else's complaint."""
     biases, factor = arrays.get("biases"), arrays.get("global_scale")
     if mode == AFFINE and biases is None:
         yield "biases: missing beside weight and scales; download or convert it again"
@@ -196,14 +196,14 @@ def _companion_problems(mode: str, arrays: Mapping[str, LazyTensor], scales: Laz
 
 
 def _claims(source: Source) -> dict[str, Any]:
-    """Give the config's quantization: settings of all modules, and an object or false under a module's own name."""
+    """Return the config's quantization: settings of all modules, and an object or false under a module's own name."""
     raw = source.read_json("config.json") or {}
     claims = raw.get("quantization") or raw.get("quantization_config")
     return claims if isinstance(claims, dict) else {}
 
 
 def _contradiction(claim: object, layout: ModuleMode | None) -> str | None:
-    """Say how a module's own entry in the config disagrees with its stored arrays. A field that is left out says nothing."""
+    """Return how a module's own entry in the config disagrees with its stored arrays. A field that is left out says nothing."""
     remedy = "what is stored decides: correct or remove the entry, or use the config that came with the weights"
     if claim is None or claim is True:
         return None
@@ -243,7 +243,7 @@ def _bytes(codes: LazyTensor) -> Tensor:
 
 
 def _values(stored: LazyTensor) -> Tensor:
-    """Give scales or biases as floats."""
+    """Return scales or biases as floats."""
     values = stored.torch()
     stored.release()  # where they are misaligned they have just been copied, and their pages are not needed again
     return values

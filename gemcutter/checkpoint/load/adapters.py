@@ -27,7 +27,7 @@ FOLD_ELEMENTS = 1 << 22  # elements of a weight that are widened at a time
 def fold(
     params: Params, adapter: Adapter, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Weight | Tensor], str]:
-    """Add an adapter's changes to the weights, for all requests; give the parameters and a note of what that costs.
+    """Add an adapter's changes to the weights, for all requests, and return the parameters and a note of what that costs.
 
     Only the parts that change are copied, dense and as `dtype`, whatever they were before; the others stay as they are.
     """

@@ -36,7 +36,7 @@ class Matched:
     unknown: list[StoredTensor] = field(default_factory=list)
 
     def notes(self, plan: ModelPlan) -> list[str]:
-        """Say once what was left out and why."""
+        """Return notes on what was left out and why."""
         notes = []
         if self.redundant:
             readers = {piece.name.split(".")[1] for piece in self.redundant if piece.name and piece.name.startswith("layers.")}
@@ -75,12 +75,12 @@ def read_checkpoint(source: Source, ignore: Sequence[str] = ()) -> Checkpoint:
 
 
 def format_of(source: Source) -> Format:
-    """Give the first format that takes the source for its own. Raises CheckpointError for a damaged config."""
+    """Return the first format that takes the source for its own. Raises CheckpointError for a damaged config."""
     return next(format for format in FORMATS if format.sniff(source))
 
 
 def match(plan: ModelPlan, pieces: Iterable[StoredTensor], source: str, ignore: Sequence[str] = ()) -> Matched:
-    """Give every parameter its pieces. Raises CheckpointError that lists all problems; nothing is allocated."""
+    """Find every parameter's tensors. Raises CheckpointError that lists all problems; nothing is allocated."""
     problems: list[str] = []
     matched = compare(plan, pieces, problems, ignore)
     if problems:
@@ -90,7 +90,7 @@ def match(plan: ModelPlan, pieces: Iterable[StoredTensor], source: str, ignore: 
 
 
 def compare(plan: ModelPlan, pieces: Iterable[StoredTensor], problems: list[str], ignore: Sequence[str] = ()) -> Matched:
-    """Give every parameter the pieces that fit it, noting every problem instead of raising."""
+    """Find the tensors that fit every parameter, noting every problem instead of raising."""
     specs = {spec.name: spec for spec in plan.params()}
     redundant = plan.redundant()
     matched, found = Matched(), dict[tuple[str, str | None], StoredTensor]()

@@ -109,7 +109,7 @@ class PackedWeightCache:
 
 
 def user_folder() -> Path:
-    """Give the folder for repacked weights, which may be deleted at any time."""
+    """Return the folder for repacked weights, which may be deleted at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemcutter" / "packed-weights"
 
 

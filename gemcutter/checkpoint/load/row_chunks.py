@@ -41,7 +41,7 @@ def whole(data: LazyTensor | PackedTensor) -> list[Run]:
 
 
 def row_chunks(runs: Iterable[Run], elements: int = CHUNK_ELEMENTS) -> Iterator[Part]:
-    """Yield the rows of all runs in order, [rows, columns], at most `elements` elements (TILE_ROWS rows at least) at once.
+    """Yield the rows of all runs in order, [rows, columns], at most `elements` elements (CHUNK_ROWS rows at least) at once.
 
     They come as they are stored, dense or packed: views that must not be written to, and only good until the next one is asked
     for. Raises CheckpointError where stored tensors don't fit each other or the file has changed.
@@ -70,7 +70,7 @@ def dense_dtype(data: LazyTensor | PackedTensor) -> str | None:
 
 
 def dense(part: Part) -> Tensor:
-    """Give rows as a tensor: in their stored dtype, or in float32 where they are packed."""
+    """Return rows as a tensor: in their stored dtype, or in float32 where they are packed."""
     return part if isinstance(part, Tensor) else part.dequantize()
 
 

@@ -61,7 +61,7 @@ def locate(model: str) -> Path:
 
 
 def parse(model: str) -> Path | HubId:
-    """Tell what a model's name means, without a look at the network. Raises CheckpointError if it means nothing."""
+    """Return what a model's name means, without a look at the network. Raises CheckpointError if it means nothing."""
     if model == DEMO:
         return DEMO_FOLDER
     path = Path(os.path.expanduser(model))
@@ -85,7 +85,7 @@ def expand(model: str) -> str:
 
 @cache
 def short_names() -> dict[str, str]:
-    """Give the hub id that each short name stands for."""
+    """Return the hub id that each short name stands for."""
     names: dict[str, str] = json.loads((Path(__file__).parent / "names.json").read_text(encoding="utf-8"))
     return names
 
@@ -132,7 +132,7 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
 
 
 def diagnose(error: Exception, repo: str, revision: str | None) -> str:
-    """Say in one line why the hub gave nothing, and what to do."""
+    """Return, in one line, why the hub gave nothing, and what to do."""
     from huggingface_hub import errors
 
     cause = error.__cause__

@@ -24,7 +24,7 @@ _HEX = "[0-9a-f]{8}"
 
 @contextmanager
 def put_in_place(target: Path, *, is_folder: bool, force: bool) -> Iterator[Path]:
-    """Give a temporary path beside `target`, a folder or a file; it gets that name if the block ends well, else it goes.
+    """Yield a temporary path beside `target`, a folder or a file; it gets that name if the block ends well, else it goes.
 
     `force` lets it replace a file, or a folder that an earlier run wrote (it holds a manifest) and nothing else. The temporary
     path is locked while the block runs, so a later run knows the leftovers of one that was killed, and removes them.

@@ -93,7 +93,7 @@ def _narrow(width: int) -> int:
 
 
 def write_checkpoint(like: str, out: Path, *, full: bool = False, seed: int = 0) -> tuple[Path, ...]:
-    """Write a random checkpoint with the traits of the size named `like` (see SIZES) into `out`; give the files written.
+    """Write a random checkpoint with the traits of the size named `like` (see SIZES) into `out`; return the files written.
 
     It is small, with the demo's vocabulary; `full` keeps the true geometry (E2B takes 9.3 GB of disk, 31B 61 GB) and
     still needs only some 50 MB of memory. Raises ConfigError for an unknown size or seed, CheckpointError as `write_size`.
@@ -104,7 +104,7 @@ def write_checkpoint(like: str, out: Path, *, full: bool = False, seed: int = 0)
 
 
 def write_size(size: Size, out: Path, *, seed: int = 0) -> tuple[Path, ...]:
-    """Write a random checkpoint of any geometry into `out`, which is made if absent; give the files written.
+    """Write a random checkpoint of any geometry into `out`, which is made if absent; return the files written.
 
     The same size and seed give the same bytes. config.json comes last: a folder that has one is complete. Raises ConfigError for
     a geometry that contradicts itself or a negative seed, CheckpointError if `out` is not empty or can't be written.
@@ -130,7 +130,7 @@ def write_size(size: Size, out: Path, *, seed: int = 0) -> tuple[Path, ...]:
 
 
 def spell_config(size: Size) -> dict[str, Any]:
-    """Give the config.json of a size, key for key as transformers' `save_pretrained` writes that of a text model.
+    """Return the config.json of a size, key for key as transformers' `save_pretrained` writes that of a text model.
 
     What all sizes have in common, and the ids of the demo's tokenizer, come from the demo's config.
     """
@@ -198,7 +198,7 @@ def _data(plan: ModelPlan, seed: int) -> Iterator[memoryview]:
 
 
 def distribution(spec: ParamSpec, plan: ModelPlan) -> tuple[float, float]:
-    """Give mean and deviation of a parameter's values, such that activations, scores and logits have a deviation near 1."""
+    """Return mean and deviation of a parameter's values, such that activations, scores and logits have a deviation near 1."""
     if spec.name.endswith(("q_norm", "k_norm")):
         center: float = spec.shape[0] ** -0.25  # attention has no scale of its own: the two norms bring 1/sqrt(head_dim)
         return center, 0.1 * center
