@@ -11,6 +11,7 @@ import argparse
 import functools
 import json
 import tempfile
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -317,7 +318,10 @@ def table() -> str:
             marks = ", ".join(str(notes.index(note) + 1) for note in found)
             cells.append(("no" if layout.refusal else "yes") + (f" <sup>{marks}</sup>" if marks else ""))
         lines.append(f"| {layout.title} | {layout.scheme} | {' | '.join(cells)} |")
-    below = [f"{number}. {note.text}" for number, note in enumerate(notes, 1)]
+    below = [
+        textwrap.fill(f"{number}. {note.text}", 120, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
+        for number, note in enumerate(notes, 1)
+    ]
     return "\n".join([INTRODUCTION, "", *lines, "", *below])
 
 
