@@ -59,7 +59,7 @@ def block(found: Mapping[str, Any]) -> str:
         "fast gemcutter is. *Ceiling* is what this machine allows: its measured read bandwidth over the bytes that a token must "
         "read, or its best measured rate of matrix products over the operations of a prompt."
     )
-    return "\n\n".join([_wrapped(heading), *(table(run) for run in found["runs"])])
+    return "\n\n".join([_wrapped(heading), *(_wrapped(table(run)) for run in found["runs"])])
 
 
 def table(run: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ def table(run: Mapping[str, Any]) -> str:
     peers = [name for name, engine in engines.items() if name != OURS and engine["rows"]]
     ours = {row["test"]: row for row in engines[OURS]["rows"]}
     theirs = {name: {row["test"]: row for row in engines[name]["rows"]} for name in peers}
-    lines = [_wrapped(f"**{run['model']}, {run['quant']}, {run['threads']} threads**"), ""]
+    lines = [f"**{run['model']}, {run['quant']}, {run['threads']} threads**", ""]
     lines.append("| | " + " | ".join([OURS, "ceiling", "share", *peers]) + " |")
     lines.append("|---|" + "---|" * (3 + len(peers)))
     for test, row in ours.items():
@@ -103,11 +103,14 @@ def _notes(run: Mapping[str, Any]) -> list[str]:
         f"{name} ({engine['problems'].get('', 'no test ran')})" for name, engine in run["engines"].items() if not engine["rows"]
     ]
     notes.append(f"Versions: {', '.join(versions)}." + (f" Not measured: {'; '.join(missing)}." if missing else ""))
-    return [_wrapped(" ".join(notes))]
+    return [" ".join(notes)]
 
 
-def _wrapped(prose: str) -> str:
-    return textwrap.fill(prose, PROSE_WIDTH, break_long_words=False, break_on_hyphens=False)
+def _wrapped(page: str) -> str:
+    """Break a page's prose at `PROSE_WIDTH`; rows of tables are left as they are."""
+    lines = page.splitlines()
+    broken = [line if line.startswith("|") else textwrap.fill(line, PROSE_WIDTH, break_on_hyphens=False) for line in lines]
+    return "\n".join(broken)
 
 
 def _spell(test: str) -> str:

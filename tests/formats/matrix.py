@@ -300,10 +300,10 @@ LAYOUTS = (
 # ---- the README's table ----
 
 INTRODUCTION = """\
-Every cell is four files of a small random model: with and without the tensors that its layers do not use (keys and values of
-layers that read another's, values of layers that take their keys), as a text model and inside a multimodal wrapper whose tower's
-layers have the decoder's names. *yes*: all four load and give the logits of the same values in float32; *no*: all four are
-refused, with the reason. `tests/formats/test_matrix.py` proves it."""
+Every cell is four files of a small random model: with and without the tensors that its layers do not use (keys and
+values of layers that read another's, values of layers that take their keys), as a text model and inside a multimodal
+wrapper whose tower's layers have the decoder's names. *yes*: all four load and give the logits of the same values in
+float32; *no*: all four are refused, with the reason. `tests/formats/test_matrix.py` proves it."""
 
 
 def table() -> str:
