@@ -11,7 +11,6 @@ import argparse
 import functools
 import json
 import tempfile
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -242,10 +241,9 @@ class Layout:
 
 TOWER_FILE = Note("A tower in the same file, where Ollama puts it, is left aside; llama.cpp's `mmproj` files hold no text model.")
 OWN_VALUES = Note(
-    "No key of a GGUF file says that values are the raw keys; the absence of `attn_v` does. Where it is stored it is used, "
-    "and a copy of the keys' gives the same numbers."
+    "GGUF has no key for values that are the raw keys: `attn_v` is absent, or it is stored and used, with equal results."
 )
-ONLY_BLOCKS = Note(f"Of GGUF's block types {', '.join(gguf.BLOCKS)} are read.", "is not read, only")
+ONLY_BLOCKS = Note(f"GGUF's block types {', '.join(gguf.BLOCKS)} are read.", "is not read, only")
 NO_BITSANDBYTES = Note("Use the checkpoint that it was made from, and `--quant q4`.", "quant_method 'bitsandbytes'")
 NO_TRANSFORMS = Note("The weights fit rotated activations only, which are not made here.", "transform_config")
 NO_SMOOTHING = Note("Its inputs want a scale for each channel, `pre_quant_scale`, which is not applied here.", "pre_quant_scale")
@@ -318,10 +316,7 @@ def table() -> str:
             marks = ", ".join(str(notes.index(note) + 1) for note in found)
             cells.append(("no" if layout.refusal else "yes") + (f" <sup>{marks}</sup>" if marks else ""))
         lines.append(f"| {layout.title} | {layout.scheme} | {' | '.join(cells)} |")
-    below = [
-        textwrap.fill(f"{number}. {note.text}", 120, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
-        for number, note in enumerate(notes, 1)
-    ]
+    below = [f"{number}. {note.text}" for number, note in enumerate(notes, 1)]
     return "\n".join([INTRODUCTION, "", *lines, "", *below])
 
 
