@@ -60,11 +60,11 @@ def docstrings(path: Path) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.skipif(not FIRST_WORDS_ARE_CHECKED, reason="docstrings still begin in other ways; see FIRST_WORDS_ARE_CHECKED")
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_docstrings_begin_with_return(path: Path) -> None:
+def test_docstrings_begin_with_return() -> None:
     """A function that gives something back says "Return ...", one that answers a question "Return whether ..."."""
     found = [
         f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
+        for path in sorted(PACKAGE.rglob("*.py"))
         for line, text in docstrings(path)
         if re.match(rf"({'|'.join(REPLACED_BY_RETURN)})\b", text)
     ]
