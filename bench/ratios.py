@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE.parent / "README.md"
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 OURS = "gemcutter"
+PROSE_WIDTH = 120  # columns of prose in Markdown
 NAME = re.compile(r"\d{4}-\d\d-\d\d-.+\.json")
 
 
@@ -57,7 +59,7 @@ def block(found: Mapping[str, Any]) -> str:
         "fast gemcutter is. *Ceiling* is what this machine allows: its measured read bandwidth over the bytes that a token must "
         "read, or its best measured rate of matrix products over the operations of a prompt."
     )
-    return "\n\n".join([heading, *(table(run) for run in found["runs"])])
+    return "\n\n".join([_wrapped(heading), *(_wrapped(table(run)) for run in found["runs"])])
 
 
 def table(run: Mapping[str, Any]) -> str:
@@ -102,6 +104,13 @@ def _notes(run: Mapping[str, Any]) -> list[str]:
     ]
     notes.append(f"Versions: {', '.join(versions)}." + (f" Not measured: {'; '.join(missing)}." if missing else ""))
     return [" ".join(notes)]
+
+
+def _wrapped(page: str) -> str:
+    """Break a page's prose at `PROSE_WIDTH`; rows of tables are left as they are."""
+    lines = page.splitlines()
+    broken = [line if line.startswith("|") else textwrap.fill(line, PROSE_WIDTH, break_on_hyphens=False) for line in lines]
+    return "\n".join(broken)
 
 
 def _spell(test: str) -> str:

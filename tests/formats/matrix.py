@@ -241,10 +241,9 @@ class Layout:
 
 TOWER_FILE = Note("A tower in the same file, where Ollama puts it, is not loaded; llama.cpp's `mmproj` files hold no text model.")
 OWN_VALUES = Note(
-    "No key of a GGUF file says that values are the raw keys; the absence of `attn_v` does. Where it is stored it is used, "
-    "and a copy of the keys' gives the same numbers."
+    "GGUF has no key for values that are the raw keys: `attn_v` is absent, or it is stored and used, with equal results."
 )
-ONLY_BLOCKS = Note(f"Of GGUF's block types {', '.join(gguf.BLOCKS)} are read.", "is not read, only")
+ONLY_BLOCKS = Note(f"GGUF's block types {', '.join(gguf.BLOCKS)} are read.", "is not read, only")
 NO_BITSANDBYTES = Note("Use the checkpoint that it was made from, and `--quant q4`.", "quant_method 'bitsandbytes'")
 NO_TRANSFORMS = Note("The weights fit rotated activations only, which are not made here.", "transform_config")
 NO_SMOOTHING = Note("Its inputs want a scale for each channel, `pre_quant_scale`, which is not applied here.", "pre_quant_scale")
@@ -299,10 +298,10 @@ LAYOUTS = (
 # ---- the README's table ----
 
 INTRODUCTION = """\
-Every cell is four files of a small random model: with and without the tensors that its layers do not use (keys and values of
-layers that read another's, values of layers that take their keys), as a text model and inside a multimodal wrapper whose tower's
-layers have the decoder's names. *yes*: all four load and give the logits of the same values in float32; *no*: all four are
-refused, with the reason. `tests/formats/test_matrix.py` proves it."""
+Every cell is four files of a small random model: with and without the tensors that its layers do not use (keys and
+values of layers that read another's, values of layers that take their keys), as a text model and inside a multimodal
+wrapper whose tower's layers have the decoder's names. *yes*: all four load and give the logits of the same values in
+float32; *no*: all four are refused, with the reason. `tests/formats/test_matrix.py` proves it."""
 
 
 def table() -> str:
