@@ -2,9 +2,10 @@
 # While you work, `make quick` takes less than a minute; CONTRIBUTING.md says which tests belong to which change.
 .PHONY: demo quick check check-peers native sanitize wheel docs lint types test test-rest clean
 SOURCES := gemcutter tests bench examples tools
+CPP_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/kernels/*.cpp)
 
 # What catches most mistakes in least time: import rules, the plan, configs, block tables, the scheduler, sampling.
-QUICK := tests/rules $(addprefix tests/unit/test_,plan.py config.py table.py prefix.py scheduler.py sampling.py draw.py)
+QUICK := tests/rules $(addprefix tests/unit/test_,plan.py config.py table.py prefix.py scheduler.py sampling.py sampler.py)
 # One thread a process: two test processes share two cores, and threads of both would get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
@@ -21,6 +22,7 @@ quick: native
 lint: .venv/.installed-dev
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
+	.venv/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
 	.venv/bin/python tools/make_docs.py --check
 
 # docs/cli.md and docs/api.md, from the command line's help and the public names' docstrings.

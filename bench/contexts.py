@@ -24,10 +24,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.contexts` has it
 
 from bench.ratios import RESULTS, spell_machine
+from gemcutter.benchmark.harness import list_cases
+from gemcutter.benchmark.report import measure
+from gemcutter.benchmark.target import from_file, from_preset
 from gemcutter.errors import GemcutterError
-from gemcutter.gauge.report import measure
-from gemcutter.gauge.stand import list_trials
-from gemcutter.gauge.subject import Compute, from_file, from_preset
+from gemcutter.load_options import LoadOptions
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 40, 64, 56  # margins around the plot
@@ -152,10 +153,10 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     try:
         if options.model:
-            subject = from_file(options.model, Compute())
+            subject = from_file(LoadOptions(model=options.model))
         else:
-            subject = from_preset(options.preset, options.quant, options.layers, Compute())
-        found = measure(subject, list_trials([], [options.tokens], options.depth), options.repeats)
+            subject = from_preset(options.preset, options.quant, options.layers, LoadOptions(model=options.preset))
+        found = measure(subject, list_cases([], [options.tokens], options.depth), options.repeats)
     except GemcutterError as error:
         print(error, file=sys.stderr)
         return 1

@@ -29,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.gpu` h
 
 from bench.gpu_kernels import check_norms, time_kernels
 from gemcutter import api
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.benchmark import hardware
+from gemcutter.benchmark.harness import list_cases
+from gemcutter.benchmark.report import measure
+from gemcutter.benchmark.target import from_preset
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.errors import GemcutterError
-from gemcutter.gauge import machine
-from gemcutter.gauge.report import measure
-from gemcutter.gauge.stand import list_trials
-from gemcutter.gauge.subject import Compute, from_preset
+from gemcutter.load_options import LoadOptions
 from gemcutter.parity.passage import PASSAGE
 
 HERE = Path(__file__).parent
@@ -82,8 +83,8 @@ def _nll_of_transformers(folder: Path, device: str) -> float:
 
 def time_model(preset: str, quant: str, device: str, sizes: argparse.Namespace) -> dict[str, Any]:
     """Measure one geometry: prompts, and replies in batches."""
-    subject = from_preset(preset, quant, None, Compute(device=device))
-    tests = list_trials(sizes.prompt, sizes.tokens, [0], sizes.batch)
+    subject = from_preset(preset, quant, None, LoadOptions(model=preset, device=device))
+    tests = list_cases(sizes.prompt, sizes.tokens, [0], sizes.batch)
     found = measure(subject, tests, sizes.rounds, max_rows=max([*sizes.prompt, 512]))
     for row in found["rows"]:
         row["ms_a_step"] = 1e3 * row["batch"] / row["tok_s"]
@@ -105,7 +106,7 @@ def time_peer(preset: str, sizes: argparse.Namespace) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Check, then time. What fails a check is named, and nothing is timed then."""
     place = api.check_device(options.device)
-    found: dict[str, Any] = {"date": date.today().isoformat(), "machine": machine.describe(place), "models": [], "kernels": []}
+    found: dict[str, Any] = {"date": date.today().isoformat(), "machine": hardware.describe(place), "models": [], "kernels": []}
     found["checks"] = [*check_norms(place), *check_models(options.device)]
     bad = [check for check in found["checks"] if not check["is_good"]]
     for check in bad:

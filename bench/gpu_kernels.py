@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcutter.benchmark.hardware import read_rate
+from gemcutter.benchmark.synthetic import make_params, plan_of
 from gemcutter.engine.memory import PAGE_TOKENS
-from gemcutter.gauge.machine import read_rate
-from gemcutter.gauge.presets import make_params, plan_of
 from gemcutter.ops import reference
-from gemcutter.ops.cuda_step import Paged
-from gemcutter.ops.reference import matrix
+from gemcutter.ops.registry import select_backend
+from gemcutter.ops.triton.attn_metadata import TritonAttnMetadata
+from gemcutter.ops.types import matrix
 from gemcutter.plan import LayerPlan, Proj
 
 HEAD_DIMS, HEADS, ROWS = (128, 256, 512), ((32, 16), (16, 8), (8, 1)), (1, 33, 4096)
@@ -59,12 +60,12 @@ def _case(proj: Proj, head_dim: int, heads: int, kv_heads: int, rows: int, devic
 
 
 def _fused(case: Case, k: Tensor, v: Tensor) -> Tensor:
-    from gemcutter.ops import triton_fused
+    from gemcutter.ops.triton import fused_norm
 
     given = (case.raw, case.layer, case.q_norm)
     if not case.layer.writes:
-        return triton_fused.finish_q(*given, EPS, case.cos, case.sin)
-    return triton_fused.finish_qkv(*given, case.k_norm, EPS, case.cos, case.sin, case.slots, k, v)
+        return fused_norm.finish_q(*given, EPS, case.cos, case.sin)
+    return fused_norm.finish_qkv(*given, case.k_norm, EPS, case.cos, case.sin, case.slots, k, v)
 
 
 def _apart(case: Case, k: Tensor, v: Tensor) -> Tensor:
@@ -98,24 +99,24 @@ def check_norms(device: torch.device) -> Iterator[dict[str, Any]]:
         yield {"check": f"fused norms, {proj.name}", "error": worst, "limit": LIMIT, "is_good": worst <= LIMIT}
 
 
-def paged_context(batch: int, context: int, device: torch.device) -> Paged:
+def paged_context(batch: int, context: int, device: torch.device) -> TritonAttnMetadata:
     """Describe one row of each of some sequences, all of which hold `context` positions in pages of their own."""
     pages, edges = -(-context // PAGE_TOKENS), torch.arange(batch + 1, dtype=torch.int32, device=device)
-    return Paged(
+    return TritonAttnMetadata(
         positions_N=torch.full((batch,), context - 1, dtype=torch.int32, device=device),
         row_sequence_N=edges[:-1],
-        row_start_S1=edges,
+        query_start_S1=edges,
         pages_SP=torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages),
         first_S=torch.zeros(batch, dtype=torch.int32, device=device),
         page_tokens=PAGE_TOKENS,
-        slots_N=None,
+        slot_mapping_N=None,
         max_rows=1,
     )
 
 
 def attention_cases(device: torch.device) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """List single rows of sliding and global layers of E4B and 31B: what runs, and the bytes of keys and values that it reads."""
-    from gemcutter.ops.triton_attention import attend
+    from gemcutter.ops.triton.attention import attend
 
     for preset, batch, context in product(("E4B", "31B"), (1, 8), CONTEXTS):
         layers = {layer.window: layer for layer in plan_of(preset).layers if layer.writes}
@@ -130,14 +131,15 @@ def attention_cases(device: torch.device) -> Iterator[tuple[str, int, Callable[[
 
 def product_cases(device: torch.device) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """List products of few rows with the MLP matrices of E4B and 31B: what runs, and the bytes of the matrix."""
-    from gemcutter.ops import triton_linear
+    from gemcutter.ops.triton import linear as linear_kernels
 
     for preset, quant in product(("E4B", "31B"), ("bf16", "q4_0")):
-        params = make_params(plan_of(preset, 1), quant, tiled=False, device=device)
+        plan, dtype = plan_of(preset, 1), torch.bfloat16
+        params = make_params(plan, quant, select_backend(device.type, "auto").packer(device, dtype), device)
         for name, rows in product(("layers.0.mlp.in", "layers.0.mlp.out"), (1, 2, 16, 64)):
             weight = matrix(params, name)
             x = torch.randn(rows, weight.columns, device=device).bfloat16()
-            yield f"{name} of {preset}, {quant}, {rows} rows", weight.nbytes, partial(triton_linear.linear, x, weight)
+            yield f"{name} of {preset}, {quant}, {rows} rows", weight.nbytes, partial(linear_kernels.linear, x, weight)
 
 
 def time_kernels(device: torch.device) -> Iterator[dict[str, Any]]:

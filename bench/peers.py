@@ -34,15 +34,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.peers`
 
 from bench.ratios import RESULTS, keep, table
 from bench.synthetic import FILE_TYPES, write_model
-from gemcutter.checkpoint.hub import locate
-from gemcutter.checkpoint.match import open_checkpoint
-from gemcutter.checkpoint.synth import SIZES, spell_config
+from gemcutter.benchmark import hardware
+from gemcutter.benchmark.cold_start import first_token_s
+from gemcutter.benchmark.harness import BenchCase, list_cases
+from gemcutter.benchmark.report import ceiling
+from gemcutter.checkpoint.load.match import open_checkpoint
+from gemcutter.checkpoint.remote.hub import locate
+from gemcutter.checkpoint.write.synth import SIZES, spell_config
 from gemcutter.errors import GemcutterError
-from gemcutter.gauge import machine
-from gemcutter.gauge.cold import first_token_s
-from gemcutter.gauge.report import ceiling
-from gemcutter.gauge.stand import Trial, list_trials
-from gemcutter.gauge.subject import Compute
+from gemcutter.load_options import LoadOptions
 
 HERE = Path(__file__).parent
 NAMES = ("gemcutter", "llama.cpp", "transformers bfloat16", "transformers float32", "mlx-lm")
@@ -79,7 +79,7 @@ class Engine:
                 self.problems[ENDED] = said["error"]
                 yield None
 
-    def turn(self, process: Process, test: Trial, budget_s: float) -> None:
+    def turn(self, process: Process, test: BenchCase, budget_s: float) -> None:
         """Run a test, with fewer tokens where all of them would take longer than `budget_s`, and note what it reached."""
         if test.name in self.problems or ENDED in self.problems:
             return
@@ -92,7 +92,7 @@ class Engine:
         if speed is not None:
             self.speeds.setdefault(test.name, []).append(speed)
 
-    def _speed(self, process: Process, test: Trial, tokens: int, limit_s: float) -> float | None:
+    def _speed(self, process: Process, test: BenchCase, tokens: int, limit_s: float) -> float | None:
         said = process.ask(limit_s, kind=test.kind, tokens=tokens, depth=test.depth)
         if "seconds" not in said:
             what = f"{test.name} with {tokens} tokens: {said['error']}"
@@ -160,7 +160,7 @@ class Process:
         return {"error": why, "is_end": True}
 
 
-def compare(engines: Sequence[Engine], tests: Sequence[Trial], rounds: int, budget_s: float, *, serial: bool) -> None:
+def compare(engines: Sequence[Engine], tests: Sequence[BenchCase], rounds: int, budget_s: float, *, serial: bool) -> None:
     """Give every engine its turns. With `serial` only one is loaded at a time, for models of which no two fit."""
     if serial:
         for _ in range(rounds):
@@ -179,7 +179,7 @@ def compare(engines: Sequence[Engine], tests: Sequence[Trial], rounds: int, budg
                         engine.turn(process, test, budget_s)
 
 
-def list_engines(model: Path, config: Path | None, tests: Sequence[Trial], threads: int, window: int) -> list[Engine]:
+def list_engines(model: Path, config: Path | None, tests: Sequence[BenchCase], threads: int, window: int) -> list[Engine]:
     """List the ways to run a file, and those to run a config where there is one."""
     context = max(test.context for test in tests) + 64
     found = [
@@ -198,14 +198,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Compare all engines on one model, and put gemcutter's rows beside their ceilings."""
     model, config = files_of(options, folder)
     plan = open_checkpoint(model).plan
-    tests = list_trials(options.prompt, options.tokens, options.depth)
+    tests = list_cases(options.prompt, options.tokens, options.depth)
     window = max((layer.window or 0 for layer in plan.layers), default=0)
     engines = [each for each in list_engines(model, config, tests, options.threads, window) if each.name in options.engines]
     compare(engines, tests, options.rounds, options.budget, serial=options.serial)
     torch.set_num_threads(options.threads)
     found = {engine.name: engine.as_object() for engine in engines}
     ours = found["gemcutter"]
-    rates = machine.measure_rates()
+    rates = hardware.measure_rates()
     if ours["about"].get("native_flops_per_s"):
         rates["native_flops_per_s"] = ours["about"]["native_flops_per_s"]
     about = ours["about"]
@@ -222,9 +222,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "engines": found,
     }
     try:
-        cold = str(model), options.threads, Compute(), options.rounds
-        run["first_token_s"], run["first_text_s"] = first_token_s(*cold)
-        run["first_token_cached_s"], _ = first_token_s(*cold, repack_cache=True)
+        plain, cached = (LoadOptions(model=str(model), repack_cache=keeps) for keeps in (False, True))
+        run["first_token_s"], run["first_text_s"] = first_token_s(plain, options.threads, options.rounds)
+        run["first_token_cached_s"], _ = first_token_s(cached, options.threads, options.rounds)
     except GemcutterError as error:
         run["first_token_problem"] = str(error)
     return run
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str]) -> int:
         except GemcutterError as error:
             print(error, file=sys.stderr)
             return 1
-    path = keep(run, machine.describe(), date.today().isoformat(), options.results)
+    path = keep(run, hardware.describe(), date.today().isoformat(), options.results)
     print(table(run))
     print(f"\n{path}; `python bench/ratios.py --write` puts the newest into the README")
     return 0

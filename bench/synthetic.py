@@ -1,8 +1,8 @@
 """Writes a GGUF file with a released size's geometry and synthetic weights, which llama.cpp and gemcutter both load.
 
-Owns which type each tensor has in such a file and where its vocabulary comes from: another GGUF file, or the packaged demo, whose
-vocabulary is padded. Text is noise, speed is that of real weights. Refuses to know how values are drawn (`gauge/presets.py`) and
-how bytes are laid out (`checkpoint/write_gguf.py`).
+Owns which type each tensor has in such a file and where its vocabulary comes from: another GGUF file, or the packaged demo,
+whose vocabulary is padded. Text is noise, speed is that of real weights. Refuses to know how values are drawn
+(`benchmark/synthetic.py`) and how bytes are laid out (`checkpoint/write/write_gguf.py`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from gemcutter import config as configs
+from gemcutter.benchmark.synthetic import QUANTS, draw_piece, plan_of, size_of
+from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import gguf, gguf_metadata
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.source import Source
-from gemcutter.checkpoint.synth import distribution, spell_config
-from gemcutter.checkpoint.write import Spec
-from gemcutter.checkpoint.write_gguf import write_gguf
-from gemcutter.gauge.presets import QUANTS, draw_piece, plan_of, size_of
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write.synth import distribution, spell_config
+from gemcutter.checkpoint.write.write_gguf import write_gguf
+from gemcutter.checkpoint.write.write_safetensors import Spec
 from gemcutter.plan import ModelPlan, ParamSpec
-from gemcutter.quant.blocks import TYPES, Blocks
+from gemcutter.quant.gguf_blocks import TYPES, Blocks
 
 FILE_TYPES = {"q4_0": "Q4_0", "q8_0": "Q8_0", "bf16": "BF16"}  # how most bytes are stored
 

@@ -13,26 +13,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gemcutter.errors import CapacityError, CheckpointError, ConfigError, GemcutterError, KernelError, RequestError
-from gemcutter.pause import collector_paused
+from gemcutter.gc_pause import collector_paused
 
 if TYPE_CHECKING:
-    from gemcutter.api import Model, load
-    from gemcutter.completion import Chunk, Completion, Stream
+    from gemcutter.api import GenerateOptions, Model, PreparedRequest, load
+    from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
     from gemcutter.engine.engine import Engine
-    from gemcutter.engine.request import Request
-    from gemcutter.engine.sampling import Sampling
+    from gemcutter.engine.request import FinishReason, Request
+    from gemcutter.engine.sampler import LogitsProcessor
+    from gemcutter.engine.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "load": "api",
     "Model": "api",
+    "GenerateOptions": "api",
+    "PreparedRequest": "api",
     "Chunk": "completion",
     "Completion": "completion",
+    "RequestMetrics": "completion",
     "Stream": "completion",
     "Engine": "engine.engine",
     "Request": "engine.request",
-    "Sampling": "engine.sampling",
+    "FinishReason": "engine.request",
+    "LogitsProcessor": "engine.sampler",
+    "SamplingParams": "engine.sampling",
 }
 
 __all__ = [
@@ -42,12 +48,17 @@ __all__ = [
     "Completion",
     "ConfigError",
     "Engine",
+    "FinishReason",
     "GemcutterError",
+    "GenerateOptions",
     "KernelError",
+    "LogitsProcessor",
     "Model",
+    "PreparedRequest",
     "Request",
     "RequestError",
-    "Sampling",
+    "RequestMetrics",
+    "SamplingParams",
     "Stream",
     "load",
 ]

@@ -1,35 +1,49 @@
 """What a request brings, piece by piece and whole.
 
-Owns `Stream` (an iterator over one request's chunks), `Completion` and `Timings`; refuses to know how prompts become ids. Read
-`api.py` for who makes streams, `text/stream.py` for how ids become text.
+Owns `Stream` (an iterator over one request's chunks), `Completion` and `RequestMetrics`; refuses to know how prompts become ids.
+Read `api.py` for who makes streams, `engine/loop.py` for where events come from, `text/stream.py` for how ids become text.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Literal
 
-from gemcutter.engine.engine import Engine
-from gemcutter.engine.request import Event, Finish, PromptReport, Request
+from gemcutter.engine.loop import EngineLoop, failure
+from gemcutter.engine.request import FinishReason, PromptReport, Request, RequestEvent
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.text.stream import TextStream
 
 
 @dataclass(frozen=True, slots=True)
-class Timings:
-    """Wall-clock seconds of one request. `prefill_tokens` counts computed prompt rows, `cached_tokens` those found in the cache.
+class RequestMetrics:
+    """Wall-clock seconds and tokens of one request.
 
-    `prefill_s` runs from submission to the first token, waiting for other requests included; `decode_tokens` are those after it.
+    `prefill_tokens` counts computed prompt rows, `cached_tokens` those found in the prefix cache. `ttft_s` runs from submission
+    to the first token, waiting for other requests included; `decode_tokens` and `decode_s` are those after it.
     """
 
     prefill_tokens: int = 0
-    prefill_s: float = 0.0
+    cached_tokens: int = 0
+    ttft_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
-    cached_tokens: int = 0
+
+    @property
+    def tpot_s(self) -> float:
+        """Return the time per output token after the first; 0 without any."""
+        return self.decode_s / self.decode_tokens if self.decode_tokens else 0.0
+
+    @property
+    def e2e_s(self) -> float:
+        """Return the time from submission to the last token."""
+        return self.ttft_s + self.decode_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +57,7 @@ class Completion:
     reasoning: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt: PromptReport = field(default_factory=PromptReport)
-    timings: Timings = field(default_factory=Timings)
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,89 +69,110 @@ class Chunk:
     completion: Completion | None = None
 
 
-class Mail:
-    """The events of every request under way, kept until its stream is read; whichever stream is read steps the engine for all."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._boxes: dict[int, deque[tuple[float, Event]]] = {}
-
-    def open(self, request: Request) -> int:
-        """Queue a request and give its number. Raises RequestError."""
-        number = self.engine.submit(request)
-        self._boxes[number] = deque()
-        return number
-
-    def take(self, number: int) -> tuple[float, Event]:
-        """Give a request's next event and when it came, stepping the engine until there is one."""
-        box = self._boxes[number]
-        while not box:
-            events = self.engine.step()
-            now = time.perf_counter()
-            for event in events:
-                if event.request in self._boxes:  # else someone else's, submitted to the engine itself
-                    self._boxes[event.request].append((now, event))
-        return box.popleft()
-
-    def close(self, number: int) -> None:
-        """Forget a request; it is cancelled if it still runs."""
-        self.engine.cancel(number)
-        self._boxes.pop(number, None)
-
-
 class Stream:
-    """The chunks of one request, the last one with its completion.
+    """The chunks of one request, the last one with its completion; it may be read from any thread.
 
-    Closing a stream, or dropping it, cancels its request; what was computed stays in the cache for reuse.
+    The engine works on whether the stream is read or not. Closing a stream, or dropping it, cancels its request; what was
+    computed stays in the cache for reuse. An interrupt while a stream is read closes it. Reading raises the error of a request
+    that ended with one.
     """
 
-    def __init__(self, mail: Mail, request: Request, text: TextStream) -> None:
-        self._mail = mail
-        self._number = mail.open(request)
-        # The generator holds no reference to the stream, so that dropping the stream ends the request at once.
-        self._chunks = _read(mail, self._number, request, text, time.perf_counter())
+    def __init__(self, request: Request, text: TextStream) -> None:
+        """Wait for events of a request that is to be submitted; `attach` says as what."""
+        self._request, self._text = request, text
+        self._events: SimpleQueue[RequestEvent] = SimpleQueue()
+        self.sink = self._events.put
+        self._ready: deque[Chunk] = deque()
+        self._tokens, self._logprobs, self._report = list[int](), list[TokenLogprobs](), PromptReport()
+        self._submitted_s, self._first_s, self._last_s = time.perf_counter(), 0.0, 0.0
+        self._completion: Completion | None = None
+        self._error: Exception | None = None
+        self._is_closed = False
+        self._lock = threading.Lock()  # of readers; the engine's thread takes none
+
+    def attach(self, loop: EngineLoop, number: int) -> None:
+        """Tell the stream the number of its request. A stream that is dropped before the end posts a cancellation."""
+        self._number = number
+        self._cancel = weakref.finalize(self, loop.cancel, number)
+        self._cancel.atexit = False
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
     def __next__(self) -> Chunk:
-        return next(self._chunks)
+        with self._lock:
+            if self._is_closed:
+                raise StopIteration
+            try:
+                while not self._ready:
+                    if self._error is not None:
+                        raise failure(self._error)
+                    if self._completion is not None:
+                        raise StopIteration
+                    self._take(self._events.get())
+                return self._ready.popleft()
+            except Exception:
+                raise
+            except BaseException:  # an interrupt may have come in the middle of an event
+                self.close()
+                raise
 
     def close(self) -> None:
         """Stop early; later reads end at once."""
-        self._chunks.close()
-        self._mail.close(self._number)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_chunks"):
-            self.close()
+        self._is_closed = True
+        self._cancel()
 
     def finish(self) -> Completion:
-        """Read to the end and give the completion."""
-        completion = None
-        for chunk in self:
-            completion = chunk.completion
-        assert completion is not None
-        return completion
+        """Read to the end and return the completion: of a stream that was closed, as far as it was read."""
+        for _ in self:
+            pass
+        if self._completion is None:
+            self._completion = self._complete("cancelled")
+        return self._completion
 
-
-def _read(mail: Mail, number: int, request: Request, text: TextStream, submitted: float) -> Generator[Chunk, None, None]:
-    """Turn a request's events into chunks."""
-    tokens, logprobs, report = list[int](), list[TokenLogprobs](), PromptReport()
-    finish, first, now = None, 0.0, 0.0
-    while finish is None:
-        now, event = mail.take(number)
-        first, report, finish = first or now, event.prompt or report, event.finish
+    def _take(self, event: RequestEvent) -> None:
+        """Turn an event into chunks."""
+        if event.error is not None:
+            self._error = event.error
+            self._cancel.detach()
+            return
+        self._first_s, self._last_s = self._first_s or event.time_s, event.time_s
+        self._report = event.prompt or self._report
+        finish = event.finish
         if event.token is not None:
-            tokens.append(event.token)
-            logprobs += [event.logprobs] if event.logprobs is not None else []
-            yield from (Chunk(piece.text, piece.kind) for piece in text.push(event.token))
-            finish = Finish.STOP if text.stopped is not None else finish
-    yield from (Chunk(piece.text, piece.kind) for piece in text.finish())
-    mail.close(number)
-    computed = len(request.prompt) - report.cached_tokens
-    timings = Timings(computed, first - submitted, max(len(tokens) - 1, 0), now - first, report.cached_tokens)
-    completion = Completion(
-        text.text, tuple(tokens), finish.value, request.prompt, text.reasoning, tuple(logprobs), report, timings
-    )
-    yield Chunk("", completion=completion)
+            self._tokens.append(event.token)
+            self._logprobs += [event.logprobs] if event.logprobs is not None else []
+            self._ready += [Chunk(piece.text, piece.kind) for piece in self._text.push(event.token)]
+        if finish is not None:
+            self._cancel.detach()
+        elif self._text.stopped is not None:
+            self._cancel()
+        if self._text.stopped is not None:
+            finish = FinishReason.STOP
+        if finish is not None:
+            self._end(finish)
+
+    def _end(self, finish: FinishReason) -> None:
+        self._ready += [Chunk(piece.text, piece.kind) for piece in self._text.finish()]
+        self._completion = self._complete(_REASONS[finish])
+        self._ready.append(Chunk("", completion=self._completion))
+
+    def _complete(self, finish: Literal["stop", "length", "cancelled"]) -> Completion:
+        report, text = self._report, self._text
+        metrics = RequestMetrics(
+            prefill_tokens=len(self._request.prompt) - report.cached_tokens,
+            cached_tokens=report.cached_tokens,
+            ttft_s=max(self._first_s - self._submitted_s, 0.0),
+            decode_tokens=max(len(self._tokens) - 1, 0),
+            decode_s=self._last_s - self._first_s,
+        )
+        return Completion(
+            text.text, tuple(self._tokens), finish, self._request.prompt, text.reasoning, tuple(self._logprobs), report, metrics
+        )
+
+
+_REASONS: dict[FinishReason, Literal["stop", "length", "cancelled"]] = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "cancelled",
+}

@@ -1,7 +1,7 @@
-"""The native CPU library: where it lies, whether it can be used, and its plain C interface.
+"""The native CPU library: where it is, whether it can be used, and its plain C interface.
 
-Owns loading and the types that cross the border (csrc/cpu/api.h); refuses to know torch, plans and weights. Everything works
-without the library, only slower; `missing()` says why it is not there. Read `ops/cpu_native.py` for the kernels' providers.
+Owns loading and the ctypes structs of the C interface (csrc/cpu/api.h); refuses to know torch, plans and weights. Everything
+works without the library, only slower; `missing()` says why it is not there. Read `ops/cpu/library.py` for who calls it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 1  # of the interface, gc_version()
+VERSION = 2  # of the interface, gc_version()
 LEVELS = ("portable", "avx2", "avx512", "amx")
 
 
@@ -38,34 +38,37 @@ class Matrix(ctypes.Structure):
 
 
 class StepView(ctypes.Structure):
-    """`gc_step`: the flat rows of one step, and where one group's keys lie."""
+    """`gc_step`: the flat rows of one step, and where one layer group's keys are in the KV cache."""
 
     _fields_ = (
         ("rows", c_int64),
         ("sequences", c_int64),
-        ("row_start", c_void_p),
+        ("query_start", c_void_p),
         ("positions", c_void_p),
-        ("span_start", c_void_p),
-        ("span_low", c_void_p),
-        ("span_slots", c_void_p),
-        ("slots", c_void_p),
+        ("kv_start", c_void_p),
+        ("kv_first_slot", c_void_p),
+        ("kv_slots", c_void_p),
+        ("slot_mapping", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("last_visible", c_void_p),
     )
 
 
+class KVView(ctypes.Structure):
+    """`gc_kv`: the tensors of the cache that hold one layer's keys and values."""
+
+    _fields_ = (("k", c_void_p), ("v", c_void_p), ("dtype", c_int32), ("reserved", c_int32))
+
+
 class AttentionView(ctypes.Structure):
-    """`gc_attention`: one layer's attention shape and the pool tensors that it reads."""
+    """`gc_attention`: the shape of one layer's attention."""
 
     _fields_ = (
-        ("k", c_void_p),
-        ("v", c_void_p),
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("head_dim", c_int64),
         ("window", c_int64),
-        ("dtype", c_int32),
-        ("reserved", c_int32),
     )
 
 
@@ -89,7 +92,7 @@ class ExpertsView(ctypes.Structure):
 
 
 class LayerView(ctypes.Structure):
-    """`gc_layer`: one layer's sizes, matrices and norms; what it lacks has no rows, or is null."""
+    """`gc_layer`: one layer's sizes, matrices and norms; a matrix that it lacks has 0 rows, a norm that it lacks is null."""
 
     _fields_ = (
         ("attention", AttentionView),
@@ -101,8 +104,8 @@ class LayerView(ctypes.Structure):
         ("ple_post_norm", c_void_p),
         ("experts", c_void_p),
         ("eps", c_float),
-        ("feed_scale", c_float),
-        ("inject_scale", c_float),
+        ("mlp_scale", c_float),
+        ("ple_scale", c_float),
         ("has_v_norm", c_int32),
         ("activations", c_int32),
         ("reserved", c_int32),
@@ -110,7 +113,7 @@ class LayerView(ctypes.Structure):
 
 
 class PleView(ctypes.Structure):
-    """`gc_ple`: the per-layer embeddings of a span of layers."""
+    """`gc_ple`: the per-layer embeddings of a range of layers."""
 
     _fields_ = (
         ("project", Matrix),
@@ -127,13 +130,13 @@ class PleView(ctypes.Structure):
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """Load the library once; None where there is none. Raises KernelError for an environment variable that can't be obeyed."""
+    """Load the library once; None where there is none. Raises KernelError for a bad value of an environment variable."""
     found = _open()
     return found if isinstance(found, ctypes.CDLL) else None
 
 
 def missing() -> str | None:
-    """Say why there is no library; None if there is one."""
+    """Return why there is no library; None if there is one."""
     found = _open()
     return found if isinstance(found, str) else None
 
@@ -158,7 +161,7 @@ def _open() -> ctypes.CDLL | str:
 
 
 def _find() -> Path | None:
-    """Look beside this file, then where an editable installation puts what it builds."""
+    """Return the library next to this file, or else where an editable installation builds it."""
     places = dict.fromkeys((Path(__file__).parent, *map(Path, gemcutter.__path__)))
     return next((place / FILE for place in places if (place / FILE).exists()), None)
 
@@ -183,7 +186,7 @@ def _set_level(found: ctypes.CDLL, level: str | None) -> None:
 
 
 def set_level(level: str | None) -> None:
-    """Use the kernels of one processor level (None: the best). Raises KernelError where that can't be done."""
+    """Use the kernels of one processor level (None: the best). Raises KernelError if it is unknown or unsupported."""
     found = load_library()
     if found is None:
         raise KernelError(f"kernel level {level!r}: {missing()}")
@@ -191,6 +194,6 @@ def set_level(level: str | None) -> None:
 
 
 def level() -> str | None:
-    """Give the processor level in use; None without the library."""
+    """Return the processor level in use; None without the library."""
     found = load_library()
     return None if found is None else found.gc_level().decode()

@@ -10,16 +10,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NewType
 
 from gemcutter.errors import ConfigError
+from gemcutter.shard import Shard, Slice
 
 if TYPE_CHECKING:
     from gemcutter.config import ModelConfig, RopeConfig, TextConfig
 
-UNBOUND = -1  # kv_layer of a drafter's layer that has not met its target yet
+UNBOUND = -1  # kv_layer of a drafter's layer that is not bound to its target yet
+
+GroupId = NewType("GroupId", str)  # of layers whose keys and values share one block table
+GLOBAL_GROUP = GroupId("global")
+
+
+def group_of(window: int | None) -> GroupId:
+    """Return the group of layers that keep the last `window` positions, or all of them (None)."""
+    return GLOBAL_GROUP if window is None else GroupId(f"sliding-{window}")
 
 
 class Attn(Enum):
@@ -49,6 +58,17 @@ class Access(Enum):
     ROWS = "rows"
 
 
+class ParamKind(Enum):
+    """What a tensor is, which decides how it is loaded, counted and cut."""
+
+    MATRIX = "matrix"  # multiplied with, or gathered from by rows
+    EXPERTS = "experts"  # one matrix an expert, of which a token reads `top_k`
+    NORM = "norm"  # the weight of an RMSNorm
+    VECTOR = "vector"  # factors of single columns or experts
+    SCALAR = "scalar"
+    INDEX = "index"  # integers
+
+
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
     """Rotary embedding of one layer: the first `pairs` of head_dim/2 pairs (i, i + head_dim/2) rotate, the others stay."""
@@ -61,11 +81,16 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoEPlan:
-    """A mixture of experts beside the dense branch: `top_k` of `experts`, each `width` wide."""
+    """A mixture of experts beside the dense branch: `top_k` of `experts`, each `width` wide.
+
+    A rank of a tensor-parallel group holds experts `first` to `first + held - 1`; elsewhere `held` is None, which means all.
+    """
 
     experts: int
     top_k: int
     width: int
+    first: int = 0
+    held: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +112,17 @@ class LayerPlan:
     ple_dim: int
     q_scale: float = 1.0  # of the queries; the loader folds it into their norm's weight (Gemma 3)
     has_v_norm: bool = True  # values are normed, without a weight, before they are written (not in Gemma 3)
+    drops_rows: bool = False  # the model's last writer, where rows end whose logits nobody wants; set by ModelPlan
 
     @property
     def writes(self) -> bool:
-        """Tell whether the layer writes keys and values."""
+        """Return whether the layer writes keys and values."""
         return self.proj.writes
+
+    @property
+    def group(self) -> GroupId:
+        """Return the group whose block table names the pages that this layer writes or reads."""
+        return group_of(self.window)
 
     def attn_parts(self) -> tuple[tuple[str, int], ...]:
         """List the rows of the in-projection: what this layer's place in the model needs, and nothing else."""
@@ -103,18 +134,18 @@ class LayerPlan:
         }[self.proj]
 
     @property
-    def turned(self) -> int:
-        """Count the columns of a key that the rotation turns."""
+    def rotary_dims(self) -> int:
+        """Count the columns of a key that the rotary embedding rotates."""
         return 2 * self.rope.pairs
 
     @property
     def can_compact(self) -> bool:
-        """Tell whether the cache may keep normalised keys for both keys and values, and beside them the turned columns alone."""
-        return self.proj is Proj.QK_ONLY and self.has_v_norm and self.turned < self.head_dim
+        """Return whether the cache may keep normalised keys once for keys and values, and of keys only the rotary columns."""
+        return self.proj is Proj.QK_ONLY and self.has_v_norm and self.rotary_dims < self.head_dim
 
     def kv_elements(self, compact: bool = False) -> int:
         """Count the cache elements that one token costs in this layer: keys and values, 0 for a reader."""
-        keys = self.turned if compact and self.can_compact else self.head_dim
+        keys = self.rotary_dims if compact and self.can_compact else self.head_dim
         return self.kv_heads * (keys + self.head_dim) if self.writes else 0
 
     def visible(self, tokens: int) -> int:
@@ -126,9 +157,14 @@ class LayerPlan:
 class KVGroup:
     """Writers that share one block table, because they keep the same span of positions."""
 
-    name: str  # "sliding" or "global"
+    id: GroupId
     window: int | None
     layers: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Return "sliding" or "global"."""
+        return Attn.GLOBAL.value if self.window is None else Attn.SLIDING.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +173,42 @@ class ParamSpec:
 
     name: str
     shape: tuple[int, ...]
+    kind: ParamKind = ParamKind.MATRIX
     parts: tuple[tuple[str, int], ...] = ()  # rows of the second-to-last axis, stored apart in most checkpoints
     access: Access = Access.DENSE
     default: float | None = None  # what a checkpoint that lacks the tensor means
     scale: float = 1.0  # multiplied in when the tensor is loaded
-    integer: bool = False
     buffer: bool = False  # not counted as a parameter (layer scalars, token order)
+    shard_axis: int | None = None  # cut here by tensor parallelism, counted from the end; None: every rank holds all of it
+    shard_unit: int = 1  # elements along that axis that stay together: a head, say
+    slices: tuple[Slice, ...] = ()  # in a rank's plan: what it holds of each part, or of the tensor where no part is cut
+
+    @property
+    def integer(self) -> bool:
+        """Return whether the elements are integers."""
+        return self.kind is ParamKind.INDEX
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Return the shape of the whole tensor, as checkpoints hold it, whatever this rank holds of it."""
+        shape = list(self.shape)
+        if self.slices:
+            shape[self.slices[0].axis] = sum(piece.of for piece in self.slices)
+        return tuple(shape)
+
+    def on_rank(self, shard: Shard) -> ParamSpec:
+        """Return what one rank holds of the tensor: its own shape, parts and slices. Raises ConfigError for uneven shares."""
+        if self.shard_axis is None:
+            return self
+        is_by_part = self.shard_axis == -2 and bool(self.parts)
+        sizes = [rows for _, rows in self.parts] if is_by_part else [self.shape[self.shard_axis]]
+        slices = tuple(shard.cut(self.shard_axis, size, self.shard_unit) for size in sizes)
+        shape = list(self.shape)
+        shape[self.shard_axis] = sum(piece.size for piece in slices)
+        parts = (
+            tuple((name, piece.size) for (name, _), piece in zip(self.parts, slices, strict=False)) if is_by_part else self.parts
+        )
+        return replace(self, shape=tuple(shape), parts=parts, slices=slices)
 
     @property
     def elements(self) -> int:
@@ -168,11 +234,31 @@ class ModelPlan:
     backbone: int | None = None  # a drafter's: the target's hidden size
     centroids: int = 0
     centroid_top_k: int = 0
+    rank: Shard | None = None  # the tensor-parallel rank whose plan this is, as `shard` makes it
+    whole: ModelPlan | None = None  # and the plan that was cut
+
+    def __post_init__(self) -> None:
+        last = self.first_reader - 1
+        if any(layer.drops_rows != (layer.index == last) for layer in self.layers):
+            marked = tuple(replace(layer, drops_rows=layer.index == last) for layer in self.layers)
+            object.__setattr__(self, "layers", marked)
 
     @property
     def is_drafter(self) -> bool:
-        """Tell whether the plan is an assistant's."""
+        """Return whether the plan is an assistant's."""
         return self.backbone is not None
+
+    @property
+    def num_full_layers(self) -> int:
+        """Count the layers that every row passes whole: rows whose logits nobody wants end inside the next one, the last writer.
+
+        In a drafter, none of whose layers writes, such rows end before the first layer.
+        """
+        return max(self.first_reader - 1, 0)
+
+    def attn_kinds(self) -> tuple[tuple[GroupId, RopeSpec], ...]:
+        """List the distinct pairs of block table and rotary embedding among the layers."""
+        return tuple(dict.fromkeys((layer.group, layer.rope) for layer in self.layers))
 
     @property
     def writers(self) -> tuple[LayerPlan, ...]:
@@ -188,8 +274,7 @@ class ModelPlan:
         """List the groups of writers with one window, in the order of their first layer."""
         windows = dict.fromkeys(layer.window for layer in self.writers)
         return tuple(
-            KVGroup("global" if window is None else "sliding", window, tuple(w.index for w in self.writers if w.window == window))
-            for window in windows
+            KVGroup(group_of(window), window, tuple(w.index for w in self.writers if w.window == window)) for window in windows
         )
 
     def last_writer(self, attn: Attn) -> int:
@@ -199,25 +284,61 @@ class ModelPlan:
             raise ConfigError(f"no {attn.value} layer writes keys and values")
         return found[-1]
 
+    def redundant(self) -> frozenset[tuple[str, str | None]]:
+        """Return the names and parts of tensors that checkpoints may carry although this plan has no use for them.
+
+        Checkpoints written by engines that build all layers alike hold keys and values of layers that only read, values of
+        layers whose values are their keys, and the head of a tied model.
+        """
+        found: list[tuple[str, str | None]] = [("head", None)] if self.tied_head else []
+        for layer in self.layers:
+            name, owned = f"layers.{layer.index}.attn", {part for part, _ in layer.attn_parts()}
+            found += [(f"{name}.in", part) for part in ("k", "v") if part not in owned]
+            found += [] if layer.writes else [(f"{name}.k_norm", None)]
+        return frozenset(found)
+
+    def shard(self, rank: int, world: int) -> ModelPlan:
+        """Return the plan of one tensor-parallel rank: its heads, MLP columns, experts and rows of the head.
+
+        Key heads fewer than ranks are held by several. Raises ConfigError for a model that so many ranks can't share evenly.
+        """
+        shard = Shard(rank, world)
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank {rank} of {world}: expected 0 to {world - 1}")
+        for spec in self.params():
+            try:
+                spec.on_rank(shard)
+            except ConfigError as error:
+                raise ConfigError(f"tensor parallelism over {world} ranks: {spec.name}: {error}") from None
+        return replace(self, layers=tuple(_layer_on_rank(layer, shard) for layer in self.layers), rank=shard, whole=self)
+
+    @property
+    def head_rows(self) -> Slice:
+        """Return the rows of the vocabulary whose logits this rank computes; all of them outside a tensor-parallel group."""
+        return (self.rank or Shard(0, 1)).cut(-2, self.vocab)
+
     def params(self) -> Iterator[ParamSpec]:
-        """List every tensor of the decoder under its canonical name."""
+        """List every tensor of the decoder under its canonical name; in a rank's plan, what the rank holds of each."""
+        if self.whole is not None and self.rank is not None:
+            yield from (spec.on_rank(self.rank) for spec in self.whole.params())
+            return
         hidden, ple_width = self.hidden, len(self.layers) * self.ple_dim
         yield ParamSpec("embed.tokens", (self.vocab, hidden))
         if not self.tied_head:
-            yield ParamSpec("head", (self.vocab, hidden))
+            yield ParamSpec("head", (self.vocab, hidden), shard_axis=-2)
         if self.ple_dim:
             yield ParamSpec("embed.ple", (self.ple_vocab, ple_width), access=Access.ROWS)
             yield ParamSpec("ple.in", (ple_width, hidden))
-            yield ParamSpec("ple.norm", (self.ple_dim,))
+            yield ParamSpec("ple.norm", (self.ple_dim,), ParamKind.NORM)
         for layer in self.layers:
             yield from _layer_params(layer, hidden)
-        yield ParamSpec("norm", (hidden,))
+        yield ParamSpec("norm", (hidden,), ParamKind.NORM)
         if self.backbone is not None:
             yield ParamSpec("draft.in", (hidden, 2 * self.backbone))
             yield ParamSpec("draft.out", (self.backbone, hidden))
         if self.centroids:
             yield ParamSpec("draft.centroids", (self.centroids, hidden))
-            yield ParamSpec("draft.order", (self.vocab,), integer=True, buffer=True)
+            yield ParamSpec("draft.order", (self.vocab,), ParamKind.INDEX, buffer=True)
 
     def num_params(self) -> int:
         """Count the parameters of the decoder, the tied head once, buffers left out (as model cards count)."""
@@ -249,10 +370,20 @@ class ModelPlan:
     def _read_elements(self, spec: ParamSpec) -> int:
         if spec.access is Access.ROWS or (spec.name == "embed.tokens" and not self.tied_head):
             return spec.shape[1]
-        if spec.name.endswith(("moe.in", "moe.out")):
+        if spec.kind is ParamKind.EXPERTS:
             moe = next(layer.moe for layer in self.layers if layer.moe)
-            return spec.elements // moe.experts * moe.top_k
+            return spec.elements * moe.top_k // moe.experts
         return spec.elements
+
+    def read_share(self, spec: ParamSpec, batch: int = 1) -> float:
+        """Return the share of a tensor that decoding one token of each of `batch` sequences reads.
+
+        Of experts that is what independent choices of `top_k` give on average.
+        """
+        if spec.kind is not ParamKind.EXPERTS:
+            return 1.0
+        moe = next(layer.moe for layer in self.layers if layer.moe)
+        return 1.0 - (1.0 - moe.top_k / moe.experts) ** batch
 
     def flops(self, tokens: int, wanted: int = 1, skip_rows: bool = True, attention: bool = True) -> int:
         """Count the floating-point operations of a prefill of `tokens` rows, `wanted` of which need logits.
@@ -261,12 +392,11 @@ class ModelPlan:
         without it they pass every layer. The head runs on wanted rows either way. `attention` adds scores and values.
         """
         total = 2 * self.vocab * self.hidden * wanted
-        last = self.first_reader - 1
         for layer in self.layers:
-            rows = tokens if not skip_rows or layer.index < last else wanted
+            rows = tokens if not skip_rows or layer.index < self.num_full_layers else wanted
             total += 2 * _row_macs(layer, self.hidden) * rows
             total += 2 * 2 * layer.heads * layer.head_dim * _seen(layer, tokens, rows) if attention else 0
-            if skip_rows and layer.index == last:  # keys and values are still made for all rows
+            if skip_rows and layer.drops_rows:  # keys and values are still made for all rows
                 kv_rows = sum(rows for part, rows in layer.attn_parts() if part != "q")
                 total += 2 * self.hidden * kv_rows * (tokens - wanted)
         return total
@@ -293,34 +423,49 @@ def _layer_params(layer: LayerPlan, hidden: int) -> Iterator[ParamSpec]:
     prefix = f"layers.{layer.index}."
     parts, width, moe = layer.attn_parts(), layer.mlp_width, layer.moe
 
-    def spec(name: str, *shape: int, parts: tuple[tuple[str, int], ...] = ()) -> ParamSpec:
-        return ParamSpec(prefix + name, shape, parts)
+    def norm(name: str, size: int, scale: float = 1.0) -> ParamSpec:
+        return ParamSpec(prefix + name, (size,), ParamKind.NORM, scale=scale)
 
-    yield spec("attn.norm", hidden)
-    yield spec("attn.in", sum(rows for _, rows in parts), hidden, parts=parts)
-    yield ParamSpec(f"{prefix}attn.q_norm", (layer.head_dim,), scale=layer.q_scale)
+    def spec(name: str, *shape: int, kind: ParamKind = ParamKind.MATRIX, axis: int | None = None, **more: Any) -> ParamSpec:
+        return ParamSpec(prefix + name, shape, kind, shard_axis=axis, **more)
+
+    yield norm("attn.norm", hidden)
+    yield spec("attn.in", sum(rows for _, rows in parts), hidden, parts=parts, axis=-2, shard_unit=layer.head_dim)
+    yield norm("attn.q_norm", layer.head_dim, layer.q_scale)
     if layer.writes:
-        yield spec("attn.k_norm", layer.head_dim)
-    yield spec("attn.out", hidden, layer.heads * layer.head_dim)
-    yield spec("attn.post_norm", hidden)
-    yield spec("mlp.norm", hidden)
-    yield spec("mlp.in", 2 * width, hidden, parts=(("gate", width), ("up", width)))
-    yield spec("mlp.out", hidden, width)
-    yield spec("mlp.post_norm", hidden)
+        yield norm("attn.k_norm", layer.head_dim)
+    yield spec("attn.out", hidden, layer.heads * layer.head_dim, axis=-1, shard_unit=layer.head_dim)
+    yield norm("attn.post_norm", hidden)
+    yield norm("mlp.norm", hidden)
+    yield spec("mlp.in", 2 * width, hidden, parts=(("gate", width), ("up", width)), axis=-2)
+    yield spec("mlp.out", hidden, width, axis=-1)
+    yield norm("mlp.post_norm", hidden)
     if moe:
-        yield spec("mlp.branch_norm", hidden)
-        yield spec("moe.norm", hidden)
-        yield spec("moe.branch_norm", hidden)
+        experts, vector = ParamKind.EXPERTS, ParamKind.VECTOR
+        yield norm("mlp.branch_norm", hidden)
+        yield norm("moe.norm", hidden)
+        yield norm("moe.branch_norm", hidden)
         yield spec("moe.router", moe.experts, hidden)
-        yield spec("moe.router_scale", hidden)
-        yield spec("moe.expert_scale", moe.experts)
-        yield spec("moe.in", moe.experts, 2 * moe.width, hidden, parts=(("gate", moe.width), ("up", moe.width)))
-        yield spec("moe.out", moe.experts, hidden, moe.width)
+        yield spec("moe.router_scale", hidden, kind=vector)
+        yield spec("moe.expert_scale", moe.experts, kind=vector)
+        halves = (("gate", moe.width), ("up", moe.width))
+        yield spec("moe.in", moe.experts, 2 * moe.width, hidden, parts=halves, kind=experts, axis=-3)
+        yield spec("moe.out", moe.experts, hidden, moe.width, kind=experts, axis=-3)
     if layer.ple_dim:
         yield spec("ple.gate", layer.ple_dim, hidden)
         yield spec("ple.out", hidden, layer.ple_dim)
-        yield spec("ple.post_norm", hidden)
-    yield ParamSpec(prefix + "scale", (1,), default=1.0, buffer=True)
+        yield norm("ple.post_norm", hidden)
+    yield spec("scale", 1, kind=ParamKind.SCALAR, default=1.0, buffer=True)
+
+
+def _layer_on_rank(layer: LayerPlan, shard: Shard) -> LayerPlan:
+    """Return the sizes of what one rank holds of a layer."""
+    moe = layer.moe
+    if moe is not None:
+        share = shard.cut(-3, moe.experts)
+        moe = replace(moe, first=share.start, held=share.size)
+    heads, kv_heads, width = (shard.cut(-2, size).size for size in (layer.heads, layer.kv_heads, layer.mlp_width))
+    return replace(layer, heads=heads, kv_heads=kv_heads, mlp_width=width, moe=moe)
 
 
 def derive(config: ModelConfig, target: ModelPlan | None = None) -> ModelPlan:

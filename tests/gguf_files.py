@@ -18,8 +18,8 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from gemcutter.checkpoint.formats.gguf import spell
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Attn, ModelPlan
 from gemcutter.quant import Weight

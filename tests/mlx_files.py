@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint
-from gemcutter.checkpoint.synth import SIZES, Size, shrink
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint
+from gemcutter.checkpoint.write.synth import SIZES, Size, shrink
 from gemcutter.quant import Weight
 from gemcutter.quant.affine import Affine, quantize
 from gemcutter.quant.bits import pack
-from gemcutter.quant.micro import Micro
+from gemcutter.quant.microscaling import Micro
 
 Tensors = dict[str, Tensor]
 Arrays = tuple[Tensors, Tensor]  # what is stored of a module, by ending, and the values that it stands for

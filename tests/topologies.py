@@ -21,12 +21,12 @@ from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from transformers.models.gemma4_unified import Gemma4UnifiedForCausalLM, Gemma4UnifiedTextConfig
 
 from gemcutter import config as configs
-from gemcutter.cache.pool import PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.checkpoint.formats import hf
 from gemcutter.engine.memory import page_counts
-from gemcutter.engine.request import Request, Sequence
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.model.text import Decoder
 from gemcutter.plan import ModelPlan, ParamSpec, derive
@@ -284,15 +284,15 @@ def run_alone(decoder: Decoder, ids: tuple[int, ...], chunk: int, page_tokens: i
 
     With `keep_all` every row goes through all layers; else only the last, and the trace holds what was left of the rows.
     """
-    pool = PagedPool(decoder.plan, page_counts(decoder.plan, len(ids), chunk, page_tokens=page_tokens), decoder.dtype)
+    pool = PagedKVCache(decoder.plan, page_counts(decoder.plan, len(ids), chunk, page_tokens=page_tokens), decoder.dtype)
     for tensor in (*pool.keys.values(), *pool.values.values()):
         tensor.fill_(torch.nan)
-    sequence = Sequence(0, Request(ids, hidden_states=keep_all))
-    sequence.table = table = Table(pool)
+    sequence = SequenceState(0, Request(ids, hidden_states=keep_all))
+    sequence.table = table = BlockTable(pool)
     layers: list[list[Tensor]] = [[] for _ in decoder.plan.layers]
     states = []
     while table.length < len(ids):
-        work = Work(sequence, table, min(chunk, len(ids) - table.length))
+        work = ScheduledChunk.of(sequence, table, min(chunk, len(ids) - table.length))
         table.reserve(work.rows)
         found = decoder.forward(build_step(decoder, [work]), pool, lambda index, x_ND: layers[index].append(x_ND.clone()))
         table.commit(work.rows)

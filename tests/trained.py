@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from gemcutter.checkpoint.convert import convert
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.convert.convert import convert
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 
 GOLDENS = Path(__file__).parent / "goldens"
 MORE = Path(os.environ.get("GEMCUTTER_MODELS", Path(__file__).parents[2] / "shared" / "models"))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the kernels' tests under GCC's sanitizers: the thread team under the thread sanitizer, then every level, wider ones
+# Runs the kernels' tests under GCC's sanitizers: the thread pool under the thread sanitizer, then every level, wider ones
 # emulated, under the address and undefined-behaviour sanitizers. `make sanitize` calls it, and so does continuous integration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,8 +10,8 @@ if ! echo 'int main() {}' | "$CXX" -x c++ -fsanitize=address,undefined - -o buil
     exit 0
 fi
 
-"$CXX" -std=c++17 -O1 -g -Wall -Wextra -fsanitize=thread tests/kernels/team.cpp csrc/cpu/threads.cpp -o build/team -pthread
-build/team
+"$CXX" -std=c++17 -O1 -g -Wall -Wextra -fsanitize=thread tests/kernels/thread_pool.cpp csrc/cpu/thread_pool.cpp -o build/thread_pool -pthread
+build/thread_pool
 
 tools/native.sh build/sanitized -DGC_EMULATE=ON -DGC_SANITIZE=address,undefined
 # Python itself is not built with them, so their runtime comes first by hand; it leaves memory to the process's end, so leaks

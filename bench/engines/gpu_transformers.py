@@ -20,8 +20,8 @@ from plain import make_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from gemcutter.checkpoint.synth import spell_config
-from gemcutter.gauge.presets import size_of
+from gemcutter.benchmark.synthetic import size_of
+from gemcutter.checkpoint.write.synth import spell_config
 
 ROUNDS = 3
 

@@ -14,10 +14,11 @@ from turns import Run, serve
 
 import gemcutter
 from gemcutter import native
-from gemcutter.gauge.ceilings import held_bytes, token_bytes
-from gemcutter.gauge.machine import native_rate
-from gemcutter.gauge.stand import Stand, Trial
-from gemcutter.gauge.subject import Compute, Subject, from_file
+from gemcutter.benchmark.hardware import native_rate
+from gemcutter.benchmark.harness import BenchCase, BenchEngine
+from gemcutter.benchmark.roofline import held_bytes, token_bytes
+from gemcutter.benchmark.target import BenchTarget, from_file
+from gemcutter.load_options import LoadOptions
 
 MOMENTS, PAUSE_S = 4, 0.5  # at which the rate of products is measured
 
@@ -25,14 +26,14 @@ MOMENTS, PAUSE_S = 4, 0.5  # at which the rate of products is measured
 def load() -> tuple[Run, dict[str, Any]]:
     """Load the file and give the runner of tests."""
     torch.set_num_threads(int(sys.argv[2]))
-    subject = from_file(sys.argv[1], Compute())
-    stands: dict[int, Stand] = {}
+    subject = from_file(LoadOptions(model=sys.argv[1]))
+    stands: dict[int, BenchEngine] = {}
 
     def run(kind: str, tokens: int, depth: int) -> float:
-        test = Trial(kind, tokens, depth)
+        test = BenchCase(kind, tokens, depth)
         if depth not in stands or stands[depth].engine.context < test.context:
             stands.clear()  # the cache of another depth is not kept beside this one's
-            stands[depth] = Stand(subject.decoder, [test])
+            stands[depth] = BenchEngine(subject.decoder, [test])
             stands[depth].warm_up()
         return stands[depth].run(test)
 
@@ -40,7 +41,7 @@ def load() -> tuple[Run, dict[str, Any]]:
         "version": gemcutter.__version__,
         "kernels": native.level(),
         "quant": subject.quant,
-        "activations": subject.decoder.numerics.activations,
+        "activations": subject.decoder.precision.activations,
         "load_s": subject.load_s,
         "dtype": str(subject.decoder.dtype).removeprefix("torch."),
         "weight_bytes": held_bytes(subject.plan, subject.decoder.params),
@@ -50,7 +51,7 @@ def load() -> tuple[Run, dict[str, Any]]:
     }
 
 
-def best_native_rate(subject: Subject) -> float | None:
+def best_native_rate(subject: BenchTarget) -> float | None:
     """Measure the rate of products at several moments: on a shared machine a single one may be a slow one."""
     if not subject.how.is_native:
         return None

@@ -1,15 +1,15 @@
-// Many rows at once on processors with AMX: packed and bfloat16 matrices times bfloat16 rows, 16 x 16 sums to a tile.
+// GEMM on processors with AMX: packed and bfloat16 matrices times many bfloat16 rows, 16 x 16 float32 accumulators per tile.
 //
-// Owns the way from a panel to tiles: its values become bfloat16 pairs of columns (each is rounded once, by at most 2^-9 of
-// itself), the rows come as bfloat16, products are summed in float32 over all columns. That is nearer to the reference than 8-bit
-// rows are, so it also serves those who asked for them. Few rows, float32 rows and other matrices are left to the kernels of
-// AVX-512. Refuses to know threads: a call configures its thread's tiles and releases them, so that none are ever left behind.
-// Read `packed_decode.h` for panels, `products.cpp` for who calls.
+// Owns the conversion of a panel to AMX tiles: its values become bfloat16 pairs of columns (each is rounded once, by at most 2^-9
+// of itself), activations are bfloat16, and products are accumulated in float32 over all columns. That is nearer to the reference
+// than int8 activations are, so callers that asked for int8 get it too. Few rows, float32 rows and other matrices go to the
+// AVX-512 kernels. Refuses to know threads: a call configures its thread's tiles and releases them before it returns. Read
+// `packed_decode.h` for how panels are decoded, `parallel_gemm.cpp` for the caller.
 #include "matmul_f32.h"
 #include "packed_decode.h"
 
 #if defined(GC_EMULATE)
-#include "../emulate/tiles.h"
+#include "../emulate/amx.h"
 #endif
 
 namespace gemcutter {
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t LEAST_ROWS = 16;  // a tile of rows; below that most of a tile's work would be thrown away
 constexpr int TILES = 4;            // tiles of rows that share one load of the matrix
-constexpr int64_t STEP = 32;        // columns of one product of tiles
+constexpr int64_t STEP = 32;        // columns of one tile multiplication
 constexpr int TILE_FLOATS = PANEL * PANEL;
 
 struct alignas(64) TileShapes {
@@ -26,7 +26,7 @@ struct alignas(64) TileShapes {
     uint8_t rows[16];
 };
 
-// Compilers take stores before inline instructions for dead or may move them: the clobber says that memory is read.
+// Compilers may drop or move stores that only a tile instruction reads: the clobber tells them that memory is read.
 inline void memory_is_read(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
 void configure() {
@@ -55,15 +55,15 @@ inline __m512i pair(V even, V odd) {
 template <int PIECES>
 void pairs_of_packed(const gc_matrix &m, int64_t panel, uint16_t *pairs) {
     alignas(64) uint8_t bytes[QUADS * QUAD_BYTES];
-    Walk<PIECES> walk(m, panel);
+    PanelDecoder<PIECES> decoder(m, panel);
     const V offset = set1((float)m.offset);
     const bool is_signed = m.codes == GC_S8;
     for (int64_t block = 0; block < m.columns / BLOCK; ++block) {
-        unpack_block(m.codes, walk.next(), bytes);
+        unpack_block(m.codes, decoder.next(), bytes);
         for (int j = 0; j < QUADS; ++j, pairs += 2 * 2 * PANEL) {
             const int piece = PIECES == 1 ? 0 : j / (QUADS / 2);
-            const V scale = walk.now.scale[piece][0];
-            const V base = walk.is_biased ? fma(scale, offset, walk.now.bias[piece][0]) : scale * offset;
+            const V scale = decoder.scales.scale[piece][0];
+            const V base = decoder.is_biased ? fma(scale, offset, decoder.scales.bias[piece][0]) : scale * offset;
             const __m512i quad = _mm512_load_si512(bytes + j * QUAD_BYTES);
             const V values[] = {fma(scale, codes_of<0>(quad, is_signed), base), fma(scale, codes_of<1>(quad, is_signed), base),
                                 fma(scale, codes_of<2>(quad, is_signed), base), fma(scale, codes_of<3>(quad, is_signed), base)};
@@ -73,7 +73,7 @@ void pairs_of_packed(const gc_matrix &m, int64_t panel, uint16_t *pairs) {
     }
 }
 
-// Two bfloat16 columns of a row are one word, so pairs are words transposed. Rows that do not exist repeat the last.
+// Two bfloat16 columns of a row are 32 bits, so making pairs is a 32-bit transpose. Missing rows repeat the last one.
 void pairs_of_dense(const gc_matrix &m, int64_t panel, uint16_t *pairs) {
     const float *rows[PANEL];
     for (int64_t r = 0; r < PANEL; ++r) {
@@ -83,11 +83,11 @@ void pairs_of_dense(const gc_matrix &m, int64_t panel, uint16_t *pairs) {
     pack_panel<F32>(rows, m.columns / 2, reinterpret_cast<float *>(pairs));
 }
 
-// ---- products ----
+// ---- multiplication ----
 
 // sums[i] = 16 rows from rows[i] on, times the panel, for COUNT tiles of rows.
 template <int COUNT>
-void multiply_tiles(const uint16_t *const *rows, const uint16_t *pairs, int64_t columns, float *sums) {
+void gemm_tiles(const uint16_t *const *rows, const uint16_t *pairs, int64_t columns, float *sums) {
     const int64_t stride = columns * (int64_t)sizeof(uint16_t);
     _tile_zero(0);
     if (COUNT > 1) _tile_zero(1);
@@ -117,10 +117,10 @@ void multiply_tiles(const uint16_t *const *rows, const uint16_t *pairs, int64_t 
 }
 
 // The last tile of rows begins early enough to be whole, so that nothing beyond the rows is read; its first rows are dropped.
-void multiply_pairs(const uint16_t *pairs, int width, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
-                    float *sums) {
-    void (*const ways[])(const uint16_t *const *, const uint16_t *, int64_t, float *) = {multiply_tiles<1>, multiply_tiles<2>,
-                                                                                         multiply_tiles<3>, multiply_tiles<4>};
+void gemm_pairs(const uint16_t *pairs, int width, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
+                float *sums) {
+    void (*const kernels_by_count[])(const uint16_t *const *, const uint16_t *, int64_t, float *) = {
+        gemm_tiles<1>, gemm_tiles<2>, gemm_tiles<3>, gemm_tiles<4>};
     for (int64_t row = first; row < last; row += TILES * PANEL) {
         const uint16_t *starts[TILES];
         int64_t begins[TILES], count = 0;
@@ -128,7 +128,7 @@ void multiply_pairs(const uint16_t *pairs, int width, const Rows &rows, int64_t 
             begins[count] = begin + PANEL <= rows.count ? begin : rows.count - PANEL;
             starts[count] = rows.bf16 + begins[count] * rows.columns;
         }
-        ways[count - 1](starts, pairs, rows.columns, sums);
+        kernels_by_count[count - 1](starts, pairs, rows.columns, sums);
         for (int64_t m = row; m < last && m < row + count * PANEL; ++m) {
             int64_t tile = (m - row) / PANEL;
             memcpy(out + (m - first) * ld, sums + tile * TILE_FLOATS + (m - begins[tile]) * PANEL, sizeof(float) * (size_t)width);
@@ -136,21 +136,22 @@ void multiply_pairs(const uint16_t *pairs, int width, const Rows &rows, int64_t 
     }
 }
 
-// ---- the tables ----
+// ---- the kernel tables ----
 
 bool fits(const gc_matrix &m, int64_t rows, int activations) {
     return rows >= LEAST_ROWS && activations != GC_FLOAT_ROWS && m.columns % STEP == 0 && (!is_dense(m) || m.codes == GC_BF16);
 }
 
-template <const Products &FEW>
-int forms(const gc_matrix *m, int64_t rows, int activations) {
-    return fits(*m, rows, activations) ? FORM_BF16 : FEW.forms(m, rows, activations);
+template <const MatmulKernels &FALLBACK>
+int formats(const gc_matrix *m, int64_t rows, int activations) {
+    return fits(*m, rows, activations) ? FORMAT_BF16 : FALLBACK.formats(m, rows, activations);
 }
 
-template <const Products &FEW>
-void panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-           void *scratch, const void *next) {
-    if (!fits(*m, rows->count, rows->activations)) return FEW.panel(m, panel, rows, first, last, out, ld, scratch, next);
+template <const MatmulKernels &FALLBACK>
+void gemm_panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
+                void *scratch, const void *next) {
+    if (!fits(*m, rows->count, rows->activations))
+        return FALLBACK.gemm_panel(m, panel, rows, first, last, out, ld, scratch, next);
     float *sums = static_cast<float *>(scratch);
     uint16_t *pairs = reinterpret_cast<uint16_t *>(sums + TILES * TILE_FLOATS);
     if (is_dense(*m)) pairs_of_dense(*m, panel, pairs);
@@ -159,27 +160,29 @@ void panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, i
     memory_is_read(pairs);
     int64_t left = m->rows - panel * PANEL;
     configure();
-    multiply_pairs(pairs, (int)(left < PANEL ? left : PANEL), *rows, first, last, out, ld, sums);
+    gemm_pairs(pairs, (int)(left < PANEL ? left : PANEL), *rows, first, last, out, ld, sums);
     _tile_release();
 }
 
-template <const Products &FEW>
+template <const MatmulKernels &FALLBACK>
 size_t scratch_bytes(const gc_matrix *m) {
-    size_t few = FEW.scratch_bytes(m), own = sizeof(float) * TILES * TILE_FLOATS + sizeof(uint16_t) * PANEL * (size_t)m->columns;
-    return own > few ? own : few;
+    size_t own = sizeof(float) * TILES * TILE_FLOATS + sizeof(uint16_t) * PANEL * (size_t)m->columns;
+    size_t other = FALLBACK.scratch_bytes(m);
+    return own > other ? own : other;
 }
 
-template <const Products &FEW>
+template <const MatmulKernels &FALLBACK>
 void gather(const gc_matrix *m, int64_t row, float *out) {
-    FEW.gather(m, row, out);
+    FALLBACK.gather(m, row, out);
 }
 
-template <const Products &FEW>
-constexpr Products TABLE = {forms<FEW>, panel<FEW>, scratch_bytes<FEW>, gather<FEW>, 8 * CHUNK_ELEMENTS, 2 * CHUNK_ROWS};
+template <const MatmulKernels &FALLBACK>
+constexpr MatmulKernels TABLE = {formats<FALLBACK>, gemm_panel<FALLBACK>, scratch_bytes<FALLBACK>,
+                                 gather<FALLBACK>,  8 * CHUNK_ELEMENTS,   2 * CHUNK_ROWS};
 
 }  // namespace
 
-extern const Products packed_amx = TABLE<packed_avx512>;
-extern const Products dense_amx = TABLE<dense_avx512>;
+extern const MatmulKernels packed_amx = TABLE<packed_avx512>;
+extern const MatmulKernels dense_amx = TABLE<dense_avx512>;
 
 }  // namespace gemcutter

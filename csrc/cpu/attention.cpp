@@ -1,8 +1,10 @@
-// The two attention kernels over one key head: few query rows stream the keys, many multiply with packed blocks of them.
+// The two attention kernels over one key head: `decode` streams the keys past few query rows, `prefill` multiplies many query
+// rows with packed blocks of keys.
 //
 // Owns softmax and products in float32, with the scale 1. A key that no row of a call sees, outside the window or later than the
-// row, changes nothing, whatever lies there. Refuses to know sequences, pages and threads; read `attend.cpp` for who cuts the
-// work, `matmul_f32.h` for the micro-kernel. Shape letters: M query rows times heads, G heads, E head dim, T keys.
+// row, changes nothing, whatever its memory holds. Refuses to know sequences, pages and threads; read `attention_split.cpp` for
+// the caller that splits the work, `matmul_f32.h` for the micro-kernel. Shape letters: M query rows times heads, G heads, E head
+// dim, T keys.
 #include <math.h>
 
 #include "exp.h"
@@ -12,17 +14,17 @@
 namespace gemcutter {
 namespace {
 
-constexpr int KEY_BLOCK = 64;     // keys of one softmax update of `prefill`, aligned to absolute positions
-constexpr int64_t K_CHUNK = 256;  // head dims of one packed panel: 16 KB, half of a first cache
-constexpr int VALUE_KEYS = 16;    // keys whose values are summed before the output is touched
-constexpr int64_t AHEAD = 8;      // keys asked for before they are needed: the processor's own guess ends with every row
-constexpr int64_t BLOCK_ELEMENTS = 49152;  // of a block of query rows: with its output, 384 KB
+constexpr int KEY_BLOCK = 64;              // keys of one softmax update of `prefill`, aligned to absolute positions
+constexpr int64_t K_CHUNK = 256;           // head dims of one packed panel: 16 KB, half of an L1 cache
+constexpr int VALUE_KEYS = 16;             // values summed in registers before the output is updated
+constexpr int64_t PREFETCH_KEYS = 8;       // keys prefetched ahead: the hardware prefetcher stops at the end of every row
+constexpr int64_t BLOCK_ELEMENTS = 49152;  // of a block of query rows: 384 KB with its output
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 int64_t slot_of(const Keys &keys, int64_t position) {
     int64_t at = position - keys.start;
-    return keys.low >= 0 ? keys.low + at : keys.slots[at];
+    return keys.first_slot >= 0 ? keys.first_slot + at : keys.slots[at];
 }
 
 template <typename Type>
@@ -38,7 +40,7 @@ void prefetch(const typename Type::Element *row, int64_t dim) {
 
 // Two vectors at once in whatever order is cheapest; `order` puts a plain row into the same order and `unorder` takes it back.
 inline void load_pair(const float *p, V &a, V &b, F32) { a = load(p), b = load(p + W); }
-inline void load_pair(const uint16_t *p, V &even, V &odd, Bf16) {  // a word holds an even and an odd column
+inline void load_pair(const uint16_t *p, V &even, V &odd, Bf16) {  // 32 bits hold an even and an odd column
 #if defined(GC_LEVEL_AVX512)
     __m512i pair = _mm512_loadu_si512(p);
     even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
@@ -109,14 +111,14 @@ void value_tile(const float *weights, int64_t ld, int64_t count, const typename 
         for (int p = 0; p < 2 * P; ++p) store(out + h * dim + e + p * W, acc[h][p]);
 }
 
-// Values of H heads; meanwhile as many rows of `next` are asked for, if there is one.
+// Values of H heads; meanwhile prefetches as many rows of `next`, if it is given.
 template <typename Type, int H>
 void value_heads(const float *weights, int64_t ld, int64_t count, const typename Type::Element *const *rows,
                  const typename Type::Element *const *next, float *out, int64_t dim) {
     constexpr int P = H < 4 ? 2 : 1;
-    int64_t e = 0, asked = 0;
+    int64_t e = 0, prefetched = 0;
     for (; e + 2 * P * W <= dim; e += 2 * P * W) {
-        for (; next && asked < count && asked * dim <= e * count; ++asked) prefetch<Type>(next[asked], dim);
+        for (; next && prefetched < count && prefetched * dim <= e * count; ++prefetched) prefetch<Type>(next[prefetched], dim);
         value_tile<Type, H, P>(weights, ld, count, rows, e, out, dim);
     }
     for (; e < dim; e += 2 * W) value_tile<Type, H, 1>(weights, ld, count, rows, e, out, dim);
@@ -133,7 +135,7 @@ void value_keys(const float *weights, int64_t ld, int64_t heads, int64_t count, 
     if (h < heads) value_heads<Type, 1>(weights + h * ld, ld, count, rows, next, out + h * dim, dim);
 }
 
-// scores = exp(scores - anchor) over n elements, which are followed by room up to a whole vector; gives their sum.
+// scores = exp(scores - anchor) over n elements, which have padding up to a whole vector after them; returns their sum.
 float exponentiate(float *scores, int64_t n, float anchor) {
     for (int64_t i = n; i < up(n, W); ++i) scores[i] = -INFINITY;
     V shift = set1(anchor), total = set1(0.0f);
@@ -152,19 +154,17 @@ float highest(float *scores, int64_t n) {
     return top(best);
 }
 
-// Scores of positions first..last-1; then the first values are on their way already.
+// Scores of positions first..last-1; also prefetches the first values.
 template <typename Type>
-void score_span(const float *q, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *scores) {
+void score_range(const float *q, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *scores) {
     for (int64_t t = first; t < last; t += 2) {
         const typename Type::Element *rows[2];
         int64_t count = t + 2 <= last ? 2 : 1;
         for (int64_t i = 0; i < count; ++i) {
-            int64_t later = t + i + AHEAD;
+            int64_t later = t + i + PREFETCH_KEYS;
             rows[i] = row_of<Type>(keys.k, keys, t + i);
-            if (later < last)
-                prefetch<Type>(row_of<Type>(keys.k, keys, later), dim);
-            else if (first + later - last < last)
-                prefetch<Type>(row_of<Type>(keys.v, keys, first + later - last), dim);
+            if (later < last) prefetch<Type>(row_of<Type>(keys.k, keys, later), dim);
+            else if (first + later - last < last) prefetch<Type>(row_of<Type>(keys.v, keys, first + later - last), dim);
         }
         auto *score = count == 2 ? score_keys<Type, 2> : score_keys<Type, 1>;
         score(q, heads, dim, rows, scores + t - first, DECODE_KEYS);
@@ -173,7 +173,7 @@ void score_span(const float *q, int64_t heads, int64_t dim, const Keys &keys, in
 
 // sums [G, E] = values of positions first..last-1 by their weights.
 template <typename Type>
-void value_span(const float *weights, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *sums) {
+void value_range(const float *weights, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *sums) {
     memset(sums, 0, sizeof(float) * (size_t)(heads * dim));
     for (int64_t t = first; t < last; t += VALUE_KEYS) {
         const typename Type::Element *rows[VALUE_KEYS], *next[VALUE_KEYS];
@@ -192,12 +192,12 @@ void decode_type(const float *q, int64_t q_stride, int64_t heads, int64_t dim, c
                  float *out, float *tops, float *totals, float *scratch) {
     float *ordered = scratch, *sums = ordered + heads * dim, *scores = sums + heads * dim;
     for (int64_t h = 0; h < heads; ++h) order(q + h * q_stride, dim, ordered + h * dim, Type());
-    score_span<Type>(ordered, heads, dim, keys, first, last, scores);
+    score_range<Type>(ordered, heads, dim, keys, first, last, scores);
     for (int64_t h = 0; h < heads; ++h) {
         tops[h] = highest(scores + h * DECODE_KEYS, last - first);
         totals[h] = exponentiate(scores + h * DECODE_KEYS, last - first, tops[h]);
     }
-    value_span<Type>(scores, heads, dim, keys, first, last, sums);
+    value_range<Type>(scores, heads, dim, keys, first, last, sums);
     unorder(sums, heads * dim, out, Type());
 }
 
@@ -207,21 +207,24 @@ void decode(const float *q, int64_t q_stride, int64_t heads, int64_t dim, const 
     run(q, q_stride, heads, dim, *keys, first, last, out, tops, totals, static_cast<float *>(scratch));
 }
 
-// The state of one block of query rows while it meets its keys. O lies in panels [E / 16][M][16], so that both products read and
-// write whole lines of it.
+// The running softmax state of one block of query rows. The output is stored as [E / 16][M][16], so that both products read and
+// write whole cache lines of it.
 struct Block {
-    int64_t heads, dim, rows;  // rows are query rows, each of `heads` lines
-    const int64_t *positions;
+    int64_t heads, dim, rows;  // rows are positions, each with one query vector per head
+    const int64_t *positions, *last_visible;
     int64_t window;
     float *q, *out, *scores, *panel, *top, *total, *shrink;  // [M, E], [E / 16, M, 16], [M, KEY_BLOCK], panel, [M]...
 
-    int64_t lines() const { return rows * heads; }
+    int64_t queries() const { return rows * heads; }
+    int64_t newest(int64_t row) const {  // the last position that a row sees
+        return last_visible && last_visible[row] > positions[row] ? last_visible[row] : positions[row];
+    }
     bool sees(int64_t row, int64_t first, int64_t last) const {  // any of the positions first..last-1
-        return positions[row] >= first && (!window || positions[row] - window < last - 1);
+        return newest(row) >= first && (!window || positions[row] - window < last - 1);
     }
 };
 
-// Scores of lines first..last-1 with up to KEY_BLOCK keys.
+// Scores of query vectors first..last-1 with up to KEY_BLOCK keys.
 template <typename Type>
 void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high) {
     const typename Type::Element *rows[PANEL], *some[PANEL];
@@ -231,50 +234,50 @@ void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
             int64_t dims = b.dim - e < K_CHUNK ? b.dim - e : K_CHUNK;
             for (int i = 0; i < PANEL; ++i) some[i] = rows[i] + e;
             pack_panel<Type>(some, dims, b.panel);
-            multiply_panel(b.q + first * b.dim + e, b.dim, last - first, b.panel, dims, b.scores + first * KEY_BLOCK + t - low,
-                           KEY_BLOCK, e > 0);
+            gemm_panel(b.q + first * b.dim + e, b.dim, last - first, b.panel, dims, b.scores + first * KEY_BLOCK + t - low,
+                       KEY_BLOCK, e > 0);
         }
     }
 }
 
-// Turn the scores of one line, of which keys from..to-1 are seen, into weights, zero elsewhere.
-void weigh_line(const Block &b, int64_t line, int64_t from, int64_t to, int64_t count) {
-    float *scores = b.scores + line * KEY_BLOCK;
+// Turns the scores of one query vector, which sees keys from..to-1, into softmax weights, zero elsewhere.
+void softmax_query(const Block &b, int64_t query, int64_t from, int64_t to, int64_t count) {
+    float *scores = b.scores + query * KEY_BLOCK;
     for (int64_t t = 0; t < from; ++t) scores[t] = -INFINITY;
     for (int64_t t = to; t < count; ++t) scores[t] = -INFINITY;
-    float best = highest(scores, count), top = b.top[line] > best ? b.top[line] : best;
-    b.shrink[line] = expf(b.top[line] - top);
-    b.total[line] = b.total[line] * b.shrink[line] + exponentiate(scores, count, top);
-    b.top[line] = top;
+    float best = highest(scores, count), top = b.top[query] > best ? b.top[query] : best;
+    b.shrink[query] = expf(b.top[query] - top);
+    b.total[query] = b.total[query] * b.shrink[query] + exponentiate(scores, count, top);
+    b.top[query] = top;
 }
 
-// Weigh the values of positions low..high-1 into lines first..last-1. Rows that no query sees are not read.
+// Adds the weighted values of positions low..high-1 to query vectors first..last-1. Values that no query sees are not read.
 template <typename Type>
 void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high, bool shrinks) {
     const typename Type::Element *rows[KEY_BLOCK];
-    int64_t query = first / b.heads, count = high - low, lines = last - first;
+    int64_t row = first / b.heads, count = high - low, queries = last - first;
     for (int64_t t = low; t < high; ++t) {
-        while (b.positions[query] < t && query < b.rows - 1) ++query;
-        rows[t - low] = b.sees(query, t, t + 1) ? row_of<Type>(keys.v, keys, t) : nullptr;
+        while (b.newest(row) < t && row < b.rows - 1) ++row;
+        rows[t - low] = b.sees(row, t, t + 1) ? row_of<Type>(keys.v, keys, t) : nullptr;
     }
     for (int64_t e = 0; e < b.dim; e += PANEL) {
-        float *out = b.out + e * b.lines() + first * PANEL;
+        float *out = b.out + e * b.queries() + first * PANEL;
         for (int64_t t = 0; t < count; ++t)
             for (int c = 0; c < PANEL; c += W)
                 store(b.panel + t * PANEL + c, rows[t] ? Type::vector(rows[t] + e + c) : set1(0.0f));
         if (shrinks)
-            for (int64_t m = 0; m < lines; ++m)
+            for (int64_t m = 0; m < queries; ++m)
                 for (int c = 0; c < PANEL; c += W) {
                     float *at = out + m * PANEL + c;
                     store(at, load(at) * set1(b.shrink[first + m]));
                 }
-        multiply_panel(b.scores + first * KEY_BLOCK, KEY_BLOCK, lines, b.panel, count, out, PANEL, true);
+        gemm_panel(b.scores + first * KEY_BLOCK, KEY_BLOCK, queries, b.panel, count, out, PANEL, true);
     }
 }
 
-// Let the rows that see any of the positions low..high-1 meet them.
+// Online-softmax update of all rows that see any of the positions low..high-1.
 template <typename Type>
-void meet_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
+void update_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
     int64_t first = 0, last = b.rows;
     while (first < last && !b.sees(first, low, high)) ++first;
     while (last > first && !b.sees(last - 1, low, high)) --last;
@@ -283,67 +286,67 @@ void meet_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
     bool shrinks = false;
     for (int64_t row = first; row < last; ++row) {
         int64_t oldest = b.window && b.positions[row] - b.window + 1 > low ? b.positions[row] - b.window + 1 : low;
-        int64_t newest = b.positions[row] < high - 1 ? b.positions[row] : high - 1;
-        for (int64_t line = row * b.heads; line < (row + 1) * b.heads; ++line) {
-            weigh_line(b, line, oldest - low, newest + 1 - low, high - low);
-            shrinks |= b.shrink[line] != 1.0f;
+        int64_t newest = b.newest(row) < high - 1 ? b.newest(row) : high - 1;
+        for (int64_t query = row * b.heads; query < (row + 1) * b.heads; ++query) {
+            softmax_query(b, query, oldest - low, newest + 1 - low, high - low);
+            shrinks |= b.shrink[query] != 1.0f;
         }
     }
     value_block<Type>(b, first * b.heads, last * b.heads, keys, low, high, shrinks);
 }
 
-Block lay_out(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
-    int64_t lines = rows * heads;
+Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
+    int64_t queries = rows * heads;
     Block b = {};
     b.heads = heads, b.dim = dim, b.rows = rows;
     b.panel = static_cast<float *>(scratch);
     b.q = b.panel + K_CHUNK * PANEL;
-    b.out = b.q + lines * dim;
-    b.scores = b.out + lines * dim;
-    b.top = b.scores + lines * KEY_BLOCK;
-    b.total = b.top + lines;
-    b.shrink = b.total + lines;
+    b.out = b.q + queries * dim;
+    b.scores = b.out + queries * dim;
+    b.top = b.scores + queries * KEY_BLOCK;
+    b.total = b.top + queries;
+    b.shrink = b.total + queries;
     return b;
 }
 
 void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const int64_t *positions,
-             int64_t window, const Keys *keys, void *scratch) {
-    Block b = lay_out(scratch, rows, heads, dim);
-    b.positions = positions, b.window = window;
+             const int64_t *last_visible, int64_t window, const Keys *keys, void *scratch) {
+    Block b = make_block(scratch, rows, heads, dim);
+    b.positions = positions, b.last_visible = last_visible, b.window = window;
     for (int64_t row = 0; row < rows; ++row)
         memcpy(b.q + row * heads * dim, q + row * stride, sizeof(float) * (size_t)(heads * dim));
-    memset(b.out, 0, sizeof(float) * (size_t)(b.lines() * dim));
-    for (int64_t line = 0; line < b.lines(); ++line) b.top[line] = -INFINITY, b.total[line] = 0;
+    memset(b.out, 0, sizeof(float) * (size_t)(b.queries() * dim));
+    for (int64_t query = 0; query < b.queries(); ++query) b.top[query] = -INFINITY, b.total[query] = 0;
 
     int64_t low = window && positions[0] - window + 1 > keys->start ? positions[0] - window + 1 : keys->start;
-    int64_t high = positions[rows - 1] + 1;
+    int64_t high = b.newest(rows - 1) + 1;
     while (low < high) {
         int64_t next = low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;
         if (next > high) next = high;
-        (keys->dtype == GC_F32 ? meet_block<F32> : meet_block<Bf16>)(b, *keys, low, next);
+        (keys->dtype == GC_F32 ? update_block<F32> : update_block<Bf16>)(b, *keys, low, next);
         low = next;
     }
-    for (int64_t line = 0; line < b.lines(); ++line) {
-        V scale = set1(b.total[line] > 0 ? 1.0f / b.total[line] : 0.0f);
-        float *to = out + line / heads * stride + line % heads * dim;
+    for (int64_t query = 0; query < b.queries(); ++query) {
+        V scale = set1(b.total[query] > 0 ? 1.0f / b.total[query] : 0.0f);
+        float *to = out + query / heads * stride + query % heads * dim;
         for (int64_t e = 0; e < dim; e += W)
-            store(to + e, load(b.out + (e / PANEL * b.lines() + line) * PANEL + e % PANEL) * scale);
+            store(to + e, load(b.out + (e / PANEL * b.queries() + query) * PANEL + e % PANEL) * scale);
     }
 }
 
 int64_t prefill_rows(int64_t heads, int64_t dim) {
-    int64_t lines = BLOCK_ELEMENTS / dim;
-    return lines < heads ? 1 : lines / heads;
+    int64_t queries = BLOCK_ELEMENTS / dim;
+    return queries < heads ? 1 : queries / heads;
 }
 
 size_t scratch_bytes(int64_t heads, int64_t dim) {
-    int64_t lines = prefill_rows(heads, dim) * heads;
-    int64_t blocks = K_CHUNK * PANEL + lines * (2 * dim + KEY_BLOCK + 3), streams = heads * (2 * dim + DECODE_KEYS);
+    int64_t queries = prefill_rows(heads, dim) * heads;
+    int64_t blocks = K_CHUNK * PANEL + queries * (2 * dim + KEY_BLOCK + 3), streams = heads * (2 * dim + DECODE_KEYS);
     return sizeof(float) * (size_t)(blocks > streams ? blocks : streams);
 }
 
 }  // namespace
 
-extern const Attentions GC_NAME(attention) = {decode, prefill, scratch_bytes, prefill_rows};
+extern const AttentionKernels GC_NAME(attention) = {decode, prefill, scratch_bytes, prefill_rows};
 
 }  // namespace gemcutter

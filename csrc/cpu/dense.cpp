@@ -1,18 +1,18 @@
 // Products with row-major matrices of bfloat16, float16 or float32, used in place; a panel is 16 neighbouring rows.
 //
-// Owns two ways: few activation rows meet each matrix row as it streams past, many meet a piece of the panel that was converted
-// and transposed to float32 once for all of them. Sums are float32. Refuses to know packed matrices and threads; read
-// `matmul_f32.h` for the micro-kernel, `products.cpp` for who shares panels out.
+// Owns two kernels: a GEMV-like one that streams each matrix row past few activation rows, and a GEMM-like one that converts a
+// chunk of the panel to float32 and transposes it once for many activation rows. Sums are float32. Refuses to know packed
+// matrices and threads; read `matmul_f32.h` for the micro-kernel, `parallel_gemm.cpp` for how panels are shared among threads.
 #include "kernels.h"
 #include "matmul_f32.h"
 
 namespace gemcutter {
 namespace {
 
-constexpr int64_t K_CHUNK = 256;    // columns of one converted piece: 16 KB, half of a first cache
-constexpr int64_t STREAM_ROWS = 8;  // up to here converting a panel costs more than it saves
-constexpr int64_t SHORT_ROW = 8192;  // bytes: the processor's own prefetching, which stops at every row's end, needs help
-constexpr int64_t SPARE_ROWS = 64;  // activation rows at a time of a panel that lacks rows
+constexpr int64_t K_CHUNK = 256;     // columns of one converted chunk: 16 KB, half of an L1 cache
+constexpr int64_t GEMV_ROWS = 8;     // up to here converting a panel costs more than it saves
+constexpr int64_t SHORT_ROW = 8192;  // bytes: prefetched by hand, since the hardware prefetcher stops at every row's end
+constexpr int64_t SPARE_ROWS = 64;   // activation rows at a time of a panel that lacks rows
 
 template <typename Type>
 const typename Type::Element *row_of(const gc_matrix &m, int64_t row) {
@@ -21,7 +21,7 @@ const typename Type::Element *row_of(const gc_matrix &m, int64_t row) {
 
 // out[m * ld + r] = products of M activation rows with R matrix rows.
 template <typename Type, int M, int R>
-void stream_tile(const gc_matrix &matrix, int64_t row, const float *x, float *out, int64_t ld) {
+void gemv_tile(const gc_matrix &matrix, int64_t row, const float *x, float *out, int64_t ld) {
     constexpr int64_t LINE = 64 / sizeof(typename Type::Element);
     const typename Type::Element *w[R];
     for (int r = 0; r < R; ++r) w[r] = row_of<Type>(matrix, row + r);
@@ -48,41 +48,41 @@ void stream_tile(const gc_matrix &matrix, int64_t row, const float *x, float *ou
 }
 
 template <typename Type, int M>
-void stream_rows(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, float *out, int64_t ld) {
+void gemv_rows(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, float *out, int64_t ld) {
     constexpr int R = M > 2 ? 2 : 4;
     int64_t row = first;
-    for (; row + R <= last; row += R) stream_tile<Type, M, R>(matrix, row, x, out + row - first, ld);
-    for (; row < last; ++row) stream_tile<Type, M, 1>(matrix, row, x, out + row - first, ld);
+    for (; row + R <= last; row += R) gemv_tile<Type, M, R>(matrix, row, x, out + row - first, ld);
+    for (; row < last; ++row) gemv_tile<Type, M, 1>(matrix, row, x, out + row - first, ld);
 }
 
 template <typename Type>
-void stream(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld) {
-    for (; count >= 4; count -= 4, x += 4 * matrix.columns, out += 4 * ld) stream_rows<Type, 4>(matrix, first, last, x, out, ld);
-    if (count == 3) stream_rows<Type, 3>(matrix, first, last, x, out, ld);
-    if (count == 2) stream_rows<Type, 2>(matrix, first, last, x, out, ld);
-    if (count == 1) stream_rows<Type, 1>(matrix, first, last, x, out, ld);
+void gemv(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld) {
+    for (; count >= 4; count -= 4, x += 4 * matrix.columns, out += 4 * ld) gemv_rows<Type, 4>(matrix, first, last, x, out, ld);
+    if (count == 3) gemv_rows<Type, 3>(matrix, first, last, x, out, ld);
+    if (count == 2) gemv_rows<Type, 2>(matrix, first, last, x, out, ld);
+    if (count == 1) gemv_rows<Type, 1>(matrix, first, last, x, out, ld);
 }
 
 // out [count, 16] = activation rows times matrix rows first..first+15; those from `last` on repeat the one before.
 template <typename Type>
-void convert(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld,
-             float *scratch) {
+void gemm(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld,
+          float *scratch) {
     for (int64_t k = 0; k < matrix.columns; k += K_CHUNK) {
         const typename Type::Element *rows[PANEL];
         for (int64_t r = 0; r < PANEL; ++r) rows[r] = row_of<Type>(matrix, first + r < last ? first + r : last - 1) + k;
         int64_t columns = matrix.columns - k < K_CHUNK ? matrix.columns - k : K_CHUNK;
         pack_panel<Type>(rows, columns, scratch);
-        multiply_panel(x + k, matrix.columns, count, scratch, columns, out, ld, k > 0);
+        gemm_panel(x + k, matrix.columns, count, scratch, columns, out, ld, k > 0);
     }
 }
 
 template <typename Type>
-void convert_ragged(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld,
-                    float *scratch) {
+void gemm_ragged(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld,
+                 float *scratch) {
     float *spare = scratch + K_CHUNK * PANEL;
     for (int64_t m = 0; m < count; m += SPARE_ROWS) {
         int64_t some = count - m < SPARE_ROWS ? count - m : SPARE_ROWS;
-        convert<Type>(matrix, first, last, x + m * matrix.columns, some, spare, PANEL, scratch);
+        gemm<Type>(matrix, first, last, x + m * matrix.columns, some, spare, PANEL, scratch);
         for (int64_t i = 0; i < some; ++i) memcpy(out + (m + i) * ld, spare + i * PANEL, sizeof(float) * (size_t)(last - first));
     }
 }
@@ -92,15 +92,15 @@ void panel_type(const gc_matrix &matrix, int64_t panel, const Rows &rows, int64_
                 float *scratch) {
     int64_t first = panel * PANEL, last = first + PANEL < matrix.rows ? first + PANEL : matrix.rows, count = end - begin;
     const float *x = rows.x + begin * matrix.columns;
-    if (count <= STREAM_ROWS) return stream<Type>(matrix, first, last, x, count, out, ld);
-    auto *way = last - first == PANEL ? convert<Type> : convert_ragged<Type>;
-    way(matrix, first, last, x, count, out, ld, scratch);
+    if (count <= GEMV_ROWS) return gemv<Type>(matrix, first, last, x, count, out, ld);
+    auto *run = last - first == PANEL ? gemm<Type> : gemm_ragged<Type>;
+    run(matrix, first, last, x, count, out, ld, scratch);
 }
 
-int forms(const gc_matrix *, int64_t, int) { return FORM_FLOAT; }
+int formats(const gc_matrix *, int64_t, int) { return FORMAT_FLOAT; }
 
-void panel(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-           void *scratch, const void *) {
+void gemm_panel(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
+                void *scratch, const void *) {
     auto *run = matrix->codes == GC_BF16 ? panel_type<Bf16> : matrix->codes == GC_F16 ? panel_type<F16> : panel_type<F32>;
     run(*matrix, panel, *rows, first, last, out, ld, static_cast<float *>(scratch));
 }
@@ -122,6 +122,6 @@ void gather(const gc_matrix *matrix, int64_t row, float *out) {
 
 }  // namespace
 
-extern const Products GC_NAME(dense) = {forms, panel, scratch_bytes, gather, CHUNK_ELEMENTS, CHUNK_ROWS};
+extern const MatmulKernels GC_NAME(dense) = {formats, gemm_panel, scratch_bytes, gather, CHUNK_ELEMENTS, CHUNK_ROWS};
 
 }  // namespace gemcutter

@@ -1,10 +1,12 @@
-// Chooses the processor level once, or as it is told.
+// Selects the processor level: the best one at first use, or the one that gc_set_level names.
+//
+// Owns the table of levels and the CPUID checks; refuses to know what kernels compute. Read `kernels.h` for what a level has.
 #include <string.h>
 
 #include <atomic>
 
 #include "kernels.h"
-#include "threads.h"
+#include "thread_pool.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -18,11 +20,11 @@ namespace gemcutter {
 namespace {
 
 const Kernels LEVELS[] = {
-    {"portable", &words_portable, &packed_portable, &dense_portable, &attention_portable},
+    {"portable", &vector_ops_portable, &packed_portable, &dense_portable, &attention_portable},
 #if defined(__x86_64__)
-    {"avx2", &words_avx2, &packed_avx2, &dense_avx2, &attention_avx2},
-    {"avx512", &words_avx512, &packed_avx512, &dense_avx512, &attention_avx512},
-    {"amx", &words_avx512, &packed_amx, &dense_amx, &attention_avx512},
+    {"avx2", &vector_ops_avx2, &packed_avx2, &dense_avx2, &attention_avx2},
+    {"avx512", &vector_ops_avx512, &packed_avx512, &dense_avx512, &attention_avx512},
+    {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512},
 #endif
 };
 constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;
@@ -43,13 +45,13 @@ bool may_use_tiles() {
 #endif
 }
 
-// The highest level that processor and system allow; model names are not looked at, since virtual machines mask them.
+// The highest level that processor and system allow; CPU model names are ignored, since virtual machines mask them.
 int best_level() {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
     bool has_xsave = c >> 27 & 1, has_avx = c >> 28 & 1, has_fma = c >> 12 & 1, has_f16c = c >> 29 & 1;
     if (!has_xsave || (xcr0() & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    if (!(has_avx && has_fma && has_f16c && (b >> 5 & 1) && (b >> 8 & 1))) return 0;  // AVX2, BMI2
+    if (!(has_avx && has_fma && has_f16c && (b >> 5 & 1) && (b >> 8 & 1))) return 0;                   // AVX2, BMI2
     bool has_512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 11 & 1);  // F DQ BW VL VNNI
     if (!has_512 || (xcr0() & 0xe6) != 0xe6) return 1;
     bool has_amx = (d >> 22 & 1) && (d >> 24 & 1) && (xcr0() >> 17 & 3) == 3;  // BF16, TILE
@@ -60,7 +62,7 @@ int best_level() { return 0; }
 #endif
 
 #if defined(GC_EMULATE)
-int highest_level() { return best_level() > 0 ? COUNT - 1 : 0; }  // what lies above AVX2 is computed without its instructions
+int highest_level() { return best_level() > 0 ? COUNT - 1 : 0; }  // levels above AVX2 are emulated
 #else
 int highest_level() { return best_level(); }
 #endif
@@ -95,4 +97,4 @@ GC_EXPORT int gc_set_level(const char *name) {
 GC_EXPORT const char *gc_level() { return gemcutter::kernels().name; }
 GC_EXPORT void gc_set_threads(int count) { gemcutter::set_threads(count); }
 GC_EXPORT int gc_threads() { return gemcutter::threads(); }
-GC_EXPORT int gc_version() { return 1; }  // of this interface; Python refuses another
+GC_EXPORT int gc_version() { return 2; }  // of this interface; Python refuses another

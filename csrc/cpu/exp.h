@@ -1,7 +1,7 @@
 // The exponential function on vectors, shared by level sources: the softmax of attention, the GELU and the soft cap.
 //
-// Owns one polynomial, right to about 2 units in the last place from -87 to 88; below it gives 0 (so exp(-infinity) is 0), above
-// it stays at exp(88), and NaN stays NaN. Read `vec.h` first.
+// Owns one polynomial, accurate to about 2 units in the last place from -87 to 88; below that it returns 0 (so exp(-infinity) is
+// 0), above it exp(88), and NaN stays NaN. Read `vec.h` first.
 #pragma once
 #include "vec.h"
 
@@ -41,9 +41,9 @@ inline V power_of_two(V x) {
 
 inline V exp(V x) {
     const V lowest = set1(-87.0f), rounder = set1(ROUNDER);
-    V clamped = vmax(lowest, vmin(set1(88.0f), x));  // in this order of arguments NaN comes through
+    V clamped = vmax(lowest, vmin(set1(88.0f), x));  // this order of arguments propagates NaN
     V shifted = fma(clamped, set1(1.44269504f), rounder), n = shifted - rounder;
-    V r = fma(n, set1(-0.693145752f), clamped);  // log 2 in two pieces, the first exact in products with n
+    V r = fma(n, set1(-0.693145752f), clamped);  // log 2 as a sum of two, the first exact in products with n
     r = fma(n, set1(-1.42860677e-06f), r);
     V p = set1(1.98992878e-04f);
     p = fma(p, r, set1(1.39336525e-03f));

@@ -1,12 +1,12 @@
-// The mixture of experts: the router's choice, rows gathered by expert, and the panels of all chosen experts shared out at once.
+// The mixture of experts: the router's top-k choice, grouping of rows by expert, and the grouped GEMMs over all chosen experts.
 //
-// Owns the order of sums (ascending experts, whatever the batch) and the pairs of a row and one of its experts, which lie so that
-// an expert's rows follow each other. The router runs in float32, so that its choice is stable. Read `lines.h` for how this joins
-// the dense branch in `Feed`, `ops/reference.py` for the definition.
+// Owns the order of sums (ascending experts, whatever the batch) and the list of (row, expert) pairs, sorted by expert so that an
+// expert's rows are contiguous. The router runs in float32, so that its choice is stable. Read `layer_ops.h` for how this joins
+// the dense branch in `Mlp`, `ops/reference.py` for the definition.
 #include <math.h>
 #include <string.h>
 
-#include "lines.h"
+#include "layer_ops.h"
 
 namespace gemcutter {
 
@@ -14,60 +14,61 @@ Experts::Experts(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(lay
     const gc_experts &moe = experts_;
     const gc_matrix in[2] = {moe.gate[0], moe.up[0]};
     int64_t hidden = layer.hidden, pairs = rows * moe.top_k;
-    routed_.take(arena, &moe.router, 1, rows, hidden, GC_FLOAT_ROWS);
+    routed_.allocate(arena, &moe.router, 1, rows, hidden, GC_FLOAT_ROWS);
     normed_ = arena.array<float>(rows * hidden);
-    entering_ = take_forms(arena, forms_at_any_count(in, 2), rows == 1 ? 1 : pairs, hidden, layer.activations);
-    if (entering_.forms & FORM_FLOAT && !entering_.rows.x)
-        entering_.rows.x = gathered_ = rows == 1 ? normed_ : arena.array<float>(pairs * hidden);
-    gated_.take(arena, forms_at_any_count(moe.down, 1), pairs, moe.width, layer.activations);
-    chances_ = arena.array<float>(rows * moe.experts);
+    pair_rows_ = allocate_rows(arena, formats_at_any_count(in, 2), rows == 1 ? 1 : pairs, hidden, layer.activations);
+    if (pair_rows_.formats & FORMAT_FLOAT && !pair_rows_.rows.x)
+        pair_rows_.rows.x = gathered_ = rows == 1 ? normed_ : arena.array<float>(pairs * hidden);
+    gated_.allocate(arena, formats_at_any_count(moe.down, 1), pairs, moe.width, layer.activations);
+    router_logits_ = arena.array<float>(rows * moe.experts);
     weights_ = arena.array<float>(pairs);
     product_ = arena.array<float>(pairs * hidden);
     chosen_ = arena.array<int64_t>(pairs);
     places_ = arena.array<int64_t>(pairs);
     row_of_ = arena.array<int64_t>(pairs);
     groups_ = arena.array<Group>(moe.experts);
-    size_t gated = gated_scratch_bytes(&moe.gate[0], &moe.up[0]), down = scratch_bytes(moe.down, 1);
+    size_t gated = geglu_scratch_bytes(&moe.gate[0], &moe.up[0]), down = scratch_bytes(moe.down, 1);
     size_t router = scratch_bytes(&moe.router, 1), most = gated > down ? gated : down;
-    scratch_.take(arena, (most > router ? most : router) + sizeof(float) * (size_t)(2 * PANEL * rows));
+    scratch_.allocate(arena, (most > router ? most : router) + sizeof(float) * (size_t)(2 * PANEL * rows));
 }
 
-// Forms for any number of rows that an expert may get.
-int Experts::forms_at_any_count(const gc_matrix *parts, int num_parts) const {
-    int forms = 0;
-    for (int64_t count = 1; count <= rows_; ++count) forms |= forms_of(parts, num_parts, count, layer_.activations);
-    return forms;
+// Activation formats for any number of rows that an expert may get.
+int Experts::formats_at_any_count(const gc_matrix *parts, int num_parts) const {
+    int formats = 0;
+    for (int64_t count = 1; count <= rows_; ++count) formats |= formats_of(parts, num_parts, count, layer_.activations);
+    return formats;
 }
 
-void Experts::route(Team &team, int index, const float *x) {
-    const Words &words = *kernels().words;
+void Experts::route(ThreadPool &pool, int index, const float *x) {
+    const VectorOps &ops = *kernels().vector_ops;
     int64_t hidden = layer_.hidden;
-    Range own = own_rows(rows_, index, team.size);
+    Range own = own_rows(rows_, index, pool.size);
     for (int64_t n = own.first; n < own.last; ++n) {
         float *row = routed_.row(n);
-        words.rms_norm(x + n * hidden, experts_.router_scale, layer_.eps, hidden, row);
-        routed_.finish(n);
-        words.rms_norm(x + n * hidden, experts_.norm, layer_.eps, hidden, normed_ + n * hidden);
+        ops.rms_norm(x + n * hidden, experts_.router_scale, layer_.eps, hidden, row);
+        routed_.convert(n);
+        ops.rms_norm(x + n * hidden, experts_.norm, layer_.eps, hidden, normed_ + n * hidden);
     }
-    team.barrier();
-    multiply(team, index, &experts_.router, 1, routed_.forms.rows, chances_, experts_.experts, scratch_.of(index), COUNT_ROUTER);
-    team.barrier();
+    pool.barrier();
+    parallel_gemm(pool, index, &experts_.router, 1, routed_.converted.rows, router_logits_, experts_.experts, scratch_.of(index),
+                  COUNT_ROUTER);
+    pool.barrier();
     for (int64_t n = own.first; n < own.last; ++n) choose(n);
-    team.barrier();
+    pool.barrier();
     if (index == 0) group();
-    team.barrier();
-    Range pairs = own_rows(entering_.rows.count, index, team.size);
+    pool.barrier();
+    Range pairs = own_rows(pair_rows_.rows.count, index, pool.size);
     for (int64_t pair = pairs.first; pair < pairs.last; ++pair) {
         const float *row = normed_ + row_of_[pair] * hidden;
         if (gathered_ && gathered_ != normed_) memcpy(gathered_ + pair * hidden, row, sizeof(float) * (size_t)hidden);
-        make_form(entering_, pair, row);
+        convert_row(pair_rows_, pair, row);
     }
-    team.barrier();
+    pool.barrier();
 }
 
-// Choose a row's experts: the top_k of the softmax, the lower number among equals, with chances that sum to 1 again.
+// Chooses a row's experts: the top_k of the softmax, the lower index among equals, with weights renormalised to sum to 1.
 void Experts::choose(int64_t row) {
-    const float *scores = chances_ + row * experts_.experts;
+    const float *scores = router_logits_ + row * experts_.experts;
     int64_t *chosen = chosen_ + row * experts_.top_k, top_k = experts_.top_k, found = 0;
     float *weights = weights_ + row * top_k;
     for (int64_t expert = 0; expert < experts_.experts; ++expert) {  // insertion into a list in descending order
@@ -88,7 +89,7 @@ void Experts::choose(int64_t row) {
     for (int64_t k = 0; k < top_k; ++k) weights[k] = weights[k] / total * experts_.expert_scale[chosen[k]];
 }
 
-// Order all pairs by expert, then by row.
+// Sorts all pairs by expert, then by row.
 void Experts::group() {
     int64_t pairs = rows_ * experts_.top_k, first = 0;
     for (int64_t expert = 0; expert < experts_.experts; ++expert) groups_[expert] = {expert, 0, 0};
@@ -120,48 +121,48 @@ Rows Experts::rows_of(const Rows &all, const Group &group) const {
     return rows;
 }
 
-// Call item(group, panel) for every panel of every chosen expert, each once, on some thread.
+// Calls item(group, panel) once for every panel of every chosen expert, on some thread.
 template <typename Item>
-void Experts::share_panels(Team &team, int counter, int64_t panels, Item item) const {
-    int64_t items = num_groups_ * panels, piece = items / (16 * team.size) + 1;
-    for (int64_t start; (start = team.counters[counter].fetch_add(piece, std::memory_order_relaxed)) < items;)
+void Experts::for_each_panel(ThreadPool &pool, int counter, int64_t panels, Item item) const {
+    int64_t items = num_groups_ * panels, piece = items / (16 * pool.size) + 1;
+    for (int64_t start; (start = pool.counters[counter].fetch_add(piece, std::memory_order_relaxed)) < items;)
         for (int64_t i = start; i < start + piece && i < items; ++i) item(groups_[i / panels], i % panels);
 }
 
-void Experts::run(Team &team, int index) {
+void Experts::run(ThreadPool &pool, int index) {
     int64_t hidden = layer_.hidden, width = experts_.width;
     float *gates = static_cast<float *>(scratch_.of(index));
     void *rest = gates + 2 * PANEL * rows_;
-    share_panels(team, COUNT_EXPERTS_IN, (width + PANEL - 1) / PANEL, [&](const Group &group, int64_t panel) {
+    for_each_panel(pool, COUNT_EXPERTS_IN, (width + PANEL - 1) / PANEL, [&](const Group &group, int64_t panel) {
         const gc_matrix &gate = experts_.gate[group.expert], &up = experts_.up[group.expert];
         int64_t left = width - panel * PANEL, columns = left < PANEL ? left : PANEL;
         float *ups = gates + group.count * PANEL;
-        Rows rows = rows_of(entering_.rows, group);
+        Rows rows = rows_of(pair_rows_.rows, group);
         if (columns < PANEL) memset(gates, 0, sizeof(float) * (size_t)(2 * PANEL * group.count));
-        products(gate).panel(&gate, panel, &rows, 0, group.count, gates, PANEL, rest, panel_at(up, panel));
-        products(up).panel(&up, panel, &rows, 0, group.count, ups, PANEL, rest, panel_at(gate, panel + 1));
-        kernels().words->gelu_mul(gates, ups, group.count * PANEL, gates);
+        matmul_kernels(gate).gemm_panel(&gate, panel, &rows, 0, group.count, gates, PANEL, rest, panel_at(up, panel));
+        matmul_kernels(up).gemm_panel(&up, panel, &rows, 0, group.count, ups, PANEL, rest, panel_at(gate, panel + 1));
+        kernels().vector_ops->gelu_mul(gates, ups, group.count * PANEL, gates);
         for (int64_t m = 0; m < group.count; ++m)
             memcpy(gated_.row(group.first + m) + panel * PANEL, gates + m * PANEL, sizeof(float) * (size_t)columns);
     });
-    team.barrier();
-    Range pairs = own_rows(rows_ * experts_.top_k, index, team.size);
-    for (int64_t pair = pairs.first; pair < pairs.last; ++pair) gated_.finish(pair);
-    team.barrier();
-    share_panels(team, COUNT_EXPERTS_OUT, (hidden + PANEL - 1) / PANEL, [&](const Group &group, int64_t panel) {
+    pool.barrier();
+    Range pairs = own_rows(rows_ * experts_.top_k, index, pool.size);
+    for (int64_t pair = pairs.first; pair < pairs.last; ++pair) gated_.convert(pair);
+    pool.barrier();
+    for_each_panel(pool, COUNT_EXPERTS_OUT, (hidden + PANEL - 1) / PANEL, [&](const Group &group, int64_t panel) {
         const gc_matrix &down = experts_.down[group.expert];
-        Rows rows = rows_of(gated_.forms.rows, group);
-        products(down).panel(&down, panel, &rows, 0, group.count, product_ + group.first * hidden + panel * PANEL, hidden, rest,
-                             nullptr);
+        Rows rows = rows_of(gated_.converted.rows, group);
+        matmul_kernels(down).gemm_panel(&down, panel, &rows, 0, group.count, product_ + group.first * hidden + panel * PANEL,
+                                        hidden, rest, nullptr);
     });
-    team.barrier();
+    pool.barrier();
 }
 
 void Experts::sum(int64_t row, float *out) const {
     int64_t hidden = layer_.hidden, first = row * experts_.top_k;
     memset(out, 0, sizeof(float) * (size_t)hidden);
     for (int64_t k = first; k < first + experts_.top_k; ++k)
-        kernels().words->add_scaled(product_ + places_[k] * hidden, weights_[k], hidden, out);
+        kernels().vector_ops->add_scaled(product_ + places_[k] * hidden, weights_[k], hidden, out);
 }
 
 }  // namespace gemcutter

@@ -4,5 +4,5 @@
 #include <immintrin.h>
 #endif
 #if defined(GC_EMULATE) && defined(GC_LEVEL_AVX512)
-#include "../emulate/emulate.h"
+#include "../emulate/avx512.h"
 #endif

@@ -1,9 +1,9 @@
-// What every processor level provides, as tables of function pointers; a level's objects are compiled with its flags alone.
+// What every processor level provides, as tables of function pointers; a level's objects are compiled with its own flags.
 //
-// Owns the contract between kernels (compiled once per level: words.cpp, packed.cpp, dense.cpp, attention.cpp, amx.cpp) and the
-// code that is compiled once (sentences.cpp, dispatch.cpp). Level sources include no C++ library templates: an inline function
-// compiled for AVX-512 must never be the copy that the linker keeps for every processor. Shape letters: M rows, K columns,
-// E head dim, T keys.
+// Owns the contract between kernels compiled once per level (vector_ops.cpp, packed.cpp, dense.cpp, attention.cpp, amx.cpp) and
+// the code that is compiled once (layer_ops.cpp, parallel_gemm.cpp, dispatch.cpp). Level sources include no C++ library
+// templates: an inline function compiled for AVX-512 must never be the copy that the linker keeps for every processor. Shape
+// letters: M rows, K columns, E head dim, T keys.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -13,21 +13,22 @@
 
 namespace gemcutter {
 
-// The forms in which a product may want its rows; a level says which by `forms`.
-enum Form { FORM_FLOAT = 1, FORM_INT8 = 2, FORM_BF16 = 4 };
+// The formats in which a matmul kernel may read activations; `MatmulKernels::formats` returns which ones it needs.
+enum ActivationFormat { FORMAT_FLOAT = 1, FORMAT_INT8 = 2, FORMAT_BF16 = 4 };
 
-// M activation rows [M, columns]; forms that nobody asked for are null. All are dense: row m begins at m * columns.
+// M activation rows [M, columns]; formats that no kernel needs are null. All are contiguous: row m begins at m * columns.
 struct Rows {
     int64_t count, columns;
-    int activations;        // enum gc_activations
-    const float *x;         // float32; rounded to bfloat16 if activations says so
-    const int8_t *q;        // -127..127, one scale for every 32 columns
-    const float *scale;     // [M, columns / 32]
-    const float *sum;       // [M, columns / 32]: scale * the sum of the 32 q
-    const uint16_t *bf16;   // bfloat16
+    int activations;       // enum gc_activations
+    const float *x;        // float32; rounded to bfloat16 if activations says so
+    const int8_t *q;       // -127..127, one scale for every 32 columns
+    const float *scale;    // [M, columns / 32]
+    const float *sum;      // [M, columns / 32]: scale * the sum of the 32 q
+    const uint16_t *bf16;  // bfloat16
 };
 
-struct Words {
+// Element-wise and reduction ops on single rows.
+struct VectorOps {
     // out = x / rms(x) * weight; weight null means 1. out may be x.
     void (*rms_norm)(const float *x, const float *weight, float eps, int64_t n, float *out);
     // out = (x + rms_norm(y) * weight) * scale. out may be x.
@@ -46,76 +47,79 @@ struct Words {
     // out += x * factor
     void (*add_scaled)(const float *x, float factor, int64_t n, float *out);
     // out = x * factor
-    void (*multiply)(const float *x, float factor, int64_t n, float *out);
+    void (*scale)(const float *x, float factor, int64_t n, float *out);
 };
 
-struct Products {
-    // The forms of rows that `panel` reads for this matrix and so many rows.
-    int (*forms)(const gc_matrix *matrix, int64_t rows, int activations);
+// Products of activation rows with one panel of a matrix.
+struct MatmulKernels {
+    // The activation formats (a bit set) that `gemm_panel` reads for this matrix and number of rows.
+    int (*formats)(const gc_matrix *matrix, int64_t rows, int activations);
     // Rows first..last-1 times the 16 matrix rows of one panel: out[m * ld + r], m counted from `first`, r from the panel's first
-    // row; ragged last panels write only the rows that exist. `scratch` is 64-byte aligned and of scratch_bytes(), own to a thread.
-    // `next` is what the thread reads afterwards, fetched towards the end of a stream; null: the panel that follows in memory.
-    void (*panel)(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-                  void *scratch, const void *next);
+    // row; ragged last panels write only the rows that exist. `scratch` has scratch_bytes(), 64-byte aligned, one for each thread.
+    // `next` is what the thread reads afterwards, prefetched near the end of this panel; null means the next panel in memory.
+    void (*gemm_panel)(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out,
+                       int64_t ld, void *scratch, const void *next);
     size_t (*scratch_bytes)(const gc_matrix *matrix);
     // Write one row of a matrix as float32.
     void (*gather)(const gc_matrix *matrix, int64_t row, float *out);
-    int64_t chunk_elements, chunk_rows;  // of the rows, at most, that meet one panel after the other
+    int64_t chunk_elements, chunk_rows;  // largest block of rows that is multiplied with one panel after the other
 };
 
 // Keys and values of one key head in one sequence. Slot t of positions start, start + 1, ...: consecutive from `low`, or listed.
 struct Keys {
-    const void *k, *v;      // first element of the key head in slot 0
-    int64_t stride;         // elements from one slot to the next
-    int32_t dtype;          // GC_BF16 or GC_F32
-    int64_t start, low;     // first position held; its slot, or -1 if `slots` lists them
+    const void *k, *v;          // first element of the key head in slot 0
+    int64_t stride;             // elements from one slot to the next
+    int32_t dtype;              // GC_BF16 or GC_F32
+    int64_t start, first_slot;  // first cached position; its slot, or -1 if `slots` lists them
     const int64_t *slots;
 };
 
-constexpr int64_t CHUNK_ELEMENTS = 96 * 1024;  // a part of the second-level cache, beside a panel's codes
+constexpr int64_t CHUNK_ELEMENTS = 96 * 1024;  // a part of the L2 cache, which also holds a panel's codes
 constexpr int64_t CHUNK_ROWS = 256;
 
 constexpr int64_t DECODE_KEYS = 512;  // the most keys of one call of `decode`
 
-struct Attentions {
+// Attention over one key head.
+struct AttentionKernels {
     // Partial attention of G query heads (q [G, E], float32) of one row over positions first..last-1 of one key head: writes
     // unnormalised out [G, E], and per head the maximum score and the sum of exp(score - maximum).
-    void (*decode)(const float *q, int64_t q_stride, int64_t heads, int64_t head_dim, const Keys *keys, int64_t first, int64_t last,
-                   float *out, float *top, float *total, void *scratch);
+    void (*decode)(const float *q, int64_t q_stride, int64_t heads, int64_t head_dim, const Keys *keys, int64_t first,
+                   int64_t last, float *out, float *top, float *total, void *scratch);
     // Attention of `rows` query rows at `positions` (ascending) times G heads over one key head: q and out [rows, G, E] with
-    // row stride `stride` elements, head stride E. window 0 means all keys up to the row's own position.
+    // row stride `stride` elements, head stride E. window 0 means all keys up to the row's own position;
+    // `last_visible` (never descending, or null) extends what a row sees beyond its own position.
     void (*prefill)(const float *q, float *out, int64_t stride, int64_t rows, int64_t heads, int64_t head_dim,
-                    const int64_t *positions, int64_t window, const Keys *keys, void *scratch);
+                    const int64_t *positions, const int64_t *last_visible, int64_t window, const Keys *keys, void *scratch);
     size_t (*scratch_bytes)(int64_t heads, int64_t head_dim);  // enough for either
     int64_t (*prefill_rows)(int64_t heads, int64_t head_dim);  // the most rows of one prefill call
 };
 
 struct Kernels {
     const char *name;  // "portable", "avx2", "avx512", "amx"
-    const Words *words;
-    const Products *packed, *dense;
-    const Attentions *attention;
+    const VectorOps *vector_ops;
+    const MatmulKernels *packed, *dense;
+    const AttentionKernels *attention;
 };
 
-#define GC_DECLARE(level)                     \
-    extern const Words words_##level;         \
-    extern const Products packed_##level;     \
-    extern const Products dense_##level;      \
-    extern const Attentions attention_##level;
+#define GC_DECLARE(level)                      \
+    extern const VectorOps vector_ops_##level; \
+    extern const MatmulKernels packed_##level; \
+    extern const MatmulKernels dense_##level;  \
+    extern const AttentionKernels attention_##level;
 GC_DECLARE(portable)
 #if defined(__x86_64__)
 GC_DECLARE(avx2)
 GC_DECLARE(avx512)
-extern const Products packed_amx, dense_amx;
+extern const MatmulKernels packed_amx, dense_amx;
 #endif
 
 const Kernels &kernels();  // of the level in use
 
-// Where a panel begins; of the one after the last, where it would.
+// Address of a panel; also of the one after the last, for prefetching.
 inline const void *panel_at(const gc_matrix &m, int64_t panel) {
     return static_cast<const char *>(m.data) + panel * m.stride * (is_dense(m) ? PANEL : 1);
 }
 
-inline const Products &products(const gc_matrix &m) { return is_dense(m) ? *kernels().dense : *kernels().packed; }
+inline const MatmulKernels &matmul_kernels(const gc_matrix &m) { return is_dense(m) ? *kernels().dense : *kernels().packed; }
 
 }  // namespace gemcutter

@@ -1,7 +1,7 @@
-// How packed matrices lie in memory: panels of 16 rows whose codes are interleaved, so that a vector lane is a row.
+// The memory layout of packed matrices: panels of 16 rows whose codes are interleaved, so that a vector lane is a row.
 //
 // A matrix is ceil(rows / 16) panels of `stride` bytes (a multiple of 64; rows beyond the last have scale and bias 0). Columns are
-// a multiple of 32. A panel is a run of groups in column order, each: scales, biases, codes.
+// a multiple of 32. A panel is a sequence of groups in column order, each: scales, biases, codes.
 //
 //   GC_SCALE_F16/BF16/F32, group G >= 32 (a multiple of 32 that divides the columns):
 //       scale[16], bias[16] iff has_bias, then G/32 code blocks
@@ -13,7 +13,7 @@
 // value = scale * (code + offset) + bias, scale and bias in float32.
 //
 // A code block is 32 columns of 16 rows. A *quad* is 4 neighbouring columns; quad j (0..7) holds columns 4j..4j+3. A quad vector
-// has 64 codes; that of row r and column c of the quad stands at r * 4 + c.
+// has 64 codes; that of row r and column c of the quad is at r * 4 + c.
 //   GC_S8: 8 quad vectors of signed bytes, 512 bytes
 //   GC_U4: 4 vectors of 64 bytes; vector j has quad j in the low and quad j + 4 in the high nibbles, 256 bytes
 //   GC_U6: as GC_U4 for the low four bits, then 2 vectors of 64 bytes: vector h has the upper two bits of quad 4h + k at bits
@@ -28,7 +28,8 @@ namespace gemcutter {
 constexpr int PANEL = 16;   // rows of a panel
 constexpr int BLOCK = 32;   // columns of a code block, and of one activation scale
 constexpr int SUPER = 256;  // columns of a super-block
-constexpr int64_t AHEAD = 2048;  // bytes from what is read to what is fetched: a core alone does not keep memory busy
+// Prefetch distance: without it a core does not use its share of memory bandwidth.
+constexpr int64_t PREFETCH_BYTES = 2048;
 
 inline bool is_dense(const gc_matrix &m) { return m.codes >= GC_BF16; }
 

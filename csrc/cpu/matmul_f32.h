@@ -1,8 +1,8 @@
 // The float32 micro-kernel, and the packing of 16 matrix rows into its panels. Included by level sources only.
 //
-// Owns register blocking: some rows of A, broadcast element by element, times a panel [K][16] that stays in the first cache. A
-// row's sums run over k in order, whatever its neighbours. Refuses to know what the rows mean; read `dense.cpp` and
-// `attention.cpp`, who use it.
+// Owns register blocking: some rows of A, broadcast element by element, times a panel [K][16] that stays in the L1 cache. A
+// row is summed over k in order, whatever other rows there are. Refuses to know what the rows mean; read `dense.cpp` and
+// `attention.cpp`, which use it.
 #pragma once
 #include "layout.h"
 #include "vec.h"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int PANEL_VECTORS = PANEL / W;
 #if defined(GC_LEVEL_AVX512)
-constexpr int TILE_ROWS = 14;  // accumulators fill the registers but for the panel's and the broadcast's
+constexpr int TILE_ROWS = 14;  // accumulators fill the registers except those for the panel and the broadcast
 #elif defined(GC_LEVEL_AVX2)
 constexpr int TILE_ROWS = 6;
 #else
@@ -20,11 +20,11 @@ constexpr int TILE_ROWS = 2;
 #endif
 
 template <int R>
-inline void multiply_tile(const float *a, int64_t lda, const float *panel, int64_t k, float *out, int64_t ldo, bool add) {
+inline void gemm_tile(const float *a, int64_t lda, const float *panel, int64_t k, float *out, int64_t ldo, bool add) {
     V acc[R][PANEL_VECTORS];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < PANEL_VECTORS; ++c) acc[r][c] = add ? load(out + r * ldo + c * W) : set1(0.0f);
-    const float *row[(R + 2) / 3];  // every third, so that pointers and steps fit in the registers
+    const float *row[(R + 2) / 3];  // every third row, so that pointers and strides fit in the registers
     for (int r = 0; r < R; r += 3) row[r / 3] = a + r * lda;
     for (int64_t i = 0; i < k; ++i) {
         V b[PANEL_VECTORS];
@@ -40,18 +40,18 @@ inline void multiply_tile(const float *a, int64_t lda, const float *panel, int64
 }
 
 template <int R>
-inline void multiply_rest(int64_t rows, const float *a, int64_t lda, const float *panel, int64_t k, float *out, int64_t ldo,
-                          bool add) {
-    if (rows == R) return multiply_tile<R>(a, lda, panel, k, out, ldo, add);
-    if constexpr (R > 1) multiply_rest<R - 1>(rows, a, lda, panel, k, out, ldo, add);
+inline void gemm_rest(int64_t rows, const float *a, int64_t lda, const float *panel, int64_t k, float *out, int64_t ldo,
+                      bool add) {
+    if (rows == R) return gemm_tile<R>(a, lda, panel, k, out, ldo, add);
+    if constexpr (R > 1) gemm_rest<R - 1>(rows, a, lda, panel, k, out, ldo, add);
 }
 
 // out[m * ldo + c] = (add ? itself : 0) + sum over i < k of a[m * lda + i] * panel[i * 16 + c], for 16 columns c.
-inline void multiply_panel(const float *a, int64_t lda, int64_t rows, const float *panel, int64_t k, float *out, int64_t ldo,
-                           bool add) {
+inline void gemm_panel(const float *a, int64_t lda, int64_t rows, const float *panel, int64_t k, float *out, int64_t ldo,
+                       bool add) {
     for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * lda, out += TILE_ROWS * ldo)
-        multiply_tile<TILE_ROWS>(a, lda, panel, k, out, ldo, add);
-    if constexpr (TILE_ROWS > 1) multiply_rest<TILE_ROWS - 1>(rows, a, lda, panel, k, out, ldo, add);
+        gemm_tile<TILE_ROWS>(a, lda, panel, k, out, ldo, add);
+    if constexpr (TILE_ROWS > 1) gemm_rest<TILE_ROWS - 1>(rows, a, lda, panel, k, out, ldo, add);
 }
 
 inline float widen(uint32_t bits) {
@@ -86,7 +86,7 @@ struct F32 {
 inline __m256 eight(const float *p) { return _mm256_loadu_ps(p); }
 inline __m256 eight_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 
-// Transpose 8 vectors of 8 words.
+// Transposes 8 vectors of 8 32-bit lanes.
 inline void transpose(__m256 (&v)[8]) {
     __m256 t[8], u[8];
     for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]), t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
@@ -101,10 +101,10 @@ inline void transpose(__m256 (&v)[8]) {
     }
 }
 
-// Columns of 8 rows, side by side: out[c * 16 + r]. Gives how many columns are done.
+// Packs columns of 8 rows: out[c * 16 + r]. Returns the number of columns packed.
 inline int64_t pack_eight(const uint16_t *const *rows, int64_t columns, float *out, Bf16) {
     int64_t i = 0;
-    for (; i + 16 <= columns; i += 16) {  // a word is two columns, told apart once it lies where it belongs
+    for (; i + 16 <= columns; i += 16) {  // transposes pairs of columns as 32-bit lanes, then splits each pair
         __m256 v[8];
         for (int r = 0; r < 8; ++r) v[r] = eight((const float *)(rows[r] + i));
         transpose(v);
@@ -119,7 +119,7 @@ inline int64_t pack_eight(const uint16_t *const *rows, int64_t columns, float *o
 }
 
 template <typename Element, __m256 (*LOAD)(const Element *)>
-inline int64_t pack_words(const Element *const *rows, int64_t columns, float *out) {
+inline int64_t pack_elements(const Element *const *rows, int64_t columns, float *out) {
     int64_t i = 0;
     for (; i + 8 <= columns; i += 8) {
         __m256 v[8];
@@ -130,10 +130,10 @@ inline int64_t pack_words(const Element *const *rows, int64_t columns, float *ou
     return i;
 }
 inline int64_t pack_eight(const uint16_t *const *rows, int64_t columns, float *out, F16) {
-    return pack_words<uint16_t, eight_f16>(rows, columns, out);
+    return pack_elements<uint16_t, eight_f16>(rows, columns, out);
 }
 inline int64_t pack_eight(const float *const *rows, int64_t columns, float *out, F32) {
-    return pack_words<float, eight>(rows, columns, out);
+    return pack_elements<float, eight>(rows, columns, out);
 }
 #else
 template <typename Type>

@@ -1,14 +1,14 @@
-// Packed matrices: products with rows, and single rows as floats. Compiled once per processor level.
+// Kernels for packed matrices: products with activation rows, and gathering of single rows. Compiled once per processor level.
 //
-// Owns the level's table `packed` and the choice of kernel: int8 rows where there are any, float rows otherwise. Refuses to know
-// threads (products.cpp shares panels out). Read `layout.h` for the bytes, then `packed_decode.h`, `packed_dot.h` and
-// `packed_int8.h`.
+// Owns the level's table `packed` and the choice of kernel: int8 activations where there are any, float32 otherwise. Refuses to
+// know threads (`parallel_gemm.cpp` shares panels among them). Read `layout.h` for the bytes, then `packed_decode.h`,
+// `packed_dot.h` and `packed_int8.h`.
 #include "packed_float.h"
 
 namespace gemcutter {
 namespace {
 
-int forms(const gc_matrix *, int64_t, int activations) { return activations == GC_INT8 ? FORM_INT8 : FORM_FLOAT; }
+int formats(const gc_matrix *, int64_t, int activations) { return activations == GC_INT8 ? FORMAT_INT8 : FORMAT_FLOAT; }
 
 template <int PIECES>
 void panel_in_pieces(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
@@ -19,8 +19,8 @@ void panel_in_pieces(const gc_matrix &m, int64_t panel, const Rows &rows, int64_
     int8_panel<Code8, PIECES>(m, panel, rows, first, last, out, ld, scratch, next);
 }
 
-void panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-           void *scratch, const void *next) {
+void gemm_panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
+                void *scratch, const void *next) {
     if (pieces_of(*m) == 2) return panel_in_pieces<2>(*m, panel, *rows, first, last, out, ld, scratch, next);
     panel_in_pieces<1>(*m, panel, *rows, first, last, out, ld, scratch, next);
 }
@@ -34,10 +34,10 @@ size_t scratch_bytes(const gc_matrix *) {
 
 template <int PIECES>
 void gather_in_pieces(const gc_matrix &m, int64_t row, float *out) {
-    Walk<PIECES> walk(m, row / PANEL);
+    PanelDecoder<PIECES> decoder(m, row / PANEL);
     alignas(64) float values[BLOCK][PANEL];
     for (int64_t block = 0; block < m.columns / BLOCK; ++block) {
-        dequantize(m, walk, 1, values[0]);
+        dequantize(m, decoder, 1, values[0]);
         for (int c = 0; c < BLOCK; ++c) *out++ = values[c][row % PANEL];
     }
 }
@@ -49,6 +49,6 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
 
 }  // namespace
 
-extern const Products GC_NAME(packed) = {forms, panel, scratch_bytes, gather, CHUNK_ELEMENTS, CHUNK_ROWS};
+extern const MatmulKernels GC_NAME(packed) = {formats, gemm_panel, scratch_bytes, gather, CHUNK_ELEMENTS, CHUNK_ROWS};
 
 }  // namespace gemcutter

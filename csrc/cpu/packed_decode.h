@@ -1,7 +1,7 @@
 // Reading packed panels: scales as float vectors, codes as bytes, values as floats.
 //
-// Owns the way through a panel (layout.h) for every kind of scales, and the unpacking of 4-bit and 6-bit codes to bytes that
-// stand as in an 8-bit code block. Included by level sources only. Refuses to know rows and products. Read `packed_dot.h` next.
+// Owns the iteration over a panel (layout.h) for every kind of scales, and the unpacking of 4-bit and 6-bit codes to the layout
+// of an 8-bit code block. Included by level sources only. Refuses to know activations and products. Read `packed_dot.h` next.
 #pragma once
 #include "kernels.h"
 #include "vec.h"
@@ -11,8 +11,8 @@ namespace {
 
 #define GC_INLINE inline __attribute__((always_inline))
 
-constexpr int PARTS = PANEL / W;   // vectors that hold one number for each row of a panel
-constexpr int QUADS = BLOCK / 4;   // quads of a code block
+constexpr int PARTS = PANEL / W;  // vectors that hold one value for each row of a panel
+constexpr int QUADS = BLOCK / 4;  // quads of a code block
 constexpr int QUAD_BYTES = PANEL * 4;
 
 // W bytes as floats; integer vectors N of W lanes.
@@ -55,21 +55,26 @@ inline const uint8_t *panel_of(const gc_matrix &m, int64_t panel) {
     return static_cast<const uint8_t *>(m.data) + panel * m.stride;
 }
 
-// Goes through a panel block by block.
+// Decodes a panel block by block.
 template <int PIECES>
-struct Walk {
+struct PanelDecoder {
     const uint8_t *at;
     int64_t code_bytes;
     int kind, blocks_of_scale, until_scale = 0;
     bool is_biased;
     V super[2][PARTS];
-    Scales<PIECES> now = {};
+    Scales<PIECES> scales = {};
 
-    GC_INLINE Walk(const gc_matrix &m, int64_t panel)
-        : at(panel_of(m, panel)), code_bytes(code_block_bytes(m.codes)), kind(m.scales),
-          blocks_of_scale(kind >= GC_SUPER32 ? SUPER / BLOCK : m.group > BLOCK ? m.group / BLOCK : 1), is_biased(has_bias(m)) {}
+    GC_INLINE PanelDecoder(const gc_matrix &m, int64_t panel)
+        : at(panel_of(m, panel)),
+          code_bytes(code_block_bytes(m.codes)),
+          kind(m.scales),
+          blocks_of_scale(kind >= GC_SUPER32 ? SUPER / BLOCK
+                          : m.group > BLOCK  ? m.group / BLOCK
+                                             : 1),
+          is_biased(has_bias(m)) {}
 
-    // Reads what stands before the next block's codes into `now`, and gives the codes.
+    // Reads the scales before the next block's codes into `scales`, and returns the codes.
     GC_INLINE const uint8_t *next() {
         bool is_due = until_scale == 0;
         if (is_due) until_scale = blocks_of_scale;
@@ -78,9 +83,9 @@ struct Walk {
             if (is_due) read_super();
             read_fine();
         } else if (is_due) {
-            for (int i = 0; i < PIECES; ++i) read_plain(now.scale[i]);
+            for (int i = 0; i < PIECES; ++i) read_plain(scales.scale[i]);
             for (int i = 0; i < PIECES; ++i)
-                if (is_biased) read_plain(now.bias[i]);
+                if (is_biased) read_plain(scales.bias[i]);
         }
         const uint8_t *codes = at;
         at += code_bytes;
@@ -104,16 +109,16 @@ struct Walk {
         }
     }
 
-    // Products of a half and 8 bits are exact in float32.
+    // Products of a float16 and 8 bits are exact in float32.
     GC_INLINE void read_fine() {
         for (int h = 0; h < PARTS; ++h) {
             const uint8_t *p = at + h * W;
             if (PIECES == 1) {
-                now.scale[0][h] = super[0][h] * load_u8(p);
-                now.bias[0][h] = zero() - super[1][h] * load_u8(p + PANEL);
+                scales.scale[0][h] = super[0][h] * load_u8(p);
+                scales.bias[0][h] = zero() - super[1][h] * load_u8(p + PANEL);
             } else {
-                now.scale[0][h] = super[0][h] * load_s8(p);
-                now.scale[PIECES - 1][h] = super[0][h] * load_s8(p + PANEL);
+                scales.scale[0][h] = super[0][h] * load_s8(p);
+                scales.scale[PIECES - 1][h] = super[0][h] * load_s8(p + PANEL);
             }
         }
         at += 2 * PANEL;
@@ -183,20 +188,20 @@ GC_INLINE void each_value(const uint8_t *bytes, const Scales<PIECES> &scales, bo
     }
 }
 
-// The same for the walk's next block.
+// The same for the decoder's next block.
 template <int PIECES, typename Sink>
-GC_INLINE void each_value(const gc_matrix &m, Walk<PIECES> &walk, Sink sink) {
+GC_INLINE void each_value(const gc_matrix &m, PanelDecoder<PIECES> &decoder, Sink sink) {
     alignas(64) uint8_t bytes[QUADS * QUAD_BYTES];
-    unpack_block(m.codes, walk.next(), bytes);
-    if (m.codes == GC_S8) each_value(bytes, walk.now, walk.is_biased, (float)m.offset, true, sink);
-    else each_value(bytes, walk.now, walk.is_biased, (float)m.offset, false, sink);
+    unpack_block(m.codes, decoder.next(), bytes);
+    if (m.codes == GC_S8) each_value(bytes, decoder.scales, decoder.is_biased, (float)m.offset, true, sink);
+    else each_value(bytes, decoder.scales, decoder.is_biased, (float)m.offset, false, sink);
 }
 
-// Writes the values of the walk's next `blocks` blocks as [column][16 rows] floats.
+// Writes the values of the decoder's next `blocks` blocks as [column][16 rows] floats.
 template <int PIECES>
-inline void dequantize(const gc_matrix &m, Walk<PIECES> &walk, int64_t blocks, float *out) {
+inline void dequantize(const gc_matrix &m, PanelDecoder<PIECES> &decoder, int64_t blocks, float *out) {
     for (int64_t block = 0; block < blocks; ++block, out += BLOCK * PANEL)
-        each_value(m, walk, [out](int column, int part, V value) { store(out + column * PANEL + part * W, value); });
+        each_value(m, decoder, [out](int column, int part, V value) { store(out + column * PANEL + part * W, value); });
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-// Sums of products of codes with int8 rows, in the integer instructions of each level.
+// Dot products of codes with int8 activations, in the integer instructions of each level.
 //
-// Owns `dot`: quads of a code block times the same columns of M rows, exact in int32. A `Reader` gives one quad vector of codes,
-// from a packed block or from one that was unpacked before; SHIFT is what it adds to signed codes to make them unsigned. Refuses
-// to know scales. Read `packed_int8.h` next.
+// Owns `dot`: quads of a code block times the same columns of M rows, exact in int32. A `CodeReader` loads one quad
+// vector of codes, from a packed block or from one that was unpacked before; SHIFT is what it adds to signed codes to make them
+// unsigned. Refuses to know scales. Read `packed_int8.h` next.
 #pragma once
 #include "packed_decode.h"
 
@@ -35,7 +35,7 @@ constexpr int ROWS_AT_ONCE = 8;
 constexpr bool STREAMS = true;  // a few rows are multiplied while their codes are unpacked
 
 template <class Code, bool IS_UNPACKED>
-struct Reader : Code {
+struct CodeReader : Code {
     static constexpr int SHIFT = Code::IS_SIGNED ? 128 : 0;
 
     static N quad(const uint8_t *codes, int, int j) {
@@ -55,12 +55,12 @@ struct Reader : Code {
     }
 };
 
-template <class Reader, int COUNT, int M, int H>
+template <class CodeReader, int COUNT, int M, int H>
 GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
     for (int m = 0; m < M; ++m) out[m][0] = _mm512_setzero_si512();
 #pragma GCC unroll 8
     for (int j = first; j < first + COUNT; ++j) {
-        const N w = Reader::quad(codes, part, j);
+        const N w = CodeReader::quad(codes, part, j);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const N row = _mm512_set1_epi32(four_bytes(q + m * stride + 4 * j));
@@ -75,7 +75,7 @@ constexpr int ROWS_AT_ONCE = 4;
 constexpr bool STREAMS = true;  // a few rows are multiplied while their codes are unpacked
 
 template <class Code, bool IS_UNPACKED>
-struct Reader : Code {
+struct CodeReader : Code {
     static constexpr int SHIFT = 0;
 
     static N quad(const uint8_t *codes, int part, int j) {
@@ -96,12 +96,12 @@ struct Reader : Code {
     static N at(const uint8_t *codes, int j) { return _mm256_loadu_si256((const __m256i *)(codes + j * QUAD_BYTES)); }
 };
 
-// Makes the compiler finish a sum here; left alone, it adds up a block's products in the end, and has no registers to keep them.
+// Makes the compiler add here; otherwise it postpones the sums of a block and runs out of registers for the products.
 inline void keep(N &n) { __asm__("" : "+x"(n)); }
 
-template <class Reader, int COUNT, int M, int H>
+template <class CodeReader, int COUNT, int M, int H>
 GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
-    constexpr int DEPTH = Reader::DEPTH < COUNT ? Reader::DEPTH : COUNT;
+    constexpr int DEPTH = CodeReader::DEPTH < COUNT ? CodeReader::DEPTH : COUNT;
     const N ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
     for (int start = first; start < first + COUNT; start += DEPTH) {
@@ -110,14 +110,15 @@ GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, i
         for (int j = start; j < start + DEPTH; ++j) {
             N w[H];
 #pragma GCC unroll 2
-            for (int h = 0; h < H; ++h) w[h] = Reader::quad(codes, part + h, j);
+            for (int h = 0; h < H; ++h) w[h] = CodeReader::quad(codes, part + h, j);
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
                 const N row = _mm256_set1_epi32(four_bytes(q + m * stride + 4 * j));
 #pragma GCC unroll 2
                 for (int h = 0; h < H; ++h) {
-                    const N pair = Reader::IS_SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(w[h]), _mm256_sign_epi8(row, w[h]))
-                                                     : _mm256_maddubs_epi16(w[h], row);
+                    const N pair = CodeReader::IS_SIGNED
+                                       ? _mm256_maddubs_epi16(_mm256_abs_epi8(w[h]), _mm256_sign_epi8(row, w[h]))
+                                       : _mm256_maddubs_epi16(w[h], row);
                     pairs[m][h] = j == start ? pair : _mm256_add_epi16(pairs[m][h], pair);
                     keep(pairs[m][h]);
                 }
@@ -140,7 +141,7 @@ constexpr int ROWS_AT_ONCE = 2;
 constexpr bool STREAMS = false;
 
 template <class Code, bool>
-struct Reader : Code {
+struct CodeReader : Code {
     static constexpr int SHIFT = 0;
 
     // The codes of quad j, W rows of them.
@@ -150,13 +151,13 @@ struct Reader : Code {
     }
 };
 
-template <class Reader, int COUNT, int M, int H>
+template <class CodeReader, int COUNT, int M, int H>
 void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
     int32_t sums[M][H][W] = {};
     for (int j = first; j < first + COUNT; ++j)
         for (int h = 0; h < H; ++h) {
             int16_t w[W * 4];
-            Reader::quad(codes, part + h, j, w);
+            CodeReader::quad(codes, part + h, j, w);
             for (int m = 0; m < M; ++m) {
                 const int8_t *row = q + m * stride + 4 * j;
                 for (int r = 0; r < W; ++r)
@@ -172,12 +173,12 @@ void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t str
 inline void sum_halves(const int8_t *q, const float *scale, int64_t blocks, float *out, int64_t stride) {
     int64_t b = 0;
 #if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2)
-    const __m256i bytes = _mm256_set1_epi8(1), words = _mm256_set1_epi16(1);
+    const __m256i bytes = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1);
     for (; b + 4 <= blocks; b += 4) {
         __m256i sums[4];
         for (int i = 0; i < 4; ++i) {
             const __m256i block = _mm256_loadu_si256((const __m256i *)(q + (b + i) * BLOCK));
-            sums[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, block), words);
+            sums[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, block), pairs);
         }
         const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
         const __m128 a = _mm_loadu_ps(scale + b);

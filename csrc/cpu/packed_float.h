@@ -1,7 +1,7 @@
-// Products of a panel with float rows: a run of columns is dequantized, then multiplied in float32.
+// Products of a panel with float32 activations: a run of columns is dequantized, then multiplied in float32.
 //
-// For those who want the reference's numerics (rows that were rounded to bfloat16, or not rounded at all). Included by level
-// sources only; refuses to know int8. Read `packed_int8.h` for the fast way.
+// Used where the reference's numerics are asked for (activations rounded to bfloat16, or not rounded at all). Included by level
+// sources only; refuses to know int8. Read `packed_int8.h` for the faster kernels.
 #pragma once
 #include "packed_int8.h"
 
@@ -15,8 +15,8 @@ struct FloatRun {
     alignas(64) float values[FLOAT_RUN * BLOCK][PANEL];
 };
 
-// M rows times the columns of a run, added to out unless it is the first run. As in float_stream, each block is summed
-// apart: sums that do not wait for each other, and the same result for any number of rows.
+// M rows times the columns of a run, added to out unless it is the first run. As in float_gemv, each block has its own
+// sum: the sums are independent of each other, and a row's result is the same for any number of rows.
 template <int M>
 void float_tile(const FloatRun &run, int64_t first_column, int64_t columns, const Rows &rows, int64_t row, float *out, int64_t ld,
                 int width) {
@@ -43,10 +43,10 @@ void float_tile(const FloatRun &run, int64_t first_column, int64_t columns, cons
     for (int m = 0; m < M; ++m) store_row(out + m * ld, width, total[m]);
 }
 
-// M rows times a panel without writing its values down.
+// GEMV-like: M rows times a panel, whose values are never stored.
 template <int PIECES, int M>
-void float_stream(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out, int64_t ld) {
-    Walk<PIECES> walk(m, panel);
+void float_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out, int64_t ld) {
+    PanelDecoder<PIECES> decoder(m, panel);
     V total[M][PARTS];
     for (int i = 0; i < M; ++i)
         for (int h = 0; h < PARTS; ++h) total[i][h] = zero();
@@ -55,7 +55,7 @@ void float_stream(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t r
         V sum[M][PARTS];
         for (int i = 0; i < M; ++i)
             for (int h = 0; h < PARTS; ++h) sum[i][h] = zero();
-        each_value(m, walk, [&](int column, int part, V value) {
+        each_value(m, decoder, [&](int column, int part, V value) {
             for (int i = 0; i < M; ++i) sum[i][part] = fma(set1(x[i * rows.columns + column]), value, sum[i][part]);
         });
         for (int i = 0; i < M; ++i)
@@ -68,17 +68,17 @@ template <int PIECES>
 void float_panel(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
                  void *scratch) {
     if constexpr (STREAMS) {
-        if (last - first == 1) return float_stream<PIECES, 1>(m, panel, rows, first, out, ld);
-        if (last - first == 2) return float_stream<PIECES, 2>(m, panel, rows, first, out, ld);
+        if (last - first == 1) return float_gemv<PIECES, 1>(m, panel, rows, first, out, ld);
+        if (last - first == 2) return float_gemv<PIECES, 2>(m, panel, rows, first, out, ld);
     }
     FloatRun &run = *static_cast<FloatRun *>(scratch);
-    Walk<PIECES> walk(m, panel);
+    PanelDecoder<PIECES> decoder(m, panel);
     const int64_t all = rows.columns / BLOCK;
     const int width = width_of(m, panel);
     for (int64_t start = 0; start < all; start += FLOAT_RUN) {
         const int64_t blocks = all - start < FLOAT_RUN ? all - start : FLOAT_RUN;
         const int64_t column = start * BLOCK, columns = blocks * BLOCK;
-        dequantize(m, walk, blocks, run.values[0]);
+        dequantize(m, decoder, blocks, run.values[0]);
         int64_t row = first;
         float *to = out;
         for (; row + FLOAT_ROWS <= last; row += FLOAT_ROWS, to += FLOAT_ROWS * ld)

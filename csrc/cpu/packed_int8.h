@@ -1,41 +1,45 @@
-// Products of a panel with int8 rows: straight from the packed codes for a few rows, from unpacked runs of columns for many.
+// Products of a panel with int8 activations: GEMV-like straight from the packed codes for a few rows, GEMM-like from unpacked
+// runs of columns for many.
 //
-// Owns the float side: the sum over blocks of scale * (a * dot(code, q) + offset * sum) + bias * sum. Both ways do the same
-// operations in the same order, so a row's result does not depend on how many rows come with it. Included by level sources only;
-// refuses to know the team. Read `packed_dot.h` for the integer side, `packed.cpp` for who chooses.
+// Owns the float side: the sum over blocks of scale * (a * dot(code, q) + offset * sum) + bias * sum. Both do the
+// same operations in the same order, so a row's result does not depend on how many rows there are. Included by level sources
+// only; refuses to know threads. Read `packed_dot.h` for the integer side, `packed.cpp` for the choice of kernel.
 #pragma once
 #include "packed_dot.h"
 
 namespace gemcutter {
 namespace {
 
-constexpr int64_t RUN = 16;  // blocks that are unpacked at once: 8 KB of codes, in the nearest cache beside scales and rows
+constexpr int64_t RUN = 16;  // blocks unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
 
 // M neighbouring rows, some blocks of them. Rows are reached by strides: arrays of pointers would live in memory.
 template <int PIECES, int M>
 struct RowRun {
     const int8_t *q;
     const float *scale, *sum;
-    int64_t columns, blocks;  // strides
+    int64_t columns, blocks;                    // strides
     float halves[PIECES == 2 ? M : 1][2][RUN];  // with scales for 16 columns: `sum` of each half block
 
     GC_INLINE RowRun(const Rows &rows, int64_t row, int64_t first, int64_t count)
-        : q(rows.q + row * rows.columns + first * BLOCK), scale(rows.scale + row * (rows.columns / BLOCK) + first),
-          sum(rows.sum + row * (rows.columns / BLOCK) + first), columns(rows.columns), blocks(rows.columns / BLOCK) {
+        : q(rows.q + row * rows.columns + first * BLOCK),
+          scale(rows.scale + row * (rows.columns / BLOCK) + first),
+          sum(rows.sum + row * (rows.columns / BLOCK) + first),
+          columns(rows.columns),
+          blocks(rows.columns / BLOCK) {
         if (PIECES == 2)
             for (int m = 0; m < M; ++m) sum_halves(q + m * columns, scale + m * blocks, count, halves[m][0], RUN);
     }
 };
 
 // Adds the products of block b to the totals of H parts of the panel from `part` on: all columns of one scale at a time.
-template <class Reader, int PIECES, int M, int H>
+template <class CodeReader, int PIECES, int M, int H>
 GC_INLINE void add_block(const uint8_t *codes, int part, const Scales<PIECES> &scales, bool is_biased, float offset,
                          const RowRun<PIECES, M> &rows, int64_t b, V (*total)[PARTS]) {
     constexpr int COUNT = QUADS / PIECES;
 #pragma GCC unroll 2
     for (int piece = 0; piece < PIECES; ++piece) {
         N sums[M][H];
-        dot<Reader, COUNT, M, H>(codes, part, piece * COUNT, rows.q + b * BLOCK, rows.columns, sums);
+        dot<CodeReader, COUNT, M, H>(codes, part, piece * COUNT, rows.q + b * BLOCK, rows.columns, sums);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const float a = rows.scale[m * rows.blocks + b];
@@ -68,11 +72,11 @@ inline int width_of(const gc_matrix &m, int64_t panel) {
     return left < PANEL ? (int)left : PANEL;
 }
 
-// M rows times a panel in one pass over its packed codes.
+// GEMV-like: M rows times a panel in one pass over its packed codes.
 template <class Code, int PIECES, int M>
-void stream(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out, int64_t ld, const void *next) {
-    using From = Reader<Code, false>;
-    Walk<PIECES> walk(m, panel);
+void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out, int64_t ld, const void *next) {
+    using From = CodeReader<Code, false>;
+    PanelDecoder<PIECES> decoder(m, panel);
     V total[M][PARTS];
     for (int i = 0; i < M; ++i)
         for (int h = 0; h < PARTS; ++h) total[i][h] = zero();
@@ -85,13 +89,13 @@ void stream(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, fl
         const int64_t blocks = all - start < RUN ? all - start : RUN;
         const RowRun<PIECES, M> own(rows, row, start, blocks);
         for (int64_t b = 0; b < blocks; ++b) {
-            const uint8_t *codes = walk.next();
-            const uint8_t *ahead = codes + AHEAD < end ? codes + AHEAD : codes + AHEAD + jump;
+            const uint8_t *codes = decoder.next();
+            const uint8_t *ahead = codes + PREFETCH_BYTES < end ? codes + PREFETCH_BYTES : codes + PREFETCH_BYTES + jump;
 #pragma GCC unroll 9
             for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(ahead + i);
 #pragma GCC unroll 2
             for (int part = 0; part < PARTS; ++part)
-                add_block<From, PIECES, M, 1>(codes, part, walk.now, walk.is_biased, offset, own, b, total);
+                add_block<From, PIECES, M, 1>(codes, part, decoder.scales, decoder.is_biased, offset, own, b, total);
         }
     }
     for (int i = 0; i < M; ++i) store_row(out + i * ld, width_of(m, panel), total[i]);
@@ -108,7 +112,7 @@ struct Run {
 template <class Code, int PIECES, int M>
 void tile(const gc_matrix &m, const Run<PIECES> &run, int64_t first_block, int64_t blocks, const Rows &rows, int64_t row,
           float *out, int64_t ld, int width) {
-    using From = Reader<Code, true>;
+    using From = CodeReader<Code, true>;
     const RowRun<PIECES, M> own(rows, row, first_block, blocks);
     V total[M][PARTS];
     for (int i = 0; i < M; ++i)
@@ -123,17 +127,17 @@ void tile(const gc_matrix &m, const Run<PIECES> &run, int64_t first_block, int64
 }
 
 template <class Code, int PIECES>
-void many_rows(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
+void int8_gemm(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
                void *scratch) {
     Run<PIECES> &run = *static_cast<Run<PIECES> *>(scratch);
-    Walk<PIECES> walk(m, panel);
+    PanelDecoder<PIECES> decoder(m, panel);
     const int64_t all = rows.columns / BLOCK;
     const int width = width_of(m, panel);
     for (int64_t start = 0; start < all; start += RUN) {
         const int64_t blocks = all - start < RUN ? all - start : RUN;
         for (int64_t b = 0; b < blocks; ++b) {
-            unpack_block(Code::KIND, walk.next(), run.codes[b]);
-            run.scales[b] = walk.now;
+            unpack_block(Code::KIND, decoder.next(), run.codes[b]);
+            run.scales[b] = decoder.scales;
         }
         int64_t row = first;
         float *to = out;
@@ -151,14 +155,14 @@ void int8_panel(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t fir
                 void *scratch, const void *next) {
     if constexpr (STREAMS) {
         switch (last - first) {
-            case 1: return stream<Code, PIECES, 1>(m, panel, rows, first, out, ld, next);
-            case 2: return stream<Code, PIECES, 2>(m, panel, rows, first, out, ld, next);
-            case 3: return stream<Code, PIECES, 3>(m, panel, rows, first, out, ld, next);
-            case 4: return stream<Code, PIECES, 4>(m, panel, rows, first, out, ld, next);
-            default: break;  // enough rows to be worth unpacking for
+            case 1: return int8_gemv<Code, PIECES, 1>(m, panel, rows, first, out, ld, next);
+            case 2: return int8_gemv<Code, PIECES, 2>(m, panel, rows, first, out, ld, next);
+            case 3: return int8_gemv<Code, PIECES, 3>(m, panel, rows, first, out, ld, next);
+            case 4: return int8_gemv<Code, PIECES, 4>(m, panel, rows, first, out, ld, next);
+            default: break;  // enough rows to make unpacking worth it
         }
     }
-    many_rows<Code, PIECES>(m, panel, rows, first, last, out, ld, scratch);
+    int8_gemm<Code, PIECES>(m, panel, rows, first, last, out, ld, scratch);
 }
 
 }  // namespace

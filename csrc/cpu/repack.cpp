@@ -1,48 +1,48 @@
-// Repacking: from the bytes of a file to panels of 16 rows, at the speed of memory.
+// Repacking: from the quantized rows of a file to panels of 16 rows, at memory bandwidth.
 //
-// Owns the source formats that are common enough for a loop of their own; the others take the slow way through Python
-// (gemcutter/quant/tiling.py), which is also the definition that this file is tested against. Every row of a block writes words
-// of 4 codes at a stride of 64 bytes, so a block stays in the first-level cache while its 16 rows meet. Read `layout.h` for the
+// Owns the source formats that are common enough for a loop of their own; the others are repacked, more slowly, in Python
+// (gemcutter/quant/tiling.py), which is also the definition that this file is tested against. Every row of a block writes 4 codes
+// at a stride of 64 bytes, so a block stays in the L1 cache until all of its 16 rows are written. Read `layout.h` for the
 // target.
 #include <string.h>
 
 #include <initializer_list>
 
 #include "repack.h"
-#include "threads.h"
+#include "thread_pool.h"
 
 namespace gemcutter {
 namespace {
 
 constexpr uint32_t LOW = 0x0f0f0f0f, HIGH = 0xf0f0f0f0;
 
-inline uint32_t word(const uint8_t *p) {
+inline uint32_t load_u32(const uint8_t *p) {
     uint32_t value;
     memcpy(&value, p, 4);
     return value;
 }
 
-inline void put(uint8_t *vectors, int j, int row, uint32_t value) { memcpy(vectors + j * 64 + row * 4, &value, 4); }
+inline void store_u32(uint8_t *vectors, int j, int row, uint32_t value) { memcpy(vectors + j * 64 + row * 4, &value, 4); }
 
-inline void put_half(uint8_t *heads, int row, const uint8_t *value) { memcpy(heads + row * 2, value, 2); }
+inline void store_u16(uint8_t *heads, int row, const uint8_t *value) { memcpy(heads + row * 2, value, 2); }
 
 // Each of these writes one row of a unit: `source` is its first byte, `out` the unit's first byte in the panel.
 
 void q4_0(const uint8_t *source, uint8_t *out, int row) {
-    put_half(out, row, source);
-    for (int j = 0; j < 4; ++j) put(out + 32, j, row, word(source + 2 + 4 * j));  // nibbles 16 columns apart, as in a panel
+    store_u16(out, row, source);
+    for (int j = 0; j < 4; ++j) store_u32(out + 32, j, row, load_u32(source + 2 + 4 * j));  // pairs nibbles as panels do
 }
 
 void q8_0(const uint8_t *source, uint8_t *out, int row) {
-    put_half(out, row, source);
-    for (int j = 0; j < 8; ++j) put(out + 32, j, row, word(source + 2 + 4 * j));
+    store_u16(out, row, source);
+    for (int j = 0; j < 8; ++j) store_u32(out + 32, j, row, load_u32(source + 2 + 4 * j));
 }
 
 // The low nibbles of 32 bytes as one block, or the high ones.
 void nibbles(const uint8_t *source, bool high, uint8_t *out, int row) {
     for (int j = 0; j < 4; ++j) {
-        uint32_t near = word(source + 4 * j), far = word(source + 16 + 4 * j);
-        put(out, j, row, high ? (near >> 4 & LOW) | (far & HIGH) : (near & LOW) | (far & LOW) << 4);
+        uint32_t near = load_u32(source + 4 * j), far = load_u32(source + 16 + 4 * j);
+        store_u32(out, j, row, high ? (near >> 4 & LOW) | (far & HIGH) : (near & LOW) | (far & LOW) << 4);
     }
 }
 
@@ -50,8 +50,8 @@ void nibbles(const uint8_t *source, bool high, uint8_t *out, int row) {
 void upper_bits(const uint8_t *source, int shift, uint32_t mask, uint8_t *out, int row) {
     for (int h = 0; h < 2; ++h) {
         uint32_t bits = 0;
-        for (int k = 0; k < 4; ++k) bits |= (word(source + 16 * h + 4 * k) >> shift & mask) << 2 * k;
-        put(out, h, row, bits);
+        for (int k = 0; k < 4; ++k) bits |= (load_u32(source + 16 * h + 4 * k) >> shift & mask) << 2 * k;
+        store_u32(out, h, row, bits);
     }
 }
 
@@ -67,8 +67,8 @@ inline uint8_t six_bit_minimum(const uint8_t *p, int run) {
 template <bool fifth>
 void q45_k(const uint8_t *source, uint8_t *out, int row) {
     const uint8_t *scales = source + 4, *codes = source + (fifth ? 48 : 16);
-    put_half(out, row, source);
-    put_half(out + 32, row, source + 2);
+    store_u16(out, row, source);
+    store_u16(out + 32, row, source + 2);
     out += 64;
     for (int run = 0; run < 8; ++run, out += 32 + (fifth ? 384 : 256)) {
         out[row] = six_bit_scale(scales, run);
@@ -80,7 +80,7 @@ void q45_k(const uint8_t *source, uint8_t *out, int row) {
 
 // Nibbles [128], upper two bits [64], signed scales [16], d.
 void q6_k(const uint8_t *source, uint8_t *out, int row) {
-    put_half(out, row, source + 208);
+    store_u16(out, row, source + 208);
     out += 32;
     for (int run = 0; run < 8; ++run, out += 32 + 384) {
         int half = run / 4, quarter = run % 4;
@@ -105,7 +105,7 @@ void stream4(const uint8_t *source, uint32_t, uint8_t *out, int row) {
 }
 
 void stream8(const uint8_t *source, uint32_t flip, uint8_t *out, int row) {
-    for (int j = 0; j < 8; ++j) put(out, j, row, word(source + 4 * j) ^ flip);
+    for (int j = 0; j < 8; ++j) store_u32(out, j, row, load_u32(source + 4 * j) ^ flip);
 }
 
 struct Work {
@@ -181,11 +181,11 @@ Work work_of(const gc_source &source, const gc_matrix &target) {
 
 constexpr int64_t SHARE = 4;  // panels that a thread takes at a time
 
-void repack(void *argument, Team &team, int) {
+void repack(void *argument, ThreadPool &pool, int) {
     const Work &work = *static_cast<const Work *>(argument);
     int64_t panels = (work.target->rows + PANEL - 1) / PANEL;
     for (;;) {
-        int64_t first = team.counters[0].fetch_add(SHARE, std::memory_order_relaxed);
+        int64_t first = pool.counters[0].fetch_add(SHARE, std::memory_order_relaxed);
         if (first >= panels) return;
         for (int64_t index = first; index < first + SHARE && index < panels; ++index) work.panel(work, index);
     }
@@ -204,11 +204,11 @@ void repack_row(const gc_source &source, int64_t row, const gc_matrix &target) {
 
 }  // namespace gemcutter
 
-// Writes rows of a file as the panels that `target` describes, whose memory may be written to; 1 for a kind that is unknown.
+// Writes rows of a file as the panels that `target` describes, whose memory is written to; returns 1 for an unknown kind.
 GC_EXPORT int gc_repack(const gc_source *source, const gc_matrix *target) {
     using namespace gemcutter;
     if (source->kind < 0 || source->kind > GC_STREAM8) return 1;
     Work work = work_of(*source, *target);
-    gemcutter::run(repack, &work);
+    gemcutter::run_parallel(repack, &work);
     return 0;
 }

@@ -4,7 +4,7 @@
 
 namespace gemcutter {
 
-// Write one row of a source as the only row of the panel at target.data, which has one row and may be written to.
+// Write one row of a source as the only row of the panel at target.data, which is written to.
 void repack_row(const gc_source &source, int64_t row, const gc_matrix &target);
 
 }  // namespace gemcutter

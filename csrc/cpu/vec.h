@@ -7,7 +7,7 @@
 
 #define GC_JOIN2(a, b) a##_##b
 #define GC_JOIN(a, b) GC_JOIN2(a, b)
-#define GC_NAME(name) GC_JOIN(name, GC_LEVEL)  // words -> words_avx2
+#define GC_NAME(name) GC_JOIN(name, GC_LEVEL)  // vector_ops -> vector_ops_avx2
 
 namespace gemcutter {
 namespace {
@@ -53,7 +53,11 @@ inline V load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((c
 #else
 constexpr int W = 8;
 typedef float V __attribute__((vector_size(32)));
-inline V load(const float *p) { V v; memcpy(&v, p, sizeof v); return v; }
+inline V load(const float *p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
 inline void store(float *p, V v) { memcpy(p, &v, sizeof v); }
 inline V set1(float x) { return V{x, x, x, x, x, x, x, x}; }
 inline V fma(V a, V b, V c) { return a * b + c; }

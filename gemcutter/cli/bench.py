@@ -7,6 +7,7 @@ Owns the options and the progress line; the measuring is in `gemcutter/gauge/`. 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import note, progress
 from gemcutter.errors import GemcutterError
+from gemcutter.load_options import QUANTS as LOAD_QUANTS
 
 HELP = """
 Measure speed and memory on this machine, each beside its physical limit.
@@ -61,13 +63,7 @@ ModelOption = Annotated[str | None, typer.Option(metavar="MODEL", help="What oth
 Preset = Annotated[
     str | None, typer.Option(metavar="E2B|E4B|12B|26B-A4B|31B", help="Geometry of synthetic weights.", show_default=False)
 ]
-Quant = Annotated[
-    str | None, typer.Option(metavar="|".join(QUANTS), help="How these are stored.  [default: q4_0]", show_default=False)
-]
 Layers = Annotated[int | None, typer.Option(metavar="N", min=1, help="The preset's first N layers only.", show_default=False)]
-Threads = Annotated[
-    int | None, typer.Option("-t", "--threads", metavar="N", min=1, help="CPU threads.  [default: torch's choice]")
-]
 Level = Annotated[
     str | None,
     typer.Option(
@@ -75,24 +71,22 @@ Level = Annotated[
     ),
 ]
 Rows = Annotated[int, typer.Option(metavar="N", min=1, help="Rows of one step, the chunk of a long prompt.")]
-Breakdown = Annotated[bool, typer.Option("--breakdown", help="Also show how long each sentence of a layer takes.")]
+Breakdown = Annotated[bool, typer.Option("--breakdown", help="Also show how long each op takes.")]
 
 
+@options.spread
 def bench(
+    *,
     model: ModelOption = None,
     preset: Preset = None,
-    quant: Quant = None,
     layers: Layers = None,
     prompt: Prompt = "512",
     tokens: Tokens = "128",
     depth: Depth = "0",
     repeats: Repeats = 3,
-    threads: Threads = None,
     batch: Batch = "1",
-    device: options.Device = "cpu",
-    dtype: options.Dtype = None,
-    kernels: options.Kernels = "auto",
-    activations: options.Activations = None,
+    loading: options.Loading,
+    kv: options.Kv = None,
     level: Level = None,
     rows: Rows = 512,
     breakdown: Breakdown = False,
@@ -101,39 +95,46 @@ def bench(
     """Measure one model and print a table, or one JSON object. Raises UsageError or GemcutterError."""
     if (model is None) == (preset is None):
         raise UsageError("give either --model or --preset")
-    if model is not None and (quant is not None or layers is not None):
-        raise UsageError("--quant and --layers shape a --preset; a --model is what it is")
-    if quant is not None and quant not in QUANTS:
-        raise UsageError(f"--quant: expected {', '.join(QUANTS)}, found {quant!r}")
+    if model is not None and layers is not None:
+        raise UsageError("--layers shapes a --preset; a --model is what it is")
+    quant = check_quant(loading.quant, is_preset=model is None)
     sizes = [read_sizes(name, text) for name, text in (("-p", prompt), ("-n", tokens), ("--depth", depth), ("--batch", batch))]
+    if model is None:
+        loading = replace(loading, quant=None)
+        if ignored := [name for name in ("adapter", "repack_cache", "ignore") if getattr(loading, name)]:
+            raise UsageError(f"--{ignored[0].replace('_', '-')} is about a --model; a --preset has no files")
+    how = loading.options(model or str(preset), kv=kv)
 
     import torch
 
     from gemcutter import native
-    from gemcutter.gauge.cold import first_token_s
-    from gemcutter.gauge.report import measure, show
-    from gemcutter.gauge.stand import list_trials
-    from gemcutter.gauge.subject import Compute, from_file, from_preset
+    from gemcutter.benchmark.cold_start import first_token_s
+    from gemcutter.benchmark.harness import list_cases
+    from gemcutter.benchmark.report import measure, show
+    from gemcutter.benchmark.target import from_file, from_preset
 
     if level is not None:
         native.set_level(level)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    how = Compute(kernels, dtype, activations, device)
-    tests = list_trials(*sizes)
-    if model is None:
-        assert preset is not None
-        subject = from_preset(preset, quant or "q4_0", layers, how)
-    else:
-        subject = from_file(model, how)
+    if loading.threads is not None:
+        torch.set_num_threads(loading.threads)
+    tests = list_cases(*sizes)
+    subject = from_file(how) if preset is None else from_preset(preset, quant or "q4_0", layers, how)
     with progress("measuring") as advance:
         found = measure(subject, tests, repeats, max_rows=rows, with_breakdown=breakdown, progress=advance)
-    if model is not None and device == "cpu":
+    if model is not None and how.device == "cpu":
         try:
-            found["first_token_s"], found["first_text_s"] = first_token_s(model, found["threads"], how)
+            found["first_token_s"], found["first_text_s"] = first_token_s(how, found["threads"])
         except GemcutterError as error:
             note(f"note: {error}")
     print(json.dumps(found) if as_json else show(found))
+
+
+def check_quant(name: str | None, *, is_preset: bool) -> str | None:
+    """Return how a preset's synthetic weights are stored, or how a model's are quantized while loading. Raises UsageError."""
+    known = QUANTS if is_preset else LOAD_QUANTS
+    if name is not None and name not in known:
+        raise UsageError(f"--quant: expected {', '.join(known)}, found {name!r}")
+    return name
 
 
 def read_sizes(option: str, text: str) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ def chat(
 ) -> None:
     """Hold one conversation until the input ends. Raises UsageError or GemcutterError."""
     sampling = options.check_sampling(choosing)
-    loaded = load_model(model, loading, context=context, kv=kv, checkpoints=4)
+    loaded = load_model(model, loading, context=context, kv=kv, prefix_cache_entries=4)
     if loaded.template is None:
         raise RequestError(
             f"{model} has no chat template (a base model?); use `gemcutter run`, or an instruction-tuned checkpoint"
@@ -195,7 +195,7 @@ class Session:
 
 def summary(completion: Completion) -> str:
     """Say how long a turn was, how fast it came, and what of it was in the cache already."""
-    spent = completion.timings
+    spent = completion.metrics
     return (
         f"({len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}; "
         f"prompt {len(completion.prompt_tokens)} tokens, {spent.cached_tokens} of them from the cache)"

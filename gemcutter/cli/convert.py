@@ -1,7 +1,8 @@
 """`gemcutter convert`: write a checkpoint in another format, quantization or layout.
 
-Owns the options and the words of the report, and joins the two halves that must not know each other: `checkpoint/convert.py`,
-which does the work, and `text/tokenizer.py`, which makes the tokenizer's files where a GGUF has only a vocabulary.
+Owns the options and the words of the report, and joins the two halves that must not know each other:
+`checkpoint/convert/convert.py`, which does the work, and `text/tokenizer.py`, which makes the tokenizer's files where a GGUF
+has only a vocabulary.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemcutter.checkpoint.hub import locate
+from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.cli import options
 from gemcutter.cli.terminal import note, progress, spell_bytes
 
 if TYPE_CHECKING:
-    from gemcutter.checkpoint.convert import Report
-    from gemcutter.checkpoint.match import Checkpoint
+    from gemcutter.checkpoint.convert.convert import Report
+    from gemcutter.checkpoint.load.match import Checkpoint
 
 HELP = """
 Write a checkpoint in another format, quantization or layout.
@@ -84,7 +85,7 @@ def convert(
     as_json: options.Json = False,
 ) -> None:
     """Write the target and say what was done. Raises GemcutterError."""
-    from gemcutter.checkpoint import convert as converting
+    from gemcutter.checkpoint.convert import convert as converting
 
     with progress(f"writing {destination}") as advance:
         report = converting.convert(
@@ -120,7 +121,7 @@ def as_object(report: Report) -> dict[str, object]:
 
 def make_texts(checkpoint: Checkpoint) -> Mapping[str, bytes]:
     """Make the tokenizer's files of a GGUF's vocabulary. Raises CheckpointError."""
-    from gemcutter.lexicon import read_tokenizer
     from gemcutter.text.export import tokenizer_files
+    from gemcutter.text_assets import read_tokenizer
 
     return tokenizer_files(read_tokenizer(checkpoint.source))

@@ -1,7 +1,7 @@
 """`gemcutter doctor`: what is in a checkpoint, what is wrong with it, and who can load it.
 
-Owns the words and tables; `checkpoint/doctor.py` owns the report, which --json prints as it is. The exit code is for scripts:
-0 fine, 1 it loads but there are remarks, 2 it does not load. Imports no torch.
+Owns the words and tables; `checkpoint/doctor/doctor.py` owns the report, which --json prints as it is. The exit code is for
+scripts: 0 fine, 1 it loads but there are remarks, 2 it does not load. Imports no torch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SourceName = Annotated[
 
 def doctor(source: SourceName, as_json: options.Json = False, ignore: options.Ignore = None) -> None:
     """Print the report on one checkpoint and exit with its code."""
-    from gemcutter.checkpoint.doctor import examine  # which knows the web, and takes as long to import as all the rest
+    from gemcutter.checkpoint.doctor.doctor import examine  # which knows the web, and takes as long to import as all the rest
 
     found = examine(source, tuple(ignore or ()))
     if as_json:
@@ -155,7 +155,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _layers(layers: Sequence[dict[str, Any]]) -> Table | None:
     """Draw layers together that own and read the same."""
-    from gemcutter.checkpoint.doctor import spell_ranges
+    from gemcutter.checkpoint.doctor.doctor import spell_ranges
 
     if not layers:
         return None

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemcutter.checkpoint.match import Checkpoint, read_checkpoint
-from gemcutter.checkpoint.source import DTYPES
+from gemcutter.checkpoint.container.lazy_tensor import DTYPES
+from gemcutter.checkpoint.load.held import ITEM_BYTES, held_as
+from gemcutter.checkpoint.load.match import Checkpoint, read_checkpoint
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import spell_bytes, spell_count, spell_work
 from gemcutter.errors import RequestError
-from gemcutter.ops.bind import explain, held_as
+from gemcutter.ops import KernelSite
+from gemcutter.ops.registry import KernelPlan, Selection, select_backend
 from gemcutter.plan import LayerPlan
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ Show what a checkpoint is and how it will run.
 
 That is: its layers and whose keys and values they read, what it holds beyond them, memory and work by context length, and the
 kernels that would be chosen, with the reasons against the others. Only headers are read. Drafters (assistants) can be inspected,
-too; towers for images and audio are listed as left aside.
+too; towers for images and audio are listed as not loaded.
 """
 EXAMPLES = """\b
 Examples:
@@ -40,7 +42,6 @@ Examples:
   gemcutter inspect demo --json
 """
 CONTEXTS = (4096, 32768, 131072)
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 PROJECTIONS = {"qkv": "q k v", "qk": "q k, v = k", "q": "q"}
 
 Contexts = Annotated[
@@ -66,7 +67,9 @@ def inspect(
     asked = None if contexts is None else options.parse_integers("--context", contexts)
     if asked is not None and (not asked or min(asked) < 1):
         raise UsageError(f"--context: expected positive numbers, found {contexts!r}")
-    from gemcutter.checkpoint.remote import open_source  # which knows the web, and takes as long to import as all the rest
+    from gemcutter.checkpoint.remote.remote_source import (
+        open_source,
+    )  # which knows the web, and takes as long to import as all the rest
 
     checkpoint = read_checkpoint(open_source(model), tuple(ignore or ()))
     compute = dtype or checkpoint.config.dtype
@@ -92,8 +95,8 @@ def describe(
     plan, source, config = checkpoint.plan, checkpoint.source, checkpoint.config
     stored, item_bytes = stored_dtype(checkpoint), held_bytes(checkpoint, dtype, device)
     stored, place = DTYPES[stored][1] if stored in DTYPES else stored, device.partition(":")[0]
-    choices = tuple(explain(plan, place, dtype, held_as(stored, place, kernels), kernels))
-    is_compact = any((choice.site.verb, choice.provider.name) == ("attention", "triton") for choice in choices)
+    selections = select_kernels(checkpoint, place, dtype, kernels)
+    is_compact = any(map(select_backend(place, kernels).is_compact, plan.layers))
     return {
         "model": model,
         "path": str(source.path),
@@ -111,7 +114,7 @@ def describe(
         "first_reader": plan.first_reader,
         "parameters": count_parameters(checkpoint),
         "skipped": _pile(checkpoint.matched.redundant),
-        "left_aside": {kind: _pile(pieces) for kind, pieces in checkpoint.matched.beside.items()},
+        "left_aside": {kind: _pile(pieces) for kind, pieces in checkpoint.matched.other_modules.items()},
         "ignored": _pile(checkpoint.matched.ignored),
         "notes": checkpoint.matched.notes(plan),
         "weights": {
@@ -119,14 +122,30 @@ def describe(
             "read_whole_bytes": plan.weight_bytes(item_bytes, rows_access=False),
         },
         "contexts": [describe_context(checkpoint, tokens, item_bytes, ITEM_BYTES[dtype], is_compact) for tokens in contexts],
-        "kernels": [
-            {
-                "verb": choice.site.verb,
-                "provider": choice.provider.name,
-                "refusals": [{"provider": name, "reason": reason} for name, reason in choice.refusals],
-            }
-            for choice in choices
-        ],
+        "kernels": [describe_kernel(selection, layers, plan.layers) for selection, layers in selections],
+    }
+
+
+def select_kernels(checkpoint: Checkpoint, device: str, dtype: str, kernels: str) -> list[tuple[Selection, tuple[int, ...]]]:
+    """Select the kernels that a decoder of this checkpoint would select, from headers alone."""
+    backend, plan, pieces = select_backend(device, kernels), checkpoint.plan, checkpoint.matched.pieces
+    matrices = {spec.name for spec in plan.params() if len(spec.shape) > 1}
+
+    def stored(name: str) -> list[str]:
+        return held_as(pieces[name], dtype, device, backend.packing) if name in matrices else []
+
+    site = KernelSite("linear", None, device, backend.row_dtype(dtype), dtype, kernels)
+    return list(KernelPlan(plan, site, stored).selections())
+
+
+def describe_kernel(selection: Selection, layers: tuple[int, ...], among: Sequence[LayerPlan]) -> dict[str, Any]:
+    """Return one row of the kernel table: an op, its kernel, the layers that get it (None: all, or no layer's op), and why."""
+    return {
+        "op": selection.site.op,
+        "kernel": selection.impl.name,
+        "stored": selection.site.stored,
+        "layers": list(layers) if 0 < len(layers) < len(among) else None,
+        "refusals": [{"kernel": name, "reason": reason} for name, reason in selection.refusals],
     }
 
 
@@ -283,9 +302,21 @@ def _contexts(contexts: Sequence[dict[str, Any]]) -> Table:
 
 
 def _kernels(kernels: Sequence[dict[str, Any]]) -> Table:
-    table = _table("Kernels", "<verb", "<provider")
+    table = _table("Kernels", "<op", "<kernel", "<weights", "<layers")
     table.add_column("why not a faster one")
     for row in kernels:
-        reasons = "; ".join(f"{refusal['provider']}: {refusal['reason']}" for refusal in row["refusals"])
-        table.add_row(row["verb"], row["provider"], reasons)
+        reasons = "; ".join(f"{refusal['kernel']}: {refusal['reason']}" for refusal in row["refusals"])
+        layers = "" if row["layers"] is None else _runs(row["layers"])
+        table.add_row(row["op"], row["kernel"], row["stored"] if row["op"] == "linear" else "", layers, reasons)
     return table
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Spell ascending numbers with their runs joined: 0-3, 5, 7-9."""
+    runs = list[list[int]]()
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gemcutter.cli.options import Loading
 from gemcutter.cli.terminal import note, progress
-from gemcutter.pause import collector_paused
+from gemcutter.gc_pause import collector_paused
 
 if TYPE_CHECKING:
     from gemcutter.api import Model
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 @collector_paused()
 def load_model(
-    name: str, how: Loading, *, context: int | None, kv: str | None = None, max_sequences: int = 1, checkpoints: int = 0
+    name: str, how: Loading, *, context: int | None, kv: str | None = None, max_num_seqs: int = 1, prefix_cache_entries: int = 0
 ) -> Model:
     """Load a model as the options say, and tell on stderr what was left out. Raises GemcutterError."""
+    limits = {"context": context, "max_num_seqs": max_num_seqs, "prefix_cache_entries": prefix_cache_entries}
+    options = how.options(name, kv=kv, **limits)
     import torch
 
     from gemcutter import api
@@ -29,23 +31,7 @@ def load_model(
     if how.threads is not None:
         torch.set_num_threads(how.threads)
     with progress(f"loading {name}") as advance:
-        model = api.load(
-            name,
-            dtype=how.dtype,
-            device=how.device,
-            kernels=how.kernels,
-            activations=how.activations,
-            ignore=tuple(how.ignore or ()),
-            adapter=how.adapter,
-            quant=how.quant,
-            repack_cache=how.repack_cache,
-            ple=how.ple,
-            context=context,
-            kv=kv,
-            max_sequences=max_sequences,
-            checkpoints=checkpoints,
-            progress=advance,
-        )
+        model = api.load_model(options, advance)
     gc.freeze()  # what there is now stays: no collection in the token loop need look at it
     for line in model.notes:
         note(f"note: {line}")

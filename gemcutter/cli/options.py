@@ -7,7 +7,6 @@ what a verb does with them. Read `loading.py` for how a model comes from them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import wraps
@@ -17,50 +16,22 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from gemcutter.cli.failure import UsageError
-from gemcutter.errors import RequestError
-from gemcutter.ops.bind import ACTIVATIONS, CHOICES
-
-DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
-HALVES = ("float16", "f16", "fp16", "half")
-QUANTS = ("q4", "q8")
-DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+from gemcutter.errors import GemcutterError, RequestError
+from gemcutter.load_options import CHECKS, LoadOptions
 
 
-def check_dtype(name: str | None) -> str | None:
-    """Give the full name of a compute dtype. Raises typer.BadParameter."""
-    if name in HALVES:
-        raise typer.BadParameter(f"activations of this family exceed {name}'s range; use bfloat16 or float32")
-    if name is not None and name not in DTYPES:
-        raise typer.BadParameter(f"expected float32 or bfloat16, found {name!r}")
-    return name and DTYPES[name]
+def _checked(option: str) -> Callable[[typer.Context, str | None], str | None]:
+    """Build the callback that checks a load option as `LoadOptions` does. It raises typer.BadParameter."""
 
+    def check(context: typer.Context, value: str | None) -> str | None:
+        if option == "quant" and context.info_name == "bench":
+            return value  # which takes other names for a preset, and checks both itself
+        try:
+            return value if value is None else CHECKS[option](value)
+        except GemcutterError as error:
+            raise typer.BadParameter(str(error).removeprefix(f"{option}: ")) from None
 
-def check_device(name: str) -> str:
-    """Accept the name of a device, whether or not this machine has it. Raises typer.BadParameter."""
-    if not DEVICE.fullmatch(name):
-        raise typer.BadParameter(f"expected cpu, cuda or cuda:N, found {name!r}")
-    return name
-
-
-def check_kernels(name: str) -> str:
-    """Accept the name of a set of kernels. Raises typer.BadParameter."""
-    if name not in CHOICES:
-        raise typer.BadParameter(f"expected {' or '.join(CHOICES)}, found {name!r}")
-    return name
-
-
-def check_activations(name: str | None) -> str | None:
-    """Accept the name of a form of rows. Raises typer.BadParameter."""
-    if name is not None and name not in ACTIVATIONS:
-        raise typer.BadParameter(f"expected {' or '.join(ACTIVATIONS)}, found {name!r}")
-    return name
-
-
-def check_quant(name: str | None) -> str | None:
-    """Accept the name of a way to quantize while loading. Raises typer.BadParameter."""
-    if name is not None and name not in QUANTS:
-        raise typer.BadParameter(f"expected {' or '.join(QUANTS)}, found {name!r}")
-    return name
+    return check
 
 
 def parse_integers(option: str, text: str) -> tuple[int, ...]:
@@ -76,11 +47,11 @@ def check_sampling(choosing: Choosing, **more: Any) -> dict[str, Any]:
 
     Raises UsageError that names all that the engine does not take.
     """
-    from gemcutter.engine.sampling import Sampling
+    from gemcutter.engine.sampling import SamplingParams
 
     found = {name: value for name, value in (asdict(choosing) | more).items() if value is not None}
     try:
-        Sampling(**found)
+        SamplingParams(**found)
     except RequestError as error:
         raise UsageError("; ".join(error.problems)) from None
     return found
@@ -122,26 +93,26 @@ Model = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        metavar="float32|bfloat16", help="Compute in this dtype.  [default: the checkpoint's own]", callback=check_dtype
+        metavar="float32|bfloat16", help="Compute in this dtype.  [default: the checkpoint's own]", callback=_checked("dtype")
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Compute on this device.", callback=check_device)]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Compute on this device.", callback=_checked("device"))]
 Kernels = Annotated[
     str,
     typer.Option(
         metavar="auto|triton|reference",
         help='"reference" takes the plain definitions, whose results never depend on what else is in a batch; "triton" takes '
         "Triton's kernels or fails.",
-        callback=check_kernels,
+        callback=_checked("kernels"),
     ),
 ]
 Activations = Annotated[
     str | None,
     typer.Option(
         metavar="int8|bf16",
-        help="Form in which the native CPU kernels take the rows that meet packed weights.  "
-        "[default: int8 in bfloat16, as they are in float32]",
-        callback=check_activations,
+        help="Activation precision in quantized CPU matmuls: int8 (dynamic, a scale for 32 columns) or bf16.  "
+        "[default: int8 in bfloat16, none in float32]",
+        callback=_checked("activations"),
     ),
 ]
 Ignore = Annotated[
@@ -159,7 +130,8 @@ class Loading:
     kernels: Kernels = "auto"
     activations: Activations = None
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPU threads.  [default: torch's choice]", show_default=False)
+        int | None,
+        typer.Option("-t", "--threads", metavar="N", min=1, help="CPU threads.  [default: torch's choice]", show_default=False),
     ] = None
     ignore: Ignore = None
     adapter: Annotated[
@@ -168,7 +140,9 @@ class Loading:
     ] = None
     quant: Annotated[
         str | None,
-        typer.Option(metavar="q4|q8", help="Quantize dense weights while they are loaded, to 4 or 8 bits.", callback=check_quant),
+        typer.Option(
+            metavar="q4|q8", help="Quantize dense weights while they are loaded, to 4 or 8 bits.", callback=_checked("quant")
+        ),
     ] = None
     repack_cache: Annotated[
         bool,
@@ -179,9 +153,16 @@ class Loading:
     ple: Annotated[
         str | None,
         typer.Option(
-            metavar="gpu|host|mmap", help="Where the per-layer embeddings live beside a GPU.  [default: gpu if there is room]"
+            metavar="gpu|host|mmap",
+            help="Where the per-layer embeddings are kept for a GPU.  [default: gpu if there is room]",
+            callback=_checked("ple"),
         ),
     ] = None
+
+    def options(self, model: str, **engine: Any) -> LoadOptions:
+        """Return these options for a model; `engine` holds the limits of the engine and its cache. Raises GemcutterError."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "threads"}
+        return LoadOptions(model=model, **own | {"ignore": tuple(self.ignore or ())}, **engine)
 
 
 # ---- the cache that its engine gets; some verbs know themselves what they need ----
@@ -190,7 +171,10 @@ Context = Annotated[
     int | None, typer.Option(metavar="TOKENS", min=1, help="Room for prompt and reply.  [default: 32768]", show_default=False)
 ]
 Kv = Annotated[
-    str | None, typer.Option(metavar="fp8", help="Keep keys and values in 8 bits on a GPU.  [default: as rows are computed]")
+    str | None,
+    typer.Option(
+        metavar="fp8", help="Keep keys and values in 8 bits on a GPU.  [default: as rows are computed]", callback=_checked("kv")
+    ),
 ]
 
 # ---- how tokens are chosen; the engine checks the ranges ----

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemcutter.benchmark.memory import peak_rss_bytes
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model
 from gemcutter.cli.terminal import Answer, aside, note, spell_rate
 from gemcutter.errors import RequestError
-from gemcutter.gauge.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from gemcutter.api import Completion, Model, Prompt
@@ -144,7 +144,7 @@ def conversation(text: str, system: str | None) -> list[dict[str, str]]:
 
 def as_object(completion: Completion, load_s: float, *, wants_top_logits: bool) -> dict[str, Any]:
     """Give a completion as the object that --json prints; times in seconds."""
-    timings = completion.timings
+    metrics = completion.metrics
     found: dict[str, Any] = {
         "prompt_tokens": completion.prompt_tokens,
         "tokens": completion.tokens,
@@ -158,10 +158,10 @@ def as_object(completion: Completion, load_s: float, *, wants_top_logits: bool) 
         found["logprobs"] = [{"id": one.token, "logprob": one.logprob, "top": one.top} for one in completion.logprobs]
     found["timings"] = {
         "load_s": load_s,
-        "prefill_tokens": timings.prefill_tokens,
-        "prefill_s": timings.prefill_s,
-        "decode_tokens": timings.decode_tokens,
-        "decode_s": timings.decode_s,
+        "prefill_tokens": metrics.prefill_tokens,
+        "prefill_s": metrics.ttft_s,
+        "decode_tokens": metrics.decode_tokens,
+        "decode_s": metrics.decode_s,
         "peak_rss_bytes": peak_rss_bytes(),
     }
     return found
@@ -179,9 +179,9 @@ def show_details(completion: Completion, tokenizer: Tokenizer) -> None:
         best = ", ".join(f"{tokenizer.piece(token)!r} {value:.3f}" for token, value in one.top)
         note(f"  {one.logprob:8.3f}  {one.token:6}  {tokenizer.piece(one.token)!r}  {best}")
     if aside().is_terminal:
-        spent = completion.timings
+        spent = completion.metrics
         note(
-            f"prompt {len(completion.prompt_tokens)} tokens, {spell_rate(spent.prefill_tokens, spent.prefill_s)}; "
+            f"prompt {len(completion.prompt_tokens)} tokens, {spell_rate(spent.prefill_tokens, spent.ttft_s)}; "
             f"reply {len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}; "
             f"end: {completion.finish_reason}"
         )

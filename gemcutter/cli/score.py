@@ -97,7 +97,7 @@ def score(
     if is_cut and len(lists) > 1:
         raise UsageError("--window and --stride cut a text or one list of ids; several lists are windows already")
     longest = length if is_cut else max(map(len, lists))
-    loaded = load_model(model, loading, context=longest, kv=kv, max_sequences=BATCH)
+    loaded = load_model(model, loading, context=longest, kv=kv, max_num_seqs=BATCH)
     if longest > loaded.engine.context:
         raise RequestError(f"a window of {longest} tokens does not fit the model's context of {loaded.engine.context}")
     windows = [Window(tuple(ids)) for ids in lists]
@@ -185,12 +185,11 @@ def _losses(model: Model, windows: Sequence[Window]) -> Iterator[float]:
     """Yield the negative log-probability of every counted token of a batch."""
     from gemcutter.engine.request import Request
 
-    engine = model.engine
-    numbered = {engine.submit(Request(window.ids, max_tokens=0, prompt_logprobs=0)): window for window in windows}
-    while engine.has_work:
-        for event in engine.step():
+    requests = [Request(window.ids, max_tokens=0, prompt_logprobs=0) for window in windows]
+    for window, events in zip(windows, model.loop.complete(requests), strict=True):
+        for event in events:
             if event.prompt is not None:  # one log-probability for each token but the first
-                yield from (-found.logprob for found in event.prompt.logprobs[numbered[event.request].context - 1 :])
+                yield from (-found.logprob for found in event.prompt.logprobs[window.context - 1 :])
 
 
 def show(found: dict[str, Any]) -> None:

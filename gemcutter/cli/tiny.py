@@ -1,6 +1,6 @@
 """`gemcutter tiny`: write a random checkpoint with every trait of a released size.
 
-Owns the options; `checkpoint/synth.py` owns the geometry and the bytes. Imports no torch.
+Owns the options; `checkpoint/write/synth.py` owns the geometry and the bytes. Imports no torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Examples:
 
 def check_size(name: str) -> str:
     """Accept the name of a released size. Raises typer.BadParameter."""
-    from gemcutter.checkpoint.synth import SIZES
+    from gemcutter.checkpoint.write.synth import SIZES
 
     if name not in SIZES:
         raise typer.BadParameter(f"expected one of {', '.join(SIZES)}, found {name!r}")
@@ -48,7 +48,7 @@ Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Same seed, same byt
 
 def tiny(out: Out, like: Like, full: Full = False, seed: Seed = 0) -> None:
     """Write the checkpoint and say what to do with it. Raises GemcutterError."""
-    from gemcutter.checkpoint.synth import write_checkpoint
+    from gemcutter.checkpoint.write.synth import write_checkpoint
 
     written = write_checkpoint(like, out, full=full, seed=seed)
     size = sum(path.stat().st_size for path in written)

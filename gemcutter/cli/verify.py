@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemcutter.checkpoint.write import write_json
+from gemcutter.checkpoint.write.write_safetensors import write_json
 from gemcutter.cli import options
 from gemcutter.cli.failure import FAILED, UsageError
 from gemcutter.cli.loading import load_model
@@ -165,10 +165,10 @@ def _show_layers(found: dict[str, Any]) -> None:
 
 
 def _spell_side(side: dict[str, Any]) -> str:
-    if "providers" not in side:
+    if "kernels_by_op" not in side:
         return f"{side['engine']}, {side['dtype']}"
     quantized = f", quantized to {side['quant']}" if side["quant"] else ""
-    chosen = {f"{verb} {name}" for verbs in side["providers"].values() for verb, name in verbs.items() if name != "reference"}
+    chosen = {f"{op} {name}" for op, names in side["kernels_by_op"].items() for name in names if name != "reference"}
     fast = f" ({', '.join(sorted(chosen))})" if chosen else ""
     return f"{side['model']}{quantized} in {side['dtype']} on {side['device']}, {side['kernels']} kernels{fast}"
 

@@ -1,90 +1,125 @@
 """The engine: requests in, `step()` after `step()`, events out.
 
 Owns one decoder, one pool and the scheduler; batch generation, chat and a server differ only in how many requests they submit.
-Ids and arrays only: no strings, no JSON, no files. Read `scheduler.py` for what runs, `runner.py` for what a step does.
+Ids and arrays only: no strings, no JSON, no files. One thread at a time: `loop.py` gives an engine a thread of its own. Read
+`scheduler.py` for what runs, `runner.py` for what a step does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from itertools import count
+from traceback import clear_frames
+from typing import Any
 
 import torch
 
-from gemcutter.cache.pool import PagedPool
-from gemcutter.cache.prefix import PrefixCache
-from gemcutter.engine.graphs import Choice, Flight, Graphs, refusal
+from gemcutter.cache.kv_cache import PagedKVCache
+from gemcutter.cache.prefix_cache import PrefixCache
+from gemcutter.engine.cuda_graphs import CapturedSteps
 from gemcutter.engine.memory import compact_weights, page_counts
-from gemcutter.engine.request import Event, Finish, Request, Sequence
-from gemcutter.engine.runner import Walk
-from gemcutter.engine.scheduler import Scheduler, Work
-from gemcutter.errors import CapacityError, RequestError
+from gemcutter.engine.request import FinishReason, Request, RequestEvent, SequenceState
+from gemcutter.engine.runner import ChunkResult, ModelRunner, PendingStep
+from gemcutter.engine.sampler import SampledToken
+from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.scheduler import Proposer, ScheduledChunk, Scheduler
+from gemcutter.errors import RequestError
 from gemcutter.model.text import Decoder
 
 
 class Engine:
     """Runs requests over a decoder.
 
-    `context` is the longest sequence in tokens, `max_rows` the rows of one step (the chunk of a long prompt), `max_sequences`
-    how many run at once, `checkpoints` how many finished prompts and replies stay in the cache for reuse. `graphs` says whether
-    decode steps run over static memory, as captured graphs on a GPU; by default wherever that is possible. `kv_dtype` is that of
-    the cache, by default the decoder's.
+    `context` is the longest sequence in tokens, `max_batched_tokens` the rows of one step (the chunk of a long prompt),
+    `max_num_seqs` how many sequences run at once, `prefix_cache_entries` how many finished prompts and replies stay in the cache
+    for reuse. `graphs` says whether decode steps run over static memory, as captured graphs on a GPU; by default wherever that is
+    possible. `kv_dtype` is that of the cache, by default the decoder's. `proposer` drafts tokens to be verified several a step.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         context: int,
-        max_rows: int = 512,
-        max_sequences: int = 1,
-        checkpoints: int = 0,
+        max_batched_tokens: int = 512,
+        max_num_seqs: int = 1,
+        prefix_cache_entries: int = 0,
         graphs: bool | None = None,
         kv_dtype: torch.dtype | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         self.decoder = decoder
         self.context = min(context, decoder.plan.context)
-        counts = page_counts(decoder.plan, self.context, max_rows, max_sequences, checkpoints)
-        self.pool = PagedPool(decoder.plan, counts, kv_dtype or decoder.dtype, decoder.device, compact_weights(decoder))
-        self.prefix = PrefixCache(checkpoints)
-        self.scheduler = Scheduler(self.pool, max_rows, max_sequences, self.prefix)
-        is_static = refusal(decoder) is None if graphs is None else graphs
-        self._graphs = Graphs(decoder, self.pool, self.context) if is_static else None
-        self._ahead: Flight | None = None  # launched before the tokens of the step before it had landed
-        self._sequences: dict[int, Sequence] = {}
+        counts = page_counts(decoder.plan, self.context, max_batched_tokens, max_num_seqs, prefix_cache_entries)
+        self.pool = PagedKVCache(decoder.plan, counts, kv_dtype or decoder.dtype, decoder.device, compact_weights(decoder))
+        self.prefix = PrefixCache(prefix_cache_entries)
+        self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, proposer)
+        is_static = decoder.capture_refusal() is None if graphs is None else graphs
+        captured = CapturedSteps(decoder, self.pool, self.context) if is_static else None
+        self.runner = ModelRunner(decoder, self.pool, captured)
+        self._ahead: PendingStep | None = None  # launched before the tokens of the step before it were known
+        self._sequences: dict[int, SequenceState] = {}
         self._numbers = count()
 
-    def submit(self, request: Request) -> int:
-        """Queue a request and give its number. Raises RequestError if it can never run."""
+    def new_number(self) -> int:
+        """Return a number for a request that is still to be submitted; any thread may ask."""
+        return next(self._numbers)
+
+    def submit(self, request: Request, number: int | None = None) -> int:
+        """Queue a request and return its number. Raises RequestError if it can never run."""
         self.check(request)
-        sequence = Sequence(next(self._numbers), request)
-        self._sequences[sequence.number] = sequence
+        return self.enqueue(request, self.new_number() if number is None else number)
+
+    def enqueue(self, request: Request, number: int) -> int:
+        """Queue a request that `check` accepts, and return its number."""
+        sequence = SequenceState(number, request)
+        self._sequences[number] = sequence
         self.scheduler.waiting.append(sequence)
-        return sequence.number
+        return number
 
     def check(self, request: Request) -> None:
-        """Raise RequestError, with every problem, if a request can never run."""
-        problems = list(self._problems(request))
+        """Raise RequestError, with every problem, if a request can never run; any thread may ask."""
+        problems = [*self._prompt_problems(request), *self._problems(request)]
         if problems:
             raise RequestError("the request can't be served", problems)
 
-    def _problems(self, request: Request) -> Iterator[str]:
+    def _prompt_problems(self, request: Request) -> Iterator[str]:
+        prompt: Any = request.prompt  # callers are checked, not trusted
         vocab = self.decoder.plan.vocab
-        if not request.prompt:
+        if not isinstance(prompt, tuple) or set(map(type, prompt)) - {int}:
+            yield "request.prompt: expected a tuple of token ids"
+            return
+        if not prompt:
             yield "request.prompt: empty; a prompt needs at least one token (raw text gets <bos>)"
-        outside = sorted({token for token in request.prompt if not 0 <= token < vocab})
-        if outside:
+        elif min(prompt) < 0 or max(prompt) >= vocab:
+            outside = sorted({token for token in prompt if not 0 <= token < vocab})
             yield f"request.prompt: ids {outside[:5]} are outside the vocabulary of {vocab}"
         room = self.context - (1 if request.max_tokens else 0)
-        if len(request.prompt) > room:
-            yield f"request.prompt: {len(request.prompt)} tokens, the context holds {self.context}; raise --context or shorten it"
+        if len(prompt) > room:
+            yield f"request.prompt: {len(prompt)} tokens, the context holds {self.context}; raise --context or shorten it"
+
+    def _problems(self, request: Request) -> Iterator[str]:
+        sampling: Any = request.sampling
+        vocab = self.decoder.plan.vocab
         wanted = {"max_tokens": request.max_tokens, "top_logits": request.top_logits, "prompt_logprobs": request.prompt_logprobs}
         for name, number in wanted.items():
-            if number is not None and (not isinstance(number, int) or number < 0):
+            if not (_is_count(number) or (number is None and name == "prompt_logprobs")):
                 yield f"request.{name}: expected 0 or more, found {number!r}"
+        flag: Any = request.hidden_states
+        if not isinstance(flag, bool):
+            yield f"request.hidden_states: expected True or False, found {request.hidden_states!r}"
+        stop_ids: Any = request.stop_ids
+        if not isinstance(stop_ids, set | frozenset) or not all(map(_is_count, stop_ids)):
+            yield f"request.stop_ids: expected a set of token ids, found {request.stop_ids!r}"
+        processors: Any = request.logits_processors
+        if not isinstance(processors, tuple) or not all(map(callable, processors)):
+            yield f"request.logits_processors: expected a tuple of callables, found {request.logits_processors!r}"
         if request.adapter is not None and request.adapter not in self.decoder.adapters:
             loaded = ", ".join(self.decoder.adapters) or "none"
             yield f"request.adapter: {request.adapter!r} is not loaded; loaded are: {loaded}"
-        sampling = request.sampling
+        if not isinstance(sampling, SamplingParams):
+            yield f"request.sampling: expected SamplingParams, found {sampling!r}"
+            return
         named = {"logit_bias": sampling.logit_bias, "suppress": sampling.suppress}
         for name, ids in named.items():
             if bad := [token for token in ids if not 0 <= token < vocab]:
@@ -92,94 +127,132 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Tell whether any request is unfinished."""
+        """Return whether any request is unfinished."""
         return bool(self._sequences)
 
-    def step(self) -> list[Event]:
-        """Run one step; give the tokens and ends that it brought."""
-        flight: Flight | Walk | None = self._ahead
-        self._ahead = None
+    def step(self) -> list[RequestEvent]:
+        """Run one step; return the tokens and ends that it brought.
+
+        Rows count as computed once their results are here, and not before: whatever is raised until then takes their
+        reservations back, and the rows run again in a later step. If the pass through the model raises an Exception, the requests
+        in that step end with it; a request whose own sampling or report fails ends alone.
+        """
+        pending, self._ahead = self._ahead, None
+        chunks: Sequence[ScheduledChunk] = () if pending is None else pending.chunks
+        following: PendingStep | None = None
         try:
-            flight = flight or self._launch(self.scheduler.schedule())
-            if isinstance(flight, Flight) and not flight.is_committed:  # else an interrupt came before its tokens could land
-                self._ahead = self._launch_after(flight)
-            choices = flight.land()
-        except BaseException:  # an interrupt leaves the tables as they were, or the tokens of committed rows for the next step
-            self.scheduler.forget_rows()
-            self._ahead = flight if isinstance(flight, Flight) and flight.is_committed else None
+            if pending is None:
+                chunks = self.scheduler.schedule()
+                pending = self.runner.launch(chunks)
+            if self.runner.can_run_ahead(pending) and (after := self.scheduler.schedule_after(chunks)):
+                following = self.runner.launch_after(pending, after)
+            results, now = pending.result().chunks, time.perf_counter()
+        except Exception as error:
+            self._withdraw()
+            return self._fail([chunk.sequence for chunk in chunks] or self._next_up(), error)
+        except BaseException:
+            self._withdraw()
             raise
-        events = []
-        for work, choice in zip(flight.works, choices, strict=True):
-            if work.sequence.table is not work.table:
-                continue  # it ended while this row was on its way
-            if not flight.is_committed:
-                work.table.commit(work.rows)
-            if choice is not None:
-                events.append(self._advance(work.sequence, choice))
+        self._ahead = following
+        events = list[RequestEvent]()
+        for chunk, result in zip(chunks, results, strict=True):
+            if chunk.sequence.table is chunk.table:  # else it ended while this row was computed
+                events += self._advance(chunk, result, now, ahead=int(following is not None))
         return events
 
-    def _launch(self, works: list[Work]) -> Flight | Walk:
-        if self._graphs is not None and self._graphs.accepts(works):
-            return self._graphs.launch(works)
-        return Walk(self.decoder, self.pool, works)
+    def _withdraw(self) -> None:
+        """Take back all rows whose results are not here."""
+        self.runner.withdraw()
+        self.scheduler.forget_rows()
 
-    def _launch_after(self, flight: Flight) -> Flight | None:
-        """Launch the next step before this one's tokens are known, if it will surely have the same rows unless one of them stops.
+    def _next_up(self) -> list[SequenceState]:
+        """Return the sequences that a step would have run, where choosing them failed."""
+        return [*self.scheduler.running] or [*self.scheduler.waiting][:1]
 
-        The row of a sequence that stops was computed in vain; nobody reads what it wrote.
-        """
-        has_room = self.scheduler.waiting and len(self.scheduler.running) < self.scheduler.max_sequences
-        if self._graphs is None or has_room or flight.choice is Choice.ON_HOST or flight.slate.each > 1:
-            return None
-        if any(work.sequence.table is not work.table or self._may_be_last(work.sequence) for work in flight.works):
-            return None
-        for work in flight.works:
-            work.table.commit(1)
-        flight.is_committed = True
-        try:
-            for work in flight.works:
-                work.table.reserve(1)
-        except CapacityError:  # the scheduler will find pages
-            for work in flight.works:
-                work.table.commit(0)
-            return None
-        return self._graphs.launch_after(flight, flight.works)
+    def _fail(self, sequences: Sequence[SequenceState], error: Exception) -> list[RequestEvent]:
+        now = time.perf_counter()
+        return [
+            self._end(sequence, FinishReason.ERROR, now, error) for sequence in sequences if sequence.number in self._sequences
+        ]
 
-    def _may_be_last(self, sequence: Sequence) -> bool:
-        """Tell whether the token that is on its way ends the prompt, whose pages are kept then, or the reply, whatever it is."""
-        ends_reply = len(sequence.reply) + 1 >= sequence.request.max_tokens or len(sequence.tokens) + 1 >= self.context
-        return sequence.in_prompt or ends_reply
+    def fail_all(self, error: Exception) -> list[RequestEvent]:
+        """End every request with an error."""
+        self._ahead = None
+        self._withdraw()
+        return self._fail(list(self._sequences.values()), error)
 
-    def _advance(self, sequence: Sequence, choice: Event) -> Event:
-        """Append a chosen token, or end the sequence; keep checkpoints at the ends of prompt and reply."""
-        request = sequence.request
-        if sequence.in_prompt and sequence.table is not None:
-            self.prefix.keep(request.prompt, sequence.table, request.adapter)
-        finish = None
-        if choice.token is None or len(sequence.reply) >= request.max_tokens:
-            finish = Finish.LENGTH
-        elif choice.token in request.stop_ids:
-            finish = Finish.STOP
-        else:
-            sequence.tokens.append(choice.token)
-            if len(sequence.reply) >= request.max_tokens or len(sequence.tokens) >= self.context:
-                finish = Finish.LENGTH
-        token = None if finish is Finish.STOP else choice.token
+    def _advance(self, chunk: ScheduledChunk, result: ChunkResult, now: float, ahead: int) -> list[RequestEvent]:
+        """Commit a chunk's rows and append the tokens that it brought: one, or more where drafts were right."""
+        sequence, table = chunk.sequence, chunk.table
+        request, report = sequence.request, sequence.report
+        if result.error is not None:
+            return [self._end(sequence, FinishReason.ERROR, now, result.error)]
+        taken, finish = self._accepted(chunk, result.tokens)
+        # The row after which a token that is taken was sampled holds: its own id was taken before it, or is no draft.
+        table.commit(chunk.rows - max(chunk.num_sampled - max(len(taken), 1), 0), ahead)
+        if chunk.reports:
+            report.rewind(chunk.start)
+            report.logprobs += result.logprobs
+            report.hidden_states += [] if result.states_MD is None else [result.states_MD]
+        if not chunk.is_last:
+            return []
+        if chunk.in_prompt:
+            report.top_logits = result.top_logits
+            self.prefix.keep(request.prompt, table, request.adapter)
+        events = list[RequestEvent]()
+        given = report if chunk.in_prompt else None
+        for index, sampled in enumerate(taken):
+            is_end = finish is not None and index == len(taken) - 1
+            token = None if is_end and finish is FinishReason.STOP else sampled.token
+            if token is not None:
+                sequence.append(token)
+            events.append(RequestEvent(sequence.number, token, sampled.logprobs, finish if is_end else None, given, time_s=now))
+            given = None
+        if not request.max_tokens:
+            finish = FinishReason.LENGTH
+            events.append(RequestEvent(sequence.number, finish=finish, prompt=given, time_s=now))
         if finish is not None:
-            self._end(sequence)
-        return Event(choice.request, token, choice.logprobs, finish, choice.prompt)
+            self._forget(sequence)
+        return events
 
-    def _end(self, sequence: Sequence) -> None:
+    def _accepted(
+        self, chunk: ScheduledChunk, sampled: Sequence[SampledToken]
+    ) -> tuple[Sequence[SampledToken], FinishReason | None]:
+        """Return the tokens to take, all whose drafts before them were right, and why the last of them ends the request."""
+        sequence, request = chunk.sequence, chunk.sequence.request
+        room = min(request.max_tokens, self.context - len(request.prompt)) - len(sequence.reply)
+        for index, found in enumerate(sampled):
+            if found.token in request.stop_ids:
+                return sampled[: index + 1], FinishReason.STOP
+            if index + 1 >= room:
+                return sampled[: index + 1], FinishReason.LENGTH
+            if index >= len(chunk.drafts) or found.token != chunk.drafts[index]:
+                return sampled[: index + 1], None
+        return sampled, None
+
+    def _end(self, sequence: SequenceState, finish: FinishReason, now: float, error: Exception | None = None) -> RequestEvent:
+        """End a request between its tokens."""
+        if error is not None:
+            clear_frames(error.__traceback__)  # which hold the step's tensors as long as somebody holds the error
+        self._forget(sequence)
+        return RequestEvent(sequence.number, finish=finish, error=error, time_s=now)
+
+    def _forget(self, sequence: SequenceState) -> None:
+        """Take a sequence out; what it computed stays in the prefix cache."""
         if sequence.table is not None:
-            sequence.table.commit(0)  # a row may be on its way
-            self.prefix.keep(tuple(sequence.tokens[: sequence.table.length]), sequence.table, sequence.request.adapter)
+            sequence.table.commit(0)  # a row may be launched already
+            ids = sequence.ids(0, min(sequence.table.length, sequence.num_tokens))
+            self.prefix.keep(ids, sequence.table, sequence.request.adapter)
         self.scheduler.leave(sequence)
         del self._sequences[sequence.number]
 
-    def cancel(self, number: int) -> Event | None:
-        """End a request now; what it computed stays as a checkpoint. Gives its last event, or None if it has ended already."""
+    def cancel(self, number: int) -> RequestEvent | None:
+        """End a request between two steps; what it computed stays for reuse. Returns its last event, None if it has ended."""
         sequence = self._sequences.get(number)
         if sequence is None:
             return None
-        self._end(sequence)
-        return Event(number, finish=Finish.CANCELLED)
+        return self._end(sequence, FinishReason.CANCELLED, time.perf_counter())
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

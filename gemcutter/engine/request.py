@@ -1,6 +1,7 @@
-"""What callers ask of the engine and what they get: ids in, events out.
+"""What callers ask of the engine and what they get: token ids in, events out.
 
-Owns `Request`, `Event` and the running state of one sequence; refuses to know text, templates and files. Read `engine.py` next.
+Owns `Request`, `RequestEvent` and the running state of one sequence; refuses to know text, templates and files. Read `engine.py`
+next.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from enum import Enum
 
 from torch import Tensor
 
-from gemcutter.cache.table import Table
-from gemcutter.engine.sampling import Sampling, TokenLogprobs
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.engine.sampler import LogitsProcessor
+from gemcutter.engine.sampling import SamplingParams, TokenLogprobs
 
 
-class Finish(Enum):
+class FinishReason(Enum):
     """Why a request ended."""
 
-    STOP = "stop"  # a stop id was chosen
+    STOP = "stop"  # a stop id was sampled
     LENGTH = "length"  # max_tokens, or the end of the context
     CANCELLED = "cancelled"
+    ERROR = "error"  # its own processing failed, or the step that it was in; the event carries the error
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +33,22 @@ class Request:
     `prompt_logprobs` asks for the log-probability of every prompt token but the first, with that many alternatives;
     `hidden_states` for the final-normed state of every prompt row; `top_logits` for the best logits at the last prompt
     position. The first two make all prompt rows pass all layers. `adapter` names one that was loaded beside the model.
+    `logits_processors` edit the logits of every sampled token, in this order, before bias and penalties.
     """
 
     prompt: tuple[int, ...]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int = 128
     stop_ids: frozenset[int] = frozenset()
     prompt_logprobs: int | None = None
     hidden_states: bool = False
     top_logits: int = 0
     adapter: str | None = None
+    logits_processors: tuple[LogitsProcessor, ...] = ()
 
     @property
     def wants_all_rows(self) -> bool:
-        """Tell whether every prompt row must reach the head or the caller."""
+        """Return whether every prompt row must reach the head or the caller."""
         return self.prompt_logprobs is not None or self.hidden_states
 
 
@@ -64,42 +69,71 @@ class PromptReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """One token of one request, or its end; the first event of a request carries the prompt's report."""
+class RequestEvent:
+    """One token of one request, or its end; the first event of a request carries the prompt's report.
+
+    `finish` is None while the request goes on. `error` says why a request ended with FinishReason.ERROR. `time_s` is when the
+    event came, on the clock of `time.perf_counter`.
+    """
 
     request: int
     token: int | None = None
     logprobs: TokenLogprobs | None = None
-    finish: Finish | None = None
+    finish: FinishReason | None = None
     prompt: PromptReport | None = None
+    error: Exception | None = field(default=None, compare=False)
+    time_s: float = field(default=0.0, compare=False)
 
 
-class Sequence:
-    """A request on its way: its tokens so far and its block tables."""
+class SequenceState:
+    """A running or waiting request: its reply so far, its block tables and its seed. Only the engine changes it."""
 
     def __init__(self, number: int, request: Request) -> None:
         self.number, self.request = number, request
-        self.tokens = list(request.prompt)  # prompt and reply; a preempted sequence computes all of them anew
-        self.table: Table | None = None
+        self.reply: list[int] = []  # a preempted sequence computes prompt and reply anew
+        self.table: BlockTable | None = None
         self.report = PromptReport()
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+        self._counts: dict[int, int] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens of prompt and reply."""
+        return len(self.request.prompt) + len(self.reply)
+
+    def ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Return the tokens at positions `start` to `stop` - 1, at the cost of that many."""
+        prompt = len(self.request.prompt)
+        if start >= prompt:
+            return tuple(self.reply[start - prompt : stop - prompt])
+        return (*self.request.prompt[start:stop], *self.reply[: max(stop - prompt, 0)])
+
+    def append(self, token: int) -> None:
+        """Add a sampled token to the reply."""
+        self.reply.append(token)
+        if self._counts is not None:
+            self._counts[token] = self._counts.get(token, 0) + 1
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Return how often each token of prompt and reply stands in the reply; kept up to date once it was asked for."""
+        if self._counts is None:
+            self._counts = dict.fromkeys(self.request.prompt, 0)
+            for token in self.reply:
+                self._counts[token] = self._counts.get(token, 0) + 1
+        return self._counts
 
     @property
     def computed(self) -> int:
-        """Count the tokens whose keys and values are in the cache."""
+        """Return the number of tokens whose keys and values are in the cache."""
         return self.table.length if self.table is not None else 0
 
     @property
     def pending(self) -> int:
-        """Count the rows still to compute before the next token can be chosen."""
-        return len(self.tokens) - self.computed
-
-    @property
-    def reply(self) -> list[int]:
-        """List the tokens chosen so far."""
-        return self.tokens[len(self.request.prompt) :]
+        """Return the number of rows still to compute before the next token can be sampled."""
+        return self.num_tokens - self.computed
 
     @property
     def in_prompt(self) -> bool:
-        """Tell whether no token has been chosen yet."""
-        return len(self.tokens) == len(self.request.prompt)
+        """Return whether no token has been sampled yet."""
+        return not self.reply

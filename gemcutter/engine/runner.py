@@ -1,102 +1,226 @@
-"""One step on the decoder, and what is made of its states: tokens, log-probabilities, reports.
+"""Runs steps on the decoder: scheduled chunks in, tokens and reports out, the same for eager and captured steps.
 
-Owns the order head, report, sample; runs the head a few rows at a time, so that a prompt's log-probabilities never need all its
-logits at once. Refuses to know queues and pages.
+Owns the order head, report, sample, and the answer to whether the next step may be launched before this one's tokens are known.
+Runs the head a few rows at a time, so that a prompt's log-probabilities never need all its logits at once. Refuses to know queues
+and the accounting of pages. Read `cuda_graphs.py` for captured steps, `sampler.py` for the choice of tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gemcutter.cache.pool import PagedPool
-from gemcutter.engine.request import Event, Sequence
-from gemcutter.engine.sampling import TokenLogprobs, best_of, sample, token_logprobs
-from gemcutter.engine.scheduler import Work
+from gemcutter.cache.kv_cache import PagedKVCache
+from gemcutter.engine.request import Request
+from gemcutter.engine.sampler import HostSampler, SampledToken, Sampler, SamplingRow
+from gemcutter.engine.sampler_device import DeviceSampler
+from gemcutter.engine.sampling import TokenLogprobs, best_of
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
-from gemcutter.engine.threads import one_thread
 from gemcutter.model.text import Decoder
 
 HEAD_ROWS = 32  # rows whose logits exist at one time: 32 MiB at 262,144 float32 logits a row
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
-    """A step of any kind, which runs when its tokens are asked for."""
+class ChunkResult:
+    """What a step made of one chunk.
 
-    decoder: Decoder
-    pool: PagedPool
-    works: Rows[Work]
-    is_committed: bool = False
+    `tokens` has one entry for each sampled row. `logprobs`, `states_MD` and `top_logits` belong to the prompt's report.
+    `error` is what the chunk's own processing met: its tokens are not to be used then.
+    """
 
-    def land(self) -> list[Event | None]:
-        """Run the step, and give each work's choice."""
-        return run_step(self.decoder, self.pool, self.works) if self.works else []
-
-
-def run_step(decoder: Decoder, pool: PagedPool, works: Rows[Work]) -> list[Event | None]:
-    """Run the works' rows; for each work give the chosen token, or None while its prompt is unfinished."""
-    states_MD = decoder.forward(build_step(decoder, works), pool)
-    ends, start = [], 0
-    for work in works:
-        kept = len(work.kept_rows)
-        rows_RD = states_MD[start : start + kept]
-        start += kept
-        if work.sequence.in_prompt and work.sequence.request.wants_all_rows:
-            _report_rows(decoder, work, rows_RD)
-        ends.append(rows_RD[-1:] if work.is_last_chunk else rows_RD[:0])
-    return _choose(decoder, works, ends)
+    tokens: tuple[SampledToken, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    states_MD: Tensor | None = None
+    top_logits: tuple[tuple[int, float], ...] = ()
+    error: Exception | None = None
 
 
-def _report_rows(decoder: Decoder, work: Work, rows_RD: Tensor) -> None:
-    """Add the log-probabilities and states of a chunk of prompt rows to the request's report."""
-    request, report = work.sequence.request, work.sequence.report
-    report.rewind(work.table.length)
-    if request.hidden_states:
-        report.hidden_states.append(rows_RD)
-    if request.prompt_logprobs is None:
-        return
-    targets = work.sequence.tokens[work.table.length + 1 : work.table.length + work.rows + 1]  # the last row's is not known yet
-    for start in range(0, len(targets), HEAD_ROWS):
-        logprobs = decoder.logits(rows_RD[start : start + HEAD_ROWS][: len(targets) - start]).log_softmax(-1)
-        for row, token in zip(logprobs, targets[start:], strict=False):
-            report.logprobs.append(TokenLogprobs(token, float(row[token]), best_of(row, request.prompt_logprobs)))
+NOTHING = ChunkResult()
 
 
-def _choose(decoder: Decoder, works: Rows[Work], ends: list[Tensor]) -> list[Event | None]:
-    """Choose the next token of every work whose last row was computed, HEAD_ROWS at a time."""
-    choices: list[Event | None] = [None] * len(works)
-    ready = [index for index, work in enumerate(works) if work.is_last_chunk]
-    for start in range(0, len(ready), HEAD_ROWS):
-        group = ready[start : start + HEAD_ROWS]
-        sequences = [works[index].sequence for index in group]
-        if not any(needs_logits(sequence) for sequence in sequences):
-            for index, sequence in zip(group, sequences, strict=True):
-                choices[index] = Event(sequence.number, prompt=sequence.report)
-            continue
-        logits_RV = decoder.logits(torch.cat([ends[index] for index in group])).cpu()
-        with one_thread():
-            for index, sequence, logits_V in zip(group, sequences, logits_RV, strict=True):
-                choices[index] = choose_one(sequence, logits_V)
-    return choices
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The results of a step's chunks, in their order."""
+
+    chunks: tuple[ChunkResult, ...]
 
 
-def needs_logits(sequence: Sequence) -> bool:
-    """Tell whether a sequence wants more of its last row than that it was computed."""
-    return sequence.request.max_tokens > 0 or sequence.request.top_logits > 0
+class PendingStep(Protocol):
+    """A step that was launched."""
+
+    @property
+    def chunks(self) -> Sequence[ScheduledChunk]:
+        """Return what the step computes."""
+
+    @property
+    def is_on_device(self) -> bool:
+        """Return whether the step's tokens come to be on the device, where the next step can read them."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it made. Raises what the pass through the model raised."""
 
 
-def choose_one(sequence: Sequence, logits_V: Tensor) -> Event:
-    """Choose a sequence's next token from its logits on the host, and report what was asked about them."""
-    request, first = sequence.request, sequence.in_prompt
-    if first and request.top_logits:
-        sequence.report.top_logits = best_of(logits_V, request.top_logits)
-    report = sequence.report if first else None
-    if not request.max_tokens:
-        return Event(sequence.number, prompt=report)
-    token = sample(logits_V, request.sampling, request.prompt, sequence.reply, sequence.seed)
-    best = request.sampling.logprobs
-    return Event(sequence.number, token, None if best is None else token_logprobs(logits_V, token, best), prompt=report)
+class StepLauncher(Protocol):
+    """Another way to run some steps than eagerly."""
+
+    def accepts(self, chunks: Sequence[ScheduledChunk]) -> bool:
+        """Return whether a step can run this way."""
+
+    def launch(self, chunks: Sequence[ScheduledChunk]) -> PendingStep:
+        """Launch a step that `accepts` takes."""
+
+    def launch_after(self, pending: PendingStep, chunks: Sequence[ScheduledChunk]) -> PendingStep:
+        """Launch the step after a pending one: the same sequences, one position on."""
+
+    def withdraw(self) -> None:
+        """Wait until no launched step runs any more; their results are not wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class EagerStep:
+    """A step of any kind, which runs when its result is asked for."""
+
+    chunks: Sequence[ScheduledChunk]
+    run: Callable[[Sequence[ScheduledChunk]], StepResult]
+    is_on_device: bool = False
+
+    def result(self) -> StepResult:
+        """Run the step."""
+        return self.run(self.chunks) if self.chunks else StepResult(())
+
+
+class ModelRunner:
+    """Runs the steps of one engine; `captured` runs those that it accepts."""
+
+    def __init__(self, decoder: Decoder, pool: PagedKVCache, captured: StepLauncher | None = None) -> None:
+        self.decoder, self.pool, self.captured = decoder, pool, captured
+        self.sampler = sampler_for(decoder)
+
+    def launch(self, chunks: Sequence[ScheduledChunk]) -> PendingStep:
+        """Launch a step; its rows are reserved, and count as computed only once their result is there."""
+        if self.captured is not None and self.captured.accepts(chunks):
+            return self.captured.launch(chunks)
+        return EagerStep(chunks, self.run)
+
+    def can_run_ahead(self, pending: PendingStep) -> bool:
+        """Return whether the step after a pending one can be launched before its tokens are known."""
+        return self.captured is not None and pending.is_on_device and all(chunk.rows == 1 for chunk in pending.chunks)
+
+    def launch_after(self, pending: PendingStep, chunks: Sequence[ScheduledChunk]) -> PendingStep:
+        """Launch the step after a pending one for which `can_run_ahead` holds; its ids are still on the device."""
+        assert self.captured is not None
+        return self.captured.launch_after(pending, chunks)
+
+    def withdraw(self) -> None:
+        """Wait until no launched step runs any more: their rows are taken back."""
+        if self.captured is not None:
+            self.captured.withdraw()
+
+    def run(self, chunks: Sequence[ScheduledChunk]) -> StepResult:
+        """Run chunks eagerly: report on prompt rows, sample where tokens are wanted."""
+        states_MD = self.decoder.forward(build_step(self.decoder, chunks), self.pool)
+        reports, sampled_rows = list[ChunkResult](), list[Tensor]()
+        sizes = [len(chunk.logit_rows) for chunk in chunks]
+        for chunk, rows_MD in zip(chunks, torch.split(states_MD, sizes), strict=True):
+            reports.append(self._report(chunk, rows_MD) if chunk.reports else NOTHING)
+            sampled_rows.append(rows_MD[len(rows_MD) - rows_for_logits(chunk) :])
+        return self._sample(chunks, reports, sampled_rows)
+
+    def _report(self, chunk: ScheduledChunk, rows_MD: Tensor) -> ChunkResult:
+        """Return the log-probabilities and states of a chunk of prompt rows."""
+        request, logprobs = chunk.sequence.request, list[TokenLogprobs]()
+        best = request.prompt_logprobs or 0
+        try:
+            for start in range(0, len(chunk.targets), HEAD_ROWS):
+                targets = chunk.targets[start : start + HEAD_ROWS]
+                logprobs_RV = self.decoder.logits(rows_MD[start : start + len(targets)]).log_softmax(-1)
+                for row_V, token in zip(logprobs_RV, targets, strict=True):
+                    logprobs.append(TokenLogprobs(token, float(row_V[token]), best_of(row_V, best)))
+        except Exception as error:
+            return ChunkResult(error=error)
+        return ChunkResult(logprobs=tuple(logprobs), states_MD=rows_MD if request.hidden_states else None)
+
+    def _sample(self, chunks: Sequence[ScheduledChunk], reports: Sequence[ChunkResult], rows: Sequence[Tensor]) -> StepResult:
+        """Add tokens and best logits to the reports, HEAD_ROWS rows or one chunk at a time."""
+        results = list(reports)
+        group, size = list[int](), 0
+        for index, rows_RD in enumerate(rows):
+            if group and size + len(rows_RD) > HEAD_ROWS:
+                self._sample_group(chunks, results, rows, group)
+                group, size = [], 0
+            if len(rows_RD):
+                group.append(index)
+                size += len(rows_RD)
+        if group:
+            self._sample_group(chunks, results, rows, group)
+        return StepResult(tuple(results))
+
+    def _sample_group(
+        self, chunks: Sequence[ScheduledChunk], results: list[ChunkResult], rows: Sequence[Tensor], group: Sequence[int]
+    ) -> None:
+        logits_RV = self.decoder.logits(torch.cat([rows[index] for index in group]))
+        found = sample_chunks(self.sampler, [chunks[index] for index in group], logits_RV)
+        for index, result in zip(group, found, strict=True):
+            report = results[index]
+            results[index] = replace(
+                report, tokens=result.tokens, top_logits=result.top_logits, error=report.error or result.error
+            )
+
+
+def sampler_for(decoder: Decoder) -> Sampler:
+    """Return the sampler that works where a decoder's logits are."""
+    return DeviceSampler() if decoder.device.type == "cuda" else HostSampler()
+
+
+def rows_for_logits(chunk: ScheduledChunk) -> int:
+    """Return how many of a chunk's last rows go through the head."""
+    wants_best = chunk.in_prompt and chunk.is_last and chunk.sequence.request.top_logits > 0
+    return max(chunk.num_sampled, int(wants_best))
+
+
+def sampling_row(chunk: ScheduledChunk, place: int) -> SamplingRow:
+    """Return what decides the token after the sampled row `place` of a chunk: drafts before it count as the reply's."""
+    sequence, drafts = chunk.sequence, chunk.drafts[:place]
+    request, reply = sequence.request, sequence.reply
+    counts = sequence.counts if request.sampling.has_penalties else {}
+    if drafts:
+        reply = [*reply, *drafts]
+        if counts:
+            counts = dict(counts)
+            for token in drafts:
+                counts[token] = counts.get(token, 0) + 1
+    position = chunk.start + chunk.rows - chunk.num_sampled + place + 1
+    processors = request.logits_processors
+    return SamplingRow(request.sampling, sequence.seed, position, request.prompt, reply, counts, processors, chunk.want_probs)
+
+
+def sample_chunks(sampler: Sampler, chunks: Sequence[ScheduledChunk], logits_RV: Tensor) -> list[ChunkResult]:
+    """Return the tokens and best logits of chunks whose last rows gave these logits, one after the other."""
+    places = [(chunk, place) for chunk in chunks for place in range(chunk.num_sampled)]
+    starts, start = list[int](), 0
+    for chunk in chunks:
+        starts.append(start)
+        start += rows_for_logits(chunk)
+    rows = [row for chunk, start in zip(chunks, starts, strict=True) for row in range(start, start + chunk.num_sampled)]
+    chosen_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
+    outcomes = iter(sampler.sample(chosen_RV, [sampling_row(*each) for each in places]) if places else ())
+    results = list[ChunkResult]()
+    for chunk, start in zip(chunks, starts, strict=True):
+        found = [next(outcomes) for _ in range(chunk.num_sampled)]
+        error = next((each for each in found if isinstance(each, Exception)), None)
+        tokens = tuple(each for each in found if isinstance(each, SampledToken)) if error is None else ()
+        results.append(ChunkResult(tokens, top_logits=_best_logits(chunk, logits_RV, start), error=error))
+    return results
+
+
+def _best_logits(chunk: ScheduledChunk, logits_RV: Tensor, start: int) -> tuple[tuple[int, float], ...]:
+    request: Request = chunk.sequence.request
+    if not (chunk.in_prompt and request.top_logits):
+        return ()
+    return best_of(logits_RV[start], request.top_logits)

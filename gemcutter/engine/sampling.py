@@ -1,14 +1,14 @@
-"""From logits to a token: penalties, temperature, truncation, and a draw that depends on nothing but seed and position.
+"""How a request wants its tokens sampled, and the arithmetic behind it for one row of logits.
 
-Owns `Sampling` and the arithmetic behind it; refuses to know sequences, batches and text. The draw is counter-based, so the
-same seed gives the same tokens alone, in a batch, and after a preemption. Shape letters: V vocabulary, C candidates.
+Owns `SamplingParams`, log-probabilities, truncation and the random number of a token, which depends on seed and absolute position
+alone: the same seed gives the same tokens alone, in a batch, and after a preemption. Refuses to know sequences, batches and text.
+Read `sampler.py` for rows of many requests. Shape letters: V vocabulary, C candidates.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,20 +18,42 @@ from torch import Tensor
 
 from gemcutter.errors import RequestError
 
+LARGEST = 1e30  # of a factor or summand: float32 holds its products with any logit
+SMALLEST = 1e-30
+COLDEST = 1e-100  # the least temperature above 0: logits divided by it are finite in float64
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_summand(value: Any) -> bool:
+    return _is_number(value) and abs(value) <= LARGEST
+
+
+def _are_biases(value: Any) -> bool:
+    return all(_is_int(token) and (_is_summand(bias) or bias == -math.inf) for token, bias in value.items())
+
+
 FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "temperature": (lambda value: 0 <= value < math.inf, "a number from 0 (greedy)"),
-    "top_k": (lambda value: isinstance(value, int) and value >= 0, "0 (off) or a count"),
-    "top_p": (lambda value: 0 < value <= 1, "above 0, at most 1"),
-    "min_p": (lambda value: 0 <= value < 1, "from 0, below 1"),
-    "repetition_penalty": (lambda value: 0 < value < math.inf, "above 0"),
-    "presence_penalty": (math.isfinite, "a finite number"),
-    "frequency_penalty": (math.isfinite, "a finite number"),
-    "logit_bias": (
-        lambda value: not any(math.isnan(bias) or bias == math.inf for bias in value.values()),
-        "ids with finite numbers or -inf",
+    "temperature": (
+        lambda value: _is_number(value) and (value == 0 or COLDEST <= value <= LARGEST),
+        "0 (greedy), or a number above it",
     ),
-    "seed": (lambda value: value is None or (isinstance(value, int) and 0 <= value < 2**64), "from 0 to 2**64 - 1"),
-    "logprobs": (lambda value: value is None or (isinstance(value, int) and value >= 0), "a count"),
+    "top_k": (lambda value: _is_int(value) and 0 <= value < 2**63, "0 (off) or a count"),
+    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "above 0, at most 1"),
+    "min_p": (lambda value: _is_number(value) and 0 <= value < 1, "from 0, below 1"),
+    "repetition_penalty": (lambda value: _is_number(value) and SMALLEST <= value <= LARGEST, "a number above 0"),
+    "presence_penalty": (_is_summand, "a finite number"),
+    "frequency_penalty": (_is_summand, "a finite number"),
+    "logit_bias": (_are_biases, "ids with finite numbers or -inf"),
+    "suppress": (lambda value: isinstance(value, list | tuple) and all(map(_is_int, value)), "a list of ids"),
+    "seed": (lambda value: value is None or (_is_int(value) and 0 <= value < 2**64), "from 0 to 2**64 - 1"),
+    "logprobs": (lambda value: value is None or (_is_int(value) and value >= 0), "a count"),
 }
 
 
@@ -39,17 +61,18 @@ def _holds(check: Callable[[Any], bool], value: Any) -> bool:
     """Apply a check to a value that may be of any type."""
     try:
         return check(value)
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, OverflowError):
         return False
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is chosen. The defaults are greedy; a `temperature` above 0 samples.
+class SamplingParams:
+    """How a token is sampled. The defaults are greedy; a `temperature` above 0 samples.
 
-    Order: soft cap (in the head), suppressed ids and bias, penalties, temperature, top-k, top-p, min-p. `repetition_penalty`
-    looks at prompt and reply, presence and frequency penalties at the reply. `logprobs` asks for the n best log-probabilities
-    of each token, taken before all penalties. Raises RequestError with every field that is out of range.
+    Order: soft cap (in the head), the request's logits processors, suppressed ids and bias, penalties, temperature, top-k, top-p,
+    min-p. `repetition_penalty` looks at prompt and reply, presence and frequency penalties at the reply. `logprobs` asks for the
+    n best log-probabilities of each token, taken before all processors, biases and penalties. Raises RequestError with every
+    field of a wrong kind or out of range.
     """
 
     temperature: float = 0.0
@@ -75,14 +98,18 @@ class Sampling:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """Tell whether the choice is the arg max of the logits as they are."""
+        """Return whether the choice is the arg max of the logits as they are."""
         return self.temperature == 0 and not self.alters_logits
 
     @property
+    def has_penalties(self) -> bool:
+        """Return whether the choice depends on the tokens before it."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
     def alters_logits(self) -> bool:
-        """Tell whether bias, suppression or penalties change the logits."""
-        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-        return penalties or bool(self.logit_bias or self.suppress)
+        """Return whether bias, suppression or penalties change the logits."""
+        return self.has_penalties or bool(self.logit_bias or self.suppress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,64 +122,56 @@ class TokenLogprobs:
 
 
 def token_logprobs(logits_V: Tensor, token: int, best: int) -> TokenLogprobs:
-    """Take log-probabilities of soft-capped logits."""
+    """Return the log-probabilities of soft-capped logits."""
     logprobs = logits_V.log_softmax(-1)
     return TokenLogprobs(token, float(logprobs[token]), best_of(logprobs, best))
 
 
 def best_of(values_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """List the `count` largest entries as (index, value), largest first."""
+    """Return the `count` largest entries as (index, value), largest first."""
     values, ids = values_V.topk(min(count, values_V.shape[-1]))
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 
-def sample(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], reply: Sequence[int], seed: int) -> int:
-    """Choose the token that follows prompt and reply, from its soft-capped logits."""
-    if sampling.alters_logits:
-        logits_V = _altered(logits_V, sampling, prompt, reply)
-    if sampling.temperature == 0:
-        return int(logits_V.numpy().argmax())  # ten times as fast as torch's on one thread
-    probs_C, ids_C = _candidates(logits_V, sampling)
+def choose(logits_V: Tensor, params: SamplingParams, random: float) -> int:
+    """Return the token that a number `random` of [0, 1) picks from edited logits, on any device."""
+    if params.temperature == 0:
+        return int(logits_V.argmax())
+    probs_C, ids_C = candidates(logits_V, params)
     total = probs_C.cumsum(0)
-    drawn = torch.searchsorted(total, uniform(seed, len(prompt) + len(reply)) * float(total[-1]), right=True)
-    return int(ids_C[min(int(drawn), len(ids_C) - 1)])
+    place = torch.searchsorted(total, random * float(total[-1]), right=True)
+    return int(ids_C[min(int(place), len(ids_C) - 1)])
 
 
-def _altered(logits_V: Tensor, sampling: Sampling, prompt: Sequence[int], reply: Sequence[int]) -> Tensor:
-    logits = logits_V.clone()
-    for token, bias in sampling.logit_bias.items():
-        logits[token] += bias
-    if sampling.suppress:
-        logits[list(sampling.suppress)] = -torch.inf
-    if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*prompt, *reply}))
-        old = logits[seen]
-        logits[seen] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
-    if reply and (sampling.presence_penalty or sampling.frequency_penalty):
-        counts = Counter(reply)
-        weights = [sampling.presence_penalty + sampling.frequency_penalty * count for count in counts.values()]
-        logits[torch.tensor(list(counts))] -= torch.tensor(weights)
-    return logits
-
-
-def _candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Give the probabilities that are left after temperature and truncation, unnormalised in float64, and their ids."""
-    ids = torch.arange(logits_V.shape[-1])
-    if sampling.top_k:
-        logits_V, ids = logits_V.topk(min(sampling.top_k, len(ids)))
-    elif sampling.top_p < 1:
+def candidates(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Return the probabilities that are left after temperature and truncation, unnormalised in float64, and their ids."""
+    ids = torch.arange(logits_V.shape[-1], device=logits_V.device)
+    if params.top_k:
+        logits_V, ids = logits_V.topk(min(params.top_k, len(ids)))
+    elif params.top_p < 1:
         logits_V, ids = logits_V.sort(descending=True, stable=True)
-    logits = logits_V.double() / sampling.temperature
+    logits = logits_V.double() / float(params.temperature)
     probs = logits.softmax(0)
-    if sampling.top_p < 1:
+    if params.top_p < 1:
         before = probs.cumsum(0) - probs  # a token stays if those before it have not reached top_p yet
-        probs, ids = probs[before < sampling.top_p], ids[before < sampling.top_p]
-    if sampling.min_p > 0:
-        likely = probs >= sampling.min_p * probs.max()
+        probs, ids = probs[before < params.top_p], ids[before < params.top_p]
+    if params.min_p > 0:
+        likely = probs >= params.min_p * probs.max()
         probs, ids = probs[likely], ids[likely]
     return probs, ids
 
 
+def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
+    """Return the probability [V], float64, with which each token is sampled from edited logits; greedy is certain."""
+    found = torch.zeros(logits_V.shape[-1], dtype=torch.float64, device=logits_V.device)
+    if params.temperature == 0:
+        found[logits_V.argmax()] = 1.0
+        return found
+    probs_C, ids_C = candidates(logits_V, params)
+    found[ids_C] = probs_C / probs_C.sum()
+    return found
+
+
 def uniform(seed: int, position: int) -> float:
-    """Draw from [0, 1) by seed and position alone."""
+    """Return the random number of [0, 1) that belongs to a seed and a position, and to nothing else."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[position, 0, 0, 0])).random())

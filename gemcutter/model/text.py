@@ -1,24 +1,25 @@
-"""The decoder: embed, layers, head. A page to read aloud.
+"""The decoder: embed, layers, LM head. A page to read aloud.
 
-Owns the order of a layer's sentences and the dropping of rows; refuses to know which kernels run them, where keys are stored
-and what a request is. Every fact about a layer comes from its plan. Shape letters: N rows, M kept rows, R rows for the head, D
-hidden, H heads, E head dim, V vocabulary, P per-layer-embedding dim. Read `ops/reference.py` for the sentences.
+Owns the order of a layer's ops and the dropping of rows; refuses to know which kernels run them, where keys are stored and what a
+request is. Every fact about a layer comes from its plan. Shape letters: N rows, M rows that go on after the last writer, R rows
+for the head, D hidden, H heads, E head dim, V vocabulary, P per-layer-embedding dim. Read `ops/reference.py` for the ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemcutter.model.rope import Rope
-from gemcutter.ops import MATRICES, NEXT_NORM, Site
-from gemcutter.ops.adapt import AdapterRows, adapt
-from gemcutter.ops.bind import choose, row_dtype, row_form
-from gemcutter.ops.reference import Linear, Numerics, Param, Words
-from gemcutter.ops.step import Pool, Step
+from gemcutter.ops import KernelSite
+from gemcutter.ops.registry import KernelPlan, select_backend, select_kernel
+from gemcutter.ops.step import KVCache, Rotation, Step, prepare
+from gemcutter.ops.types import LayerOutput, Linear, OpContext, Param, Precision
 from gemcutter.plan import LayerPlan, ModelPlan, RopeSpec
 from gemcutter.quant import Weight
 
@@ -26,46 +27,51 @@ Observer = Callable[[int, Tensor], None]  # layer index and its output rows
 
 
 class Layer:
-    """One decoder layer: bound sentences over exactly the parameters that its plan names."""
+    """One decoder layer: bound ops over exactly the parameters that its plan names."""
 
-    def __init__(self, plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], words: Words, site: Site) -> None:
+    def __init__(
+        self,
+        plan: ModelPlan,
+        layer: LayerPlan,
+        params: Mapping[str, Param],
+        ctx: OpContext,
+        kernels: KernelPlan,
+        next_norm: Tensor | None,
+    ) -> None:
         prefix = f"layers.{layer.index}."
         self.plan = layer
         self.params = {name.removeprefix(prefix): param for name, param in params.items() if name.startswith(prefix)}
-        self.is_last_writer = layer.index == plan.first_reader - 1
+        self.kernels: dict[str, str] = {}  # the name of each op's implementation
 
-        attention = choose(replace(site, verb="attention", layer=layer)).provider.load()
-        words = replace(words, attention=attention(layer))
+        def bind(op: str, **more: Tensor | None) -> Any:
+            impl = select_kernel(kernels.at(op, layer)).impl
+            self.kernels[op] = impl.name
+            return impl.load()(plan, layer, self.params, ctx, **more)
 
-        self.providers = set[str]()
+        self.qkv, self.attention, self.attn_out, self.mlp = bind("qkv"), bind("attention"), bind("attn_out"), bind("mlp")
+        self.ple_gate = bind("ple_gate") if layer.ple_dim else None
+        self.fused: Callable[..., LayerOutput] | None = bind(
+            "layer", next_norm=next_norm
+        )  # all of these at once, if a kernel can
 
-        following = params.get(f"layers.{layer.index + 1}.attn.norm")
-        given = self.params if following is None else {**self.params, NEXT_NORM: following}
+    def forward(
+        self, x_ND: Tensor, step: Step, cache: KVCache, ple_MP: Tensor | None, normed_ND: Tensor | None = None
+    ) -> LayerOutput:
+        """Pass rows through the layer: [N, D] to [M, D], fewer rows in the layer that drops those whose states nobody wants.
 
-        def sentence(verb: str) -> Callable[..., Tensor]:
-            provider = choose(replace(_at(site, verb, self.params, MATRICES.get(verb, ())), layer=layer)).provider
-            self.providers.add(provider.name)
-            bound: Callable[..., Tensor] = provider.load()(plan, layer, given, words)
-            return bound
-
-        self.project, self.attend, self.mix = sentence("project"), sentence("attend"), sentence("mix")
-        self.feed = sentence("feed")
-        self.inject = sentence("inject") if layer.ple_dim else None
-        self.whole: Callable[..., Tensor] | None = sentence("layer")  # all of these at once, if a provider can
-
-    def forward(self, x_ND: Tensor, step: Step, pool: Pool, ple_MP: Tensor | None) -> Tensor:
-        """Pass rows through the layer; the last writer gives back the kept rows only."""
-        if self.whole is not None:
-            return self.whole(x_ND, step, pool, ple_MP)
-        q_MHE = self.project(x_ND, step, pool)  # norm, in-projection, q/k/v norms, rope; writes k, v iff the plan says so
-        if self.is_last_writer and step.keep is not None:
-            x_ND, step = x_ND[step.keep_M], step.kept()
-        o_MHE = self.attend(q_MHE, step, pool)  # reads plan.kv_layer's pages through the group's table
-        x_MD = self.mix(x_ND, o_MHE)  # out-projection, post-norm, residual
-        x_MD = self.feed(x_MD)  # dense, or dense + experts; norms, residual
-        if self.inject is not None:
-            x_MD = self.inject(x_MD, ple_MP)  # per-layer-embedding gate
-        return x_MD
+        `normed_ND` is the rows' norm if the layer before has made it; returned is also that of the next layer, or None.
+        """
+        if self.fused is not None:
+            return self.fused(x_ND, step, cache, ple_MP, normed_ND)
+        q_MHE = self.qkv(x_ND, step, cache)  # norm, in-projection, q/k/v norms, RoPE; writes k, v iff the plan says so
+        if self.plan.drops_rows and step.kept is not None:
+            x_ND, step = x_ND[step.logit_rows_M], step.kept
+        o_MHE = self.attention(q_MHE, step, cache)  # reads plan.kv_layer's pages through the group's block table
+        x_MD = self.attn_out(x_ND, o_MHE, step.adapter_rows)  # out-projection, post-norm, residual
+        x_MD = self.mlp(x_MD, step.adapter_rows)  # dense, or dense + experts; norms, residual
+        if self.ple_gate is not None:
+            x_MD = self.ple_gate(x_MD, ple_MP, step.adapter_rows)  # per-layer-embedding gate
+        return x_MD, None
 
 
 class Decoder:
@@ -81,106 +87,153 @@ class Decoder:
         activations: str | None = None,
     ) -> None:
         self.plan, self.params, self.dtype, self.device = plan, params, dtype, torch.device(device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # where Triton launches
-        place, compute = self.device.type, _spell(dtype)
-        rows = getattr(torch, row_dtype(place, compute, kernels))
-        self.numerics = Numerics(dtype, rows, row_form(place, compute, kernels, activations))
-        site = Site("linear", None, place, _spell(rows), compute, kernels=kernels)
-        linear = _bind_linear(site, params)
+        self.backend = select_backend(self.device.type, kernels)
+        compute = _spell(dtype)
+        rows = getattr(torch, self.backend.row_dtype(compute))
+        self.precision = Precision(dtype, rows, self.backend.activations(compute, activations))
+        self.ropes: dict[RopeSpec, Rope] = {layer.rope: Rope(layer.rope, self.device, rows) for layer in plan.layers}
+        self._attn_kinds = plan.attn_kinds()
+
+        site = KernelSite("linear", None, self.device.type, _spell(rows), compute, kernels)
+        self.kernel_plan = KernelPlan(plan, site, self._stored, self._is_adapted)
+        linear = self._bind_linear(site)
+        ctx = OpContext(linear, self.precision)
+        self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
+        self.embed, self.final_norm, self.lm_head = (self._bind(op, ctx, self.kernel_plan) for op in self.kernels)
+        self.layers, self.ple_embed = self._build_body(ctx, self.kernel_plan)
+        self._adapted = (self.layers, self.ple_embed)
         deltas = [delta for param in params.values() if isinstance(param, Weight) for delta in param.deltas]
         self.adapters = tuple(sorted({delta.adapter for delta in deltas}))
-        self.adapter_rows = AdapterRows()
-        self.providers = set[str]()  # of the sentences, by name
-        self.ropes: dict[RopeSpec, Rope] = {layer.rope: Rope(layer.rope, self.device, rows) for layer in plan.layers}
+        if deltas:  # steps in which some row has an adapter get ops of their own, so that all others lose nothing
+            low_rank = select_kernel(replace(site, dtype="float32", stored="float32")).impl.load()
+            adapted = replace(self.kernel_plan, site=replace(site, adapted=True))
+            self._adapted = self._build_body(replace(ctx, low_rank=low_rank), adapted)
 
-        def end(verb: str, linear: Linear, here: Site, *names: str) -> Callable[..., Tensor]:
-            provider, words = choose(_at(here, verb, params, names)).provider, Words(linear, None, self.numerics)
-            self.providers.add(provider.name)
-            bound: Callable[..., Tensor] = provider.load()(plan, params, words)
-            return bound
+    @property
+    def kernel_names(self) -> frozenset[str]:
+        """Return the names of all implementations that were selected for layer ops and model ops."""
+        return frozenset(self.kernels.values()).union(*(layer.kernels.values() for layer in self.layers))
 
-        def body(linear: Linear, here: Site) -> tuple[tuple[Layer, ...], Callable[..., Tensor] | None]:
-            words = Words(linear, None, self.numerics, here.adapted)
-            layers = tuple(Layer(plan, layer, params, words, here) for layer in plan.layers)
-            return layers, end("ple", linear, here, *MATRICES["ple"]) if plan.ple_dim else None
+    def capture_refusal(self) -> str | None:
+        """Return why the decoder's steps can't be captured as CUDA graphs; None if they can."""
+        table = self.params["embed.ple"] if self.plan.ple_dim else None
+        assert table is None or isinstance(table, Weight)
+        return self.backend.capture_refusal(self.device, self.kernel_names, table)
 
-        self.embed, self.norm = end("embed", linear, site, *MATRICES["embed"]), end("norm", linear, site)
-        self.head = end("head", linear, site, "embed.tokens" if plan.tied_head else "head")
-        self.layers, self.ple = self.adapted = body(linear, site)
-        self.providers.update(*(layer.providers for layer in self.layers))
-        if deltas:  # steps in which some row has an adapter meet sentences of their own, so that all others lose nothing
-            low_rank = choose(replace(site, dtype="float32", stored="float32")).provider.load()
-            self.adapted = body(adapt(linear, low_rank, self.adapter_rows), replace(site, adapted=True))
+    # ---- what is computed ----
 
-    def forward(self, step: Step, pool: Pool, observe: Observer | None = None) -> Tensor:
-        """Run a step: write its keys and values, give the final-normed states [M, D] of the rows it keeps.
+    def prepare(self, step: Step) -> Step:
+        """Complete a step for this decoder's kernels; steps that pass `forward` have been prepared."""
+        return prepare(step, lambda rows: self.backend.attn_metadata(rows, self._attn_kinds))
 
-        Rows whose states nobody wants stop in the last writer, once their keys and values are written; no later layer and no
-        head sees them. `observe` is called with every layer's output.
+    def on_device(self) -> AbstractContextManager[object]:
+        """Make the decoder's GPU the current one, where Triton launches; a no-op on a CPU."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def forward(self, step: Step, cache: KVCache, observe: Observer | None = None) -> Tensor:
+        """Run a prepared step: write its keys and values, return the final-normed states [M, D] of the rows that go on.
+
+        `observe` is called with every layer's output.
         """
-        cut, kept = self.plan.first_reader - 1, step.kept()
-        self.adapter_rows.begin(step, kept)
-        layers, embed_ple = self.adapted if any(step.adapters) else (self.layers, self.ple)
+        with self.on_device():
+            x_ND = self.embed(step.ids_N)
+            if step.media is not None:
+                x_ND[step.media.rows_K] = step.media.embeds_KD.to(x_ND.dtype)
+            return self.run_layers(x_ND, step, cache, observe)
 
-        def ple_rows(x: Tensor, rows: Step, first: int, last: int) -> Sequence[Tensor | None]:
-            if embed_ple is None or first == last:
-                return [None] * (last - first)
-            return embed_ple(x, rows.ple_ids_N, first, last).unbind(1)
+    def run_layers(self, x_ND: Tensor, step: Step, cache: KVCache, observe: Observer | None = None) -> Tensor:
+        """Run a prepared step from its embedded rows on; these may come from elsewhere than `embed`.
 
-        x_ND = self.embed(step.ids_N)
-        x_MD = x_ND if step.keep is None else x_ND[step.keep_M]
-        if step.keep is None:
-            every = ple_rows(x_ND, step, 0, len(layers))
-            early, late = every[:cut], every[cut:]
-        else:
-            early = ple_rows(x_ND, step, 0, cut)
-            late = [] if step.keeps_none else ple_rows(x_MD, kept, cut, len(layers))
-        for layer, ple in zip(layers[:cut], early, strict=True):
-            x_ND = layer.forward(x_ND, step, pool, ple)
+        Rows whose states nobody wants stop in the last writer, once their keys and values are written, or, in a drafter, before
+        the first layer; no later layer and no head sees them.
+        """
+        layers, ple_embed = self._adapted if any(step.adapters) else (self.layers, self.ple_embed)
+        first, remaining, normed = self.plan.num_full_layers, step.remaining, None
+        early, late = _embed_ple(ple_embed, x_ND, step, first, len(layers))
+        for layer, ple in zip(layers[:first], early, strict=True):
+            x_ND, normed = layer.forward(x_ND, step, cache, ple, normed)
             if observe is not None:
                 observe(layer.plan.index, x_ND)
         if step.keeps_none:
-            layers[cut].project(x_ND, step, pool)  # the last keys and values; no row goes on
-            return x_MD
+            if self.plan.writers:
+                layers[first].qkv(x_ND, step, cache)  # the last keys and values; no row goes on
+            return x_ND[:0]
+        if step.kept is not None and not self.plan.writers:
+            x_ND = x_ND[step.logit_rows_M]
         x_MD = x_ND
-        for layer, ple in zip(layers[cut:], late, strict=True):
-            x_MD = layer.forward(x_MD, step if layer.is_last_writer else kept, pool, ple)
+        for layer, ple in zip(layers[first:], late, strict=True):
+            x_MD, normed = layer.forward(x_MD, step if layer.plan.drops_rows else remaining, cache, ple, normed)
             if observe is not None:
                 observe(layer.plan.index, x_MD)
-        return self.norm(x_MD)
+        return self.final_norm(x_MD)
 
     def logits(self, h_RD: Tensor) -> Tensor:
-        """Give the soft-capped logits [R, V] of final-normed states, in float32."""
-        return self.head(h_RD)
+        """Return the soft-capped logits [R, V] of final-normed states, in float32."""
+        with self.on_device():
+            return self.lm_head(h_RD)
 
-    def rope_tables(self, positions_N: Tensor) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
-        """Give the rotary tables of a step's positions, one pair a distinct spec."""
+    def rope_tables(self, positions_N: Tensor) -> dict[RopeSpec, Rotation]:
+        """Return the rotary tables of a step's positions, one pair a distinct spec."""
         return {spec: rope.tables(positions_N) for spec, rope in self.ropes.items()}
 
+    # ---- what is bound ----
 
-def _bind_linear(site: Site, params: Mapping[str, Param]) -> Linear:
-    """Choose the kernel of every kind of stored weight once; a call then only looks it up."""
-    kinds = {part.stored for param in params.values() if isinstance(param, Weight) for part in (param, *_each_part(param))}
-    table = {stored: choose(replace(site, stored=stored)).provider.load() for stored in kinds}
-    if len(table) == 1:
-        (only,) = table.values()
-        return only
-    return lambda x_ND, weight: table[weight.stored](x_ND, weight)
+    def _bind(self, op: str, ctx: OpContext, kernels: KernelPlan) -> Callable[..., Tensor]:
+        bound: Callable[..., Tensor] = select_kernel(kernels.at(op)).impl.load()(self.plan, self.params, ctx)
+        return bound
+
+    def _build_body(self, ctx: OpContext, kernels: KernelPlan) -> tuple[tuple[Layer, ...], Callable[..., Tensor] | None]:
+        """Bind every layer, and the op that makes the per-layer embeddings if there are any.
+
+        A layer is given the norm that the next one begins with, which it may fuse into its last pass.
+        """
+        plan, norms = self.plan, [self.params[f"layers.{layer.index}.attn.norm"] for layer in self.plan.layers]
+        following = [norm if isinstance(norm, Tensor) else None for norm in norms[1:]] + [None]
+        layers = tuple(
+            Layer(plan, layer, self.params, ctx, kernels, next_norm)
+            for layer, next_norm in zip(plan.layers, following, strict=True)
+        )
+        if not plan.ple_dim:
+            return layers, None
+        self.kernels["ple_embed"] = select_kernel(kernels.at("ple_embed")).impl.name
+        return layers, self._bind("ple_embed", ctx, kernels)
+
+    def _bind_linear(self, site: KernelSite) -> Linear:
+        """Select the kernel of every kind of stored weight once; a call then only looks it up."""
+        weights = [param for param in self.params.values() if isinstance(param, Weight)]
+        kinds = {part.stored for weight in weights for part in (weight, *(Weight((each,)) for each in weight.parts))}
+        table = {stored: select_kernel(replace(site, stored=stored)).impl.load() for stored in kinds}
+        if len(table) == 1:
+            (only,) = table.values()
+            return only
+        return lambda x_ND, weight: table[weight.stored](x_ND, weight)
+
+    def _stored(self, name: str) -> Sequence[str]:
+        """List how the parts of a weight are held, each alone, as some ops multiply with them: q without k and v, say."""
+        weight = self.params.get(name)
+        return [Weight((part,)).stored for part in weight.parts] if isinstance(weight, Weight) else []
+
+    def _is_adapted(self, name: str) -> bool:
+        weight = self.params.get(name)
+        return isinstance(weight, Weight) and bool(weight.deltas)
 
 
-def _each_part(weight: Weight) -> Iterator[Weight]:
-    """List the parts apart, as some sentences multiply with them: q without k and v, say."""
-    yield from (Weight((part,)) for part in weight.parts)
+def _embed_ple(
+    embed: Callable[..., Tensor] | None, x_ND: Tensor, step: Step, first: int, count: int
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """Return the per-layer embeddings of the `first` layers, which all rows pass, and of the others, which only some pass."""
+    if embed is None:
+        return [None] * first, [None] * (count - first)
+
+    def rows(x: Tensor, step: Step, start: int, stop: int) -> Sequence[Tensor]:
+        return embed(x, step.ple_ids_N, start, stop, step.adapter_rows).unbind(1) if start < stop else []
+
+    if step.kept is None:
+        found = rows(x_ND, step, 0, count)
+        return found[:first], found[first:]
+    late = [] if step.keeps_none else rows(x_ND[step.logit_rows_M], step.kept, first, count)
+    return rows(x_ND, step, 0, first), late
 
 
 def _spell(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _at(site: Site, verb: str, params: Mapping[str, Param], names: Sequence[str]) -> Site:
-    """Give a sentence's site: how the matrices that it meets are stored, and whether adapters change them."""
-    weights = [param for name in names if isinstance(param := params.get(name), Weight)]
-    kinds = sorted({each.stored for weight in weights for each in _each_part(weight)})
-    adapted = site.adapted and any(weight.deltas for weight in weights)
-    return replace(site, verb=verb, stored="+".join(kinds) or site.stored, adapted=adapted)

@@ -1,33 +1,40 @@
 """One step of the decoder: flat rows of any number of sequences.
 
-Prefill, chunk, decode and verification differ only in row counts. Owns the `Step` and the protocol of the pool it writes to and
-reads from; refuses to know requests and page accounting. Shape letters: N rows, M kept rows, S sequences, T keys, K key heads,
-E head dim. Read `engine/step.py` for who builds it, `cache/pool.py` for the pool.
+Prefill, chunk, decode and verification differ only in row counts. Owns `Step`, a value that holds all that kernels need of a
+step, and the protocol of the cache that they write to and read from; refuses to know requests and page accounting. Shape letters:
+N rows, M rows that go on after the last writer, S sequences, T keys, K key heads, E head dim, D hidden. Read `engine/step.py` for
+who builds it, `cache/pool.py` for the cache, `backend.py` for the attention metadata.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, repeat
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gemcutter.plan import RopeSpec
+from gemcutter.plan import GroupId, RopeSpec
 
 ALIGNMENT = 16  # bytes
 
+Rows = slice | Tensor  # neighbours as a slice, others as row numbers
+AdapterRows = Mapping[str, Rows]  # which rows of a step get which adapter's changes
+NO_ADAPTERS: AdapterRows = MappingProxyType({})
+Rotation = tuple[Tensor, Tensor]  # cos and sin [N, 1, E/2]
+
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """The keys of one sequence in one group: positions start, start + 1, ... lie in the slots `where` of the pool.
+class KVRange:
+    """The keys of one sequence in one group: positions start, start + 1, ... are in the slots `where` of the cache.
 
     `where` is a slice when the pages are consecutive (then reading is a view), else slot numbers [T]. `pages` are the pages of
-    `page_tokens` slots that hold them, in order; a span that was written by hand need not name them.
+    `page_tokens` slots that hold them, in order; a range that was written by hand need not name them.
     """
 
     start: int
@@ -37,32 +44,32 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Compact:
-    """A layer's slots where values are the normalised keys n: n is stored once, as values, and keys only where they turn.
+class KEqVCache:
+    """A layer's slots where values are the normalised keys n: n is stored once, as values, and of keys the rotary columns alone.
 
-    The R columns of a key whose pairs turn, 0 to R/2 - 1 and E/2 to E/2 + R/2 - 1, are stored beside n; the others are
-    weight_E * n, which readers rebuild or leave to the queries. `weight_E` is the key norm's weight in float32, 1 where
-    columns turn.
+    The R columns of a key whose pairs rotate, 0 to R/2 - 1 and E/2 to E/2 + R/2 - 1, are stored apart; the others are
+    weight_E * n, which readers rebuild or leave to the queries. `weight_E` is the key norm's weight in float32, 1 in the
+    rotary columns.
     """
 
     normed_TKE: Tensor
-    turned_TKR: Tensor
+    rotary_TKR: Tensor
     weight_E: Tensor
 
-    def turning(self, x_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the columns of the last axis that turn, as views of both halves."""
-        pairs, half = self.turned_TKR.shape[-1] // 2, self.weight_E.shape[0] // 2
+    def rotary(self, x_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rotary columns of the last axis, as views of both halves."""
+        pairs, half = self.rotary_TKR.shape[-1] // 2, self.weight_E.shape[0] // 2
         return x_E[..., :pairs], x_E[..., half : half + pairs]
 
     def write(self, slots_N: Tensor, k_NKE: Tensor, n_NKE: Tensor) -> None:
         """Store keys, and values that are the keys without weight and rotation."""
         store(self.normed_TKE, slots_N, n_NKE)
-        store(self.turned_TKR, slots_N, torch.cat(self.turning(k_NKE), dim=-1))
+        store(self.rotary_TKR, slots_N, torch.cat(self.rotary(k_NKE), dim=-1))
 
     def keys(self, where: slice | Tensor) -> Tensor:
         """Rebuild the keys [T, K, E] of some slots."""
         keys = (self.normed_TKE[where].float() * self.weight_E).to(self.normed_TKE.dtype)
-        for found, stored in zip(self.turning(keys), self.turned_TKR[where].chunk(2, dim=-1), strict=True):
+        for found, stored in zip(self.rotary(keys), self.rotary_TKR[where].chunk(2, dim=-1), strict=True):
             found.copy_(stored)
         return keys
 
@@ -75,91 +82,125 @@ def store(slots_TKX: Tensor, slots_N: Tensor, rows_NKX: Tensor) -> None:
     slots_TKX.index_copy_(0, slots_N, rows)
 
 
-class Pool(Protocol):
+class KVCache(Protocol):
     """What kernels need of the cache: storage of the layers that write."""
 
     def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         """Store keys and values of a writing layer."""
 
-    def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
-        """Give keys and values [T, K, E] of a span."""
+    def read(self, layer: int, kv_range: KVRange) -> tuple[Tensor, Tensor]:
+        """Return keys and values [T, K, E] of a range."""
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Give the tensors [T, K, E] in which a writing layer's slots lie; the same ones as long as the pool lives.
+        """Return the tensors [T, K, E] that hold a writing layer's slots; the same ones as long as the cache lives.
 
         Raises KernelError for a compact layer.
         """
 
-    def compact(self, layer: int) -> Compact | None:
-        """Give the slots of a layer that is stored compactly; None for all others."""
+    def compact(self, layer: int) -> KEqVCache | None:
+        """Return the slots of a layer that is stored compactly; None for all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRows:
+    """Rows of a step that are no tokens: row rows_K[k] of the step enters the layers as embeds_KD[k]."""
+
+    rows_K: Tensor
+    embeds_KD: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Flat rows of S sequences; row_start has S + 1 entries, sequence s owns rows row_start[s] to row_start[s + 1] - 1.
+    """Flat rows of S sequences; query_start has S + 1 entries, sequence s owns rows query_start[s] to query_start[s + 1] - 1.
 
-    `positions_N` are absolute. `spans` and `slots` are keyed by window (None: the global group): what each sequence may read,
-    this step's rows included, and where each row's keys go. `keep` lists the rows whose logits or states are wanted, ascending;
-    None keeps all.
+    `positions_N` are absolute, ascending within a sequence. `kv_ranges` says what each sequence may read of a group, this step's
+    rows included, `slot_mapping` where each row's keys and values go. `logit_rows` lists the rows whose final states are wanted,
+    ascending; None: all. `last_visible_N` is the last position that each row may see, its own where it is less, never descending
+    within a sequence; None: its own for all rows. What follows `adapters` is made by `prepare`.
     """
 
     ids_N: Tensor
     ple_ids_N: Tensor
     positions_N: Tensor
-    row_start: tuple[int, ...]
-    spans: dict[int | None, tuple[Span, ...]]
-    slots: dict[int | None, Tensor]
-    keep: tuple[int, ...] | None
-    rope: dict[RopeSpec, tuple[Tensor, Tensor]]  # cos and sin [N, 1, E/2] for these rows, in the rows' dtype
+    query_start: tuple[int, ...]
+    kv_ranges: dict[GroupId, tuple[KVRange, ...]]
+    slot_mapping: dict[GroupId, Tensor]
+    logit_rows: tuple[int, ...] | None
+    rope: dict[RopeSpec, Rotation]  # for these rows, in the rows' dtype
+    last_visible_N: Tensor | None = None
+    media: MediaRows | None = None
     adapters: tuple[str | None, ...] = ()  # whose changes each sequence's rows get; () where no sequence wants any
-    memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)  # what kernels made of it, once
-
-    def kept(self) -> Step:
-        """Narrow the step to the rows it keeps; what has been written stays readable."""
-        if self.keep is None:
-            return self
-        if "kept" not in self.memo:
-            self.memo["kept"] = self._narrow(self.keep, self.keep_M)
-        found: Step = self.memo["kept"]
-        return found
-
-    def _narrow(self, rows: tuple[int, ...], keep_M: Tensor | None) -> Step:
-        return replace(
-            self,
-            ids_N=self.ids_N[keep_M],
-            ple_ids_N=self.ple_ids_N[keep_M],
-            positions_N=self.positions_N[keep_M],
-            row_start=tuple(bisect_left(rows, start) for start in self.row_start),
-            slots={},
-            keep=None,
-            rope={spec: (cos[keep_M], sin[keep_M]) for spec, (cos, sin) in self.rope.items()},
-        )
-
-    @property
-    def keep_M(self) -> Tensor | None:
-        """Give the kept rows beside the rows, sent there once; None where all are kept."""
-        if self.keep is None:
-            return None
-        if "keep" not in self.memo:
-            (self.memo["keep"],) = send((self.keep,), torch.long, self.positions_N.device)
-        found: Tensor = self.memo["keep"]
-        return found
+    adapter_rows: AdapterRows = field(default_factory=lambda: NO_ADAPTERS)
+    attn_metadata: Mapping[GroupId, object] = field(default_factory=dict)  # as the backend's attention kernels want it
+    logit_rows_M: Tensor | None = None  # `logit_rows` on the rows' device; None where all go on
+    kept: Step | None = None  # the step of the rows that go on after the last writer; None where all do
 
     @property
     def num_rows(self) -> int:
         """Count the rows."""
-        return self.row_start[-1]
+        return self.query_start[-1]
 
     @property
     def keeps_none(self) -> bool:
-        """Tell whether no row is wanted, as in the middle chunks of a prompt."""
-        return self.keep is not None and not self.keep
+        """Return whether no row's state is wanted, as in the middle chunks of a prompt."""
+        return self.logit_rows is not None and not self.logit_rows
+
+    @property
+    def remaining(self) -> Step:
+        """Return the step of the rows that go on after the last writer: itself where all do."""
+        return self if self.kept is None else self.kept
+
+    def narrow(self, rows: tuple[int, ...], rows_M: Tensor) -> Step:
+        """Return the step of some rows, given twice: what has been written stays readable, nothing more is written."""
+        return replace(
+            self,
+            ids_N=self.ids_N[rows_M],
+            ple_ids_N=self.ple_ids_N[rows_M],
+            positions_N=self.positions_N[rows_M],
+            query_start=tuple(bisect_left(rows, start) for start in self.query_start),
+            slot_mapping={},
+            logit_rows=None,
+            rope={spec: (cos[rows_M], sin[rows_M]) for spec, (cos, sin) in self.rope.items()},
+            last_visible_N=None if self.last_visible_N is None else self.last_visible_N[rows_M],
+            media=None,
+            adapter_rows=NO_ADAPTERS,
+            attn_metadata={},
+            logit_rows_M=None,
+            kept=None,
+        )
+
+
+def prepare(step: Step, metadata: Callable[[Step], Mapping[GroupId, object]] = lambda step: {}) -> Step:
+    """Complete a step: the rows that go on, the rows of every adapter, and the attention metadata of both sets of rows."""
+    adapter_rows = rows_of_adapters(step)
+    if step.logit_rows is None:
+        return replace(step, adapter_rows=adapter_rows, attn_metadata=metadata(step))
+    (rows_M,) = send((step.logit_rows,), torch.long, step.positions_N.device)
+    kept = step.narrow(step.logit_rows, rows_M)
+    kept = replace(kept, adapter_rows=rows_of_adapters(kept), attn_metadata=metadata(kept) if step.logit_rows else {})
+    return replace(step, adapter_rows=adapter_rows, attn_metadata=metadata(step), logit_rows_M=rows_M, kept=kept)
+
+
+def rows_of_adapters(step: Step) -> AdapterRows:
+    """Return the rows of every adapter that some sequence of a step wants."""
+    found: dict[str, list[int]] = {}
+    for index, adapter in enumerate(step.adapters):
+        if adapter is not None:
+            found.setdefault(adapter, []).extend(range(step.query_start[index], step.query_start[index + 1]))
+    device = step.positions_N.device
+    return {adapter: _as_slice(rows, device) for adapter, rows in found.items() if rows}
+
+
+def _as_slice(rows: list[int], device: torch.device) -> Rows:
+    """Return ascending row numbers as a slice if there is no gap."""
+    is_run = rows[-1] - rows[0] + 1 == len(rows)
+    return slice(rows[0], rows[-1] + 1) if is_run else torch.tensor(rows, device=device)
 
 
 def send(fields: Iterable[Iterable[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Bring lists of integers (int32 or int64) to a device, in one copy that the host does not wait for.
 
-    Each begins at a multiple of ALIGNMENT bytes: kernels that are compiled for how their arguments are aligned meet one case.
+    Each begins at a multiple of ALIGNMENT bytes: kernels that are compiled for how their arguments are aligned see one case.
     """
     code, unit = ("i", ALIGNMENT // 4) if dtype == torch.int32 else ("q", ALIGNMENT // 8)
     arrays = [array(code, field) for field in fields]
@@ -173,7 +214,12 @@ def send(fields: Iterable[Iterable[int]], dtype: torch.dtype, device: torch.devi
     return [there[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
-def window_mask(q_positions_M: Tensor, k_positions_T: Tensor, window: int | None) -> Tensor:
-    """Tell which keys each query sees, [M, T]: not later than itself, and at most `window` of them counting its own."""
-    seen = k_positions_T <= q_positions_M[:, None]
+def visible_mask(
+    q_positions_M: Tensor, k_positions_T: Tensor, window: int | None, last_visible_M: Tensor | None = None
+) -> Tensor:
+    """Return which keys each query sees, [M, T]: none later than itself, or than its last visible position where that is later,
+    and none `window` or more positions before itself.
+    """
+    last_M = q_positions_M if last_visible_M is None else torch.maximum(q_positions_M, last_visible_M)
+    seen = k_positions_T <= last_M[:, None]
     return seen if window is None else seen.logical_and_(k_positions_T > q_positions_M[:, None] - window)

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from gemcutter import __version__
 from gemcutter.api import Model
-from gemcutter.checkpoint.fingerprint import sampled_sha256
-from gemcutter.checkpoint.load import Progress
+from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
+from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.errors import CheckpointError, RequestError
-from gemcutter.ops.bind import TILED, cpu_features, explain
+from gemcutter.ops.devices import cpu_features
+from gemcutter.ops.registry import CPU
 from gemcutter.parity import oracle
 from gemcutter.parity.compare import Drift, compare
 from gemcutter.parity.limits import Stored, choose_limits, first_divergent, judge
@@ -229,10 +230,10 @@ def describe(side: Side) -> dict[str, Any]:
     """Say what a side is and which kernels it runs on."""
     model, decoder = side.model, side.model.decoder
     dtype, stored = str(decoder.dtype).removeprefix("torch."), stored_weights(model)
-    kernels: dict[str, dict[str, str]] = {}  # by how the weights are stored
-    for kind in _kinds(model):
-        choices = explain(model.plan, decoder.device.type, dtype, kind, side.kernels)
-        kernels[kind] = {choice.site.verb: choice.provider.name for choice in choices}
+    kernels: dict[str, list[str]] = {}  # of each op, those that some layer has
+    for selection, _ in decoder.kernel_plan.selections():
+        names = kernels.setdefault(selection.site.op, [])
+        names += [] if selection.impl.name in names else [selection.impl.name]
     return {
         "engine": f"gemcutter {__version__}",
         "model": side.name,
@@ -244,15 +245,15 @@ def describe(side: Side) -> dict[str, Any]:
         "device": str(decoder.device),
         "dtype": dtype,
         "kernels": side.kernels,
-        "activations": decoder.numerics.activations,
-        "providers": kernels,
+        "activations": decoder.precision.activations,
+        "kernels_by_op": kernels,
     }
 
 
 def stored_weights(model: Model) -> Stored:
     """Say how a model's weights are stored as it computes with them; repacking for kernels changes no value."""
     weights = [param for param in model.decoder.params.values() if isinstance(param, Weight)]
-    kinds = {kind.removeprefix(TILED) for kind in _kinds(model)}
+    kinds = {CPU.unpacked(kind) for kind in _kinds(model)}
     elements = [sum(math.prod(part.shape) for part in weight.parts) for weight in weights]
     bits = [8 * weight.nbytes / count for weight, count in zip(weights, elements, strict=True)]
     mean = sum(map(math.prod, zip(bits, elements, strict=True))) / sum(elements)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gemcutter.checkpoint.load import Progress
+from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.parity.trace import Trace
 
 HEAD_ROWS = 32  # rows of one call of a head: 32 MiB at 262,144 logits

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcutter.checkpoint.source import SINGLE_NAME
+from gemcutter.checkpoint.container.shard_index import SINGLE_NAME
 from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.parity.trace import Trace
 

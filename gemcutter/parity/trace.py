@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemcutter.cache.pool import PagedPool
-from gemcutter.cache.table import Table
-from gemcutter.checkpoint.load import Progress
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache
+from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.engine.memory import page_counts
-from gemcutter.engine.request import Request
-from gemcutter.engine.request import Sequence as Running
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.model.text import Decoder
 
@@ -50,21 +49,21 @@ def kept_positions(tokens: int) -> Tensor:
 def trace(decoder: Decoder, ids: Sequence[int], kept_K: Tensor, progress: Progress) -> Trace:
     """Run ids through a decoder; `progress` is told the tokens done and all tokens. Raises CapacityError without memory."""
     counts = page_counts(decoder.plan, len(ids), CHUNK_ROWS)
-    pool = PagedPool(decoder.plan, counts, decoder.dtype, decoder.device)
+    pool = PagedKVCache(decoder.plan, counts, decoder.dtype, decoder.device)
     for storage in (*pool.keys.values(), *pool.values.values()):
         storage.fill_(torch.nan)
-    sequence = Running(0, Request(tuple(ids), hidden_states=True))  # every row passes every layer
-    sequence.table = table = Table(pool)
+    sequence = SequenceState(0, Request(tuple(ids), hidden_states=True))  # every row passes every layer
+    sequence.table = table = BlockTable(pool)
     layers, states = [list[Tensor]() for _ in decoder.plan.layers], list[Tensor]()
     for rows in _chunks(len(ids)):
         start = table.length
         here = kept_K[(kept_K >= start) & (kept_K < start + rows)].to(decoder.device) - start
         table.reserve(rows)
-        step = build_step(decoder, [Work(sequence, table, rows)])
+        step = build_step(decoder, [ScheduledChunk.of(sequence, table, rows)])
         states.append(decoder.forward(step, pool, _collect(layers, here)))
         table.commit(rows)
         progress(table.length, len(ids))
-    return Trace(tuple(map(torch.cat, layers)), torch.cat(states), decoder.head)
+    return Trace(tuple(map(torch.cat, layers)), torch.cat(states), decoder.lm_head)
 
 
 def _chunks(tokens: int) -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 Owns `Weight`. A checkpoint usually stores q, k and v apart, and may pack each by another scheme; a Weight stacks them without
 copying, so a mapped file is used in place. Refuses to know layers and files. Read `packed.py` for what a packed part can do,
-`ops/reference.py` for who consumes a Weight, `checkpoint/load.py` for who makes it.
+`ops/reference.py` for who consumes a Weight, `checkpoint/load/load_params.py` for who makes it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Weight:
             return table.index_select(0, ids_N.to(table.device)).to(ids_N.device, dtype)
         return table.gather(ids_N.cpu()).dequantize().to(ids_N.device, dtype)
 
-    def tiles(self, elements: int) -> Iterator[Part]:
+    def row_chunks(self, elements: int) -> Iterator[Part]:
         """Cut a matrix into views of at most `elements` elements (one row at least), in row order."""
         rows = max(1, elements // self.columns)
         for part in self.parts:
@@ -106,7 +106,7 @@ class Weight:
                 yield _rows(part, start, min(start + rows, part.shape[-2]))
 
 
-def widen(part: Part) -> Tensor:
+def dequantize(part: Part) -> Tensor:
     """Give the values of a part in float32."""
     return part.float() if isinstance(part, Tensor) else part.dequantize()
 

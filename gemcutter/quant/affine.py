@@ -1,7 +1,7 @@
 """MLX's affine scheme: unsigned integers of 1 to 8 bits, with a scale and a bias for each group of columns.
 
 Owns `Affine`, how to recognise its parameters from shapes, and a quantizer that equals MLX's bit for bit. Refuses to know files
-and names. Read `packed.py` for the protocol, `bits.py` for the bit stream, `micro.py` for MLX's other modes.
+and names. Read `packed.py` for the protocol, `bits.py` for the bit stream, `microscaling.py` for MLX's other modes.
 """
 
 from __future__ import annotations

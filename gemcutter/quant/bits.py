@@ -1,7 +1,7 @@
 """Small integers and floats in bytes: bit streams, planes of bits, tables of values.
 
 Owns how numbers of less than a byte lie in bytes, whichever scheme they belong to; every function works on any leading axes, in
-a few whole-tensor operations. Refuses to know scales and shapes of weights. Read `affine.py` and `blocks_short.py` for use.
+a few whole-tensor operations. Refuses to know scales and shapes of weights. Read `affine.py` and `gguf_blocks_short.py` for use.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ INVITING_END = re.compile(rf"(<tool_response\|>|<\|channel>({CHANNEL_NAME})?\s*<
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """A stretch of text that is final: no later id can change it."""
 
     kind: Literal["content", "reasoning"]
@@ -95,7 +95,7 @@ class TextStream:
         """Return all reasoning emitted so far; channels follow each other without a separator."""
         return "".join(self._reasoning_parts)
 
-    def push(self, id: int) -> list[Piece]:
+    def push(self, id: int) -> list[TextPiece]:
         """Take one generated id and return the text that became final; nothing after a stop string or `finish`.
 
         Raises RequestError for an id outside the vocabulary.
@@ -115,7 +115,7 @@ class TextStream:
             return self._emit("reasoning", self._reasoning.feed(data, is_last=False))
         return self._say(data, is_last=False)
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[TextPiece]:
         """End the sequence and return what was held back; an unfinished character becomes U+FFFD. Later calls return nothing."""
         if self._is_finished:
             return []
@@ -123,13 +123,13 @@ class TextStream:
         self._is_finished = True
         return pieces
 
-    def _say(self, data: bytes, *, is_last: bool) -> list[Piece]:
+    def _say(self, data: bytes, *, is_last: bool) -> list[TextPiece]:
         text = self._search.feed(self._content.feed(data, is_last=is_last), is_last=is_last)
         self.stopped = self._search.met
         self._is_finished = self.stopped is not None
         return self._emit("content", text)
 
-    def _leave_channel(self) -> list[Piece]:
+    def _leave_channel(self) -> list[TextPiece]:
         """End the open channel, if any: a stray `<channel|>` is dropped."""
         if self._reasoning is None:
             return []
@@ -137,11 +137,11 @@ class TextStream:
         self._reasoning = None
         return self._emit("reasoning", text)
 
-    def _emit(self, kind: Literal["content", "reasoning"], text: str) -> list[Piece]:
+    def _emit(self, kind: Literal["content", "reasoning"], text: str) -> list[TextPiece]:
         if not text:
             return []
         (self._content_parts if kind == "content" else self._reasoning_parts).append(text)
-        return [Piece(kind, text)]
+        return [TextPiece(kind, text)]
 
 
 def ends_in_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:

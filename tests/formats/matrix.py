@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.formats import compressed, gguf, hf, mlx
-from gemcutter.checkpoint.synth import SIZES, shrink, write_size
+from gemcutter.checkpoint.write.synth import SIZES, shrink, write_size
 from gemcutter.plan import ModelPlan, ParamSpec, Proj, derive
 from tests import gguf_files, mlx_files
 from tests.formats.packers import BLOCK, GROUP, PACKERS, Packer, Stored
@@ -239,7 +239,7 @@ class Layout:
         return {f"{name}[{part}]" if part else name for name, part in model(like).unread.keys() - used.keys()}
 
 
-TOWER_FILE = Note("A tower in the same file, where Ollama puts it, is left aside; llama.cpp's `mmproj` files hold no text model.")
+TOWER_FILE = Note("A tower in the same file, where Ollama puts it, is not loaded; llama.cpp's `mmproj` files hold no text model.")
 OWN_VALUES = Note(
     "GGUF has no key for values that are the raw keys: `attn_v` is absent, or it is stored and used, with equal results."
 )

@@ -2,7 +2,7 @@
 
 Owns the matrix of layouts, sizes, expert names and prefixes, what stays in place, and what the loader leaves alone. Read
 `packers.py` for the tools that write the layouts, `test_compressed_broken.py` for what is refused. The values of single weights
-are the business of `tests/unit/test_quant_integer.py` and `test_quant_micro.py`.
+are the business of `tests/unit/test_quant_scaled_int.py` and `test_quant_micro.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor, MappedFile
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.formats import compressed
-from gemcutter.checkpoint.match import Checkpoint, format_of, open_checkpoint
-from gemcutter.checkpoint.piece import PackedTensor
-from gemcutter.checkpoint.source import LazyTensor, MappedFile, Source
-from gemcutter.checkpoint.synth import SIZES
+from gemcutter.checkpoint.load.match import Checkpoint, format_of, open_checkpoint
+from gemcutter.checkpoint.write.synth import SIZES
 from gemcutter.model.text import Decoder
-from gemcutter.quant import Weight, widen
+from gemcutter.quant import Weight, dequantize
 from gemcutter.quant.packed import DenseStack, Stack
 from tests.formats.packers import GROUP, PACKERS, Stored, pack_ct, pack_gemma, pack_gptq, words_of
 from tests.formats.quantized import (
@@ -46,7 +47,7 @@ Q = "model.layers.0.self_attn.q_proj."
 
 
 def values_of(param: Weight | Tensor) -> Tensor:
-    return torch.cat([widen(part) for part in param.parts], dim=-2) if isinstance(param, Weight) else param
+    return torch.cat([dequantize(part) for part in param.parts], dim=-2) if isinstance(param, Weight) else param
 
 
 def check_equal(files: Files) -> tuple[Checkpoint, dict[str, Weight | Tensor]]:
@@ -80,7 +81,7 @@ def test_every_layout_of_every_size_is_its_dense_twin(layout: str, like: str, tm
     files = quantize(tmp_path, like, pack, config(), prefix=WRAPPER if is_wrapped else TEXT, extra=tower if is_wrapped else {})
     checkpoint, params = check_equal(files)
     assert checkpoint.format == compressed.NAME
-    assert checkpoint.matched.beside.keys() <= {"vision tower", "scales of activations"}
+    assert checkpoint.matched.other_modules.keys() <= {"vision tower", "scales of activations"}
     linears = [name for name in params if name.endswith(("attn.in", "attn.out", "mlp.in", "mlp.out", "moe.in", "moe.out"))]
     assert all(is_packed(params[name]) for name in linears)
     assert not is_packed(params["embed.tokens"])
@@ -238,7 +239,7 @@ def test_what_readers_do_not_need_is_skipped_with_its_scales(tmp_path: Path) -> 
     extra |= {"model.layers.0.self_attn.q_proj.input_global_scale": torch.tensor([0.5])}
     checkpoint, _ = check_equal(quantize(tmp_path, "E2B", pack, config(), extra=extra))
     assert len(checkpoint.matched.redundant) == 2
-    assert {kind: len(found) for kind, found in checkpoint.matched.beside.items()} == {
+    assert {kind: len(found) for kind, found in checkpoint.matched.other_modules.items()} == {
         "leftovers of other engines": 1,
         "scales of activations": 2,
     }

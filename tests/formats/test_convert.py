@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemcutter.checkpoint.convert import Report, convert
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.piece import PackedTensor
-from gemcutter.checkpoint.source import Source
-from gemcutter.checkpoint.swap import MANIFEST
-from gemcutter.checkpoint.synth import SIZES, write_checkpoint
-from gemcutter.checkpoint.write import write_safetensors
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor
+from gemcutter.checkpoint.convert.convert import Report, convert
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write.atomic_replace import MANIFEST
+from gemcutter.checkpoint.write.synth import SIZES, write_checkpoint
+from gemcutter.checkpoint.write.write_safetensors import write_safetensors
 from gemcutter.cli.convert import make_texts
 from gemcutter.errors import CheckpointError, GemcutterError
 from tests.trained import given
@@ -348,7 +348,7 @@ def test_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
 CONVERT = """
 import sys, time
 from pathlib import Path
-from gemcutter.checkpoint.convert import convert
+from gemcutter.checkpoint.convert.convert import convert
 def wait(done, total):
     print(done, flush=True)
     time.sleep(float(sys.argv[4]))
@@ -432,7 +432,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 import torch
-from gemcutter.checkpoint.convert import convert
+from gemcutter.checkpoint.convert.convert import convert
 torch.set_num_threads(1)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert(Path(sys.argv[1]), Path(sys.argv[2] + "/warm"), "hf")

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gemcutter.checkpoint import synth
-from gemcutter.checkpoint.doctor import EXIT_CODES, examine, spell_ranges
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.doctor.doctor import EXIT_CODES, examine, spell_ranges
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write import synth
 from tests.formats.web import cut_off, serve, write_hollow
 from tests.trained import trained
 

@@ -18,8 +18,8 @@ from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
 import gemcutter
 from gemcutter import config as configs
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.errors import ConfigError
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Attn, derive

@@ -18,16 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gemcutter
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.formats import gguf
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint, read_checkpoint
-from gemcutter.checkpoint.piece import PackedTensor
-from gemcutter.checkpoint.source import LazyTensor, Source
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint, read_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.model.text import Decoder
 from gemcutter.plan import ModelPlan
-from gemcutter.quant import Weight, blocks
+from gemcutter.quant import Weight, gguf_blocks
 from tests.gguf_files import Tensors, dense, describe, divisors, every, save, tensors_of
 from tests.parity.test_golden import Engine, Request, loss, report, run
 from tests.topologies import relative_error, run_alone
@@ -77,7 +78,7 @@ def test_losses_are_those_of_llama_cpp(name: str) -> None:
 @pytest.mark.parametrize(("name", "golden_name", "kind"), [("e", "tiny-e-f16", "F16"), ("a", "tiny-a-Q8_0", "Q8_0")])
 def test_files_too_large_to_keep_are_made_again(name: str, golden_name: str, kind: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make(tmp_path, name, kind))
-    engine = Engine(decoder_of(checkpoint, "auto"), 1024, max_rows=512, max_sequences=1)
+    engine = Engine(decoder_of(checkpoint, "auto"), 1024, max_batched_tokens=512, max_num_seqs=1)
     mean, _ = loss(engine, [golden("prompts")["passage_600"]["token_ids"]])
     assert mean == pytest.approx(golden(f"{golden_name}.gguf")["passage_600"]["nll_mean"], rel=1e-3)
 
@@ -123,7 +124,7 @@ def test_weights_stay_in_the_file(name: str) -> None:
     held = 0
     for param in params.values():
         for part in param.parts if isinstance(param, Weight) else (param,):
-            data = part.data if isinstance(part, blocks.Blocks) else part
+            data = part.data if isinstance(part, gguf_blocks.Blocks) else part
             assert isinstance(data, torch.Tensor)
             held += 0 if data.data_ptr() in inside else data.nbytes
     assert 0 < held < 0.05 * mapped.size_bytes
@@ -144,7 +145,7 @@ def test_every_type_runs_as_its_dense_values(kind: str, tmp_path: Path) -> None:
 
 
 def test_types_are_those_that_are_decoded() -> None:
-    assert set(gguf.BLOCKS) == set(blocks.TYPES)
+    assert set(gguf.BLOCKS) == set(gguf_blocks.TYPES)
 
 
 @pytest.mark.parametrize("name", ["e", "a"])
@@ -211,7 +212,10 @@ def test_towers_in_the_same_file_are_left_aside(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(
         make(tmp_path, extra=tower | divisors(original("e")[0]), metadata={"vision.block_count": 12, "audio.block_count": 1})
     )
-    assert {kind: len(pieces) for kind, pieces in checkpoint.matched.beside.items()} == {"vision tower": 13, "audio tower": 1}
+    assert {kind: len(pieces) for kind, pieces in checkpoint.matched.other_modules.items()} == {
+        "vision tower": 13,
+        "audio tower": 1,
+    }
 
 
 def test_spell_is_the_inverse_of_translate() -> None:

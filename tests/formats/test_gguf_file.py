@@ -18,11 +18,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemcutter.checkpoint import gguf_file
-from gemcutter.checkpoint.gguf_file import TENSOR_TYPES, Array
-from gemcutter.checkpoint.source import Source
+from gemcutter.checkpoint.container import gguf_file
+from gemcutter.checkpoint.container.gguf_file import TENSOR_TYPES, Array
+from gemcutter.checkpoint.container.source import Source
 from gemcutter.errors import CheckpointError
-from gemcutter.quant.blocks import TYPES
+from gemcutter.quant.gguf_blocks import TYPES
 
 Tensor = tuple[str, tuple[int, ...], int, int]  # name, dimensions as stored (columns first), type, offset
 
@@ -173,7 +173,7 @@ def test_a_header_is_never_held_whole(tmp_path: Path) -> None:
 def test_headers_need_neither_torch_nor_numpy(tmp_path: Path) -> None:
     path = write(tmp_path, container())
     code = (
-        "import sys; from pathlib import Path; from gemcutter.checkpoint.source import Source; "
+        "import sys; from pathlib import Path; from gemcutter.checkpoint.container.source import Source; "
         f"Source.open(Path({str(path)!r})); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

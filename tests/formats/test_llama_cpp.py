@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import gemcutter
-from gemcutter.checkpoint.convert import convert
+from gemcutter.checkpoint.convert.convert import convert
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make check-peers")
 

@@ -20,17 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gemcutter
-from gemcutter.checkpoint.adapters import attach, fold
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.source import LazyTensor
+from gemcutter.checkpoint.load.adapters import attach, fold
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import main
 from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.model.text import Decoder
 from gemcutter.ops.reference import linear
-from gemcutter.quant import Part, Weight, affine, widen
+from gemcutter.quant import Part, Weight, affine, dequantize
 from gemcutter.quant.lora import Delta
 from tests.adapters import ALPHA, CONFIG, PREFIX, Place, draw, module_of, places, tensors_of, write_adapter
 from tests.parity.test_round_trip import saved
@@ -172,8 +172,8 @@ def test_towers_are_left_aside(tmp_path: Path) -> None:
     assert len(adapter.factors) == 1
     name = tmp_path.name
     assert adapter.notes() == [
-        f"adapter {name}: 2 changes of the audio tower left aside",
-        f"adapter {name}: 2 changes of the vision tower left aside",
+        f"adapter {name}: 2 changes of the audio tower not loaded",
+        f"adapter {name}: 2 changes of the vision tower not loaded",
     ]
     with pytest.raises(CheckpointError, match=r"changes nothing.*2 changes of the audio tower, 2 changes of the vision tower"):
         open_adapter(write_adapter(tmp_path / "only", towers), E2B)
@@ -463,7 +463,7 @@ def test_experts_are_merged_one_by_one(tmp_path: Path) -> None:
     for module, name, scale in (("experts.base_layer", "layers.0.moe.in", 2.0), ("experts", "layers.0.moe.out", 1.0)):
         down = tensors[f"{LAYER}{module}.lora_A.weight"].double()
         up = tensors[f"{LAYER}{module}.lora_B.weight"].double()
-        before, after = (torch.cat([widen(part) for part in each[name].parts], 1).double() for each in (params, merged))
+        before, after = (torch.cat([dequantize(part) for part in each[name].parts], 1).double() for each in (params, merged))
         for index in range(moe.experts):
             change = scale * up[:, index :: moe.experts] @ down[3 * index : 3 * index + 3]
             torch.testing.assert_close(after[index], before[index] + change, rtol=1e-5, atol=1e-5)
@@ -479,7 +479,7 @@ def test_packed_weights_are_merged_dense_and_adapted_packed(demo: Checkpoint, tm
     params = load_params(demo, torch.float32, CPU)
     for name, param in params.items():
         if isinstance(param, Weight) and name.startswith(("layers.0.", "layers.2.", "layers.7.")):
-            packed: tuple[Part, ...] = tuple(affine.quantize(widen(part), 8, 32) for part in param.parts)
+            packed: tuple[Part, ...] = tuple(affine.quantize(dequantize(part), 8, 32) for part in param.parts)
             params[name] = Weight(packed, param.names)
     merged, _ = fold(params, adapter, demo, torch.float32, CPU)
     carried = attach(params, adapter, "tiny", CPU)
@@ -488,7 +488,7 @@ def test_packed_weights_are_merged_dense_and_adapted_packed(demo: Checkpoint, tm
     assert up is params["layers.0.mlp.in"].parts[1]  # type: ignore[union-attr]
     assert carried["layers.0.mlp.in"].parts == params["layers.0.mlp.in"].parts  # type: ignore[union-attr]
     runs = [Decoder(demo.plan, each) for each in (merged, carried, params)]
-    folded, beside, base = (gemcutter.Engine(decoder, 256, max_rows=16) for decoder in runs)
+    folded, beside, base = (gemcutter.Engine(decoder, 256, max_batched_tokens=16) for decoder in runs)
     found = [_logits(engine, adapter) for engine, adapter in ((folded, None), (beside, "tiny"), (base, None), (beside, None))]
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     assert torch.equal(found[2], found[3])

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gemcutter.checkpoint.formats import FORMATS
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.synth import SIZES
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.write.synth import SIZES
 from gemcutter.errors import CheckpointError
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Proj
@@ -49,7 +49,7 @@ def check_headers(checkpoint: Checkpoint, layout: Layout, like: str, state: Stat
     assert {piece.data.dtype for piece in pieces} == {layout.stored}, state
     redundant = {piece.label for piece in checkpoint.matched.redundant}
     assert redundant == (layout.redundant(like) if state.has_unread else set()), state
-    assert ("vision tower" in checkpoint.matched.beside) is state.is_wrapped, state
+    assert ("vision tower" in checkpoint.matched.other_modules) is state.is_wrapped, state
     assert checkpoint.format == layout.format, state
 
 

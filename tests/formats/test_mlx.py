@@ -22,20 +22,20 @@ from torch import Tensor
 
 from gemcutter import config as configs
 from gemcutter import native
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.formats import mlx
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.piece import PackedTensor
-from gemcutter.checkpoint.source import Source
-from gemcutter.checkpoint.synth import SIZES, spell_config, write_size
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write.synth import SIZES, spell_config, write_size
 from gemcutter.cli.inspect import describe
 from gemcutter.engine.engine import Engine
-from gemcutter.engine.request import Event, Request
+from gemcutter.engine.request import Request, RequestEvent
 from gemcutter.model.text import Decoder
 from gemcutter.plan import derive
 from gemcutter.quant.affine import Affine
-from gemcutter.quant.micro import Micro
+from gemcutter.quant.microscaling import Micro
 from tests.mlx_files import Arrays, Recipe, Tensors, affine, convert, like_mlx, micro, misalign, schemes, small
 from tests.trained import golden, trained
 
@@ -64,8 +64,8 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 # ---- running ----
 
 
-def run(engine: Engine, requests: list[Request]) -> list[list[Event]]:
-    events: dict[int, list[Event]] = {engine.submit(request): [] for request in requests}
+def run(engine: Engine, requests: list[Request]) -> list[list[RequestEvent]]:
+    events: dict[int, list[RequestEvent]] = {engine.submit(request): [] for request in requests}
     while engine.has_work:
         for event in engine.step():
             events[event.request].append(event)
@@ -74,7 +74,7 @@ def run(engine: Engine, requests: list[Request]) -> list[list[Event]]:
 
 def engine_of(checkpoint: Checkpoint, kernels: str = "reference") -> Engine:
     params = load_params(checkpoint, torch.float32, torch.device("cpu"))
-    return Engine(Decoder(checkpoint.plan, params, torch.float32, "cpu", kernels), 1024, max_rows=512, max_sequences=12)
+    return Engine(Decoder(checkpoint.plan, params, torch.float32, "cpu", kernels), 1024, max_batched_tokens=512, max_num_seqs=12)
 
 
 def trace(folder: Path, tokens: int = 2) -> tuple[list[int | None], list[float]]:
@@ -281,7 +281,7 @@ def test_a_tower_with_more_layers_than_the_decoder_is_left_aside(sizes: Mapping[
         quantization=claims,
     )
     checkpoint = open_checkpoint(packed)
-    beside = checkpoint.matched.beside
+    beside = checkpoint.matched.other_modules
     assert {kind: len(pieces) for kind, pieces in beside.items()} == {"vision tower": 27 * 5 + 2, "audio tower": 27 * 5}
     assert not checkpoint.matched.redundant
     assert trace(packed) == trace(dense)
@@ -337,12 +337,12 @@ def test_misaligned_codes_are_used_in_place(sizes: Mapping[str, Path], tmp_path:
 PROBE = """
 import json, sys, torch
 from pathlib import Path
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import open_checkpoint
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
 from gemcutter.model.text import Decoder
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 
 def status():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -407,7 +407,7 @@ def test_what_is_resident_is_the_file(tmp_path: Path) -> None:
 def test_headers_are_matched_without_torch(sizes: Mapping[str, Path], tmp_path: Path) -> None:
     packed, _ = convert(sizes["E2B"], tmp_path, lambda own: affine(4, 32))
     code = (
-        "import sys; from pathlib import Path; from gemcutter.checkpoint.match import open_checkpoint; "
+        "import sys; from pathlib import Path; from gemcutter.checkpoint.load.match import open_checkpoint; "
         f"found = open_checkpoint(Path({str(packed)!r})); sys.exit('torch' in sys.modules or found.format != {mlx.NAME!r})"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
@@ -419,4 +419,4 @@ def test_inspect_shows_what_is_packed(sizes: Mapping[str, Path], tmp_path: Path)
     found = describe(checkpoint, "any", (64,), "float32", "cpu", "auto")
     assert (found["format"], found["stored_dtype"]) == (mlx.NAME, "affine4g32")
     assert found["weights"]["bytes"] == pytest.approx(checkpoint.source.total_bytes, abs=1)
-    assert found["kernels"][0]["provider"] == ("torch-tiled" if native.missing() else "native")
+    assert found["kernels"][0]["impl"] == ("torch-tiled" if native.missing() else "native")

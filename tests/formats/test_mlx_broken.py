@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import mlx
-from gemcutter.checkpoint.match import open_checkpoint
-from gemcutter.checkpoint.source import Source
-from gemcutter.checkpoint.synth import write_size
+from gemcutter.checkpoint.load.match import open_checkpoint
+from gemcutter.checkpoint.write.synth import write_size
 from gemcutter.errors import CheckpointError
 from tests.mlx_files import Recipe, affine, convert, micro, schemes, small
 

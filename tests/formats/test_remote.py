@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from gemcutter.checkpoint import http_file
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.match import open_checkpoint, read_checkpoint
-from gemcutter.checkpoint.remote import open_source, received, survey
-from gemcutter.checkpoint.source import Source
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.load.match import open_checkpoint, read_checkpoint
+from gemcutter.checkpoint.remote import http_file
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.remote.remote_source import open_source, received, survey
 from gemcutter.errors import CheckpointError
 from tests.formats.web import COMMIT, Site, cut_off, serve, write_hollow
 
@@ -95,8 +95,8 @@ def test_small_files_are_read_once_and_absent_ones_are_none(site: Site) -> None:
         assert source.read_json("absent.json") is None
     assert [path for path, _, _ in site.seen].count("generation_config.json") == 1
     sent = site.sent_bytes
-    assert source.size_beside("tokenizer.json") == (DEMO_FOLDER / "tokenizer.json").stat().st_size
-    assert source.size_beside("absent.json") is None
+    assert source.size_of_sidecar("tokenizer.json") == (DEMO_FOLDER / "tokenizer.json").stat().st_size
+    assert source.size_of_sidecar("absent.json") is None
     assert site.sent_bytes - sent < 5000
 
 
@@ -123,7 +123,7 @@ def test_a_few_bytes_deep_inside_cost_no_more(tmp_path: Path) -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import gemcutter.checkpoint.doctor, sys; sys.exit('torch' in sys.modules)"
+    code = "import gemcutter.checkpoint.doctor.doctor, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -247,7 +247,7 @@ def test_a_token_goes_to_the_hub_alone(hub: Site, monkeypatch: pytest.MonkeyPatc
         source = open_source("owner/model")
         assert {token for _, _, token in hub.seen} == {"Bearer hf_secret"}
         hub.elsewhere = storage.url  # as the hub sends readers of large files to its storage
-        assert source.size_beside("tokenizer.json")
+        assert source.size_of_sidecar("tokenizer.json")
         assert [token for _, _, token in storage.seen] == [None]
     with serve(DEMO_FOLDER) as stranger:
         open_source(f"{stranger.url}/")
@@ -286,7 +286,7 @@ def test_the_hubs_refusals(hub: Site, status: str, words: str) -> None:
 def test_offline() -> None:
     assert "the hub can't be reached" in refusal("owner/model") or "can't be downloaded" in refusal("owner/model")
     code = (
-        "from gemcutter.checkpoint.remote import open_source\n"
+        "from gemcutter.checkpoint.remote.remote_source import open_source\n"
         "from gemcutter.errors import CheckpointError\n"
         "try: open_source('owner/model')\n"
         "except CheckpointError as error: print(error)"

@@ -11,22 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcutter import native, repack
+from gemcutter import native
 from gemcutter.checkpoint.convert import convert
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Access
-from gemcutter.quant import Weight, affine, widen
-from gemcutter.quant.blocks import TYPES, Blocks
-from gemcutter.quant.integer import from_packed, from_values
+from gemcutter.quant import Weight, affine, dequantize, native_repack
+from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.cpu_packing import join, pack_for_cpu
+from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.packed import Packed
-from gemcutter.quant.tiled import Tiled
-from gemcutter.quant.tiling import join, tile
+from gemcutter.quant.packing import CpuPacker
+from gemcutter.quant.scaled_int import from_packed, from_values
 from tests.topologies import prompt, run_alone
 from tests.trained import trained
-from tests.unit.test_quant_blocks import random_blocks
+from tests.unit.test_quant_gguf_blocks import random_blocks
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(native.load_library() is None, reason=f"needs the native library: {native.missing()}")
@@ -46,7 +47,7 @@ def affine_of(bits: int, group: int, dtype: torch.dtype, rows: int) -> Packed:
 
 
 PARTS: dict[str, Callable[[int], Packed]] = {
-    **{name: functools.partial(blocks, name) for name in repack.BLOCK_KINDS},
+    **{name: functools.partial(blocks, name) for name in native_repack.BLOCK_KINDS},
     **{
         f"affine{bits}g{group} {dtype}": functools.partial(affine_of, bits, group, dtype)
         for bits in (4, 8)
@@ -66,7 +67,7 @@ PARTS: dict[str, Callable[[int], Packed]] = {
 def test_the_library_writes_what_the_definition_says(name: str, rows: int) -> None:
     part = PARTS[name](rows)
     for cut in (part, part.columns(0, part.shape[-1] // 2), part.rows(rows // 3, rows)):
-        found = tile(cut)
+        found = pack_for_cpu(cut)
         assert found is not None
         assert torch.equal(found.data, join([cut], cut.shape).data)
 
@@ -75,14 +76,14 @@ def test_the_library_writes_what_the_definition_says(name: str, rows: int) -> No
 def test_the_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[int]()
 
-    def spy(source: repack.Source, target: native.Matrix, threads: int) -> bool:
+    def spy(source: native_repack.Source, target: native.Matrix, threads: int) -> bool:
         asked.append(source.kind)
-        return repack.repack(source, target, threads)
+        return native_repack.repack(source, target, threads)
 
-    monkeypatch.setattr("gemcutter.quant.tiling.repack", spy)
+    monkeypatch.setattr("gemcutter.quant.cpu_packing.repack", spy)
     for name, make in PARTS.items():
         asked.clear()
-        tile(make(20))
+        pack_for_cpu(make(20))
         assert asked, name
 
 
@@ -93,7 +94,7 @@ def test_any_number_of_threads_writes_the_same(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = tile(part)
+        found = pack_for_cpu(part)
     finally:
         torch.set_num_threads(before)
     assert found is not None
@@ -120,7 +121,7 @@ def converted(to: str, quant: str, source: Path = DEMO_FOLDER) -> Path:
 
 
 def logits(checkpoint: Checkpoint, *, tiled: bool, quant: str | None = None) -> Tensor:
-    params = load_params(checkpoint, torch.float32, CPU, quant=quant, tiled=tiled)
+    params = load_params(checkpoint, torch.float32, CPU, quant=quant, packer=CpuPacker() if tiled else None)
     decoder = Decoder(checkpoint.plan, params, torch.float32, kernels="reference")
     return run_alone(decoder, prompt(9), chunk=9).logits
 
@@ -128,7 +129,7 @@ def logits(checkpoint: Checkpoint, *, tiled: bool, quant: str | None = None) -> 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_tiled_checkpoint_gives_the_same_logits(name: str) -> None:
     checkpoint = open_checkpoint(CHECKPOINTS[name]())
-    packed, tiled = (load_params(checkpoint, torch.float32, CPU, tiled=is_tiled) for is_tiled in (False, True))
+    packed, tiled = (load_params(checkpoint, torch.float32, CPU, packer=each) for each in (None, CpuPacker()))
     counts = {True: 0, False: 0}
     for spec in checkpoint.plan.params():
         before, after = packed[spec.name], tiled[spec.name]
@@ -137,9 +138,9 @@ def test_a_tiled_checkpoint_gives_the_same_logits(name: str) -> None:
         assert isinstance(after, Weight)
         assert (after.names, after.rows, after.columns) == (before.names, before.rows, before.columns)
         for one, other in zip(before.parts, after.parts, strict=True):
-            counts[isinstance(other, Tiled)] += not isinstance(one, Tensor)
-            assert isinstance(other, Tiled) <= (spec.access is not Access.ROWS)
-            assert torch.equal(widen(one), widen(other)), spec.name
+            counts[isinstance(other, CpuPackedWeight)] += not isinstance(one, Tensor)
+            assert isinstance(other, CpuPackedWeight) <= (spec.access is not Access.ROWS)
+            assert torch.equal(dequantize(one), dequantize(other)), spec.name
     assert counts[True] > 20
     assert counts[False] <= 1  # the table of per-layer embeddings
     assert torch.equal(logits(checkpoint, tiled=True), logits(checkpoint, tiled=False))
@@ -148,7 +149,13 @@ def test_a_tiled_checkpoint_gives_the_same_logits(name: str) -> None:
 @pytest.mark.parametrize("quant", ["q4", "q8"])
 def test_what_is_quantized_at_load_is_tiled_too(quant: str) -> None:
     checkpoint = open_checkpoint(DEMO_FOLDER)
-    params = load_params(checkpoint, torch.float32, CPU, quant=quant, tiled=True)
-    tiled = [part for param in params.values() if isinstance(param, Weight) for part in param.parts if isinstance(part, Tiled)]
+    params = load_params(checkpoint, torch.float32, CPU, quant=quant, packer=CpuPacker())
+    tiled = [
+        part
+        for param in params.values()
+        if isinstance(param, Weight)
+        for part in param.parts
+        if isinstance(part, CpuPackedWeight)
+    ]
     assert len(tiled) > 20
     assert torch.equal(logits(checkpoint, tiled=True, quant=quant), logits(checkpoint, tiled=False, quant=quant))

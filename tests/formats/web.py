@@ -21,7 +21,7 @@ from huggingface_hub import constants
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.synth import SIZES, spell_config
+from gemcutter.checkpoint.write.synth import SIZES, spell_config
 from gemcutter.plan import derive
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -1,7 +1,7 @@
 """Native attention against the reference, at every processor level that the library has here.
 
 Owns the grid of shapes, the edges of windows and the poison in slots that no query sees. Refuses to know sentences; read
-`test_providers.py` for the same grid over every provider. Shape letters: N rows, H heads, K key heads, E head dim, T keys.
+`test_providers.py` for the same grid over every impl. Shape letters: N rows, H heads, K key heads, E head dim, T keys.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from torch import Tensor
 
 from gemcutter import native
 from gemcutter.ops import reference
-from gemcutter.ops.cpu_step import Viewer
-from gemcutter.ops.step import Span, Step
-from gemcutter.plan import Attn, LayerPlan, Proj, RopeSpec
+from gemcutter.ops.cpu.attn_metadata import of_group
+from gemcutter.ops.registry import CPU
+from gemcutter.ops.step import KVRange, Step, prepare
+from gemcutter.ops.types import OpContext
+from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
 F32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = 2e-5  # largest difference over largest value
 LAYER = 3
+MODEL = ModelPlan((), 8, 8, None, 1e-6, 99, 0, 0, 0, True, False)  # of which attention reads nothing
 CODES = {BF16: 3, F32: 5}
 
 
@@ -58,7 +61,7 @@ class Cache:
     def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         raise AssertionError("attention writes nothing")
 
-    def read(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, span: KVRange) -> tuple[Tensor, Tensor]:
         return self.keys[span.where], self.values[span.where]
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -97,32 +100,29 @@ def make(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype, listed: bo
         slots = order[at : at + size]
         for tensor in (keys, values):
             tensor[slots[seen]] = torch.randn(int(seen.sum()), *tensor.shape[1:], generator=draw)
-        spans.append(Span(part.start, slots if listed else slice(at, at + size)))
+        spans.append(KVRange(part.start, slots if listed else slice(at, at + size)))
         at += size + 5
     positions = torch.tensor([position for part in parts for position in part.positions])
     row_start = [0]
     for part in parts:
         row_start.append(row_start[-1] + len(part.positions))
-    step = Step(positions, positions, positions, tuple(row_start), {layer.window: tuple(spans)}, {}, None, {})
+    step = prepared(Step(positions, positions, positions, tuple(row_start), {layer.group: tuple(spans)}, {}, None, {}), layer)
     return q_NHE * (2 * layer.head_dim**-0.5), step, Cache(keys.to(dtype), values.to(dtype))
+
+
+def prepared(step: Step, layer: LayerPlan) -> Step:
+    return prepare(step, lambda rows: CPU.attn_metadata(rows, [(layer.group, layer.rope)]))
 
 
 def attend(q_NHE: Tensor, step: Step, pool: Cache, layer: LayerPlan) -> Tensor:
     library = native.load_library()
     assert library is not None
-    struct = native.AttentionView(
-        k=pool.keys.data_ptr(),
-        v=pool.values.data_ptr(),
-        heads=layer.heads,
-        kv_heads=layer.kv_heads,
-        head_dim=layer.head_dim,
-        window=layer.window or 0,
-        dtype=CODES[pool.keys.dtype],
-    )
+    struct = native.AttentionView(heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim, window=layer.window or 0)
+    kv = native.KVView(k=pool.keys.data_ptr(), v=pool.values.data_ptr(), dtype=CODES[pool.keys.dtype])
     out = torch.full_like(q_NHE, torch.nan)
-    seen = Viewer(layer.window, layer.rope)(step)
+    metadata = ctypes.c_void_p(of_group(step, layer.group, layer.rope))
     q, to = ctypes.c_void_p(q_NHE.data_ptr()), ctypes.c_void_p(out.data_ptr())
-    assert library.gc_attend(q, ctypes.c_void_p(seen.address), ctypes.byref(struct), to) == 0
+    assert library.gc_attention_forward(q, metadata, ctypes.byref(struct), ctypes.byref(kv), to) == 0
     return out
 
 
@@ -130,7 +130,7 @@ def attend(q_NHE: Tensor, step: Step, pool: Cache, layer: LayerPlan) -> Tensor:
 def opinion(parts: tuple[Part, ...], layer: LayerPlan, dtype: torch.dtype) -> Tensor:
     """Give what the reference makes of a clean cache."""
     q_NHE, step, clean = make(parts, layer, dtype, listed=False, poison=0.0)
-    return reference.build_attention(layer)(q_NHE, step, clean)
+    return reference.build_attention(MODEL, layer, {}, OpContext(reference.linear))(q_NHE, step, clean)
 
 
 def check(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype = F32, listed: bool = False) -> None:
@@ -203,7 +203,7 @@ def test_chunks_equal_the_whole() -> None:
     for first, last in ((0, 11), (11, 12), (12, 100), (100, 150)):
         part = slice(first, last)
         positions = step.positions_N[part]
-        piece = Step(positions, positions, positions, (0, last - first), step.spans, {}, None, {})
+        piece = prepared(Step(positions, positions, positions, (0, last - first), step.kv_ranges, {}, None, {}), layer)
         assert torch.allclose(attend(q_NHE[part].contiguous(), piece, pool, layer), whole[part], rtol=0, atol=1e-5)
 
 
@@ -212,7 +212,7 @@ def test_large_scores_do_not_overflow() -> None:
     layer = plan(2, 1, 64, None)
     q_NHE, step, pool = make([rows(1, 300), rows(30, 300)], layer, F32, listed=False, poison=0.0)
     found = attend(q_NHE * 300, step, pool, layer)
-    wanted = reference.build_attention(layer)(q_NHE * 300, step, pool)
+    wanted = reference.build_attention(MODEL, layer, {}, OpContext(reference.linear))(q_NHE * 300, step, pool)
     assert wanted.isfinite().all()
     assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()  # scores near 1000 have an ulp of 6e-5
 

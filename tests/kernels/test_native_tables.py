@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from gemcutter import native
-from gemcutter.ops import cpu_native, reference
-from gemcutter.ops.reference import Numerics, Words
+from gemcutter.ops import reference
+from gemcutter.ops.cpu import layer_ops, model_ops
+from gemcutter.ops.types import OpContext, Precision
 from gemcutter.quant import Weight, affine
-from gemcutter.quant.blocks import TYPES, Blocks
+from gemcutter.quant.cpu_packing import row_source
+from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.packed import Packed
-from gemcutter.quant.tiling import row_source
-from tests.unit.test_quant_blocks import random_blocks
+from tests.unit.test_quant_gguf_blocks import random_blocks
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
@@ -48,8 +49,8 @@ def test_rows_of_packed_tables(name: str, span: tuple[int, int]) -> None:
         "ple.norm": torch.linspace(0.5, 1.5, DIM),
     }
     x, ids = torch.randn(9, HIDDEN), torch.tensor([20, 39, 17, 17, 16, 15, 31, 32, 38])  # the first rows have infinite scales
-    fast = cpu_native.build_ple(PLAN, params, Words(cpu_native.linear, None, Numerics()))
-    wanted = reference.build_ple(PLAN, params, Words(reference.linear))(x, ids, *span)
+    fast = model_ops.build_ple_embed(PLAN, params, OpContext(layer_ops.linear, Precision()))
+    wanted = reference.build_ple_embed(PLAN, params, OpContext(reference.linear))(x, ids, *span)
     for rows in (9, 1):
         found = fast(x[:rows], ids[:rows], *span)
         assert torch.allclose(found, wanted[:rows], rtol=1e-5, atol=1e-4, equal_nan=True)

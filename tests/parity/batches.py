@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemcutter.engine.engine import Engine
-from gemcutter.engine.request import Event, Finish, PromptReport, Request
-from gemcutter.engine.sampling import Sampling, TokenLogprobs
+from gemcutter.engine.request import FinishReason, PromptReport, Request, RequestEvent
+from gemcutter.engine.sampling import SamplingParams, TokenLogprobs
 from tests.topologies import VOCAB, oracle, relative_error
 
 
@@ -35,7 +35,7 @@ class Job:
         """Write the request."""
         return Request(
             self.prompt,
-            Sampling(logprobs=VOCAB),
+            SamplingParams(logprobs=VOCAB),
             self.max_tokens,
             prompt_logprobs=VOCAB if self.wants_logprobs else None,
             hidden_states=self.wants_states,
@@ -51,7 +51,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     report: PromptReport | None = None
-    finish: Finish | None = None
+    finish: FinishReason | None = None
 
 
 def drive(engine: Engine, jobs: Sequence[Job]) -> list[Answer]:
@@ -74,7 +74,7 @@ def drive(engine: Engine, jobs: Sequence[Job]) -> list[Answer]:
     return answers
 
 
-def _note(answer: Answer, event: Event) -> None:
+def _note(answer: Answer, event: RequestEvent) -> None:
     assert answer.finish is None, "an event after the end"
     answer.finish = event.finish
     if event.token is not None:

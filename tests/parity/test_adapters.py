@@ -15,14 +15,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gemcutter.checkpoint.adapters import attach
 from gemcutter.checkpoint.formats.lora import open_adapter
+from gemcutter.checkpoint.load.adapters import attach
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
 from gemcutter.errors import RequestError
 from gemcutter.model.text import Decoder
 from gemcutter.ops import reference
-from gemcutter.ops.reference import Param
+from gemcutter.ops.types import Param
 from gemcutter.plan import Proj
 from tests.adapters import Changes, adapted, draw, places, tensors_of, write_adapter
 from tests.parity.batches import Answer, Job, drive, errors
@@ -103,16 +103,16 @@ def too_far(size: str, jobs: tuple[Job, ...], answers: list[Answer]) -> dict[tup
 def test_every_request_of_a_mixed_batch_equals_its_own_oracle(
     size: str, max_rows: int, kernels: str, folders: dict[tuple[str, str], Path]
 ) -> None:
-    running = Engine(decoder(size, folders, kernels), CONTEXT, max_rows=max_rows, max_sequences=4)
+    running = Engine(decoder(size, folders, kernels), CONTEXT, max_batched_tokens=max_rows, max_num_seqs=4)
     answers = drive(running, JOBS)
     assert not too_far(size, JOBS, answers)
-    for book in running.pool.books.values():
-        assert book.free == len(book.holders), "pages were leaked"
+    for book in running.pool.allocators.values():
+        assert book.free == len(book.ref_counts), "pages were leaked"
 
 
 def test_one_row_a_step(folders: dict[tuple[str, str], Path]) -> None:
     jobs = JOBS[3:5]
-    assert not too_far("E2B", jobs, drive(Engine(decoder("E2B", folders), CONTEXT, max_rows=1, max_sequences=2), jobs))
+    assert not too_far("E2B", jobs, drive(Engine(decoder("E2B", folders), CONTEXT, max_batched_tokens=1, max_num_seqs=2), jobs))
 
 
 @pytest.mark.parametrize("size", ["E4B", "12B", "31B"])
@@ -120,7 +120,7 @@ def test_the_other_sizes(size: str, folders: dict[tuple[str, str], Path]) -> Non
     """The global layers of 12B and 31B have no values of their own: a change of their keys changes both."""
     layers = plan_of(SIZES[size]).layers
     assert size == "E4B" or any(layer.proj is Proj.QK_ONLY for layer in layers)
-    running = Engine(decoder(size, folders), CONTEXT, max_rows=64, max_sequences=4)
+    running = Engine(decoder(size, folders), CONTEXT, max_batched_tokens=64, max_num_seqs=4)
     assert not too_far(size, JOBS, drive(running, JOBS))
 
 
@@ -147,8 +147,8 @@ def _short_key_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reference_kernels_keep_every_bit_in_any_batch(dtype: torch.dtype, folders: dict[tuple[str, str], Path]) -> None:
     both = decoder("26B-A4B", folders, "reference", dtype)
     jobs = tuple(replace(job, joins=min(job.joins, 2)) for job in JOBS[1:5])
-    alone = [drive(Engine(both, CONTEXT, max_rows=CONTEXT), [replace(job, joins=0)])[0] for job in jobs]
-    assert_same_bits(drive(Engine(both, CONTEXT, max_rows=16, max_sequences=4), jobs), alone)
+    alone = [drive(Engine(both, CONTEXT, max_batched_tokens=CONTEXT), [replace(job, joins=0)])[0] for job in jobs]
+    assert_same_bits(drive(Engine(both, CONTEXT, max_batched_tokens=16, max_num_seqs=4), jobs), alone)
     (changed,) = drive(Engine(both, CONTEXT), [replace(jobs[0], adapter="a")])
     assert changed.logprobs != alone[0].logprobs
 
@@ -159,14 +159,14 @@ def test_requests_without_an_adapter_keep_every_bit(
 ) -> None:
     jobs = tuple(replace(job, adapter=None) for job in JOBS)
     with_them, without = (
-        drive(Engine(decoder("E2B", folders, kernels, dtype, names), CONTEXT, max_rows=64, max_sequences=4), jobs)
+        drive(Engine(decoder("E2B", folders, kernels, dtype, names), CONTEXT, max_batched_tokens=64, max_num_seqs=4), jobs)
         for names in ("ab", "")
     )
     assert_same_bits(with_them, without)
 
 
 def test_a_prefix_is_reused_by_its_own_adapter_only(folders: dict[tuple[str, str], Path]) -> None:
-    running = Engine(decoder("E2B", folders), CONTEXT, max_rows=64, checkpoints=6)
+    running = Engine(decoder("E2B", folders), CONTEXT, max_batched_tokens=64, prefix_cache_entries=6)
     ids = prompt(90, 12)
     jobs = tuple(Job(ids, adapter=adapter) for adapter in ("a", None, "b", "a", None, "b"))
     answers = [drive(running, [job])[0] for job in jobs]
@@ -175,8 +175,8 @@ def test_a_prefix_is_reused_by_its_own_adapter_only(folders: dict[tuple[str, str
 
 
 def test_preempted_requests_keep_their_adapter(folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    running = Engine(decoder("E2B", folders), CONTEXT, max_rows=64, max_sequences=2)
-    running.scheduler.max_sequences = 5  # more than the pages are for
+    running = Engine(decoder("E2B", folders), CONTEXT, max_batched_tokens=64, max_num_seqs=2)
+    running.scheduler.max_num_seqs = 5  # more than the pages are for
     left: list[int] = []
     leave = running.scheduler.leave
     monkeypatch.setattr(running.scheduler, "leave", lambda sequence: (left.append(sequence.number), leave(sequence)))

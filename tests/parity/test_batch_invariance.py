@@ -54,7 +54,7 @@ def decoder(name: str, dtype: torch.dtype) -> Decoder:
 
 def run(name: str, dtype: torch.dtype, jobs: tuple[Job, ...], max_rows: int, max_sequences: int) -> list[Answer]:
     """Run jobs in a fresh engine."""
-    return drive(Engine(decoder(name, dtype), CONTEXT, max_rows=max_rows, max_sequences=max_sequences), jobs)
+    return drive(Engine(decoder(name, dtype), CONTEXT, max_batched_tokens=max_rows, max_num_seqs=max_sequences), jobs)
 
 
 @functools.cache

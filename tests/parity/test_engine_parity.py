@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from gemcutter.engine.engine import Engine
-from gemcutter.engine.request import Finish
+from gemcutter.engine.request import FinishReason
 from tests.parity.batches import Answer, Job, dense, drive, errors
 from tests.topologies import SIZES, TOLERANCE, build_decoder, build_oracle, plan_of, prompt, relative_error
 
@@ -57,19 +57,19 @@ def too_far(size: str, jobs: tuple[Job, ...], answers: list[Answer]) -> dict[tup
 @pytest.mark.parametrize("max_rows", [1, 7, 64])
 @pytest.mark.parametrize("size", ["E2B", "26B-A4B"])
 def test_every_request_of_a_batch_equals_the_oracle_alone(size: str, max_rows: int, kernels: str) -> None:
-    running = engine(size, kernels, max_rows=max_rows, max_sequences=4)
+    running = engine(size, kernels, max_batched_tokens=max_rows, max_num_seqs=4)
     answers = drive(running, JOBS)
     assert not too_far(size, JOBS, answers)
     for job, answer in zip(JOBS, answers, strict=True):
         if job.cancel_at is None:
-            assert answer.finish is Finish.LENGTH
+            assert answer.finish is FinishReason.LENGTH
             assert len(answer.tokens) == len(answer.logprobs) == job.max_tokens
             assert answer.report is not None
         else:
-            assert answer.finish is Finish.CANCELLED
+            assert answer.finish is FinishReason.CANCELLED
             assert len(answer.tokens) <= max(job.cancel_at, 1)
-    for book in running.pool.books.values():
-        assert book.free == len(book.holders), "pages were leaked"
+    for book in running.pool.allocators.values():
+        assert book.free == len(book.ref_counts), "pages were leaked"
 
 
 @pytest.mark.parametrize("max_rows", [7, 64, 192])
@@ -77,9 +77,9 @@ def test_every_request_of_a_batch_equals_the_oracle_alone(size: str, max_rows: i
 def test_rows_are_skipped_for_one_request_and_not_for_its_neighbour(size: str, max_rows: int) -> None:
     ids = prompt(40, 11)
     jobs = (Job(ids), Job(ids, wants_logprobs=True), Job(ids, wants_states=True), Job(ids))
-    together = drive(engine(size, max_rows=max_rows, max_sequences=4), jobs)
+    together = drive(engine(size, max_batched_tokens=max_rows, max_num_seqs=4), jobs)
     assert not too_far(size, jobs, together)
-    alone = drive(engine(size, max_rows=max_rows), jobs[:1])
+    alone = drive(engine(size, max_batched_tokens=max_rows), jobs[:1])
     for answer in together:
         assert answer.report is not None
         assert alone[0].report is not None
@@ -90,7 +90,7 @@ def test_rows_are_skipped_for_one_request_and_not_for_its_neighbour(size: str, m
 @pytest.mark.parametrize("max_rows", [7, 192])
 @pytest.mark.parametrize("size", ["E2B", "26B-A4B"])
 def test_reused_prefixes_equal_the_oracle(size: str, max_rows: int) -> None:
-    running = engine(size, max_rows=max_rows, checkpoints=4)
+    running = engine(size, max_batched_tokens=max_rows, prefix_cache_entries=4)
     first = Job(prompt(90, 12))
     (answer,) = drive(running, [first])
     turn = first.prompt + tuple(answer.tokens)
@@ -108,8 +108,8 @@ def test_reused_prefixes_equal_the_oracle(size: str, max_rows: int) -> None:
 
 @pytest.mark.parametrize("size", ["E2B", "26B-A4B"])
 def test_preempted_requests_equal_the_oracle(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    running = engine(size, max_rows=64, max_sequences=2)
-    running.scheduler.max_sequences = 5  # more than the pages are for
+    running = engine(size, max_batched_tokens=64, max_num_seqs=2)
+    running.scheduler.max_num_seqs = 5  # more than the pages are for
     left: list[int] = []
     leave = running.scheduler.leave
     monkeypatch.setattr(running.scheduler, "leave", lambda sequence: (left.append(sequence.number), leave(sequence)))

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.synth import COPIED
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write.synth import COPIED
 from gemcutter.engine.engine import Engine
-from gemcutter.engine.request import Event, PromptReport, Request
+from gemcutter.engine.request import PromptReport, Request, RequestEvent
 from gemcutter.model.text import Decoder
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -71,19 +71,19 @@ def build(name: str, release: Path, dtype: torch.dtype, kernels: str) -> Engine:
     folder = {"tiny-e": DEMO_FOLDER, "tiny-e-release": release, "tiny-a": GOLDENS / "tiny-a"}[name]
     checkpoint = opened(folder)
     params = load_params(checkpoint, dtype, torch.device("cpu"))
-    return Engine(Decoder(checkpoint.plan, params, dtype, "cpu", kernels), 1024, max_rows=64, max_sequences=6)
+    return Engine(Decoder(checkpoint.plan, params, dtype, "cpu", kernels), 1024, max_batched_tokens=64, max_num_seqs=6)
 
 
-def run(engine: Engine, requests: list[Request]) -> list[list[Event]]:
+def run(engine: Engine, requests: list[Request]) -> list[list[RequestEvent]]:
     """Run requests together and give each one's events."""
-    events: dict[int, list[Event]] = {engine.submit(request): [] for request in requests}
+    events: dict[int, list[RequestEvent]] = {engine.submit(request): [] for request in requests}
     while engine.has_work:
         for event in engine.step():
             events[event.request].append(event)
     return list(events.values())
 
 
-def report(events: list[Event]) -> PromptReport:
+def report(events: list[RequestEvent]) -> PromptReport:
     """Give the report that a request's first event carries."""
     assert events[0].prompt is not None
     return events[0].prompt
@@ -128,5 +128,5 @@ def test_a_release_is_the_demo_and_more(release: Path) -> None:
     assert {piece.name for piece in mine.matched.redundant} == {
         f"layers.{layer.index}.attn.{name}" for layer in mine.plan.layers if not layer.writes for name in ("in", "k_norm")
     }
-    assert set(mine.matched.beside) == {"audio tower", "vision tower"}
+    assert set(mine.matched.other_modules) == {"audio tower", "vision tower"}
     assert not bare.matched.notes(bare.plan)

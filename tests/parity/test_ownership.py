@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcutter.cache.pool import PagedPool
+from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.memory import page_counts
 from gemcutter.model.text import Decoder
 from gemcutter.ops import reference
-from gemcutter.ops.reference import Param
+from gemcutter.ops.types import Param
 from gemcutter.plan import LayerPlan, ModelPlan, Proj
 from gemcutter.quant import Weight
 from tests.parity.batches import Job, drive
@@ -80,7 +80,7 @@ def metered_decoder(size: str, meter: Meter) -> Decoder:
 def test_readers_hold_no_keys_and_values(size: str) -> None:
     plan = plan_of(SIZES[size])
     decoder = build_decoder(build_oracle(SIZES[size]), plan)
-    pool = PagedPool(plan, page_counts(plan, TOKENS, TOKENS), torch.float32)
+    pool = PagedKVCache(plan, page_counts(plan, TOKENS, TOKENS), torch.float32)
     readers = [layer.plan for layer in decoder.layers if layer.plan.proj is Proj.Q_ONLY]
     assert readers
     for layer in readers:
@@ -99,7 +99,7 @@ def test_readers_hold_no_keys_and_values(size: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_cache_holds_what_the_writers_write(size: str) -> None:
     plan = plan_of(SIZES[size])
-    pool = PagedPool(plan, page_counts(plan, 128, 1, page_tokens=1), torch.float32)
+    pool = PagedKVCache(plan, page_counts(plan, 128, 1, page_tokens=1), torch.float32)
     writers = {layer.index for layer in plan.layers if layer.writes}
     assert pool.keys.keys() == pool.values.keys() == writers
     # One token a page leaves no slack but the row in flight and the page it shares: windows are kept, not contexts.
@@ -111,7 +111,7 @@ def test_a_value_that_is_its_key_is_projected_once(size: str, meter: Meter) -> N
     decoder = metered_decoder(size, meter)
     layers = [layer for layer in decoder.plan.layers if layer.proj is Proj.QK_ONLY]
     assert layers
-    drive(Engine(decoder, 64, max_rows=16), [Job(prompt(TOKENS), max_tokens=0)])
+    drive(Engine(decoder, 64, max_batched_tokens=16), [Job(prompt(TOKENS), max_tokens=0)])
     for layer in layers:
         weight = decoder.params[f"layers.{layer.index}.attn.in"]
         assert isinstance(weight, Weight)
@@ -149,7 +149,7 @@ def _inner(layer: LayerPlan) -> list[str]:
 @pytest.mark.parametrize("size", SIZES)
 def test_no_unwanted_row_passes_the_last_writer(size: str, max_rows: int, meter: Meter) -> None:
     decoder = metered_decoder(size, meter)
-    drive(Engine(decoder, 64, max_rows=max_rows), [Job(prompt(TOKENS), max_tokens=1)])
+    drive(Engine(decoder, 64, max_batched_tokens=max_rows), [Job(prompt(TOKENS), max_tokens=1)])
     assert dict(meter.rows) == expected_rows(decoder.plan, wanted=1)
     assert 2 * meter.macs == decoder.plan.flops(TOKENS, wanted=1, attention=False)
 
@@ -157,5 +157,5 @@ def test_no_unwanted_row_passes_the_last_writer(size: str, max_rows: int, meter:
 @pytest.mark.parametrize("size", SIZES)
 def test_wanted_rows_pass_all_layers(size: str, meter: Meter) -> None:
     decoder = metered_decoder(size, meter)
-    drive(Engine(decoder, 64, max_rows=7), [Job(prompt(TOKENS), max_tokens=0, wants_states=True)])
+    drive(Engine(decoder, 64, max_batched_tokens=7), [Job(prompt(TOKENS), max_tokens=0, wants_states=True)])
     assert dict(meter.rows) == expected_rows(decoder.plan, wanted=TOKENS)

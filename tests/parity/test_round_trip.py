@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import open_checkpoint
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.model.text import Decoder
 from tests.topologies import SIZES, TOLERANCE, Raw, build_oracle, mismatches, oracle, plan_of, prompt, run_alone
 

@@ -63,8 +63,8 @@ def probe_model(folder: str, dtype_name: str) -> dict[str, Any]:
     """Load a checkpoint, run a short prompt and decode, watching memory after each."""
     import torch
 
-    from gemcutter.checkpoint.load import load_params
-    from gemcutter.checkpoint.match import open_checkpoint
+    from gemcutter.checkpoint.load.load_params import load_params
+    from gemcutter.checkpoint.load.match import open_checkpoint
     from gemcutter.engine.engine import Engine
     from gemcutter.engine.request import Request
     from gemcutter.model.text import Decoder
@@ -99,22 +99,22 @@ def probe_cache() -> dict[str, Any]:
     import torch
 
     from gemcutter import config as configs
-    from gemcutter.cache.pool import PagedPool
-    from gemcutter.cache.table import Table
-    from gemcutter.checkpoint.synth import SIZES, spell_config
+    from gemcutter.cache.block_table import BlockTable
+    from gemcutter.cache.kv_cache import PagedKVCache
+    from gemcutter.checkpoint.write.synth import SIZES, spell_config
     from gemcutter.engine.memory import page_counts
     from gemcutter.plan import derive
 
     plan = derive(configs.read(spell_config(SIZES["E2B"])))
     rows = {layer.index: torch.ones(ROWS, layer.kv_heads, layer.head_dim, dtype=torch.bfloat16) for layer in plan.writers}
     found: dict[str, Any] = {"start": status()}
-    pool = PagedPool(plan, page_counts(plan, TOKENS, ROWS), torch.bfloat16)
-    table = Table(pool)
+    pool = PagedKVCache(plan, page_counts(plan, TOKENS, ROWS), torch.bfloat16)
+    table = BlockTable(pool)
     found["allocated"] = status()
     while table.length < TOKENS:
         table.reserve(ROWS)
         for layer in plan.writers:
-            pool.write(layer.index, torch.tensor(table.slots(layer.window)), rows[layer.index], rows[layer.index])
+            pool.write(layer.index, torch.tensor(table.slot_mapping(layer.group)), rows[layer.index], rows[layer.index])
         table.commit(ROWS)
         if table.length == TOKENS // 2:
             found["half"] = status()
@@ -141,7 +141,7 @@ def run_probe(*arguments: str) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=["E2B's widths", "E2B"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Write a checkpoint of E2B's widths, with all of its layers or one of each kind; remove it afterwards."""
-    from gemcutter.checkpoint.synth import SIZES, write_size
+    from gemcutter.checkpoint.write.synth import SIZES, write_size
 
     size = SIZES["E2B"]
     if request.param != "E2B":

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gemcutter.engine.graphs import Choice
+from gemcutter.benchmark.synthetic import SIZES
+from gemcutter.engine.cuda_graphs import TokenSource
 from gemcutter.engine.step import build_step
-from gemcutter.gauge.presets import SIZES
-from gemcutter.ops.triton_linear import TYPES
-from gemcutter.ops.triton_report import measure, runs_on
-from gemcutter.ops.triton_variant import Variant
+from gemcutter.ops.triton.linear import TYPES
+from gemcutter.ops.triton.report import measure, runs_on
+from gemcutter.ops.triton.variant import Variant
 from tests.triton.dry import pretend, setting, static_step, works_of
 
 STATIC = ((1, 1), (8, 1), (32, 1), (1, 5), (4, 5))  # sequences, and rows of each
@@ -57,7 +57,7 @@ def launches(presets: Sequence[str], quants: Sequence[str]) -> dict[str, Variant
             for quant in quants:
                 decoder, pool = setting(preset, quant)
                 for shape in STATIC:
-                    static_step(decoder, pool, *shape).launch(Choice.GREEDY, is_captured=False)
+                    static_step(decoder, pool, *shape).launch(TokenSource.GREEDY, is_captured=False)
                 for prompts in PROMPTS:
                     works = [work for depth, rows in prompts for work in works_of(pool, [depth], rows)]
                     decoder.logits(decoder.forward(build_step(decoder, works), pool))

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from gemcutter import config as configs
-from gemcutter.cache.pool import PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.memory import page_counts
-from gemcutter.engine.request import Request, Sequence
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.model.text import Decoder
-from gemcutter.ops.reference import Param, vector
+from gemcutter.ops.types import Param, vector
 from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Weight
 
@@ -97,7 +97,7 @@ def decode_with(
     plan = plan_of(name)
     decoder = Decoder(plan, draw_params(plan, dtype, device), dtype, device, kernels)
     for layer in decoder.layers:
-        layer.whole = None if by_line else layer.whole
+        layer.fused = None if by_line else layer.fused
     return decoder
 
 
@@ -128,15 +128,15 @@ def run(
     counts = page_counts(plan, longest, max(chunks), len(prompts), page_tokens=PAGE_TOKENS)
     k_norms = {layer.index: f"layers.{layer.index}.attn.k_norm" for layer in plan.layers if is_compact and layer.can_compact}
     compact = {index: vector(decoder.params, name) for index, name in k_norms.items()}
-    pool = PagedPool(plan, counts, decoder.dtype, decoder.device, compact)
+    pool = PagedKVCache(plan, counts, decoder.dtype, decoder.device, compact)
     for tensor in (*pool.keys.values(), *pool.values.values()):
         tensor.fill_(torch.nan)
     sequences = [
-        Sequence(index, Request(tuple(prompt), hidden_states=keep_all, adapter=adapter))
+        SequenceState(index, Request(tuple(prompt), hidden_states=keep_all, adapter=adapter))
         for index, (prompt, adapter) in enumerate(zip(prompts, adapters or [None] * len(prompts), strict=True))
     ]
     for sequence in sequences:
-        sequence.table = Table(pool)
+        sequence.table = BlockTable(pool)
     layers: list[list[Tensor]] = [[] for _ in plan.layers]
     states, step = [], 0
     while pending := [each for each in sequences if each.table is not None and each.table.length < len(each.request.prompt)]:
@@ -150,10 +150,10 @@ def run(
     return Trace(outputs, torch.cat(states), decoder.logits(torch.cat(states)))
 
 
-def _reserve(sequence: Sequence, rows: int) -> Work:
+def _reserve(sequence: SequenceState, rows: int) -> ScheduledChunk:
     table = sequence.table
     assert table is not None
-    work = Work(sequence, table, min(rows, len(sequence.request.prompt) - table.length))
+    work = ScheduledChunk.of(sequence, table, min(rows, len(sequence.request.prompt) - table.length))
     table.reserve(work.rows)
     return work
 

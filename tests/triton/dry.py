@@ -15,22 +15,23 @@ import pytest
 import torch
 from triton.runtime.jit import KernelInterface
 
-from gemcutter.cache.pool import PagedPool
-from gemcutter.cache.table import Table
-from gemcutter.engine.graphs import Graphs, Slate
+from gemcutter.benchmark import synthetic
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache
+from gemcutter.engine.cuda_graphs import CapturedSteps, GraphBuffers
 from gemcutter.engine.memory import compact_weights, page_counts
-from gemcutter.engine.request import Request
-from gemcutter.engine.request import Sequence as Running
-from gemcutter.engine.sampling import Sampling
-from gemcutter.engine.scheduler import Work
-from gemcutter.gauge import presets
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.model.text import Decoder
-from gemcutter.ops import bind, triton_attention, triton_sentences
+from gemcutter.ops.registry import CPU, TRITON
+from gemcutter.ops.triton import attention, layer_ops
+from gemcutter.quant.packing import GpuPacker
 
 META = torch.device("meta")
-H100 = triton_attention.Machine(132, 232_448)
+H100 = attention.Machine(132, 232_448)
 CONTEXT, MOST_SEQUENCES = 8192, 32
-DRAWN = Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=1)
+DRAWN = SamplingParams(temperature=1.0, top_k=64, top_p=0.95, seed=1)
 
 Launch = Callable[[Any, tuple[int, ...], Sequence[Any], dict[str, Any]], None]  # kernel, grid, arguments, constants
 
@@ -44,45 +45,45 @@ def pretend(launch: Launch) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(KernelInterface, "__getitem__", accept)
-        patch.setattr(bind, "triton_refusal", lambda device, kernels: None)
-        patch.setattr(bind, "native_refusal", lambda device, kernels: "not here")
-        patch.setattr(triton_attention, "machine_of", lambda device: H100)
-        patch.setattr(triton_sentences, "closing_scale", lambda *_: 0.5)
+        patch.setattr(TRITON, "refusal", lambda device, kernels: None)
+        patch.setattr(CPU, "refusal", lambda device, kernels: "not here")
+        patch.setattr(attention, "machine_of", lambda device: H100)
+        patch.setattr(layer_ops, "closing_scale", lambda *_: 0.5)
         yield
 
 
 @cache
 def params_of(preset: str, quant: str) -> dict[str, Any]:
     """Make a model's parameters once."""
-    return presets.make_params(presets.plan_of(preset), quant, tiled=False, device=META)
+    return synthetic.make_params(synthetic.plan_of(preset), quant, GpuPacker(META, torch.bfloat16), META)
 
 
-def setting(preset: str, quant: str) -> tuple[Decoder, PagedPool]:
+def setting(preset: str, quant: str) -> tuple[Decoder, PagedKVCache]:
     """Build a decoder in bfloat16 and a pool for it."""
-    decoder = Decoder(presets.plan_of(preset), params_of(preset, quant), torch.bfloat16, META)
-    assert decoder.providers == {"triton"}
+    decoder = Decoder(synthetic.plan_of(preset), params_of(preset, quant), torch.bfloat16, META)
+    assert decoder.kernel_names == {"triton"}
     counts = page_counts(decoder.plan, CONTEXT, 4096, MOST_SEQUENCES)
-    return decoder, PagedPool(decoder.plan, counts, decoder.dtype, META, compact_weights(decoder))
+    return decoder, PagedKVCache(decoder.plan, counts, decoder.dtype, META, compact_weights(decoder))
 
 
-def works_of(pool: PagedPool, depths: Sequence[int], rows: int, sampling: Sampling = DRAWN) -> list[Work]:
+def works_of(pool: PagedKVCache, depths: Sequence[int], rows: int, sampling: SamplingParams = DRAWN) -> list[ScheduledChunk]:
     """Reserve the next rows of sequences whose earlier ones have been computed."""
     works = []
     for number, depth in enumerate(depths):
-        sequence, table = Running(number, Request((2,) * (depth + rows), sampling)), Table(pool)
+        sequence, table = SequenceState(number, Request((2,) * (depth + rows), sampling)), BlockTable(pool)
         table.reserve(depth)
         table.commit(depth)
         table.reserve(rows)
         sequence.table = table
-        works.append(Work(sequence, table, rows))
+        works.append(ScheduledChunk.of(sequence, table, rows))
     return works
 
 
-def static_step(decoder: Decoder, pool: PagedPool, sequences: int, each: int) -> Slate:
+def static_step(decoder: Decoder, pool: PagedKVCache, sequences: int, each: int) -> GraphBuffers:
     """Fill the static step of some sequences at different depths."""
-    slate = Graphs(decoder, pool, CONTEXT)._slate(sequences, each)
+    slate = CapturedSteps(decoder, pool, CONTEXT).buffers(sequences, each)
     works = works_of(pool, [100 + 300 * number % (CONTEXT // 2) for number in range(sequences)], each)
-    slate.fill(works, slate.next_staging())
+    slate.fill(works, slate.next_pinned())
     for work in works:
         work.table.release()
     return slate

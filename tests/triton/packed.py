@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from gemcutter.quant import affine
-from gemcutter.quant.blocks import TYPES, Blocks
-from gemcutter.quant.integer import from_packed, from_values
-from gemcutter.quant.micro import from_compressed, from_mlx
+from gemcutter.quant.gguf_blocks import TYPES, Blocks
+from gemcutter.quant.microscaling import from_compressed, from_mlx
 from gemcutter.quant.packed import Packed
-from tests.unit.test_quant_blocks import HALVES
+from gemcutter.quant.scaled_int import from_packed, from_values
+from tests.unit.test_quant_gguf_blocks import HALVES
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 

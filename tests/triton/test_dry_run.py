@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gemcutter.engine.graphs import Choice
+from gemcutter.benchmark import synthetic
+from gemcutter.engine.cuda_graphs import TokenSource
 from gemcutter.engine.step import build_step
-from gemcutter.gauge import presets
 from gemcutter.plan import LayerPlan, ModelPlan
 from tests.triton.dry import pretend, setting, static_step, works_of
 
@@ -91,14 +91,14 @@ def expected(plan: ModelPlan, rows: int) -> Counter[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", presets.SIZES)
+@pytest.mark.parametrize("preset", synthetic.SIZES)
 @pytest.mark.parametrize(("sequences", "each"), [(1, 1), (8, 1), (32, 1), (1, 5)])
 def test_decode_steps_of_full_size_are_launches_and_nothing_else(preset: str, sequences: int, each: int, watch: Watch) -> None:
     """Static steps as a graph captures them, tokens drawn on the device."""
     decoder, pool = setting(preset, "bf16")
     slate = static_step(decoder, pool, sequences, each)
     with watch:
-        slate.launch(Choice.DRAWN, is_captured=False)
+        slate.launch(TokenSource.SAMPLED, is_captured=False)
     assert not watch.crossings
     merges = watch.kernels.pop("_merge", 0)
     assert merges <= len(decoder.plan.layers)
@@ -121,7 +121,7 @@ def test_prompts_of_full_size_wait_for_nothing(preset: str, quant: str, watch: W
         logits = decoder.logits(decoder.forward(step, pool))
     assert logits.shape == (3, decoder.plan.vocab)
     assert set(watch.crossings) <= {"aten._to_copy.default", "aten.to.dtype_layout"}
-    assert sum(watch.crossings.values()) <= 2 * len(pool.books)  # pages of each group, for all rows and for kept ones
+    assert sum(watch.crossings.values()) <= 2 * len(pool.allocators)  # pages of each group, for all rows and for kept ones
     per_layer = (sum(watch.kernels.values()) + sum(watch.operations.values())) / len(decoder.plan.layers)
     assert per_layer <= (24 if quant == "bf16" else 40), (
         watch.kernels,

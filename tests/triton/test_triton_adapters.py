@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemcutter.model.text import Decoder
-from gemcutter.ops.reference import Param
+from gemcutter.ops.types import Param
 from gemcutter.quant import Weight
 from gemcutter.quant.lora import Delta
 from tests.triton.decoders import draw_params, plan_of, prompt, run
@@ -43,4 +43,4 @@ def test_each_request_gets_its_own(name: str, device: torch.device) -> None:
 
 def test_every_line_of_an_adapted_layer_is_tritons(device: torch.device) -> None:
     decoder = Decoder(plan_of("readers"), adapted_params("readers", device), torch.float32, device, "triton")
-    assert {name for layer in decoder.adapted[0] for name in layer.providers} == {"triton"}
+    assert {name for layer in decoder.adapted[0] for name in layer.kernels.values()} == {"triton"}

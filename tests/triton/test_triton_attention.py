@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcutter.cache.pool import PageCount, PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.engine.memory import compact_weights, page_counts
-from gemcutter.engine.request import Request, Sequence
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.ops import reference
-from gemcutter.ops import triton_attention as attention
-from gemcutter.ops.cuda_step import Paged, paged, paged_key
-from gemcutter.ops.step import Span, Step
-from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec
+from gemcutter.ops.step import KVRange, Step, prepare
+from gemcutter.ops.triton import attention, attn_metadata
+from gemcutter.ops.types import OpContext
+from gemcutter.plan import GLOBAL_GROUP, Attn, LayerPlan, ModelPlan, Proj, RopeSpec, group_of
 from tests.triton.decoders import decode_with, prompt
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -44,11 +44,11 @@ class Case:
     page: int = 16
     rows: torch.dtype = torch.float32
     pool: torch.dtype | None = None
-    turned: int = 0
+    rotary_dims: int = 0
 
     def layer(self) -> LayerPlan:
         attn = Attn.GLOBAL if self.window is None else Attn.SLIDING
-        proj, rope = Proj.QK_ONLY if self.turned else Proj.QKV, RopeSpec(1e4, self.dim, (self.turned or self.dim) // 2)
+        proj, rope = Proj.QK_ONLY if self.rotary_dims else Proj.QKV, RopeSpec(1e4, self.dim, (self.rotary_dims or self.dim) // 2)
         return LayerPlan(0, attn, proj, 0, "self", self.heads, self.key_heads, self.dim, self.window, rope, 4, None, 0)
 
 
@@ -64,20 +64,21 @@ class World:
         spans = list(self._spans())
         pages = 3 + max((page for span in spans for page in span.pages), default=0)
         weight = 1 + normal(case.dim, seed=1).abs()
-        plan = ModelPlan((self.layer,), 8, 8, None, 1e-6, 9999, 0, 0, 0, True, False)
-        compact = {0: weight} if case.turned else None
+        self.plan = ModelPlan((self.layer,), 8, 8, None, 1e-6, 9999, 0, 0, 0, True, False)
+        compact = {0: weight} if case.rotary_dims else None
         dtype = case.pool or case.rows
-        self.pool = PagedPool(plan, {case.window: PageCount(pages, case.page)}, dtype, device, compact)
+        self.pool = PagedKVCache(self.plan, {group_of(case.window): PoolSize(pages, case.page)}, dtype, device, compact)
         for tensor in (*self.pool.keys.values(), *self.pool.values.values()):
             tensor.fill_(torch.nan)
         self.slots = [self._write(span, start + rows, weight) for span, (start, rows) in zip(spans, case.parts, strict=True)]
         spans = [replace(span, where=slots) for span, slots in zip(spans, self.slots, strict=True)]
         positions = torch.cat([torch.arange(start, start + rows) for start, rows in case.parts]).to(device)
         row_start = tuple(itertools.accumulate((rows for _, rows in case.parts), initial=0))
-        self.step = Step(positions, positions, positions, row_start, {case.window: tuple(spans)}, {}, None, {})
+        ranges = {self.layer.group: tuple(spans)}
+        self.step = prepare(Step(positions, positions, positions, row_start, ranges, {}, None, {}), attn_metadata.build)
         self.q_NHE = (normal(row_start[-1], case.heads, case.dim, seed=2) * case.dim**-0.5).to(device, case.rows)
 
-    def _spans(self) -> Iterator[Span]:
+    def _spans(self) -> Iterator[KVRange]:
         """Give every sequence pages from all over the pool, without those that its window has passed."""
         case = self.case
         sizes = []
@@ -86,9 +87,9 @@ class World:
             sizes.append((first, -(-(start + rows) // case.page) - first))
         order = torch.randperm(sum(size for _, size in sizes) + 2, generator=torch.Generator().manual_seed(3)).tolist()
         for first, size in sizes:
-            yield Span(first * case.page, slice(0), tuple(order.pop() for _ in range(size)), case.page)
+            yield KVRange(first * case.page, slice(0), tuple(order.pop() for _ in range(size)), case.page)
 
-    def _write(self, span: Span, stop: int, weight: Tensor) -> Tensor:
+    def _write(self, span: KVRange, stop: int, weight: Tensor) -> Tensor:
         """Fill a sequence's slots; keys of a compact layer are its weighted values but for the columns that turn."""
         case = self.case
         slots = (torch.tensor(span.pages, dtype=torch.long)[:, None] * case.page + torch.arange(case.page)).flatten()[
@@ -96,13 +97,13 @@ class World:
         ]
         shape = (len(slots), case.key_heads, case.dim)
         keys, values = normal(*shape, seed=5 + stop), normal(*shape, seed=6 + stop)
-        if case.turned:
-            still = torch.arange(case.dim) % (case.dim // 2) >= case.turned // 2
+        if case.rotary_dims:
+            still = torch.arange(case.dim) % (case.dim // 2) >= case.rotary_dims // 2
             keys = torch.where(still, values * weight, keys)
         self.pool.write(0, slots.to(self.device), keys.to(self.device), values.to(self.device))
         return slots.to(self.device)
 
-    def _read(self, span: Span) -> tuple[Tensor, Tensor]:
+    def _read(self, span: KVRange) -> tuple[Tensor, Tensor]:
         """Read a sequence's keys and values; compact keys in float32, as kernels have them, not rounded to the pool's dtype."""
         compact = self.pool.compact(0)
         wide = compact and replace(compact, normed_TKE=compact.normed_TKE.float())
@@ -116,9 +117,9 @@ class World:
         """Attend in float64, each row by itself; `last` is the last position that it may see."""
         case, group = self.case, self.case.heads // self.case.key_heads
         out, positions = torch.zeros(self.q_NHE.shape, dtype=torch.float64), self.step.positions_N.tolist()
-        for s, span in enumerate(self.step.spans[case.window]):
+        for s, span in enumerate(self.step.kv_ranges[group_of(case.window)]):
             keys, values = (x.cpu().double().repeat_interleave(group, 1) for x in self._read(span))
-            for n in range(self.step.row_start[s], self.step.row_start[s + 1]):
+            for n in range(self.step.query_start[s], self.step.query_start[s + 1]):
                 oldest = 0 if case.window is None else max(0, positions[n] - case.window + 1)
                 seen = slice(oldest - span.start, max(positions[n], last[n] if last else 0) + 1 - span.start)
                 scores = torch.einsum("he,the->ht", self.q_NHE[n].cpu().double(), keys[seen])
@@ -162,12 +163,12 @@ CASES = {
     "narrow pool": Case(((140, 2), (5, 1)), pool=torch.bfloat16),
     "8-bit pool": Case(((140, 2), (5, 1)), rows=torch.bfloat16, pool=torch.float8_e4m3fn),
     "8-bit pool ragged": Case(((20, 9), (3, 1)), rows=torch.bfloat16, pool=torch.float8_e4m3fn),
-    "compact decode": Case(DECODE, dim=64, turned=16),
-    "compact drafts, few columns turn": Case(DRAFTS, dim=32, turned=4),
-    "compact ragged": Case(RAGGED, dim=32, turned=20),
-    "compact in a window": Case(RAGGED, dim=32, turned=8, window=24),
-    "compact dim 512": Case(((150, 2), (3, 9)), dim=512, page=64, turned=128, rows=torch.bfloat16),
-    "compact 8-bit pool": Case(((140, 2), (5, 1)), dim=32, turned=8, rows=torch.bfloat16, pool=torch.float8_e4m3fn),
+    "compact decode": Case(DECODE, dim=64, rotary_dims=16),
+    "compact drafts, few columns turn": Case(DRAFTS, dim=32, rotary_dims=4),
+    "compact ragged": Case(RAGGED, dim=32, rotary_dims=20),
+    "compact in a window": Case(RAGGED, dim=32, rotary_dims=8, window=24),
+    "compact dim 512": Case(((150, 2), (3, 9)), dim=512, page=64, rotary_dims=128, rows=torch.bfloat16),
+    "compact 8-bit pool": Case(((140, 2), (5, 1)), dim=32, rotary_dims=8, rows=torch.bfloat16, pool=torch.float8_e4m3fn),
 }
 
 
@@ -180,14 +181,16 @@ def test_rows_see_their_keys_and_no_others(name: str, device: torch.device) -> N
 @pytest.mark.parametrize("window", [None, 40])
 def test_agrees_with_the_reference(window: int | None, device: torch.device) -> None:
     world = World(Case(RAGGED, window=window), device)
-    expected = reference.build_attention(world.layer)(world.q_NHE, world.step, world.pool)
+    expected = reference.build_attention(world.plan, world.layer, {}, OpContext(reference.linear))(
+        world.q_NHE, world.step, world.pool
+    )
     assert_close(world.attend(), expected.cpu().double())
 
 
 def test_kept_rows_attend_alone(device: torch.device) -> None:
     world = World(Case(RAGGED), device)
     whole, keep = world.attend(), [0, 36, 37, 46, 70]
-    kept = replace(world.step, keep=tuple(keep)).kept()
+    kept = prepare(replace(world.step, logit_rows=tuple(keep)), attn_metadata.build).remaining
     world.q_NHE = world.q_NHE[keep]
     assert_close(world.attend(kept), whole[keep].cpu().double())
 
@@ -200,37 +203,30 @@ def test_media_rows_see_all_of_their_block(parts: tuple[Part, ...], window: int 
     ends = [start + rows - 1 for start, rows in parts]  # of the last block of every sequence
     last = [ends[0] if 41 <= p <= 44 or 5 <= p <= 25 else p for p in positions[: parts[0][1]]]
     last += [min(p + 2, ends[1]) for p in positions[parts[0][1] :]]
-    found = attention.attend(
-        world.q_NHE,
-        *world.pool.storage(0),
-        paged(world.step, window),
-        window,
-        torch.tensor(last, dtype=torch.int32, device=device),
-    )
-    assert_close(found, world.expected(last))
+    step = replace(world.step, last_visible_N=torch.tensor(last, device=device))
+    assert_close(world.attend(prepare(step, attn_metadata.build)), world.expected(last))
 
 
 @pytest.mark.parametrize("max_rows", [2, 40])
 def test_padding_rows_are_zero_and_spare_tables_are_not_read(max_rows: int, device: torch.device) -> None:
     """A captured graph runs over buffers that are larger than the step in them."""
     world = World(Case(((200, 2), (17, 1))), device)
-    here = paged(world.step, None)
+    here = attn_metadata.of_group(world.step, GLOBAL_GROUP)
     wide = torch.full((4, 40), 999, dtype=torch.int32, device=device)  # pages that no pool has
     wide[:2, : here.pages_SP.shape[1]] = here.pages_SP
-    padded = Paged(
+    padded = attn_metadata.TritonAttnMetadata(
         positions_N=torch.tensor([200, 201, 17, -1, -1], dtype=torch.int32, device=device),
         row_sequence_N=torch.tensor([0, 0, 1, 2, 3], dtype=torch.int32, device=device),
-        row_start_S1=torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32, device=device),
+        query_start_S1=torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32, device=device),
         pages_SP=wide,
         first_S=torch.zeros(4, dtype=torch.int32, device=device),
         page_tokens=16,
-        slots_N=None,
+        slot_mapping_N=None,
         max_rows=max_rows,
     )
     expected = world.expected()
-    world.step.memo[paged_key(None)] = padded
     world.q_NHE = torch.cat([world.q_NHE, world.q_NHE[:2]])
-    found = world.attend()
+    found = world.attend(replace(world.step, attn_metadata={GLOBAL_GROUP: padded}))
     assert_close(found[:3], expected)
     assert not found[3:].any()
 
@@ -270,14 +266,14 @@ def test_a_layer_writes_and_reads_compactly_and_says_the_same(device: torch.devi
         layer = next(layer for layer in decoder.layers if layer.plan.can_compact)
         compact = compact_weights(decoder)
         assert compact.keys() == ({layer.plan.index} if kernels == "triton" else set())
-        pool = PagedPool(decoder.plan, page_counts(decoder.plan, 64, 16), decoder.dtype, device, compact)
-        sequence, outputs[kernels] = Sequence(0, Request(prompt(22))), []
-        sequence.table = table = Table(pool)
+        pool = PagedKVCache(decoder.plan, page_counts(decoder.plan, 64, 16), decoder.dtype, device, compact)
+        sequence, outputs[kernels] = SequenceState(0, Request(prompt(22))), []
+        sequence.table = table = BlockTable(pool)
         for rows in (12, 9, 1):
-            work = Work(sequence, table, rows)
+            work = ScheduledChunk.of(sequence, table, rows)
             table.reserve(rows)
             step = build_step(decoder, [work])
             x_ND = normal(rows, decoder.plan.hidden, seed=rows).to(device)
-            outputs[kernels].append(layer.attend(layer.project(x_ND, step, pool), step.kept(), pool))
+            outputs[kernels].append(layer.attention(layer.qkv(x_ND, step, pool), step.remaining, pool))
             table.commit(rows)
     assert_close(torch.cat(outputs["triton"]), torch.cat(outputs["reference"]).cpu().double())

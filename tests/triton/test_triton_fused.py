@@ -1,6 +1,6 @@
 """The row kernels against the reference: every mode and head dim, rows apart and in place, row counts around launch shapes.
 
-Owns no whole sentence: `test_triton_sentences.py` does. Read `gemcutter/ops/triton_fused.py` beside it.
+Owns no whole sentence: `test_triton_sentences.py` does. Read `gemcutter/ops/triton/fused_norm.py` beside it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcutter.ops import reference, triton_fused, triton_gates
-from gemcutter.ops.step import Compact
+from gemcutter.ops import reference
+from gemcutter.ops.step import KEqVCache
+from gemcutter.ops.triton import elementwise, fused_norm
 from gemcutter.plan import Attn, LayerPlan, Proj, RopeSpec
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -54,30 +55,30 @@ def test_norm(rows: int, size: int, dtype: torch.dtype, device: torch.device) ->
     x, weight = draw(rows, size, dtype=dtype).to(device), weights(size).to(device)
     for given in (None, weight):
         wanted = reference.rms_norm(x.float(), given, EPS)
-        check(triton_fused.norm(x, given, EPS), wanted)
-        check(triton_fused.norm(apart(x), given, EPS), wanted)
+        check(fused_norm.norm(x, given, EPS), wanted)
+        check(fused_norm.norm(apart(x), given, EPS), wanted)
     own = x.clone()
-    assert triton_fused.norm(own, weight, EPS, out=own) is own
+    assert fused_norm.norm(own, weight, EPS, out=own) is own
     check(own, reference.rms_norm(x.float(), weight, EPS))
 
 
 def test_norm_of_many_rows_takes_fewer_warps(device: torch.device) -> None:
-    few, many = triton_fused._row_shape(triton_fused.FEW_ROWS, 2560), triton_fused._row_shape(triton_fused.FEW_ROWS + 1, 2560)
+    few, many = fused_norm._row_shape(fused_norm.FEW_ROWS, 2560), fused_norm._row_shape(fused_norm.FEW_ROWS + 1, 2560)
     assert (few, many) == ((4096, 16), (4096, 8))
-    x = draw(triton_fused.FEW_ROWS + 1, 16).to(device)
-    check(triton_fused.norm(x, None, EPS), reference.rms_norm(x, None, EPS))
+    x = draw(fused_norm.FEW_ROWS + 1, 16).to(device)
+    check(fused_norm.norm(x, None, EPS), reference.rms_norm(x, None, EPS))
 
 
 def test_norm_sees_eps_where_rows_are_small(device: torch.device) -> None:
     x = (draw(2, 64) * 1e-3).to(device)
-    check(triton_fused.norm(x, None, 1e-2), reference.rms_norm(x, None, 1e-2))
+    check(fused_norm.norm(x, None, 1e-2), reference.rms_norm(x, None, 1e-2))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("size", [32, 80])
 def test_norm_under_three_weights(size: int, dtype: torch.dtype, device: torch.device) -> None:
     x, given = draw(3, size, dtype=dtype).to(device), [weights(size, seed).to(device) for seed in range(3)]
-    found = triton_fused.norm_fan(x, given, EPS)
+    found = fused_norm.norm_fan(x, given, EPS)
     assert [each.dtype for each in found] == [dtype, dtype, F32]
     for each, weight in zip(found, given, strict=True):
         check(each, reference.rms_norm(x.float(), weight, EPS))
@@ -90,12 +91,12 @@ def test_add_norm(rows: int, size: int, fan: int, dtype: torch.dtype, device: to
     x, y = draw(rows, size, dtype=dtype).to(device), draw(rows, size, dtype=dtype, seed=5).to(device)
     weight, given = weights(size).to(device), [weights(size, seed).to(device) for seed in range(fan)]
     wanted = (x.float() + reference.rms_norm(y.float(), weight, EPS)) * 0.7
-    total, *normed = triton_fused.add_norm_fan(x, y, weight, EPS, 0.7, given)
+    total, *normed = fused_norm.add_norm_fan(x, y, weight, EPS, 0.7, given)
     check(total, wanted)
     assert len(normed) == fan
     for each, one in zip(normed, given, strict=True):  # of the sum as it was rounded
         check(each, reference.rms_norm(total.float(), one, EPS))
-    check(triton_fused.add_norm_fan(x, y, weight, EPS, 1.0, ())[0], wanted / 0.7)
+    check(fused_norm.add_norm_fan(x, y, weight, EPS, 1.0, ())[0], wanted / 0.7)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -106,7 +107,7 @@ def test_join_norm(fan: int, dtype: torch.dtype, device: torch.device) -> None:
     branches = [reference.rms_norm(y.float(), w, EPS) for y, w in zip((dense, experts), given[:2], strict=True)]
     wanted = (x.float() + reference.rms_norm(branches[0] + branches[1], given[2], EPS)) * 0.3
     again = [weights(80, 7).to(device)][:fan]
-    total, *normed = triton_fused.join_norm_fan(x, dense, experts, *given, EPS, 0.3, again)
+    total, *normed = fused_norm.join_norm_fan(x, dense, experts, *given, EPS, 0.3, again)
     check(total, wanted)
     assert len(normed) == fan
     for each, one in zip(normed, again, strict=True):  # of the sum as it was rounded
@@ -187,7 +188,7 @@ def test_finish(
     packed, slots = Packed(layer, rows, dtype, device), slots_of(rows, device)
     pool = packed.pool(2 * rows + 1, dtype)
     written = (slots, *pool) if proj.writes else ()
-    found = triton_fused.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, *written)
+    found = fused_norm.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, *written)
     assert found.is_contiguous()
     check(found, packed.q)
     if proj.writes:
@@ -200,18 +201,18 @@ def test_keys_and_queries_apart(proj: Proj, device: torch.device) -> None:
     layer = layer_of(proj, 32, 4, 2)
     packed, slots = Packed(layer, 3, F32, device), slots_of(3, device)
     width, pool = packed.widths[0], packed.pool(7, F32)
-    triton_fused.finish_kv(packed.raw[:, width:], layer, packed.k_norm, EPS, *packed.rope, slots, *pool)
+    fused_norm.finish_kv(packed.raw[:, width:], layer, packed.k_norm, EPS, *packed.rope, slots, *pool)
     check_pool(pool, (packed.k, packed.v), slots)
     keep = torch.tensor([0, 2], device=device)
     cos, sin = (table[keep] for table in packed.rope)
-    check(triton_fused.finish_q(packed.raw[keep, :width], layer, packed.q_norm, EPS, cos, sin), packed.q[keep])
+    check(fused_norm.finish_q(packed.raw[keep, :width], layer, packed.q_norm, EPS, cos, sin), packed.q[keep])
 
 
 def test_values_without_a_norm(device: torch.device) -> None:
     layer = replace(layer_of(Proj.QKV, 16, 2, 1), has_v_norm=False)
     packed, slots = Packed(layer, 2, F32, device), slots_of(2, device)
     pool = packed.pool(5, F32)
-    triton_fused.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, *pool)
+    fused_norm.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, *pool)
     check_pool(pool, (packed.k, packed.v), slots)
 
 
@@ -219,9 +220,9 @@ def test_a_compact_layer_keeps_only_the_pairs_that_turn(device: torch.device) ->
     layer = layer_of(Proj.QK_ONLY, 32, 2, 2, pairs=4)
     packed, slots = Packed(layer, 3, F32, device), slots_of(3, device)
     normed = packed.pool(7, F32)[1]
-    turned = torch.full((7, 2, layer.turned), torch.nan, device=device)
-    triton_fused.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, turned, normed)
-    compact = Compact(normed, turned, packed.k_norm)
+    turned = torch.full((7, 2, layer.rotary_dims), torch.nan, device=device)
+    fused_norm.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, turned, normed)
+    compact = KEqVCache(normed, turned, packed.k_norm)
     check_pool((compact.keys(slice(None)), normed), (packed.k, packed.v), slots)
 
 
@@ -234,7 +235,7 @@ def test_8_bit_pools_saturate(has_v_norm: bool, device: torch.device) -> None:
     values = packed.v if has_v_norm else (packed.v * 300).clamp(-448, 448)
     packed.raw[:, -16:] *= 300
     pool = packed.pool(5, torch.float8_e4m3fn)
-    triton_fused.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, *pool)
+    fused_norm.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, *pool)
     keys, stored = (without_carries(each[slots].float(), x) for each, x in zip(pool, (packed.k, values), strict=True))
     check(keys, packed.k, 2**-4)  # three bits of mantissa, one rounding
     check(stored, values, 2**-4)
@@ -252,7 +253,7 @@ def test_padding_rows_are_written_nowhere(device: torch.device) -> None:
     layer = layer_of(Proj.QKV, 16, 2, 1)
     packed, slots = Packed(layer, 4, F32, device), torch.tensor([3, -1, 0, -1], device=device)
     pool = packed.pool(5, F32)
-    triton_fused.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, *pool)
+    fused_norm.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, *pool)
     check_pool(pool, (packed.k[[0, 2]], packed.v[[0, 2]]), slots[[0, 2]])
 
 
@@ -262,7 +263,7 @@ def test_queries_in_place(proj: Proj, device: torch.device) -> None:
     packed, slots = Packed(layer, 3, F32, device), slots_of(3, device)
     pool = packed.pool(7, F32)
     own = packed.raw[:, : packed.widths[0]].unflatten(1, (4, 16))
-    found = triton_fused.finish_qkv(
+    found = fused_norm.finish_qkv(
         packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, *pool, out=own
     )  # fmt: skip
     assert found is own
@@ -272,13 +273,13 @@ def test_queries_in_place(proj: Proj, device: torch.device) -> None:
 def test_many_rows_share_programs(device: torch.device) -> None:
     """Beyond the switch a program takes several heads, fewer than its tile where heads are no power of two."""
     layer = layer_of(Proj.QKV, 16, 6, 3)
-    rows = 2 * triton_fused.FEW_ROWS // 9 + 1
-    assert triton_fused.head_tiles(rows - 1, 6, 3, 8) == (1, 1)
-    assert triton_fused.head_tiles(rows, 6, 3, 8) == (8, 4)
-    assert triton_fused.head_tiles(4096, 32, 16, 128) == (8, 8)
+    rows = 2 * fused_norm.FEW_ROWS // 9 + 1
+    assert fused_norm.head_tiles(rows - 1, 6, 3, 8) == (1, 1)
+    assert fused_norm.head_tiles(rows, 6, 3, 8) == (8, 4)
+    assert fused_norm.head_tiles(4096, 32, 16, 128) == (8, 8)
     packed, slots = Packed(layer, rows, F32, device), slots_of(rows, device)
     pool = packed.pool(2 * rows + 1, F32)
-    check(triton_fused.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, *pool), packed.q)
+    check(fused_norm.finish_qkv(packed.raw, layer, packed.q_norm, packed.k_norm, EPS, *packed.rope, slots, *pool), packed.q)
     check_pool(pool, (packed.k, packed.v), slots)
 
 
@@ -286,35 +287,35 @@ def test_many_rows_share_programs(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize(("rows", "size"), [(1, 32), (3, 20), (2, triton_gates.COLUMNS + 8)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 32), (3, 20), (2, elementwise.COLUMNS + 8)])
 def test_gates(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
     both = (draw(rows, 2 * size, dtype=dtype) * 4).to(device)
     gate, up = both.float().chunk(2, dim=1)
-    check(triton_gates.gelu_mul(both), reference.gelu_mul(gate, up))
-    check(triton_gates.gate_mul(both[:, :size], apart(both[:, size:])), reference.gelu_mul(gate, up))
+    check(elementwise.gelu_mul(both), reference.gelu_mul(gate, up))
+    check(elementwise.gate_mul(both[:, :size], apart(both[:, size:])), reference.gelu_mul(gate, up))
 
 
 def test_gates_of_extremes_are_numbers(device: torch.device) -> None:
     gate = torch.tensor([[-3e38, -1e4, -40.0, 0.0, 40.0, 1e4]], device=device)
-    check(triton_gates.gate_mul(gate, torch.ones_like(gate)), torch.tensor([[0.0, 0.0, 0.0, 0.0, 40.0, 1e4]]))
+    check(elementwise.gate_mul(gate, torch.ones_like(gate)), torch.tensor([[0.0, 0.0, 0.0, 0.0, 40.0, 1e4]]))
 
 
 @pytest.mark.parametrize("cap", [None, 30.0, 2.0])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_softcap(cap: float | None, dtype: torch.dtype, device: torch.device) -> None:
     logits = (draw(3, 700, dtype=dtype) * 40).to(device)
-    found = triton_gates.softcap(logits, cap)
+    found = elementwise.softcap(logits, cap)
     assert found.dtype == F32
     check(found, reference.softcap(logits.float(), cap))
 
 
 @pytest.mark.parametrize("stored", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("size", [32, triton_gates.COLUMNS + 40])
+@pytest.mark.parametrize("size", [32, elementwise.COLUMNS + 40])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 def test_embedding(size: int, stored: torch.dtype, ids_dtype: torch.dtype, device: torch.device) -> None:
     table = apart(draw(9, size, dtype=stored).to(device))
     ids = torch.tensor([8, 0, 0, 3], device=device)
-    found = triton_gates.embed_rows(table, ids.to(ids_dtype), 1.5, F32)
+    found = elementwise.embed_rows(table, ids.to(ids_dtype), 1.5, F32)
     torch.testing.assert_close(found, table[ids].float() * 1.5, rtol=0, atol=0)
 
 
@@ -327,14 +328,14 @@ def test_per_layer_rows(layers: int, size: int, rows: int, dtype: torch.dtype, d
     context, weight = draw(rows, layers * size, dtype=dtype).to(device), weights(size).to(device)
     split = (context.float() * 0.1).view(rows, layers, size)
     wanted = (reference.rms_norm(split, weight, EPS) + table[ids].float().view(rows, layers, size) * 4) * 2**-0.5
-    check(triton_gates.ple_rows(context, table, ids, weight, EPS, 4.0, 0.1), wanted)
-    check(triton_gates.ple_rows(context, table[ids], None, weight, EPS, 4.0, 0.1), wanted)
+    check(elementwise.ple_rows(context, table, ids, weight, EPS, 4.0, 0.1), wanted)
+    check(elementwise.ple_rows(context, table[ids], None, weight, EPS, 4.0, 0.1), wanted)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (6, 3), (16, 8), (128, 8), (1, 1)])
 def test_routing(experts: int, top_k: int, device: torch.device) -> None:
     logits, scale = (draw(3, experts) * 3).to(device), weights(experts).to(device)
-    found, chosen = triton_gates.route(logits, top_k, scale)
+    found, chosen = elementwise.route(logits, top_k, scale)
     chance, wanted = logits.softmax(-1).topk(top_k, dim=-1)
     assert (found.dtype, chosen.dtype) == (F32, torch.int32)
     assert torch.equal(chosen.long(), wanted)
@@ -342,7 +343,7 @@ def test_routing(experts: int, top_k: int, device: torch.device) -> None:
 
 
 def test_routing_of_ties_takes_each_expert_once(device: torch.device) -> None:
-    found, chosen = triton_gates.route(torch.zeros(2, 6, device=device), 4, torch.ones(6, device=device))
+    found, chosen = elementwise.route(torch.zeros(2, 6, device=device), 4, torch.ones(6, device=device))
     assert chosen.tolist() == [[0, 1, 2, 3]] * 2
     check(found, torch.full((2, 4), 0.25))
 
@@ -351,7 +352,7 @@ def test_routing_of_what_is_no_number_names_experts_that_exist(device: torch.dev
     """A broken row must not break what runs beside it."""
     logits = torch.zeros(2, 6, device=device)
     logits[0] = torch.nan
-    found, chosen = triton_gates.route(logits, 4, torch.ones(6, device=device))
+    found, chosen = elementwise.route(logits, 4, torch.ones(6, device=device))
     assert 0 <= int(chosen.min()) <= int(chosen.max()) < 6
     assert bool(found[0].isnan().all())
     check(found[1:], torch.full((1, 4), 0.25))
@@ -360,12 +361,12 @@ def test_routing_of_what_is_no_number_names_experts_that_exist(device: torch.dev
 def test_no_rows_are_no_launch(device: torch.device) -> None:
     """A grid of nothing is an error on a GPU."""
     x, w = torch.empty(0, 32, device=device), weights(32).to(device)
-    for found in (triton_fused.norm(x, w, EPS), triton_fused.add_norm_fan(x, x, w, EPS, 1.0, ())[0], triton_gates.gate_mul(x, x)):
+    for found in (fused_norm.norm(x, w, EPS), fused_norm.add_norm_fan(x, x, w, EPS, 1.0, ())[0], elementwise.gate_mul(x, x)):
         assert found.shape == (0, 32)
-    assert triton_fused.join_norm_fan(x, x, x, w, w, w, EPS, 1.0, (w,))[1].shape == (0, 32)
-    assert triton_gates.softcap(x, 30.0).shape == (0, 32)
-    assert triton_gates.embed_rows(x, torch.empty(0, dtype=torch.long, device=device), 1.0, F32).shape == (0, 32)
+    assert fused_norm.join_norm_fan(x, x, x, w, w, w, EPS, 1.0, (w,))[1].shape == (0, 32)
+    assert elementwise.softcap(x, 30.0).shape == (0, 32)
+    assert elementwise.embed_rows(x, torch.empty(0, dtype=torch.long, device=device), 1.0, F32).shape == (0, 32)
     no_angles = torch.empty(0, 1, 8, device=device)
-    assert triton_fused.finish_q(x, LAYER, w, EPS, no_angles, no_angles).shape == (0, 4, 16)
-    assert triton_gates.route(x, 2, w)[1].shape == (0, 2)
-    assert triton_gates.ple_rows(x, x, None, weights(16).to(device), EPS, 1.0, 1.0).shape == (0, 2, 16)
+    assert fused_norm.finish_q(x, LAYER, w, EPS, no_angles, no_angles).shape == (0, 4, 16)
+    assert elementwise.route(x, 2, w)[1].shape == (0, 2)
+    assert elementwise.ple_rows(x, x, None, weights(16).to(device), EPS, 1.0, 1.0).shape == (0, 2, 16)

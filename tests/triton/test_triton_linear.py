@@ -8,11 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gemcutter.ops import reference, triton_linear
-from gemcutter.ops.triton_linear import FEW_NARROW_ROWS, MANY_ROWS, gate_mul, gated, gather_rows, linear, logits_of
+from gemcutter.ops import reference
+from gemcutter.ops.triton import linear as linear_kernels
+from gemcutter.ops.triton.linear import FEW_NARROW_ROWS, MANY_ROWS, gate_mul, gated, gather_rows, linear, logits_of
 from gemcutter.quant import Weight
+from gemcutter.quant.gpu_packing import GpuPackedWeight, adjoin, pack_for_gpu, place
 from gemcutter.quant.packed import Packed
-from gemcutter.quant.striped import Striped, adjoin, place, stripe
 from tests.triton.packed import DTYPES, MAKERS, blocks, small
 
 ROWS = (1, 2, 3, FEW_NARROW_ROWS, FEW_NARROW_ROWS + 1, 15, 16, 17, 33)
@@ -21,7 +22,7 @@ ROWS = (1, 2, 3, FEW_NARROW_ROWS, FEW_NARROW_ROWS + 1, 15, 16, 17, 33)
 @pytest.fixture(autouse=True)
 def _usual_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the small matrices of these tests for usual ones, neither narrow nor wide."""
-    monkeypatch.setattr(triton_linear, "NARROW_MATRIX", 4)
+    monkeypatch.setattr(linear_kernels, "NARROW_MATRIX", 4)
 
 
 def rows_of(count: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -32,16 +33,16 @@ def rows_of(count: int, columns: int, dtype: torch.dtype, device: torch.device) 
     return room.to(device, dtype)[:count]
 
 
-def striped(part: Packed, device: torch.device) -> Striped:
+def gpu_packed(part: Packed, device: torch.device) -> GpuPackedWeight:
     """Repack a part between rows and columns of NaN scales, which nothing may read."""
-    found = stripe(part, device)
+    found = pack_for_gpu(part, device)
     assert found is not None
     arrays = []
     for array in found.arrays:
         room = array.new_full((array.shape[0] + 2, array.shape[1] + 1), torch.nan if array.is_floating_point() else 77)
         room[1:-1, :-1] = array
         arrays.append(room[1:-1, :-1])
-    return Striped(found.codes, found.high, tuple(arrays), found.num_columns, found.layout, found.origin)
+    return GpuPackedWeight(found.codes, found.high, tuple(arrays), found.num_columns, found.layout, found.origin)
 
 
 def check(found: Tensor, wanted: Tensor, products: int = 1) -> None:
@@ -79,7 +80,7 @@ def test_a_router_in_float32_meets_weights_of_another_dtype(count: int, stored: 
 def test_packed_products(name: str, device: torch.device) -> None:
     """In float32, in which nothing is rounded, so that a wrong scale or column shows."""
     part = MAKERS[name](9, 768)
-    weight, wanted = Weight((striped(part, device),)), Weight((place(part, device),))
+    weight, wanted = Weight((gpu_packed(part, device),)), Weight((place(part, device),))
     for count in (1, 2, 5, MANY_ROWS + 1):
         x_ND = rows_of(count, 768, torch.float32, device)
         check(linear(x_ND, weight), reference.linear(x_ND, wanted))
@@ -89,7 +90,7 @@ def test_packed_products(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("name", ["affine4g64", "Q6_K", "fp8"])
 def test_packed_products_of_half_precision_rows(name: str, count: int, device: torch.device) -> None:
     part = MAKERS[name](9, 256)
-    weight, wanted = Weight((striped(part, device),)), Weight((place(part, device),))
+    weight, wanted = Weight((gpu_packed(part, device),)), Weight((place(part, device),))
     for dtype in (torch.bfloat16, torch.float16):
         x_ND = rows_of(count, 256, dtype, device)
         check(linear(x_ND, weight), reference.linear(x_ND, wanted))
@@ -99,7 +100,7 @@ def test_packed_products_of_half_precision_rows(name: str, count: int, device: t
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0"])
 def test_packed_rows_of_all_lengths(name: str, columns: int, device: torch.device) -> None:
     part = blocks(name, 5, columns)
-    weight, wanted = Weight((striped(part, device),)), Weight((place(part, device),))
+    weight, wanted = Weight((gpu_packed(part, device),)), Weight((place(part, device),))
     for count in (1, 6):
         x_ND = rows_of(count, columns, torch.float32, device)
         check(linear(x_ND, weight), reference.linear(x_ND, wanted))
@@ -108,29 +109,29 @@ def test_packed_rows_of_all_lengths(name: str, columns: int, device: torch.devic
 @pytest.mark.parametrize("count", [1, 5, MANY_ROWS + 1])
 def test_matrices_with_many_rows(count: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Taller tiles, and widening in several pieces."""
-    monkeypatch.setattr(triton_linear, "WIDE_MATRIX", 64)
-    monkeypatch.setattr(triton_linear, "SCRATCH_ELEMENTS", 30 * 64)
+    monkeypatch.setattr(linear_kernels, "WIDE_MATRIX", 64)
+    monkeypatch.setattr(linear_kernels, "SCRATCH_ELEMENTS", 30 * 64)
     part, x_ND = blocks("Q4_0", 70, 64), rows_of(count, 64, torch.float32, device)
     dense = small(70, 64).to(device)
-    check(linear(x_ND, Weight((striped(part, device),))), reference.linear(x_ND, Weight((place(part, device),))))
+    check(linear(x_ND, Weight((gpu_packed(part, device),))), reference.linear(x_ND, Weight((place(part, device),))))
     check(linear(x_ND, Weight((dense,))), reference.linear(x_ND, Weight((dense,))))
 
 
 @pytest.mark.parametrize("count", [1, 3, FEW_NARROW_ROWS, FEW_NARROW_ROWS + 1])
 def test_matrices_with_few_rows(count: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Each of their rows is a program of its own."""
-    monkeypatch.setattr(triton_linear, "NARROW_MATRIX", 64)
+    monkeypatch.setattr(linear_kernels, "NARROW_MATRIX", 64)
     x_ND, dense = rows_of(count, 64, torch.float32, device), small(5, 64).to(device)
     check(linear(x_ND, Weight((dense,))), reference.linear(x_ND, Weight((dense,))))
     for part in (blocks("Q4_0", 5, 64), blocks("Q5_1", 3, 64)):
-        check(linear(x_ND, Weight((striped(part, device),))), reference.linear(x_ND, Weight((place(part, device),))))
+        check(linear(x_ND, Weight((gpu_packed(part, device),))), reference.linear(x_ND, Weight((place(part, device),))))
 
 
 @pytest.mark.parametrize("count", [1, 5, MANY_ROWS + 1])
 def test_parts_fill_their_columns_wherever_they_lie(count: int, device: torch.device) -> None:
     x_ND = rows_of(count, 64, torch.float32, device)
     packed = [blocks(name, rows, 64) for name, rows in (("Q4_0", 5), ("Q4_0", 3), ("Q8_0", 4))]
-    each = [stripe(part, device) for part in packed]
+    each = [pack_for_gpu(part, device) for part in packed]
     parts = tuple(part for part in each if part is not None)
     dense = (small(6, 64).to(device), small(2, 64, seed=3).to(device))
     joined = adjoin(parts[:2])
@@ -140,13 +141,13 @@ def test_parts_fill_their_columns_wherever_they_lie(count: int, device: torch.de
 
 
 def test_side_by_side_parts_are_one_launch(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    launched, launch = list[int](), triton_linear._launch
+    launched, launch = list[int](), linear_kernels._launch
 
-    def counting(x: Tensor, matrix: triton_linear.Operand, out: Tensor) -> None:
+    def counting(x: Tensor, matrix: linear_kernels.Operand, out: Tensor) -> None:
         launched.append(out.shape[1])
         launch(x, matrix, out)
 
-    monkeypatch.setattr(triton_linear, "_launch", counting)
+    monkeypatch.setattr(linear_kernels, "_launch", counting)
     parts = adjoin([small(rows, 64, seed=rows).to(device) for rows in (8, 4, 2)])
     weight = Weight(parts, ("q", "k", "v"))
     linear(rows_of(1, 64, torch.float32, device), weight)
@@ -162,8 +163,8 @@ def test_gate_and_up_products_are_joined(count: int, dtype: torch.dtype, device:
     packed = [blocks("Q4_0", 6, 64), blocks("Q4_0", 6, 64)]
     packed[1].data.view(-1, 18)[:, 2:] = 0x5A
     dense = [small(6, 64, seed=seed).to(device, dtype) * 10 for seed in (5, 6)]
-    striped_parts = [part for each in packed if (part := stripe(each, device)) is not None]
-    for parts in (dense, adjoin(dense), adjoin(striped_parts), striped_parts):
+    gpu_packed_parts = [part for each in packed if (part := pack_for_gpu(each, device)) is not None]
+    for parts in (dense, adjoin(dense), adjoin(gpu_packed_parts), gpu_packed_parts):
         gate, up = (reference.linear(x_ND.float(), Weight((part,))) for part in parts)
         wanted = reference.gelu_mul(gate, up).to(dtype)
         found = gated(x_ND, Weight(tuple(parts), ("gate", "up")))
@@ -176,7 +177,7 @@ def test_gate_and_up_products_are_joined(count: int, dtype: torch.dtype, device:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gate_opens_what_lies_apart(count: int, dtype: torch.dtype, device: torch.device) -> None:
     x_ND, ple = rows_of(count, 64, dtype, device), rows_of(count, 40, dtype, device)[:, 20:26]
-    for part in (small(6, 64).to(device, dtype) * 10, striped(blocks("Q4_0", 6, 64), device)):
+    for part in (small(6, 64).to(device, dtype) * 10, gpu_packed(blocks("Q4_0", 6, 64), device)):
         wanted = reference.gelu_mul(reference.linear(x_ND.float(), Weight((part,))), ple.float()).to(dtype)
         found = gate_mul(x_ND, Weight((part,)), ple)
         assert found.shape == (count, 6)
@@ -189,7 +190,7 @@ def test_a_gate_opens_what_lies_apart(count: int, dtype: torch.dtype, device: to
 def test_logits_are_squashed_sums(count: int, cap: float | None, device: torch.device) -> None:
     """In float32, and not rounded to the rows' dtype on the way, unless the library multiplies."""
     x_ND = rows_of(count, 64, torch.bfloat16, device)
-    for part in (small(9, 64).to(device, torch.bfloat16) * 10, striped(blocks("Q4_0", 9, 64), device)):
+    for part in (small(9, 64).to(device, torch.bfloat16) * 10, gpu_packed(blocks("Q4_0", 9, 64), device)):
         wanted = reference.softcap(reference.linear(x_ND.float(), Weight((part,))), cap)
         found = logits_of(x_ND, Weight((part,)), cap)
         assert (found.shape, found.dtype) == ((count, 9), torch.float32)
@@ -200,7 +201,7 @@ def test_logits_are_squashed_sums(count: int, cap: float | None, device: torch.d
 
 
 def test_no_rows_give_no_rows(device: torch.device) -> None:
-    for part in (small(5, 32).to(device), striped(blocks("Q4_0", 5, 32), device)):
+    for part in (small(5, 32).to(device), gpu_packed(blocks("Q4_0", 5, 32), device)):
         assert linear(torch.empty(0, 32, device=device), Weight((part,))).shape == (0, 5)
 
 
@@ -208,9 +209,9 @@ def test_no_rows_give_no_rows(device: torch.device) -> None:
 def test_rows_of_a_table_are_gathered(name: str, device: torch.device) -> None:
     part = MAKERS[name](11, 768)
     ids = torch.tensor([7, 0, 10, 7], device=device)
-    found = gather_rows(striped(part, device), ids, torch.float32, 0.5)
+    found = gather_rows(gpu_packed(part, device), ids, torch.float32, 0.5)
     assert torch.equal(found.cpu(), part.gather(ids.cpu()).dequantize() * 0.5)
-    assert gather_rows(striped(part, device), ids[:0], torch.bfloat16).shape == (0, 768)
+    assert gather_rows(gpu_packed(part, device), ids[:0], torch.bfloat16).shape == (0, 768)
 
 
 def test_rows_that_lie_apart_are_read_in_place(device: torch.device) -> None:

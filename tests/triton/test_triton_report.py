@@ -16,8 +16,8 @@ import pytest
 import triton
 import triton.language as tl
 
-from gemcutter.ops.triton_report import RESOURCES, SHARED_LIMITS, Cost, runs_on, variants
-from gemcutter.ops.triton_variant import Variant
+from gemcutter.ops.triton.report import RESOURCES, SHARED_LIMITS, Cost, runs_on, variants
+from gemcutter.ops.triton.variant import Variant
 
 LINE = re.compile(r"(\S.*?) +sm_(\d+) +(\d+) +(\d+) +(\d+)")
 
@@ -31,7 +31,7 @@ def compile_apart(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED_LIMITS)
 def test_hot_variants_neither_spill_nor_outgrow_shared_memory(target: int) -> None:
-    found = compile_apart("-m", "gemcutter.ops.triton_report", str(target))
+    found = compile_apart("-m", "gemcutter.ops.triton.report", str(target))
     assert found.returncode == 0, found.stdout + found.stderr
     lines = [LINE.fullmatch(line) for line in found.stdout.splitlines()[1:]]
     listed = {line[1]: [int(number) for number in line.groups()[1:]] for line in lines if line is not None}
@@ -83,8 +83,8 @@ def test_resources_are_read_from_the_assemblers_words() -> None:
 
 SPILLS = """
 import triton, triton.language as tl
-from gemcutter.ops.triton_report import measure
-from gemcutter.ops.triton_variant import Variant
+from gemcutter.ops.triton.report import measure
+from gemcutter.ops.triton.variant import Variant
 
 @triton.jit
 def scan(source, target, SIZE: tl.constexpr):

@@ -12,10 +12,11 @@ import pytest
 from bench import contexts, peers, ratios
 from bench.engines.state import grow
 from bench.synthetic import write_model
-from gemcutter.checkpoint.match import open_checkpoint
-from gemcutter.gauge.presets import plan_of
-from gemcutter.gauge.stand import Trial
-from gemcutter.gauge.subject import Compute, from_file
+from gemcutter.benchmark.harness import BenchCase
+from gemcutter.benchmark.synthetic import plan_of
+from gemcutter.benchmark.target import from_file
+from gemcutter.checkpoint.load.match import open_checkpoint
+from gemcutter.load_options import LoadOptions
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"cpu": "AMD EPYC (Zen 3)", "cores": 2, "features": ["avx2"]}
@@ -118,7 +119,7 @@ def engine(tmp_path: Path, name: str, run: str = "return tokens / 100", load: st
 def test_engines_take_turns_and_slow_ones_get_fewer_tokens(tmp_path: Path, serial: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "REST_S", 0)
     fast, slow = engine(tmp_path, "fast"), engine(tmp_path, "slow", run="return tokens / 2.0")
-    peers.compare([fast, slow], [Trial("pp", 500), Trial("tg", 8, 9)], rounds=2, budget_s=50, serial=serial)
+    peers.compare([fast, slow], [BenchCase("pp", 500), BenchCase("tg", 8, 9)], rounds=2, budget_s=50, serial=serial)
     assert fast.as_object()["rows"] == [row("pp500", 100.0, 500), row("tg8@d9", 100.0, 8)]
     assert slow.as_object()["rows"] == [row("pp500", 2.0, 100), row("tg8@d9", 2.0, 8)]
     assert fast.speeds["pp500"] == [100.0, 100.0]
@@ -133,7 +134,7 @@ def test_what_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: p
     partial = engine(tmp_path, "partial", run="if depth: raise NotImplementedError('short contexts only')\n        return 1.0")
     late = engine(tmp_path, "late", run="time.sleep(60)")
     fine = engine(tmp_path, "fine")
-    peers.compare([absent, broken, partial, late, fine], [Trial("pp", 70), Trial("pp", 70, 5)], 1, 1.0, serial=False)
+    peers.compare([absent, broken, partial, late, fine], [BenchCase("pp", 70), BenchCase("pp", 70, 5)], 1, 1.0, serial=False)
     assert absent.problems == {"": "ModuleNotFoundError: No module named 'no_such_engine'"}
     assert broken.problems == {"": "pp70 with 64 tokens: its last words"}
     assert partial.problems == {"pp70@d5": "pp70@d5 with 64 tokens: short contexts only"}
@@ -150,7 +151,7 @@ def test_a_synthetic_file_is_the_preset(preset: str, quant: str, tmp_path: Path)
     path = tmp_path / "model.gguf"
     write_model(path, preset, quant)
     assert open_checkpoint(path).plan.layers == plan_of(preset).layers
-    logits = from_file(str(path), Compute()).decoder
+    logits = from_file(LoadOptions(model=str(path))).decoder
     assert logits.plan.vocab == plan_of(preset).vocab
     assert [found.name for found in tmp_path.iterdir()] == ["model.gguf"]
 

@@ -12,7 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.text import tokenizer as module
 from gemcutter.text.bpe import BYTES, read_bpe
 from gemcutter.text.tokenizer import Tokenizer

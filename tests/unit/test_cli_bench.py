@@ -7,17 +7,17 @@ import math
 
 import pytest
 
+from gemcutter.benchmark import cold_start, hardware
 from gemcutter.cli import main
 from gemcutter.cli.bench import join_values
-from gemcutter.gauge import cold, machine
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the machine in milliseconds, and start no process."""
-    monkeypatch.setattr(machine, "STREAM_BYTES", 1 << 20)
-    monkeypatch.setattr(machine, "MATMUL_SIZE", 64)
-    monkeypatch.setattr(cold, "first_token_s", lambda *arguments: (0.5, 0.75))
+    monkeypatch.setattr(hardware, "STREAM_BYTES", 1 << 20)
+    monkeypatch.setattr(hardware, "MATMUL_SIZE", 64)
+    monkeypatch.setattr(cold_start, "first_token_s", lambda *arguments: (0.5, 0.75))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gemcutter.checkpoint.synth import write_checkpoint
+from gemcutter.checkpoint.write.synth import write_checkpoint
 from gemcutter.cli import main
 from gemcutter.cli.chat import interruptible, line_history
 from gemcutter.cli.conversation import Conversation

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from gemcutter.checkpoint.doctor import examine
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.doctor.doctor import examine
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import main
 from tests.formats.web import cut_off, serve
 

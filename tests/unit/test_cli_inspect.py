@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from gemcutter import config as configs
-from gemcutter.checkpoint import synth
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.match import open_checkpoint
+from gemcutter.checkpoint.load.match import open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write import synth
 from gemcutter.cli import main
-from gemcutter.ops import SENTENCES, WORDS
+from gemcutter.ops import OPS
 from gemcutter.plan import ModelPlan, ParamSpec, derive
 
 
@@ -107,10 +107,10 @@ def test_bytes_follow_the_compute_dtype(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_kernels_come_with_the_reasons_against_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    kernels = {row["verb"]: row for row in inspect_json(capsys, "demo", "--kernels", "reference")["kernels"]}
-    assert kernels.keys() == {*WORDS, *SENTENCES}
-    assert kernels["attention"]["provider"] == "reference"
-    assert [refusal["provider"] for refusal in kernels["attention"]["refusals"]] == ["native", "triton", "torch"]
+    kernels = {row["op"]: row for row in inspect_json(capsys, "demo", "--kernels", "reference")["kernels"]}
+    assert kernels.keys() == {*OPS}
+    assert kernels["attention"]["kernel"] == "reference"
+    assert [refusal["kernel"] for refusal in kernels["attention"]["refusals"]] == ["native", "triton", "torch"]
     assert kernels["attention"]["refusals"][0]["reason"]
     assert main(["inspect", "demo", "--kernels", "reference"]) == 0
     assert kernels["attention"]["refusals"][0]["reason"] in capsys.readouterr().out

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import main
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -16,7 +16,7 @@ import pytest
 import typer
 
 import gemcutter
-from gemcutter.checkpoint.hub import DEMO_FOLDER
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import failure, main, run
 from gemcutter.cli.app import app
 from gemcutter.cli.loading import load_model
@@ -74,7 +74,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "demo", "hi", "--dtype", "float16"], "use bfloat16 or float32"),
         (["run", "demo", "hi", "--dtype", "int8"], "expected float32 or bfloat16"),
         (["run", "demo", "hi", "--device", "tpu"], "expected cpu, cuda"),
-        (["run", "demo", "hi", "--kernels", "fast"], "expected auto or triton or reference"),
+        (["run", "demo", "hi", "--kernels", "fast"], "expected auto, triton or reference"),
         (["run", "demo", "hi", "--top-p", "0", "--min-p", "3"], "sampling.min_p"),
         (["run", "demo", "hi", "--seed", "-1"], "sampling.seed"),
         (["run", "demo", "--tokens", "1,b"], "expected integers"),

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from gemcutter.api import load
-from gemcutter.cache.pool import PageCount, PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.engine.memory import compact_weights, page_counts
-from gemcutter.engine.request import Request, Sequence
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.errors import KernelError
 from gemcutter.model.text import Decoder
-from gemcutter.ops.reference import vector
-from gemcutter.ops.step import Span
+from gemcutter.ops.step import KVRange
+from gemcutter.ops.types import vector
+from gemcutter.plan import GLOBAL_GROUP
 
 TINY_A = Path(__file__).parents[1] / "goldens" / "tiny-a"
 PROMPT = tuple(range(100, 190))  # longer than the window of 64
@@ -36,31 +37,31 @@ def decoder_in(dtype: str) -> Decoder:
     return load(str(TINY_A), dtype=dtype, kernels="reference").decoder
 
 
-def make_pool(decoder: Decoder, is_compact: bool) -> PagedPool:
+def make_pool(decoder: Decoder, is_compact: bool) -> PagedKVCache:
     """Make a pool of small pages, poisoned."""
     weight = vector(decoder.params, f"layers.{GLOBAL}.attn.k_norm")
     counts = page_counts(decoder.plan, CONTEXT, 32, page_tokens=8)
-    pool = PagedPool(decoder.plan, counts, decoder.dtype, compact={GLOBAL: weight} if is_compact else None)
+    pool = PagedKVCache(decoder.plan, counts, decoder.dtype, compact={GLOBAL: weight} if is_compact else None)
     for tensor in (*pool.keys.values(), *pool.values.values()):
         tensor.fill_(torch.nan)
     return pool
 
 
 @torch.inference_mode()
-def decode(decoder: Decoder, pool: PagedPool) -> tuple[list[int], Tensor]:
+def decode(decoder: Decoder, pool: PagedKVCache) -> tuple[list[int], Tensor]:
     """Run a prompt in chunks and a greedy reply; give the reply and the logits that chose it."""
-    sequence = Sequence(0, Request(PROMPT))
-    sequence.table = table = Table(pool)
+    sequence = SequenceState(0, Request(PROMPT))
+    sequence.table = table = BlockTable(pool)
     logits = []
     while len(sequence.reply) < 8:
-        work = Work(sequence, table, min(32, sequence.pending))
+        work = ScheduledChunk.of(sequence, table, min(32, sequence.pending))
         table.reserve(work.rows)
         states = decoder.forward(build_step(decoder, [work]), pool)
-        is_last = work.is_last_chunk
+        is_last = work.is_last
         table.commit(work.rows)
         if is_last:
             logits.append(decoder.logits(states[-1:]))
-            sequence.tokens.append(int(logits[-1].argmax()))
+            sequence.append(int(logits[-1].argmax()))
     return sequence.reply, torch.cat(logits)
 
 
@@ -84,8 +85,8 @@ def test_only_the_columns_that_turn_are_stored_beside_the_values(dtype: torch.dt
     decoder = decoder_in("float32")
     plan = decoder.plan
     weight = vector(decoder.params, f"layers.{GLOBAL}.attn.k_norm")
-    counts = {layer.window: PageCount(4, 16) for layer in plan.layers}
-    plain, compact = PagedPool(plan, counts, dtype), PagedPool(plan, counts, dtype, compact={GLOBAL: weight})
+    counts = {layer.group: PoolSize(4, 16) for layer in plan.layers}
+    plain, compact = PagedKVCache(plan, counts, dtype), PagedKVCache(plan, counts, dtype, compact={GLOBAL: weight})
     layer, slots = plan.layers[GLOBAL], torch.tensor([3, 40, 17])
     normed, noise = (torch.randn(3, layer.kv_heads, layer.head_dim, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
     pairs, half = layer.rope.pairs, layer.head_dim // 2
@@ -93,15 +94,15 @@ def test_only_the_columns_that_turn_are_stored_beside_the_values(dtype: torch.dt
     keys = torch.where(turns, noise, normed.to(dtype).float() * weight)  # of what is stored, so that it can come back exactly
     for pool in (plain, compact):
         pool.write(GLOBAL, slots, keys, normed)
-        found_keys, found_values = pool.read(GLOBAL, Span(0, slots))
+        found_keys, found_values = pool.read(GLOBAL, KVRange(0, slots))
         assert torch.equal(found_keys.float(), keys.to(dtype).float())
         assert torch.equal(found_values.float(), normed.to(dtype).float())
     stored = compact.compact(GLOBAL)
     assert stored is not None
-    assert stored.turned_TKR.shape == (64, layer.kv_heads, 2 * pairs)
+    assert stored.rotary_TKR.shape == (64, layer.kv_heads, 2 * pairs)
     assert compact.nbytes < plain.nbytes
-    compact.copy_page(None, 0, 3)
-    assert torch.equal(compact.read(GLOBAL, Span(0, torch.tensor([51])))[0].float(), keys[:1].to(dtype).float())
+    compact.copy_page(GLOBAL_GROUP, 0, 3)
+    assert torch.equal(compact.read(GLOBAL, KVRange(0, torch.tensor([51])))[0].float(), keys[:1].to(dtype).float())
 
 
 def test_a_compact_layer_is_never_taken_for_a_plain_one() -> None:
@@ -121,6 +122,6 @@ def test_pools_stay_plain_where_no_kernel_reads_the_compact_form() -> None:
 def test_the_plan_counts_what_the_pool_holds() -> None:
     decoder = decoder_in("float32")
     plan = decoder.plan
-    counts = {layer.window: PageCount(CONTEXT if layer.window is None else layer.window, 1) for layer in plan.layers}
-    pool = PagedPool(plan, counts, torch.float32, compact={GLOBAL: vector(decoder.params, f"layers.{GLOBAL}.attn.k_norm")})
+    counts = {layer.group: PoolSize(CONTEXT if layer.window is None else layer.window, 1) for layer in plan.layers}
+    pool = PagedKVCache(plan, counts, torch.float32, compact={GLOBAL: vector(decoder.params, f"layers.{GLOBAL}.attn.k_norm")})
     assert pool.nbytes == plan.kv_bytes(CONTEXT, 4, compact=True)

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils._paths import filter_repo_objects
 
-from gemcutter.checkpoint.hub import locate
+from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -199,7 +199,7 @@ def test_offline_mode_and_no_copy_says_what_to_do(cache: Path, monkeypatch: pyte
 
 def test_hf_home_and_offline_mode_are_honoured_from_the_environment(cache: Path) -> None:
     snapshot = keep(cache, "owner/name", "model.safetensors")
-    code = "import sys; from gemcutter.checkpoint.hub import locate; print(locate('owner/name'))"
+    code = "import sys; from gemcutter.checkpoint.remote.hub import locate; print(locate('owner/name'))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(cache.parent), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)

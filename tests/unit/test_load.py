@@ -1,7 +1,7 @@
 """The strict loader's second half: where parameters lie in memory, in which dtype, and what is never read.
 
-Owns checkpoints with values and the policy of `checkpoint/load.py`: what may stay mapped stays mapped, what must be converted is
-converted exactly and piece by piece. Read `test_match.py` for which tensors fit at all.
+Owns checkpoints with values and the policy of `checkpoint/load/load_params.py`: what may stay mapped stays mapped, what must
+be converted is converted exactly and piece by piece. Read `test_match.py` for which tensors fit at all.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemcutter.checkpoint import load as module
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.hub import DEMO_FOLDER
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.source import LazyTensor, Source
-from gemcutter.checkpoint.synth import SIZES, shrink, write_size
-from gemcutter.checkpoint.write import Spec, write_json, write_sharded
+from gemcutter.checkpoint.load import load_params as module
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write.synth import SIZES, shrink, write_size
+from gemcutter.checkpoint.write.write_safetensors import Spec, write_json, write_sharded
 from gemcutter.plan import Access
 from gemcutter.quant import Weight
+from gemcutter.quant.packing import PlainPacker
 
 TINY_A = Path(__file__).parents[1] / "goldens" / "tiny-a"
 CPU = torch.device("cpu")
@@ -184,8 +186,9 @@ def test_conversion_is_exact_whatever_the_tiles(
     checkpoint = open_checkpoint(folder)
     wanted = expected(tmp_path, checkpoint)
     specs = [spec for spec in checkpoint.plan.params() if spec.name in small]
+    loader = module._Loader(torch.bfloat16, CPU, PlainPacker(CPU), None, module.PackedWeights({}), 0.0)
     for spec in specs:  # one by one: four bytes a tile are slow
-        param = module._load(spec, checkpoint.matched.pieces[spec.name], torch.bfloat16, CPU)
+        param = loader.load(spec, checkpoint.matched.pieces[spec.name])
         assert stack(param).equal(wanted[spec.name].to(torch.bfloat16))
     assert len(specs) == len(small)
 

@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 import pytest
 
 from gemcutter import config as configs
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor, MappedFile, tensor_nbytes
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.source import LazyTensor, MappedFile, tensor_nbytes
-from gemcutter.checkpoint.synth import SIZES, shrink, spell_config
-from gemcutter.checkpoint.write import write_json, write_safetensors
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.write.synth import SIZES, shrink, spell_config
+from gemcutter.checkpoint.write.write_safetensors import write_json, write_safetensors
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ModelPlan, ParamSpec, Proj, derive
 
@@ -128,7 +128,12 @@ def test_what_the_plan_needs_is_all_that_is_needed(like: str, tmp_path: Path) ->
     assert found.plan == plan_of(raw)
     assert found.format == hf.NAME
     assert not found.matched.notes(found.plan)
-    assert [found.matched.redundant, found.matched.beside, found.matched.defaults, found.matched.ignored] == [[], {}, [], []]
+    assert [found.matched.redundant, found.matched.other_modules, found.matched.defaults, found.matched.ignored] == [
+        [],
+        {},
+        [],
+        [],
+    ]
 
 
 @pytest.mark.parametrize("prefix", [*hf.PREFIXES, ""])
@@ -224,15 +229,15 @@ def test_releases_hold_towers_and_tensors_of_readers(tmp_path: Path) -> None:
     found = open_checkpoint(write(tmp_path, raw, towers | entries_of(raw, RELEASE) | redundant))
     assert_complete(found)
     assert redundant_names(found) == redundant.keys()
-    beside = {kind: {piece.data.name for piece in pieces} for kind, pieces in found.matched.beside.items()}
+    beside = {kind: {piece.data.name for piece in pieces} for kind, pieces in found.matched.other_modules.items()}
     assert beside.keys() == {"vision tower", "audio tower"}
     assert beside["vision tower"] == {name for name in towers if "vision" in name}
     assert beside["audio tower"] == {name for name in towers if "audio" in name}
     size = sum(tensor_nbytes(*entry) for entry in redundant.values()) / 1e6
     assert set(found.matched.notes(plan)) == {
         f"{len(redundant)} tensors of 5 layers that do not use them skipped, as planned ({size:.1f} MB)",
-        f"{len(beside['audio tower'])} tensors of the audio tower left aside",
-        f"{len(beside['vision tower'])} tensors of the vision tower left aside",
+        f"{len(beside['audio tower'])} tensors of the audio tower not loaded",
+        f"{len(beside['vision tower'])} tensors of the vision tower not loaded",
     }
     assert len(found.matched.notes(plan)) == 3
 
@@ -312,7 +317,7 @@ def test_leftovers_of_other_engines_are_left_aside(tmp_path: Path) -> None:
     }
     found = open_checkpoint(write(tmp_path, raw, entries_of(raw, RELEASE) | leftovers))
     assert_complete(found)
-    assert found.matched.notes(found.plan) == [f"{len(leftovers)} tensors of the leftovers of other engines left aside"]
+    assert found.matched.notes(found.plan) == [f"{len(leftovers)} tensors of the leftovers of other engines not loaded"]
 
 
 # ---- what does not fit ----

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gemcutter.checkpoint import hub
-from gemcutter.checkpoint.hub import HubId, locate, parse, short_names
+from gemcutter.checkpoint.remote import hub
+from gemcutter.checkpoint.remote.hub import HubId, locate, parse, short_names
 from gemcutter.errors import CheckpointError
 
 

@@ -10,15 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemcutter.cache.pool import PageCount, PagedPool
-from gemcutter.cache.prefix import PrefixCache
-from gemcutter.cache.table import Table
-from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
+from gemcutter.cache.prefix_cache import PrefixCache
+from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec, group_of
 
 Ids = tuple[int, ...]
 
 
-def make_pool(tokens: int = 2, window: int | None = None, pages: int = 60) -> PagedPool:
+def make_pool(tokens: int = 2, window: int | None = None, pages: int = 60) -> PagedKVCache:
     """Make a pool of a global group and, with `window`, a windowed one."""
     windows = (None,) if window is None else (None, window)
     layers = [
@@ -27,7 +27,7 @@ def make_pool(tokens: int = 2, window: int | None = None, pages: int = 60) -> Pa
     ]
     sizes = {"hidden": 4, "vocab": 8, "context": 1000, "ple_vocab": 0, "ple_dim": 0, "pad_id": 0}
     plan = ModelPlan(tuple(layers), softcap=None, eps=1e-6, tied_head=True, bidirectional=False, **sizes)
-    return PagedPool(plan, dict.fromkeys(windows, PageCount(pages, tokens)), torch.float64)
+    return PagedKVCache(plan, dict.fromkeys(map(group_of, windows), PoolSize(pages, tokens)), torch.float64)
 
 
 def number(ids: Ids) -> int:
@@ -35,32 +35,32 @@ def number(ids: Ids) -> int:
     return sum((token + 1) * 5**place for place, token in enumerate(ids))
 
 
-def extend(table: Table, ids: Ids) -> Table:
+def extend(table: BlockTable, ids: Ids) -> BlockTable:
     """Compute the ids that a table lacks: one key a position, named by all ids up to it."""
     table.reserve(len(ids) - table.length)
-    for layer, window in enumerate(table.pool.books):
+    for layer, group in enumerate(table.cache.windows):
         keys = torch.tensor([number(ids[: position + 1]) for position in range(table.length, len(ids))], dtype=torch.float64)
         k_NKE = keys[:, None, None].expand(-1, 1, 2)
-        table.pool.write(layer, torch.tensor(table.slots(window)), k_NKE, k_NKE)
+        table.cache.write(layer, torch.tensor(table.slot_mapping(group)), k_NKE, k_NKE)
     table.commit(table.reserved)
     return table
 
 
-def assert_holds(table: Table, ids: Ids) -> None:
+def assert_holds(table: BlockTable, ids: Ids) -> None:
     """See that a table shows the keys of `ids` wherever its next query looks."""
     table.reserve(1)
-    for layer, window in enumerate(table.pool.books):
-        span = table.span(window)
+    for layer, (group, window) in enumerate(table.cache.windows.items()):
+        span = table.kv_range(group)
         oldest = 0 if window is None else max(0, table.length + 1 - window)
-        keys, _ = table.pool.read(layer, span)
+        keys, _ = table.cache.read(layer, span)
         expected = [number(ids[: position + 1]) for position in range(oldest, table.length)]
         assert keys[oldest - span.start : table.length - span.start, 0, 0].tolist() == expected
     table.commit(0)
 
 
-def keep(cache: PrefixCache, pool: PagedPool, ids: Ids) -> None:
+def keep(cache: PrefixCache, pool: PagedKVCache, ids: Ids) -> None:
     """Compute ids in a table of their own, keep it, and let the table go."""
-    table = extend(Table(pool), ids)
+    table = extend(BlockTable(pool), ids)
     cache.keep(ids, table)
     table.release()
 
@@ -76,8 +76,8 @@ def reused(cache: PrefixCache, ids: Ids) -> int:
     return length
 
 
-def free_pages(pool: PagedPool) -> list[int]:
-    return [book.free for book in pool.books.values()]
+def free_pages(pool: PagedKVCache) -> list[int]:
+    return [book.free for book in pool.allocators.values()]
 
 
 def common(a: Ids, b: Ids) -> int:
@@ -113,7 +113,7 @@ def test_the_longest_usable_beginning_is_reused(
         assert reused(cache, ids) == max((length for point, length in lengths if usable(point, length)), default=0)
     while cache.evict():
         pass
-    assert free_pages(pool) == [60] * len(pool.books)
+    assert free_pages(pool) == [60] * len(pool.allocators)
 
 
 def test_the_last_token_is_always_computed_anew() -> None:
@@ -151,7 +151,7 @@ def test_a_found_table_and_its_checkpoint_go_separate_ways() -> None:
 
 def test_a_kept_table_may_go_on() -> None:
     pool, cache = make_pool(tokens=4), PrefixCache(2)
-    table = extend(Table(pool), (1, 2, 3))
+    table = extend(BlockTable(pool), (1, 2, 3))
     cache.keep((1, 2, 3), table)
     extend(table, (1, 2, 3, 0, 0))
     assert reused(cache, (1, 2, 3, 1)) == 3
@@ -184,6 +184,6 @@ def test_keeping_the_same_ids_again_replaces_the_checkpoint() -> None:
 def test_nothing_is_kept_without_capacity_or_ids() -> None:
     pool, none, two = make_pool(pages=10), PrefixCache(0), PrefixCache(2)
     keep(none, pool, (1, 2))
-    two.keep((), Table(pool))
+    two.keep((), BlockTable(pool))
     assert len(none) == len(two) == 0
     assert free_pages(pool) == [10]

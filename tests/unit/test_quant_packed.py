@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemcutter.checkpoint.source import LazyTensor, MappedFile
-from gemcutter.quant import affine, blocks, integer, micro
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor, MappedFile
+from gemcutter.quant import affine, gguf_blocks, microscaling, scaled_int
 from gemcutter.quant.packed import Packed, Stack, stack
 
 ROWS, COLUMNS, EXPERTS = 16, 512, 3
@@ -41,21 +41,21 @@ def make_samples() -> dict[str, tuple[Packed, int]]:
             found[f"{weight.scheme}{suffix}"] = (weight, group)
         for bits, group in ((4, 32), (8, 32), (4, 16)):
             words, scales = random_bytes(*lead, COLUMNS * bits // 32, dtype=WORD), random_bytes(*lead, COLUMNS // group)
-            layout = micro.from_mlx(words, scales, COLUMNS)
+            layout = microscaling.from_mlx(words, scales, COLUMNS)
             found[f"{layout.scheme}{suffix}"] = (layout, group)
         half, factor = random_bytes(*lead, COLUMNS // 2), torch.rand(lead[:-1] or (1,))
-        dialect = micro.from_compressed(half, random_bytes(*lead, COLUMNS // 16), factor)
+        dialect = microscaling.from_compressed(half, random_bytes(*lead, COLUMNS // 16), factor)
         found[f"compressed-tensors nvfp4{suffix}"] = (dialect, 16)
-        for kind in blocks.TYPES.values():
+        for kind in gguf_blocks.TYPES.values():
             data = random_bytes(*lead, kind.row_bytes(COLUMNS))
-            found[f"{kind.name}{suffix}"] = (blocks.from_arrays(data, kind.name, (*lead, COLUMNS)), kind.values)
+            found[f"{kind.name}{suffix}"] = (gguf_blocks.from_arrays(data, kind.name, (*lead, COLUMNS)), kind.values)
         for bits in (2, 3, 8):
             words = random_bytes(*lead, COLUMNS * bits // 32, dtype=WORD)
-            scaled = integer.from_packed(words, torch.rand(*lead, COLUMNS // 64), bits, COLUMNS)
+            scaled = scaled_int.from_packed(words, torch.rand(*lead, COLUMNS // 64), bits, COLUMNS)
             found[f"{scaled.scheme}{suffix}"] = (scaled, 64)
         values, block_scales = random_bytes(*lead, COLUMNS, dtype=torch.int8), torch.rand(*lead[:-1], 2, 4)
-        found[f"int8{suffix}"] = (integer.from_values(values, torch.rand(*lead, 1)), 1)
-        fp8 = integer.from_values(values.view(torch.float8_e4m3fn), block_scales, block=(12, 128))
+        found[f"int8{suffix}"] = (scaled_int.from_values(values, torch.rand(*lead, 1)), 1)
+        fp8 = scaled_int.from_values(values.view(torch.float8_e4m3fn), block_scales, block=(12, 128))
         found[f"fp8 in blocks{suffix}"] = (fp8, 128)
     return found | make_integer_oddities()
 
@@ -69,15 +69,15 @@ def make_integer_oddities() -> dict[str, tuple[Packed, int]]:
     rows_in_words = random_bytes(COLUMNS, ROWS // 8, dtype=WORD), random_bytes(4, ROWS // 8, dtype=WORD), torch.rand(4, ROWS)
     gemma = random_bytes(ROWS, COLUMNS // 4)
     return {
-        "words3": (integer.from_packed(words, scales[:, :1], 3, COLUMNS), 10),
+        "words3": (scaled_int.from_packed(words, scales[:, :1], 3, COLUMNS), 10),
         "packed4 with zero points": (
-            integer.from_packed(random_bytes(ROWS, 64, dtype=WORD), scales, 4, COLUMNS, zeros=zeros),
+            scaled_int.from_packed(random_bytes(ROWS, 64, dtype=WORD), scales, 4, COLUMNS, zeros=zeros),
             64,
         ),
-        "packed2 of a row": (integer.from_packed(gemma, scales[:, :1], 2, COLUMNS), 4),
-        "gptq4": (integer.from_gptq(*columns_first, 4), 128),
-        "gptq4 indexed": (integer.from_gptq(*columns_first, 4, group_of=shuffled), 8),
-        "awq4": (integer.from_awq(*rows_in_words), 128),
+        "packed2 of a row": (scaled_int.from_packed(gemma, scales[:, :1], 2, COLUMNS), 4),
+        "gptq4": (scaled_int.from_gptq(*columns_first, 4), 128),
+        "gptq4 indexed": (scaled_int.from_gptq(*columns_first, 4, group_of=shuffled), 8),
+        "awq4": (scaled_int.from_awq(*rows_in_words), 128),
     }
 
 
@@ -154,7 +154,7 @@ def test_views_copy_nothing(name: str) -> None:
 @every_scheme
 def test_nbytes_add_up(name: str) -> None:
     weight, _ = SAMPLES[name]
-    extra = weight.group_of.nbytes if isinstance(weight, integer.Scaled) and weight.group_of is not None else 0
+    extra = weight.group_of.nbytes if isinstance(weight, scaled_int.ScaledInt) and weight.group_of is not None else 0
     parts = weight.rows(0, 6).nbytes + weight.rows(6, 16).nbytes
     assert parts >= weight.nbytes - extra > 0
     assert parts - weight.nbytes <= max(extra, 4 * EXPERTS)  # what belongs to no row is in both parts
@@ -239,13 +239,13 @@ def test_gathering_from_a_mapped_table_touches_what_it_needs(scheme: str, tmp_pa
         scales = torch.ones(rows, columns // 64)
         table = affine.from_arrays(map_zeros(path, "U32", (rows, columns // 8), 4), scales, scales, columns)
     elif scheme == "micro":
-        table = micro.from_mlx(map_zeros(path, "U32", (rows, columns // 8), 4), random_bytes(rows, columns // 32), columns)
+        table = microscaling.from_mlx(map_zeros(path, "U32", (rows, columns // 8), 4), random_bytes(rows, columns // 32), columns)
     elif scheme == "blocks":
         data = map_zeros(path, "U8", (rows, columns // 256 * 144), 1)
-        table = blocks.from_arrays(data, "Q4_K", (rows, columns))
+        table = gguf_blocks.from_arrays(data, "Q4_K", (rows, columns))
     else:
         data = map_zeros(path, "U8", (rows, columns // 2), 1)
-        table = integer.from_packed(data, torch.ones(rows, columns // 256), 4, columns)
+        table = scaled_int.from_packed(data, torch.ones(rows, columns // 256), 4, columns)
     ids = torch.arange(100, rows, rows // 8)
     before = resident_bytes(path)
     values = table.columns(3 * 256, 5 * 256).gather(ids).dequantize()

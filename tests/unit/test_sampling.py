@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gemcutter.engine.sampling import Sampling, best_of, sample, token_logprobs
+from gemcutter.engine.sampler import HostSampler, SampledToken, SamplingRow
+from gemcutter.engine.sampling import SamplingParams, best_of, token_logprobs
 from gemcutter.errors import RequestError
 
 VOCAB = 12
@@ -24,12 +25,21 @@ PROMPT, REPLY = (3, 4, 4, 5), (5, 6, 6, 6)
 Floats = NDArray[np.float64]
 
 
+def sample(logits_V: Tensor, sampling: SamplingParams, prompt: tuple[int, ...], reply: tuple[int, ...], seed: int) -> int:
+    """Sample the token after prompt and reply on the host."""
+    counts = dict.fromkeys(prompt, 0) | Counter(reply)
+    row = SamplingRow(sampling, seed, len(prompt) + len(reply), prompt, reply, counts)
+    (found,) = HostSampler().sample(logits_V[None], [row])
+    assert isinstance(found, SampledToken)
+    return found.token
+
+
 def random_logits(seed: int) -> Tensor:
     """Draw distinct logits, positive and negative."""
     return torch.from_numpy(np.random.default_rng(seed).normal(0.0, 3.0, VOCAB)).float()
 
 
-def altered(logits_V: Tensor, sampling: Sampling, prompt: tuple[int, ...], reply: tuple[int, ...]) -> Floats:
+def altered(logits_V: Tensor, sampling: SamplingParams, prompt: tuple[int, ...], reply: tuple[int, ...]) -> Floats:
     """Apply bias, suppression and penalties as their definitions say."""
     logits: Floats = logits_V.numpy().astype(np.float64)
     for token in range(VOCAB):
@@ -44,7 +54,7 @@ def altered(logits_V: Tensor, sampling: Sampling, prompt: tuple[int, ...], reply
 
 
 def distribution(
-    logits_V: Tensor, sampling: Sampling, prompt: tuple[int, ...] = PROMPT, reply: tuple[int, ...] = REPLY
+    logits_V: Tensor, sampling: SamplingParams, prompt: tuple[int, ...] = PROMPT, reply: tuple[int, ...] = REPLY
 ) -> dict[int, float]:
     """Give the probability of every token that may be drawn."""
     logits = altered(logits_V, sampling, prompt, reply) / sampling.temperature
@@ -85,7 +95,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
-    sampling, draws = Sampling(**{"temperature": 1.0, **options}), 1200
+    sampling, draws = SamplingParams(**{"temperature": 1.0, **options}), 1200
     logits_V = random_logits(1)
     expected = distribution(logits_V, sampling)
     counts = Counter(
@@ -100,14 +110,14 @@ def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_only_allowed_tokens_are_drawn(options: dict[str, Any]) -> None:
     for seed in range(60):
-        sampling, logits_V = Sampling(**{"temperature": 1.0, **options}), random_logits(seed)
+        sampling, logits_V = SamplingParams(**{"temperature": 1.0, **options}), random_logits(seed)
         allowed = distribution(logits_V, sampling)
         assert {sample(logits_V, sampling, PROMPT, REPLY, seed=draw) for draw in range(8)} <= allowed.keys()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_greedy_takes_the_best_altered_logit(options: dict[str, Any]) -> None:
-    sampling = Sampling(**{**options, "temperature": 0.0})
+    sampling = SamplingParams(**{**options, "temperature": 0.0})
     for seed in range(200):
         logits_V = random_logits(seed)
         for reply in (REPLY, ()):
@@ -117,13 +127,13 @@ def test_greedy_takes_the_best_altered_logit(options: dict[str, Any]) -> None:
 def test_sampling_leaves_the_logits_alone() -> None:
     logits_V = random_logits(0)
     before = logits_V.clone()
-    sampling = Sampling(1.0, 4, 0.9, 0.1, 1.2, 0.5, 0.5, {1: 2.0}, (2,))
+    sampling = SamplingParams(1.0, 4, 0.9, 0.1, 1.2, 0.5, 0.5, {1: 2.0}, (2,))
     sample(logits_V, sampling, PROMPT, REPLY, 0)
     assert torch.equal(logits_V, before)
 
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
-    sampling, logits_V = Sampling(temperature=2.0), random_logits(3)
+    sampling, logits_V = SamplingParams(temperature=2.0), random_logits(3)
 
     def draws(seed: int, prompt: int = 1) -> list[int]:
         return [sample(logits_V, sampling, (1,) * prompt, (2,) * reply, seed) for reply in range(30)]
@@ -162,27 +172,28 @@ def test_logprobs_of_all_tokens_sum_to_one() -> None:
     + [({key: 0.5}, False) for key in ("repetition_penalty", "presence_penalty", "frequency_penalty")],
 )
 def test_plain_greedy_is_told_from_the_rest(options: dict[str, Any], plain: bool) -> None:
-    assert Sampling(**options).is_plain_greedy is plain
+    assert SamplingParams(**options).is_plain_greedy is plain
 
 
 BAD: dict[str, list[Any]] = {
-    "temperature": [-0.1, math.nan, math.inf],
-    "top_k": [-1],
-    "top_p": [0.0, 1.01, -0.5, math.nan],
-    "min_p": [-0.1, 1.0, math.nan],
-    "repetition_penalty": [0.0, -1.0, math.inf, math.nan],
-    "presence_penalty": [math.inf, math.nan],
-    "frequency_penalty": [-math.inf, math.nan],
-    "logit_bias": [{3: math.nan}, {1: 0.0, 2: math.inf}],
-    "seed": [-1, 2**64],
-    "logprobs": [-1],
+    "temperature": [-0.1, math.nan, math.inf, True, "1", None, 10**400, 1e-308],
+    "top_k": [-1, True, 2.0, None, 2**70],
+    "top_p": [0.0, 1.01, -0.5, math.nan, True, "a"],
+    "min_p": [-0.1, 1.0, math.nan, False],
+    "repetition_penalty": [0.0, -1.0, math.inf, math.nan, True, 1e300],
+    "presence_penalty": [math.inf, math.nan, 10**400, -1e308, True],
+    "frequency_penalty": [-math.inf, math.nan, [1]],
+    "logit_bias": [{3: math.nan}, {1: 0.0, 2: math.inf}, {1.5: 1.0}, {"a": 1}, {True: 1.0}, {3: True}, [3], None],
+    "suppress": [5, "a", (1.5,), (True,), None],
+    "seed": [-1, 2**64, 1.5, True],
+    "logprobs": [-1, True, 2.5],
 }
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_an_option_out_of_range_is_named(name: str, value: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        Sampling(**{name: value})
+        SamplingParams(**{name: value})
     (problem,) = caught.value.problems
     assert problem.startswith(f"sampling.{name}: expected ")
     assert problem.endswith(f"found {value!r}")
@@ -190,5 +201,5 @@ def test_an_option_out_of_range_is_named(name: str, value: Any) -> None:
 
 def test_all_bad_options_are_named_at_once() -> None:
     with pytest.raises(RequestError) as caught:
-        Sampling(**{name: values[0] for name, values in BAD.items()})
+        SamplingParams(**{name: values[0] for name, values in BAD.items()})
     assert [problem.split(":")[0] for problem in caught.value.problems] == [f"sampling.{name}" for name in BAD]

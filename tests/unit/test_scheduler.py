@@ -21,16 +21,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import gemcutter.engine.runner as runner
-from gemcutter.cache.pool import PageCount, PagedPool
-from gemcutter.cache.table import Table
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.memory import page_counts
-from gemcutter.engine.request import Event, Finish, PromptReport, Request
-from gemcutter.engine.sampling import Sampling, TokenLogprobs
-from gemcutter.engine.scheduler import Work
+from gemcutter.engine.request import FinishReason, PromptReport, Request, RequestEvent
+from gemcutter.engine.sampler import HostSampler
+from gemcutter.engine.sampling import SamplingParams, TokenLogprobs
+from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.errors import RequestError
 from gemcutter.model.text import Decoder
+from gemcutter.plan import group_of
 from tests.topologies import FULL, SIZES, SLIDING, build_decoder, build_oracle, plan_of, prompt
 
 CONTEXT = 40
@@ -55,9 +56,10 @@ def decoder() -> Decoder:
 
 def ask(ids: tuple[int, ...], max_tokens: int = 6, seed: int | None = None, **wants: Any) -> Request:
     """Write a request that is greedy without a seed."""
-    return Request(ids, Sampling(0.0 if seed is None else 1.0, seed=seed, logprobs=3), max_tokens, **wants)
+    return Request(ids, SamplingParams(0.0 if seed is None else 1.0, seed=seed, logprobs=3), max_tokens, **wants)
 
 
+EARLY = (FinishReason.CANCELLED, FinishReason.ERROR)  # a request that ends so has the beginning of its answer
 ROWS: dict[str, Any] = {"prompt_logprobs": 3, "hidden_states": True, "top_logits": 3}
 SHARED = prompt(14, 1)
 REQUESTS = (
@@ -90,12 +92,13 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     report: PromptReport | None = None
     given: PromptReport | None = None  # a copy of the report as it came
-    finish: Finish | None = None
+    finish: FinishReason | None = None
+    error: Exception | None = None
 
-    def note(self, event: Event) -> None:
+    def note(self, event: RequestEvent) -> None:
         assert self.finish is None, "an event after the end"
-        assert (event.prompt is None) == (self.report is not None or event.finish is Finish.CANCELLED), "one report, at first"
-        self.finish = event.finish
+        assert (event.prompt is None) == (self.report is not None or event.finish in EARLY), "one report, at first"
+        self.finish, self.error = event.finish, event.error
         self.tokens += [] if event.token is None else [event.token]
         self.logprobs += [] if event.logprobs is None else [event.logprobs]
         if event.prompt is not None:
@@ -117,16 +120,16 @@ def _flat(entries: Iterable[TokenLogprobs]) -> Iterable[float]:
 
 
 def assert_same(found: Answer, wanted: Answer) -> None:
-    """See that an answer is the one wanted; that of a cancelled request is its beginning."""
+    """See that an answer is the one wanted; that of a cancelled or failed request is its beginning."""
     tokens = len(found.tokens)
-    if found.finish is Finish.CANCELLED:
+    if found.finish in EARLY:
         assert found.tokens == wanted.tokens[:tokens]
         assert len(found.logprobs) == tokens
     else:
         assert (found.tokens, found.finish) == (wanted.tokens, wanted.finish)
         assert len(found.logprobs) == len(wanted.logprobs)
     torch.testing.assert_close(list(_flat(found.logprobs)), list(_flat(wanted.logprobs[: len(found.logprobs)])))
-    assert (found.report is None) <= (found.finish is Finish.CANCELLED)
+    assert (found.report is None) <= (found.finish in EARLY)
     if found.report is not None:
         torch.testing.assert_close(found.prompt_numbers(), wanted.prompt_numbers())
         assert found.report == found.given, "a report changed after it was given"
@@ -136,8 +139,8 @@ def make_engine(max_rows: int = 8, max_sequences: int = 3, checkpoints: int = 0,
     """Build an engine whose every group has pages for one whole sequence and `spare` more."""
     engine = Engine(decoder(), CONTEXT, max_rows, max_sequences, checkpoints)
     counts = page_counts(decoder().plan, CONTEXT, max_rows, page_tokens=PAGE_TOKENS)
-    roomier = {window: PageCount(count.pages + spare, count.tokens) for window, count in counts.items()}
-    engine.pool = engine.scheduler.pool = PagedPool(decoder().plan, roomier, torch.float32)
+    roomier = {window: PoolSize(count.pages + spare, count.tokens) for window, count in counts.items()}
+    engine.pool = engine.scheduler.pool = engine.runner.pool = PagedKVCache(decoder().plan, roomier, torch.float32)
     return engine
 
 
@@ -152,11 +155,12 @@ class Watched:
         self.engine, self.answers = engine, dict[int, Answer]()
         self.steps_left = 0  # one a row: once a request is the oldest, it is never preempted
         self.rows: list[dict[int, int]] = []  # of every step, by request
+        self.failed: list[dict[int, int]] = []  # of every step that an error ended
         self.preempted: list[bool] = []  # for every preemption: was it within the prompt?
         self._schedule = engine.scheduler.schedule
         pytest.MonkeyPatch().setattr(engine.scheduler, "schedule", self._checked)
 
-    def _checked(self) -> list[Work]:
+    def _checked(self) -> list[ScheduledChunk]:
         scheduler = self.engine.scheduler
         poison_free_pages(self.engine.pool)
         before = [(sequence, sequence.table) for sequence in scheduler.running]
@@ -166,9 +170,9 @@ class Watched:
         self.preempted += [sequence.in_prompt for sequence, table in before if sequence.table is not table]
         self.steps_left -= bool(works)
         assert self.steps_left >= 0, "requests do not end"
-        assert len(works) == len(rows) <= len(scheduler.running) <= scheduler.max_sequences
+        assert len(works) == len(rows) <= len(scheduler.running) <= scheduler.max_num_seqs
         assert all(rows.values())
-        assert sum(rows.values()) <= scheduler.max_rows
+        assert sum(rows.values()) <= scheduler.max_batched_tokens
         late = [work.sequence.in_prompt or work.sequence.pending > 1 for work in works]
         assert late == sorted(late), "a prompt's rows lie before a decode row"
         unfinished = [number for number, answer in self.answers.items() if answer.finish is None]
@@ -184,10 +188,12 @@ class Watched:
         self.steps_left += len(request.prompt) + request.max_tokens
         return number
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[RequestEvent]:
         events = self.engine.step()
         for event in events:
             self.answers[event.request].note(event)
+        if any(event.finish is FinishReason.ERROR for event in events):
+            self.failed.append(self.rows[-1])
         return events
 
     def cancel(self, number: int) -> None:
@@ -202,11 +208,11 @@ class Watched:
         assert all(answer.finish is not None for answer in self.answers.values())
 
 
-def poison_free_pages(pool: PagedPool) -> None:
+def poison_free_pages(pool: PagedKVCache) -> None:
     """Fill what nobody holds with NaN."""
     for group in pool.groups:
-        book = pool.books[group.window]
-        free = torch.tensor([holders == 0 for holders in book.holders])
+        book = pool.allocators[group.window]
+        free = torch.tensor([holders == 0 for holders in book.ref_counts])
         for layer in group.layers:
             for tensor in (pool.keys[layer], pool.values[layer]):
                 tensor.view(-1, book.tokens, *tensor.shape[1:])[free] = torch.nan
@@ -216,12 +222,12 @@ def assert_no_leaks(engine: Engine) -> None:
     """See that every page is free once the checkpoints are gone."""
     while engine.prefix.evict():
         pass
-    assert all(book.free == len(book.holders) for book in engine.pool.books.values()), "pages were leaked"
+    assert all(book.free == len(book.ref_counts) for book in engine.pool.allocators.values()), "pages were leaked"
 
 
 def alone(request: Request) -> Answer:
     """Run a request by itself: its prompt in one step, one page, no checkpoints."""
-    watched = Watched(Engine(decoder(), CONTEXT, max_rows=CONTEXT))
+    watched = Watched(Engine(decoder(), CONTEXT, max_batched_tokens=CONTEXT))
     number = watched.submit(request)
     watched.finish()
     return watched.answers[number]
@@ -278,7 +284,7 @@ def test_every_request_ends_with_what_it_gets_alone(
     watched = Watched(make_engine(max_rows, max_sequences, checkpoints, spare))
     for job, answer in zip(jobs, drive(watched, jobs), strict=True):
         assert_same(answer, wanted(REQUESTS.index(job.request)))
-        assert (answer.finish is Finish.CANCELLED) <= (job.cancel_at is not None)
+        assert (answer.finish is FinishReason.CANCELLED) <= (job.cancel_at is not None)
 
 
 @pytest.mark.parametrize("checkpoints", [0, 2])
@@ -320,7 +326,7 @@ def test_a_stream_of_short_requests_does_not_starve_a_long_prompt() -> None:
         elif step % 2 == 0:
             watched.submit(ask(prompt(2, step), 5))
         watched.step()
-    assert watched.answers[long].finish is Finish.LENGTH
+    assert watched.answers[long].finish is FinishReason.LENGTH
 
 
 def test_a_long_prompt_does_not_stall_those_who_decode() -> None:
@@ -334,12 +340,12 @@ def test_a_long_prompt_does_not_stall_those_who_decode() -> None:
     assert watched.rows[1:] == [{chats[0]: 1, chats[1]: 1, long: rows} for rows in (4, 4, 4, 4, 4, 4, 4, 4, 1)]
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("where", ["reserve", "attend", "logits", "sample"])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("where", ["reserve", "attention", "logits", "sample"])
 def test_a_fault_in_a_step_leaves_no_trace(where: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     order = (1, 4, 3, 5, 0, 6)
     answers = [wanted(index) for index in order]
-    owner = {"reserve": Table, "attend": decoder().layers[0], "logits": decoder(), "sample": runner}[where]
+    owner = {"reserve": BlockTable, "attention": decoder().layers[0], "logits": decoder(), "sample": HostSampler}[where]
     real, calls, raised = getattr(owner, where), count(1), list[int]()
 
     def failing(*args: Any) -> Any:
@@ -357,16 +363,69 @@ def test_a_fault_in_a_step_leaves_no_trace(where: str, fault: BaseException, mon
     assert len(raised) == 8
 
 
+@pytest.mark.parametrize("where", ["reserve", "attention", "logits", "sample"])
+def test_an_error_ends_the_requests_of_its_step_and_no_others(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised while rows are chosen, in a layer, in the head or in the sampler as a whole."""
+    order, fault = (1, 4, 3, 5, 0, 6), RuntimeError("out of memory")
+    answers = [wanted(index) for index in order]
+    owner = {"reserve": BlockTable, "attention": decoder().layers[0], "logits": decoder(), "sample": HostSampler}[where]
+    real, calls, raised = getattr(owner, where), count(1), list[int]()
+
+    def failing(*args: Any) -> Any:
+        found = real(*args)
+        if (call := next(calls)) in (3, 13):
+            raised.append(call)
+            raise fault
+        return found
+
+    monkeypatch.setattr(owner, where, failing)
+    watched = Watched(make_engine(max_rows=16, checkpoints=3, spare=1))
+    found = drive(watched, [Job(REQUESTS[index], 2 * joins) for joins, index in enumerate(order)])
+    assert len(raised) == 2
+    failed = {number for number, answer in enumerate(found) if answer.finish is FinishReason.ERROR}
+    assert 0 < len(failed) < len(order)
+    for answer, other in zip(found, answers, strict=True):
+        assert (answer.error is fault) is (answer.finish is FinishReason.ERROR)
+        assert_same(answer, other)
+    if where == "attention":
+        assert failed == {number for step in watched.failed for number in step}
+
+
+def test_an_error_of_its_own_ends_a_request_alone() -> None:
+    """A processor that fails at its third token, beside requests that share its steps; drafts, masks and reports go on."""
+
+    def third(prompt: Sequence[int], reply: Sequence[int], logits_V: Tensor) -> Tensor:
+        if len(reply) == 2:
+            raise ValueError("the grammar is lost")
+        return logits_V
+
+    watched = Watched(make_engine(max_rows=16))
+    jobs = [Job(REQUESTS[1]), Job(replace(REQUESTS[0], logits_processors=(third,))), Job(REQUESTS[4])]
+    first, failed, last = drive(watched, jobs)
+    assert_same(first, wanted(1))
+    assert_same(last, wanted(4))
+    assert (failed.finish, repr(failed.error)) == (FinishReason.ERROR, "ValueError('the grammar is lost')")
+    assert failed.tokens == wanted(0).tokens[:2]
+
+
+def test_a_report_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = wanted(1)
+    monkeypatch.setattr("gemcutter.engine.runner.TokenLogprobs", Mock(side_effect=ValueError("no number")))
+    first, failed = drive(Watched(make_engine(max_rows=32)), [Job(REQUESTS[1]), Job(REQUESTS[5])])
+    assert_same(first, answer)
+    assert (failed.tokens, failed.finish) == ([], FinishReason.ERROR)
+
+
 def test_a_fault_leaves_the_tables_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(make_engine(checkpoints=2))
     stopped = watched.submit(REQUESTS[6])
     watched.step()
-    before = [book.free for book in watched.engine.pool.books.values()]
+    before = [book.free for book in watched.engine.pool.allocators.values()]
     with monkeypatch.context() as patch:
-        patch.setattr(decoder().layers[0], "attend", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(decoder().layers[0], "attention", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             watched.step()
-    assert [book.free for book in watched.engine.pool.books.values()] == before
+    assert [book.free for book in watched.engine.pool.allocators.values()] == before
     watched.cancel(stopped)
     again = watched.submit(REQUESTS[6])
     watched.finish()
@@ -409,7 +468,7 @@ def test_checkpoints_give_way_before_anyone_is_preempted() -> None:
     watched.submit(REQUESTS[6])
     watched.finish()
     assert len(watched.engine.prefix) == 2
-    assert watched.engine.pool.books[None].free < 5  # which is what each of the next two needs
+    assert watched.engine.pool.allocators[group_of(None)].free < 5  # which is what each of the next two needs
     requests = [ask(prompt(9, seed), 9, seed=seed) for seed in (50, 51)]
     numbers = [watched.submit(request) for request in requests]
     watched.finish()
@@ -450,7 +509,7 @@ def test_requests_are_cancelled_wherever_they_are() -> None:
     for number, index in ((stays, 4), (decodes, 1), (prefills, 6), (waits, 0)):
         assert_same(watched.answers[number], wanted(index))
         assert watched.engine.cancel(number) is None
-    assert (watched.answers[stays].finish, watched.answers[decodes].finish) == (Finish.LENGTH, Finish.CANCELLED)
+    assert (watched.answers[stays].finish, watched.answers[decodes].finish) == (FinishReason.LENGTH, FinishReason.CANCELLED)
     assert_no_leaks(watched.engine)
 
 
@@ -458,14 +517,14 @@ def test_requests_are_cancelled_wherever_they_are() -> None:
 def test_max_tokens_or_the_context_end_a_reply(length: int, max_tokens: int, reply: int) -> None:
     watched = Watched(make_engine(spare=0))
     (answer,) = drive(watched, [Job(ask(prompt(length, 7), max_tokens, seed=5))])
-    assert answer.finish is Finish.LENGTH
+    assert answer.finish is FinishReason.LENGTH
     assert len(answer.tokens) == len(answer.logprobs) == reply
     assert answer.tokens == wanted(6).tokens[:reply] or length != len(REQUESTS[6].prompt)
 
 
 def test_a_request_for_no_tokens_is_answered_by_its_report() -> None:
     answer, ids = wanted(7), REQUESTS[7].prompt
-    assert (answer.tokens, answer.logprobs, answer.finish) == ([], [], Finish.LENGTH)
+    assert (answer.tokens, answer.logprobs, answer.finish) == ([], [], FinishReason.LENGTH)
     assert answer.report is not None
     assert [entry.token for entry in answer.report.logprobs] == list(ids[1:])
     assert [len(answer.report.top_logits), *map(len, answer.report.hidden_states)] == [3, len(ids)]
@@ -474,13 +533,13 @@ def test_a_request_for_no_tokens_is_answered_by_its_report() -> None:
 def test_a_stop_id_ends_a_reply_and_is_not_part_of_it() -> None:
     free = alone(replace(REQUESTS[8], stop_ids=frozenset()))
     stop = next(place for place, token in enumerate(free.tokens) if token in REQUESTS[8].stop_ids)
-    assert wanted(8).finish is Finish.STOP
+    assert wanted(8).finish is FinishReason.STOP
     assert wanted(8).tokens == free.tokens[:stop]
 
 
 def test_what_can_never_run_is_refused_with_every_reason() -> None:
     engine = make_engine()
-    sampling = Sampling(logit_bias={60: 1.0, 3: 1.0}, suppress=(-7, 5))
+    sampling = SamplingParams(logit_bias={60: 1.0, 3: 1.0}, suppress=(-7, 5))
     hopeless = Request((1,) * 40 + (-1, 60), sampling, max_tokens=-1, prompt_logprobs=-2, top_logits=-3)
     with pytest.raises(RequestError) as caught:
         engine.submit(hopeless)

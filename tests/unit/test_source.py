@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gemcutter.checkpoint.source import DTYPES, LazyTensor, MappedFile, Source
+from gemcutter.checkpoint.container.lazy_tensor import DTYPES, LazyTensor, MappedFile
+from gemcutter.checkpoint.container.source import Source
 from gemcutter.errors import CheckpointError
 from tests.trained import trained
 
@@ -242,7 +243,9 @@ def test_large_checkpoint_opens_from_its_headers_alone(tmp_path: Path) -> None:
 def test_listing_a_checkpoint_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
     saved(tmp_path, "model.safetensors", a=torch.zeros(2))
     code = (
-        "import sys; from pathlib import Path; from gemcutter.checkpoint import source, write, hub\n"
+        "import sys; from pathlib import Path; from gemcutter.checkpoint.container import source\n"
+        "from gemcutter.checkpoint.write.write_safetensors import write_safetensors\n"
+        "from gemcutter.checkpoint.remote import hub\n"
         "assert source.Source.open(Path(sys.argv[1])).total_bytes == 8\n"
         "found = {'torch', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules); assert not found, found"
     )
@@ -350,7 +353,7 @@ def test_raw_is_the_stored_bytes_and_unknown_dtypes_offer_nothing_else(tmp_path:
 def test_reading_warns_of_nothing_and_leaves_the_warning_filters(tmp_path: Path) -> None:
     saved(tmp_path, "model.safetensors", a=torch.zeros(4))
     code = (  # torch warns once in a process, so this takes a fresh one
-        "import sys, warnings; from pathlib import Path; from gemcutter.checkpoint.source import Source; import torch\n"
+        "import sys, warnings; from pathlib import Path; from gemcutter.checkpoint.container.source import Source; import torch\n"
         "warnings.simplefilter('error'); before = list(warnings.filters)\n"
         "assert Source.open(Path(sys.argv[1])).tensors['a'].torch().tolist() == [0, 0, 0, 0]\n"
         "assert warnings.filters == before"

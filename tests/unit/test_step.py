@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemcutter.ops.step import ALIGNMENT, Step, send
+from gemcutter.ops.step import ALIGNMENT, Step, prepare, send
+from gemcutter.plan import GLOBAL_GROUP
 
 CPU = torch.device("cpu")
 
@@ -29,15 +30,20 @@ def test_no_numbers_at_all() -> None:
 
 def test_kept_rows_are_narrowed_once() -> None:
     ids = torch.arange(10, 16)
-    step = Step(ids, ids, ids, (0, 4, 6), {}, {None: ids}, (1, 3, 5), {})
-    kept = step.kept()
-    assert kept is step.kept()
+    bare = Step(ids, ids, ids, (0, 4, 6), {}, {GLOBAL_GROUP: ids}, (1, 3, 5), {}, last_visible_N=ids)
+    step = prepare(bare)
+    kept = step.kept
+    assert kept is step.remaining is not None
     assert kept.ids_N.tolist() == [11, 13, 15]
-    assert (kept.row_start, kept.slots, kept.keep) == ((0, 2, 3), {}, None)
-    assert step.keep_M is not None
-    assert step.keep_M.tolist() == [1, 3, 5]
+    assert kept.last_visible_N is not None
+    assert kept.last_visible_N.tolist() == [11, 13, 15]
+    assert (kept.query_start, kept.slot_mapping, kept.logit_rows, kept.kept) == ((0, 2, 3), {}, None, None)
+    assert step.logit_rows_M is not None
+    assert step.logit_rows_M.tolist() == [1, 3, 5]
     assert not step.keeps_none
-    assert replace(step, keep=()).keeps_none
-    assert replace(step, keep=()).kept().num_rows == 0
-    everything = replace(step, keep=None)
-    assert (everything.kept(), everything.keep_M, everything.keeps_none) == (everything, None, False)
+    nothing = prepare(replace(bare, logit_rows=()))
+    assert nothing.keeps_none
+    assert nothing.remaining.num_rows == 0
+    everything = prepare(replace(bare, logit_rows=None))
+    assert everything.remaining is everything
+    assert (everything.kept, everything.logit_rows_M, everything.keeps_none) == (None, None, False)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gemcutter.errors import RequestError
 from gemcutter.text import stream as module
-from gemcutter.text.stream import Piece, TextStream, ends_in_reasoning, invites_bare_header
+from gemcutter.text.stream import TextPiece, TextStream, ends_in_reasoning, invites_bare_header
 from gemcutter.text.tokenizer import Tokenizer
 from tests.real_tokenizer import golden_chats, real_template, real_tokenizer
 
@@ -202,7 +202,7 @@ def test_a_stop_string_may_straddle_a_channel_and_end_at_the_last_byte() -> None
 
 def test_nothing_follows_a_stop_or_the_finish() -> None:
     stopped = TextStream(TOKENIZER, stop=["b"])
-    assert stopped.push(as_bytes("a")[0]) == [Piece("content", "a")]
+    assert stopped.push(as_bytes("a")[0]) == [TextPiece("content", "a")]
     assert stopped.push(as_bytes("b")[0]) == []
     assert stopped.stopped == "b"
     assert [stopped.push(id) for id in [*as_bytes("c"), id_of(OPEN), *as_bytes("d")]] == [[], [], []]

@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gemcutter
 from gemcutter import config as configs
-from gemcutter.checkpoint import synth
-from gemcutter.checkpoint.load import load_params
-from gemcutter.checkpoint.match import open_checkpoint
-from gemcutter.checkpoint.source import Source
-from gemcutter.checkpoint.synth import SIZES, Size, shrink, spell_config, write_checkpoint, write_size
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import open_checkpoint
+from gemcutter.checkpoint.write import synth
+from gemcutter.checkpoint.write.synth import SIZES, Size, shrink, spell_config, write_checkpoint, write_size
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
 from gemcutter.errors import CheckpointError, ConfigError
@@ -130,7 +130,7 @@ def test_transformers_computes_the_same_logits(like: str, folders: dict[str, Pat
     checkpoint = open_checkpoint(folders[like])
     assert not checkpoint.matched.notes(checkpoint.plan)
     decoder = Decoder(checkpoint.plan, load_params(checkpoint, torch.float32, torch.device("cpu")))
-    engine = Engine(decoder, context=256, max_rows=64)
+    engine = Engine(decoder, context=256, max_batched_tokens=64)
     engine.submit(Request(tuple(ids.tolist()), max_tokens=0, hidden_states=True))
     events = [event for _ in range(3) for event in engine.step()]
     assert events[-1].prompt is not None

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from gemcutter.checkpoint.source import DTYPES, INDEX_NAME, Source, tensor_nbytes
-from gemcutter.checkpoint.write import Chunk, Spec, write_json, write_safetensors, write_sharded
+from gemcutter.checkpoint.container.lazy_tensor import DTYPES, tensor_nbytes
+from gemcutter.checkpoint.container.shard_index import INDEX_NAME
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.write.write_safetensors import Chunk, Spec, write_json, write_safetensors, write_sharded
 from gemcutter.errors import CheckpointError
 
 SPELLINGS = {getattr(torch, torch_name): spelling for spelling, (_, torch_name) in DTYPES.items()}

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import StoredTensor
 from gemcutter.checkpoint.formats import compressed, gguf, hf, mlx
-from gemcutter.checkpoint.piece import Piece
-from gemcutter.checkpoint.source import Source
 from gemcutter.config import ModelConfig
 from gemcutter.plan import ModelPlan
 
@@ -31,7 +31,7 @@ class Format(Protocol):
         """Read the model's config. Raises ConfigError or CheckpointError with all problems."""
         ...
 
-    def pieces(self, source: Source, plan: ModelPlan) -> Iterator[Piece]:
+    def pieces(self, source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
         """Yield every stored tensor under its canonical name, the parts of a packed one as one piece."""
         ...
 

@@ -1,11 +1,11 @@
 """Quantized Hugging Face layouts: compressed-tensors, FP8, ModelOpt, GPTQ, AWQ, AutoRound and Gemma's own mobile files.
 
-Owns what they share: modules have Hugging Face's names, a tensor's ending says what it is to its module's weight, and experts may
-be stored one by one. Endings, shapes and dtypes decide how a weight is packed; the config only settles what they leave open, and
-must not contradict them. Its lists of targets and ignored modules are never run: they are patterns of a stranger's making, and a
-module that was ignored is dense in the file. Scales of activations and caches are left aside, since both stay unquantized here.
-Refuses to know what codes mean: that is in `quant/integer.py` and `quant/micro.py`. Source: the layouts of google's QAT releases,
-RedHatAI, nvidia, Intel and cyankiwi.
+Owns what they share: modules have Hugging Face's names, a tensor's ending says what it is to its module's weight, and experts
+may be stored one by one. Endings, shapes and dtypes decide how a weight is packed; the config only settles what they leave
+open, and must not contradict them. Its lists of targets and ignored modules are never run: they are patterns of a stranger's
+making, and a module that was ignored is dense in the file. Scales of activations and caches are not loaded, since both stay
+unquantized here. Refuses to know what codes mean: that is in `quant/scaled_int.py` and `quant/microscaling.py`. Source: the
+layouts of google's QAT releases, RedHatAI, nvidia, Intel and cyankiwi.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from gemcutter.checkpoint.container.lazy_tensor import DTYPES, LazyTensor
+from gemcutter.checkpoint.container.small_file import shown
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.piece import PackedTensor, Piece
-from gemcutter.checkpoint.source import DTYPES, LazyTensor, Source, shown
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan
@@ -104,7 +106,7 @@ class Claims:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ModuleLayout:
     """How a module is packed: the scheme's name, the logical shape, and what makes the weight."""
 
     scheme: str
@@ -133,7 +135,7 @@ def config(source: Source, ignore: Sequence[str] = ()) -> ModelConfig:
     return found
 
 
-def pieces(source: Source, plan: ModelPlan) -> Iterator[Piece]:
+def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
     """Yield every stored tensor under its canonical name, the tensors of a packed module, or of all experts, as one piece."""
     shapes = {spec.name: spec.shape for spec in plan.params()}
     whole = dict[Key, dict[str, LazyTensor]]()
@@ -143,15 +145,15 @@ def pieces(source: Source, plan: ModelPlan) -> Iterator[Piece]:
         if place is None:
             piece = hf.translate(tensor)
             is_aside = piece.name is None and ACTIVATIONS.fullmatch(tensor.name)
-            yield Piece("(scales of activations)", None, tensor) if is_aside else piece
+            yield StoredTensor("(scales of activations)", None, tensor) if is_aside else piece
             continue
         key, index, role = place
         if key[0] not in shapes:
-            yield Piece(*key, tensor)
+            yield StoredTensor(*key, tensor)
             continue
         found = whole.setdefault(key, {}) if index is None else apart.setdefault(key, {}).setdefault(index, {})
         if found.setdefault(role, tensor) is not tensor:
-            yield Piece(*key, tensor)  # which the first of this role makes a duplicate
+            yield StoredTensor(*key, tensor)  # which the first of this role makes a duplicate
     claims = _claims(_quantization(source))
     for key, tensors in whole.items():
         yield _piece(key, tensors, partial(_read, tensors, shapes[key[0]][-1], claims))
@@ -185,12 +187,12 @@ def _place(tensor: LazyTensor) -> tuple[Key, int | None, str] | None:
 # ---- one weight ----
 
 
-def _piece(key: Key, tensors: Tensors, read: Callable[[], Data]) -> Piece:
+def _piece(key: Key, tensors: Tensors, read: Callable[[], Data]) -> StoredTensor:
     """Make a weight's piece; what headers show to be wrong with it becomes the piece's fault."""
     try:
-        return Piece(*key, read())
+        return StoredTensor(*key, read())
     except ValueError as error:
-        return Piece(*key, _listed(tensors)[0], str(error))
+        return StoredTensor(*key, _listed(tensors)[0], str(error))
 
 
 def _read(tensors: Tensors, columns: int, claims: Claims) -> Data:
@@ -224,7 +226,7 @@ def _join(experts: Mapping[int, Tensors], shape: tuple[int, ...], claims: Claims
     return PackedTensor(stored[0].name, scheme, (len(each), *first.shape), stored, partial(_stack, each))
 
 
-def _layout(tensors: Tensors, columns: int, claims: Claims) -> Layout:
+def _layout(tensors: Tensors, columns: int, claims: Claims) -> ModuleLayout:
     """Tell how a module is packed. Raises ValueError with what does not fit."""
     codes, scales = tensors.get("codes") or tensors.get("words"), tensors.get("scales")
     if codes is None or scales is None:
@@ -247,7 +249,7 @@ def _layout(tensors: Tensors, columns: int, claims: Claims) -> Layout:
     raise ValueError(f"{', '.join(CODES)} expected beside {scales.name.rpartition('.')[2]}, found {codes.dtype}")
 
 
-def _integers(tensors: Tensors, codes: LazyTensor, scales: LazyTensor, columns: int, claims: Claims) -> Layout:
+def _integers(tensors: Tensors, codes: LazyTensor, scales: LazyTensor, columns: int, claims: Claims) -> ModuleLayout:
     """Take integers packed along the columns into words, as compressed-tensors has them, or bytes, as Gemma's files do."""
     _check_roles(tensors, "packed integers", "codes", "scales", "zeros", "index", "shape")
     unit, width = 8 * DTYPES[codes.dtype][0], codes.shape[-1]
@@ -255,19 +257,19 @@ def _integers(tensors: Tensors, codes: LazyTensor, scales: LazyTensor, columns: 
     group = _group(columns, scales.shape[-1] if len(scales.shape) == len(codes.shape) else 1, claims)
     kind = "packed" if width == _over(columns * bits, unit) else "words"
     shape = (*codes.shape[:-1], columns)
-    return Layout(_scheme(f"{kind}{bits}", group, tensors), shape, partial(_build_integers, tensors, shape, bits, group))
+    return ModuleLayout(_scheme(f"{kind}{bits}", group, tensors), shape, partial(_build_integers, tensors, shape, bits, group))
 
 
-def _values(tensors: Tensors, codes: LazyTensor, scales: LazyTensor, claims: Claims) -> Layout:
+def _values(tensors: Tensors, codes: LazyTensor, scales: LazyTensor, claims: Claims) -> ModuleLayout:
     """Take int8 or float8 values with a scale of the tensor, of each row, of runs of columns or of blocks."""
     _check_roles(tensors, "8-bit values", "codes", "scales", "zeros", "shape")
     block = _block(codes.shape, scales, claims)
     group = block[1] if block and scales.shape[-1] > 1 else None
     scheme = _scheme("int8" if codes.dtype == "I8" else "fp8", group, tensors)
-    return Layout(scheme, codes.shape, partial(_build_values, tensors, block))
+    return ModuleLayout(scheme, codes.shape, partial(_build_values, tensors, block))
 
 
-def _micro(tensors: Tensors, codes: LazyTensor, scales: LazyTensor) -> Layout:
+def _micro(tensors: Tensors, codes: LazyTensor, scales: LazyTensor) -> ModuleLayout:
     """Take microscaling floats: exponents as scales, or small floats with one number of the matrix beside them."""
     is_nv = scales.dtype not in BYTE_SCALES or not tensors.keys().isdisjoint(("divisor", "factor"))
     scheme = "nvfp4" if is_nv else "mxfp4" if codes.dtype == "U8" else "mxfp8"
@@ -276,10 +278,10 @@ def _micro(tensors: Tensors, codes: LazyTensor, scales: LazyTensor) -> Layout:
     second = "divisor" if "divisor" in tensors else "factor"
     _check_roles(tensors, scheme, "codes", "scales", "shape", *((second,) if is_nv else ()))
     shape = (*codes.shape[:-1], codes.shape[-1] * (1 if scheme == "mxfp8" else 2))
-    return Layout(scheme, shape, partial(_build_micro, tensors, shape))
+    return ModuleLayout(scheme, shape, partial(_build_micro, tensors, shape))
 
 
-def _columns_first(tensors: Tensors, words: LazyTensor, scales: LazyTensor, columns: int, claims: Claims) -> Layout:
+def _columns_first(tensors: Tensors, words: LazyTensor, scales: LazyTensor, columns: int, claims: Claims) -> ModuleLayout:
     """Take GPTQ's words, which hold neighbouring columns, or AWQ's, which hold neighbouring rows: the scales tell which."""
     if "zeros" not in tensors:
         raise ValueError(f"no qzeros beside {_endings(tensors)}; {REPAIR}")
@@ -289,7 +291,7 @@ def _columns_first(tensors: Tensors, words: LazyTensor, scales: LazyTensor, colu
     if words.shape[0] == columns and 8 * words.shape[1] == rows:
         _check_roles(tensors, "AWQ", "words", "scales", "zeros")
         scheme = f"awq4g{columns // max(groups, 1)}"
-        return Layout(scheme, (rows, columns), partial(_build_awq, tensors))
+        return ModuleLayout(scheme, (rows, columns), partial(_build_awq, tensors))
     bits = 32 * words.shape[0] // columns
     if words.shape[1] != rows or 32 * words.shape[0] != bits * columns:
         raise ValueError(
@@ -300,7 +302,7 @@ def _columns_first(tensors: Tensors, words: LazyTensor, scales: LazyTensor, colu
     if claims.bits and bits not in claims.bits:
         raise ValueError(f"qweight: {bits} bits by its shape, config.json says {_listing(sorted(claims.bits))}")
     group = _group(columns, groups, claims)
-    return Layout(
+    return ModuleLayout(
         _scheme(f"gptq{bits}", group, tensors),
         (rows, columns),
         partial(_build_gptq, tensors, bits, group, claims.has_plain_zeros),
@@ -387,7 +389,7 @@ def _optional(tensors: Tensors, role: str) -> Tensor | None:
 
 
 def _build_integers(tensors: Tensors, shape: tuple[int, ...], bits: int, group: int | None) -> Packed:
-    from gemcutter.quant.integer import from_packed
+    from gemcutter.quant.scaled_int import from_packed
 
     _check_shape(tensors, shape)
     zeros, group_of = _optional(tensors, "zeros"), _optional(tensors, "index")
@@ -396,7 +398,7 @@ def _build_integers(tensors: Tensors, shape: tuple[int, ...], bits: int, group: 
 
 
 def _build_values(tensors: Tensors, block: tuple[int, int] | None) -> Packed:
-    from gemcutter.quant.integer import from_values
+    from gemcutter.quant.scaled_int import from_values
 
     codes, scales = tensors["codes"].torch(), tensors["scales"].torch()
     _check_shape(tensors, tuple(codes.shape))
@@ -404,7 +406,7 @@ def _build_values(tensors: Tensors, block: tuple[int, int] | None) -> Packed:
 
 
 def _build_micro(tensors: Tensors, shape: tuple[int, ...]) -> Packed:
-    from gemcutter.quant.micro import from_compressed, from_modelopt
+    from gemcutter.quant.microscaling import from_compressed, from_modelopt
 
     _check_shape(tensors, shape)
     codes, scales = tensors["codes"].torch(), tensors["scales"].torch()
@@ -420,14 +422,14 @@ def _build_micro(tensors: Tensors, shape: tuple[int, ...]) -> Packed:
 
 
 def _build_gptq(tensors: Tensors, bits: int, group: int | None, has_plain_zeros: bool) -> Packed:
-    from gemcutter.quant.integer import from_gptq
+    from gemcutter.quant.scaled_int import from_gptq
 
     words, zeros, scales = (tensors[role].torch() for role in ("words", "zeros", "scales"))
     return from_gptq(words, zeros, scales, bits, group=group, group_of=_optional(tensors, "index"), is_v2=has_plain_zeros)
 
 
 def _build_awq(tensors: Tensors) -> Packed:
-    from gemcutter.quant.integer import from_awq
+    from gemcutter.quant.scaled_int import from_awq
 
     return from_awq(tensors["words"].torch(), tensors["zeros"].torch(), tensors["scales"].torch())
 
@@ -459,8 +461,8 @@ def _quantization(source: Source) -> dict[str, Any]:
         return {}
     found = raw.get("quantization_config")
     if found is None:
-        beside = (source.read_json("hf_quant_config.json") or {}).get("quantization")
-        found = {"quant_method": "modelopt"} | beside if isinstance(beside, dict) else None
+        apart = (source.read_json("hf_quant_config.json") or {}).get("quantization")
+        found = {"quant_method": "modelopt"} | apart if isinstance(apart, dict) else None
     return found if isinstance(found, dict) else {}
 
 

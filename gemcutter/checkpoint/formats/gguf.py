@@ -1,6 +1,6 @@
 """GGUF checkpoints of Gemma 4 and Gemma 3, as llama.cpp's converter, its quantizer and Ollama write them.
 
-Owns the translation from their tensor names and metadata keys; refuses to know bytes (`gguf_file.py`, `quant/blocks.py`) and
+Owns the translation from their tensor names and metadata keys; refuses to know bytes (`gguf_file.py`, `quant/gguf_blocks.py`) and
 which layer needs what (`plan.py`). Metadata is put into the published spelling of config.json and read by `config.py`, so that
 both say the same of one model. What a file does not say comes from its tensors: whether values have a projection of their own,
 and how many pairs rotate. Norms of Gemma 3 have their 1 added already. Source: llama.cpp's gguf-py and its conversion scripts.
@@ -17,9 +17,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gemcutter import config as configs
-from gemcutter.checkpoint.gguf_file import TENSOR_TYPES, Array
-from gemcutter.checkpoint.piece import PackedTensor, Piece
-from gemcutter.checkpoint.source import LazyTensor, Source, shown
+from gemcutter.checkpoint.container.gguf_file import TENSOR_TYPES, Array
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.small_file import shown
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ModelPlan
 
@@ -30,11 +32,11 @@ NAME = "GGUF"
 
 ARCHITECTURE = "general.architecture"
 DENSE = ("F32", "F16", "BF16")
-# Those that `quant/blocks.py` decodes, listed here so that a header can be judged without torch.
+# Those that `quant/gguf_blocks.py` decodes, listed here so that a header can be judged without torch.
 BLOCKS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split()  # noqa: SIM905
 BLOCK_VALUES = {name: values for name, values, _ in TENSOR_TYPES.values()}
 # Projectors and towers that Ollama puts into the same file.
-BESIDE = {"v.": "(vision tower)", "mm.a.": "(audio tower)", "mm.": "(vision tower)", "a.": "(audio tower)"}
+TOWER_PREFIXES = {"v.": "(vision tower)", "mm.a.": "(audio tower)", "mm.": "(vision tower)", "a.": "(audio tower)"}
 ROPE_DIVISORS = "rope_freqs.weight"
 FLOAT32 = 6  # as the container numbers them
 SWITCHED_OFF = 1e29  # a divisor above this stops a pair: converters write 1e30
@@ -91,7 +93,7 @@ def sniff(source: Source) -> bool:
 
 def translate(name: str) -> tuple[str | None, str | None]:
     """Give a tensor's canonical name and part; None for what the format does not know."""
-    for prefix, kind in BESIDE.items():
+    for prefix, kind in TOWER_PREFIXES.items():
         if name.startswith(prefix):
             return kind, None
     layer = LAYER.fullmatch(name)
@@ -110,29 +112,33 @@ def spell(name: str, part: str | None) -> str:
     return f"blk.{index}." + next(own for own, canonical in LAYERED.items() if canonical == (rest, part))
 
 
-def pieces(source: Source, plan: ModelPlan) -> Iterator[Piece]:
+def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
     """Yield every stored tensor under its canonical name, but for the rope's divisors, which `config` has read."""
     for tensor in source.tensors.values():
         if tensor.name != ROPE_DIVISORS:
             yield _piece(tensor, *translate(tensor.name), plan)
 
 
-def _piece(tensor: LazyTensor, name: str | None, part: str | None, plan: ModelPlan) -> Piece:
+def _piece(tensor: LazyTensor, name: str | None, part: str | None, plan: ModelPlan) -> StoredTensor:
     if name is None or name.startswith("(") or tensor.dtype in DENSE or len(tensor.shape) < 2:
-        return Piece(name, part, tensor)
+        return StoredTensor(name, part, tensor)
     if tensor.dtype not in BLOCKS:
         able = ", ".join((*DENSE, *BLOCKS))
-        return Piece(name, part, tensor, f"{tensor.dtype} is not read, only {able}; take another quantization of this model")
+        return StoredTensor(
+            name, part, tensor, f"{tensor.dtype} is not read, only {able}; take another quantization of this model"
+        )
     fault = None
     if name == "embed.ple" and plan.ple_dim % BLOCK_VALUES[tensor.dtype]:
         fault = f"{tensor.dtype}'s blocks of {BLOCK_VALUES[tensor.dtype]} span several layers of {plan.ple_dim} values each"
-    return Piece(name, part, PackedTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,), partial(_unpack, tensor)), fault)
+    return StoredTensor(
+        name, part, PackedTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,), partial(_unpack, tensor)), fault
+    )
 
 
 def _unpack(tensor: LazyTensor) -> Packed:
-    from gemcutter.quant import blocks
+    from gemcutter.quant import gguf_blocks
 
-    return blocks.from_arrays(tensor.raw(), tensor.dtype, tensor.shape)
+    return gguf_blocks.from_arrays(tensor.raw(), tensor.dtype, tensor.shape)
 
 
 # ---- metadata as a config ----

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gemcutter.checkpoint.gguf_file import Array
+from gemcutter.checkpoint.container.gguf_file import Array
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import Attn, ModelPlan

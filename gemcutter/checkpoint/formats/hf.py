@@ -11,15 +11,16 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gemcutter import config as configs
-from gemcutter.checkpoint.piece import Piece
-from gemcutter.checkpoint.source import LazyTensor, Source
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import StoredTensor
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan
 
 NAME = "Hugging Face safetensors"
 
 PREFIXES = ("model.language_model.model.", "model.language_model.", "language_model.model.", "language_model.", "model.")
-BESIDE = {
+TOWER_PREFIXES = {
     "vision_tower.": "(vision tower)",
     "embed_vision.": "(vision tower)",
     "vision_embedder.": "(vision tower)",
@@ -100,27 +101,27 @@ def read_config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConf
     return configs.read(raw, str(source.folder / "config.json"), ignore)
 
 
-def pieces(source: Source, plan: ModelPlan) -> Iterator[Piece]:
+def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
     """Yield every stored tensor under its canonical name."""
     for tensor in source.tensors.values():
         yield translate(tensor)
 
 
-def translate(tensor: LazyTensor) -> Piece:
+def translate(tensor: LazyTensor) -> StoredTensor:
     """Name one tensor canonically; `name` stays None for what the format does not know."""
     bare = strip(tensor.name)
-    for prefix, kind in BESIDE.items():
+    for prefix, kind in TOWER_PREFIXES.items():
         if bare.startswith(prefix):
-            return Piece(kind, None, tensor)
+            return StoredTensor(kind, None, tensor)
     if VESTIGES.search(bare):
-        return Piece("(leftovers of other engines)", None, tensor)
+        return StoredTensor("(leftovers of other engines)", None, tensor)
     if bare in GLOBALS:
-        return Piece(*GLOBALS[bare], tensor)
+        return StoredTensor(*GLOBALS[bare], tensor)
     layer = LAYER.fullmatch(bare)
     if layer and layer[2] in LAYERED:
         name, part = LAYERED[layer[2]]
-        return Piece(f"layers.{int(layer[1])}.{name}", part, tensor)
-    return Piece(None, None, tensor)
+        return StoredTensor(f"layers.{int(layer[1])}.{name}", part, tensor)
+    return StoredTensor(None, None, tensor)
 
 
 def strip(name: str) -> str:

@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT saves them: adapter_config.json and adapter_model.safetensors.
 
 Owns their names, the config's keys and the check against a plan, from headers alone: every change is one of the decoder's, or
-known to have no effect, or a problem. Refuses to compute: read `checkpoint/adapters.py` for that. Imports no torch.
+known to have no effect, or a problem. Refuses to compute: read `checkpoint/load/adapters.py` for that. Imports no torch.
 Source: the layouts of PEFT 0.21, whose stacked experts have A [r * X, in] with an expert's rows together, and B [out, r * X]
 with an expert's columns apart.
 """
@@ -16,8 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.small_file import shown
+from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.source import LazyTensor, Source, shown
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan, ParamSpec
 
@@ -83,7 +85,7 @@ class Adapter:
     path: Path
     factors: tuple[Factors, ...]
     idle: tuple[str, ...]  # changes of keys and values that their layers don't use
-    beside: Mapping[str, int] = field(default_factory=dict)  # changes of towers, by kind
+    other_modules: Mapping[str, int] = field(default_factory=dict)  # changes of towers, by kind
 
     def notes(self) -> list[str]:
         """Say once what of the adapter has no effect, and why."""
@@ -94,7 +96,9 @@ class Adapter:
                 f"adapter {self.path.name}: {len(self.idle)} changes of keys and values have no effect, "
                 f"because {layers} layers do not use theirs"
             )
-        notes += [f"adapter {self.path.name}: {count} changes of the {kind} left aside" for kind, count in self.beside.items()]
+        notes += [
+            f"adapter {self.path.name}: {count} changes of the {kind} not loaded" for kind, count in self.other_modules.items()
+        ]
         return notes
 
 
@@ -133,7 +137,7 @@ def open_adapter(path: Path, plan: ModelPlan, ignore: Sequence[str] = ()) -> Ada
         raise CheckpointError(f"the adapter {path} does not fit the model ({count}, nothing was allocated)", sorted(problems))
     if not adapter.factors:
         rest = [f"{len(adapter.idle)} changes of keys and values that no layer uses"] if adapter.idle else []
-        rest += [f"{count} changes of the {kind}" for kind, count in adapter.beside.items()]
+        rest += [f"{count} changes of the {kind}" for kind, count in adapter.other_modules.items()]
         raise CheckpointError(f"the adapter {path} changes nothing in the decoder; it holds {', '.join(rest) or 'no tensors'}")
     return adapter
 
@@ -247,7 +251,7 @@ def _match(
 ) -> Adapter:
     """Give every change its parameter, noting all problems."""
     specs = {spec.name: spec for spec in plan.params()}
-    factors, idle, beside = dict[str, Factors](), list[str](), dict[str, int]()
+    factors, idle, other_modules = dict[str, Factors](), list[str](), dict[str, int]()
     for module, halves in pairs.items():
         if len(halves) < 2:
             (half, tensor), other = next(iter(halves.items())), "B" if "A" in halves else "A"
@@ -260,7 +264,7 @@ def _match(
         if name is None:
             problems.append(f"unknown    {down.origin}: not part of this model; --ignore '{module}.*' to skip it")
         elif name.startswith("("):
-            beside[name.strip("()")] = beside.get(name.strip("()"), 0) + 1
+            other_modules[name.strip("()")] = other_modules.get(name.strip("()"), 0) + 1
         elif _is_unused(plan, name, part, spec):
             idle.append(label)
         elif spec is None or len(spec.shape) < 2 or name.startswith("embed."):
@@ -269,7 +273,7 @@ def _match(
             problems.append(f"duplicate  {label}: {factors[label].down.origin} and {down.origin}")
         else:
             factors[label] = _check(spec, part, module, settings, down, up, problems)
-    return Adapter(path, tuple(factors.values()), tuple(idle), beside)
+    return Adapter(path, tuple(factors.values()), tuple(idle), other_modules)
 
 
 def _locate(module: str, down: LazyTensor, up: LazyTensor, specs: Mapping[str, ParamSpec]) -> tuple[str | None, str | None]:

@@ -3,7 +3,7 @@
 Owns how MLX packs a module (`weight` with `scales`, and `biases` in the affine mode) and where it keeps experts; all other
 names are Hugging Face's. Stored shapes and dtypes decide how a module is packed, because published configs often leave out an
 override; entries that do name a module are checked against them. Refuses to know what the codes mean: that is in
-`quant/affine.py` and `quant/micro.py`. Source: the layouts of mlx-community/gemma-4-*.
+`quant/affine.py` and `quant/microscaling.py`. Source: the layouts of mlx-community/gemma-4-*.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.small_file import shown
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.formats import hf
-from gemcutter.checkpoint.piece import PackedTensor, Piece
-from gemcutter.checkpoint.source import LazyTensor, Source, shown
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan
@@ -43,7 +45,7 @@ MODES = (AFFINE, *MICRO.values())
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ModuleMode:
     """How a module is packed, spelled as MLX's config does."""
 
     mode: str
@@ -83,7 +85,7 @@ def config(source: Source, ignore: Sequence[str] = ()) -> ModelConfig:
     return replace(found, quantization=None)
 
 
-def pieces(source: Source, plan: ModelPlan) -> Iterator[Piece]:
+def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
     """Yield every stored tensor under its canonical name, the arrays of a packed module as one piece."""
     columns = {spec.name: spec.shape[-1] for spec in plan.params()} | {"head": plan.hidden}
     claims = {hf.strip(module): claim for module, claim in _claims(source).items()}
@@ -98,12 +100,12 @@ def pieces(source: Source, plan: ModelPlan) -> Iterator[Piece]:
         yield from _module(module, arrays, columns, claims.get(hf.strip(module)))
 
 
-def translate(tensor: LazyTensor) -> Piece:
+def translate(tensor: LazyTensor) -> StoredTensor:
     """Name one tensor canonically; `name` stays None for what the format does not know."""
     layer = hf.LAYER.fullmatch(hf.strip(tensor.name))
     if layer and layer[2] in EXPERTS:
         name, part = EXPERTS[layer[2]]
-        return Piece(f"layers.{int(layer[1])}.{name}", part, tensor)
+        return StoredTensor(f"layers.{int(layer[1])}.{name}", part, tensor)
     return hf.translate(tensor)
 
 
@@ -122,28 +124,28 @@ def spell(name: str, part: str | None) -> str:
 # ---- one module ----
 
 
-def _module(module: str, arrays: dict[str, LazyTensor], columns: Mapping[str, int], claim: object) -> Iterator[Piece]:
+def _module(module: str, arrays: dict[str, LazyTensor], columns: Mapping[str, int], claim: object) -> Iterator[StoredTensor]:
     """Yield a module of the decoder as one piece, packed or dense; of others, which need no unpacking, every array."""
     stored = tuple(arrays[name] for name in ARRAYS if name in arrays)
     codes = stored[0]
     place = translate(replace(codes, name=f"{module}.weight"))
     if place.name is None or place.name not in columns:
-        yield from (Piece(place.name, place.part, tensor) for tensor in stored)
+        yield from (StoredTensor(place.name, place.part, tensor) for tensor in stored)
     elif arrays.keys() == {"weight"} and codes.dtype != "U32":
-        yield Piece(place.name, place.part, codes, _contradiction(claim, None))
+        yield StoredTensor(place.name, place.part, codes, _contradiction(claim, None))
     else:
         width = columns[place.name]
         try:
             layout = _layout(arrays, width)
         except ValueError as error:
-            yield Piece(place.name, place.part, codes, str(error))
+            yield StoredTensor(place.name, place.part, codes, str(error))
             return
         build = partial(_build, layout, arrays, width)
         packed = PackedTensor(codes.name, layout.scheme, (*codes.shape[:-1], width), stored, build)
-        yield Piece(place.name, place.part, packed, _contradiction(claim, layout))
+        yield StoredTensor(place.name, place.part, packed, _contradiction(claim, layout))
 
 
-def _layout(arrays: Mapping[str, LazyTensor], columns: int) -> Layout:
+def _layout(arrays: Mapping[str, LazyTensor], columns: int) -> ModuleMode:
     """Tell from headers how a module with so many columns is packed. Raises ValueError with everything that does not fit."""
     codes, scales = arrays.get("weight"), arrays.get("scales")
     if codes is None or scales is None:
@@ -172,7 +174,7 @@ def _layout(arrays: Mapping[str, LazyTensor], columns: int) -> Layout:
     problems += _companion_problems(mode, arrays, scales)
     if problems:
         raise ValueError("; ".join(problems))
-    return Layout(mode, bits, group)
+    return ModuleMode(mode, bits, group)
 
 
 def _companion_problems(mode: str, arrays: Mapping[str, LazyTensor], scales: LazyTensor) -> Iterator[str]:
@@ -200,7 +202,7 @@ def _claims(source: Source) -> dict[str, Any]:
     return claims if isinstance(claims, dict) else {}
 
 
-def _contradiction(claim: object, layout: Layout | None) -> str | None:
+def _contradiction(claim: object, layout: ModuleMode | None) -> str | None:
     """Say how a module's own entry in the config disagrees with its stored arrays. A field that is left out says nothing."""
     remedy = "what is stored decides: correct or remove the entry, or use the config that came with the weights"
     if claim is None or claim is True:
@@ -222,10 +224,10 @@ def _contradiction(claim: object, layout: Layout | None) -> str | None:
 # ---- the weight itself ----
 
 
-def _build(layout: Layout, arrays: Mapping[str, LazyTensor], columns: int) -> Packed:
+def _build(layout: ModuleMode, arrays: Mapping[str, LazyTensor], columns: int) -> Packed:
     """Make the packed weight of mapped views."""
     from gemcutter.quant.affine import Affine
-    from gemcutter.quant.micro import Micro, from_mlx
+    from gemcutter.quant.microscaling import Micro, from_mlx
 
     codes, scales = arrays["weight"], arrays["scales"]
     if layout.mode == AFFINE:

@@ -1,0 +1,239 @@
+// Products of activation rows with whole matrices, parallel over the thread pool.
+//
+// Owns the work sharing: what is a work item, which thread computes it, and how activations are converted to the formats that
+// kernels read. Few rows (decode) are bound by memory: each thread streams its own range of panels, and the last quarter is
+// handed out dynamically in small parts, since cores are seldom equally fast. Many rows (prefill) are bound by arithmetic: an
+// item is one panel times one chunk of rows, so that a panel stays in the L1 cache and the chunk in L2. Refuses to know the
+// layout of matrices: `packed.cpp` and `dense.cpp` know that.
+#include "parallel_region.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <new>
+
+namespace gemcutter {
+namespace {
+
+constexpr size_t ALIGNMENT = 64, LEAST_CHUNK = (size_t)1 << 20;
+constexpr int64_t FEW_ROWS = 16;  // up to here a thread has its own range of panels
+constexpr int64_t ROW_UNIT = 32;  // chunks are multiples of the rows that any micro-kernel takes at once
+
+size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+int64_t panels_of(const gc_matrix &m) { return (m.rows + PANEL - 1) / PANEL; }
+
+int64_t chunk_rows(const MatmulKernels &level, int64_t rows, int64_t columns) {
+    int64_t fit = level.chunk_elements / columns;
+    int64_t most = fit < ROW_UNIT ? ROW_UNIT : fit > level.chunk_rows ? level.chunk_rows : fit;
+    int64_t chunks = (rows + most - 1) / most, each = (rows + chunks - 1) / chunks;
+    return (each + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT;
+}
+
+// The panels that are assigned to a thread in products of few rows.
+Range own_panels(int64_t panels, int index, int size) { return share(size == 1 ? panels : panels - panels / 4, 1, index, size); }
+
+// Calls item(panel, first row, last row) once for all panels and rows, on some thread of the pool; `chunk` rows at a time.
+template <typename Item>
+void for_each_panel(ThreadPool &pool, int index, int64_t panels, int64_t rows, int64_t chunk, int counter, Item item) {
+    std::atomic<int64_t> &next = pool.counters[counter];
+    if (rows > FEW_ROWS) {
+        int64_t items = panels * ((rows + chunk - 1) / chunk);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+            int64_t first = i / panels * chunk, last = first + chunk < rows ? first + chunk : rows;
+            item(i % panels, first, last);
+        }
+        return;
+    }
+    Range own = own_panels(panels, index, pool.size);
+    int64_t owned = own_panels(panels, pool.size - 1, pool.size).last;
+    for (int64_t panel = own.first; panel < own.last; ++panel) item(panel, (int64_t)0, rows);
+    int64_t piece = panels / (32 * pool.size) + 1;
+    for (int64_t start; (start = owned + next.fetch_add(piece, std::memory_order_relaxed)) < panels;)
+        for (int64_t panel = start; panel < start + piece && panel < panels; ++panel) item(panel, (int64_t)0, rows);
+}
+
+}  // namespace
+
+struct Arena::Chunk {
+    Chunk *next;
+    size_t size, used;
+    char *memory() { return reinterpret_cast<char *>(this) + align(sizeof(Chunk)); }
+};
+
+void *Arena::allocate(size_t bytes) {
+    bytes = align(bytes ? bytes : 1);
+    if (!chunks_ || chunks_->size - chunks_->used < bytes) {
+        size_t size = chunks_ ? chunks_->size * 2 : LEAST_CHUNK;
+        if (size < bytes) size = bytes;
+        void *memory = ::operator new(align(sizeof(Chunk)) + size, std::align_val_t(ALIGNMENT));
+        chunks_ = new (memory) Chunk{chunks_, size, 0};
+    }
+    void *taken = chunks_->memory() + chunks_->used;
+    chunks_->used += bytes;
+    return taken;
+}
+
+// Keeps the newest chunk, which is the largest: after some regions one chunk is enough for all of them.
+void Arena::clear() {
+    if (!chunks_) return;
+    while (Chunk *older = chunks_->next) {
+        chunks_->next = older->next;
+        ::operator delete(older, std::align_val_t(ALIGNMENT));
+    }
+    chunks_->used = 0;
+}
+
+Arena::Mark Arena::mark() const { return {chunks_, chunks_ ? chunks_->used : 0}; }
+
+void Arena::rewind(const Mark &mark) {
+    if (chunks_) chunks_->used = chunks_ == mark.chunk ? mark.used : 0;  // a chunk allocated after the mark is free as a whole
+}
+
+Arena &thread_arena() {
+    static thread_local Arena arena;
+    return arena;
+}
+
+Arena::~Arena() {
+    clear();
+    if (chunks_) ::operator delete(chunks_, std::align_val_t(ALIGNMENT));
+}
+
+int formats_of(const gc_matrix *parts, int num_parts, int64_t count, int activations) {
+    int formats = 0;
+    for (int i = 0; i < num_parts; ++i) formats |= matmul_kernels(parts[i]).formats(&parts[i], count, activations);
+    return formats;
+}
+
+ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations) {
+    Rows rows = {count, columns, activations, nullptr, nullptr, nullptr, nullptr, nullptr};
+    if (formats & FORMAT_INT8) {
+        rows.q = arena.array<int8_t>(count * columns);
+        rows.scale = arena.array<float>(count * (columns / BLOCK));
+        rows.sum = arena.array<float>(count * (columns / BLOCK));
+    }
+    if (formats & FORMAT_BF16) rows.bf16 = arena.array<uint16_t>(count * columns);
+    if (formats & FORMAT_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);
+    return {formats, rows};
+}
+
+void convert_row(ConvertedRows &converted, int64_t row, const float *x_row) {
+    const VectorOps &ops = *kernels().vector_ops;
+    const Rows &rows = converted.rows;  // its pointers are const for kernels; allocate_rows allocated the memory for writing here
+    int64_t columns = rows.columns, at = row * columns, block = row * (columns / BLOCK);
+    if (converted.formats & FORMAT_INT8)
+        ops.quantize(x_row, columns, const_cast<int8_t *>(rows.q) + at, const_cast<float *>(rows.scale) + block,
+                     const_cast<float *>(rows.sum) + block);
+    uint16_t *bf16 = converted.formats & FORMAT_BF16 ? const_cast<uint16_t *>(rows.bf16) + at : nullptr;
+    if (bf16) ops.to_bf16(x_row, columns, bf16);
+    if (!(converted.formats & FORMAT_FLOAT) || rows.activations != GC_BF16_ROWS) return;
+    float *x = const_cast<float *>(rows.x) + at;
+    if (bf16) return ops.from_bf16(bf16, columns, x);
+    constexpr int64_t PIECE = 256;
+    uint16_t rounded[PIECE];
+    for (int64_t start = 0; start < columns; start += PIECE) {
+        int64_t count = columns - start < PIECE ? columns - start : PIECE;
+        ops.to_bf16(x_row + start, count, rounded);
+        ops.from_bf16(rounded, count, x + start);
+    }
+}
+
+void convert_rows(ThreadPool &pool, int index, ConvertedRows &converted, const float *x) {
+    bool keeps_x = converted.formats & FORMAT_FLOAT && converted.rows.activations != GC_BF16_ROWS;
+    if (keeps_x && index == 0) converted.rows.x = x;  // visible to all threads after the caller's barrier
+    Range own = share(converted.rows.count, 1, index, pool.size);
+    for (int64_t row = own.first; row < own.last; ++row) convert_row(converted, row, x + row * converted.rows.columns);
+}
+
+void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
+                   void *scratch, int counter) {
+    int64_t panels = 0;
+    for (int i = 0; i < num_parts; ++i) panels += panels_of(parts[i]);
+    int64_t chunk = chunk_rows(matmul_kernels(*parts), rows.count, rows.columns);
+    for_each_panel(pool, index, panels, rows.count, chunk, counter, [&](int64_t panel, int64_t first, int64_t last) {
+        const gc_matrix *part = parts;
+        float *column = out;
+        for (; panel >= panels_of(*part); ++part) {
+            panel -= panels_of(*part);
+            column += part->rows;
+        }
+        bool is_last = panel + 1 == panels_of(*part) && part + 1 < parts + num_parts;
+        const void *next = is_last ? part[1].data : nullptr;
+        matmul_kernels(*part).gemm_panel(part, panel, &rows, first, last, column + first * ld + panel * PANEL, ld, scratch, next);
+    });
+}
+
+void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out,
+                    int64_t ld, void *scratch, int counter) {
+    int64_t chunk = rows.count > FEW_ROWS ? chunk_rows(matmul_kernels(*gate), rows.count, rows.columns) : rows.count;
+    float *gates = static_cast<float *>(scratch), *ups = gates + chunk * PANEL;
+    void *rest = ups + chunk * PANEL;
+    for_each_panel(pool, index, panels_of(*gate), rows.count, chunk, counter, [&](int64_t panel, int64_t first, int64_t last) {
+        int64_t count = last - first, left = gate->rows - panel * PANEL, width = left < PANEL ? left : PANEL;
+        if (width < PANEL) memset(scratch, 0, sizeof(float) * (size_t)(2 * chunk * PANEL));
+        matmul_kernels(*gate).gemm_panel(gate, panel, &rows, first, last, gates, PANEL, rest, panel_at(*up, panel));
+        matmul_kernels(*up).gemm_panel(up, panel, &rows, first, last, ups, PANEL, rest, panel_at(*gate, panel + 1));
+        kernels().vector_ops->gelu_mul(gates, ups, count * PANEL, gates);
+        float *target = out + first * ld + panel * PANEL;
+        for (int64_t m = 0; m < count; ++m) memcpy(target + m * ld, gates + m * PANEL, sizeof(float) * (size_t)width);
+    });
+}
+
+void prefetch_weights(const ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, int64_t count) {
+    if (count > FEW_ROWS) return;
+    int64_t panels = 0;
+    for (int i = 0; i < num_parts; ++i) panels += panels_of(parts[i]);
+    int64_t panel = own_panels(panels, index, pool.size).first;
+    if (panel >= panels) return;
+    for (; panel >= panels_of(*parts); ++parts) panel -= panels_of(*parts);
+    auto *bytes = static_cast<const char *>(panel_at(*parts, panel));
+    for (int64_t at = 0; at < PREFETCH_BYTES; at += 64) __builtin_prefetch(bytes + at);
+}
+
+size_t scratch_bytes(const gc_matrix *parts, int num_parts) {
+    size_t most = 0;
+    for (int i = 0; i < num_parts; ++i) {
+        size_t bytes = align(matmul_kernels(parts[i]).scratch_bytes(&parts[i]));
+        if (bytes > most) most = bytes;
+    }
+    return most;
+}
+
+size_t geglu_scratch_bytes(const gc_matrix *gate, const gc_matrix *up) {
+    size_t products = align(sizeof(float) * 2 * matmul_kernels(*gate).chunk_rows * PANEL);
+    size_t a = scratch_bytes(gate, 1), b = scratch_bytes(up, 1);
+    return products + (a > b ? a : b);
+}
+
+}  // namespace gemcutter
+
+// Both entries return 0, or 1 if memory for intermediate activations ran out.
+
+// out [rows, sum of the parts' rows] = x [rows, columns] times the parts.
+GC_EXPORT int gc_linear(const gc_matrix *parts, int num_parts, const float *x, int64_t rows, int activations, float *out) {
+    using namespace gemcutter;
+    return in_arena([&](Arena &arena) {
+        int64_t ld = 0;
+        for (int i = 0; i < num_parts; ++i) ld += parts[i].rows;
+        ConvertedRows converted =
+            allocate_rows(arena, formats_of(parts, num_parts, rows, activations), rows, parts->columns, activations);
+        size_t bytes = scratch_bytes(parts, num_parts);
+        char *scratch = arena.array<char>((int64_t)bytes * threads());
+        parallel_region([&](ThreadPool &pool, int index) {
+            convert_rows(pool, index, converted, x);
+            pool.barrier();
+            parallel_gemm(pool, index, parts, num_parts, converted.rows, out, ld, scratch + bytes * (size_t)index, 0);
+        });
+    });
+}
+
+// out [count, columns] = the rows of a matrix that ids name.
+GC_EXPORT int gc_gather(const gc_matrix *matrix, const int64_t *ids, int64_t count, float *out) {
+    using namespace gemcutter;
+    parallel_region([&](ThreadPool &pool, int index) {
+        Range own = share(count, 1, index, pool.size);
+        for (int64_t i = own.first; i < own.last; ++i) matmul_kernels(*matrix).gather(matrix, ids[i], out + i * matrix->columns);
+    });
+    return 0;
+}

@@ -1,0 +1,39 @@
+// The thread pool that runs every op: one parallel region for each call, with barriers inside.
+//
+// Owns threads, barriers and shared counters. Workers wait by spinning for a moment, then asleep, so that they are awake in a
+// token loop and an idle program costs nothing. Survives fork (a child starts its own workers). One region runs at a time; calls
+// from several program threads queue. Refuses to know what runs. Read `parallel_region.h` for the usual way in.
+#pragma once
+#include <stdint.h>
+
+#include <atomic>
+
+namespace gemcutter {
+
+// What the code inside a parallel region sees of the pool.
+struct ThreadPool {
+    int size;
+    int spins;  // spins before a waiting thread yields its core
+    alignas(64) std::atomic<int> arrived{0};
+    alignas(64) std::atomic<int> phase{0};
+    alignas(64) std::atomic<int64_t> counters[64] = {};  // for dynamic work sharing; zero at the start of a region
+    void barrier();
+};
+
+// Runs work(argument, pool, index) on all threads of the pool and returns when all are done. The pool has as many threads as
+// threads() returned last to this program thread, so that memory for each can be allocated before.
+void run_parallel(void (*work)(void *argument, ThreadPool &pool, int index), void *argument);
+
+void set_threads(int count);
+int threads();  // of the next region from this program thread
+
+// Part `index` of `size` of the range 0..n-1, split at multiples of `unit`.
+struct Range {
+    int64_t first, last;
+};
+inline Range share(int64_t n, int64_t unit, int index, int size) {
+    int64_t units = (n + unit - 1) / unit, a = units * index / size * unit, b = units * (index + 1) / size * unit;
+    return {a < n ? a : n, b < n ? b : n};
+}
+
+}  // namespace gemcutter

@@ -1,0 +1,218 @@
+// Vector kernels over one row: norms, GELU, RoPE, soft cap, rounding, quantization. Compiled once per processor level.
+//
+// Owns float32 arithmetic on rows of any length; the elements beyond the last whole vector go through a padded one, so that equal
+// elements have equal results at any position. Refuses to know matrices and threads. Read `kernels.h` for the contract of each
+// op, `exp.h` for the exponential in GELU and soft cap.
+#include <math.h>
+
+#include "exp.h"
+#include "kernels.h"
+
+namespace gemcutter {
+namespace {
+
+// The elements of a row beyond its last whole vector, padded with zeros to one.
+struct Tail {
+    float x[W] = {}, y[W] = {}, out[W];
+    int64_t first, count;
+    explicit Tail(int64_t n) : first(n / W * W), count(n % W) {}
+    const float *in(const float *from) { return part(x, from); }
+    const float *other(const float *from) { return part(y, from); }
+    void give(float *to) { memcpy(to + first, out, sizeof(float) * (size_t)count); }
+
+  private:
+    const float *part(float *into, const float *from) {
+        memcpy(into, from + first, sizeof(float) * (size_t)count);
+        return into;
+    }
+};
+
+float square_sum(const float *x, int64_t n) {
+    V a = set1(0.0f), b = a, c = a, d = a;
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+        V v0 = load(x + i), v1 = load(x + i + W), v2 = load(x + i + 2 * W), v3 = load(x + i + 3 * W);
+        a = fma(v0, v0, a), b = fma(v1, v1, b), c = fma(v2, v2, c), d = fma(v3, v3, d);
+    }
+    for (; i + W <= n; i += W) {
+        V v = load(x + i);
+        a = fma(v, v, a);
+    }
+    if (i < n) {
+        Tail tail(n);
+        V v = load(tail.in(x));
+        b = fma(v, v, b);
+    }
+    return sum((a + b) + (c + d));
+}
+
+float inverse_rms(const float *x, float eps, int64_t n) { return 1.0f / sqrtf(square_sum(x, n) / (float)n + eps); }
+
+void rms_norm(const float *x, const float *weight, float eps, int64_t n, float *out) {
+    float scale = inverse_rms(x, eps, n);
+    V by = set1(scale);
+    int64_t i = 0;
+    if (weight)
+        for (; i + W <= n; i += W) store(out + i, load(x + i) * by * load(weight + i));
+    else
+        for (; i + W <= n; i += W) store(out + i, load(x + i) * by);
+    for (; i < n; ++i) out[i] = x[i] * scale * (weight ? weight[i] : 1.0f);
+}
+
+void add_norm(const float *x, const float *y, const float *weight, float eps, float scale, int64_t n, float *out) {
+    float inverse = inverse_rms(y, eps, n);
+    V by = set1(inverse), whole = set1(scale);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, (load(x + i) + load(y + i) * by * load(weight + i)) * whole);
+    for (; i < n; ++i) out[i] = (x[i] + y[i] * inverse * weight[i]) * scale;
+}
+
+// z * tanh-GELU'(z) written with one exponential: 0.5 * (1 + tanh u) = 1 / (1 + exp(-2u)), accurate for large |z| of either sign.
+inline V gelu(V z) {
+    const V twice_root = set1(-1.59576912f), cubic = set1(-0.0713548163f);  // -2 * sqrt(2 / pi), and that times 0.044715
+    V u = z * fma(z * z, cubic, twice_root);
+    return z / (set1(1.0f) + exp(u));
+}
+
+void gelu_mul(const float *gate, const float *up, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, gelu(load(gate + i)) * load(up + i));
+    if (i < n) {
+        Tail tail(n);
+        store(tail.out, gelu(load(tail.in(gate))) * load(tail.other(up)));
+        tail.give(out);
+    }
+}
+
+void rope(float *x, const float *cos, const float *sin, int64_t head_dim) {
+    int64_t half = head_dim / 2, i = 0;
+    float *high = x + half;
+    for (; i + W <= half; i += W) {
+        V a = load(x + i), b = load(high + i), c = load(cos + i), s = load(sin + i);
+        store(x + i, a * c - b * s);
+        store(high + i, b * c + a * s);
+    }
+    for (; i < half; ++i) {
+        float a = x[i], b = high[i];
+        x[i] = a * cos[i] - b * sin[i];
+        high[i] = b * cos[i] + a * sin[i];
+    }
+}
+
+// tanh y: its series near 0, where 1 - exp would cancel; else (1 - e) / (1 + e) with e = exp(-2 |y|).
+inline V tanh_of(V y) {
+    V size = vmax(y, -y), square = y * y;
+    V e = exp(size * set1(-2.0f)), one = set1(1.0f);
+    V far = (one - e) / (one + e);
+    far = where_less(y, set1(0.0f), -far, far);
+    V near = fma(square, fma(square, fma(square, set1(-0.0539682540f), set1(0.133333333f)), set1(-0.333333333f)), one) * y;
+    return where_less(size, set1(0.15f), near, far);
+}
+
+void softcap(float *x, float cap, int64_t n) {
+    V by = set1(cap), over = set1(1.0f / cap);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(x + i, tanh_of(load(x + i) * over) * by);
+    if (i < n) {
+        Tail tail(n);
+        store(tail.out, tanh_of(load(tail.in(x)) * over) * by);
+        tail.give(x);
+    }
+}
+
+inline uint16_t round_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);  // NaN stays one
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+void to_bf16(const float *x, int64_t n, uint16_t *out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = round_bf16(x[i]);  // branch-free after if-conversion: the compiler vectorises it
+}
+
+void from_bf16(const uint16_t *x, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, load_bf16(x + i));
+    for (; i < n; ++i) {
+        uint32_t bits = (uint32_t)x[i] << 16;
+        memcpy(out + i, &bits, 4);
+    }
+}
+
+// 32 quotients between -127 and 127 as bytes, rounded to nearest even; returns their sum.
+#if defined(GC_LEVEL_AVX512)
+inline int32_t round_block(const float *x, V by, int8_t *q) {
+    __m512i a = _mm512_cvtps_epi32(load(x) * by), b = _mm512_cvtps_epi32(load(x + 16) * by);
+    _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128((__m128i *)(q + 16), _mm512_cvtepi32_epi8(b));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+}
+#elif defined(GC_LEVEL_AVX2)
+inline int32_t round_block(const float *x, V by, int8_t *q) {
+    __m256i a = _mm256_cvtps_epi32(load(x) * by), b = _mm256_cvtps_epi32(load(x + 8) * by);
+    __m256i c = _mm256_cvtps_epi32(load(x + 16) * by), d = _mm256_cvtps_epi32(load(x + 24) * by);
+    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b),
+                                       _mm256_packs_epi32(c, d));  // in groups of four, interleaved by 128-bit halves
+    bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)q, bytes);
+    __m256i pairs = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+#else
+inline int32_t round_block(const float *x, V by, int8_t *q) {
+    float shifted[32];
+    for (int i = 0; i < 32; i += W) store(shifted + i, load(x + i) * by + set1(ROUNDER));
+    int32_t total = 0;
+    for (int i = 0; i < 32; ++i) {
+        int32_t bits;
+        memcpy(&bits, shifted + i, 4);
+        int32_t code = bits - 0x4b400000;  // the bits of ROUNDER
+        q[i] = (int8_t)code;
+        total += code;
+    }
+    return total;
+}
+#endif
+
+void quantize(const float *x, int64_t n, int8_t *q, float *scale, float *sum_of) {
+    V poison = set1(0.0f);  // becomes NaN where anything is not finite
+    float *first = scale;
+    for (int64_t i = 0; i < n; i += 32, x += 32, q += 32) {
+        V most = set1(0.0f);
+        for (int j = 0; j < 32; j += W) {
+            V v = load(x + j);
+            most = vmax(most, vmax(v, -v));
+            poison = fma(v, set1(0.0f), poison);
+        }
+        float largest = top(most),
+              inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;  // the inverse of anything smaller overflows
+        float step = inverse > 0 ? largest / 127.0f : 0.0f;
+        *scale++ = step;
+        *sum_of++ = step * (float)round_block(x, set1(inverse), q);
+    }
+    *first += sum(poison);  // so that NaN or infinity in a row stays visible
+}
+
+void add_scaled(const float *x, float factor, int64_t n, float *out) {
+    V by = set1(factor);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, fma(load(x + i), by, load(out + i)));
+    for (; i < n; ++i) out[i] += x[i] * factor;
+}
+
+void scale_by(const float *x, float factor, int64_t n, float *out) {
+    V by = set1(factor);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, load(x + i) * by);
+    for (; i < n; ++i) out[i] = x[i] * factor;
+}
+
+}  // namespace
+
+extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm,  gelu_mul, rope,       softcap,
+                                              to_bf16,  from_bf16, quantize, add_scaled, scale_by};
+
+}  // namespace gemcutter

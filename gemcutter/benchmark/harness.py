@@ -1,0 +1,138 @@
+"""Runs one test after the other on an engine: prompts of p rows, or n single rows, behind a context that is there already.
+
+Owns the filling of contexts without computing them, and the timing. Speed does not depend on what keys and values are, only on
+how many there are: slots are filled with normed random rows, and block tables say that positions are held, as they do after an
+earlier turn. Refuses to know ceilings. Read `engine/engine.py` for what is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.cache.kv_cache import PagedKVCache
+from gemcutter.engine.engine import Engine
+from gemcutter.engine.request import Request
+from gemcutter.model.text import Decoder
+from gemcutter.ops.reference import rms_norm
+
+FILL_ROWS = 4096  # positions drawn at a time
+WARM_UP_ROWS = 16
+MAX_ROWS = 512  # of a step: what the engine takes by itself
+
+
+@dataclass(frozen=True, slots=True)
+class BenchCase:
+    """`tokens` rows of a prompt at once ("pp"), or one by one ("tg") in `batch` sequences, after `depth` positions."""
+
+    kind: str
+    tokens: int
+    depth: int = 0
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """Spell the test as llama-bench does: pp512, tg128@d16384; 8 sequences are tg128x8."""
+        many = f"x{self.batch}" if self.batch > 1 else ""
+        return f"{self.kind}{self.tokens}{many}" + (f"@d{self.depth}" if self.depth else "")
+
+    @property
+    def total(self) -> int:
+        """Count the tokens of all sequences."""
+        return self.tokens * self.batch
+
+    @property
+    def context(self) -> int:
+        """Count the positions that the test needs; one token more is chosen than computed."""
+        return self.depth + self.tokens + 2
+
+
+def list_cases(
+    prompts: Sequence[int], replies: Sequence[int], depths: Sequence[int], batches: Sequence[int] = (1,)
+) -> list[BenchCase]:
+    """List all tests, those of one depth after the other; a size of 0 asks for none. Prompts run alone, replies in batches."""
+    alone = [("pp", size, 1) for size in prompts if size]
+    sizes = alone + [("tg", size, batch) for size in replies if size for batch in batches]
+    return [BenchCase(kind, size, depth, batch) for depth in depths for kind, size, batch in sizes]
+
+
+class BenchEngine:
+    """An engine whose context is filled up to `depth`, for tests of that depth; sequences of a batch share it."""
+
+    def __init__(
+        self, decoder: Decoder, tests: Sequence[BenchCase], max_rows: int = MAX_ROWS, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        self.decoder, self.depth = decoder, tests[0].depth
+        assert all(test.depth == self.depth for test in tests)
+        batch = max(test.batch for test in tests)
+        self.engine = Engine(
+            decoder, max(test.context for test in tests), max_rows, batch, prefix_cache_entries=1, kv_dtype=kv_dtype
+        )
+        self._draw = torch.Generator().manual_seed(0)
+        if self.depth:
+            fill(self.engine.pool, decoder, self._draw)
+
+    def warm_up(self) -> None:
+        """Run a few rows through everything, so that no test pays for what happens once."""
+        self._submit(min(WARM_UP_ROWS, self.engine.context - self.depth - 2), 2)
+        while self.engine.has_work:
+            self.engine.step()
+
+    def run(self, test: BenchCase, at_start: Callable[[], None] = lambda: None) -> float:
+        """Run one test and give its seconds; `at_start` is called when they begin.
+
+        Of a prompt they last until its first token is chosen, of a reply from then on, so that all of its steps have one row.
+        """
+        if test.kind == "pp":
+            self._submit(test.tokens, 1)
+        else:
+            self._submit(1, test.tokens + 1, test.batch)
+            self._step_to_first(test.batch)
+        at_start()
+        started = time.perf_counter()
+        while self.engine.has_work:
+            self.engine.step()
+        return time.perf_counter() - started
+
+    def _step_to_first(self, batch: int) -> None:
+        begun = set[int]()
+        while len(begun) < batch:
+            begun.update(event.request for event in self.engine.step())
+
+    def _submit(self, rows: int, max_tokens: int, batch: int = 1) -> None:
+        held = tuple(torch.randint(self.decoder.plan.vocab, (self.depth,), generator=self._draw).tolist())
+        hold(self.engine, held)
+        for _ in range(batch):
+            own = torch.randint(self.decoder.plan.vocab, (rows,), generator=self._draw)
+            self.engine.submit(Request((*held, *own.tolist()), max_tokens=max_tokens))
+
+
+def hold(engine: Engine, ids: tuple[int, ...]) -> None:
+    """Make the engine remember `ids` as computed, and nothing else: a prompt that begins with them continues from there."""
+    while engine.prefix.evict():
+        pass
+    table = BlockTable(engine.pool)
+    while table.length < len(ids):
+        table.reserve(min(engine.scheduler.max_batched_tokens, len(ids) - table.length))
+        table.commit(table.reserved)
+    engine.prefix.keep(ids, table)
+    table.release()
+
+
+def fill(pool: PagedKVCache, decoder: Decoder, draw: torch.Generator) -> None:
+    """Fill every slot of a pool with rows as layers write them: normed, keys with their norm's weight; one draw over and over."""
+    for layer in decoder.plan.writers:
+        shape = (FILL_ROWS, layer.kv_heads, layer.head_dim)
+        weight = decoder.params[f"layers.{layer.index}.attn.k_norm"]
+        assert isinstance(weight, torch.Tensor)
+        keys, values = (rms_norm(torch.randn(shape, generator=draw), norm, decoder.plan.eps) for norm in (weight, None))
+        keys, values = keys.to(decoder.device, decoder.dtype), values.to(decoder.device, decoder.dtype)
+        book = pool.allocators[layer.group]
+        num_slots = book.tokens * len(book.ref_counts)
+        for start in range(0, num_slots, FILL_ROWS):
+            slots = torch.arange(start, min(start + FILL_ROWS, num_slots), device=decoder.device)
+            pool.write(layer.index, slots, keys[: len(slots)], values[: len(slots)])

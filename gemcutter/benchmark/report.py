@@ -1,0 +1,195 @@
+"""The whole measurement as one object: a row a test, each beside its ceiling; and the object as a table.
+
+Owns the order of things (tests first, the machine's rates last, because their buffers would count as the model's memory) and the
+names in the JSON: sizes in bytes, times in seconds. Refuses to know how a test runs (`stand.py`) and what a ceiling is
+(`roofline.py`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from gemcutter.benchmark import breakdown, hardware, roofline
+from gemcutter.benchmark.harness import MAX_ROWS, BenchCase, BenchEngine
+from gemcutter.benchmark.target import BenchTarget
+from gemcutter.errors import RequestError
+from gemcutter.plan import ModelPlan
+
+Progress = Callable[[int, int], None]  # tests done, tests in all
+
+
+def measure(
+    subject: BenchTarget,
+    tests: Sequence[BenchCase],
+    repeats: int,
+    *,
+    max_rows: int = MAX_ROWS,
+    with_breakdown: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Run all tests, `repeats` times each; give everything that was found. Raises RequestError for tests that can't run."""
+    check(subject, tests)
+    rows = list[dict[str, Any]]()
+    for _, group in groupby(tests, key=lambda test: test.depth):
+        for row in _run(subject, list(group), repeats, max_rows, with_breakdown):
+            rows.append(row)
+            progress(len(rows), len(tests))
+    device = subject.decoder.device
+    peak = hardware.peak_bytes(device)
+    rates = hardware.measure_rates(device)
+    native = hardware.native_rate(subject.decoder) if subject.decoder.backend.name == "cpu" else None
+    if native is not None:
+        rates["native_flops_per_s"] = native
+    reads = {test.batch: roofline.token_bytes(subject.plan, subject.decoder.params, test.batch) for test in tests}
+    for row, test in zip(rows, tests, strict=True):
+        row |= ceiling(subject.plan, reads[test.batch], subject.kv_dtype.itemsize, test, rates)
+        row["share"] = row["tok_s"] / row["ceiling_tok_s"]
+    return describe(subject, max_rows) | {
+        "rates": rates,
+        "memory": memory(subject, peak),
+        "rows": rows,
+        "machine": hardware.describe(device),
+    }
+
+
+def check(subject: BenchTarget, tests: Sequence[BenchCase]) -> None:
+    """Raise RequestError unless every test fits the model's context."""
+    room = subject.plan.context
+    problems = [
+        f"{test.name}: needs {test.context} positions, the model was made for {room}" for test in tests if test.context > room
+    ]
+    if not tests:
+        problems.append("no test is asked for: every -p and -n is 0")
+    if problems:
+        raise RequestError("the tests can't run", problems)
+
+
+def _run(
+    subject: BenchTarget, tests: Sequence[BenchCase], repeats: int, max_rows: int, with_breakdown: bool
+) -> Iterator[dict[str, Any]]:
+    """Run tests of one depth, whose cache goes when they are done."""
+    stand = BenchEngine(subject.decoder, tests, max_rows, subject.kv_dtype)
+    stand.warm_up()
+    for test in tests:
+        speeds = [test.total / stand.run(test) for _ in range(repeats)]
+        row: dict[str, Any] = {
+            "test": test.name,
+            "tokens": test.tokens,
+            "depth": test.depth,
+            "batch": test.batch,
+            "tok_s": statistics.median(speeds),
+            "tok_s_min": min(speeds),
+            "tok_s_max": max(speeds),
+            "repeats": repeats,
+        }
+        if with_breakdown:
+            row["breakdown_s"] = breakdown.measure(subject.decoder, partial(stand.run, test))
+        yield row | {"peak_bytes": hardware.peak_bytes(subject.decoder.device)}
+
+
+def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: BenchCase, rates: Mapping[str, float]) -> dict[str, Any]:
+    """Give the speed that a machine of these rates allows, and the rate that bounds it.
+
+    `weight_bytes` are those that decoding one token of each sequence reads.
+    """
+    if test.kind == "tg":
+        seen = test.depth + 1 + (test.tokens + 1) // 2  # of a reply's steps, on average
+        read = weight_bytes / test.batch + plan.read_bytes(seen, 0, kv_itemsize)
+        return {"ceiling_tok_s": rates["read_bytes_per_s"] / read, "ceiling": "read_bytes_per_s", "read_bytes_per_token": read}
+    flops = roofline.prefill_flops(plan, test.depth, test.tokens)
+    best = max((name for name in rates if name.endswith("flops_per_s")), key=lambda name: rates[name])
+    return {"ceiling_tok_s": test.tokens * rates[best] / flops, "ceiling": best, "flops": flops}
+
+
+def describe(subject: BenchTarget, max_rows: int) -> dict[str, Any]:
+    """Say what was measured, and how it was computed."""
+    return {
+        "model": subject.name,
+        "quant": subject.quant,
+        "params": subject.plan.num_params(),
+        "layers": len(subject.plan.layers),
+        "dtype": str(subject.decoder.dtype).removeprefix("torch."),
+        "kernels": subject.how.kernels,
+        "activations": subject.decoder.precision.activations,
+        "threads": torch.get_num_threads(),
+        "max_rows": max_rows,
+        "load_s": subject.load_s,
+    }
+
+
+def memory(subject: BenchTarget, peak: int) -> dict[str, int]:
+    """Put the peak beside what must be held: the weights, but for tables that are only gathered from."""
+    held = roofline.held_bytes(subject.plan, subject.decoder.params)
+    return {"peak_bytes": peak, "weight_bytes": held, "over_weights_bytes": peak - held}
+
+
+# ---- what a reader sees ----
+
+CEILINGS = {
+    "read_bytes_per_s": "reading weights, keys and values",
+    "float32_flops_per_s": "float32 products",
+    "bfloat16_flops_per_s": "bfloat16 products",
+    "native_flops_per_s": "native products in the cache",
+}
+
+
+def show(found: dict[str, Any]) -> str:
+    """Lay a measurement out for a reader."""
+    here, rates, memory = found["machine"], found["rates"], found["memory"]
+    speeds = (f"{CEILINGS[name]} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items() if name != "read_bytes_per_s")
+    lines = [
+        f"{found['model']} ({found['quant']}): {found['params'] / 1e9:.3f} B parameters",
+        f"computed in {found['dtype']}, activations {found['activations']}; native kernels: {here['native']}",
+        f"{here['cpu']}, {here['cores']} cores, {found['threads']} threads; torch {here['torch']}",
+        f"this machine reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s; {', '.join(speeds)}",
+        "",
+        *_table(found["rows"]),
+        "",
+        f"peak memory {memory['peak_bytes'] / 1e6:,.0f} MB: weights {memory['weight_bytes'] / 1e6:,.0f} MB, "
+        f"all else {memory['over_weights_bytes'] / 1e6:,.0f} MB (cache, buffers, Python, torch)",
+    ]
+    if found["load_s"] is not None:
+        lines.append(f"load {found['load_s']:.2f} s")
+    if found.get("first_token_s") is not None:
+        lines.append(
+            f"from a cold process to the first token {found['first_token_s']:.2f} s, to its text {found['first_text_s']:.2f} s"
+        )
+    timed = [row for row in found["rows"] if "breakdown_s" in row]
+    if timed:
+        lines += ["", "milliseconds a token, and their share, in one more run with clocks:", "", *_breakdown(timed)]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    cells = [("test", "tok/s", "from", "to", "ceiling", "share", "of")]
+    for row in rows:
+        speeds = (f"{row[name]:.2f}" for name in ("tok_s", "tok_s_min", "tok_s_max", "ceiling_tok_s"))
+        cells.append((row["test"], *speeds, f"{row['share']:.1%}", CEILINGS[row["ceiling"]]))
+    return _aligned(cells)
+
+
+def _breakdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    verbs = [verb for verb in (*breakdown.OPS, breakdown.REST) if any(verb in row["breakdown_s"] for row in rows)]
+    cells = [("", *(text for row in rows for text in (row["test"], "")), "")]
+    for verb in verbs:
+        line = [verb]
+        for row in rows:
+            spent = row["breakdown_s"]
+            seconds = spent.get(verb, 0.0)
+            line += [f"{seconds * 1e3 / row['tokens']:.3f}", f"{seconds / sum(spent.values()):.1%}"]
+        cells.append((*line, ""))
+    return _aligned(cells)
+
+
+def _aligned(cells: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Lay a table out: the first and the last column to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *middle, last in cells:
+        padded = (cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True))
+        yield "  ".join([first.ljust(widths[0]), *padded, last]).rstrip()

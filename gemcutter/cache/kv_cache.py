@@ -1,0 +1,149 @@
+"""Storage of keys and values, page by page.
+
+Owns one pair of tensors per KV-*writing* layer and the page allocators of every group; layers that only read have no storage.
+Refuses to know sequences: a page is taken, shared and dropped by `block_table.py`. Pages of a group are numbered alike in all its
+layers. A layer whose values are its normalised keys may be stored compactly (`ops/step.py:KEqVCache`). Shape letters: T slots, K
+key heads, E head dim.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemcutter.errors import CapacityError, KernelError
+from gemcutter.ops.step import KEqVCache, KVRange, store
+from gemcutter.plan import GroupId, ModelPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSize:
+    """How many pages a group has, and how many positions one page holds."""
+
+    pages: int
+    tokens: int
+
+
+class PageAllocator:
+    """Which pages of one group are free, and how many block tables hold each of the others."""
+
+    def __init__(self, count: PoolSize) -> None:
+        self.tokens = count.tokens
+        self.ref_counts = [0] * count.pages
+        self._free = set(range(count.pages))
+        self._lowest = list(range(count.pages))  # a heap that may name pages taken since
+
+    @property
+    def free(self) -> int:
+        """Count the free pages."""
+        return len(self._free)
+
+    def take(self, after: int | None) -> int:
+        """Take a free page: the one that follows `after` if it can be had, so that reading stays a view; else the lowest."""
+        if after is not None and after + 1 in self._free:
+            page = after + 1
+        else:
+            while self._lowest and self._lowest[0] not in self._free:
+                heapq.heappop(self._lowest)
+            if not self._lowest:
+                raise CapacityError("no free cache page is left")
+            page = heapq.heappop(self._lowest)
+        self._free.remove(page)
+        self.ref_counts[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """Let one more table hold a page."""
+        self.ref_counts[page] += 1
+
+    def drop(self, page: int) -> None:
+        """Let one table go of a page; it is free once nobody holds it."""
+        self.ref_counts[page] -= 1
+        if not self.ref_counts[page]:
+            self._free.add(page)
+            heapq.heappush(self._lowest, page)
+            if len(self._lowest) > 2 * len(self.ref_counts):  # pages taken by `after` stay in it
+                self._lowest = sorted(self._free)  # a sorted list is a heap
+
+
+class PagedKVCache:
+    """Keys and values of all writing layers: [T, K, E] each, T = pages x tokens of the layer's group.
+
+    `compact` names the layers to store compactly, by the weight of their key norm: of keys, only the rotary columns are kept.
+    """
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        counts: Mapping[GroupId, PoolSize],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        compact: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        self.groups = plan.groups()
+        self.windows = {group.id: group.window for group in self.groups}
+        self.allocators = {group.id: PageAllocator(counts[group.id]) for group in self.groups}
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self._compact: dict[int, KEqVCache] = {}
+        for layer in plan.writers:
+            count, weight = counts[layer.group], (compact or {}).get(layer.index)
+            shape = (count.pages * count.tokens, layer.kv_heads, layer.head_dim)
+            key_shape = shape if weight is None else (*shape[:2], layer.rotary_dims)
+            try:
+                self.keys[layer.index] = torch.empty(key_shape, dtype=dtype, device=device)
+                self.values[layer.index] = torch.empty(shape, dtype=dtype, device=device)
+            except (RuntimeError, MemoryError) as error:  # torch reports a refused allocation as a RuntimeError
+                slots = ", ".join(f"{book.tokens * len(book.ref_counts)} {w or 'global'}" for w, book in self.allocators.items())
+                raise CapacityError(
+                    f"no memory for a cache of {slots} positions ({dtype}); lower --context or the batch"
+                ) from error
+            if weight is not None:
+                still = weight.to(device, torch.float32, copy=True)
+                found = KEqVCache(self.values[layer.index], self.keys[layer.index], still)
+                for columns in found.rotary(still):
+                    columns.fill_(1.0)
+                self._compact[layer.index] = found
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes of all storage, touched or not."""
+        return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
+
+    def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
+        """Store keys and values of a writing layer, one slot a row."""
+        compact = self._compact.get(layer)
+        if compact is not None:
+            compact.write(slots_N, k_NKE, v_NKE)
+            return
+        store(self.keys[layer], slots_N, k_NKE)
+        store(self.values[layer], slots_N, v_NKE)
+
+    def read(self, layer: int, kv_range: KVRange) -> tuple[Tensor, Tensor]:
+        """Return keys and values [T, K, E] of a KV range: views of consecutive pages, else copies, as rebuilt keys always are."""
+        compact = self._compact.get(layer)
+        keys = self.keys[layer][kv_range.where] if compact is None else compact.keys(kv_range.where)
+        return keys, self.values[layer][kv_range.where]
+
+    def storage(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the tensors [T, K, E] in which a writing layer's slots lie. Raises KernelError for a compact layer."""
+        if layer in self._compact:
+            raise KernelError(f"layer {layer} is stored compactly, which this kernel can't read or write")
+        return self.keys[layer], self.values[layer]
+
+    def compact(self, layer: int) -> KEqVCache | None:
+        """Return the slots of a layer that is stored compactly; None for all others."""
+        return self._compact.get(layer)
+
+    def copy_page(self, group: GroupId, source: int, target: int) -> None:
+        """Copy one page of a group in all its layers."""
+        tokens = self.allocators[group].tokens
+        old, new = (slice(page * tokens, (page + 1) * tokens) for page in (source, target))
+        layers = next(each.layers for each in self.groups if each.id == group)
+        for layer in layers:
+            self.keys[layer][new] = self.keys[layer][old]
+            self.values[layer][new] = self.values[layer][old]

@@ -1,0 +1,157 @@
+"""Matches what a checkpoint holds against what the plan needs, from headers alone.
+
+Owns `Checkpoint` (a source with config, plan and matched pieces) and the
+one error that lists every missing, misshaped and unknown tensor. Refuses to know foreign names (`formats/`) and to allocate
+(`load_params.py`). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gemcutter import config as configs
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
+from gemcutter.checkpoint.formats import FORMATS, Format
+from gemcutter.errors import CheckpointError
+from gemcutter.plan import ModelPlan, ParamSpec, derive
+
+FLOATS = ("BF16", "F16", "F32")
+INTEGERS = ("I64", "I32")
+
+
+@dataclass(slots=True)
+class Matched:
+    """The pieces of every parameter, and what a checkpoint holds beyond them."""
+
+    pieces: dict[str, tuple[StoredTensor, ...]] = field(default_factory=dict)  # in the order of the spec's parts
+    redundant: list[StoredTensor] = field(default_factory=list)  # the decoder has such tensors, but not in this place
+    other_modules: dict[str, list[StoredTensor]] = field(default_factory=dict)  # towers and the like, by kind
+    defaults: list[ParamSpec] = field(default_factory=list)  # absent, and their absence has a meaning
+    ignored: list[StoredTensor] = field(default_factory=list)
+    missing: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # label and shape of what the plan needs in vain
+    unknown: list[StoredTensor] = field(default_factory=list)
+
+    def notes(self, plan: ModelPlan) -> list[str]:
+        """Say once what was left out and why."""
+        notes = []
+        if self.redundant:
+            readers = {piece.name.split(".")[1] for piece in self.redundant if piece.name and piece.name.startswith("layers.")}
+            size = sum(piece.data.nbytes for piece in self.redundant) / 1e6
+            place = f"{len(readers)} layers that do not use them" if readers else "a tied head"
+            notes.append(f"{len(self.redundant)} tensors of {place} skipped, as planned ({size:.1f} MB)")
+        notes += [f"{len(pieces)} tensors of the {kind} not loaded" for kind, pieces in self.other_modules.items()]
+        return notes
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose headers fit its plan."""
+
+    source: Source
+    config: configs.ModelConfig
+    plan: ModelPlan
+    matched: Matched
+    format: str
+
+
+def open_checkpoint(path: Path, ignore: Sequence[str] = ()) -> Checkpoint:
+    """Read headers and config, derive the plan, match every tensor; no tensor data is read.
+
+    `ignore` holds patterns of config keys and tensor names to pass over. Raises ConfigError or CheckpointError with all problems.
+    """
+    return read_checkpoint(Source.open(path), ignore)
+
+
+def read_checkpoint(source: Source, ignore: Sequence[str] = ()) -> Checkpoint:
+    """Do what `open_checkpoint` does with a source that is open already. Raises the same."""
+    format = format_of(source)
+    config = format.config(source, ignore)
+    plan = derive(config)
+    return Checkpoint(source, config, plan, match(plan, format.pieces(source, plan), str(source.path), ignore), format.NAME)
+
+
+def format_of(source: Source) -> Format:
+    """Give the first format that takes the source for its own. Raises CheckpointError for a damaged config."""
+    return next(format for format in FORMATS if format.sniff(source))
+
+
+def match(plan: ModelPlan, pieces: Iterable[StoredTensor], source: str, ignore: Sequence[str] = ()) -> Matched:
+    """Give every parameter its pieces. Raises CheckpointError that lists all problems; nothing is allocated."""
+    problems: list[str] = []
+    matched = compare(plan, pieces, problems, ignore)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise CheckpointError(f"{source} does not match the plan ({count}, nothing was allocated)", sorted(problems))
+    return matched
+
+
+def compare(plan: ModelPlan, pieces: Iterable[StoredTensor], problems: list[str], ignore: Sequence[str] = ()) -> Matched:
+    """Give every parameter the pieces that fit it, noting every problem instead of raising."""
+    specs = {spec.name: spec for spec in plan.params()}
+    redundant = plan.redundant()
+    matched, found = Matched(), dict[tuple[str, str | None], StoredTensor]()
+    for piece in pieces:
+        if any(fnmatch.fnmatchcase(piece.data.name, pattern) for pattern in ignore):
+            matched.ignored.append(piece)
+        elif piece.name is not None and piece.name.startswith("("):
+            matched.other_modules.setdefault(piece.name.strip("()"), []).append(piece)
+        elif piece.name in specs and _has_part(specs[piece.name], piece.part):
+            twin = found.setdefault((piece.name, piece.part), piece)
+            if twin is not piece:
+                problems.append(f"duplicate  {piece.label}: {twin.data.origin} and {piece.data.origin}")
+        elif (piece.name, piece.part) in redundant:
+            matched.redundant.append(piece)
+        else:
+            matched.unknown.append(piece)
+            problems.append(f"unknown    {piece.data.origin}: not part of this model; --ignore '{piece.data.name}' to skip it")
+    for spec in specs.values():
+        matched.pieces[spec.name] = tuple(_take(spec, found, matched, problems))
+    return matched
+
+
+def _has_part(spec: ParamSpec, part: str | None) -> bool:
+    return part is None or any(part == name for name, _ in spec.parts)
+
+
+def _take(
+    spec: ParamSpec, found: dict[tuple[str, str | None], StoredTensor], matched: Matched, problems: list[str]
+) -> Iterator[StoredTensor]:
+    """Yield a parameter's pieces in order, checked; report what is missing or does not fit."""
+    whole = found.get((spec.name, None))
+    wanted = [(None, spec.shape)] if whole or not spec.parts else [(part, _part_shape(spec, rows)) for part, rows in spec.parts]
+    for part, shape in wanted:
+        piece = found.get((spec.name, part))
+        label = f"{spec.name}[{part}]" if part else spec.name
+        if piece is None and spec.default is not None:
+            matched.defaults.append(spec)
+        elif piece is None:
+            matched.missing.append((label, shape))
+            problems.append(f"missing    {label} {shape}")
+        elif piece.fault is not None:
+            problems.append(f"packing    {label}: {piece.data.origin}: {piece.fault}")
+        elif piece.data.shape != shape:
+            problems.append(
+                f"shape      {label} {shape} expected, {piece.data.origin} has {piece.data.shape}{_hint(spec, shape, piece)}"
+            )
+        elif isinstance(piece.data, PackedTensor) and not spec.integer and len(spec.shape) > 1:
+            yield piece
+        elif piece.data.dtype not in (INTEGERS if spec.integer else FLOATS):
+            kinds = ", ".join(INTEGERS if spec.integer else FLOATS)
+            problems.append(f"dtype      {label}: {kinds} expected, {piece.data.origin} is {piece.data.dtype}")
+        else:
+            yield piece
+
+
+def _part_shape(spec: ParamSpec, rows: int) -> tuple[int, ...]:
+    return (*spec.shape[:-2], rows, spec.shape[-1])
+
+
+def _hint(spec: ParamSpec, shape: tuple[int, ...], piece: StoredTensor) -> str:
+    """Name the config key that most likely explains a wrong shape."""
+    if ".mlp." in spec.name and any(2 * a == b or a == 2 * b for a, b in zip(shape, piece.data.shape, strict=False)):
+        return ": half or twice the width that config.json gives this layer; are both of one model?"
+    return ""

@@ -1,0 +1,193 @@
+"""Packed weights on disk: what one load has packed for the CPU kernels, the next maps.
+
+Owns one file a checkpoint in the user's cache folder: a header that names the checkpoint's files as they were (paths, sizes,
+times, a digest of their headers), then the weights. Nothing depends on it. A file that is damaged, foreign, of another version
+or of an older checkpoint counts as none and is replaced; it is written under another name and renamed when whole, so that
+readers and several writers never meet; where the disk is full or the folder is not to be written to, one warning is all. Read
+`load_params.py` for who asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import struct
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcutter.checkpoint.load.match import Checkpoint
+from gemcutter.quant.cpu_layout import PANEL, PackedLayout
+from gemcutter.quant.cpu_packed import CpuPackedWeight
+
+VERSION = 2  # of this file's layout and of csrc/cpu/layout.h
+SUFFIX, UNFINISHED = ".packed", ".unfinished"
+STALE_S = 24 * 3600  # after which an unfinished file has no writer any more
+
+_HEAD = struct.Struct("<8s32sQ")  # magic, digest of the header, its length
+_MAGIC = b"GCPACKED"
+_MAX_HEADER_BYTES = 1 << 26
+_PAGE_BYTES = 4096  # weights begin on one
+_ALIGN_BYTES = 64
+_WRITE_BYTES = 16 << 20
+_POPULATE_READ = 22  # MADV_POPULATE_READ: map all pages at once instead of one fault for each few
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeightCache:
+    """Where the packed weights of one checkpoint are kept, and what identifies them."""
+
+    path: Path
+    key: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, quant: str | None = None, folder: Path | None = None) -> PackedWeightCache:
+        """Return where a checkpoint's packed weights belong: in `folder`, or in the user's cache.
+
+        Raises OSError if its files are gone.
+        """
+        source = checkpoint.source
+        tensors = [(each.name, each.dtype, each.shape, each.offset, each.file.name) for each in source.tensors.values()]
+        key = {
+            "version": VERSION,
+            "quant": quant,
+            "files": [_identity(path) for path in source.files],
+            "tensors": hashlib.sha256(json.dumps(tensors).encode()).hexdigest(),
+        }
+        place = hashlib.sha256(f"{source.path.resolve()} {quant}".encode()).hexdigest()[:24]
+        return cls((folder or user_folder()) / f"{source.path.stem}-{place}{SUFFIX}", key)
+
+    def read(self) -> dict[str, CpuPackedWeight]:
+        """Map the weights that are kept, by name; none where there is no such file, or not of this checkpoint as it is now."""
+        try:
+            with open(self.path, "rb") as file:
+                head = file.read(_HEAD.size)
+                magic, digest, length = _HEAD.unpack(head)
+                header = file.read(length) if magic == _MAGIC and length <= _MAX_HEADER_BYTES else b""
+                if hashlib.sha256(header).digest() != digest:
+                    return {}
+                content = json.loads(header)
+                if content["key"] != self.key or content["bytes"] != os.fstat(file.fileno()).st_size:
+                    return {}
+                memory = _map(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return {name: _weight(memory, entry) for name, entry in content["weights"].items()}
+        except (OSError, struct.error, ValueError, KeyError, TypeError, RuntimeError):  # whatever it is, it is not ours
+            return {}
+
+    def write(self, weights: Mapping[str, CpuPackedWeight]) -> threading.Thread:
+        """Keep weights for later loads, in a thread of its own that a program waits for when it ends."""
+        thread = threading.Thread(target=self._write, args=(dict(weights),), name="packed weight cache")
+        thread.start()
+        return thread
+
+    def _write(self, weights: Mapping[str, CpuPackedWeight]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(self.path.parent)
+            file, name = tempfile.mkstemp(UNFINISHED, self.path.stem, self.path.parent)
+            try:
+                with os.fdopen(file, "wb", buffering=0) as target:
+                    _write_in_blocks(target.fileno(), _pieces(self.key, weights))
+                    os.fsync(target.fileno())
+                os.replace(name, self.path)
+            except BaseException:
+                os.unlink(name)
+                raise
+        except OSError as error:
+            warnings.warn(f"repacked weights are not kept in {self.path.parent}: {error.strerror or error}", stacklevel=2)
+
+
+def user_folder() -> Path:
+    """Give the folder for repacked weights, which may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemcutter" / "packed-weights"
+
+
+def _identity(path: Path) -> list[Any]:
+    found = os.stat(path)
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ino]
+
+
+def _map(mapping: mmap.mmap) -> Tensor:
+    if hasattr(mmap, "MADV_RANDOM"):  # a system with madvise; older kernels refuse this advice
+        with contextlib.suppress(OSError):
+            mapping.madvise(_POPULATE_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+        return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _weight(memory: Tensor, entry: Mapping[str, Any]) -> CpuPackedWeight:
+    *experts, rows, columns = entry["shape"]
+    layout = PackedLayout(**entry["layout"])
+    shape = (*experts, -(-rows // PANEL), layout.stride(columns))
+    data = memory[entry["offset"] : entry["offset"] + torch.Size(shape).numel()].view(shape)
+    return CpuPackedWeight(data, rows, columns, layout, entry["origin"])
+
+
+def _pieces(key: Mapping[str, Any], weights: Mapping[str, CpuPackedWeight]) -> Iterator[memoryview]:
+    """Spell the whole file, piece by piece."""
+    entries, end = dict[str, Any](), 0
+    for name, each in weights.items():
+        layout = asdict(each.layout)
+        entries[name] = {"shape": each.shape, "layout": layout, "origin": each.origin, "offset": end}
+        end += -(-each.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+    header = _header(key, entries, end)
+    yield memoryview(header)
+    for each in weights.values():
+        yield memoryview(each.data.contiguous().flatten().numpy().data)
+        yield memoryview(bytes(-each.nbytes % _ALIGN_BYTES))
+
+
+def _header(key: Mapping[str, Any], entries: Mapping[str, dict[str, Any]], nbytes: int) -> bytes:
+    """Spell the header with offsets in the file, which depend on its own length: room for them is found by a first try."""
+    start = 0
+    while True:
+        placed = {name: entry | {"offset": start + entry["offset"]} for name, entry in entries.items()}
+        header = json.dumps({"key": key, "bytes": start + nbytes, "weights": placed}).encode()
+        if _HEAD.size + len(header) <= start:
+            digest = hashlib.sha256(header).digest()
+            return (_HEAD.pack(_MAGIC, digest, len(header)) + header).ljust(start, b"\0")
+        start = -(-(_HEAD.size + len(header)) // _PAGE_BYTES) * _PAGE_BYTES + _PAGE_BYTES
+
+
+def _write_in_blocks(file: int, pieces: Iterator[memoryview]) -> None:
+    """Write in large blocks at multiples of their size: some file systems then keep, and map, them in huge pages."""
+    block, used = memoryview(bytearray(_WRITE_BYTES)), 0
+    for piece in pieces:
+        while piece:
+            count = min(len(piece), _WRITE_BYTES - used)
+            block[used : used + count] = piece[:count]
+            used, piece = used + count, piece[count:]
+            if used == _WRITE_BYTES:
+                _write_all(file, block)
+                used = 0
+    _write_all(file, block[:used])
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    while data:
+        data = data[_write(file, data) :]
+
+
+_write = os.write  # which may write less than it is given, and fails where the disk is full
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what writers have left that were killed."""
+    for path in folder.glob(f"*{UNFINISHED}"):
+        try:
+            if time.time() - path.stat().st_mtime > STALE_S:
+                path.unlink()
+        except OSError:
+            continue  # somebody else was quicker

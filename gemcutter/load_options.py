@@ -1,0 +1,128 @@
+"""How a model is loaded: one frozen object for the Python API, every verb of the command line, the benchmark and `verify`.
+
+Owns the options, their defaults and the check of each, which needs no torch: a bad value is refused before anything is read. What
+depends on the machine's GPU or on the checkpoint is checked by `loading.py`, which carries the options out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gemcutter.errors import ConfigError, GemcutterError, KernelError, RequestError
+from gemcutter.ops.registry import ACTIVATIONS, CPU, KERNELS, TRITON
+
+DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+HALVES = ("float16", "f16", "fp16", "half")
+DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+QUANTS = ("q4", "q8")
+PLE_PLACES = ("gpu", "host", "mmap")
+KV_DTYPES = ("fp8",)
+DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
+
+
+def check_dtype(name: str) -> str:
+    """Return the full name of a compute dtype. Raises KernelError; float16 overflows in this family and is refused."""
+    if name in HALVES:
+        raise KernelError(f"dtype {name}: activations of this family exceed its range; use bfloat16 or float32")
+    if name not in DTYPES:
+        raise KernelError(f"dtype: expected float32 or bfloat16, found {name!r}")
+    return DTYPES[name]
+
+
+def check_device(name: str) -> str:
+    """Return the name of a device, whether or not this machine has it. Raises KernelError."""
+    if not DEVICE.fullmatch(name):
+        raise KernelError(f"device: expected cpu, cuda or cuda:N, found {name!r}")
+    return name
+
+
+def _one_of(option: str, names: Sequence[str], error: type[GemcutterError] = KernelError) -> Callable[[str], str]:
+    """Build the check of an option that takes one of a few names."""
+    *most, last = names
+    known = f"{', '.join(most)} or {last}" if most else last
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise error(f"{option}: expected {known}, found {name!r}")
+        return name
+
+    return check
+
+
+CHECKS: Mapping[str, Callable[[str], str]] = {
+    "dtype": check_dtype,
+    "device": check_device,
+    "kernels": _one_of("kernels", KERNELS),
+    "activations": _one_of("activations", ACTIVATIONS),
+    "quant": _one_of("quant", QUANTS, ConfigError),
+    "ple": _one_of("ple", PLE_PLACES),
+    "kv": _one_of("kv", KV_DTYPES),
+}
+LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_entries": 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """Everything that decides how a model is loaded and computed. Raises GemcutterError for values that can't be used.
+
+    `model` is a folder, a .safetensors or GGUF file, a hub id, or "demo". `dtype` is the compute dtype ("float32" or "bfloat16";
+    None: the checkpoint's own). `device` is "cpu", "cuda" or "cuda:N". `kernels` is "auto", "triton" (Triton's or an error) or
+    "reference" (the plain definitions, whose rows never depend on their neighbours). `activations` is the activation precision of
+    quantized CPU matmuls: "int8" (dynamic, a scale for 32 columns; the default in bfloat16) or "bf16"; in float32 rows stay as
+    they are unless it is given. `ignore` holds patterns of config keys and tensor names to pass over. `quant`, "q4" or "q8",
+    quantizes dense matrices while they are loaded; packed ones stay as they are. `adapter` is a LoRA adapter (a folder or a hub
+    id) that is merged into the weights; `adapters`, by name, stay apart, and a request with `adapter="name"` gets that one's
+    changes. `repack_cache` keeps what the CPU kernels repack in the user's cache folder, for later loads to map. `ple` says where
+    the table of per-layer embeddings is kept for a GPU: "gpu", "host" (pinned memory) or "mmap"; None: on the GPU if there is
+    room. `kv` "fp8" keeps keys and values in 8 bits on a GPU that has them (compute capability 8.9).
+
+    The engine's limits: `context` bounds a sequence in tokens, `max_batched_tokens` the rows of a step (the chunk of a long
+    prompt), `max_num_seqs` the sequences that run at once; `prefix_cache_entries` finished prompts and replies are kept for
+    reuse.
+    """
+
+    model: str
+    dtype: str | None = None
+    device: str = "cpu"
+    kernels: str = "auto"
+    activations: str | None = None
+    ignore: tuple[str, ...] = ()
+    quant: str | None = None
+    adapter: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    repack_cache: bool = False
+    ple: str | None = None
+    kv: str | None = None
+    context: int | None = None
+    max_batched_tokens: int = 512
+    max_num_seqs: int = 8
+    prefix_cache_entries: int = 4
+
+    def __post_init__(self) -> None:
+        for name, check in CHECKS.items():
+            if getattr(self, name) is not None:
+                check(getattr(self, name))
+        self._check_limits()
+        place = self.device.partition(":")[0]
+        if self.kernels == "triton" and (reason := TRITON.refusal(place, self.kernels)):
+            raise KernelError(f"kernels triton: {reason}")
+        if self.activations is not None and (reason := CPU.refusal(place, self.kernels)):
+            found = f"activations {self.activations}"
+            raise KernelError(f"{found}: a choice of the native CPU kernels, which are not used here: {reason}")
+        if self.ple not in (None, "mmap") and place != "cuda":
+            raise KernelError(f"ple {self.ple}: a choice for models on a GPU; on a CPU the table stays mapped")
+        if self.kv is not None and (reason := TRITON.refusal(place, self.kernels)):
+            raise KernelError(f"kv {self.kv}: a choice of the Triton kernels, which are not used here: {reason}")
+
+    def _check_limits(self) -> None:
+        """Raise RequestError, with every problem, unless the limits leave room for a request."""
+        limits = {name: value for name in LEAST if (value := getattr(self, name)) is not None}
+        problems = [
+            f"{name}: expected {LEAST[name]} or more, found {value!r}"
+            for name, value in limits.items()
+            if not isinstance(value, int) or isinstance(value, bool) or value < LEAST[name]
+        ]
+        if problems:
+            raise RequestError("the limits leave no room", problems)

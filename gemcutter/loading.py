@@ -1,0 +1,101 @@
+"""The one way from options to a decoder: `open_model`, used by the Python API, the benchmark, `verify` and `score` alike.
+
+Owns the order of things: files and headers, what the machine can do, weights, adapters, the place of large tables, the decoder.
+Refuses to know tokenizers, templates and requests. Read `load_options.py` for the options, `api.py` for what is built upon this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
+from gemcutter.checkpoint.load.adapters import attach, fold
+from gemcutter.checkpoint.load.load_params import Progress, load_params
+from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
+from gemcutter.checkpoint.load.ple_placement import place_table
+from gemcutter.checkpoint.remote.hub import locate
+from gemcutter.engine.engine import Engine
+from gemcutter.errors import KernelError, RequestError
+from gemcutter.load_options import DEFAULT_CONTEXT, LoadOptions, check_dtype
+from gemcutter.model.text import Decoder
+from gemcutter.ops.registry import CPU, select_backend
+from gemcutter.ops.types import Param, matrix
+from gemcutter.plan import ModelPlan
+
+FP8_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A checkpoint and its decoder. `notes` say what loading left out or what an option costs."""
+
+    options: LoadOptions
+    checkpoint: Checkpoint
+    decoder: Decoder
+    notes: list[str] = field(default_factory=list)
+
+    def engine(self) -> Engine:
+        """Make an engine of the options' limits. Raises CapacityError if there is no memory for its cache."""
+        how = self.options
+        return Engine(
+            self.decoder,
+            DEFAULT_CONTEXT if how.context is None else how.context,
+            how.max_batched_tokens,
+            how.max_num_seqs,
+            how.prefix_cache_entries,
+            kv_dtype=None if how.kv is None else torch.float8_e4m3fn,
+        )
+
+
+def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenModel:
+    """Load a checkpoint as the options say. Raises GemcutterError with everything that is wrong."""
+    checkpoint = open_checkpoint(locate(options.model), options.ignore)
+    device = find_device(options)
+    dtype = getattr(torch, check_dtype(options.dtype or checkpoint.config.dtype))
+    if checkpoint.plan.is_drafter:
+        model = options.model
+        raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
+    merged = None if options.adapter is None else _open_adapter(options.adapter, checkpoint, options)
+    apart = {name: _open_adapter(path, checkpoint, options) for name, path in options.adapters.items()}
+    backend = select_backend(device.type, options.kernels)
+    packer = backend.packer(device, dtype)
+    cache = PackedWeightCache.of(checkpoint, options.quant) if options.repack_cache and packer.makes_panels else None
+    params, notes = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache), list[str]()
+    if checkpoint.plan.ple_dim:
+        params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
+    if merged is not None:
+        params, note = fold(params, merged, checkpoint, dtype, device)
+        notes += [*merged.notes(), note]
+    for name, each in apart.items():
+        params = attach(params, each, name, device)
+        notes += each.notes()
+    if backend is not CPU and device.type == "cpu" and options.kernels == "auto":
+        notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
+    return OpenModel(options, checkpoint, make_decoder(checkpoint.plan, params, options, dtype, device), notes)
+
+
+def make_decoder(
+    plan: ModelPlan, params: Mapping[str, Param], options: LoadOptions, dtype: torch.dtype, device: torch.device
+) -> Decoder:
+    """Make a decoder over parameters that are there already."""
+    return Decoder(plan, params, dtype, device, options.kernels, options.activations)
+
+
+def find_device(options: LoadOptions) -> torch.device:
+    """Return the options' device. Raises KernelError if this machine has none such, or it lacks what the options need."""
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise KernelError("device cuda: torch finds no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise KernelError(f"device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if options.kv is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise KernelError(f"kv {options.kv}: this GPU has no 8-bit floats")
+    return device
+
+
+def _open_adapter(name: str, checkpoint: Checkpoint, options: LoadOptions) -> Adapter:
+    return open_adapter(locate(name), checkpoint.plan, options.ignore)

@@ -1,0 +1,96 @@
+"""What crosses the border to the native library: entry points, matrices, and keys and values as C structs.
+
+Owns the conversion of weights to `gc_matrix` and of rows to contiguous float32 tensors; refuses to know layers and steps. Whoever
+calls keeps tensors and weights alive meanwhile. Read `gemcutter/native.py` for the structs, `layer_ops.py` for who calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemcutter import native
+from gemcutter.errors import CapacityError
+from gemcutter.native import KVView, Matrix
+from gemcutter.ops.step import KVCache
+from gemcutter.quant import Part, Weight
+from gemcutter.quant.cpu_packed import CpuPackedWeight
+
+CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # enum gc_codes
+ACTIVATIONS = {"int8": 0, "bf16": 1, "float32": 2}  # enum gc_activations
+
+_ENTRIES: dict[str, tuple[Any, ...]] = {
+    "gc_linear": (c_void_p, c_int, c_void_p, c_int64, c_int, c_void_p),
+    "gc_attention_forward": (c_void_p,) * 5,
+    "gc_embed": (c_void_p, c_void_p, c_int64, c_float, c_void_p),
+    "gc_ple_embed": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+    "gc_qkv": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+    "gc_attn_out": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+    "gc_mlp": (c_void_p, c_void_p, c_int64, c_void_p),
+    "gc_ple_gate": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
+    "gc_layer_forward": (c_void_p,) * 7 + (c_int64, c_void_p),
+    "gc_final_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
+    "gc_lm_head": (c_void_p, c_void_p, c_int64, c_int, c_float, c_void_p),
+}
+
+
+@cache
+def entry(name: str) -> Callable[..., None]:
+    """Return an entry point of the library that raises CapacityError where it finds no memory for the rows on their way."""
+    library = native.load_library()
+    assert library is not None, native.missing()
+    function = getattr(library, name)
+    function.argtypes, function.restype = _ENTRIES[name], c_int
+
+    def call(*arguments: Any) -> None:
+        _use_threads(torch.get_num_threads())
+        if function(*arguments):
+            raise CapacityError(f"no memory for the rows of a step in {name}; lower max_batched_tokens")
+
+    return call
+
+
+@lru_cache(maxsize=1)
+def _use_threads(count: int) -> None:
+    """Use as many threads as torch does; asked again, the library is told only of a change."""
+    library = native.load_library()
+    assert library is not None
+    library.gc_set_threads(count)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return rows as the kernels take them: float32, contiguous."""
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+def matrix_of(part: Part) -> Matrix:
+    """Describe a part for the kernels: dense as it is in memory, or packed."""
+    if isinstance(part, CpuPackedWeight):
+        return part.matrix()
+    assert isinstance(part, Tensor)
+    assert part.stride(1) == 1
+    rows, columns = part.shape
+    return Matrix(part.data_ptr(), rows, columns, part.stride(0) * part.itemsize, CODES[part.dtype])
+
+
+def whole_matrix(weight: Weight) -> Matrix:
+    """Describe a weight of one part."""
+    (part,) = weight.parts
+    return matrix_of(part)
+
+
+def array_of(parts: Sequence[Part]) -> ctypes.Array[Matrix]:
+    """Describe several parts, one after the other."""
+    return (Matrix * len(parts))(*map(matrix_of, parts))
+
+
+def kv_of(cache: KVCache, layer: int) -> KVView:
+    """Describe the tensors of a cache that hold a layer's keys and values; the cache keeps them alive."""
+    keys, values = cache.storage(layer)
+    return KVView(keys.data_ptr(), values.data_ptr(), CODES[keys.dtype])

@@ -1,0 +1,86 @@
+"""What kernels are given when they are bound: the primitive ops beneath, the precision, and the parameters.
+
+Owns the signatures of primitive ops and `OpContext`; refuses arithmetic. Read `reference.py` for what each op computes,
+`registry.py` for which implementation is selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemcutter.ops.lora import add_low_rank
+from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Step
+from gemcutter.plan import LayerPlan
+from gemcutter.quant import Weight
+
+Param = Weight | Tensor
+Linear = Callable[[Tensor, Weight], Tensor]  # rows [N, D] and a matrix [F, D] to [N, F]
+Attention = Callable[[Tensor, Step, KVCache], Tensor]  # queries [N, H, E] to outputs [N, H, E]
+LayerOutput = tuple[Tensor, Tensor | None]  # rows [M, D], and their norm under the next layer's first weight if it was made
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """In which numbers a model is computed.
+
+    `compute` is the dtype that was asked for: constants are rounded to it, the cache holds it. `rows` is the residual stream's,
+    wider where kernels keep it in float32. `activations` says how native matmuls take the rows of packed weights: "float32",
+    "int8" or "bf16".
+    """
+
+    compute: torch.dtype = torch.float32
+    rows: torch.dtype = torch.float32
+    activations: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class OpContext:
+    """The primitive ops that a layer op or model op is built from, and the precision.
+
+    `low_rank` multiplies with adapters' factors; None where no adapter is loaded, or
+    where steps with adapters use another set of ops.
+    """
+
+    linear: Linear
+    precision: Precision = Precision()
+    low_rank: Linear | None = None
+
+    @property
+    def is_adapted(self) -> bool:
+        """Return whether products may add what adapters change."""
+        return self.low_rank is not None
+
+    def linear_lora(self, x_ND: Tensor, weight: Weight, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
+        """Multiply rows [N, D] with a matrix [F, D] and add the changes of the adapters that some rows want: [N, F]."""
+        out = self.linear(x_ND, weight)
+        if adapters and weight.deltas and self.low_rank is not None:
+            add_low_rank(out, x_ND, weight, adapters, self.low_rank)
+        return out
+
+
+def matrix(params: Mapping[str, Param], name: str) -> Weight:
+    """Return a parameter that must be a matrix."""
+    found = params[name]
+    assert isinstance(found, Weight), name
+    return found
+
+
+def vector(params: Mapping[str, Param], name: str) -> Tensor:
+    """Return a parameter that must be a plain tensor: a float32 vector."""
+    found = params[name]
+    assert isinstance(found, Tensor), name
+    return found
+
+
+def rounded_root(size: int, context: OpContext) -> float:
+    """Return the square root of a size as the compute dtype holds it."""
+    return float(torch.tensor(size**0.5, dtype=context.precision.compute))
+
+
+def closing_scale(layer: LayerPlan, params: Mapping[str, Param], op: str) -> float:
+    """Return the layer's scalar in the op that closes the layer, "ple_gate" or else "mlp"; 1 in any other."""
+    return float(vector(params, "scale")) if op == ("ple_gate" if layer.ple_dim else "mlp") else 1.0

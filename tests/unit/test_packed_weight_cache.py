@@ -1,0 +1,188 @@
+"""Repacked weights on disk: what is kept is what was made, and no file, disk or neighbour can harm a load."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemcutter.checkpoint.convert import convert
+from gemcutter.checkpoint.load import packed_weight_cache as module
+from gemcutter.checkpoint.load.load_params import load_params
+from gemcutter.checkpoint.load.match import open_checkpoint
+from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.quant import Weight
+from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.packing import CpuPacker
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the demo as Q4_0."""
+    path = tmp_path_factory.mktemp("model") / "demo.gguf"
+    convert(DEMO_FOLDER, path, "gguf", "Q4_0")
+    return path
+
+
+def load(model: Path, folder: Path, quant: str | None = None) -> list[CpuPackedWeight]:
+    """Load with a cache in `folder`, wait until it is written, and give the repacked weights."""
+    checkpoint = open_checkpoint(model)
+    params = load_params(
+        checkpoint, torch.float32, CPU, None, quant, CpuPacker(), PackedWeightCache.of(checkpoint, quant, folder)
+    )
+    for thread in threading.enumerate():
+        if thread.name == "panel cache":
+            thread.join()
+    return [
+        part
+        for param in params.values()
+        if isinstance(param, Weight)
+        for part in param.parts
+        if isinstance(part, CpuPackedWeight)
+    ]
+
+
+def kept(model: Path, folder: Path) -> dict[str, CpuPackedWeight]:
+    return PackedWeightCache.of(open_checkpoint(model), folder=folder).read()
+
+
+def same(some: list[CpuPackedWeight], others: list[CpuPackedWeight]) -> bool:
+    return all(
+        (one.layout, one.shape, one.scheme) == (other.layout, other.shape, other.scheme) and torch.equal(one.data, other.data)
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+def test_the_second_load_maps_what_the_first_has_made(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(model, tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("demo-")
+    monkeypatch.setattr("gemcutter.checkpoint.load.tile", lambda *_: pytest.fail("repacked again"))
+    second = load(model, tmp_path)
+    assert len(first) > 20
+    assert same(first, second)
+    assert all(part.data.data_ptr() % 64 == 0 for part in second)
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_what_is_quantized_at_load_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    four, eight = load(DEMO_FOLDER, tmp_path, "q4"), load(DEMO_FOLDER, tmp_path, "q8")
+    monkeypatch.setattr("gemcutter.checkpoint.load.join", lambda *_: pytest.fail("quantized again"))
+    assert same(load(DEMO_FOLDER, tmp_path, "q4"), four)
+    assert same(load(DEMO_FOLDER, tmp_path, "q8"), eight)
+
+
+def test_a_changed_checkpoint_is_repacked(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "demo.gguf"
+    copy.write_bytes(model.read_bytes())
+    load(copy, tmp_path / "cache")
+    assert kept(copy, tmp_path / "cache")
+    os.utime(copy, ns=(0, copy.stat().st_mtime_ns + 1))
+    assert not kept(copy, tmp_path / "cache")
+    load(copy, tmp_path / "cache")
+    assert kept(copy, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "the older file is replaced"
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda raw: b"",
+    "foreign": lambda raw: b"GIF89a" + raw[6:],
+    "cut in its head": lambda raw: raw[:20],
+    "cut in its header": lambda raw: raw[:200],
+    "cut in its panels": lambda raw: raw[:-1],
+    "longer": lambda raw: raw + b"\0",
+    "another header": lambda raw: raw.replace(b'"offset": ', b'"offset":1', 1),
+    "a header of many bytes": lambda raw: raw[:40] + b"\xff" * 8 + raw[48:],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_file_counts_as_none_and_is_replaced(name: str, model: Path, tmp_path: Path) -> None:
+    first = load(model, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(DAMAGES[name](path.read_bytes()))
+    assert kept(model, tmp_path) == {}
+    assert same(load(model, tmp_path), first)
+    assert len(kept(model, tmp_path)) == len(first)
+
+
+def test_another_version_counts_as_none(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(model, tmp_path)
+    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
+    assert kept(model, tmp_path) == {}
+
+
+def test_a_full_disk_is_one_warning(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = [0]
+
+    def write(file: int, data: memoryview) -> int:
+        written[0] += 1
+        if written[0] > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return os.write(file, data[: len(data) // 2 + 1])
+
+    made = load(model, tmp_path / "good")
+    monkeypatch.setattr(module, "_write", write)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert same(load(model, tmp_path / "full"), made)
+    assert [str(each.message) for each in caught if "repacked weights are not kept" in str(each.message)] == [
+        f"repacked weights are not kept in {tmp_path / 'full'}: {os.strerror(errno.ENOSPC)}"
+    ]
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_a_folder_that_can_t_be_is_one_warning(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert load(model, tmp_path / "file" / "cache")
+    assert sum("repacked weights are not kept" in str(each.message) for each in caught) == 1
+
+
+def test_partial_writes_are_continued(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_write", lambda file, data: os.write(file, data[: max(1, len(data) // 3)]))
+    made = load(model, tmp_path)
+    assert same(load(model, tmp_path), made)
+    assert len(kept(model, tmp_path)) == len(made)
+
+
+def test_writers_and_readers_at_once_never_meet(model: Path, tmp_path: Path) -> None:
+    made = load(model, tmp_path / "first")
+    cache = PackedWeightCache.of(open_checkpoint(model), folder=tmp_path)
+    weights = kept(model, tmp_path / "first")
+    writers = [cache.write(weights) for _ in range(4)]
+    seen = [0]
+    while any(writer.is_alive() for writer in writers) or not seen[-1]:
+        seen.append(len(cache.read()))
+    assert set(seen) <= {0, len(weights)}
+    assert len(weights) == len(made)
+    assert [path for path in tmp_path.iterdir() if path.is_file()] == [cache.path]
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day(model: Path, tmp_path: Path) -> None:
+    old, new = (tmp_path / f"{name}{module.UNFINISHED}" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - module.STALE_S - 9,) * 2)
+    load(model, tmp_path)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_the_folder_is_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert module.user_folder() == tmp_path / "gemcutter" / "panels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert module.user_folder() == tmp_path / "home" / ".cache" / "gemcutter" / "panels"
