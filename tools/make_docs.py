@@ -105,7 +105,7 @@ def _is_method(value: object) -> bool:
 
 def _member(owner: str, name: str, value: Any) -> Iterator[str]:
     """Yield the Markdown of one method or property."""
-    yield f"### {owner}.{name}"
+    yield f"### {owner}.{name}".replace("_", r"\_")
     if isinstance(value, property):
         assert value.fget is not None
         yield _fence("python", f"{name}: {inspect.signature(value.fget).return_annotation}")
