@@ -89,11 +89,13 @@ def _describe(name: str, thing: Any) -> Iterator[str]:
         bases = [base.__name__ for base in getattr(thing, "__orig_bases__", thing.__bases__) if base is not object]
         heading = f"class {name}({', '.join(bases)}):" if bases else f"class {name}:"
         yield _fence("python", "\n".join([heading, *_fields(thing)]))
+    elif getattr(thing, "_is_protocol", False):
+        yield _fence("python", f"class {name}(Protocol): ...")
     else:
         yield _fence("python", f"class {_signature(name, inspect.getattr_static(thing, '__init__'), drop_self=True)}")
     yield _prose(thing)
     for member, value in vars(thing).items():
-        if not member.startswith("_") and (_is_method(value) or isinstance(value, property)):
+        if (not member.startswith("_") or member == "__call__") and (_is_method(value) or isinstance(value, property)):
             yield from _member(name, member, value)
 
 
@@ -103,7 +105,7 @@ def _is_method(value: object) -> bool:
 
 def _member(owner: str, name: str, value: Any) -> Iterator[str]:
     """Yield the Markdown of one method or property."""
-    yield f"### {owner}.{name}"
+    yield f"### {owner}.{name}".replace("_", r"\_")
     if isinstance(value, property):
         assert value.fget is not None
         yield _fence("python", f"{name}: {inspect.signature(value.fget).return_annotation}")

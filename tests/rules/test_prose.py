@@ -42,7 +42,7 @@ def prose_lines(text: str) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("path", markdown_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_markdown_fits_a_screen(path: Path) -> None:
     long = [f"{path.name}:{number}" for number, line in prose_lines(path.read_text()) if len(line) > WIDTH]
-    assert long == [], f"wrap these lines at {WIDTH} columns"
+    assert long == [], f"lines of more than {WIDTH} columns; python tools/wrap_markdown.py {path.relative_to(ROOT)} wraps them"
 
 
 def test_markdown_is_found() -> None:

@@ -20,7 +20,7 @@ from gemcutter.quant.gpu_packing import (
     pack_for_gpu,
     place,
     span_of,
-    striped_layout,
+    gpu_layout_of,
     to_words,
 )
 from gemcutter.quant.microscaling import from_mlx
@@ -98,7 +98,7 @@ def test_what_has_no_form_as_stripes_stays_as_it_is() -> None:
     narrow = from_values(floats(ROWS, 12).view(torch.float8_e4m3fn), scales(ROWS))
     not_a_number = from_values(torch.full((2, 32), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn), scales(2))
     assert [pack_for_gpu(part, "cpu") for part in (indexed, short, narrow, not_a_number)] == [None] * 4
-    assert striped_layout(not_a_number) is not None
+    assert gpu_layout_of(not_a_number) is not None
 
 
 @pytest.mark.parametrize(("kind", "top"), [(U4, 16), (U6, 64), (S8, 256), (F4, 16), (F8, 256)])
