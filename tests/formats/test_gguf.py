@@ -64,7 +64,7 @@ def make(folder: Path, name: str = "e", kind: str = "Q8_0", **options: Any) -> P
 
 
 def engine_of(name: str) -> Engine:
-    return Engine(decoder_of(opened(trained(name)), "auto"), 1024, max_rows=512, max_sequences=12)
+    return Engine(decoder_of(opened(trained(name)), "auto"), 1024, max_batched_tokens=512, max_num_seqs=12)
 
 
 @pytest.mark.parametrize("name", FILES)
