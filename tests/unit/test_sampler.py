@@ -192,3 +192,19 @@ def test_what_a_graph_samples_itself(request_: Request, by_graph: bool) -> None:
 def test_best_logits_of_the_prompt_leave_the_graph() -> None:
     request = Request((1,), top_logits=3)
     assert [_is_sampled_by_graph(chunk_of(request, in_prompt)) for in_prompt in (True, False)] == [False, True]
+
+
+def test_a_vocabulary_smaller_than_the_candidates() -> None:
+    for seed in range(20):
+        logits, row = torch.randn(1, 7), SamplingRow(SamplingParams(temperature=1.0, top_k=100), seed, 1, (1,))
+        assert DeviceSampler().sample(logits, [row]) == HostSampler().sample(logits, [row])
+
+
+def test_samples_do_differ_from_the_arg_max() -> None:
+    generator, found = torch.Generator().manual_seed(0), set()
+    for position in range(3, 60):
+        logits = torch.randn(1, VOCAB, generator=generator) * 4
+        (sampled,) = DeviceSampler().sample(logits, [SamplingRow(FAMILY, position, position, PROMPT)])
+        assert isinstance(sampled, SampledToken)
+        found.add(sampled.token == logits.argmax().item())
+    assert found == {True, False}
