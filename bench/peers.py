@@ -161,7 +161,7 @@ class Process:
 
 
 def compare(engines: Sequence[Engine], tests: Sequence[BenchCase], rounds: int, budget_s: float, *, serial: bool) -> None:
-    """Give every engine its turns. With `serial` only one is loaded at a time, for models of which no two fit."""
+    """Run every engine in its turns. With `serial` only one is loaded at a time, for models of which no two fit."""
     if serial:
         for _ in range(rounds):
             for engine in engines:
@@ -231,7 +231,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def name_of(options: argparse.Namespace) -> str:
-    """Spell what was run: a file's name, or a size, of which perhaps some layers only."""
+    """Format what was run: a file's name, or a size, of which perhaps some layers only."""
     cut = f", the first {options.layers} layers" if options.layers else ""
     return options.preset + cut if options.preset else Path(options.model).name
 

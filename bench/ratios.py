@@ -35,7 +35,7 @@ def keep(run: dict[str, Any], machine: Mapping[str, Any], day: str, folder: Path
 
 
 def spell_machine(machine: Mapping[str, Any]) -> str:
-    """Spell a machine as a part of file names."""
+    """Format a machine as a part of file names."""
     return re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['cores']} cores".lower()).strip("-")
 
 
@@ -114,7 +114,7 @@ def _wrapped(page: str) -> str:
 
 
 def _spell(test: str) -> str:
-    """Spell a test's name in words: pp512 is a prompt of 512 tokens."""
+    """Format a test's name in words: pp512 is a prompt of 512 tokens."""
     found = re.fullmatch(r"(pp|tg)(\d+)(?:@d(\d+))?", test)
     assert found is not None, test
     what = f"prompt of {found[2]} tokens" if found[1] == "pp" else f"reply of {found[2]} tokens"

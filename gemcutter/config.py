@@ -85,7 +85,7 @@ class TextConfig:
 
     @property
     def is_spelled_by_layer(self) -> bool:
-        """Tell whether only per_layer_config gives the sizes of global layers, as transformers 5.15 and later write it."""
+        """Return whether only per_layer_config gives the sizes of global layers, as transformers 5.15 and later write it."""
         return bool(self.per_layer) and self.global_head_dim is None
 
 
@@ -106,7 +106,7 @@ class ModelConfig:
 
     @property
     def is_drafter(self) -> bool:
-        """Tell whether this is an assistant: a drafter whose layers all read their target's keys and values."""
+        """Return whether this is an assistant: a drafter whose layers all read their target's keys and values."""
         return self.backbone_hidden_size is not None
 
 

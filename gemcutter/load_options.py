@@ -1,4 +1,4 @@
-"""How a model is loaded: one frozen object for the Python API, every verb of the command line, the benchmark and `verify`.
+"""How a model is loaded: one frozen object for the Python API, every command of the command line, the benchmark and `verify`.
 
 Owns the options, their defaults and the check of each, which needs no torch: a bad value is refused before anything is read. What
 depends on the machine's GPU or on the checkpoint is checked by `loading.py`, which carries the options out.

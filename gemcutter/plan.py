@@ -47,7 +47,7 @@ class Proj(Enum):
 
     @property
     def writes(self) -> bool:
-        """Tell whether the layer writes keys and values to the cache."""
+        """Return whether the layer writes keys and values to the cache."""
         return self is not Proj.Q_ONLY
 
 
@@ -267,7 +267,7 @@ class ModelPlan:
 
     @property
     def first_reader(self) -> int:
-        """Give the index from which on all layers are Q_ONLY; the number of layers if there are none."""
+        """Return the index from which on all layers are Q_ONLY; the number of layers if there are none."""
         return max((layer.index + 1 for layer in self.layers if layer.writes), default=0)
 
     def groups(self) -> tuple[KVGroup, ...]:
@@ -278,7 +278,7 @@ class ModelPlan:
         )
 
     def last_writer(self, attn: Attn) -> int:
-        """Give the layer whose keys a reader of this attention type reads. Raises ConfigError if none writes."""
+        """Return the layer whose keys a reader of this attention type reads. Raises ConfigError if none writes."""
         found = [layer.index for layer in self.writers if layer.attn is attn]
         if not found:
             raise ConfigError(f"no {attn.value} layer writes keys and values")

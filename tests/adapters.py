@@ -50,7 +50,7 @@ def draw(plan: ModelPlan, wanted: Iterable[Place], rank: int = 3, seed: int = 0)
 
 
 def module_of(place: Place) -> str:
-    """Spell the module that transformers keeps a matrix in."""
+    """Format the module that transformers keeps a matrix in."""
     return hf.spell(*place).removesuffix(".weight")
 
 

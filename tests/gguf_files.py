@@ -110,7 +110,7 @@ def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def describe(plan: ModelPlan, architecture: str) -> dict[str, Any]:
-    """Spell a plan as metadata."""
+    """Format a plan as metadata."""
     layers = plan.layers
     wide = next((layer for layer in layers if layer.attn is Attn.GLOBAL), layers[0])
     narrow = next((layer for layer in layers if layer.attn is Attn.SLIDING), wide)

@@ -1,7 +1,7 @@
 """The code blocks of Markdown pages: found, told apart, and their command lines run or checked.
 
 Owns `Fence` and the marker that says why a block is not run here: `<!-- not run: REASON -->` on the line before it, where REASON
-is one of `REASONS`. A line of such a block that calls gemcutter is still parsed, so that verbs, options and values exist. In a
+is one of `REASONS`. A line of such a block that calls gemcutter is still parsed, so that commands, options and values exist. In a
 `console` block, lines after `$ ` are commands and the others what they print. Read `unit/test_guides.py` for who runs what.
 """
 
@@ -105,6 +105,6 @@ def parse(command: str) -> None:
         if words[:1] == ["bench"]:
             words = bench.join_values(words)
         if words and words[0] != "--version":
-            verb = group.get_command(None, words[0])
-            assert verb is not None, f"{command}: there is no verb {words[0]}"
-            verb.make_context(words[0], words[1:])
+            known = group.get_command(None, words[0])
+            assert known is not None, f"{command}: there is no command {words[0]}"
+            known.make_context(words[0], words[1:])

@@ -209,7 +209,7 @@ def plan_of(raw: Raw) -> ModelPlan:
 
 
 def saved_config(model: PreTrainedModel) -> Raw:
-    """Give the config as `save_pretrained` spells it: sizes of global layers in `per_layer_config`."""
+    """Return the config as `save_pretrained` spells it: sizes of global layers in `per_layer_config`."""
     raw: Raw = json.loads(model.config.to_json_string())
     return raw
 
@@ -302,7 +302,7 @@ def run_alone(decoder: Decoder, ids: tuple[int, ...], chunk: int, page_tokens: i
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Give the largest difference over the oracle's largest value; NaN wherever there is one."""
+    """Return the largest difference over the oracle's largest value; NaN wherever there is one."""
     assert found.shape == wanted.shape, f"{tuple(found.shape)} found, {tuple(wanted.shape)} wanted"
     return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
 

@@ -1,8 +1,8 @@
-"""Writes docs/cli.md and docs/api.md: the help of every verb as a reader sees it, and the public names with their docstrings.
+"""Writes docs/cli.md and docs/api.md: the help of every command as a reader sees it, and the public names with their docstrings.
 
 `make docs` writes them, `make lint` calls `--check`, which fails when they are stale. Nothing in them depends on the machine, the
 terminal or the version of Python. How help is laid out does depend on typer, whose version docs/cli.md therefore names; where
-another one is installed, that page is not compared. Refuses to hold any text about a verb or a name: that is the code's.
+another one is installed, that page is not compared. Refuses to hold any text about a command or a name: that is the code's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def cli_page() -> str:
     group: Any = typer.main.get_command(app)
     top = group.make_context("gemcutter", [], resilient_parsing=True)
     parts = ["# The command line", f"{HINT}\n<!-- typer {minor_version(typer.__version__)} -->"]
-    parts.append("What `gemcutter --help` and `gemcutter VERB --help` print, verb by verb. [guide/](guide) shows them at work.")
+    parts.append("What `gemcutter --help` and `gemcutter COMMAND --help` print, one by one. [guide/](guide) shows them at work.")
     parts.append(_fence("text", top.get_help()))
     for name in group.list_commands(top):
         command = group.get_command(top, name)

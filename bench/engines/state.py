@@ -13,7 +13,7 @@ HEADER_BYTES = 8
 
 
 def grow(seed: bytes, depth: int, window: int) -> bytearray:
-    """Spell the state of a few positions again with `depth`, of which caches with windows hold the last `window`.
+    """Format the state of a few positions again with `depth`, of which caches with windows hold the last `window`.
 
     Raises NotImplementedError for a state that is laid out otherwise.
     """

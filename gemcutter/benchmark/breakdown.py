@@ -25,20 +25,17 @@ def timed(decoder: Decoder) -> Iterator[dict[str, float]]:
     seconds = dict.fromkeys(OPS, 0.0)
     fused = [layer.fused for layer in decoder.layers]
     places = [
-        (owner, verb, bound)
-        for owner in (decoder, *decoder.layers)
-        for verb in OPS
-        if callable(bound := getattr(owner, verb, None))
+        (owner, op, bound) for owner in (decoder, *decoder.layers) for op in OPS if callable(bound := getattr(owner, op, None))
     ]
-    for owner, verb, bound in places:
-        setattr(owner, verb, _timed(bound, verb, seconds))
+    for owner, op, bound in places:
+        setattr(owner, op, _timed(bound, op, seconds))
     for layer in decoder.layers:
         layer.fused = None
     try:
         yield seconds
     finally:
-        for owner, verb, bound in places:
-            setattr(owner, verb, bound)
+        for owner, op, bound in places:
+            setattr(owner, op, bound)
         for layer, whole in zip(decoder.layers, fused, strict=True):
             layer.fused = whole
 
@@ -50,15 +47,15 @@ def measure(decoder: Decoder, run: Callable[[Callable[[], None]], float]) -> dic
     """
     with timed(decoder) as seconds:
         whole = run(lambda: seconds.update(dict.fromkeys(seconds, 0.0)))
-        found = {verb: spent for verb, spent in seconds.items() if spent}
+        found = {op: spent for op, spent in seconds.items() if spent}
     return found | {REST: whole - sum(found.values())}
 
 
-def _timed(bound: Callable[..., Any], verb: str, seconds: dict[str, float]) -> Callable[..., Any]:
+def _timed(bound: Callable[..., Any], op: str, seconds: dict[str, float]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         started = time.perf_counter()
         found = bound(*arguments, **named)
-        seconds[verb] += time.perf_counter() - started
+        seconds[op] += time.perf_counter() - started
         return found
 
     return call

@@ -36,7 +36,7 @@ class BenchCase:
 
     @property
     def name(self) -> str:
-        """Spell the test as llama-bench does: pp512, tg128@d16384; 8 sequences are tg128x8."""
+        """Format the test as llama-bench does: pp512, tg128@d16384; 8 sequences are tg128x8."""
         many = f"x{self.batch}" if self.batch > 1 else ""
         return f"{self.kind}{self.tokens}{many}" + (f"@d{self.depth}" if self.depth else "")
 

@@ -180,13 +180,13 @@ def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _breakdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    verbs = [verb for verb in (*breakdown.OPS, breakdown.REST) if any(verb in row["breakdown_s"] for row in rows)]
+    ops = [op for op in (*breakdown.OPS, breakdown.REST) if any(op in row["breakdown_s"] for row in rows)]
     cells = [("", *(text for row in rows for text in (row["test"], "")), "")]
-    for verb in verbs:
-        line = [verb]
+    for op in ops:
+        line = [op]
         for row in rows:
             spent = row["breakdown_s"]
-            seconds = spent.get(verb, 0.0)
+            seconds = spent.get(op, 0.0)
             line += [f"{seconds * 1e3 / row['tokens']:.3f}", f"{seconds / sum(spent.values()):.1%}"]
         cells.append((*line, ""))
     return _aligned(cells)

@@ -1,7 +1,7 @@
-"""The verbs under one roof, and the way every command line ends.
+"""The commands under one roof, and the way every command line ends.
 
-Owns the list of verbs, `gemcutter --help` and the exit codes: 0 done, 1 an error of gemcutter or of the system, 2 bad usage,
-130 interrupted. Refuses to know what a verb does. Read `run.py` for a whole verb, `options.py` for what verbs share,
+Owns the list of commands, `gemcutter --help` and the exit codes: 0 done, 1 an error of gemcutter or of the system, 2 bad usage,
+130 interrupted. Refuses to know what a command does. Read `run.py` for a whole command, `options.py` for what commands share,
 `failure.py` for the messages.
 """
 
@@ -30,7 +30,7 @@ Start here:
   gemcutter chat demo
   gemcutter inspect demo
 
-`gemcutter VERB --help` explains a verb's options, with examples.
+`gemcutter COMMAND --help` explains a command's options, with examples.
 """
 
 app = typer.Typer(

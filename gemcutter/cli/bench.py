@@ -43,7 +43,7 @@ QUANTS = ("q4_0", "mlx4", "q8_0", "bf16")
 
 
 def join_values(words: list[str]) -> list[str]:
-    """Join the integers after each list option with commas (-p 512 2048): this verb has no arguments that they could be."""
+    """Join the integers after each list option with commas (-p 512 2048): this command has no arguments that they could be."""
     joined, in_list = list[str](), False
     for word in words:
         is_value = word.replace(",", "").isdecimal()
@@ -60,7 +60,7 @@ Tokens = Annotated[str, typer.Option("-n", "--tokens", metavar="N...", help="Tok
 Depth = Annotated[str, typer.Option(metavar="N...", help="Positions that are filled before a test.")]
 Batch = Annotated[str, typer.Option(metavar="N...", help="Sequences that get their replies side by side.")]
 Repeats = Annotated[int, typer.Option("-r", "--repeats", metavar="N", min=1, help="Runs of each test.")]
-ModelOption = Annotated[str | None, typer.Option(metavar="MODEL", help="What other verbs call MODEL.", show_default=False)]
+ModelOption = Annotated[str | None, typer.Option(metavar="MODEL", help="What other commands call MODEL.", show_default=False)]
 Preset = Annotated[
     str | None, typer.Option(metavar="E2B|E4B|12B|26B-A4B|31B", help="Geometry of synthetic weights.", show_default=False)
 ]

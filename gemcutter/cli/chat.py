@@ -194,7 +194,7 @@ class Session:
 
 
 def summary(completion: Completion) -> str:
-    """Say how long a turn was, how fast it came, and what of it was in the cache already."""
+    """Describe how long a turn was, how fast it came, and what of it was in the cache already."""
     spent = completion.metrics
     return (
         f"({len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}; "

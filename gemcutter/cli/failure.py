@@ -40,7 +40,7 @@ def report(error: BaseException) -> int:
 
 
 def describe(error: BaseException) -> str:
-    """Say in words what an error means and what to do about it."""
+    """Describe in words what an error means and what to do about it."""
     if isinstance(error, GemcutterError):
         return str(error)
     if isinstance(error, OSError):

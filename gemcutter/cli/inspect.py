@@ -312,7 +312,7 @@ def _kernels(kernels: Sequence[dict[str, Any]]) -> Table:
 
 
 def _runs(numbers: Sequence[int]) -> str:
-    """Spell ascending numbers with their runs joined: 0-3, 5, 7-9."""
+    """Format ascending numbers with their runs joined: 0-3, 5, 7-9."""
     runs = list[list[int]]()
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

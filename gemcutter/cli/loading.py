@@ -1,4 +1,4 @@
-"""From the options of a verb to a loaded model.
+"""From the options of a command to a loaded model.
 
 Owns what the user sees meanwhile: a bar for long loads, and once what was left out and why. Imports torch, but only inside.
 Refuses to know what the model will be asked. Read `options.py:Loading` for the options, `gemcutter/api.py` for the load itself.

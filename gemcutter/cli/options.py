@@ -1,8 +1,8 @@
-"""The options that several verbs share.
+"""The options that several commands share.
 
 Owns their names, help texts and checks: a bad value is told before a model is loaded, most of them before torch is imported.
-Options that belong together are the fields of a dataclass, which a verb under `spread` takes as one parameter. Refuses to know
-what a verb does with them. Read `loading.py` for how a model comes from them.
+Options that belong together are the fields of a dataclass, which a command under `spread` takes as one parameter. Refuses to know
+what a command does with them. Read `loading.py` for how a model comes from them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parse_integers(option: str, text: str) -> tuple[int, ...]:
 
 
 def check_sampling(choosing: Choosing, **more: Any) -> dict[str, Any]:
-    """Give the sampling options that are set, for a checkpoint's own defaults to fill in the others.
+    """Return the sampling options that are set, for a checkpoint's own defaults to fill in the others.
 
     Raises UsageError that names all that the engine does not take.
     """
@@ -57,24 +57,24 @@ def check_sampling(choosing: Choosing, **more: Any) -> dict[str, Any]:
     return found
 
 
-def spread(verb: Callable[..., None]) -> Callable[..., None]:
-    """Show typer the fields of a verb's dataclass parameters as options of the verb, which gets each as one object again."""
-    types = get_type_hints(verb, include_extras=True)
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer the fields of a command's dataclass parameters as options of the command, which gets each as one object."""
+    types = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in types.items() if is_dataclass(kind)}
 
-    @wraps(verb)
+    @wraps(command)
     def call(**values: Any) -> None:
         objects = {name: kind(**{each.name: values.pop(each.name) for each in fields(kind)}) for name, kind in groups.items()}
-        verb(**values, **objects)
+        command(**values, **objects)
 
-    call.__signature__ = Signature(list(_parameters(verb)))  # type: ignore[attr-defined]  # where typer finds it
+    call.__signature__ = Signature(list(_parameters(command)))  # type: ignore[attr-defined]  # where typer finds it
     return call
 
 
-def _parameters(verb: Callable[..., Any]) -> Iterator[Parameter]:
+def _parameters(command: Callable[..., Any]) -> Iterator[Parameter]:
     """Yield a function's parameters, and in place of a dataclass its fields."""
-    types = get_type_hints(verb, include_extras=True)
-    for name, parameter in signature(verb).parameters.items():
+    types = get_type_hints(command, include_extras=True)
+    for name, parameter in signature(command).parameters.items():
         if is_dataclass(types[name]):
             yield from _parameters(types[name])
         else:
@@ -123,7 +123,7 @@ Ignore = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a model is loaded: the options of every verb that loads one."""
+    """How a model is loaded: the options of every command that loads one."""
 
     dtype: Dtype = None
     device: Device = "cpu"
@@ -165,7 +165,7 @@ class Loading:
         return LoadOptions(model=model, **own | {"ignore": tuple(self.ignore or ())}, **engine)
 
 
-# ---- the cache that its engine gets; some verbs know themselves what they need ----
+# ---- the cache that its engine gets; some commands know themselves what they need ----
 
 Context = Annotated[
     int | None, typer.Option(metavar="TOKENS", min=1, help="Room for prompt and reply.  [default: 32768]", show_default=False)

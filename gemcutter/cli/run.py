@@ -137,13 +137,13 @@ def as_message(model: Model, text: str, system: str | None, think: bool) -> Prom
 
 
 def conversation(text: str, system: str | None) -> list[dict[str, str]]:
-    """Give the messages of a first turn."""
+    """Return the messages of a first turn."""
     opening = [] if system is None else [{"role": "system", "content": system}]
     return [*opening, {"role": "user", "content": text}]
 
 
 def as_object(completion: Completion, load_s: float, *, wants_top_logits: bool) -> dict[str, Any]:
-    """Give a completion as the object that --json prints; times in seconds."""
+    """Return a completion as the object that --json prints; times in seconds."""
     metrics = completion.metrics
     found: dict[str, Any] = {
         "prompt_tokens": completion.prompt_tokens,

@@ -22,14 +22,14 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 @cache
 def aside() -> Console:
-    """Give the console on stderr."""
+    """Return the console on stderr."""
     from rich.console import Console
 
     return Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """Say something beside the answer."""
+    """Print a note on stderr, apart from the answer."""
     aside().print(text, style="dim")
 
 
@@ -62,7 +62,7 @@ class Answer:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a function of (done, all) that draws a bar on stderr, once the work has lasted a while and only on a terminal."""
+    """Return a function of (done, all) that draws a bar on stderr, once the work has lasted a while and only on a terminal."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -81,7 +81,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def spell_bytes(count: float) -> str:
-    """Spell a number of bytes with three digits: 812 B, 23.0 MB, 10.2 GB."""
+    """Format a number of bytes with three digits: 812 B, 23.0 MB, 10.2 GB."""
     exponent = 0
     while count >= 999.5 and exponent < len(UNITS) - 1:
         count, exponent = count / 1000, exponent + 1
@@ -90,15 +90,15 @@ def spell_bytes(count: float) -> str:
 
 
 def spell_count(count: float) -> str:
-    """Spell a large number in billions or millions: 2.30 B, 11.5 M."""
+    """Format a large number in billions or millions: 2.30 B, 11.5 M."""
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def spell_work(flops: float) -> str:
-    """Spell a number of floating-point operations: 44.7 GFLOP, 18.5 TFLOP."""
+    """Format a number of floating-point operations: 44.7 GFLOP, 18.5 TFLOP."""
     return f"{flops / 1e12:.3g} TFLOP" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP"
 
 
 def spell_rate(tokens: int, seconds: float) -> str:
-    """Spell tokens a second."""
+    """Format tokens a second."""
     return f"{tokens / seconds:.1f} tokens/s" if tokens and seconds else "- tokens/s"

@@ -24,6 +24,6 @@ class Rope:
         self.dtype = dtype
 
     def tables(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Give cos and sin of the rows' angles, [N, 1, E/2] each."""
+        """Return cos and sin of the rows' angles, [N, 1, E/2] each."""
         angles = positions_N.float()[:, None, None] * self.frequencies_C
         return elementwise(torch.cos, angles).to(self.dtype), elementwise(torch.sin, angles).to(self.dtype)

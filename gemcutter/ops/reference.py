@@ -62,7 +62,7 @@ def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
-    """Squash logits smoothly into (-cap, cap)."""
+    """Softcap logits smoothly into (-cap, cap)."""
     return logits if cap is None else elementwise(torch.tanh, logits / cap) * cap
 
 

@@ -40,7 +40,7 @@ class Weight:
 
     @property
     def stored(self) -> str:
-        """Spell how all parts are stored: a dtype as torch spells it, a packed scheme, or "mixed"."""
+        """Format how all parts are stored: a dtype as torch spells it, a packed scheme, or "mixed"."""
         kinds = {_spell(part) for part in self.parts}
         return kinds.pop() if len(kinds) == 1 else "mixed"
 

@@ -77,7 +77,7 @@ def encode_q8_0(values: Tensor) -> Tensor:
 
 
 def encode_q4_0(values: Tensor) -> Tensor:
-    """Give the first value of the largest magnitude the code 0, which stands for -8; float32 [B, 32] to uint8 [B, 18]."""
+    """Encode the first value of the largest magnitude the code 0, which stands for -8; float32 [B, 32] to uint8 [B, 18]."""
     scale = values.gather(-1, values.abs().argmax(-1, keepdim=True)) / -8
     codes = (values * _inverse(scale) + 8.5).trunc().clamp_(0, 15).to(torch.uint8)
     low, high = codes.chunk(2, dim=-1)

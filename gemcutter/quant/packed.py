@@ -239,7 +239,7 @@ def mismatches(name: str, array: Tensor, shape: Sequence[int], dtypes: Sequence[
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Spell a dtype as messages do."""
+    """Format a dtype as messages do."""
     return str(dtype).removeprefix("torch.")
 
 

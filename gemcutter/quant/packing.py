@@ -1,7 +1,7 @@
 """What a backend does to weights while they are loaded: nothing, panels for the CPU kernels, or words for the GPU kernels.
 
 Owns the protocol `Packer` and its three implementations, so that the loader knows no backend. Refuses to know files. Read
-`tiled.py` and `striped.py` for the two packings, `checkpoint/load.py` for who calls.
+`cpu_packing.py` and `gpu_packing.py` for the two packings, `checkpoint/load/` for who calls.
 """
 
 from __future__ import annotations

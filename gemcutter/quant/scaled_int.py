@@ -323,7 +323,7 @@ def _by_row(
     problems: list[str],
     block_rows: int | None = None,
 ) -> Tensor:
-    """Give every row its numbers, [..., rows, groups], repeated without a copy where one serves the whole matrix."""
+    """Assign every row its numbers, [..., rows, groups], repeated without a copy where one serves the whole matrix."""
     shape = tuple(array.shape)
     if array.dtype not in dtypes:
         problems.append(f"{name}: {' or '.join(map(dtype_name, dtypes))} expected, found {dtype_name(array.dtype)}")

@@ -187,13 +187,13 @@ def pack_dense(dtype: torch.dtype, weight: Tensor) -> tuple[Stored, Tensor]:
 
 
 def pack_bitsandbytes(weight: Tensor) -> tuple[Stored, Tensor]:
-    """Give a matrix the tensors that bitsandbytes stores for its 4-bit floats; what they hold is beside the point."""
+    """Store for a matrix the tensors that bitsandbytes stores for its 4-bit floats; what they hold is beside the point."""
     codes = torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8)
     return {"weight": codes, "weight.absmax": torch.ones(4), "weight.quant_state.bitsandbytes__nf4": codes[:9, 0].clone()}, weight
 
 
 def pack_smoothed(weight: Tensor) -> tuple[Stored, Tensor]:
-    """Give a matrix the scales that ModelOpt's AWQ multiplies the inputs with."""
+    """Store for a matrix the scales that ModelOpt's AWQ multiplies the inputs with."""
     stored, values = PACKERS["modelopt-nvfp4"][0](weight)
     return stored | {"pre_quant_scale": torch.ones(weight.shape[1])}, values
 

@@ -46,7 +46,7 @@ LAYER = f"{PREFIX}model.layers.0."
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Any:
-    """Give torch one thread: the models are tiny."""
+    """Limit torch to one thread: the models are tiny."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -31,7 +31,7 @@ MATRICES = ("attn.in", "mlp.in", "mlp.out", "moe.in", "moe.out")
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Give torch one thread: these models are small."""
+    """Limit torch to one thread: these models are small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

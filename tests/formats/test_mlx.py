@@ -45,7 +45,7 @@ TINY_A = Path(__file__).parents[1] / "goldens" / "tiny-a"
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Give torch one thread: these models are small."""
+    """Limit torch to one thread: these models are small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -69,7 +69,7 @@ class Cache:
 
 
 def rows(count: int, past: int, start: int = 0) -> Part:
-    """Give `count` rows after `past` committed positions."""
+    """Return `count` rows after `past` committed positions."""
     return Part(tuple(range(past, past + count)), past + count, start)
 
 
@@ -79,7 +79,7 @@ def plan(heads: int, kv_heads: int, dim: int, window: int | None) -> LayerPlan:
 
 
 def seen_by_any(part: Part, window: int | None) -> Tensor:
-    """Tell which of the positions start to held - 1 some row of the part sees."""
+    """Return which of the positions start to held - 1 some row of the part sees."""
     position = torch.arange(part.start, part.held)
     seen = torch.zeros(len(position), dtype=torch.bool)
     for row in part.positions:
@@ -128,7 +128,7 @@ def attend(q_NHE: Tensor, step: Step, pool: Cache, layer: LayerPlan) -> Tensor:
 
 @cache
 def opinion(parts: tuple[Part, ...], layer: LayerPlan, dtype: torch.dtype) -> Tensor:
-    """Give what the reference makes of a clean cache."""
+    """Return what the reference makes of a clean cache."""
     q_NHE, step, clean = make(parts, layer, dtype, listed=False, poison=0.0)
     return reference.build_attention(MODEL, layer, {}, OpContext(reference.linear))(q_NHE, step, clean)
 

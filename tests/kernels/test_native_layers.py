@@ -258,7 +258,7 @@ def test_softcap_is_right_near_zero_and_far_out(cap: float | None) -> None:
 
 
 def nll(model: api.Model, ids: list[int]) -> float:
-    """Give the mean negative log-probability of the tokens after the first."""
+    """Return the mean negative log-probability of the tokens after the first."""
     found = model.stream(ids, max_tokens=0, prompt_logprobs=0).finish().prompt.logprobs
     return -sum(each.logprob for each in found) / len(found)
 

@@ -231,7 +231,7 @@ def naive_attention(q_NHE: Tensor, step: Step, pool: Cache, window: int | None) 
 
 @cache
 def opinions(layer: LayerPlan, parts: tuple[Part, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Give queries, and what the reference and the naive definition make of them in a clean pool."""
+    """Return queries, and what the reference and the naive definition make of them in a clean pool."""
     q_NHE = randn(sum(part.rows for part in parts), layer.heads, layer.head_dim, seed=99, dtype=dtype)
     q_NHE = q_NHE * layer.head_dim**-0.5  # as q_norm makes them
     pool, spans = make_cache(parts, layer, dtype, scattered=False, poison=0.0)
@@ -432,7 +432,7 @@ def params_of(shapes: dict[str, tuple[int, ...] | list[tuple[int, ...]]], names:
 
 
 def wide(params: dict[str, Param], name: str) -> Tensor:
-    """Give a parameter as one float64 tensor."""
+    """Return a parameter as one float64 tensor."""
     param = params[name]
     return (torch.cat(param.parts, dim=-2) if isinstance(param, Weight) else param).double()
 

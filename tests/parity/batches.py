@@ -95,7 +95,7 @@ def dense(pairs: Sequence[tuple[int, float]]) -> Tensor:
 
 
 def errors(model: PreTrainedModel, job: Job, answer: Answer) -> dict[str, float]:
-    """Give the relative error of every number in an answer, against the oracle's run over prompt and reply alone.
+    """Return the relative error of every number in an answer, against the oracle's run over prompt and reply alone.
 
     Tokens must be the oracle's own greedy choices.
     """

@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Give torch one thread, and what it had before afterwards."""
+    """Limit torch to one thread, and restore what it had afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -84,13 +84,13 @@ def run(engine: Engine, requests: list[Request]) -> list[list[RequestEvent]]:
 
 
 def report(events: list[RequestEvent]) -> PromptReport:
-    """Give the report that a request's first event carries."""
+    """Return the report that a request's first event carries."""
     assert events[0].prompt is not None
     return events[0].prompt
 
 
 def loss(engine: Engine, windows: list[list[int]]) -> tuple[float, int]:
-    """Give the mean negative log-likelihood over windows of ids, in nats a token, and how many tokens were predicted."""
+    """Return the mean negative log-likelihood over windows of ids, in nats a token, and how many tokens were predicted."""
     answers = run(engine, [Request(tuple(ids), max_tokens=0, prompt_logprobs=0) for ids in windows])
     logprobs = [entry.logprob for events in answers for entry in report(events).logprobs]
     return -math.fsum(logprobs) / len(logprobs), len(logprobs)

@@ -123,7 +123,7 @@ def test_a_value_that_is_its_key_is_projected_once(size: str, meter: Meter) -> N
 
 
 def expected_rows(plan: ModelPlan, wanted: int) -> dict[str, int]:
-    """Say how many of TOKENS rows meet each weight when `wanted` of them go all the way and the last goes to the head."""
+    """Describe how many of TOKENS rows meet each weight when `wanted` of them go all the way and the last goes to the head."""
     rows = {"embed.tokens" if plan.tied_head else "head": 1}
     for layer in plan.layers:
         late, last = layer.index >= plan.first_reader, layer.index == plan.first_reader - 1

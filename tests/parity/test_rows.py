@@ -60,7 +60,7 @@ def inference() -> Iterator[None]:
 
 
 def filled(decoder: Decoder, page_tokens: int = 16) -> tuple[PagedKVCache, SequenceState, BlockTable]:
-    """Give a cache in which a sequence of TOKENS has been computed but for its last 12 rows, which are reserved."""
+    """Return a cache in which a sequence of TOKENS has been computed but for its last 12 rows, which are reserved."""
     counts = page_counts(decoder.plan, TOKENS, TOKENS, page_tokens=page_tokens)
     cache = PagedKVCache(decoder.plan, counts, torch.float32)
     for storage in (*cache.keys.values(), *cache.values.values()):
@@ -75,7 +75,7 @@ def filled(decoder: Decoder, page_tokens: int = 16) -> tuple[PagedKVCache, Seque
 
 
 def bare(step: Step, **changes: object) -> Step:
-    """Give a step that is still to be prepared, with other fields."""
+    """Return a step that is still to be prepared, with other fields."""
     return replace(step, kept=None, attn_metadata={}, logit_rows_M=None, **changes)  # type: ignore[arg-type]
 
 

@@ -28,7 +28,7 @@ LAUNCH = {"num_warps": 4, "num_stages": 3}  # and Triton's own choice
 
 
 def variant_of(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> Variant:
-    """Say what a launch would compile."""
+    """Describe what a launch would compile."""
     plain, signature = set(kernel.do_not_specialize or ()), dict[str, str]()
     fixed = {name: value for name, value in constants.items() if name not in LAUNCH}
     for name, value in zip(kernel.arg_names, arguments, strict=False):

@@ -16,5 +16,5 @@ collect_ignore_glob = [] if HAS_TRITON else ["test_*.py"]
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Give the device that kernels run on."""
+    """Return the device that kernels run on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,7 @@ def plan_of(window: int | None) -> ModelPlan:
 
 
 def make_step(window: int | None, device: torch.device, lengths: tuple[int, ...] = (13, 0, 9)) -> tuple[Step, list[BlockTable]]:
-    """Give a step of 2, 6 and 1 rows over tables whose pages interleave."""
+    """Return a step of 2, 6 and 1 rows over tables whose pages interleave."""
     pool = PagedKVCache(plan_of(window), {group_of(window): PoolSize(40, PAGE)}, torch.float32)
     tables, rows = [BlockTable(pool) for _ in lengths], (2, 6, 1)
     while any(table.length < length for table, length in zip(tables, lengths, strict=True)):

@@ -126,4 +126,4 @@ def test_prompts_of_full_size_wait_for_nothing(preset: str, quant: str, watch: W
     assert per_layer <= (24 if quant == "bf16" else 40), (
         watch.kernels,
         watch.operations,
-    )  # packed matrices are widened tile by tile
+    )  # packed matrices are dequantized tile by tile

@@ -79,7 +79,7 @@ class World:
         self.q_NHE = (normal(row_start[-1], case.heads, case.dim, seed=2) * case.dim**-0.5).to(device, case.rows)
 
     def _spans(self) -> Iterator[KVRange]:
-        """Give every sequence pages from all over the pool, without those that its window has passed."""
+        """Allocate to every sequence pages from all over the pool, without those that its window has passed."""
         case = self.case
         sizes = []
         for start, rows in case.parts:

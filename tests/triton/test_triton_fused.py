@@ -78,38 +78,38 @@ def test_norm_sees_eps_where_rows_are_small(device: torch.device) -> None:
 @pytest.mark.parametrize("size", [32, 80])
 def test_norm_under_three_weights(size: int, dtype: torch.dtype, device: torch.device) -> None:
     x, given = draw(3, size, dtype=dtype).to(device), [weights(size, seed).to(device) for seed in range(3)]
-    found = fused_norm.norm_fan(x, given, EPS)
+    found = fused_norm.multi_norm(x, given, EPS)
     assert [each.dtype for each in found] == [dtype, dtype, F32]
     for each, weight in zip(found, given, strict=True):
         check(each, reference.rms_norm(x.float(), weight, EPS))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("fan", [0, 1, 3])
+@pytest.mark.parametrize("num_norms", [0, 1, 3])
 @pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 80)])
-def test_add_norm(rows: int, size: int, fan: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_add_norm(rows: int, size: int, num_norms: int, dtype: torch.dtype, device: torch.device) -> None:
     x, y = draw(rows, size, dtype=dtype).to(device), draw(rows, size, dtype=dtype, seed=5).to(device)
-    weight, given = weights(size).to(device), [weights(size, seed).to(device) for seed in range(fan)]
+    weight, given = weights(size).to(device), [weights(size, seed).to(device) for seed in range(num_norms)]
     wanted = (x.float() + reference.rms_norm(y.float(), weight, EPS)) * 0.7
-    total, *normed = fused_norm.add_norm_fan(x, y, weight, EPS, 0.7, given)
+    total, *normed = fused_norm.add_multi_norm(x, y, weight, EPS, 0.7, given)
     check(total, wanted)
-    assert len(normed) == fan
+    assert len(normed) == num_norms
     for each, one in zip(normed, given, strict=True):  # of the sum as it was rounded
         check(each, reference.rms_norm(total.float(), one, EPS))
-    check(fused_norm.add_norm_fan(x, y, weight, EPS, 1.0, ())[0], wanted / 0.7)
+    check(fused_norm.add_multi_norm(x, y, weight, EPS, 1.0, ())[0], wanted / 0.7)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("fan", [0, 1])
-def test_join_norm(fan: int, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("num_norms", [0, 1])
+def test_join_norm(num_norms: int, dtype: torch.dtype, device: torch.device) -> None:
     x, dense, experts = (draw(3, 80, dtype=dtype, seed=seed).to(device) for seed in range(3))
     given = [weights(80, seed).to(device) for seed in range(3)]
     branches = [reference.rms_norm(y.float(), w, EPS) for y, w in zip((dense, experts), given[:2], strict=True)]
     wanted = (x.float() + reference.rms_norm(branches[0] + branches[1], given[2], EPS)) * 0.3
-    again = [weights(80, 7).to(device)][:fan]
-    total, *normed = fused_norm.join_norm_fan(x, dense, experts, *given, EPS, 0.3, again)
+    again = [weights(80, 7).to(device)][:num_norms]
+    total, *normed = fused_norm.join_multi_norm(x, dense, experts, *given, EPS, 0.3, again)
     check(total, wanted)
-    assert len(normed) == fan
+    assert len(normed) == num_norms
     for each, one in zip(normed, again, strict=True):  # of the sum as it was rounded
         check(each, reference.rms_norm(total.float(), one, EPS))
 
@@ -118,7 +118,7 @@ def test_join_norm(fan: int, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def angles(rows: int, half: int, pairs: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Give rotary tables that turn the first pairs and leave the others."""
+    """Return rotary tables that turn the first pairs and leave the others."""
     turns = torch.zeros(rows, 1, half)
     turns[..., :pairs] = draw(rows, 1, pairs, seed=3) * 3
     return turns.cos().to(device, dtype), turns.sin().to(device, dtype)
@@ -147,7 +147,7 @@ class Packed:
 
 
 def slots_of(rows: int, device: torch.device) -> Tensor:
-    """Give slots in no order, with room between them."""
+    """Return slots in no order, with room between them."""
     return (torch.randperm(rows, generator=torch.Generator().manual_seed(9)) * 2 + 1).to(device)
 
 
@@ -361,9 +361,9 @@ def test_routing_of_what_is_no_number_names_experts_that_exist(device: torch.dev
 def test_no_rows_are_no_launch(device: torch.device) -> None:
     """A grid of nothing is an error on a GPU."""
     x, w = torch.empty(0, 32, device=device), weights(32).to(device)
-    for found in (fused_norm.norm(x, w, EPS), fused_norm.add_norm_fan(x, x, w, EPS, 1.0, ())[0], elementwise.gate_mul(x, x)):
+    for found in (fused_norm.norm(x, w, EPS), fused_norm.add_multi_norm(x, x, w, EPS, 1.0, ())[0], elementwise.gate_mul(x, x)):
         assert found.shape == (0, 32)
-    assert fused_norm.join_norm_fan(x, x, x, w, w, w, EPS, 1.0, (w,))[1].shape == (0, 32)
+    assert fused_norm.join_multi_norm(x, x, x, w, w, w, EPS, 1.0, (w,))[1].shape == (0, 32)
     assert elementwise.softcap(x, 30.0).shape == (0, 32)
     assert elementwise.embed_rows(x, torch.empty(0, dtype=torch.long, device=device), 1.0, F32).shape == (0, 32)
     no_angles = torch.empty(0, 1, 8, device=device)

@@ -39,7 +39,7 @@ FOLDERS = {"tiny-e": DEMO_FOLDER, "tiny-a": GOLDENS / "tiny-a"}
 
 @pytest.fixture(autouse=True)
 def _tall_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give programs of products many matrix rows: the interpreter takes as long for them as for one."""
+    """Let programs of products take many matrix rows: the interpreter takes as long for them as for one."""
     choose = linear_kernels.choose_tile
 
     def choose_tall(rows: int, features: int, *rest: Any) -> linear_kernels.Tile:
@@ -59,7 +59,7 @@ def mismatches(found: Trace, wanted: Trace, tolerance: float) -> dict[str, float
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Give the largest difference over the largest value; NaN wherever there is one."""
+    """Return the largest difference over the largest value; NaN wherever there is one."""
     assert found.shape == wanted.shape
     return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max()) if wanted.numel() else 0.0
 

@@ -108,7 +108,7 @@ def test_packed_rows_of_all_lengths(name: str, columns: int, device: torch.devic
 
 @pytest.mark.parametrize("count", [1, 5, MANY_ROWS + 1])
 def test_matrices_with_many_rows(count: int, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """Taller tiles, and widening in several pieces."""
+    """Taller tiles, and dequantizing in several pieces."""
     monkeypatch.setattr(linear_kernels, "WIDE_MATRIX", 64)
     monkeypatch.setattr(linear_kernels, "SCRATCH_ELEMENTS", 30 * 64)
     part, x_ND = blocks("Q4_0", 70, 64), rows_of(count, 64, torch.float32, device)

@@ -39,7 +39,7 @@ def shared() -> Model:
 
 @pytest.fixture
 def model(shared: Model) -> Model:
-    """Give the demo with nothing cached, and insist that a test leaves no request behind."""
+    """Return the demo with nothing cached, and insist that a test leaves no request behind."""
     assert not is_busy(shared)
     forget_prefixes(shared)
     return shared

@@ -157,7 +157,7 @@ def test_a_synthetic_file_is_the_preset(preset: str, quant: str, tmp_path: Path)
 
 
 def state(cells: int, layers: int, row_bytes: int) -> bytes:
-    """Spell one cache of a saved state; byte i of a row is i, plus 16 for every row."""
+    """Format one cache of a saved state; byte i of a row is i, plus 16 for every row."""
     found = struct.pack("<II", 1, cells)
     for position in range(cells):
         found += struct.pack("<III", position, 1, 0)

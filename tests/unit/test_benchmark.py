@@ -235,7 +235,7 @@ def test_clocks_see_every_sentence_and_leave_the_decoder_as_it_was(kernels: str)
     spent = breakdown.measure(made.decoder, lambda begin: stand.run(BenchCase("tg", 2), begin))
     assert [dict(vars(owner)) for owner in (made.decoder, *made.decoder.layers)] == before
     assert spent.keys() == set(OPS) - {"linear", "layer"} | {"rest"}
-    assert all(seconds > 0 for verb, seconds in spent.items() if verb != "rest")
+    assert all(seconds > 0 for op, seconds in spent.items() if op != "rest")
 
 
 @pytest.mark.usefixtures("quick_machine")

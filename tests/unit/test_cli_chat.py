@@ -26,7 +26,7 @@ from gemcutter.errors import RequestError
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Give a function that holds a chat with the demo over a pipe, and gives replies and notes."""
+    """Return a function that holds a chat with the demo over a pipe, and gives replies and notes."""
 
     def hold(*lines: str, words: tuple[str, ...] = ()) -> tuple[list[str], str]:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode()), encoding="utf-8"))

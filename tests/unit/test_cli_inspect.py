@@ -23,7 +23,7 @@ from gemcutter.plan import ModelPlan, ParamSpec, derive
 
 
 def inspect_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    """Run the verb with --json; stdout must hold that one object."""
+    """Run the command with --json; stdout must hold that one object."""
     assert main(["inspect", "--json", *words]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found

@@ -19,14 +19,14 @@ ENDS = {1, 7}
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    """Run the verb with --json; stdout must hold that one object."""
+    """Run the command with --json; stdout must hold that one object."""
     assert main(["run", "demo", "--json", *words]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
 
 def set_stdin(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
-    """Give the process another stdin."""
+    """Replace the stdin of the process."""
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
 
 

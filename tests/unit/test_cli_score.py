@@ -20,7 +20,7 @@ BOS = 2
 
 
 def score_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    """Run the verb with --json in float32; stdout must hold that one object."""
+    """Run the command with --json in float32; stdout must hold that one object."""
     assert main(["score", "demo", "--json", "--dtype", "float32", *words]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found

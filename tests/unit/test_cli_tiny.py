@@ -1,4 +1,4 @@
-"""`gemcutter tiny`: it writes what the other verbs can use."""
+"""`gemcutter tiny`: it writes what the other commands can use."""
 
 from __future__ import annotations
 

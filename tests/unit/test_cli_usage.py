@@ -24,7 +24,7 @@ from gemcutter.cli.options import Choosing, Loading
 from gemcutter.errors import GemcutterError
 
 CLI = [sys.executable, "-m", "gemcutter.cli"]
-VERBS = ("run", "chat", "inspect", "score", "verify", "bench", "tiny")
+COMMANDS = ("run", "chat", "inspect", "score", "verify", "bench", "tiny")
 LOADERS = {"run": ["demo", "hi"], "chat": ["demo"], "score": ["demo", os.devnull], "verify": ["demo"]}
 # One value for every option of loading, none of them the default.
 LOADING: dict[str, Any] = {
@@ -41,21 +41,21 @@ LOADING: dict[str, Any] = {
 }
 
 
-def test_help_names_every_verb_and_a_start(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command_and_a_start(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {verb} " in shown for verb in VERBS)
+    assert all(f"\n  {command} " in shown for command in COMMANDS)
     assert "gemcutter run demo" in shown
     assert main([]) == 0
     assert capsys.readouterr().out == shown
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb_has_examples_that_parse(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([verb, "--help"]) == 0
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_examples_that_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "Examples:" in shown
-    assert f"  gemcutter {verb} " in shown or f"| gemcutter {verb} " in shown
+    assert f"  gemcutter {command} " in shown or f"| gemcutter {command} " in shown
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,8 +108,8 @@ def test_a_truncated_model_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     folder = copy_of_demo(tmp_path)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    for verb in (["run", str(folder), "hi"], ["inspect", str(folder)]):
-        assert main(verb) == 1
+    for command in (["run", str(folder), "hi"], ["inspect", str(folder)]):
+        assert main(command) == 1
         shown = capsys.readouterr().err
         assert "\n  model.safetensors: is truncated" in shown
         assert "Traceback" not in shown
@@ -129,13 +129,13 @@ def test_help_and_inspect_import_no_torch(words: list[str]) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def parameters_of(verb: str) -> dict[str, Any]:
-    """Give the parameters of a verb as the command line knows them, by name."""
-    return {parameter.name: parameter for parameter in typer.main.get_command(app).commands[verb].params}  # type: ignore[attr-defined]
+def parameters_of(command: str) -> dict[str, Any]:
+    """Return the parameters of a command as the command line knows them, by name."""
+    return {parameter.name: parameter for parameter in typer.main.get_command(app).commands[command].params}  # type: ignore[attr-defined]
 
 
 def words_of(options: dict[str, Any]) -> list[str]:
-    """Spell options as a user would."""
+    """Format options as a user would."""
     words = list[str]()
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
@@ -145,30 +145,30 @@ def words_of(options: dict[str, Any]) -> list[str]:
 
 
 def test_verbs_that_load_a_model_are_known() -> None:
-    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert {verb for verb in verbs if hasattr(import_module(f"gemcutter.cli.{verb}"), "load_model")} == set(LOADERS)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert {command for command in commands if hasattr(import_module(f"gemcutter.cli.{command}"), "load_model")} == set(LOADERS)
 
 
-@pytest.mark.parametrize("verb", LOADERS)
-def test_a_verb_that_loads_a_model_takes_every_option_of_loading(verb: str) -> None:
-    taken = parameters_of(verb)
+@pytest.mark.parametrize("command", LOADERS)
+def test_a_command_that_loads_a_model_takes_every_option_of_loading(command: str) -> None:
+    taken = parameters_of(command)
     for field in fields(Loading):
         assert taken[field.name].default == field.default
         assert f"--{field.name.replace('_', '-')}" in taken[field.name].opts
         assert taken[field.name].help
     assert "loading" not in taken
-    assert ("context" in taken) == (verb in ("run", "chat"))  # the others know how much they need
-    assert ("kv" in taken) == (verb != "verify")  # whose cache is its own, and no engine's
+    assert ("context" in taken) == (command in ("run", "chat"))  # the others know how much they need
+    assert ("kv" in taken) == (command != "verify")  # whose cache is its own, and no engine's
 
 
-@pytest.mark.parametrize("verb", ["run", "chat"])
-def test_a_verb_that_generates_takes_every_option_of_choosing(verb: str) -> None:
-    taken = parameters_of(verb)
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_a_command_that_generates_takes_every_option_of_choosing(command: str) -> None:
+    taken = parameters_of(command)
     assert all(taken[field.name].default is None for field in fields(Choosing))
 
 
-@pytest.mark.parametrize("verb", LOADERS)
-def test_what_is_said_about_loading_arrives(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", LOADERS)
+def test_what_is_said_about_loading_arrives(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told = list[tuple[Loading, dict[str, Any]]]()
 
     def load_model(name: str, how: Loading, **cache: Any) -> None:
@@ -176,16 +176,16 @@ def test_what_is_said_about_loading_arrives(verb: str, monkeypatch: pytest.Monke
         if how.quant is not None:  # all else of `verify`'s other side is plain
             raise GemcutterError("that is enough")
 
-    monkeypatch.setattr(import_module(f"gemcutter.cli.{verb}"), "load_model", load_model)
-    cache = {"run": {"context": 99, "kv": "fp8"}, "chat": {"context": 99, "kv": "fp8"}, "score": {"kv": "fp8"}}.get(verb, {})
+    monkeypatch.setattr(import_module(f"gemcutter.cli.{command}"), "load_model", load_model)
+    cache = {"run": {"context": 99, "kv": "fp8"}, "chat": {"context": 99, "kv": "fp8"}, "score": {"kv": "fp8"}}.get(command, {})
     assert set(LOADING) == {field.name for field in fields(Loading)}
-    assert main([verb, *LOADERS[verb], *words_of(LOADING), *words_of(cache)]) == 1
+    assert main([command, *LOADERS[command], *words_of(LOADING), *words_of(cache)]) == 1
     *others, (ours, engine) = told
     assert ours == Loading(**LOADING)
     assert engine.items() >= cache.items()
     shared = {name: LOADING[name] for name in ("device", "threads", "ignore", "adapter")}
     plain = Loading(**shared, dtype="float32", kernels="reference")
-    assert [how for how, _ in others] == ([plain] if verb == "verify" else [])
+    assert [how for how, _ in others] == ([plain] if command == "verify" else [])
 
 
 def test_all_of_it_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

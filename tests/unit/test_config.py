@@ -173,7 +173,7 @@ TOP_SPOILS: list[tuple[str, Any, str]] = [
 
 
 def spoilable(path: str) -> Raw:
-    """Give E2B with the tables that a path goes through."""
+    """Build E2B with the tables that a path goes through."""
     return change(load(), "text_config.per_layer_config", {}) if "per_layer_config." in path else load()
 
 

@@ -32,7 +32,7 @@ NOT_CODE = ("text", "json", "")
 
 @pytest.fixture(autouse=True)
 def _threads_as_before() -> Iterator[None]:
-    """Give torch the number of threads that it had, which --threads changes."""
+    """Restore the number of threads that torch had, which --threads changes."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -260,7 +260,7 @@ def test_compact_layers_take_three_eighths_less(size: str) -> None:
 
 
 def last_writer(text: dict[str, Any]) -> int:
-    """Give the last layer with keys of its own; readers are the last layers of every size."""
+    """Return the last layer with keys of its own; readers are the last layers of every size."""
     return int(text["num_hidden_layers"] - text["num_kv_shared_layers"]) - 1
 
 

@@ -105,7 +105,7 @@ def test_the_longest_usable_beginning_is_reused(
     assert len(cache) == len(newest)
 
     def usable(point: Ids, length: int) -> bool:
-        """Tell whether the page of the first position that the query at `length` sees is still held."""
+        """Return whether the page of the first position that the query at `length` sees is still held."""
         return window is None or max(0, len(point) - window + 1) // tokens <= max(0, length - window + 1) // tokens
 
     for ids in prompts:

@@ -56,7 +56,7 @@ def altered(logits_V: Tensor, sampling: SamplingParams, prompt: tuple[int, ...],
 def distribution(
     logits_V: Tensor, sampling: SamplingParams, prompt: tuple[int, ...] = PROMPT, reply: tuple[int, ...] = REPLY
 ) -> dict[int, float]:
-    """Give the probability of every token that may be drawn."""
+    """Return the probability of every token that may be drawn."""
     logits = altered(logits_V, sampling, prompt, reply) / sampling.temperature
     weights = {token: math.exp(logits[token] - logits.max()) for token in range(VOCAB)}
     ranked = sorted(weights, key=weights.__getitem__, reverse=True)[: sampling.top_k or VOCAB]

@@ -235,7 +235,7 @@ def alone(request: Request) -> Answer:
 
 @functools.cache
 def wanted(index: int) -> Answer:
-    """Give the answer to one of REQUESTS alone."""
+    """Return the answer to one of REQUESTS alone."""
     return alone(REQUESTS[index])
 
 

@@ -38,7 +38,7 @@ def text(value: str) -> bytes:
 
 
 def value(found: Any) -> bytes:
-    """Spell a metadata value: texts, integers, floats, truths, and lists of them."""
+    """Format a metadata value: texts, integers, floats, truths, and lists of them."""
     if isinstance(found, str):
         return struct.pack("<I", 8) + text(found)
     if isinstance(found, bool):

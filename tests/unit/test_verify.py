@@ -56,7 +56,7 @@ def no_bar(title: str) -> Iterator[Progress]:
 
 
 def verify(out: Path, *words: str, code: int = 0) -> dict[str, Any]:
-    """Run the verb and give its certificate, which must be strict JSON."""
+    """Run the command and give its certificate, which must be strict JSON."""
     assert main(["verify", *words, "--out", str(out / "certificate.json")]) == code
 
     def refuse(constant: str) -> None:

@@ -72,11 +72,11 @@ class StoredFile(Protocol):
         ...
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Tell the kernel that these bytes need not stay in memory."""
+        """Advise the kernel that these bytes need not stay in memory."""
         ...
 
     def expect_scattered_reads(self, offset: int, nbytes: int) -> None:
-        """Tell the kernel that these bytes will be read here and there."""
+        """Advise the kernel that these bytes will be read here and there."""
         ...
 
 
@@ -112,11 +112,11 @@ class MappedFile:
             return self._mapping
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Tell the kernel that the pages wholly inside this byte range need not stay in memory; views of them stay valid."""
+        """Advise the kernel that the pages wholly inside this byte range need not stay in memory; views of them stay valid."""
         self._advise("MADV_DONTNEED", offset, nbytes)
 
     def expect_scattered_reads(self, offset: int, nbytes: int) -> None:
-        """Tell the kernel that this byte range will be read here and there, so that it reads no more than is asked for."""
+        """Advise the kernel that this byte range will be read here and there, so that it reads no more than is asked for."""
         self._advise("MADV_RANDOM", offset, nbytes)
 
     def _advise(self, advice: str, offset: int, nbytes: int) -> None:

@@ -335,7 +335,7 @@ def _pile(pieces: Sequence[StoredTensor]) -> dict[str, int]:
 
 
 def spell_ranges(numbers: Sequence[int]) -> str:
-    """Spell ascending numbers with their runs drawn together: "0-3, 5, 7-9"."""
+    """Format ascending numbers with their runs drawn together: "0-3, 5, 7-9"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -227,7 +227,7 @@ _REMEDY = "this version reads the text models gemma4 and gemma3: pass the file o
 
 
 def _shape(keys: _Keys, source: Source, layers: int) -> dict[str, Any]:
-    """Spell what both families have."""
+    """Format what both families have."""
     stops = [source.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     raw = {
         "vocab_size": _rows(source, "token_embd.weight"),
@@ -436,7 +436,7 @@ def chat_template(source: Source) -> str | None:
 
 
 def generation(source: Source) -> dict[str, Any]:
-    """Spell the sampling that the file recommends as generation_config.json would."""
+    """Format the sampling that the file recommends as generation_config.json would."""
     found = {own: source.metadata.get(f"general.sampling.{key}") for key, own in SAMPLING.items()}
     return {
         own: float(f"{value:.7g}") if isinstance(value, float) else value for own, value in found.items() if value is not None

@@ -77,7 +77,7 @@ def frequencies(plan: ModelPlan) -> list[float]:
 
 
 def tokenizer(raw: Mapping[str, Any], special: Mapping[str, Any], template: str | None, vocab: int, origin: str) -> list[Entry]:
-    """Spell the tokenizer of `raw`, a tokenizer.json; `special` is tokenizer_config.json.
+    """Format the tokenizer of `raw`, a tokenizer.json; `special` is tokenizer_config.json.
 
     Raises CheckpointError if it is not BPE with byte fallback, or has pieces beyond the model's `vocab`.
     """
@@ -109,7 +109,7 @@ def tokenizer(raw: Mapping[str, Any], special: Mapping[str, Any], template: str 
 
 
 def sampling(generation: Mapping[str, Any]) -> list[Entry]:
-    """Spell the sampling defaults of a generation_config.json."""
+    """Format the sampling defaults of a generation_config.json."""
     numbers = {key: generation.get(key) for key in SAMPLING}
     return [
         (f"general.sampling.{'temp' if key == 'temperature' else key}", SAMPLING[key], value)
@@ -119,7 +119,7 @@ def sampling(generation: Mapping[str, Any]) -> list[Entry]:
 
 
 def carried_over(metadata: Mapping[str, Any]) -> list[Entry]:
-    """Spell again what another GGUF file says of its tokenizer and its sampling."""
+    """Format again what another GGUF file says of its tokenizer and its sampling."""
     found: list[Entry] = []
     for key, value in metadata.items():
         if not key.startswith(("tokenizer.", "general.sampling.")):
@@ -144,7 +144,7 @@ def _kind(piece: str, marked: set[str]) -> int:
 
 
 def _merges(merges: object, origin: str) -> list[str]:
-    """Spell merges as two pieces with a space between, which no piece of this family holds."""
+    """Format merges as two pieces with a space between, which no piece of this family holds."""
     if not isinstance(merges, list):
         raise CheckpointError(f"{origin} holds no merges; use the tokenizer.json of a Gemma 4 checkpoint")
     spelled = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in merges]

@@ -67,7 +67,7 @@ def spell(config: ModelConfig, plan: ModelPlan) -> dict[str, Any]:
 
 
 def _text(config: ModelConfig, plan: ModelPlan) -> dict[str, Any]:
-    """Spell everything that shapes the decoder with the published keys."""
+    """Format everything that shapes the decoder with the published keys."""
     text = config.text
     first = {layer.attn: layer for layer in reversed(plan.layers)}
     widest, narrowest = first[Attn.GLOBAL], first.get(Attn.SLIDING, first[Attn.GLOBAL])

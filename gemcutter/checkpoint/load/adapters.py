@@ -109,7 +109,7 @@ def _fold_part(part: Part, deltas: Sequence[Delta], dtype: torch.dtype, device: 
 
 
 def _release(checkpoint: Checkpoint, name: str) -> None:
-    """Give back the mapped pages that were only read to be changed."""
+    """Release the mapped pages that were only read to be changed."""
     for piece in checkpoint.matched.pieces[name]:
         for tensor in (piece.data,) if isinstance(piece.data, LazyTensor) else piece.data.stored:
             tensor.release()

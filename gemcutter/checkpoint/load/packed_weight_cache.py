@@ -136,7 +136,7 @@ def _weight(memory: Tensor, entry: Mapping[str, Any]) -> CpuPackedWeight:
 
 
 def _pieces(key: Mapping[str, Any], weights: Mapping[str, CpuPackedWeight]) -> Iterator[memoryview]:
-    """Spell the whole file, piece by piece."""
+    """Format the whole file, piece by piece."""
     entries, end = dict[str, Any](), 0
     for name, each in weights.items():
         layout = asdict(each.layout)
@@ -150,7 +150,7 @@ def _pieces(key: Mapping[str, Any], weights: Mapping[str, CpuPackedWeight]) -> I
 
 
 def _header(key: Mapping[str, Any], entries: Mapping[str, dict[str, Any]], nbytes: int) -> bytes:
-    """Spell the header with offsets in the file, which depend on its own length: room for them is found by a first try."""
+    """Format the header with offsets in the file, which depend on its own length: room for them is found by a first try."""
     start = 0
     while True:
         placed = {name: entry | {"offset": start + entry["offset"]} for name, entry in entries.items()}

@@ -63,7 +63,7 @@ def row_chunks(runs: Iterable[Run], elements: int = CHUNK_ELEMENTS) -> Iterator[
 
 
 def dense_dtype(data: LazyTensor | PackedTensor) -> str | None:
-    """Spell the dtype of what is stored dense, maybe as experts in tensors of their own; None for what is packed."""
+    """Format the dtype of what is stored dense, maybe as experts in tensors of their own; None for what is packed."""
     if isinstance(data, LazyTensor):
         return data.dtype
     return next((spelling for spelling, (_, torch_name) in DTYPES.items() if torch_name == data.dtype), None)

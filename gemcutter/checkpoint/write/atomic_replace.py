@@ -76,7 +76,7 @@ def _check_free(target: Path, is_folder: bool, force: bool) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """Give the new one its name. A folder that stands there steps aside first, and comes back if the run dies in between."""
+    """Rename the new one. A folder that stands there steps aside first, and comes back if the run dies in between."""
     if not (partial.is_dir() and target.is_dir() and os.listdir(target)):
         os.replace(partial, target)
         return

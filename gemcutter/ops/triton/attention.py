@@ -267,7 +267,7 @@ def short_launch(dim: int, group: int, count: int, rows: torch.dtype, pool: torc
     """Choose the shape of programs that hold `count` rows of a sequence, or as many of them as they can."""
     is_few = count * group <= 16
     launch = FLOAT32 if rows == torch.float32 else _fitting(FEW if is_few else SHORT, dim, machine)
-    if pool.itemsize == 1 and not is_few:  # widening a block takes registers, and so does each that is on its way
+    if pool.itemsize == 1 and not is_few:  # dequantizing a block takes registers, and so does each that is on its way
         block_n, stages = max(MIN_PAGE, launch.block_n // 2), 2 if dim > 256 else launch.stages
         launch = replace(launch, block_n=block_n, stages=stages)
     return replace(launch, block_m=max(launch.block_m, triton.next_power_of_2(group)))
@@ -288,7 +288,7 @@ def num_splits(tiles: int, capacity: int, machine: Machine) -> int:
 def _constants(
     heads: int, key_heads: int, dim: int, rotary: int, window: int | None, page: int, launch: Launch, **others: int | bool
 ) -> dict[str, int | bool]:
-    """Give the constants of a launch; `rotary` is the width of stored keys."""
+    """Return the constants of a launch; `rotary` is the width of stored keys."""
     rotary = 0 if rotary == dim else rotary
     block_n = min(launch.block_n, page & -page)
     return {
@@ -320,7 +320,7 @@ class _Site:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Give heads, key heads and head dim."""
+        """Return heads, key heads and head dim."""
         return self.q_NHE.shape[1], self.values_TKE.shape[1], self.q_NHE.shape[2]
 
     def launch(self, grid: tuple[int, ...], launch: Launch, out: Tensor, lse: Tensor, **constants: int | bool) -> None:

@@ -37,7 +37,7 @@ WORDS, HIGH, SCALE, BIAS, FINE, FINE_BIAS, WORD_STRIDE, SCALE_STRIDE, FINE_STRID
 
 @triton.jit
 def _decode(words, high, K: tl.constexpr, CODES: tl.constexpr, OFFSET: tl.constexpr):
-    """Give code K of every word plus OFFSET, as float32, times 1 / `_unit`."""
+    """Return code K of every word plus OFFSET, as float32, times 1 / `_unit`."""
     if CODES == 4:  # 8-bit floats are half floats whose exponents are 8 too small
         byte = words >> (8 * K)
         return _half(((byte & 128) << 8) | ((byte & 127) << 7))
@@ -125,7 +125,7 @@ def _row(x, x_stride, rows, r: tl.constexpr, column, is_there):
 
 @triton.jit
 def _in_fours(values, F: tl.constexpr, W: tl.constexpr):
-    """Sum each stripe of a tile [F, W]."""
+    """Sum each vector of a tile [F, W]."""
     return tl.sum(tl.reshape(values, [F, W // 4, 4]), -1)
 
 
@@ -163,21 +163,21 @@ def _few_dense(x, x_stride, rows, w_row, w_mask, matrix, columns, R: tl.constexp
 
 @triton.jit
 def _few_packed(
-    x, x_stride, rows, w_row, w_mask, matrix, stripes,
+    x, x_stride, rows, w_row, w_mask, matrix, vectors,
     R: tl.constexpr, F: tl.constexpr, W: tl.constexpr,
     CODES: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = 4 if CODES == 2 or CODES == 4 else 8  # codes of a word
-    PARTS: tl.constexpr = 2 if COUNT == 8 and GROUP == 16 else 1  # groups of a stripe
+    PARTS: tl.constexpr = 2 if COUNT == 8 and GROUP == 16 else 1  # groups of a vector
     lane, fours = tl.arange(0, W)[None, :], tl.arange(0, W // 4)[None, :]
     place = lane // 4 * (4 * COUNT) + lane % 4
     totals = _zeros(R, F, W // 4)
-    for start in range(0, stripes * 4, W):
-        is_there, is_stripe = start + lane < stripes * 4, start // 4 + fours < stripes
+    for start in range(0, vectors * 4, W):
+        is_there, is_vector = start + lane < vectors * 4, start // 4 + fours < vectors
         codes, upper = _codes(matrix, w_row, start + lane, w_mask & is_there, CODES)
         for part in tl.static_range(PARTS):
             column = (start // 4 + fours) * (4 * COUNT) + 16 * part
-            s, b = _scales(matrix, w_row, column, w_mask & is_stripe, SCALES, GROUP, HAS_BIAS)
+            s, b = _scales(matrix, w_row, column, w_mask & is_vector, SCALES, GROUP, HAS_BIAS)
             dots, sums = _zeros(R, F, W), _zeros(R, 1, W)
             for k in tl.static_range(part * (COUNT // PARTS), (part + 1) * (COUNT // PARTS)):
                 w = _decode(codes, upper, k, CODES, OFFSET)
@@ -220,7 +220,7 @@ def _many_dense(x, x_at, x_mask, w_row, w_mask, matrix, columns, R: tl.constexpr
 
 @triton.jit
 def _many_packed(
-    x, x_at, x_mask, w_row, w_mask, matrix, stripes,
+    x, x_at, x_mask, w_row, w_mask, matrix, vectors,
     R: tl.constexpr, F: tl.constexpr, W: tl.constexpr,
     CODES: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -231,8 +231,8 @@ def _many_packed(
     place = tl.arange(0, COUNT * W)[None, :]  # code by code, as the planes are joined below
     place = place % W // 4 * (4 * COUNT) + place // W * 4 + place % 4
     total = tl.zeros([R, F], tl.float32)
-    for start in range(0, stripes * 4, W):
-        is_there = start + lane < stripes * 4
+    for start in range(0, vectors * 4, W):
+        is_there = start + lane < vectors * 4
         codes, upper = _codes(matrix, w_row, start + lane, w_mask & is_there, CODES)
         planes = ()
         for part in tl.static_range(PARTS):
@@ -241,7 +241,7 @@ def _many_packed(
                 w = _times_unit(_decode(codes, upper, k, CODES, OFFSET), k, CODES) * s + b
                 planes = planes + (w.to(x.dtype.element_ty),)  # type: ignore[assignment]
         column = tl.max_contiguous(tl.multiple_of(start * COUNT + place, [1, 4]), [1, 4])
-        rows = tl.load(x + x_at + column, x_mask & (column < stripes * (4 * COUNT)), 0.0)
+        rows = tl.load(x + x_at + column, x_mask & (column < vectors * (4 * COUNT)), 0.0)
         total = dot(rows, _join(planes, F, W, COUNT), total)
     return total
 
@@ -286,14 +286,14 @@ def multiply_many(
 
 @triton.jit
 def decode_rows(
-    out, out_at, scalar, w_row, w_mask, matrix, stripes, block,
+    out, out_at, scalar, w_row, w_mask, matrix, vectors, block,
     W: tl.constexpr,
     CODES: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Write block number `block`, of W words, of packed rows `w_row` [F, 1] as numbers times a scalar, at `out_at` [F, 1]."""
     COUNT: tl.constexpr = 4 if CODES == 2 or CODES == 4 else 8
     word = block * W + tl.arange(0, W)[None, :]
-    mask = w_mask & (word < stripes * 4)
+    mask = w_mask & (word < vectors * 4)
     codes, upper = _codes(matrix, w_row, word, mask, CODES)
     for k in tl.static_range(COUNT):
         column = word // 4 * (4 * COUNT) + 4 * k + word % 4
@@ -309,7 +309,7 @@ def gelu(x):
 
 
 @triton.jit
-def squash(x, cap):
+def apply_softcap(x, cap):
     """Compute cap * tanh(x / cap), without overflow."""
     small = tl.exp(-2.0 / cap * tl.abs(x))
     capped = cap * (1.0 - small) / (1.0 + small)
@@ -324,7 +324,7 @@ class Operand:
     """A matrix, or a stack of them as one tall matrix: the kernels' arguments, and their constants by name.
 
     `arguments` are words (or the dense matrix), upper bits, scales, biases, fine scales, fine biases; how far rows lie apart in
-    the first, in scales and in fine scales; and how wide a row is. Words count in stripes of 16 bytes.
+    the first, in scales and in fine scales; and how wide a row is. Words count in vectors of 16 bytes.
     """
 
     arguments: tuple[Tensor | int | None, ...]
@@ -335,7 +335,7 @@ class Operand:
 
     @property
     def is_dense(self) -> bool:
-        """Tell whether no code needs decoding."""
+        """Return whether no code needs decoding."""
         return self.constants["CODES"] == DENSE
 
     @property
@@ -347,7 +347,7 @@ class Operand:
 
 
 def operand(part: Tensor | GpuPackedWeight) -> Operand:
-    """Describe a dense or a striped matrix, or a stack of them; valid as long as it lives."""
+    """Describe a dense or a packed matrix, or a stack of them; valid as long as it lives."""
     *experts, rows, columns = part.shape
     first = part if isinstance(part, Tensor) else part.codes
     step = first.stride(0) // first.stride(-2) if experts else rows

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemcutter.ops.triton.dequant import gelu, squash
+from gemcutter.ops.triton.dequant import apply_softcap, gelu
 from gemcutter.ops.triton.fused_norm import FEW_ROWS, TILE, root_of
 from gemcutter.ops.triton.variant import Variant, variant_of
 
@@ -37,7 +37,7 @@ def _softcap_kernel(x, out, cap, SIZE, BLOCK: tl.constexpr, CAPPED: tl.constexpr
     lanes = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     wide = tl.load(x + lanes, lanes < SIZE, 0.0).to(tl.float32)
     if CAPPED:
-        wide = squash(wide, cap)
+        wide = apply_softcap(wide, cap)
     tl.store(out + lanes, wide, lanes < SIZE)
 
 
@@ -68,7 +68,7 @@ def gate_mul(gate_NP: Tensor, ple_NP: Tensor) -> Tensor:
 
 
 def softcap(logits_RV: Tensor, cap: float | None) -> Tensor:
-    """Squash contiguous logits smoothly into (-cap, cap), in float32."""
+    """Softcap contiguous logits smoothly into (-cap, cap), in float32."""
     out = torch.empty(logits_RV.shape, dtype=torch.float32, device=logits_RV.device)
     if size := logits_RV.numel():
         grid = (triton.cdiv(size, COLUMNS),)
@@ -137,7 +137,7 @@ def ple_rows(
     token_scale: float,
     context_scale: float,
 ) -> Tensor:
-    """Give (norm(context * context_scale) + tokens * token_scale) / sqrt(2), a norm for each P columns: [N, F/P, P].
+    """Return (norm(context * context_scale) + tokens * token_scale) / sqrt(2), a norm for each P columns: [N, F/P, P].
 
     `tokens` is a table whose rows `ids` name, or rows [N, F] already gathered; its rows may lie apart.
     """

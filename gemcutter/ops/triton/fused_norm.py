@@ -28,81 +28,81 @@ TILE = 2048  # elements of one program where rows are many
 
 @triton.jit
 def root_of(x, SIZE: tl.constexpr, eps):
-    """Give 1 / rms of the last axis, kept, of lanes that are zero beyond SIZE."""
+    """Return 1 / rms of the last axis, kept, of lanes that are zero beyond SIZE."""
     return tl.rsqrt(tl.sum(x * x, axis=-1, keep_dims=True) / SIZE + eps)
 
 
 @triton.jit
-def _load_fan(w0, w1, w2, lanes, mask, FAN: tl.constexpr):
-    """Load the weights of a fan; those that it lacks stand for the first."""
-    first = tl.load(w0 + lanes, mask, 0.0) if FAN > 0 else tl.zeros_like(lanes).to(tl.float32)
+def _load_norm_weights(w0, w1, w2, lanes, mask, NUM_NORMS: tl.constexpr):
+    """Load up to three norm weights; those that are missing stand for the first."""
+    first = tl.load(w0 + lanes, mask, 0.0) if NUM_NORMS > 0 else tl.zeros_like(lanes).to(tl.float32)
     second, third = first, first
-    if FAN == 3:
+    if NUM_NORMS == 3:
         second, third = tl.load(w1 + lanes, mask, 0.0), tl.load(w2 + lanes, mask, 0.0)
     return first, second, third
 
 
 @triton.jit
-def _store_fan(normed, weights, out0, out1, out2, at, mask, FAN: tl.constexpr):
-    """Write one row's norm under FAN weights."""
+def _store_norms(normed, weights, out0, out1, out2, at, mask, NUM_NORMS: tl.constexpr):
+    """Write one row's norm under NUM_NORMS weights."""
     tl.store(out0 + at, normed * weights[0], mask)
-    if FAN == 3:
+    if NUM_NORMS == 3:
         tl.store(out1 + at, normed * weights[1], mask)
         tl.store(out2 + at, normed * weights[2], mask)
 
 
 @triton.jit
-def _store_sum(found, out, weights, out0, out1, out2, at, mask, eps, SIZE: tl.constexpr, FAN: tl.constexpr):
-    """Write one row, and its norm under FAN weights."""
+def _store_sum(found, out, weights, out0, out1, out2, at, mask, eps, SIZE: tl.constexpr, NUM_NORMS: tl.constexpr):
+    """Write one row, and its norm under NUM_NORMS weights."""
     rounded = found.to(out.dtype.element_ty)
     tl.store(out + at, rounded, mask)
-    if FAN > 0:
+    if NUM_NORMS > 0:
         again = rounded.to(tl.float32)  # what a later kernel would read
-        _store_fan(again * root_of(again, SIZE, eps), weights, out0, out1, out2, at, mask, FAN)
+        _store_norms(again * root_of(again, SIZE, eps), weights, out0, out1, out2, at, mask, NUM_NORMS)
 
 
 @triton.jit
-def _norm_kernel(x, x_row, w0, w1, w2, out0, out1, out2, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, FAN: tl.constexpr):
-    """Norm a row; FAN 0: without a weight, 3: under three weights."""
+def _norm_kernel(x, x_row, w0, w1, w2, out0, out1, out2, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_NORMS: tl.constexpr):
+    """Norm a row; NUM_NORMS 0: without a weight, 3: under three weights."""
     row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask, at = lanes < SIZE, row * SIZE + lanes
     wide = tl.load(x + row * x_row + lanes, mask, 0.0).to(tl.float32)
-    weights = _load_fan(w0, w1, w2, lanes, mask, FAN)
+    weights = _load_norm_weights(w0, w1, w2, lanes, mask, NUM_NORMS)
     normed = wide * root_of(wide, SIZE, eps)
-    if FAN == 0:
+    if NUM_NORMS == 0:
         tl.store(out0 + at, normed, mask)
     else:
-        _store_fan(normed, weights, out0, out1, out2, at, mask, FAN)
+        _store_norms(normed, weights, out0, out1, out2, at, mask, NUM_NORMS)
 
 
 @triton.jit
 def _add_norm_kernel(
-    x, y, w, out, w0, w1, w2, out0, out1, out2, eps, scale, SIZE: tl.constexpr, BLOCK: tl.constexpr, FAN: tl.constexpr
+    x, y, w, out, w0, w1, w2, out0, out1, out2, eps, scale, SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_NORMS: tl.constexpr
 ):
-    """Add a normed row to the residual, and norm the sum again under FAN weights."""
+    """Add a normed row to the residual, and norm the sum again under NUM_NORMS weights."""
     row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask, at = lanes < SIZE, row * SIZE + lanes
     residual, wide = tl.load(x + at, mask, 0.0).to(tl.float32), tl.load(y + at, mask, 0.0).to(tl.float32)
-    weight, weights = tl.load(w + lanes, mask, 0.0), _load_fan(w0, w1, w2, lanes, mask, FAN)
+    weight, weights = tl.load(w + lanes, mask, 0.0), _load_norm_weights(w0, w1, w2, lanes, mask, NUM_NORMS)
     found = (residual + wide * root_of(wide, SIZE, eps) * weight) * scale
-    _store_sum(found, out, weights, out0, out1, out2, at, mask, eps, SIZE, FAN)
+    _store_sum(found, out, weights, out0, out1, out2, at, mask, eps, SIZE, NUM_NORMS)
 
 
 @triton.jit
 def _join_norm_kernel(
     x, dense, experts, w_dense, w_experts, w_post, out, w0, out0, eps, scale,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, FAN: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, NUM_NORMS: tl.constexpr,
 ):  # fmt: skip
-    """Norm two branches, norm their sum, add the residual, and norm that again under FAN weights."""
+    """Norm two branches, norm their sum, add the residual, and norm that again under NUM_NORMS weights."""
     row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask, at = lanes < SIZE, row * SIZE + lanes
     one, two = tl.load(dense + at, mask, 0.0).to(tl.float32), tl.load(experts + at, mask, 0.0).to(tl.float32)
     weight_one, weight_two = tl.load(w_dense + lanes, mask, 0.0), tl.load(w_experts + lanes, mask, 0.0)
     residual, weight = tl.load(x + at, mask, 0.0).to(tl.float32), tl.load(w_post + lanes, mask, 0.0)
-    weights = _load_fan(w0, w0, w0, lanes, mask, FAN)
+    weights = _load_norm_weights(w0, w0, w0, lanes, mask, NUM_NORMS)
     both = one * root_of(one, SIZE, eps) * weight_one + two * root_of(two, SIZE, eps) * weight_two
     found = (residual + both * root_of(both, SIZE, eps) * weight) * scale
-    _store_sum(found, out, weights, out0, out0, out0, at, mask, eps, SIZE, FAN)
+    _store_sum(found, out, weights, out0, out0, out0, at, mask, eps, SIZE, NUM_NORMS)
 
 
 def norm(x_ND: Tensor, weight_D: Tensor | None, eps: float, out: Tensor | None = None) -> Tensor:
@@ -112,24 +112,28 @@ def norm(x_ND: Tensor, weight_D: Tensor | None, eps: float, out: Tensor | None =
     return out
 
 
-def norm_fan(x_ND: Tensor, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
+def multi_norm(x_ND: Tensor, weights: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
     """Norm rows under three weights in one pass; the third result, for a router, is float32."""
     outs = _fan_outs(x_ND, 3)
     _launch_norm(x_ND, tuple(weights), outs, eps, 3)
     return outs
 
 
-def _launch_norm(x_ND: Tensor, weights: tuple[Tensor | None, ...], outs: tuple[Tensor | None, ...], eps: float, fan: int) -> None:
+def _launch_norm(
+    x_ND: Tensor, weights: tuple[Tensor | None, ...], outs: tuple[Tensor | None, ...], eps: float, num_norms: int
+) -> None:
     rows, size = x_ND.shape
     if rows:
         block, warps = _row_shape(rows, size)
-        _norm_kernel[(rows,)](x_ND, x_ND.stride(0), *weights, *outs, eps, SIZE=size, BLOCK=block, FAN=fan, num_warps=warps)
+        _norm_kernel[(rows,)](
+            x_ND, x_ND.stride(0), *weights, *outs, eps, SIZE=size, BLOCK=block, NUM_NORMS=num_norms, num_warps=warps
+        )
 
 
-def add_norm_fan(
+def add_multi_norm(
     x_ND: Tensor, y_ND: Tensor, weight_D: Tensor, eps: float, scale: float, weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Give (x + norm(y)) * scale, and its norm under each of none, one or three weights (the third in float32)."""
+    """Return (x + norm(y)) * scale, and its norm under each of none, one or three weights (the third in float32)."""
     rows, size = x_ND.shape
     out, outs = torch.empty_like(x_ND), _fan_outs(x_ND, len(weights))
     if rows:
@@ -137,12 +141,12 @@ def add_norm_fan(
         spare = (None,) * (3 - len(weights))
         _add_norm_kernel[(rows,)](
             x_ND, y_ND, weight_D, out, *weights, *spare, *outs, *spare, eps, scale,
-            SIZE=size, BLOCK=block, FAN=len(weights), num_warps=warps,
+            SIZE=size, BLOCK=block, NUM_NORMS=len(weights), num_warps=warps,
         )  # fmt: skip
     return out, *outs
 
 
-def join_norm_fan(
+def join_multi_norm(
     x_ND: Tensor,
     dense_ND: Tensor,
     experts_ND: Tensor,
@@ -153,7 +157,7 @@ def join_norm_fan(
     scale: float,
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """Give (x + norm(norm(dense) + norm(experts))) * scale, each norm under its own weight, and its norm under none or one."""
+    """Return (x + norm(norm(dense) + norm(experts))) * scale, each norm under its own weight, and its norm under none or one."""
     rows, size = x_ND.shape
     out, outs = torch.empty_like(x_ND), _fan_outs(x_ND, len(weights))
     if rows:
@@ -161,7 +165,7 @@ def join_norm_fan(
         again = (*weights, *outs) or (None, None)
         _join_norm_kernel[(rows,)](
             x_ND, dense_ND, experts_ND, w_dense_D, w_experts_D, w_post_D, out, *again, eps, scale,
-            SIZE=size, BLOCK=block, FAN=len(weights), num_warps=warps,
+            SIZE=size, BLOCK=block, NUM_NORMS=len(weights), num_warps=warps,
         )  # fmt: skip
     return out, *outs
 
@@ -173,7 +177,7 @@ def _fan_outs(x_ND: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 def _row_shape(rows: int, size: int) -> tuple[int, int]:
-    """Give the lanes of a row and its warps: 8 elements a thread, one 16-byte load, where rows are few, else 16."""
+    """Return the lanes of a row and its warps: 8 elements a thread, one 16-byte load, where rows are few, else 16."""
     block = triton.next_power_of_2(size)
     return block, min(16, max(1, block // (256 if rows <= FEW_ROWS else 512)))
 
@@ -349,7 +353,7 @@ def _finish(
 
 
 def head_tiles(rows: int, heads: int, kv_heads: int, block: int) -> tuple[int, int]:
-    """Give how many query heads and key heads one program takes: one where rows are few, TILE elements where they are many."""
+    """Return how many query heads and key heads one program takes: one where rows are few, TILE elements where they are many."""
     most = 1 if rows * (heads + kv_heads) <= 2 * FEW_ROWS else max(1, TILE // (2 * block))
     return min(most, triton.next_power_of_2(max(heads, 1))), min(most, triton.next_power_of_2(max(kv_heads, 1)))
 
@@ -366,15 +370,27 @@ def _norm_variants() -> Iterator[Variant]:
         block, warps = _row_shape(rows, size)
         sizes = {"SIZE": size, "BLOCK": block}
         at = f"{size}x{'1' if rows == 1 else 'many'}"
-        yield variant_of(_norm_kernel, f"norm-{at}", warps, "*bf16 i32:16 *fp32 - - *bf16 - - fp32", **sizes, FAN=1)
+        yield variant_of(_norm_kernel, f"norm-{at}", warps, "*bf16 i32:16 *fp32 - - *bf16 - - fp32", **sizes, NUM_NORMS=1)
         yield variant_of(
-            _add_norm_kernel, f"add-norm-{at}", warps, "*bf16 *bf16 *fp32 *bf16 *fp32 - - *bf16 - - fp32 fp32", **sizes, FAN=1
+            _add_norm_kernel,
+            f"add-norm-{at}",
+            warps,
+            "*bf16 *bf16 *fp32 *bf16 *fp32 - - *bf16 - - fp32 fp32",
+            **sizes,
+            NUM_NORMS=1,
         )
     block, warps = _row_shape(1, 2816)  # 26B-A4B
     sizes = {"SIZE": 2816, "BLOCK": block}
-    yield variant_of(_norm_kernel, "norm-fan", warps, "*bf16 i32:16 *fp32 *fp32 *fp32 *bf16 *bf16 *fp32 fp32", **sizes, FAN=3)
+    yield variant_of(
+        _norm_kernel,
+        "multi-norm",
+        warps,
+        "*bf16 i32:16 *fp32 *fp32 *fp32 *bf16 *bf16 *fp32 fp32",
+        **sizes,
+        NUM_NORMS=3,
+    )
     branches = "*bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *bf16 *fp32 *bf16 fp32 fp32"
-    yield variant_of(_join_norm_kernel, "join-norm", warps, branches, **(sizes | {"FAN": 1}))
+    yield variant_of(_join_norm_kernel, "join-norm", warps, branches, **(sizes | {"NUM_NORMS": 1}))
 
 
 def _finish_variants() -> Iterator[Variant]:

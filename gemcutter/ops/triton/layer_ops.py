@@ -105,7 +105,7 @@ def _build_attn_out(
 
     def attn_out(x_MD: Tensor, o_MHE: Tensor, norms: Norms, adapters: AdapterRows) -> Norms:
         product = ctx.linear_lora(o_MHE.flatten(1), weight, adapters)
-        return fused_norm.add_norm_fan(x_MD, product, post_norm, plan.eps, 1.0, norms)
+        return fused_norm.add_multi_norm(x_MD, product, post_norm, plan.eps, 1.0, norms)
 
     return attn_out
 
@@ -115,7 +115,7 @@ def build_mlp(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ct
     norms, mlp = _build_mlp(plan, layer, params, ctx)
     if layer.moe is None:
         return lambda x_MD, adapters=NO_ADAPTERS: mlp(x_MD, (fused_norm.norm(x_MD, norms[0], plan.eps),), (), adapters)[0]
-    return lambda x_MD, adapters=NO_ADAPTERS: mlp(x_MD, fused_norm.norm_fan(x_MD, norms, plan.eps), (), adapters)[0]
+    return lambda x_MD, adapters=NO_ADAPTERS: mlp(x_MD, fused_norm.multi_norm(x_MD, norms, plan.eps), (), adapters)[0]
 
 
 def _build_mlp(
@@ -138,7 +138,7 @@ def _build_mlp(
 
     def mlp(x_MD: Tensor, normed: Norms, norms: Norms, adapters: AdapterRows) -> Norms:
         (normed_MD,) = normed
-        return fused_norm.add_norm_fan(x_MD, dense(normed_MD, adapters), post_norm, plan.eps, scale, norms)
+        return fused_norm.add_multi_norm(x_MD, dense(normed_MD, adapters), post_norm, plan.eps, scale, norms)
 
     if plan_moe is None:
         return (norm,), mlp
@@ -152,7 +152,7 @@ def _build_mlp(
         weights, chosen = elementwise.route(ctx.linear_lora(for_router, router, adapters), top_k, expert_scale)
         found = moe.experts(for_experts, weights, chosen, experts_in, experts_out)
         branches, weights_of = (dense(for_dense, adapters), found), (dense_norm, expert_norm, post_norm)
-        return fused_norm.join_norm_fan(x_MD, *branches, *weights_of, plan.eps, scale, norms)
+        return fused_norm.join_multi_norm(x_MD, *branches, *weights_of, plan.eps, scale, norms)
 
     return (norm, vector(params, "moe.norm"), router_scale), moe_mlp
 
@@ -176,7 +176,7 @@ def _build_ple_gate(
         else:
             gated = linear_kernels.gate_mul(x_MD, gate, ple_MP)
         product = ctx.linear_lora(gated, w_out, adapters)
-        return fused_norm.add_norm_fan(x_MD, product, post_norm, plan.eps, scale, norms)
+        return fused_norm.add_multi_norm(x_MD, product, post_norm, plan.eps, scale, norms)
 
     return ple_gate
 

@@ -1,9 +1,9 @@
-"""Linear on Triton: rows times matrices, dense or striped, each read once.
+"""Linear on Triton: rows times matrices, dense or packed, each read once.
 
 Owns `linear` (the word), `gated` and `gate_mul` (a gate's product, its activation and what it opens, in one kernel), `logits_of`
-and `gather_rows` (rows of a striped table). Up to MANY_ROWS rows meet kernels of this file; more take the library's product, over
-striped weights that are widened a tile at a time. Launch shapes follow from row counts and matrix sizes alone. Refuses to know
-layers. Shape letters as in `reference.py`; read `dequant.py` for the inner loops, `quant/striped.py` for the layout.
+and `gather_rows` (rows of a packed table). Up to MANY_ROWS rows meet kernels of this file; more take the library's product, over
+packed weights that are dequantized a tile at a time. Launch shapes follow from row counts and matrix sizes alone. Refuses to know
+layers. Shape letters as in `reference.py`; read `dequant.py` for the inner loops, `quant/gpu_packing.py` for the layout.
 """
 
 # ruff: noqa: RET505  # what branches on a constant needs its `else`: Triton compiles one of the two
@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gemcutter.ops.triton import elementwise
-from gemcutter.ops.triton.dequant import INTERPRETED, Operand, decode_rows, gelu, multiply_few, multiply_many, operand, squash
+from gemcutter.ops.triton.dequant import (
+    INTERPRETED,
+    Operand,
+    apply_softcap,
+    decode_rows,
+    gelu,
+    multiply_few,
+    multiply_many,
+    operand,
+)
 from gemcutter.ops.triton.variant import Variant
 from gemcutter.quant import Part, Weight, dequantize
 from gemcutter.quant.cpu_layout import BF16, F32, U4, PackedLayout
@@ -32,7 +41,7 @@ FEW_NARROW_ROWS = 8  # the same, half of it if packed, for a matrix too narrow t
 MANY_ROWS = 64  # up to here every tile of a weight is read once, for all rows
 NARROW_MATRIX = 1024
 WIDE_MATRIX = 8192  # rows of a matrix from which tiles may be taller and still fill the chip
-SCRATCH_ELEMENTS = 32 << 20  # of a striped weight that are widened at a time
+SCRATCH_ELEMENTS = 32 << 20  # of a packed weight that are dequantized at a time
 
 
 @triton.jit
@@ -59,7 +68,7 @@ def _linear_kernel(
     CODES: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Multiply all rows with F rows of a matrix. Its GELU is multiplied with the product of F more, num_out rows below, where it
-    is gated, and with `times` where that is given; it is squashed into (-CAP, CAP) unless that is 0.
+    is gated, and with `times` where that is given; it is softcapped into (-CAP, CAP) unless that is 0.
     """
     matrix = (words, high, scale, bias, fine, fine_bias, word_stride, scale_stride, fine_stride)
     feature = tl.program_id(0) * F + tl.arange(0, F)
@@ -75,7 +84,7 @@ def _linear_kernel(
     if times is not None:
         found = gelu(found) * tl.load(times + row * times_stride + feature[None, :], mask, 0.0).to(tl.float32)
     if CAP > 0:
-        found = squash(found, CAP)
+        found = apply_softcap(found, CAP)
     tl.store(out + row * out_stride + feature[None, :], found, mask)
 
 
@@ -116,7 +125,7 @@ class Tile:
 
     @property
     def constants(self) -> dict[str, int | bool]:
-        """Give the kernels' constants."""
+        """Return the kernels' constants."""
         return {"R": self.rows, "F": self.features, "BLOCK": self.block, "IS_FEW": self.is_few}
 
 
@@ -151,7 +160,7 @@ def choose_tile(rows: int, features: int, matrix: Operand, dtype: torch.dtype) -
 def linear(x_ND: Tensor, weight: Weight) -> Tensor:
     """Multiply rows with a matrix [F, D], sums in float32, one rounding to x's dtype: [N, F].
 
-    Parts that lie one after the other in memory are one launch. Parts that are packed otherwise are widened, tile by tile.
+    Parts that lie one after the other in memory are one launch. Parts that are packed otherwise are dequantized, tile by tile.
     """
     whole = span_of(weight.parts)
     if whole is not None:
@@ -183,7 +192,7 @@ def gate_mul(x_ND: Tensor, gate: Weight, times_NF: Tensor) -> Tensor:
 
 
 def logits_of(x_RD: Tensor, weight: Weight, cap: float | None) -> Tensor:
-    """Multiply rows with the head's matrix [V, D], and squash the products into (-cap, cap): [R, V] in float32.
+    """Multiply rows with the head's matrix [V, D], and softcap the products into (-cap, cap): [R, V] in float32.
 
     Products of up to MANY_ROWS rows are not rounded in between.
     """
@@ -196,14 +205,14 @@ def logits_of(x_RD: Tensor, weight: Weight, cap: float | None) -> Tensor:
 
 
 def gather_rows(table: GpuPackedWeight, ids_N: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Give the rows that ids name times a number, widened: [N, columns]."""
+    """Return the rows that ids name times a number, dequantized: [N, columns]."""
     out = torch.empty((ids_N.shape[0], table.num_columns), dtype=dtype, device=ids_N.device)
     _widen(operand(table), ids_N, 0, out, scale)
     return out
 
 
-def widen_rows(matrix: Operand, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Give rows start to stop - 1 of a striped matrix (of a stack: of the one tall matrix) as numbers."""
+def dequantize_rows(matrix: Operand, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return rows start to stop - 1 of a packed matrix (of a stack: of the one tall matrix) as numbers."""
     out = torch.empty((stop - start, matrix.columns), dtype=dtype, device=device)
     _widen(matrix, None, start, out, 1.0)
     return out
@@ -227,7 +236,7 @@ def _multiply(x_ND: Tensor, part: Part, out_NF: Tensor) -> Tensor:
 
 def _widened(part: Part, start: int, stop: int, x_ND: Tensor) -> Tensor:
     if isinstance(part, GpuPackedWeight):
-        return widen_rows(operand(part), start, stop, x_ND.dtype, x_ND.device)
+        return dequantize_rows(operand(part), start, stop, x_ND.dtype, x_ND.device)
     tile = part[start:stop] if isinstance(part, Tensor) else dequantize(part.rows(start, stop))
     return tile.to(x_ND.device, x_ND.dtype)
 
@@ -278,7 +287,7 @@ TYPES = {
 
 
 def describe(name: str, kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any], tile: Tile) -> Variant:
-    """Say what a launch with these arguments, tensors without memory among them, would compile."""
+    """Describe what a launch with these arguments, tensors without memory among them, would compile."""
     signature, fixed = dict[str, str](), dict[str, Any](constants)
     for argument, value in zip(kernel.arg_names, arguments, strict=False):
         if isinstance(value, Tensor):

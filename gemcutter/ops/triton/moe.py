@@ -1,4 +1,4 @@
-"""The mixture of experts on Triton: gated products in, products out, and each row's weighted sum, over dense or striped stacks.
+"""The mixture of experts on Triton: gated products in, products out, and each row's weighted sum, over dense or packed stacks.
 
 Owns `experts` and what its three ways share. A few rows: every (row, choice) pair is a program of its own, no matter which expert
 it meets. Up to 16 rows: every expert looks for its rows itself, and its weights are read once. More: pairs are sorted by expert
@@ -84,7 +84,7 @@ def _pair_out_kernel(
 
 @triton.jit
 def _pairs_of(chosen, rows, owners, members, R: tl.constexpr, T: tl.constexpr, T_PADDED: tl.constexpr):
-    """Give the expert of this program's block and its pairs [R], -1 where there are fewer."""
+    """Return the expert of this program's block and its pairs [R], -1 where there are fewer."""
     block = tl.program_id(1)
     if members is None:  # the block of an expert is all rows that chose it
         row, choice = tl.arange(0, R)[:, None], tl.arange(0, T_PADDED)[None, :]
@@ -155,10 +155,10 @@ def _sum_kernel(found, weights, out, size, T: tl.constexpr, BLOCK: tl.constexpr)
 
 
 def experts(x_MD: Tensor, weights_MT: Tensor, chosen_MT: Tensor, w_in: Weight, w_out: Weight) -> Tensor:
-    """Give each row's sum of its chosen experts' outputs, weighted: [M, D].
+    """Return each row's sum of its chosen experts' outputs, weighted: [M, D].
 
     An expert multiplies with its gate and up matrices, [2 F, D] of `w_in`, and with its [D, F] of `w_out`. Raises KernelError
-    where the parts of a stack don't lie side by side, dense or striped.
+    where the parts of a stack don't lie side by side, dense or packed.
     """
     gates, outs = _stack("gate and up", w_in), _stack("out", w_out)
     if not x_MD.shape[0]:
@@ -172,7 +172,7 @@ def experts(x_MD: Tensor, weights_MT: Tensor, chosen_MT: Tensor, w_in: Weight, w
 def _stack(name: str, weight: Weight) -> Operand:
     whole = span_of(weight.parts)
     if whole is None:
-        raise KernelError(f"experts: {name} matrices in one stack, dense or striped, expected, found {weight.stored} ones apart")
+        raise KernelError(f"experts: {name} matrices in one stack, dense or packed, expected, found {weight.stored} ones apart")
     return operand(whole)
 
 

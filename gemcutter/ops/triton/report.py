@@ -38,7 +38,7 @@ class Cost:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Say what is wrong with it."""
+        """Describe what is wrong with it."""
         limit = SHARED_LIMITS[self.target]
         where = f"{self.name} on sm_{self.target}"
         spills = f"{where} spills {self.spilled} bytes a thread"
@@ -53,7 +53,7 @@ def variants() -> Iterator[Variant]:
 
 
 def runs_on(variant: Variant, target: int) -> bool:
-    """Tell whether a variant is launched on a target, which has its types."""
+    """Return whether a variant is launched on a target, which has its types."""
     has_types = target >= FP8_TARGET or not any("fp8e4nv" in kind for kind in variant.signature.values())
     return target in variant.targets and has_types
 
