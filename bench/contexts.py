@@ -2,7 +2,7 @@
 
 Owns the chart, an SVG that is readable on light and dark pages, with the floor beside the measurement: what reading weights, keys
 and values takes at this machine's bandwidth. Only the global layers' keys may make it grow. Refuses to know how contexts are
-filled (`gauge/stand.py`).
+filled (`gemcutter/benchmark/harness.py`).
 
     python bench/contexts.py --preset E2B --quant q4_0 -t 2 --depth 0 2048 16384 65536 --out docs/contexts.svg
 """

@@ -116,7 +116,7 @@ def paged_context(batch: int, context: int, device: torch.device) -> TritonAttnM
 
 def attention_cases(device: torch.device) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """List single rows of sliding and global layers of E4B and 31B: what runs, and the bytes of keys and values that it reads."""
-    from gemcutter.ops.triton.attention import attend
+    from gemcutter.ops.triton.attention import paged_attention
 
     for preset, batch, context in product(("E4B", "31B"), (1, 8), CONTEXTS):
         layers = {layer.window: layer for layer in plan_of(preset).layers if layer.writes}
@@ -126,7 +126,7 @@ def attention_cases(device: torch.device) -> Iterator[tuple[str, int, Callable[[
             q = torch.randn(batch, layer.heads, layer.head_dim, device=device).bfloat16()
             moved = 2 * batch * layer.visible(context) * layer.kv_heads * layer.head_dim * keys.itemsize
             name = f"attention of {preset}, {'global' if window is None else 'sliding'}, {batch} rows after {context}"
-            yield name, moved, partial(attend, q, keys, values, paged, window)
+            yield name, moved, partial(paged_attention, q, keys, values, paged, window)
 
 
 def product_cases(device: torch.device) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:

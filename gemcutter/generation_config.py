@@ -44,7 +44,7 @@ class Defaults:
         return cls(frozenset(inside), tuple(sorted(token for token in suppress if token < vocab)), options)
 
     def sampling(self, options: Mapping[str, Any]) -> SamplingParams:
-        """Make Sampling from the checkpoint's defaults and a caller's options, which win. Raises RequestError."""
+        """Return SamplingParams from the checkpoint's defaults and a caller's options, which win. Raises RequestError."""
         return SamplingParams(**{**self.options, "suppress": self.suppress, **options})
 
 

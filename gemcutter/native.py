@@ -116,7 +116,7 @@ class PleView(ctypes.Structure):
     """`gc_ple`: the per-layer embeddings of a range of layers."""
 
     _fields_ = (
-        ("project", Matrix),
+        ("projection", Matrix),
         ("table", Matrix),
         ("source", c_void_p),
         ("norm", c_void_p),

@@ -42,7 +42,7 @@ GC_EXPORT int gc_embed(const gc_matrix *table, const int64_t *ids, int64_t count
 GC_EXPORT int gc_ple_embed(const gc_ple *ple, const float *x, const int64_t *ids, const float *tokens, int64_t rows, float *out) {
     using namespace gemcutter;
     return in_arena([&](Arena &arena) {
-        const gc_matrix &weight = ple->project;
+        const gc_matrix &weight = ple->projection;
         int64_t width = weight.rows, dim = ple->dim;
         ConvertedRows converted =
             allocate_rows(arena, formats_of(&weight, 1, rows, ple->activations), rows, weight.columns, ple->activations);

@@ -53,7 +53,7 @@ void Experts::route(ThreadPool &pool, int index, const float *x) {
     parallel_gemm(pool, index, &experts_.router, 1, routed_.converted.rows, router_logits_, experts_.experts, scratch_.of(index),
                   COUNT_ROUTER);
     pool.barrier();
-    for (int64_t n = own.first; n < own.last; ++n) choose(n);
+    for (int64_t n = own.first; n < own.last; ++n) route(n);
     pool.barrier();
     if (index == 0) group();
     pool.barrier();
@@ -67,7 +67,7 @@ void Experts::route(ThreadPool &pool, int index, const float *x) {
 }
 
 // Chooses a row's experts: the top_k of the softmax, the lower index among equals, with weights renormalised to sum to 1.
-void Experts::choose(int64_t row) {
+void Experts::route(int64_t row) {
     const float *scores = router_logits_ + row * experts_.experts;
     int64_t *chosen = chosen_ + row * experts_.top_k, top_k = experts_.top_k, found = 0;
     float *weights = weights_ + row * top_k;

@@ -98,7 +98,7 @@ class Experts {
     struct Group {  // the rows of one expert: pairs first to first + count - 1
         int64_t expert, first, count;
     };
-    void choose(int64_t row);
+    void route(int64_t row);
     void group();
     Rows rows_of(const Rows &all, const Group &group) const;
     int formats_at_any_count(const gc_matrix *parts, int num_parts) const;

@@ -1,7 +1,7 @@
 """`gemcutter bench`: how fast a model runs on this machine, beside what the machine allows.
 
-Owns the options and the progress line; the measuring is in `gemcutter/gauge/`. Refuses to know what a test or a ceiling is; read
-`gauge/report.py` for that.
+Owns the options and the progress line; the measuring is in `gemcutter/benchmark/`. Refuses to know what a test or a ceiling is;
+read `benchmark/report.py` for that.
 """
 
 from __future__ import annotations

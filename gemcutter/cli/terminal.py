@@ -54,7 +54,7 @@ class Answer:
         self._in_line = not text.endswith("\n")
 
     def end(self) -> None:
-        """Finish the line, if one is open."""
+        """End the line, if one is open."""
         if self._in_line:
             print(file=sys.stdout if self._kind == "content" else sys.stderr, flush=True)
         self._in_line = False

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gemcutter.engine.sampling import SamplingParams, TokenLogprobs, choose, distribution, token_logprobs, uniform
+from gemcutter.engine.sampling import SamplingParams, TokenLogprobs, distribution, sample_token, token_logprobs, uniform
 from gemcutter.engine.threads import one_thread
 from gemcutter.errors import RequestError
 
@@ -97,7 +97,7 @@ def _sample_row(logits_V: Tensor, edited_V: Tensor, row: SamplingRow) -> Sampled
         if row.params.temperature == 0:
             token = int(edited_V.numpy().argmax())  # ten times as fast as torch's on one thread
         else:
-            token = choose(edited_V, row.params, row.random)
+            token = sample_token(edited_V, row.params, row.random)
         return finish_row(logits_V, edited_V, row, token, float(edited_V[token]))
     except Exception as error:
         return error

@@ -1,4 +1,4 @@
-"""Sampling on the device that made the logits, many rows at once.
+"""Token sampling on the device that made the logits, many rows at once.
 
 Owns `SamplingTensors` and `sample_batch`, which a captured graph can replay, and `DeviceSampler`, the sampler beside a GPU: it
 edits rows there, samples together those that `sample_batch` takes, and all others one by one. The random numbers come
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.engine.sampler import SampledToken, SamplingRow, edit, finish_row
-from gemcutter.engine.sampling import SamplingParams, choose
+from gemcutter.engine.sampling import SamplingParams, sample_token
 
 CANDIDATES = 128  # the largest top_k that is sampled in a batch
 
@@ -94,7 +94,7 @@ class DeviceSampler:
 def _finish(logits_V: Tensor, edited_V: Tensor, row: SamplingRow, found: tuple[int, float] | None) -> SampledToken | Exception:
     try:
         if found is None:
-            token = choose(edited_V, row.params, row.random)
+            token = sample_token(edited_V, row.params, row.random)
             found = token, float(edited_V[token])
         return finish_row(logits_V, edited_V, row, *found)
     except Exception as error:

@@ -133,7 +133,7 @@ def best_of(values_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 
-def choose(logits_V: Tensor, params: SamplingParams, random: float) -> int:
+def sample_token(logits_V: Tensor, params: SamplingParams, random: float) -> int:
     """Return the token that a number `random` of [0, 1) picks from edited logits, on any device."""
     if params.temperature == 0:
         return int(logits_V.argmax())

@@ -167,12 +167,12 @@ def build_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) ->
 
 def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[..., Tensor]:
     """Build the per-layer embeddings of a range of layers: (token row + normed projection of the embedding) / sqrt(2)."""
-    table, project, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), vector(params, "ple.norm")
+    table, projection, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), vector(params, "ple.norm")
     token_scale, dim, dtype = rounded_root(plan.ple_dim, ctx), plan.ple_dim, ctx.precision.rows
 
     def ple_embed(x_ND: Tensor, ple_ids_N: Tensor, first: int, last: int, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         tokens = table.span(first * dim, last * dim).gather(ple_ids_N, dtype) * token_scale
-        context = ctx.linear_lora(x_ND, project.slice(first * dim, last * dim), adapters) * plan.hidden**-0.5
+        context = ctx.linear_lora(x_ND, projection.slice(first * dim, last * dim), adapters) * plan.hidden**-0.5
         context = rms_norm(context.view(-1, last - first, dim), norm, plan.eps)
         return (context + tokens.view_as(context)) * 2**-0.5
 

@@ -74,12 +74,12 @@ def test_two_hundred_requests_of_sixteen_threads_end_once_each(monkeypatch: pyte
             [event.token for event in EngineLoop(Engine(decoder(), 40)).complete([Request(ids, max_tokens=9)])[0]]
             for ids in prompts
         ]
-    loop, attend, steps = open_loop(), decoder().layers[0].attend, iter(range(10**9))
+    loop, attention, steps = open_loop(), decoder().layers[0].attention, iter(range(10**9))
 
     def failing(*arguments: Any) -> Tensor:
         if next(steps) in (40, 90, 91):
             raise RuntimeError("the kernel failed")
-        found: Tensor = attend(*arguments)
+        found: Tensor = attention(*arguments)
         return found
 
     monkeypatch.setattr(decoder().layers[0], "attention", failing)

@@ -324,7 +324,7 @@ def parts_of(file: Path, problems: list[str]) -> tuple[Path, ...]:
     return tuple(file.parent / name for name in names if name in there)
 
 
-def choose(folder: Path, names: Sequence[str], problems: list[str]) -> tuple[Path, ...]:
+def select_file(folder: Path, names: Sequence[str], problems: list[str]) -> tuple[Path, ...]:
     """List the files of the one GGUF model in a folder, projectors for images and audio left out; none if there is no GGUF file.
 
     Raises CheckpointError if there are several models.

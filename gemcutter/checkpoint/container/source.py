@@ -168,7 +168,7 @@ def _find_files(path: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError as error:
         raise CheckpointError(f"{path} can't be listed: {error.strerror}; check its permissions") from error
-    files = tuple(path / name for name in names if name.endswith(".safetensors")) or gguf_file.choose(path, names, problems)
+    files = tuple(path / name for name in names if name.endswith(".safetensors")) or gguf_file.select_file(path, names, problems)
     if not files:
         raise CheckpointError(_nothing_to_read(path, names))
     return files, {}

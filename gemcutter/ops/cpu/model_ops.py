@@ -43,15 +43,15 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
     Rows of a table that stays as its file packs it are laid out one by one, or dequantized here where the library does not
     know the scheme.
     """
-    table, project, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), rows_of(vector(params, "ple.norm"))
+    table, projection, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), rows_of(vector(params, "ple.norm"))
     token_scale, dim, call = rounded_root(plan.ple_dim, ctx), plan.ple_dim, entry("gc_ple_embed")
     ranges: dict[tuple[int, int], tuple[PleView, Weight, Weight]] = {}
     alive: list[Any] = []
 
     def bind(first: int, last: int) -> tuple[PleView, Weight, Weight]:
-        some, rows = table.span(first * dim, last * dim), project.slice(first * dim, last * dim)
+        some, rows = table.span(first * dim, last * dim), projection.slice(first * dim, last * dim)
         bound = PleView(
-            project=whole_matrix(rows),
+            projection=whole_matrix(rows),
             norm=norm.data_ptr(),
             dim=dim,
             eps=plan.eps,

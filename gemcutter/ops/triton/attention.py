@@ -346,7 +346,7 @@ class _Site:
         )
 
 
-def attend(q_NHE: Tensor, keys_TKX: Tensor, values_TKE: Tensor, step: TritonAttnMetadata, window: int | None) -> Tensor:
+def paged_attention(q_NHE: Tensor, keys_TKX: Tensor, values_TKE: Tensor, step: TritonAttnMetadata, window: int | None) -> Tensor:
     """Attend for rows over the pages of one layer, scale 1, softmax in float32; zeros where a row sees no key.
 
     `keys_TKX` are whole keys, or the R columns that turn of a compact layer, whose queries are multiplied with its weight
@@ -413,9 +413,9 @@ def build_attention(layer: LayerPlan) -> Callable[[Tensor, Step, KVCache], Tenso
     def attention(q_NHE: Tensor, step: Step, cache: KVCache) -> Tensor:
         metadata, compact = of_group(step, layer.group), cache.compact(layer.kv_layer)
         if compact is None:
-            return attend(q_NHE, *cache.storage(layer.kv_layer), metadata, layer.window)
+            return paged_attention(q_NHE, *cache.storage(layer.kv_layer), metadata, layer.window)
         scaled = torch.mul(q_NHE, compact.weight_E, out=torch.empty_like(q_NHE))
-        return attend(scaled, compact.rotary_TKR, compact.normed_TKE, metadata, layer.window)
+        return paged_attention(scaled, compact.rotary_TKR, compact.normed_TKE, metadata, layer.window)
 
     return attention
 
@@ -446,7 +446,7 @@ def _variants() -> Iterator[Variant]:
                 _constants(*sizes, PAGE_TOKENS, launch, **modes),
                 launch.warps,
                 launch.stages,
-                f"attend {what}, {kind}, {pool[1:]}",
+                f"paged_attention {what}, {kind}, {pool[1:]}",
                 targets,
             )
     yield Variant(
@@ -455,7 +455,7 @@ def _variants() -> Iterator[Variant]:
         {"HEADS": 8, "E": 512, "SHORT": 1, "SPLITS": MAX_SPLITS, "COLUMNS": MERGE_COLUMNS},
         num_warps=4,
         num_stages=1,
-        name="attend, merge",
+        name="paged_attention, merge",
     )
 
 

@@ -258,7 +258,7 @@ def _finish_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr, PROJ: tl.constexpr, V_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Finish one row's heads, Q_TILE query heads or K_TILE key heads a program. HEADS 0: keys and values alone."""
+    """Complete one row's heads, Q_TILE query heads or K_TILE key heads a program. HEADS 0: keys and values alone."""
     row, part, lanes = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     q_parts: tl.constexpr = (HEADS + Q_TILE - 1) // Q_TILE
     raw += row * raw_row

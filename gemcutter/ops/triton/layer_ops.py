@@ -78,14 +78,14 @@ def _build_pair(
     weight, pairs, half = vector(params, "attn.k_norm").clone(), layer.rope.pairs, layer.head_dim // 2
     weight[:pairs] = weight[half : half + pairs] = 1.0  # rotary columns are stored with it
 
-    def attend(q_MHE: Tensor, step: Step, cache: KVCache) -> Tensor:
+    def k_eq_v_attention(q_MHE: Tensor, step: Step, cache: KVCache) -> Tensor:
         compact = cache.compact(layer.kv_layer)
         if compact is None:
             return attention(q_MHE, step, cache)
         metadata = of_group(step, layer.group)
-        return attention_kernels.attend(q_MHE, compact.rotary_TKR, compact.normed_TKE, metadata, layer.window)
+        return attention_kernels.paged_attention(q_MHE, compact.rotary_TKR, compact.normed_TKE, metadata, layer.window)
 
-    return _build_qkv(plan, layer, params, ctx, q_norm * weight), attend
+    return _build_qkv(plan, layer, params, ctx, q_norm * weight), k_eq_v_attention
 
 
 # ---- out-projection, MLP and per-layer-embedding gate ----

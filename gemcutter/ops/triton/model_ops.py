@@ -32,12 +32,12 @@ def build_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) ->
 
 def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[..., Tensor]:
     """Build the per-layer embeddings of a range of layers; of a table that the device can't read, the host gathers the rows."""
-    table, project, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), vector(params, "ple.norm")
+    table, projection, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), vector(params, "ple.norm")
     token_scale, context_scale, dim = rounded_root(plan.ple_dim, ctx), plan.hidden**-0.5, plan.ple_dim
     near, dtype = is_near(table, norm.device), ctx.precision.rows
 
     def ple_embed(x_ND: Tensor, ple_ids_N: Tensor, first: int, last: int, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
-        context = ctx.linear_lora(x_ND, project.slice(first * dim, last * dim), adapters)
+        context = ctx.linear_lora(x_ND, projection.slice(first * dim, last * dim), adapters)
         span = table.span(first * dim, last * dim)
         (part,) = span.parts
         if near and isinstance(part, Tensor):
