@@ -1,8 +1,8 @@
 """Every implementation of every op against the reference, and the reference against a third opinion: plain float64.
 
-Owns the shape grids, the poison in unused cache slots, and naive definitions written from the formulas of the family, which share
-no code with `ops/`. A kernel added to a backend is tested here without another line; an op without a test fails. Shape
-letters: N rows, H heads, K key heads, E head dim, D hidden, F outputs, T keys. Read `gemcutter/ops/reference.py` beside it.
+Owns the shape grids and the poison in unused cache slots; the formulas in plain float64 are in `formulas.py` and share no code with
+`ops/`. A kernel added to a backend is tested here without another line; an op without a test fails. Shape letters: N rows,
+H heads, K key heads, E head dim, D hidden, F outputs, T keys. Read `gemcutter/ops/reference.py` beside it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from gemcutter.ops.step import KVRange, Step, prepare
 from gemcutter.ops.types import Attention, OpContext, Param, Precision
 from gemcutter.plan import Attn, LayerPlan, ModelPlan, MoEPlan, Proj, RopeSpec, group_of
 from gemcutter.quant import Weight
+from tests.kernels.formulas import EPS, naive_gelu, naive_norm, naive_rope
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Largest difference over largest value. float32: the order of summation. bfloat16: the reference sums in float32 and rounds once
 # (2**-9); a library may also round probabilities, or a weight that is stored wider than the rows.
 TOLERANCE = {F32: 1e-5, BF16: 2**-6}
 ONE_ROUNDING = {F32: 1e-5, BF16: 2**-8}
-EPS = 1e-6
 
 
 def implementations_of(op: str) -> pytest.MarkDecorator:
@@ -327,85 +327,7 @@ def test_reference_attention_depends_on_its_own_sequence_alone(window: int | Non
             assert found[3:].equal(wanted[past : past + rows])
 
 
-# ---- words that only the reference has ----
-
-
-def naive_norm(x: Tensor, weight: Tensor | None = None, eps: float = EPS) -> Tensor:
-    wide = x.double()
-    normed = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
-    return normed if weight is None else normed * weight.double()
-
-
-def naive_gelu(z: Tensor) -> Tensor:
-    z = z.double()
-    return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-
-def naive_rope(x_NHE: Tensor, positions: Sequence[int], spec: RopeSpec) -> Tensor:
-    """Rotate pair i with angle p * theta ** (-2i / E) / factor; pairs from `pairs` on stay."""
-    out, half = x_NHE.double().clone(), spec.head_dim // 2
-    for row, position in enumerate(positions):
-        for pair in range(spec.pairs):
-            angle = position * spec.theta ** (-2 * pair / spec.head_dim) / spec.factor
-            low, high = x_NHE[row, :, pair].double(), x_NHE[row, :, pair + half].double()
-            out[row, :, pair] = low * math.cos(angle) - high * math.sin(angle)
-            out[row, :, pair + half] = high * math.cos(angle) + low * math.sin(angle)
-    return out
-
-
-@pytest.mark.parametrize("eps", [1e-6, 0.5])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
-def test_rms_norm(dtype: torch.dtype, eps: float) -> None:
-    weight = randn(48, seed=1)
-    for x in (randn(5, 48, dtype=dtype), randn(2, 3, 48, dtype=dtype) * 1e-3, torch.zeros(2, 48, dtype=dtype)):
-        for w in (weight, None):
-            found = reference.rms_norm(x, w, eps)
-            assert found.dtype == dtype
-            # One rounding at the end: the nearest bfloat16 is within 2**-9 of every single value.
-            assert torch.allclose(found.double(), naive_norm(x, w, eps), rtol=2**-8 if dtype == BF16 else 1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        RopeSpec(1e4, 64, 32),
-        RopeSpec(1e4, 256, 128),
-        RopeSpec(1e6, 128, 16),
-        RopeSpec(1e6, 512, 64),
-        RopeSpec(1e6, 64, 8, factor=8.0),
-    ],
-    ids=["default-64", "default-256", "proportional-128", "proportional-512", "factor-8"],
-)
-def test_rope(spec: RopeSpec) -> None:
-    positions = [0, 1, 2, 63, 1000, 4095, 131071]
-    x_NHE = randn(len(positions), 3, spec.head_dim)
-    tables = Rope(spec, torch.device("cpu"), F32).tables(torch.tensor(positions))
-    found, wanted = reference.rope(x_NHE, *tables), naive_rope(x_NHE, positions, spec)
-    for row, position in enumerate(positions):  # angles are float32, as the models were trained: their error grows with position
-        assert torch.allclose(found[row].double(), wanted[row], rtol=0, atol=1e-6 + position * 2**-21)
-    still = [*range(spec.pairs, spec.head_dim // 2), *range(spec.head_dim // 2 + spec.pairs, spec.head_dim)]
-    assert found[..., still].equal(x_NHE[..., still])  # untouched, bit for bit
-
-
-def test_rope_rotates_in_the_compute_dtype() -> None:
-    spec = RopeSpec(1e4, 8, 4)
-    cos, sin = Rope(spec, torch.device("cpu"), BF16).tables(torch.tensor([7]))
-    assert cos.dtype == sin.dtype == BF16
-    assert reference.rope(randn(1, 2, 8, dtype=BF16), cos, sin).dtype == BF16
-
-
-def test_gelu_mul() -> None:
-    gate, up = torch.linspace(-9, 9, 101).view(1, -1), randn(1, 101)
-    assert_close(reference.gelu_mul(gate, up), naive_gelu(gate) * up.double(), 1e-6)
-
-
-def test_softcap() -> None:
-    logits = torch.linspace(-400, 400, 81)
-    assert_close(reference.softcap(logits, 30.0), 30 * torch.tanh(logits.double() / 30), 1e-6)
-    assert reference.softcap(logits, None).equal(logits)
-
-
-# ---- sentences, written in reference words, against their formulas ----
+# ---- layer ops, composed from the reference's primitive ops, against their formulas ----
 
 HIDDEN, VOCAB, ROWS_N = 24, 30, 7
 REFERENCE_CONTEXT = OpContext(reference.linear)
@@ -616,7 +538,7 @@ def test_lm_head(impl: KernelImpl, tied: bool, softcap: float | None) -> None:
 # ---- nothing is left out ----
 
 
-def test_every_provider_is_tested_here() -> None:
+def test_every_op_is_tested_here() -> None:
     tests = {name.removeprefix("test_") for name, value in globals().items() if callable(value)}
     assert {impl.op for impl in IMPLEMENTATIONS} == {*OPS}
     assert {*OPS} <= tests
