@@ -1,7 +1,7 @@
 """Every implementation of every op against the reference, and the reference against a third opinion: plain float64.
 
-Owns the shape grids and the poison in unused cache slots; the formulas in plain float64 are in `formulas.py` and share no code with
-`ops/`. A kernel added to a backend is tested here without another line; an op without a test fails. Shape letters: N rows,
+Owns the shape grids and the poison in unused cache slots; the formulas in plain float64 are in `formulas.py` and share no code
+with `ops/`. A kernel added to a backend is tested here without another line; an op without a test fails. Shape letters: N rows,
 H heads, K key heads, E head dim, D hidden, F outputs, T keys. Read `gemcutter/ops/reference.py` beside it.
 """
 
