@@ -17,10 +17,10 @@ from gemcutter.quant.gpu_packing import (
     GpuPackedWeight,
     adjoin,
     from_words,
+    gpu_layout_of,
     pack_for_gpu,
     place,
     span_of,
-    gpu_layout_of,
     to_words,
 )
 from gemcutter.quant.microscaling import from_mlx
