@@ -18,15 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
-NEEDED = (
-    "gemcutter/_cpu.so",
-    "gemcutter/py.typed",
-    "gemcutter/checkpoint/engines.json",
-    "gemcutter/demo/config.json",
-    "gemcutter/demo/model.safetensors",
-    "gemcutter/demo/tokenizer.json",
-    "gemcutter/demo/chat_template.jinja",
-)
+NEEDED = ("gemcutter/_cpu.so", "gemcutter/py.typed", "gemcutter/demo/model.safetensors", "gemcutter/demo/tokenizer.json")
 FOREIGN = ("tests/", "bench/", "tools/", "docs/", "csrc/", "build/")
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "cmake", "ninja", "make")
 PROGRAM = """
@@ -50,10 +42,9 @@ def check_content(wheel: Path) -> None:
     """Exit with a message unless the wheel holds the package, the library and the demo, and nothing else."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    missing = [name for name in NEEDED if name not in names]
+    package = [path for path in (ROOT / "gemcutter").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    missing = sorted({*NEEDED, *(str(path.relative_to(ROOT)) for path in package)} - set(names))
     foreign = [name for name in names if name.startswith(FOREIGN) or "__pycache__" in name]
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "gemcutter").rglob("*.py")}
-    missing += sorted(modules - set(names))
     if missing or foreign:
         sys.exit(f"{wheel.name}: missing {missing}, does not belong there {foreign}")
     version = re.search(r'^__version__ = "(.+)"', (ROOT / "gemcutter" / "__init__.py").read_text(), re.MULTILINE)

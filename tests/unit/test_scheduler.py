@@ -211,7 +211,7 @@ class Watched:
 def poison_free_pages(pool: PagedKVCache) -> None:
     """Fill what nobody holds with NaN."""
     for group in pool.groups:
-        book = pool.allocators[group.window]
+        book = pool.allocators[group.id]
         free = torch.tensor([holders == 0 for holders in book.ref_counts])
         for layer in group.layers:
             for tensor in (pool.keys[layer], pool.values[layer]):
