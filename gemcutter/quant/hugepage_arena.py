@@ -33,6 +33,7 @@ def allocate(shape: tuple[int, ...]) -> Tensor:
     return taken.view(shape)
 
 
+@torch.inference_mode(False)  # a slab outlives the mode in which its first weight was loaded
 def _new_slab(size: int) -> Tensor:
     """Map whole huge pages, where the system has them; only what is written to takes memory."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
