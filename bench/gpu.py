@@ -36,6 +36,7 @@ from gemcutter.benchmark.target import from_preset
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.errors import GemcutterError
 from gemcutter.load_options import LoadOptions
+from gemcutter.loading import find_device
 from gemcutter.parity.passage import PASSAGE
 
 HERE = Path(__file__).parent
@@ -105,7 +106,7 @@ def time_peer(preset: str, sizes: argparse.Namespace) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Check, then time. What fails a check is named, and nothing is timed then."""
-    place = api.check_device(options.device)
+    place = find_device(LoadOptions(model="", device=options.device))
     found: dict[str, Any] = {"date": date.today().isoformat(), "machine": hardware.describe(place), "models": [], "kernels": []}
     found["checks"] = [*check_norms(place), *check_models(options.device)]
     bad = [check for check in found["checks"] if not check["is_good"]]

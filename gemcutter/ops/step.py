@@ -174,7 +174,7 @@ def prepare(step: Step, metadata: Callable[[Step], Mapping[GroupId, object]] = l
     """Complete a step: the rows that go on, the rows of every adapter, and the attention metadata of both sets of rows."""
     adapter_rows = rows_of_adapters(step)
     if step.logit_rows is None:
-        return replace(step, adapter_rows=adapter_rows, attn_metadata=metadata(step))
+        return replace(step, adapter_rows=adapter_rows, attn_metadata=metadata(step), logit_rows_M=None, kept=None)
     (rows_M,) = send((step.logit_rows,), torch.long, step.positions_N.device)
     kept = step.narrow(step.logit_rows, rows_M)
     kept = replace(kept, adapter_rows=rows_of_adapters(kept), attn_metadata=metadata(kept) if step.logit_rows else {})

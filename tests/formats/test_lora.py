@@ -79,7 +79,7 @@ def test_golden_tokens_logits_and_losses(way: str) -> None:
     path = str(trained("tiny-e-lora"))
     chosen: dict[str, Any] = {"adapter": path} if way == "merged" else {"adapters": {"tiny": path}}
     asked = {} if way == "merged" else {"adapter": "tiny"}
-    model = gemcutter.load("demo", dtype="float32", max_rows=64, max_sequences=12, context=1024, **chosen)
+    model = gemcutter.load("demo", dtype="float32", max_batched_tokens=64, max_num_seqs=12, context=1024, **chosen)
     ids = [each["token_ids"] for each in wanted["prompts"]]
     found = model.generate(ids, max_tokens=48, ignore_eos=True, temperature=0, top_logits=10, **asked)
     for mine, theirs in zip(found, wanted["prompts"], strict=True):

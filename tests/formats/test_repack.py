@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemcutter import native
-from gemcutter.checkpoint.convert import convert
+from gemcutter.checkpoint.convert.convert import convert
 from gemcutter.checkpoint.load.load_params import load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER

@@ -99,9 +99,17 @@ def wanted_of(name: str, stored: torch.dtype, length: int) -> Trace:
 def test_structs_have_the_same_size_on_both_sides() -> None:
     library = native.load_library()
     assert library is not None
-    views = (native.Matrix, native.StepView, native.AttentionView, native.ExpertsView, native.LayerView, native.PleView)
+    views = (
+        native.Matrix,
+        native.StepView,
+        native.KVView,
+        native.AttentionView,
+        native.ExpertsView,
+        native.LayerView,
+        native.PleView,
+    )
     library.gc_bytes_of.restype = ctypes.c_int64
-    assert [library.gc_bytes_of(which) for which in range(7)] == [*map(ctypes.sizeof, views), 0]
+    assert [library.gc_bytes_of(which) for which in range(8)] == [*map(ctypes.sizeof, views), 0]
 
 
 # ---- whole decoders ----

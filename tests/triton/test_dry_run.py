@@ -115,8 +115,7 @@ def test_prompts_of_full_size_wait_for_nothing(preset: str, quant: str, watch: W
     decoder, pool = setting(preset, quant)
     works = [*works_of(pool, [0], 1500), *works_of(pool, [700], 6), *works_of(pool, [90], 1)]
     step = build_step(decoder, works)
-    assert step.keep is not None
-    step.kept()
+    assert step.kept is not None
     with watch:
         logits = decoder.logits(decoder.forward(step, pool))
     assert logits.shape == (3, decoder.plan.vocab)

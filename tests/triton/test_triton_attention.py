@@ -272,7 +272,7 @@ def test_a_layer_writes_and_reads_compactly_and_says_the_same(device: torch.devi
         for rows in (12, 9, 1):
             work = ScheduledChunk.of(sequence, table, rows)
             table.reserve(rows)
-            step = build_step(decoder, [work])
+            step = decoder.prepare(replace(build_step(decoder, [work]), logit_rows=None))  # all rows, not the wanted ones
             x_ND = normal(rows, decoder.plan.hidden, seed=rows).to(device)
             outputs[kernels].append(layer.attention(layer.qkv(x_ND, step, pool), step.remaining, pool))
             table.commit(rows)

@@ -266,7 +266,7 @@ def test_scores_and_states_of_a_prompt(model: Model) -> None:
 
 
 def test_states_of_a_prompt_in_chunks(model: Model) -> None:
-    chunked = gemcutter.load("demo", dtype="float32", kernels="reference", max_rows=4)
+    chunked = gemcutter.load("demo", dtype="float32", kernels="reference", max_batched_tokens=4)
     options: dict[str, Any] = {"max_tokens": 2, "hidden_states": True, "prompt_logprobs": 0}
     text = "In the beginning God created the heaven"
     whole, parts = (each.generate(text, **options) for each in (model, chunked))
@@ -421,7 +421,9 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "limits", [{"context": 0}, {"context": -5}, {"max_rows": 0}, {"max_sequences": 0}, {"checkpoints": -1}], ids=repr
+    "limits",
+    [{"context": 0}, {"context": -5}, {"max_batched_tokens": 0}, {"max_num_seqs": 0}, {"prefix_cache_entries": -1}],
+    ids=repr,
 )
 def test_limits_that_leave_no_room_are_refused(limits: dict[str, Any]) -> None:
     (name,) = limits

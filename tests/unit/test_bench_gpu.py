@@ -57,4 +57,4 @@ def test_a_context_is_described_page_by_page() -> None:
     found = paged_context(3, 2 * PAGE_TOKENS + 1, torch.device("cpu"))
     assert found.pages_SP.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     assert found.positions_N.tolist() == [2 * PAGE_TOKENS] * 3
-    assert (found.row_sequence_N.tolist(), found.row_start_S1.tolist()) == ([0, 1, 2], [0, 1, 2, 3])
+    assert (found.row_sequence_N.tolist(), found.query_start_S1.tolist()) == ([0, 1, 2], [0, 1, 2, 3])

@@ -254,7 +254,7 @@ def test_a_measurement_has_a_row_a_test_beside_its_ceiling() -> None:
     assert found["memory"]["peak_bytes"] == found["memory"]["weight_bytes"] + found["memory"]["over_weights_bytes"]
     table = show(found)
     assert all(f"\n{row['test']} " in table for row in found["rows"])
-    assert "\nattend " in table
+    assert "\nattention " in table
 
 
 @pytest.mark.usefixtures("quick_machine")

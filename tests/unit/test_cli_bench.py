@@ -64,7 +64,7 @@ def test_a_reader_gets_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     shown = run(capsys, "--preset tiny:E2B --layers 5 -p 4 -n 2 -r 1 --breakdown --dtype float32 --kernels reference")
     assert "\npp4 " in shown
     assert "computed in float32" in shown
-    assert "\nproject " in shown
+    assert "\nqkv " in shown
     assert "\nrest " in shown
 
 
@@ -73,7 +73,7 @@ def test_a_reader_gets_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "either --model or --preset"),
         (["--preset", "E2B", "--model", "demo"], "either --model or --preset"),
-        (["--model", "demo", "--quant", "q4_0"], "a --model is what it is"),
+        (["--model", "demo", "--quant", "q4_0"], "expected q4, q8"),
         (["--model", "demo", "--layers", "2"], "a --model is what it is"),
         (["--preset", "E2B", "--quant", "q5"], "expected q4_0"),
         (["--preset", "E2B", "-p", "many"], "-p: expected integers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import signal
@@ -22,6 +23,7 @@ from gemcutter.cli.app import app
 from gemcutter.cli.loading import load_model
 from gemcutter.cli.options import Choosing, Loading
 from gemcutter.errors import GemcutterError
+from gemcutter.load_options import LoadOptions
 
 CLI = [sys.executable, "-m", "gemcutter.cli"]
 COMMANDS = ("run", "chat", "inspect", "score", "verify", "bench", "tiny")
@@ -191,17 +193,17 @@ def test_what_is_said_about_loading_arrives(command: str, monkeypatch: pytest.Mo
 def test_all_of_it_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = dict[str, Any]()
 
-    def load(name: str, **options: Any) -> None:
-        asked.update(options, name=name)
+    def open_model(options: LoadOptions, progress: object) -> None:
+        asked.update(dataclasses.asdict(options))
         raise GemcutterError("that is enough")
 
-    monkeypatch.setattr("gemcutter.api.load", load)
+    monkeypatch.setattr("gemcutter.api.open_model", open_model)
     monkeypatch.setattr("torch.set_num_threads", lambda number: asked.update(threads=number))
     with pytest.raises(GemcutterError, match="enough"):
-        load_model("demo", Loading(**LOADING), context=99, kv="fp8", max_sequences=2, checkpoints=3)
-    del asked["progress"]
-    engine = {"context": 99, "kv": "fp8", "max_sequences": 2, "checkpoints": 3}
-    assert asked == {"name": "demo", **LOADING, "ignore": ("a.*", "b.*"), **engine}
+        load_model("demo", Loading(**LOADING), context=99, kv="fp8", max_num_seqs=2, prefix_cache_entries=3)
+    defaults = dataclasses.asdict(LoadOptions(model="demo"))
+    engine = {"context": 99, "kv": "fp8", "max_num_seqs": 2, "prefix_cache_entries": 3}
+    assert asked == {**defaults, "model": "demo", **LOADING, "ignore": ("a.*", "b.*"), **engine}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -59,7 +59,7 @@ def read(events: SimpleQueue[RequestEvent]) -> list[RequestEvent]:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Model]:
-    with gemcutter.load("demo", dtype="float32", kernels="reference", context=256, max_sequences=4) as model:
+    with gemcutter.load("demo", dtype="float32", kernels="reference", context=256, max_num_seqs=4) as model:
         yield model
 
 

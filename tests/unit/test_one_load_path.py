@@ -42,7 +42,9 @@ def configuration(decoder: Decoder) -> dict[str, Any]:
 def held(param: Tensor | Weight) -> tuple[Any, ...]:
     """Return how a parameter is held: its kind of storage and its place, part by part."""
     parts = param.parts if isinstance(param, Weight) else (param,)
-    return tuple((type(part).__name__, Weight((part,)).stored, str(getattr(part, "device", "cpu")), tuple(part.shape)) for part in parts)
+    kinds = [(type(part).__name__, Weight((part,)).stored, tuple(part.shape)) for part in parts]
+    places = [str(getattr(part, "device", "cpu")) for part in parts]
+    return tuple(zip(kinds, places, strict=True))
 
 
 @pytest.fixture(name="made")

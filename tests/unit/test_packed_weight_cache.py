@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemcutter.checkpoint.convert import convert
+from gemcutter.checkpoint.convert.convert import convert
 from gemcutter.checkpoint.load import packed_weight_cache as module
 from gemcutter.checkpoint.load.load_params import load_params
 from gemcutter.checkpoint.load.match import open_checkpoint
@@ -67,7 +67,7 @@ def test_the_second_load_maps_what_the_first_has_made(model: Path, tmp_path: Pat
     first = load(model, tmp_path)
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("demo-")
-    monkeypatch.setattr("gemcutter.checkpoint.load.tile", lambda *_: pytest.fail("repacked again"))
+    monkeypatch.setattr("gemcutter.quant.packing.pack_for_cpu", lambda *_: pytest.fail("repacked again"))
     second = load(model, tmp_path)
     assert len(first) > 20
     assert same(first, second)
@@ -77,7 +77,7 @@ def test_the_second_load_maps_what_the_first_has_made(model: Path, tmp_path: Pat
 
 def test_what_is_quantized_at_load_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     four, eight = load(DEMO_FOLDER, tmp_path, "q4"), load(DEMO_FOLDER, tmp_path, "q8")
-    monkeypatch.setattr("gemcutter.checkpoint.load.join", lambda *_: pytest.fail("quantized again"))
+    monkeypatch.setattr("gemcutter.quant.packing.join", lambda *_: pytest.fail("quantized again"))
     assert same(load(DEMO_FOLDER, tmp_path, "q4"), four)
     assert same(load(DEMO_FOLDER, tmp_path, "q8"), eight)
 

@@ -280,7 +280,7 @@ def test_transformers_gets_only_what_it_can_read(tmp_path: Path) -> None:
         (["--text", "{absent}"], 1, "absent can't be read"),
         (["--out", "{absent}/certificate.json"], 2, "is no folder"),
         (["--against", "./no-such-model"], 1, "does not exist"),
-        (["--kernels", "fast"], 2, "expected auto or triton or reference"),
+        (["--kernels", "fast"], 2, "expected auto, triton or reference"),
         (["--ple", "host"], 1, "ple host: a choice for models on a GPU"),
         (["--kv", "fp8"], 2, "--kv"),  # the cache of a certificate is its own
     ],
