@@ -151,9 +151,9 @@ def _vision(keys: Keys) -> VisionConfig:
     keys.seen.add("max_position_embeddings")  # of the rotary embedding, which has no table
     if keys.flag("attention_bias", False):
         keys.problem("attention_bias", "no tower of Gemma 4 has attention biases; expected false, found true")
-    _same(keys, "global_head_dim", config.head_dim, "head_dim")
     if config.head_dim % 4:
         keys.problem("head_dim", f"expected a multiple of 4, a half with rotary pairs for each axis, found {config.head_dim}")
+    _same(keys, "global_head_dim", config.head_dim, "head_dim")
     if heads % config.num_key_value_heads:
         keys.problem(
             "num_key_value_heads", f"expected a divisor of num_attention_heads {heads}, found {config.num_key_value_heads}"

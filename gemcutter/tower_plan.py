@@ -1,7 +1,7 @@
 """What the vision and audio towers of a checkpoint are: their sizes, and every tensor that they and their projectors need.
 
-`derive_towers` turns a typed config into one plan a tower. Canonical names follow the decoder's: `vision.layers.3.attn.in` is q, k
-and v, `vision.out` the projector into the decoder (`embed_vision`). Every rank of a tensor-parallel group holds all of a tower.
+`derive_towers` turns a typed config into one plan a tower. Canonical names follow the decoder's: `vision.layers.3.attn.in` is q,
+k and v, `vision.out` the projector into the decoder (`embed_vision`). Every rank of a tensor-parallel group holds towers whole.
 Refuses to know tensors, files and devices: standard library only. Read `tower_config.py` for the keys behind it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from gemcutter.errors import ConfigError
@@ -203,7 +204,7 @@ class AudioPlan:
     def params(self) -> Iterator[ParamSpec]:
         """List every tensor under its canonical name, the projector last."""
         hidden, channels = self.hidden, (1, *self.conv_channels)
-        for index, (read, made) in enumerate(zip(channels, channels[1:], strict=False)):
+        for index, (read, made) in enumerate(pairwise(channels)):
             yield ParamSpec(f"audio.conv.{index}", (made, read, CONV_SIZE, CONV_SIZE), ParamKind.CONV)
             yield _norm(f"audio.conv.{index}.norm", made)  # a LayerNorm without a bias
         yield ParamSpec("audio.in", (hidden, self.conv_values))
