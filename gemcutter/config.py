@@ -7,31 +7,19 @@ Read `plan.py` next. Standard library only.
 
 from __future__ import annotations
 
-import fnmatch
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gemcutter import tower_config
+from gemcutter.config_keys import IGNORED as IGNORED  # public as config.IGNORED
+from gemcutter.config_keys import Keys
 from gemcutter.errors import ConfigError
+from gemcutter.tower_config import AudioConfig, UnifiedAudioConfig, UnifiedVisionConfig, VisionConfig
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-# Keys that say nothing about the decoder's maths: training, bookkeeping, library internals, media token ids.
-IGNORED = frozenset(
-    """
-    _attn_implementation _experts_implementation _name_or_path add_cross_attention architectures attention_dropout
-    attn_implementation audio_token_id auto_map begin_suppress_tokens boa_token_id boa_token_index boi_token_id
-    boi_token_index chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id eoa_token_id
-    eoa_token_index eoi_token_id eoi_token_index finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing id2label image_token_id image_token_index initializer_range is_causal is_decoder
-    is_encoder_decoder is_heterogeneous label2id license_name mm_tokens_per_image model_name output_attentions
-    output_hidden_states prefix problem_type pruned_heads remove_invalid_values return_dict sep_token_id suppress_tokens
-    task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torchscript transformers_version
-    unsloth_fixed unsloth_tag unsloth_version use_bfloat16 use_cache video_token_id vision_soft_tokens_per_image
-    """.split()  # noqa: SIM905
-)
-# Towers have readers of their own; the decoder only notes that they are there.
+# Towers have a reader of their own, `tower_config.py`; here their objects are kept as they stand.
 TOWERS = ("vision_config", "audio_config")
 TEXT_TYPES = ("gemma4_text", "gemma4_unified_text", "gemma3_text")
 WRAPPER_TYPES = ("gemma4", "gemma4_unified", "gemma3")
@@ -103,85 +91,25 @@ class ModelConfig:
     num_centroids: int = 0
     centroid_top_k: int = 0
     norm_offset: float = 0.0  # added to the norms' weights: Gemma 3 stores how far they are from 1
+    tower_keys: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # each tower's object, unread
+    ignore: tuple[str, ...] = ()  # patterns of unknown keys that its reader passes over
+
+    @property
+    def vision(self) -> VisionConfig | UnifiedVisionConfig | None:
+        """Return the typed `vision_config`, None without one. Raises ConfigError for bad keys, which no decoder cares for."""
+        keys = self.tower_keys.get("vision")
+        return tower_config.read_vision(keys, self.model_type, self.ignore) if keys else None
+
+    @property
+    def audio(self) -> AudioConfig | UnifiedAudioConfig | None:
+        """Return the typed `audio_config`, None without one. Raises ConfigError for bad keys, which no decoder cares for."""
+        keys = self.tower_keys.get("audio")
+        return tower_config.read_audio(keys, self.model_type, self.ignore) if keys else None
 
     @property
     def is_drafter(self) -> bool:
         """Return whether this is an assistant: a drafter whose layers all read their target's keys and values."""
         return self.backbone_hidden_size is not None
-
-
-class _Keys:
-    """The keys of one JSON object: hands out typed values, and reports what was wrong or never asked for."""
-
-    def __init__(self, raw: Mapping[str, Any], where: str, problems: list[str]) -> None:
-        self.raw, self.where, self.problems = raw, where, problems
-        self.seen: set[str] = set()
-
-    def problem(self, key: str, text: str) -> None:
-        self.problems.append(f"{self.where}{key}: {text}")
-
-    def has(self, key: str) -> bool:
-        self.seen.add(key)
-        return self.raw.get(key) is not None
-
-    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 2**31) -> int:
-        if not self.has(key):
-            if default is None:
-                self.problem(key, "missing; a Gemma 4 config needs this integer")
-            return low if default is None else default
-        value = self.raw[key]
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            self.problem(key, f"expected an integer from {low} to {high}, found {value!r}")
-            return low if default is None else default
-        return value
-
-    def number(self, key: str, default: float, low: float = 0.0) -> float:
-        if not self.has(key):
-            return default
-        value = self.raw[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= low:
-            self.problem(key, f"expected a finite number above {low:g}, found {value!r}")
-            return default
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        if not self.has(key):
-            return default
-        if not isinstance(self.raw[key], bool):
-            self.problem(key, f"expected true or false, found {self.raw[key]!r}")
-            return default
-        return bool(self.raw[key])
-
-    def text(self, key: str, allowed: Sequence[str], default: str) -> str:
-        if not self.has(key):
-            return default
-        if self.raw[key] not in allowed:
-            self.problem(key, f"expected one of {', '.join(allowed)}, found {self.raw[key]!r}")
-            return default
-        return str(self.raw[key])
-
-    def table(self, key: str) -> Mapping[str, Any]:
-        if not self.has(key):
-            return {}
-        if not isinstance(self.raw[key], dict):
-            self.problem(key, f"expected an object, found {type(self.raw[key]).__name__}")
-            return {}
-        return dict(self.raw[key])
-
-    def ids(self, key: str) -> tuple[int, ...]:
-        if not self.has(key):
-            return ()
-        value = self.raw[key]
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-            self.problem(key, f"expected a token id or a list of them, found {value!r}")
-            return ()
-        return tuple(values)
-
-    def refuse_rest(self, ignore: Sequence[str]) -> None:
-        for key in sorted(self.raw.keys() - self.seen - IGNORED):
-            if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore):
-                self.problem(key, f"unknown key ({self.raw[key]!r:.60}); if it can't change the maths, pass --ignore {key}")
 
 
 def read(raw: Mapping[str, Any], source: str = "config.json", ignore: Sequence[str] = ()) -> ModelConfig:
@@ -190,17 +118,17 @@ def read(raw: Mapping[str, Any], source: str = "config.json", ignore: Sequence[s
     `ignore` holds patterns of keys to pass over. Raises ConfigError with every problem found.
     """
     problems: list[str] = []
-    top = _Keys(raw, "", problems)
+    top = Keys(raw, "", problems)
     model_type = top.text("model_type", TEXT_TYPES + WRAPPER_TYPES + DRAFTER_TYPES, "gemma4_text")
     if not top.has("model_type"):
         problems.append("model_type: missing; a Gemma 4 config has one of gemma4, gemma4_text, gemma4_unified, gemma4_assistant")
     if problems:  # another family: the rest would only be noise
         raise ConfigError(f"{source} is not a Gemma 4 config", problems)
     nested = model_type not in TEXT_TYPES
-    inner = _Keys(top.table("text_config"), "text_config.", problems) if nested else top
+    inner = Keys(top.table("text_config"), "text_config.", problems) if nested else top
     if nested:
         inner.text("model_type", [name for name in TEXT_TYPES if name[:6] == model_type[:6]], model_type)
-    towers = tuple(name.removesuffix("_config") for name in TOWERS if top.table(name))
+    towers = {name.removesuffix("_config"): table for name in TOWERS if (table := top.table(name))}
     tied = top.flag("tie_word_embeddings", inner.flag("tie_word_embeddings", True))
     eos = tuple(dict.fromkeys(top.ids("eos_token_id") + (inner.ids("eos_token_id") if nested else ())))
     top.ids("pad_token_id"), top.ids("bos_token_id")
@@ -223,12 +151,14 @@ def read(raw: Mapping[str, Any], source: str = "config.json", ignore: Sequence[s
         model_type,
         dtype,
         eos,
-        towers,
+        tuple(towers),
         quantization[0] or quantization[1] or None,
         backbone,
         centroids,
         centroid_top_k,
         norm_offset=1.0 if is_gemma3 else 0.0,
+        tower_keys=towers,
+        ignore=tuple(ignore),
     )
 
 
@@ -236,7 +166,7 @@ def _count(problems: list[str]) -> str:
     return f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
 
 
-def _drafter(top: _Keys, model_type: str) -> tuple[int | None, int, int]:
+def _drafter(top: Keys, model_type: str) -> tuple[int | None, int, int]:
     if model_type not in DRAFTER_TYPES:
         return None, 0, 0
     backbone = top.integer("backbone_hidden_size")
@@ -246,7 +176,7 @@ def _drafter(top: _Keys, model_type: str) -> tuple[int | None, int, int]:
     return (backbone, centroids, top_k) if ordered else (backbone, 0, 0)
 
 
-def _text(keys: _Keys, tied: bool) -> TextConfig:
+def _text(keys: Keys, tied: bool) -> TextConfig:
     layers = keys.integer("num_hidden_layers", high=4096)
     moe = keys.flag("enable_moe_block", False)
     ple = keys.integer("hidden_size_per_layer_input", 0, low=0)
@@ -291,7 +221,7 @@ def _text(keys: _Keys, tied: bool) -> TextConfig:
     return config
 
 
-def _gemma3_text(keys: _Keys, tied: bool) -> TextConfig:
+def _gemma3_text(keys: Keys, tied: bool) -> TextConfig:
     """Read a Gemma 3 decoder: all layers own their keys and values, and differ in window and rope alone."""
     layers, head_dim = keys.integer("num_hidden_layers", 26, high=4096), keys.integer("head_dim", 256)
     keys.text("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
@@ -324,11 +254,11 @@ def _gemma3_text(keys: _Keys, tied: bool) -> TextConfig:
     )
 
 
-def _optional(keys: _Keys, key: str) -> int | None:
+def _optional(keys: Keys, key: str) -> int | None:
     return keys.integer(key) if keys.has(key) else None
 
 
-def _moe_size(keys: _Keys, moe: bool, key: str) -> int:
+def _moe_size(keys: Keys, moe: bool, key: str) -> int:
     if key == "moe_intermediate_size":  # an older spelling of the same key, dropped by later releases
         alias = keys.has("expert_intermediate_size")
         if alias and not keys.has(key):
@@ -339,7 +269,7 @@ def _moe_size(keys: _Keys, moe: bool, key: str) -> int:
     return keys.integer(key)
 
 
-def _layer_types(keys: _Keys, layers: int, ends_global: bool) -> tuple[str, ...]:
+def _layer_types(keys: Keys, layers: int, ends_global: bool) -> tuple[str, ...]:
     period = keys.integer("sliding_window_pattern", keys.integer("_sliding_window_pattern", 6))
     if not keys.has("layer_types"):
         kinds = [SLIDING if (i + 1) % period else FULL for i in range(layers)]
@@ -354,7 +284,7 @@ def _layer_types(keys: _Keys, layers: int, ends_global: bool) -> tuple[str, ...]
     return tuple(kinds)
 
 
-def _rope(keys: _Keys, full: RopeConfig) -> dict[str, RopeConfig]:
+def _rope(keys: Keys, full: RopeConfig) -> dict[str, RopeConfig]:
     """Read both ropes from `rope_parameters`, or from Gemma 3's flat keys, which some converters write for Gemma 4, too."""
     kinds = ("default", "proportional") if full.kind == "proportional" else ("default", "linear")
     local, theta = keys.number("rope_local_base_freq", 1e4), keys.number("rope_theta", full.theta)
@@ -362,7 +292,7 @@ def _rope(keys: _Keys, full: RopeConfig) -> dict[str, RopeConfig]:
     if keys.has("rope_scaling") and full.kind == "proportional":
         keys.problem("rope_scaling", "not part of Gemma 4; scaling is rope_parameters.<type>.factor")
     elif keys.has("rope_scaling"):
-        scaling = _Keys(keys.table("rope_scaling"), f"{keys.where}rope_scaling.", keys.problems)
+        scaling = Keys(keys.table("rope_scaling"), f"{keys.where}rope_scaling.", keys.problems)
         kind = scaling.text("rope_type", kinds, scaling.text("type", kinds, "default"))
         ropes[FULL] = RopeConfig(kind, theta, factor=scaling.number("factor", 1.0))
         scaling.refuse_rest(())
@@ -371,7 +301,7 @@ def _rope(keys: _Keys, full: RopeConfig) -> dict[str, RopeConfig]:
         if name not in (SLIDING, FULL) or not isinstance(raw, dict):
             keys.problem(f"rope_parameters.{name}", f"expected objects for {SLIDING} and {FULL}, found {raw!r:.60}")
             continue
-        inner = _Keys(raw, f"{keys.where}rope_parameters.{name}.", keys.problems)
+        inner = Keys(raw, f"{keys.where}rope_parameters.{name}.", keys.problems)
         kind = inner.text("rope_type", kinds, ropes[name].kind)
         partial = inner.number("partial_rotary_factor", 1.0)
         if partial > 1.0 or (kind != "proportional" and partial != 1.0):
@@ -381,7 +311,7 @@ def _rope(keys: _Keys, full: RopeConfig) -> dict[str, RopeConfig]:
     return ropes
 
 
-def _per_layer(keys: _Keys, layers: int) -> dict[int, dict[str, int]] | None:
+def _per_layer(keys: Keys, layers: int) -> dict[int, dict[str, int]] | None:
     if not keys.has("per_layer_config"):
         return None
     overrides: dict[int, dict[str, int]] = {}
@@ -389,13 +319,13 @@ def _per_layer(keys: _Keys, layers: int) -> dict[int, dict[str, int]] | None:
         if not str(name).isdecimal() or not 0 <= int(name) < layers or not isinstance(raw, dict):
             keys.problem(f"per_layer_config.{name}", f"expected an object for a layer from 0 to {layers - 1}, found {raw!r:.60}")
             continue
-        inner = _Keys(raw, f"{keys.where}per_layer_config.{name}.", keys.problems)
+        inner = Keys(raw, f"{keys.where}per_layer_config.{name}.", keys.problems)
         overrides[int(name)] = {key: inner.integer(key) for key in ("head_dim", "num_key_value_heads") if inner.has(key)}
         inner.refuse_rest(())
     return overrides
 
 
-def _check(keys: _Keys, config: TextConfig) -> None:
+def _check(keys: Keys, config: TextConfig) -> None:
     """Report keys that contradict each other; what depends on a layer's place is checked by the plan."""
     if config.num_kv_shared_layers > config.num_hidden_layers:
         keys.problem(

@@ -67,6 +67,8 @@ class ParamKind(Enum):
     VECTOR = "vector"  # factors of single columns or experts
     SCALAR = "scalar"
     INDEX = "index"  # integers
+    CONV = "conv"  # kernel of a convolution, (out, in / groups, width, ...)
+    BIAS = "bias"  # added to columns
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,11 @@ from gemcutter.checkpoint.load.match import Checkpoint, read_checkpoint
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import spell_bytes, spell_count, spell_work
-from gemcutter.errors import RequestError
+from gemcutter.errors import ConfigError, RequestError
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, Selection, select_backend
 from gemcutter.plan import LayerPlan
+from gemcutter.tower_plan import derive_audio, derive_vision
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,6 +114,7 @@ def describe(
         "layers": [describe_layer(layer, checkpoint) for layer in plan.layers],
         "first_reader": plan.first_reader,
         "parameters": count_parameters(checkpoint),
+        "towers": describe_towers(checkpoint),
         "skipped": _pile(checkpoint.matched.redundant),
         "left_aside": {kind: _pile(pieces) for kind, pieces in checkpoint.matched.other_modules.items()},
         "ignored": _pile(checkpoint.matched.ignored),
@@ -185,6 +187,21 @@ def describe_layer(layer: LayerPlan, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def describe_towers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Return the sizes of each tower that the config names, with its projector, or what keeps the tower from being planned."""
+    found = dict[str, dict[str, Any]]()
+    for name, derive in (("vision", derive_vision), ("audio", derive_audio)):
+        try:
+            plan = derive(checkpoint.config)
+        except ConfigError as error:
+            found[name] = {"problems": list(error.problems)}
+            continue
+        if plan is not None:
+            count, elements = plan.num_params(), sum(spec.elements for spec in plan.params())
+            found[name] = {"layers": plan.num_layers, "hidden": plan.hidden, "parameters": count, "bfloat16_bytes": 2 * elements}
+    return found
+
+
 def stored_dtype(checkpoint: Checkpoint) -> str:
     """Return the dtype (in safetensors spelling) or the packed scheme that most bytes of the decoder are stored in."""
     sizes = Counter[str]()
@@ -249,6 +266,13 @@ def _head(found: dict[str, Any]) -> Iterator[str]:
     yield f"  weights     {spell_bytes(weights['bytes'])}" + (
         f", of which {spell_bytes(aside)} are read by rows and stay on disk" if aside else ""
     )
+    for name, tower in found["towers"].items():
+        sizes = (
+            "its config can't be read"
+            if "problems" in tower
+            else f"{tower['layers']} layers, hidden {tower['hidden']}, {spell_count(tower['parameters'])} parameters"
+        )
+        yield f"  {name:<11} {sizes}; not loaded"
     for line in found["notes"]:
         yield f"  note        {line}"
 

@@ -19,7 +19,10 @@ MAY_IMPORT = {
     "errors": set(),
     "shard": set(),
     "plan": {"shard", "config"},  # config for type checking only, see test_plan_is_standard_library_only
-    "config": set(),
+    "config_keys": set(),
+    "tower_config": {"config_keys"},
+    "tower_plan": {"plan", "tower_config", "config"},  # config for type checking only
+    "config": {"config_keys", "tower_config"},
     "native": set(),
     "gc_pause": set(),
     "quant": {"native"},
@@ -52,6 +55,7 @@ MAY_IMPORT = {
     "cli": {
         "load_options",
         "plan",
+        "tower_plan",
         "checkpoint",
         "ops",
         "text",
@@ -111,8 +115,8 @@ def test_formats_know_of_each_other_only_the_plainest() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_topology_keys_stand_in_one_place(path: Path) -> None:
     relative = path.relative_to(PACKAGE)
-    if relative.name in ("config.py", "plan.py", "synth.py") or "formats" in relative.parts:
-        return  # synth writes configs in the foreign spelling
+    if relative.name in ("config.py", "tower_config.py", "plan.py", "synth.py") or "formats" in relative.parts:
+        return  # synth writes configs in the foreign spelling; towers repeat a key of the decoder
     text = path.read_text()
     assert not [key for key in TOPOLOGY_KEYS if key in text]
 
@@ -145,7 +149,15 @@ def test_transformers_is_never_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["gemcutter", "gemcutter.plan", "gemcutter.config", "gemcutter.checkpoint.load.match", "gemcutter.ops.registry"]
+    "module",
+    [
+        "gemcutter",
+        "gemcutter.plan",
+        "gemcutter.tower_plan",
+        "gemcutter.config",
+        "gemcutter.checkpoint.load.match",
+        "gemcutter.ops.registry",
+    ],
 )
 def test_headers_and_plans_need_no_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
@@ -153,7 +165,13 @@ def test_headers_and_plans_need_no_torch(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "imported"), [("plan.py", {"gemcutter.errors", "gemcutter.shard"}), ("shard.py", {"gemcutter.errors"})]
+    ("module", "imported"),
+    [
+        ("plan.py", {"gemcutter.errors", "gemcutter.shard"}),
+        ("shard.py", {"gemcutter.errors"}),
+        ("tower_plan.py", {"gemcutter.errors", "gemcutter.plan", "gemcutter.tower_config"}),
+        ("tower_config.py", {"gemcutter.errors", "gemcutter.config_keys"}),
+    ],
 )
 def test_plan_is_standard_library_only(module: str, imported: set[str]) -> None:
     tree = ast.parse((PACKAGE / module).read_text())

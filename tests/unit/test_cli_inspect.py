@@ -144,6 +144,23 @@ def test_redundant_tensors_and_towers_are_told(tmp_path: Path, capsys: pytest.Ca
     assert inspect_json(capsys, str(tmp_path), "--ignore", "*.foo.weight")["ignored"]["tensors"] == 1
 
 
+def test_towers_of_the_config_are_sized_and_bad_ones_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = synth.spell_config(synth.shrink(synth.SIZES["E2B"]))
+    towers = {"vision_config": {"num_hidden_layers": 2, "standardize": True}, "audio_config": {"hidden_size": "wide"}}
+    write_sparse(tmp_path, {"model_type": "gemma4", "text_config": text} | towers)
+    found = inspect_json(capsys, str(tmp_path))["towers"]
+    layers = 2 * (4 * 768 * 768 + 3 * 768 * 3072 + 4 * 768 + 2 * 64)
+    parameters = layers + 768 * 768 + 2 * 10240 * 768 + 768 * text["hidden_size"]
+    sizes = {"layers": 2, "hidden": 768, "parameters": parameters, "bfloat16_bytes": 2 * (parameters + 2 * 768)}
+    assert found["vision"] == sizes
+    assert found["audio"]["problems"][0].startswith("audio_config.hidden_size: expected an integer")
+    assert main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 layers, hidden 768" in shown
+    assert "its config can't be read; not loaded" in shown
+    assert inspect_json(capsys, "demo")["towers"] == {}
+
+
 def test_a_drafter_can_be_inspected_but_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = json.loads((DEMO_FOLDER / "config.json").read_text()) | {
         "num_hidden_layers": 2,

@@ -64,5 +64,5 @@ def test_blocks_are_found_with_their_markers() -> None:
     "command", ["gemcutter sing demo", "gemcutter run demo --loud", "gemcutter tiny --like 99B out", "x | gemcutter chat"]
 )
 def test_commands_that_do_not_exist_are_noticed(command: str) -> None:
-    with pytest.raises(Exception, match=r"(?i)no verb|no such option|expected one of|missing"):
+    with pytest.raises(Exception, match=r"(?i)no command|no such option|expected one of|missing"):
         parse(command)
