@@ -26,9 +26,8 @@ from gemcutter.engine.sampling import SamplingParams
 from gemcutter.errors import RequestError
 from gemcutter.gc_pause import collector_paused
 from gemcutter.load_options import LoadOptions
-from gemcutter.loading import find_adapter, open_model, read_adapter
+from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
-from gemcutter.ops.types import AdapterDeltas
 from gemcutter.text.stream import TextStream
 from gemcutter.text_assets import read_defaults, read_template, read_tokenizer
 
@@ -222,13 +221,7 @@ class Model:
         if not isinstance(path, str | Path):
             raise RequestError(f"adapter path: expected a folder or a hub id, found {path!r}")
         checkpoint, decoder, ignore, notes = self.checkpoint, self.decoder, self._ignore, list[str]()
-
-        def read() -> AdapterDeltas:
-            adapter = find_adapter(str(path), checkpoint, ignore)
-            notes.extend(adapter.notes())
-            return read_adapter(adapter, name, decoder)
-
-        self.loop.load_adapter(name, read)
+        self.loop.load_adapter(name, lambda: read_adapter(str(path), name, checkpoint, decoder, ignore, notes))
         self.notes += [note for note in notes if note not in self.notes]
 
     def unload_adapter(self, name: str) -> None:

@@ -102,6 +102,10 @@ def find_adapter(path: str, checkpoint: Checkpoint, ignore: Sequence[str] = ()) 
     return open_adapter(locate(path), checkpoint.plan, ignore)
 
 
-def read_adapter(adapter: Adapter, name: str, decoder: Decoder) -> AdapterDeltas:
-    """Return an adapter's changes for a decoder that is there already, under a name. Raises CheckpointError as `attach` does."""
+def read_adapter(
+    path: str, name: str, checkpoint: Checkpoint, decoder: Decoder, ignore: Sequence[str], notes: list[str]
+) -> AdapterDeltas:
+    """Return an adapter's changes for a decoder that is there already, and note what has no effect. Raises CheckpointError."""
+    adapter = find_adapter(path, checkpoint, ignore)
+    notes += adapter.notes()
     return read_deltas(decoder.params, adapter, name, decoder.device)
