@@ -254,7 +254,7 @@ class EngineLoop:
             raise CapacityError(f"adapter {name!r}: no memory is left for its factors; unload another one first") from error
 
     def unload_adapter(self, name: str) -> None:
-        """Give an adapter's memory back, and forget its prefixes.
+        """Unload an adapter: its memory is released and its prefixes are forgotten.
 
         Raises RequestError if it is not loaded, or while a request that runs or waits uses it.
         """
