@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 from gemcutter.checkpoint.load.load_params import Progress
@@ -25,7 +26,7 @@ from gemcutter.engine.sampling import SamplingParams
 from gemcutter.errors import RequestError
 from gemcutter.gc_pause import collector_paused
 from gemcutter.load_options import LoadOptions
-from gemcutter.loading import open_model
+from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
 from gemcutter.text.stream import TextStream
 from gemcutter.text_assets import read_defaults, read_template, read_tokenizer
@@ -95,8 +96,11 @@ class Model:
     A context manager, which closes it. Once closed, everything that is asked of it raises RequestError.
     """
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, engine: Engine, load_s: float) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, decoder: Decoder, engine: Engine, load_s: float, ignore: tuple[str, ...] = ()
+    ) -> None:
         self.checkpoint, self.decoder, self.engine, self.load_s = checkpoint, decoder, engine, load_s
+        self._ignore = ignore  # patterns of config keys and tensor names that adapters may have, too
         self.plan = checkpoint.plan
         self.notes = checkpoint.matched.notes(checkpoint.plan)  # what was left out, and what an option costs
         self.tokenizer = read_tokenizer(checkpoint.source)
@@ -202,6 +206,32 @@ class Model:
             raise RequestError("request.prompt: expected text, a list of token ids or a list of messages")
         return list(prompt)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Return the names of the adapters that a request may ask for."""
+        return self.decoder.adapters
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load a LoRA adapter (a folder or a hub id) while the model serves; requests made from now on may ask for it by name.
+
+        Its files are read and checked in the calling thread, and it is added between two steps: requests that run go on, and
+        their text is what it would have been. Raises RequestError if the name is taken, CheckpointError if the adapter can't be
+        read, does not fit the model or can only be merged, and CapacityError if there is no memory; nothing has changed then.
+        """
+        if not isinstance(path, str | Path):
+            raise RequestError(f"adapter path: expected a folder or a hub id, found {path!r}")
+        checkpoint, decoder, ignore, notes = self.checkpoint, self.decoder, self._ignore, list[str]()
+        self.loop.load_adapter(name, lambda: read_adapter(str(path), name, checkpoint, decoder, ignore, notes))
+        self.notes += [note for note in notes if note not in self.notes]
+
+    def unload_adapter(self, name: str) -> None:
+        """Unload an adapter, whether it came with the model or later: its memory is given back, its prefixes are forgotten.
+
+        Raises RequestError if there is none of this name, or while requests that run or wait use it: they may be awaited or
+        cancelled. A prepared request that asks for it is refused from then on.
+        """
+        self.loop.unload_adapter(name)
+
     def _request(self, ids: Sequence[int], options: dict[str, Any], stop_ids: frozenset[int]) -> Request:
         own = {name: options.pop(name) for name in OF_REQUEST if name in options}
         sampling = options.pop("sampling", None)
@@ -294,7 +324,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Model:
     """Load a checkpoint as the options say. Raises GemcutterError with everything that is wrong."""
     started = time.perf_counter()
     opened = open_model(options, progress)
-    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0)
+    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore)
     built.notes += opened.notes
     built.load_s = time.perf_counter() - started
     return built

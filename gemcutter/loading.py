@@ -6,13 +6,13 @@ Refuses to know tokenizers, templates and requests. Read `load_options.py` for t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
-from gemcutter.checkpoint.load.adapters import attach, fold
+from gemcutter.checkpoint.load.adapters import attach, fold, read_deltas
 from gemcutter.checkpoint.load.load_params import Progress, load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
@@ -23,7 +23,7 @@ from gemcutter.errors import KernelError, RequestError
 from gemcutter.load_options import DEFAULT_CONTEXT, LoadOptions, check_dtype
 from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import CPU, select_backend
-from gemcutter.ops.types import Param, matrix
+from gemcutter.ops.types import AdapterDeltas, Param, matrix
 from gemcutter.plan import ModelPlan
 
 FP8_CAPABILITY = (8, 9)
@@ -59,8 +59,8 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     if checkpoint.plan.is_drafter:
         model = options.model
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
-    merged = None if options.adapter is None else _open_adapter(options.adapter, checkpoint, options)
-    apart = {name: _open_adapter(path, checkpoint, options) for name, path in options.adapters.items()}
+    merged = None if options.adapter is None else find_adapter(options.adapter, checkpoint, options.ignore)
+    apart = {name: find_adapter(path, checkpoint, options.ignore) for name, path in options.adapters.items()}
     backend = select_backend(device.type, options.kernels)
     packer = backend.packer(device, dtype)
     cache = PackedWeightCache.of(checkpoint, options.quant) if options.repack_cache and packer.makes_panels else None
@@ -97,5 +97,15 @@ def find_device(options: LoadOptions) -> torch.device:
     return device
 
 
-def _open_adapter(name: str, checkpoint: Checkpoint, options: LoadOptions) -> Adapter:
-    return open_adapter(locate(name), checkpoint.plan, options.ignore)
+def find_adapter(path: str, checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> Adapter:
+    """Return an adapter, from a folder or the hub, that fits a checkpoint. Raises CheckpointError with all that does not."""
+    return open_adapter(locate(path), checkpoint.plan, ignore)
+
+
+def read_adapter(
+    path: str, name: str, checkpoint: Checkpoint, decoder: Decoder, ignore: Sequence[str], notes: list[str]
+) -> AdapterDeltas:
+    """Return an adapter's changes for a decoder that is there already, and note what has no effect. Raises CheckpointError."""
+    adapter = find_adapter(path, checkpoint, ignore)
+    notes += adapter.notes()
+    return read_deltas(decoder.params, adapter, name, decoder.device)

@@ -57,6 +57,11 @@ class PrefixCache:
             return True
         return False
 
+    def drop(self, adapter: str) -> None:
+        """Drop all prefixes that were computed with an adapter; another may get its name."""
+        for point in [point for point in self._prefixes if point.adapter == adapter]:
+            self._forget(point)
+
     def _forget(self, point: CachedPrefix) -> None:
         point.table.release()
         self._prefixes.remove(point)

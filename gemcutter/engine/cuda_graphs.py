@@ -3,8 +3,9 @@
 Owns `GraphBuffers`, the static rows of a decode step with the sampling of its tokens, `CapturedSteps`, which keeps one for each
 bucket of sequences and number of rows that each brings, and `CapturedStep`, a launched one. The host waits for nothing but the
 tokens, and the step after may be launched before they come: its ids are already where the graph reads them. Without a GPU the
-same code runs step by step, uncaptured. Refuses to know queues and page accounting. Read `runner.py` for all other steps and for
-who launches ahead, `ops/triton/attn_metadata.py` for what kernels read.
+same code runs step by step, uncaptured. Steps with an adapter are never captured, and the ops of all others know no adapter: a
+graph holds no address of a factor, so adapters may come and go without it. Refuses to know queues and page accounting. Read
+`runner.py` for all other steps and for who launches ahead, `ops/triton/attn_metadata.py` for what kernels read.
 """
 
 from __future__ import annotations

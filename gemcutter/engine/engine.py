@@ -25,7 +25,7 @@ from gemcutter.engine.sampler import SampledToken
 from gemcutter.engine.sampling import SamplingParams
 from gemcutter.engine.scheduler import Proposer, ScheduledChunk, Scheduler
 from gemcutter.errors import RequestError
-from gemcutter.model.text import Decoder
+from gemcutter.model.text import AdaptedBody, Decoder
 
 
 class Engine:
@@ -71,7 +71,12 @@ class Engine:
         return self.enqueue(request, self.new_number() if number is None else number)
 
     def enqueue(self, request: Request, number: int) -> int:
-        """Queue a request that `check` accepts, and return its number."""
+        """Queue a request that `check` accepts, and return its number.
+
+        Raises RequestError if its adapter has been unloaded since it was checked.
+        """
+        if problems := list(self._adapter_problems(request)):
+            raise RequestError("the request can't be served", problems)
         sequence = SequenceState(number, request)
         self._sequences[number] = sequence
         self.scheduler.waiting.append(sequence)
@@ -114,9 +119,7 @@ class Engine:
         processors: Any = request.logits_processors
         if not isinstance(processors, tuple) or not all(map(callable, processors)):
             yield f"request.logits_processors: expected a tuple of callables, found {request.logits_processors!r}"
-        if request.adapter is not None and request.adapter not in self.decoder.adapters:
-            loaded = ", ".join(self.decoder.adapters) or "none"
-            yield f"request.adapter: {request.adapter!r} is not loaded; loaded are: {loaded}"
+        yield from self._adapter_problems(request)
         if not isinstance(sampling, SamplingParams):
             yield f"request.sampling: expected SamplingParams, found {sampling!r}"
             return
@@ -124,6 +127,31 @@ class Engine:
         for name, ids in named.items():
             if bad := [token for token in ids if not 0 <= token < vocab]:
                 yield f"sampling.{name}: ids {bad[:5]} are outside the vocabulary of {vocab}"
+
+    def _adapter_problems(self, request: Request) -> Iterator[str]:
+        loaded = self.decoder.adapters
+        if request.adapter is not None and request.adapter not in loaded:
+            yield f"request.adapter: {request.adapter!r} is not loaded; loaded are: {', '.join(loaded) or 'none'}"
+
+    def exchange_adapters(self, body: AdaptedBody) -> bool:
+        """Let steps run with another set of adapters from now on, and forget the prefixes of those that leave.
+
+        Returns False, and does nothing, where the set was exchanged since `body` was bound: bind it anew. Raises RequestError
+        while a request uses one that would leave.
+        """
+        before = self.decoder.adapted
+        if body.version != before.version + 1:
+            return False
+        leaving = [name for name in before.adapters if name not in body.adapters]
+        for name in leaving:
+            users = sum(sequence.request.adapter == name for sequence in self._sequences.values())
+            if users:
+                users_are = "1 request that runs or waits" if users == 1 else f"{users} requests that run or wait"
+                raise RequestError(f"adapter {name!r} is used by {users_are}; await or cancel them, then unload it")
+        self.decoder.adapted = body
+        for name in leaving:
+            self.prefix.drop(name)
+        return True
 
     @property
     def has_work(self) -> bool:

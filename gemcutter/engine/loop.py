@@ -1,9 +1,9 @@
 """One thread owns the engine; whoever wants something of it puts a message into its inbox.
 
-Owns that thread, the inbox (submit, cancel, run a function between two steps, close) and the routing of events to one sink a
-request, so that nothing reaches the engine during a step, from whatever thread, finalizer or signal handler it comes. Every
-request ends exactly once, with a reason. Refuses to know text. Read `engine.py` for what a step does, `completion.py` for the
-stream that reads from a sink.
+Owns that thread, the inbox (submit, cancel, run a function or exchange adapters between two steps, close) and the routing of
+events to one sink a request, so that nothing reaches the engine during a step, from whatever thread, finalizer or signal handler
+it comes. Every request ends exactly once, with a reason. Refuses to know text. Read `engine.py` for what a step does,
+`completion.py` for the stream that reads from a sink.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import FinishReason, Request, RequestEvent
 from gemcutter.engine.threads import thread_count
 from gemcutter.errors import CapacityError, GemcutterError, RequestError
+from gemcutter.model.text import AdaptedBody
+from gemcutter.ops.types import AdapterDeltas
 
 Found = TypeVar("Found")
 Sink = Callable[[RequestEvent], None]  # called on the engine's thread: it must not block
@@ -230,6 +232,44 @@ class EngineLoop:
         self._post(call)
         return outcome.result()
 
+    def load_adapter(self, name: str, read: Callable[[], AdapterDeltas]) -> None:
+        """Let requests made from now on ask for an adapter; those that run go on.
+
+        `read` is called here and what it returns is bound here: the engine's thread only exchanges one set of adapters for
+        another, between two steps. Raises RequestError if the name is taken, CapacityError if there is no memory, and what
+        `read` raises; the adapters are as before then.
+        """
+        decoder = self.engine.decoder
+        if not isinstance(name, str) or not name:
+            raise RequestError(f"adapter name: expected a text that is not empty, found {name!r}")
+        _check_is_new(name, decoder.adapters)
+        try:
+            with decoder.on_stream():
+                deltas = read()
+            while not self._exchange_adapters(decoder.with_adapter(deltas)):
+                _check_is_new(name, decoder.adapters)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise CapacityError(f"adapter {name!r}: no memory is left for its factors; unload another one first") from error
+
+    def unload_adapter(self, name: str) -> None:
+        """Unload an adapter: its memory is released and its prefixes are forgotten.
+
+        Raises RequestError if it is not loaded, or while a request that runs or waits uses it.
+        """
+        decoder = self.engine.decoder
+        while True:
+            if name not in decoder.adapters:
+                loaded = ", ".join(decoder.adapters) or "none"
+                raise RequestError(f"adapter {name!r} is not loaded, so it can't be unloaded; loaded are: {loaded}")
+            if self._exchange_adapters(decoder.without_adapter(name)):
+                return
+
+    def _exchange_adapters(self, body: AdaptedBody) -> bool:
+        """Return whether a set of adapters took the place of the one that it was bound after; another thread may be faster."""
+        return self.run(lambda engine: engine.exchange_adapters(body))
+
     def close(self) -> None:
         """End every request, then the thread; later calls raise RequestError. A second call does nothing."""
         with self._lock:
@@ -258,10 +298,19 @@ def failure(error: Exception) -> GemcutterError:
     if isinstance(error, GemcutterError):
         return type(error)(error.summary, error.problems)
     found: GemcutterError = RequestError(f"the request failed in a step of the engine: {type(error).__name__}: {error}")
-    if isinstance(error, MemoryError) or any(words in str(error) for words in ALLOCATORS):
+    if _is_out_of_memory(error):
         found = CapacityError("no memory is left for a step; lower --context or the batch, or choose a smaller model")
     found.__cause__ = error
     return found
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in ALLOCATORS)
+
+
+def _check_is_new(name: str, loaded: Sequence[str]) -> None:
+    if name in loaded:
+        raise RequestError(f"adapter {name!r} is loaded already; unload it first, or take another name")
 
 
 @atexit.register

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from gemcutter.model.rope import Rope
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, select_backend, select_kernel
 from gemcutter.ops.step import KVCache, Rotation, Step, prepare
-from gemcutter.ops.types import LayerOutput, Linear, OpContext, Param, Precision
+from gemcutter.ops.types import AdapterDeltas, LayerOutput, Linear, OpContext, Param, Precision
 from gemcutter.plan import LayerPlan, ModelPlan, RopeSpec
 from gemcutter.quant import Weight
+from gemcutter.quant.carried import adapters_of, carry, carrying_weights, without_adapter, without_deltas
 
 Observer = Callable[[int, Tensor], None]  # layer index and its output rows
 
@@ -74,8 +75,26 @@ class Layer:
         return x_MD, None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AdaptedBody:
+    """What runs steps in which some row has an adapter: the decoder's own ops, but where a weight carries deltas.
+
+    `version` counts the sets of adapters that a decoder has had.
+    """
+
+    params: Mapping[str, Param]
+    adapters: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    ple_embed: Callable[..., Tensor] | None
+    version: int = 0
+
+
 class Decoder:
-    """A Gemma 4 text decoder over a plan and its parameters (canonical names)."""
+    """A Gemma 4 text decoder over a plan and its parameters (canonical names), whose weights may carry adapters' deltas.
+
+    `params` are those without deltas. Steps without adapters run over them, by ops that are bound once and know no adapter;
+    `adapted` runs all other steps, and is replaced as a whole when adapters come and go.
+    """
 
     def __init__(
         self,
@@ -86,7 +105,7 @@ class Decoder:
         kernels: str = "auto",
         activations: str | None = None,
     ) -> None:
-        self.plan, self.params, self.dtype, self.device = plan, params, dtype, torch.device(device)
+        self.plan, self.params, self.dtype, self.device = plan, without_deltas(params), dtype, torch.device(device)
         self.backend = select_backend(self.device.type, kernels)
         compute = _spell(dtype)
         rows = getattr(torch, self.backend.row_dtype(compute))
@@ -95,19 +114,22 @@ class Decoder:
         self._attn_kinds = plan.attn_kinds()
 
         site = KernelSite("linear", None, self.device.type, _spell(rows), compute, kernels)
-        self.kernel_plan = KernelPlan(plan, site, self._stored, self._is_adapted)
-        linear = self._bind_linear(site)
-        ctx = OpContext(linear, self.precision)
+        self.kernel_plan = KernelPlan(plan, site, self._stored)
+        self._ctx = ctx = OpContext(self._bind_linear(site), self.precision)
         self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
-        self.embed, self.final_norm, self.lm_head = (self._bind(op, ctx, self.kernel_plan) for op in self.kernels)
-        self.layers, self.ple_embed = self._build_body(ctx, self.kernel_plan)
-        self._adapted = (self.layers, self.ple_embed)
-        deltas = [delta for param in params.values() if isinstance(param, Weight) for delta in param.deltas]
-        self.adapters = tuple(sorted({delta.adapter for delta in deltas}))
-        if deltas:  # steps in which some row has an adapter get ops of their own, so that all others lose nothing
-            low_rank = select_kernel(replace(site, dtype="float32", stored="float32")).impl.load()
-            adapted = replace(self.kernel_plan, site=replace(site, adapted=True))
-            self._adapted = self._build_body(replace(ctx, low_rank=low_rank), adapted)
+        self.embed, self.final_norm, self.lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
+        self._next_norms = self._following_norms()
+        self.layers = tuple(self._bind_layer(layer, self.params, ctx, self.kernel_plan) for layer in plan.layers)
+        self.ple_embed: Callable[..., Tensor] | None = None
+        if plan.ple_dim:
+            self.kernels["ple_embed"] = select_kernel(self.kernel_plan.at("ple_embed")).impl.name
+            self.ple_embed = self._bind("ple_embed", self.params, ctx, self.kernel_plan)
+        self.adapted = self._bind_adapted(params, 0)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Return the names of the adapters that a sequence's rows may ask for; any thread may ask."""
+        return self.adapted.adapters
 
     @property
     def kernel_names(self) -> frozenset[str]:
@@ -147,7 +169,8 @@ class Decoder:
         Rows whose states nobody wants stop in the last writer, once their keys and values are written, or, in a drafter, before
         the first layer; no later layer and no head sees them.
         """
-        layers, ple_embed = self._adapted if any(step.adapters) else (self.layers, self.ple_embed)
+        body = self.adapted if any(step.adapters) else self
+        layers, ple_embed = body.layers, body.ple_embed
         first, remaining, normed = self.plan.num_full_layers, step.remaining, None
         early, late = _embed_ple(ple_embed, x_ND, step, first, len(layers))
         for layer, ple in zip(layers[:first], early, strict=True):
@@ -176,27 +199,57 @@ class Decoder:
         """Return the rotary tables of a step's positions, one pair a distinct spec."""
         return {spec: rope.tables(positions_N) for spec, rope in self.ropes.items()}
 
+    # ---- adapters that come and go ----
+
+    def with_adapter(self, deltas: AdapterDeltas) -> AdaptedBody:
+        """Return what would run steps with one adapter more; any thread may bind it, while steps run."""
+        before = self.adapted
+        return self._bind_adapted(carry(before.params, deltas), before.version + 1)
+
+    def without_adapter(self, name: str) -> AdaptedBody:
+        """Return what would run steps with one adapter less; any thread may bind it, while steps run."""
+        before = self.adapted
+        return self._bind_adapted(without_adapter(before.params, name), before.version + 1)
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Make the stream of the decoder's steps the current one, in whatever thread: a step sees what was made on it before."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        found: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.default_stream(self.device))
+        return found
+
     # ---- what is bound ----
 
-    def _bind(self, op: str, ctx: OpContext, kernels: KernelPlan) -> Callable[..., Tensor]:
-        bound: Callable[..., Tensor] = select_kernel(kernels.at(op)).impl.load()(self.plan, self.params, ctx)
+    def _bind(self, op: str, params: Mapping[str, Param], ctx: OpContext, kernels: KernelPlan) -> Callable[..., Tensor]:
+        bound: Callable[..., Tensor] = select_kernel(kernels.at(op)).impl.load()(self.plan, params, ctx)
         return bound
 
-    def _build_body(self, ctx: OpContext, kernels: KernelPlan) -> tuple[tuple[Layer, ...], Callable[..., Tensor] | None]:
-        """Bind every layer, and the op that makes the per-layer embeddings if there are any.
+    def _bind_layer(self, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext, kernels: KernelPlan) -> Layer:
+        """Bind a layer; it is given the norm that the next one begins with, which it may fuse into its last pass."""
+        return Layer(self.plan, layer, params, ctx, kernels, self._next_norms[layer.index])
 
-        A layer is given the norm that the next one begins with, which it may fuse into its last pass.
-        """
-        plan, norms = self.plan, [self.params[f"layers.{layer.index}.attn.norm"] for layer in self.plan.layers]
+    def _following_norms(self) -> dict[int, Tensor | None]:
+        """Return for each layer, by index, the norm that the one after it begins with."""
+        norms = [self.params[f"layers.{layer.index}.attn.norm"] for layer in self.plan.layers]
         following = [norm if isinstance(norm, Tensor) else None for norm in norms[1:]] + [None]
-        layers = tuple(
-            Layer(plan, layer, self.params, ctx, kernels, next_norm)
-            for layer, next_norm in zip(plan.layers, following, strict=True)
-        )
-        if not plan.ple_dim:
-            return layers, None
-        self.kernels["ple_embed"] = select_kernel(kernels.at("ple_embed")).impl.name
-        return layers, self._bind("ple_embed", ctx, kernels)
+        return {layer.index: norm for layer, norm in zip(self.plan.layers, following, strict=True)}
+
+    def _bind_adapted(self, params: Mapping[str, Param], version: int) -> AdaptedBody:
+        """Bind ops of their own to the weights that carry deltas; all others are those of steps without adapters."""
+        layers, ple_embed = self.layers, self.ple_embed
+        if adapters := adapters_of(params):
+            site, changed = self.kernel_plan.site, {name for name, _ in carrying_weights(params)}
+            low_rank = select_kernel(replace(site, op="linear", dtype="float32", stored="float32")).impl.load()
+            ctx = replace(self._ctx, low_rank=low_rank)
+            kernels = replace(self.kernel_plan, site=replace(site, adapted=True), adapted=changed.__contains__)
+            indices = {int(name.split(".")[1]) for name in changed if name.startswith("layers.")}
+            with self.on_stream():
+                layers = tuple(
+                    self._bind_layer(own.plan, params, ctx, kernels) if own.plan.index in indices else own for own in layers
+                )
+                if "ple.in" in changed:
+                    ple_embed = self._bind("ple_embed", params, ctx, kernels)
+        return AdaptedBody(params, adapters, layers, ple_embed, version)
 
     def _bind_linear(self, site: KernelSite) -> Linear:
         """Select the kernel of every kind of stored weight once; a call then only looks it up."""
@@ -212,10 +265,6 @@ class Decoder:
         """List how the parts of a weight are held, each alone, as some ops multiply with them: q without k and v, say."""
         weight = self.params.get(name)
         return [Weight((part,)).stored for part in weight.parts] if isinstance(weight, Weight) else []
-
-    def _is_adapted(self, name: str) -> bool:
-        weight = self.params.get(name)
-        return isinstance(weight, Weight) and bool(weight.deltas)
 
 
 def _embed_ple(

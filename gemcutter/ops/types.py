@@ -6,7 +6,7 @@ Owns the signatures of primitive ops and `OpContext`; refuses arithmetic. Read `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,10 @@ from gemcutter.ops.lora import add_low_rank
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Step
 from gemcutter.plan import LayerPlan
 from gemcutter.quant import Weight
+from gemcutter.quant.lora import Delta
 
 Param = Weight | Tensor
+AdapterDeltas = Mapping[str, Sequence[Delta]]  # what an adapter adds to weights, by parameter
 Linear = Callable[[Tensor, Weight], Tensor]  # rows [N, D] and a matrix [F, D] to [N, F]
 Attention = Callable[[Tensor, Step, KVCache], Tensor]  # queries [N, H, E] to outputs [N, H, E]
 LayerOutput = tuple[Tensor, Tensor | None]  # rows [M, D], and their norm under the next layer's first weight if it was made

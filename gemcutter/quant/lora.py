@@ -1,7 +1,7 @@
 """Low-rank changes that a weight carries beside its parts, for the rows of a step that ask for them.
 
-Owns `Delta` and how it is cut along with its weight; refuses to know files and steps. Read `ops/adapt.py` for who applies
-deltas, `checkpoint/load/adapters.py` for who makes them.
+Owns `Delta` and how it is cut along with its weight; refuses to know files and steps. Read `ops/lora.py` for who applies
+deltas, `carried.py` for parameters that carry them, `checkpoint/load/adapters.py` for who makes them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".py", ".h", ".cpp")
-CODE = sorted(path for folder in ("gemcutter", "csrc", "bench", "tools") for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
+CODE = sorted(
+    path for folder in ("gemcutter", "csrc", "bench", "tools") for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES
+)
 PAGES = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 HISTORY = {"CHANGELOG.md", "docs/log.md"}
 

@@ -43,4 +43,4 @@ def test_each_request_gets_its_own(name: str, device: torch.device) -> None:
 
 def test_every_line_of_an_adapted_layer_is_tritons(device: torch.device) -> None:
     decoder = Decoder(plan_of("readers"), adapted_params("readers", device), torch.float32, device, "triton")
-    assert {name for layer in decoder._adapted[0] for name in layer.kernels.values()} == {"triton"}
+    assert {name for layer in decoder.adapted.layers for name in layer.kernels.values()} == {"triton"}

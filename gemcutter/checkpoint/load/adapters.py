@@ -1,7 +1,7 @@
 """Brings adapters to a model's weights: folded in for good, or carried beside them for the requests that ask.
 
 Owns the arithmetic of folding (float32, some rows at a time, one rounding) and what each way costs. Refuses to know names: read
-`formats/lora.py` for those, `quant/lora.py` for a delta, `ops/adapt.py` for what happens to deltas at run time.
+`formats/lora.py` for those, `quant/lora.py` for a delta, `ops/lora.py` for what happens to deltas at run time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gemcutter.checkpoint.formats.lora import Adapter, Factors
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.errors import CheckpointError
 from gemcutter.quant import Part, Weight, dequantize
+from gemcutter.quant.carried import carry
 from gemcutter.quant.lora import Delta, cut_deltas
 
 Params = Mapping[str, Weight | Tensor]
@@ -52,21 +53,24 @@ def fold(
 
 
 def attach(params: Params, adapter: Adapter, name: str, device: torch.device) -> dict[str, Weight | Tensor]:
-    """Let the weights carry an adapter's changes under a name, for the requests that ask for it.
+    """Let the weights carry an adapter's changes under a name, for the requests that ask for it. Raises as `read_deltas` does."""
+    return carry(params, read_deltas(params, adapter, name, device))
 
-    The factors are held as float32. Raises CheckpointError for changes that can't be told apart by rows: of experts, which see
-    only the rows sent to them, and of a head of its own, which sees only the rows that want logits.
+
+def read_deltas(params: Params, adapter: Adapter, name: str, device: torch.device) -> dict[str, list[Delta]]:
+    """Read an adapter's changes of these parameters, by parameter, scaled and in float32, into memory of their own.
+
+    Raises CheckpointError for changes that can't be told apart by rows: of experts, which see only the rows sent to them, and of
+    a head of its own, which sees only the rows that want logits.
     """
     stuck = [each for each in adapter.factors if each.experts or each.name == "head"]
     if stuck:
         problems = [f"{each.label}: {each.down.origin}" for each in stuck]
         raise CheckpointError(f"the adapter {adapter.path} can only be merged (adapter=, --adapter): it changes these", problems)
-    carrying = dict(params)
-    for parameter, factors in _by_parameter(adapter).items():
-        weight = _weight(params, parameter)
-        deltas = (_delta(name, each, weight, device) for each in factors)
-        carrying[parameter] = replace(weight, deltas=(*weight.deltas, *deltas))
-    return carrying
+    return {
+        parameter: [_delta(name, each, _weight(params, parameter), device) for each in factors]
+        for parameter, factors in _by_parameter(adapter).items()
+    }
 
 
 def _by_parameter(adapter: Adapter) -> dict[str, list[Factors]]:
