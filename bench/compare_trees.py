@@ -38,7 +38,7 @@ def measure(tree: Path, words: list[str]) -> dict[str, float]:
 
 
 def compare(before: Path, after: Path, cases: dict[str, list[str]], rounds: int) -> dict[str, Any]:
-    """Run every case `rounds` times in each tree, in turn."""
+    """Run every case `rounds` times in each tree, in turn: first the one, then the other."""
     found: dict[str, Any] = {}
     for name, words in cases.items():
         runs: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
