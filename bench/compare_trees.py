@@ -1,4 +1,4 @@
-"""Times two work trees of gemcutter against each other: `gemcutter bench` of each in turn, A B A B ..., and the ratios of medians.
+"""Times two work trees of gemcutter against each other: `gemcutter bench` of each in turn, and the ratios of medians.
 
 Owns the order of runs and the report. Each tree runs with its own Python, which must find that tree's package and built kernels.
 A change that moves code should leave every ratio near 1; the machine's noise is what the same tree against itself shows.
