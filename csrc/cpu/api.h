@@ -96,9 +96,9 @@ typedef struct {
 // The per-layer embeddings of a range of layers: only the rows of the projection and columns of the table for that range.
 typedef struct {
     gc_matrix projection, table;  // a table with 0 rows: the caller passes its rows
-    const gc_source *source;   // rows as a file packs them, each repacked on demand as the single row of `table`; or null
-    const float *norm;         // [P]
-    int64_t dim;               // P
+    const gc_source *source;      // rows as a file packs them, each repacked on demand as the single row of `table`; or null
+    const float *norm;            // [P]
+    int64_t dim;                  // P
     float eps, token_scale, context_scale;
     int32_t activations;
 } gc_ple;
