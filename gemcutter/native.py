@@ -1,7 +1,7 @@
 """The native CPU library: where it is, whether it can be used, and its plain C interface.
 
 Owns loading and the ctypes structs of the C interface (csrc/cpu/api.h); refuses to know torch, plans and weights. Everything
-works without the library, only slower; `missing()` says why it is not there. Read `ops/cpu/library.py` for who calls it.
+works without the library, only slower; `missing()` says why it is not there. Read `ops/cpu/bindings.py` for who calls it.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from gemcutter.benchmark.harness import MAX_ROWS, BenchCase, BenchEngine
 from gemcutter.benchmark.target import BenchTarget
 from gemcutter.errors import RequestError
 from gemcutter.plan import ModelPlan
+from gemcutter.quant.packed import dtype_name
 
 Progress = Callable[[int, int], None]  # tests done, tests in all
 
@@ -117,7 +118,7 @@ def describe(target: BenchTarget, max_rows: int) -> dict[str, Any]:
         "quant": target.quant,
         "params": target.plan.num_params(),
         "layers": len(target.plan.layers),
-        "dtype": str(target.decoder.dtype).removeprefix("torch."),
+        "dtype": dtype_name(target.decoder.dtype),
         "kernels": target.how.kernels,
         "activations": target.decoder.precision.activations,
         "threads": torch.get_num_threads(),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemcutter.checkpoint.container.lazy_tensor import DTYPES
+from gemcutter.checkpoint.doctor.doctor import spell_ranges
 from gemcutter.checkpoint.load.held import ITEM_BYTES, held_as
 from gemcutter.checkpoint.load.match import Checkpoint, read_checkpoint
 from gemcutter.cli import options
@@ -330,17 +331,6 @@ def _kernels(kernels: Sequence[dict[str, Any]]) -> Table:
     table.add_column("why not a faster one")
     for row in kernels:
         reasons = "; ".join(f"{refusal['kernel']}: {refusal['reason']}" for refusal in row["refusals"])
-        layers = "" if row["layers"] is None else _runs(row["layers"])
+        layers = "" if row["layers"] is None else spell_ranges(row["layers"])
         table.add_row(row["op"], row["kernel"], row["stored"] if row["op"] == "linear" else "", layers, reasons)
     return table
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """Format ascending numbers with their runs joined: 0-3, 5, 7-9."""
-    runs = list[list[int]]()
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -23,6 +23,7 @@ from gemcutter.ops.types import AdapterDeltas, LayerOutput, Linear, OpContext, P
 from gemcutter.plan import LayerPlan, ModelPlan, RopeSpec
 from gemcutter.quant import Weight
 from gemcutter.quant.carried import adapters_of, carry, carrying_weights, without_adapter, without_deltas
+from gemcutter.quant.packed import dtype_name
 
 Observer = Callable[[int, Tensor], None]  # layer index and its output rows
 
@@ -107,13 +108,13 @@ class Decoder:
     ) -> None:
         self.plan, self.params, self.dtype, self.device = plan, without_deltas(params), dtype, torch.device(device)
         self.backend = select_backend(self.device.type, kernels)
-        compute = _spell(dtype)
+        compute = dtype_name(dtype)
         rows = getattr(torch, self.backend.row_dtype(compute))
         self.precision = Precision(dtype, rows, self.backend.activations(compute, activations))
         self.ropes: dict[RopeSpec, Rope] = {layer.rope: Rope(layer.rope, self.device, rows) for layer in plan.layers}
         self._attn_kinds = plan.attn_kinds()
 
-        site = KernelSite("linear", None, self.device.type, _spell(rows), compute, kernels)
+        site = KernelSite("linear", None, self.device.type, dtype_name(rows), compute, kernels)
         self.kernel_plan = KernelPlan(plan, site, self._stored)
         self._ctx = ctx = OpContext(self._bind_linear(site), self.precision)
         self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
@@ -282,7 +283,3 @@ def _embed_ple(
         return found[:first], found[first:]
     late = [] if step.keeps_none else rows(x_ND[step.logit_rows_M], step.kept, first, count)
     return rows(x_ND, step, 0, first), late
-
-
-def _spell(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

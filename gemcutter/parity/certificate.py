@@ -35,6 +35,7 @@ from gemcutter.parity.passage import PASSAGE
 from gemcutter.parity.trace import CHUNK_ROWS, SINGLE_ROWS, Trace, kept_positions, trace
 from gemcutter.plan import LayerPlan, ModelPlan
 from gemcutter.quant import Weight
+from gemcutter.quant.packed import dtype_name
 
 VERSION = 1  # of the certificate's layout
 BEYOND_WINDOW = 192  # tokens after which every windowed layer has let go of keys for more than a chunk
@@ -229,7 +230,7 @@ def _describe_ids(model: Model, ids: Sequence[int]) -> dict[str, Any]:
 def describe(side: Side) -> dict[str, Any]:
     """Return what a side is and which kernels it runs on."""
     model, decoder = side.model, side.model.decoder
-    dtype, stored = str(decoder.dtype).removeprefix("torch."), stored_weights(model)
+    dtype, stored = dtype_name(decoder.dtype), stored_weights(model)
     kernels: dict[str, list[str]] = {}  # of each op, those that some layer has
     for selection, _ in decoder.kernel_plan.selections():
         names = kernels.setdefault(selection.site.op, [])

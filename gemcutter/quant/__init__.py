@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.quant.lora import Delta, cut_deltas
-from gemcutter.quant.packed import Packed
+from gemcutter.quant.packed import Packed, dtype_name
 
 Part = Tensor | Packed
 
@@ -116,4 +116,4 @@ def _rows(part: Part, start: int, stop: int) -> Part:
 
 
 def _spell(part: Part) -> str:
-    return str(part.dtype).removeprefix("torch.") if isinstance(part, Tensor) else part.scheme
+    return dtype_name(part.dtype) if isinstance(part, Tensor) else part.scheme

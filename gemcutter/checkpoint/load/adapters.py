@@ -19,6 +19,7 @@ from gemcutter.errors import CheckpointError
 from gemcutter.quant import Part, Weight, dequantize
 from gemcutter.quant.carried import carry
 from gemcutter.quant.lora import Delta, cut_deltas
+from gemcutter.quant.packed import dtype_name
 
 Params = Mapping[str, Weight | Tensor]
 
@@ -44,9 +45,8 @@ def fold(
             after += parts[-1].nbytes if found else 0
         folded[name] = replace(weight, parts=tuple(parts))
         _release(checkpoint, name)
-    spelled = str(dtype).removeprefix("torch.")
     note = (
-        f"adapter {adapter.path.name}: {len(adapter.factors)} changes merged; what they change is held as {spelled}, "
+        f"adapter {adapter.path.name}: {len(adapter.factors)} changes merged; what they change is held as {dtype_name(dtype)}, "
         f"{after / 1e6:.1f} MB in memory beside {before / 1e6:.1f} MB in the file"
     )
     return folded, note

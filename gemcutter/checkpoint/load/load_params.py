@@ -25,6 +25,7 @@ from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import Access, ParamKind, ParamSpec
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.packed import dtype_name
 from gemcutter.quant.packing import Packer, PlainPacker
 from gemcutter.quant.recipes import LOADABLE, RECIPES, Recipe, Scheme
 
@@ -127,7 +128,7 @@ class _Loader:
             return self.panels.get(name, lambda: self.packer.pack(unpack(data), data.release))
         if scheme is not None:
             return self.panels.get(name, lambda: self._quantize(data, scheme))
-        compute = str(self.dtype).removeprefix("torch.")
+        compute = dtype_name(self.dtype)
         stays = stays_mapped(dense_dtypes, data.dtype, compute, self.device.type)
         return data.torch() if stays else _copy(data, self.dtype, self.device)
 

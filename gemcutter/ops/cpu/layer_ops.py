@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemcutter.native import AttentionView, ExpertsView, LayerView, Matrix
 from gemcutter.ops.cpu.attn_metadata import of_group
-from gemcutter.ops.cpu.library import ACTIVATIONS, array_of, entry, kv_of, rows_of, whole_matrix
+from gemcutter.ops.cpu.bindings import ACTIVATIONS, array_of, entry, kv_of, rows_of, whole_matrix
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Step
 from gemcutter.ops.types import Attention, LayerOutput, OpContext, Param, closing_scale, matrix, vector
 from gemcutter.plan import LayerPlan, ModelPlan

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.native import Matrix, PleView
-from gemcutter.ops.cpu.library import ACTIVATIONS, entry, matrix_of, rows_of, whole_matrix
+from gemcutter.ops.cpu.bindings import ACTIVATIONS, entry, matrix_of, rows_of, whole_matrix
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows
 from gemcutter.ops.types import OpContext, Param, matrix, rounded_root, vector
 from gemcutter.plan import ModelPlan
