@@ -120,19 +120,19 @@ def converted(to: str, quant: str, source: Path = DEMO_FOLDER) -> Path:
     return target
 
 
-def logits(checkpoint: Checkpoint, *, tiled: bool, quant: str | None = None) -> Tensor:
-    params = load_params(checkpoint, torch.float32, CPU, quant=quant, packer=CpuPacker() if tiled else None)
+def logits(checkpoint: Checkpoint, *, cpu_packed: bool, quant: str | None = None) -> Tensor:
+    params = load_params(checkpoint, torch.float32, CPU, quant=quant, packer=CpuPacker() if cpu_packed else None)
     decoder = Decoder(checkpoint.plan, params, torch.float32, kernels="reference")
     return run_alone(decoder, prompt(9), chunk=9).logits
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_tiled_checkpoint_gives_the_same_logits(name: str) -> None:
+def test_a_packed_checkpoint_gives_the_same_logits(name: str) -> None:
     checkpoint = open_checkpoint(CHECKPOINTS[name]())
-    packed, tiled = (load_params(checkpoint, torch.float32, CPU, packer=each) for each in (None, CpuPacker()))
+    packed, cpu_packed = (load_params(checkpoint, torch.float32, CPU, packer=each) for each in (None, CpuPacker()))
     counts = {True: 0, False: 0}
     for spec in checkpoint.plan.params():
-        before, after = packed[spec.name], tiled[spec.name]
+        before, after = packed[spec.name], cpu_packed[spec.name]
         if not isinstance(before, Weight):
             continue
         assert isinstance(after, Weight)
@@ -143,19 +143,19 @@ def test_a_tiled_checkpoint_gives_the_same_logits(name: str) -> None:
             assert torch.equal(dequantize(one), dequantize(other)), spec.name
     assert counts[True] > 20
     assert counts[False] <= 1  # the table of per-layer embeddings
-    assert torch.equal(logits(checkpoint, tiled=True), logits(checkpoint, tiled=False))
+    assert torch.equal(logits(checkpoint, cpu_packed=True), logits(checkpoint, cpu_packed=False))
 
 
 @pytest.mark.parametrize("quant", ["q4", "q8"])
-def test_what_is_quantized_at_load_is_tiled_too(quant: str) -> None:
+def test_what_is_quantized_at_load_is_packed_too(quant: str) -> None:
     checkpoint = open_checkpoint(DEMO_FOLDER)
     params = load_params(checkpoint, torch.float32, CPU, quant=quant, packer=CpuPacker())
-    tiled = [
+    cpu_packed = [
         part
         for param in params.values()
         if isinstance(param, Weight)
         for part in param.parts
         if isinstance(part, CpuPackedWeight)
     ]
-    assert len(tiled) > 20
-    assert torch.equal(logits(checkpoint, tiled=True, quant=quant), logits(checkpoint, tiled=False, quant=quant))
+    assert len(cpu_packed) > 20
+    assert torch.equal(logits(checkpoint, cpu_packed=True, quant=quant), logits(checkpoint, cpu_packed=False, quant=quant))

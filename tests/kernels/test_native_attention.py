@@ -1,6 +1,6 @@
 """Native attention against the reference, at every processor level that the library has here.
 
-Owns the grid of shapes, the edges of windows and the poison in slots that no query sees. Refuses to know sentences; read
+Owns the grid of shapes, the edges of windows and the poison in slots that no query sees. Refuses to know layer ops; read
 `test_providers.py` for the same grid over every impl. Shape letters: N rows, H heads, K key heads, E head dim, T keys.
 """
 
@@ -103,10 +103,10 @@ def make(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype, listed: bo
         spans.append(KVRange(part.start, slots if listed else slice(at, at + size)))
         at += size + 5
     positions = torch.tensor([position for part in parts for position in part.positions])
-    row_start = [0]
+    query_start = [0]
     for part in parts:
-        row_start.append(row_start[-1] + len(part.positions))
-    step = prepared(Step(positions, positions, positions, tuple(row_start), {layer.group: tuple(spans)}, {}, None, {}), layer)
+        query_start.append(query_start[-1] + len(part.positions))
+    step = prepared(Step(positions, positions, positions, tuple(query_start), {layer.group: tuple(spans)}, {}, None, {}), layer)
     return q_NHE * (2 * layer.head_dim**-0.5), step, Cache(keys.to(dtype), values.to(dtype))
 
 

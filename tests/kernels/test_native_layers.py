@@ -1,8 +1,8 @@
-"""Native sentences and whole layers against the reference: every kind of layer, ragged batches, dropped rows, threads, levels.
+"""Native layer ops and whole layers against the reference: every kind of layer, ragged batches, dropped rows, threads, levels.
 
-Owns shapes that native kernels take whole (head dims of 32 and more); `test_providers.py` holds each sentence against its formula
-on odd shapes, `test_native_packed.py`, `test_native_dense.py` and `test_native_attention.py` the words beneath. Read
-`gemcutter/ops/layer_ops.py` beside it.
+Owns shapes that native kernels take whole (head dims of 32 and more); `test_ops.py` holds each op against its formula
+on odd shapes, `test_native_packed.py`, `test_native_dense.py` and `test_native_attention.py` the ops beneath. Read
+`gemcutter/ops/cpu/layer_ops.py` beside it.
 """
 
 from __future__ import annotations

@@ -168,12 +168,12 @@ def layer_plan(heads: int, kv_heads: int, dim: int, window: int | None = None, *
 def make_step(parts: Sequence[Part], spans: Iterable[KVRange], layer: LayerPlan, **more: Any) -> Step:
     """Make a step of one group, prepared for any CPU kernel."""
     positions = torch.tensor([position for part in parts for position in part.positions])
-    row_start = [0]
+    query_start = [0]
     for part in parts:
-        row_start.append(row_start[-1] + part.rows)
+        query_start.append(query_start[-1] + part.rows)
     ranges = {layer.group: tuple(spans)}
     return prepared(
-        Step(positions, positions, positions, tuple(row_start), ranges, {}, **{"logit_rows": None, "rope": {}} | more), layer
+        Step(positions, positions, positions, tuple(query_start), ranges, {}, **{"logit_rows": None, "rope": {}} | more), layer
     )
 
 

@@ -93,7 +93,7 @@ def draw_params(plan: ModelPlan, dtype: torch.dtype, device: torch.device) -> di
 def decode_with(
     kernels: str, name: str, device: torch.device, dtype: torch.dtype = torch.float32, by_line: bool = False
 ) -> Decoder:
-    """Build a small decoder; `by_line` reads its layers sentence by sentence even where a kernel takes them whole."""
+    """Build a small decoder; `by_line` runs its layers op by op even where a kernel takes them whole."""
     plan = plan_of(name)
     decoder = Decoder(plan, draw_params(plan, dtype, device), dtype, device, kernels)
     for layer in decoder.layers:

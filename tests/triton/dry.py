@@ -81,9 +81,9 @@ def works_of(pool: PagedKVCache, depths: Sequence[int], rows: int, sampling: Sam
 
 def static_step(decoder: Decoder, pool: PagedKVCache, sequences: int, each: int) -> GraphBuffers:
     """Fill the static step of some sequences at different depths."""
-    slate = CapturedSteps(decoder, pool, CONTEXT).buffers(sequences, each)
+    buffers = CapturedSteps(decoder, pool, CONTEXT).buffers(sequences, each)
     works = works_of(pool, [100 + 300 * number % (CONTEXT // 2) for number in range(sequences)], each)
-    slate.fill(works, slate.next_pinned())
+    buffers.fill(works, buffers.next_pinned())
     for work in works:
         work.table.release()
-    return slate
+    return buffers

@@ -96,9 +96,9 @@ def expected(plan: ModelPlan, rows: int) -> Counter[str]:
 def test_decode_steps_of_full_size_are_launches_and_nothing_else(preset: str, sequences: int, each: int, watch: Watch) -> None:
     """Static steps as a graph captures them, tokens drawn on the device."""
     decoder, pool = setting(preset, "bf16")
-    slate = static_step(decoder, pool, sequences, each)
+    buffers = static_step(decoder, pool, sequences, each)
     with watch:
-        slate.launch(TokenSource.SAMPLED, is_captured=False)
+        buffers.launch(TokenSource.SAMPLED, is_captured=False)
     assert not watch.crossings
     merges = watch.kernels.pop("_merge", 0)
     assert merges <= len(decoder.plan.layers)

@@ -1,4 +1,4 @@
-"""Adapters chosen per request on Triton: the low-rank products join the kernels' sentences, for the rows that asked for them."""
+"""Adapters chosen per request on Triton: the low-rank products follow the kernels' products, for the rows that asked for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def adapted_params(name: str, device: torch.device) -> dict[str, Param]:
 
 @pytest.mark.parametrize("name", ["readers", "experts"])
 def test_each_request_gets_its_own(name: str, device: torch.device) -> None:
-    """Beside rows without an adapter, whose sequences lie before, between and behind; no sentence is left to the definitions."""
+    """Beside rows without an adapter, whose sequences lie before, between and behind; no op is left to the definitions."""
     params, adapters = adapted_params(name, device), (None, "a", None)
     wanted, found = (
         run(Decoder(plan_of(name), params, torch.float32, device, kernels), *JOB, keep_all=False, adapters=adapters)

@@ -73,10 +73,10 @@ class World:
         self.slots = [self._write(span, start + rows, weight) for span, (start, rows) in zip(spans, case.parts, strict=True)]
         spans = [replace(span, where=slots) for span, slots in zip(spans, self.slots, strict=True)]
         positions = torch.cat([torch.arange(start, start + rows) for start, rows in case.parts]).to(device)
-        row_start = tuple(itertools.accumulate((rows for _, rows in case.parts), initial=0))
+        query_start = tuple(itertools.accumulate((rows for _, rows in case.parts), initial=0))
         ranges = {self.layer.group: tuple(spans)}
-        self.step = prepare(Step(positions, positions, positions, row_start, ranges, {}, None, {}), attn_metadata.build)
-        self.q_NHE = (normal(row_start[-1], case.heads, case.dim, seed=2) * case.dim**-0.5).to(device, case.rows)
+        self.step = prepare(Step(positions, positions, positions, query_start, ranges, {}, None, {}), attn_metadata.build)
+        self.q_NHE = (normal(query_start[-1], case.heads, case.dim, seed=2) * case.dim**-0.5).to(device, case.rows)
 
     def _spans(self) -> Iterator[KVRange]:
         """Allocate to every sequence pages from all over the pool, without those that its window has passed."""

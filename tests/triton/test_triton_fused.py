@@ -1,6 +1,6 @@
 """The row kernels against the reference: every mode and head dim, rows apart and in place, row counts around launch shapes.
 
-Owns no whole sentence: `test_triton_sentences.py` does. Read `gemcutter/ops/triton/fused_norm.py` beside it.
+Owns no whole layer op: `test_triton_layers.py` does. Read `gemcutter/ops/triton/fused_norm.py` beside it.
 """
 
 from __future__ import annotations

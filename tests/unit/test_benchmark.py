@@ -88,11 +88,11 @@ def test_a_preset_has_the_shapes_and_the_spread_of_its_plan() -> None:
     assert float(wide.std()) * plan.hidden**0.5 == pytest.approx(1, rel=0.05)
 
 
-def test_tiled_and_plain_presets_have_equal_values() -> None:
+def test_packed_and_plain_presets_have_equal_values() -> None:
     plan = synthetic.plan_of("tiny:E2B", 2)
-    plain, tiled = (synthetic.make_params(plan, "mlx4", packer) for packer in (None, CpuPacker()))
+    plain, cpu_packed = (synthetic.make_params(plan, "mlx4", packer) for packer in (None, CpuPacker()))
     for name in ("embed.tokens", "layers.1.mlp.out"):
-        ours, theirs = plain[name].parts[0], tiled[name].parts[0]
+        ours, theirs = plain[name].parts[0], cpu_packed[name].parts[0]
         assert theirs.scheme == f"cpu-packed-{ours.scheme}"
         assert torch.equal(ours.dequantize(), theirs.dequantize())
 

@@ -1,4 +1,4 @@
-"""Compact storage of layers whose values are their normalised keys: the same keys come back, in less room.
+"""The cache of layers whose values are their normalised keys: stored once, the same keys come back.
 
 A trained decoder runs through the reference over a plain and a compact pool: in float32 nothing changes, bit for bit; in bfloat16
 a weighted key is rounded once more. Read `tests/triton/` for the kernels that read the compact form as it lies.

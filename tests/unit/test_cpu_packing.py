@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -60,6 +60,19 @@ def cpu_packed(part: Packed) -> CpuPackedWeight:
 def agree(found: Tensor, wanted: Tensor) -> bool:
     """Return whether values are equal, NaN to NaN."""
     return found.shape == wanted.shape and bool(((found == wanted) | (found.isnan() & wanted.isnan())).all())
+
+
+def check_cuts(found: Packed, part: Packed, ranges: Iterable[tuple[int, int]]) -> None:
+    """Hold rows, columns and gathered rows of a packed matrix [37, 512] against those of the scheme that it came from."""
+    for rows in ranges:
+        assert agree(found.rows(*rows).dequantize(), part.rows(*rows).dequantize())
+    assert agree(found.columns(256, 512).dequantize(), part.columns(256, 512).dequantize())
+    ids = torch.tensor([36, 0, 17, 17])
+    assert agree(found.gather(ids).dequantize(), part.gather(ids).dequantize())
+    with pytest.raises(ValueError, match="multiples of"):
+        found.columns(0, 16)
+    with pytest.raises(ValueError, match="single matrix"):
+        found.expert(0)
 
 
 @pytest.mark.parametrize("name", HALVES)
@@ -155,22 +168,14 @@ def test_what_has_no_form_as_panels_stays_as_it_is() -> None:
 def test_cuts_agree_with_those_of_the_scheme(name: str) -> None:
     part = blocks(name)
     found = cpu_packed(part)
-    for rows in ((0, 16), (16, 37), (16, 20), (3, 30), (35, 36), (0, 0), (30, 99)):
-        assert agree(found.rows(*rows).dequantize(), part.rows(*rows).dequantize())
+    check_cuts(found, part, ((0, 16), (16, 37), (16, 20), (3, 30), (35, 36), (0, 0), (30, 99)))
     assert found.rows(16, 37).data.data_ptr() == found.data[1].data_ptr()
     right = found.columns(256, 512)
-    assert agree(right.dequantize(), part.columns(256, 512).dequantize())
     assert agree(right.rows(16, 37).dequantize(), part.columns(256, 512).rows(16, 37).dequantize())
     assert right.data.untyped_storage().data_ptr() == found.data.untyped_storage().data_ptr()
-    ids = torch.tensor([36, 0, 17, 17])
-    assert agree(found.gather(ids).dequantize(), part.gather(ids).dequantize())
-    with pytest.raises(ValueError, match="multiples of"):
-        found.columns(0, 16)
-    with pytest.raises(ValueError, match="single matrix"):
-        found.expert(0)
 
 
-def test_stacks_are_tiled_expert_by_expert() -> None:
+def test_stacks_are_packed_expert_by_expert() -> None:
     part = blocks("Q4_0", 3)
     apart = Stack(tuple(part.expert(index) for index in range(3)))
     for stacked in (part, apart):
@@ -233,7 +238,7 @@ def test_rows_that_come_in_pieces_are_joined() -> None:
     assert torch.equal(join(pieces, part.shape).data, cpu_packed(part).data)
 
 
-def test_a_tiled_weight_is_used_like_any_other() -> None:
+def test_a_packed_weight_is_used_like_any_other() -> None:
     part = blocks("Q6_K").rows(12, 37)  # no extreme scales
     packed, found = Weight((part,)), Weight((cpu_packed(part),))
     assert found.stored == "cpu-packed-Q6_K"

@@ -27,11 +27,11 @@ from gemcutter.quant.microscaling import from_mlx
 from gemcutter.quant.packed import Packed, Stack
 from gemcutter.quant.packing import GpuPacker
 from gemcutter.quant.scaled_int import from_packed, from_values
-from tests.unit.test_cpu_packing import COLUMNS, DTYPES, INTEGERS, ROWS, agree, blocks, scales, words
+from tests.unit.test_cpu_packing import COLUMNS, DTYPES, INTEGERS, ROWS, agree, blocks, check_cuts, scales, words
 from tests.unit.test_quant_gguf_blocks import HALVES
 
 
-def striped(part: Packed) -> GpuPackedWeight:
+def gpu_packed(part: Packed) -> GpuPackedWeight:
     found = pack_for_gpu(part, "cpu")
     assert found is not None
     return found
@@ -46,7 +46,7 @@ def floats(*shape: int) -> Tensor:
 @pytest.mark.parametrize("name", HALVES)
 def test_every_block_type_keeps_its_values(name: str) -> None:
     part = blocks(name)
-    found = striped(part)
+    found = gpu_packed(part)
     assert agree(found.dequantize(), part.dequantize())
     assert (found.scheme, found.shape) == (f"gpu-packed-{name}", part.shape)
 
@@ -56,30 +56,30 @@ def test_every_block_type_keeps_its_values(name: str) -> None:
 def test_affine_keeps_its_values(bits: int, dtype: torch.dtype) -> None:
     for group in (32, 64, 128):
         part = affine.quantize(scales(ROWS, 256).to(dtype), bits, group)
-        assert agree(striped(part).dequantize(), part.dequantize())
+        assert agree(gpu_packed(part).dequantize(), part.dequantize())
 
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers_keep_their_values(name: str) -> None:
     part = INTEGERS[name]()
-    assert agree(striped(part).dequantize(), part.dequantize())
+    assert agree(gpu_packed(part).dequantize(), part.dequantize())
 
 
 @pytest.mark.parametrize("factor", [None, torch.tensor([3.7])])
 def test_four_bit_floats_keep_their_values_and_their_bits(factor: Tensor | None) -> None:
     every = torch.arange(256, dtype=torch.uint8).repeat(ROWS, 1)
     nvfp4 = from_mlx(words(ROWS, 512), every, 4096, factor)
-    found = striped(nvfp4)
+    found = gpu_packed(nvfp4)
     assert agree(found.dequantize(), nvfp4.dequantize())
     assert (found.layout.codes, found.codes.nbytes) == (F4, ROWS * 4096 // 2)
     mxfp4 = from_mlx(words(ROWS, 1024), every, 8192)
-    assert agree(striped(mxfp4).dequantize(), mxfp4.dequantize())
+    assert agree(gpu_packed(mxfp4).dequantize(), mxfp4.dequantize())
 
 
 @pytest.mark.parametrize("scale", [scales(ROWS), scales(), scales(ROWS).bfloat16()])
 def test_eight_bit_floats_keep_their_values(scale: Tensor) -> None:
     part = from_values(floats(ROWS, 16).view(torch.float8_e4m3fn), scale)
-    found = striped(part)
+    found = gpu_packed(part)
     assert agree(found.dequantize(), part.dequantize())
     assert found.layout.codes == F8
 
@@ -88,7 +88,7 @@ def test_eight_bit_floats_with_scales_of_blocks_and_of_groups() -> None:
     blocked = from_values(floats(ROWS, 64).view(torch.float8_e4m3fn), scales(3, 4), block=(16, 64))
     mxfp8 = from_mlx(floats(ROWS, 16).view(torch.int32), torch.arange(120, 122, dtype=torch.uint8).expand(ROWS, 2), 64)
     for part in (blocked, mxfp8):
-        assert agree(striped(part).dequantize(), part.dequantize())
+        assert agree(gpu_packed(part).dequantize(), part.dequantize())
 
 
 def test_what_has_no_form_as_stripes_stays_as_it_is() -> None:
@@ -103,7 +103,7 @@ def test_what_has_no_form_as_stripes_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize(("kind", "top"), [(U4, 16), (U6, 64), (S8, 256), (F4, 16), (F8, 256)])
 def test_words_hold_columns_where_kernels_look_for_them(kind: int, top: int) -> None:
-    """Bits b * k and up of word j of a stripe hold its column 4 k + j; the upper two of six bits lie at 2 k."""
+    """Bits b * k and up of word j of a vector hold its column 4 k + j; the upper two of six bits lie at 2 k."""
     codes = torch.randint(0, top, (5, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
     found, high = to_words(codes, kind)
     bits, columns = (8, 16) if top == 256 else (4, 32)
@@ -118,25 +118,17 @@ def test_words_hold_columns_where_kernels_look_for_them(kind: int, top: int) -> 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q5_1", "NVFP4", "Q2_K"])
 def test_cuts_agree_with_those_of_the_scheme(name: str) -> None:
     part = blocks(name)
-    found = striped(part)
-    for rows in ((0, 16), (3, 30), (35, 36), (0, 0)):
-        assert agree(found.rows(*rows).dequantize(), part.rows(*rows).dequantize())
+    found = gpu_packed(part)
+    check_cuts(found, part, ((0, 16), (3, 30), (35, 36), (0, 0)))
     right = found.columns(256, 512)
-    assert agree(right.dequantize(), part.columns(256, 512).dequantize())
     assert right.codes.untyped_storage().data_ptr() == found.codes.untyped_storage().data_ptr()
-    ids = torch.tensor([36, 0, 17, 17])
-    assert agree(found.gather(ids).dequantize(), part.gather(ids).dequantize())
-    with pytest.raises(ValueError, match="multiples of"):
-        found.columns(0, 16)
-    with pytest.raises(ValueError, match="single matrix"):
-        found.expert(0)
 
 
-def test_stacks_are_striped_expert_by_expert() -> None:
+def test_stacks_are_packed_expert_by_expert() -> None:
     part = blocks("Q4_0", 3)
     apart = Stack(tuple(part.expert(index) for index in range(3)))
     for stacked in (part, apart):
-        found = striped(stacked)
+        found = gpu_packed(stacked)
         assert agree(found.dequantize(), part.dequantize())
         assert agree(found.expert(2).dequantize(), part.expert(2).dequantize())
         assert agree(found.rows(5, 20).dequantize(), part.rows(5, 20).dequantize())
@@ -154,7 +146,7 @@ def test_mapped_pages_are_given_back_while_a_part_is_read(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "Q4_K"])
 def test_parts_are_laid_out_as_one_matrix(name: str) -> None:
     part = blocks(name, 2)
-    parts = adjoin([striped(part.rows(*rows)) for rows in ((0, 16), (16, 20), (20, ROWS))])
+    parts = adjoin([gpu_packed(part.rows(*rows)) for rows in ((0, 16), (16, 20), (20, ROWS))])
     whole = span_of(parts)
     assert isinstance(whole, GpuPackedWeight)
     assert agree(whole.dequantize(), part.dequantize())
@@ -177,7 +169,7 @@ def test_dense_parts_are_laid_out_as_one_matrix() -> None:
 
 
 def test_parts_of_different_forms_stay_apart() -> None:
-    one, other, dense = striped(blocks("Q4_0")), striped(blocks("Q8_0")), torch.rand(3, COLUMNS)
+    one, other, dense = gpu_packed(blocks("Q4_0")), gpu_packed(blocks("Q8_0")), torch.rand(3, COLUMNS)
     for parts in ((one, other), (one, dense), (dense, dense.half()), (blocks("Q4_0"), one)):
         assert adjoin(parts) == parts
         assert span_of(parts) is None
@@ -189,12 +181,12 @@ def test_packed_weights_of_all_kinds_move_to_a_device() -> None:
         moved = place(part, "meta")
         assert moved.shape == part.shape
         assert pack_for_gpu(part, "cpu") is not None
-    assert place(striped(blocks("Q6_K")), "meta").device == torch.device("meta")
+    assert place(gpu_packed(blocks("Q6_K")), "meta").device == torch.device("meta")
 
 
-def test_a_striped_weight_is_used_like_any_other() -> None:
+def test_a_packed_weight_is_used_like_any_other() -> None:
     part = blocks("Q6_K").rows(12, 37)  # no extreme scales
-    packed, found = Weight((part,)), Weight((striped(part),))
+    packed, found = Weight((part,)), Weight((gpu_packed(part),))
     assert found.stored == "gpu-packed-Q6_K"
     assert found.nbytes == 25 * (COLUMNS * 6 // 8 + COLUMNS // 16 + COLUMNS // 256 * 2)
     assert agree(found.gather(torch.tensor([3, 1]), torch.float32), packed.gather(torch.tensor([3, 1]), torch.float32))
@@ -203,7 +195,7 @@ def test_a_striped_weight_is_used_like_any_other() -> None:
 
 
 @pytest.mark.parametrize("quant", [None, "q4"])
-def test_a_checkpoint_is_striped_while_it_is_loaded(quant: str | None) -> None:
+def test_a_checkpoint_is_packed_while_it_is_loaded(quant: str | None) -> None:
     """Values stay; the parts of every matrix lie side by side, but for the rows-only table, which stays mapped."""
     checkpoint, cpu = open_checkpoint(DEMO_FOLDER), torch.device("cpu")
     plain, found = (

@@ -118,8 +118,8 @@ def test_compressed_tensors_divides_and_modelopt_multiplies() -> None:
     multiplied = from_modelopt(codes, scales.view(torch.float8_e4m3fn), torch.tensor(0.3))
     assert divided.scheme == multiplied.scheme == "nvfp4"
     for row in range(4):
-        for weight, verb in ((divided, "divide"), (multiplied, "multiply")):
-            assert same(weight.dequantize()[row], plain_values("nvfp4", codes[row].tolist(), expected_by[verb][row]))
+        for weight, how in ((divided, "divide"), (multiplied, "multiply")):
+            assert same(weight.dequantize()[row], plain_values("nvfp4", codes[row].tolist(), expected_by[how][row]))
 
 
 def test_nvfp4_equals_compressed_tensors(ct: ModuleType) -> None:

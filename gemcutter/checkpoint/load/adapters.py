@@ -23,7 +23,7 @@ from gemcutter.quant.packed import dtype_name
 
 Params = Mapping[str, Weight | Tensor]
 
-FOLD_ELEMENTS = 1 << 22  # elements of a weight that are widened at a time
+FOLD_ELEMENTS = 1 << 22  # elements of a weight that are dequantized at a time
 
 
 def fold(
