@@ -8,7 +8,7 @@ and the accounting of pages. Read `cuda_graphs.py` for captured steps, `sampler.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -126,10 +126,12 @@ class ModelRunner:
         """Run chunks eagerly: report on prompt rows, sample where tokens are wanted."""
         states_MD = self.decoder.forward(build_step(self.decoder, chunks), self.pool)
         reports, sampled_rows = list[ChunkResult](), list[Tensor]()
-        sizes = [len(chunk.logit_rows) for chunk in chunks]
-        for chunk, rows_MD in zip(chunks, torch.split(states_MD, sizes), strict=True):
-            reports.append(self._report(chunk, rows_MD) if chunk.reports else NOTHING)
-            sampled_rows.append(rows_MD[len(rows_MD) - rows_for_logits(chunk) :])
+        start = 0
+        for chunk in chunks:
+            stop = start + len(chunk.logit_rows)
+            reports.append(self._report(chunk, states_MD[start:stop]) if chunk.reports else NOTHING)
+            sampled_rows.append(states_MD[stop - rows_for_logits(chunk) : stop])
+            start = stop
         return self._sample(chunks, reports, sampled_rows)
 
     def _report(self, chunk: ScheduledChunk, rows_MD: Tensor) -> ChunkResult:
@@ -151,12 +153,13 @@ class ModelRunner:
         results = list(reports)
         group, size = list[int](), 0
         for index, rows_RD in enumerate(rows):
-            if group and size + len(rows_RD) > HEAD_ROWS:
+            count = rows_RD.shape[0]
+            if group and size + count > HEAD_ROWS:
                 self._sample_group(chunks, results, rows, group)
                 group, size = [], 0
-            if len(rows_RD):
+            if count:
                 group.append(index)
-                size += len(rows_RD)
+                size += count
         if group:
             self._sample_group(chunks, results, rows, group)
         return StepResult(tuple(results))
@@ -168,9 +171,8 @@ class ModelRunner:
         found = sample_chunks(self.sampler, [chunks[index] for index in group], logits_RV)
         for index, result in zip(group, found, strict=True):
             report = results[index]
-            results[index] = replace(
-                report, tokens=result.tokens, top_logits=result.top_logits, error=report.error or result.error
-            )
+            error = report.error or result.error
+            results[index] = ChunkResult(result.tokens, report.logprobs, report.states_MD, result.top_logits, error)
 
 
 def sampler_for(decoder: Decoder) -> Sampler:
@@ -208,7 +210,7 @@ def sample_chunks(sampler: Sampler, chunks: Sequence[ScheduledChunk], logits_RV:
         starts.append(start)
         start += rows_for_logits(chunk)
     rows = [row for chunk, start in zip(chunks, starts, strict=True) for row in range(start, start + chunk.num_sampled)]
-    chosen_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
+    chosen_RV = logits_RV if len(rows) == logits_RV.shape[0] else logits_RV[rows]
     outcomes = iter(sampler.sample(chosen_RV, [sampling_row(*each) for each in places]) if places else ())
     results = list[ChunkResult]()
     for chunk, start in zip(chunks, starts, strict=True):

@@ -26,6 +26,7 @@ from gemcutter.quant.carried import adapters_of, carry, carrying_weights, withou
 from gemcutter.quant.packed import dtype_name
 
 Observer = Callable[[int, Tensor], None]  # layer index and its output rows
+NO_CONTEXT = nullcontext()
 
 
 class Layer:
@@ -107,6 +108,7 @@ class Decoder:
         activations: str | None = None,
     ) -> None:
         self.plan, self.params, self.dtype, self.device = plan, without_deltas(params), dtype, torch.device(device)
+        self._is_on_gpu = self.device.type == "cuda"
         self.backend = select_backend(self.device.type, kernels)
         compute = dtype_name(dtype)
         rows = getattr(torch, self.backend.row_dtype(compute))
@@ -151,7 +153,7 @@ class Decoder:
 
     def on_device(self) -> AbstractContextManager[object]:
         """Make the decoder's GPU the current one, where Triton launches; a no-op on a CPU."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        return torch.cuda.device(self.device) if self._is_on_gpu else NO_CONTEXT
 
     def forward(self, step: Step, cache: KVCache, observe: Observer | None = None) -> Tensor:
         """Run a prepared step: write its keys and values, return the final-normed states [M, D] of the rows that go on.
@@ -214,8 +216,8 @@ class Decoder:
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Make the stream of the decoder's steps the current one, in whatever thread: a step sees what was made on it before."""
-        if self.device.type != "cuda":
-            return nullcontext()
+        if not self._is_on_gpu:
+            return NO_CONTEXT
         found: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.default_stream(self.device))
         return found
 

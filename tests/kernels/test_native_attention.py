@@ -7,6 +7,7 @@ Owns the grid of shapes, the edges of windows and the poison in slots that no qu
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from torch import Tensor
 from gemcutter import native
 from gemcutter.ops import reference
 from gemcutter.ops.cpu.attn_metadata import of_group
+from gemcutter.ops.cpu.bindings import KVBinding
 from gemcutter.ops.registry import CPU
 from gemcutter.ops.step import KVRange, Step, prepare
 from gemcutter.ops.types import OpContext
@@ -224,3 +226,15 @@ def test_a_row_that_sees_no_key_gives_zeros() -> None:
         part = Part(tuple(range(count)), 60, 50)  # the cache has let go of all that these rows would see
         q_NHE, step, pool = make([part], layer, F32, listed=False, poison=torch.nan)
         assert attend(q_NHE, step, pool, layer).eq(0).all()
+
+
+def test_a_cache_is_described_once_and_not_kept_alive() -> None:
+    binding, first, second = KVBinding(LAYER), *(Cache(torch.zeros(4, 1, 8), torch.ones(4, 1, 8)) for _ in range(2))
+    view = binding.view(first)
+    assert binding.view(first) is view
+    assert (view.k, view.v) == (first.keys.data_ptr(), first.values.data_ptr())
+    assert binding.view(second).k == second.keys.data_ptr()
+    assert view.k == first.keys.data_ptr()  # a call that runs over the first cache still has its description
+    gone = weakref.ref(second)
+    del second
+    assert gone() is None

@@ -26,7 +26,7 @@ from gemcutter.plan import GroupId, RopeSpec
 class CpuAttnMetadata:
     """One group's `gc_step` structs by rotation, as addresses, and everything that their pointers point to."""
 
-    addresses: Mapping[RopeSpec, int]
+    addresses: tuple[tuple[RopeSpec, int], ...]  # one or two; to hash a rotation takes longer than to find the same object
     alive: tuple[Any, ...]
 
 
@@ -40,7 +40,10 @@ def of_group(step: Step, group: GroupId, rope: RopeSpec) -> int:
         raise KernelError(
             f"the step holds no native attention metadata for the group {group!r}: it was prepared for other kernels"
         )
-    return found.addresses[rope]
+    for each, address in found.addresses:
+        if each is rope or each == rope:
+            return address
+    raise KernelError(f"the step holds no native attention metadata for the rotation {rope} in the group {group!r}")
 
 
 def build(step: Step, kinds: AttnKinds) -> Mapping[GroupId, CpuAttnMetadata]:
@@ -59,7 +62,7 @@ def _build(step: Step, group: GroupId, ropes: list[RopeSpec]) -> CpuAttnMetadata
     slots = None if slots is None else _longs(slots)
     last = None if step.last_visible_N is None else _longs(step.last_visible_N)
     alive: list[Any] = [query_start, kv_start, first_slot, slots_of, listed, positions, slots, last]
-    addresses = {}
+    addresses = list[tuple[RopeSpec, int]]()
     for rope in ropes:
         cos, sin = (table.float().contiguous() for table in step.rope[rope]) if rope in step.rope else (None, None)
         struct = StepView(
@@ -76,8 +79,8 @@ def _build(step: Step, group: GroupId, ropes: list[RopeSpec]) -> CpuAttnMetadata
             last_visible=None if last is None else last.data_ptr(),
         )
         alive += [struct, cos, sin]
-        addresses[rope] = ctypes.addressof(struct)
-    return CpuAttnMetadata(addresses, tuple(alive))
+        addresses.append((rope, ctypes.addressof(struct)))
+    return CpuAttnMetadata(tuple(addresses), tuple(alive))
 
 
 def _array(values: Any) -> ctypes.Array[c_int64]:

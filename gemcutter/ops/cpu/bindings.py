@@ -7,6 +7,7 @@ calls keeps tensors and weights alive meanwhile. Read `gemcutter/native.py` for 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache, lru_cache
@@ -90,7 +91,24 @@ def array_of(parts: Sequence[Part]) -> ctypes.Array[Matrix]:
     return (Matrix * len(parts))(*map(matrix_of, parts))
 
 
-def kv_of(cache: KVCache, layer: int) -> KVView:
-    """Describe the tensors of a cache that hold a layer's keys and values; the cache keeps them alive."""
-    keys, values = cache.storage(layer)
-    return KVView(keys.data_ptr(), values.data_ptr(), CODES[keys.dtype])
+class KVBinding:
+    """The tensors that hold one layer's keys and values, described once for the cache that every step brings.
+
+    The cache keeps its tensors alive, and nothing here keeps a cache alive.
+    """
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self._last: tuple[Callable[[], KVCache | None], KVView] = (lambda: None), KVView()
+
+    def view(self, cache: KVCache) -> KVView:
+        """Return the description, to be kept until the call of the library returns: another thread may bring another cache.
+
+        Raises KernelError for a compact layer.
+        """
+        known, found = self._last  # both at once
+        if known() is not cache:
+            keys, values = cache.storage(self.layer)
+            found = KVView(keys.data_ptr(), values.data_ptr(), CODES[keys.dtype])
+            self._last = weakref.ref(cache), found
+        return found

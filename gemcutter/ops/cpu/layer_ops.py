@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemcutter.native import AttentionView, ExpertsView, LayerView, Matrix
 from gemcutter.ops.cpu.attn_metadata import of_group
-from gemcutter.ops.cpu.bindings import ACTIVATIONS, array_of, entry, kv_of, rows_of, whole_matrix
+from gemcutter.ops.cpu.bindings import ACTIVATIONS, KVBinding, array_of, entry, rows_of, whole_matrix
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Step
 from gemcutter.ops.types import Attention, LayerOutput, OpContext, Param, closing_scale, matrix, vector
 from gemcutter.plan import LayerPlan, ModelPlan
@@ -41,10 +41,10 @@ def bind_matmul(weight: Weight, rows_ND: Tensor, activations: str) -> Callable[[
 def build_attention(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext) -> Attention:
     """Build attention over the cache's pages as they are."""
     shape, call = attention_view(layer), entry("gc_attention_forward")
-    address, source, group, rope = ctypes.addressof(shape), layer.kv_layer, layer.group, layer.rope
+    address, binding, group, rope = ctypes.addressof(shape), KVBinding(layer.kv_layer), layer.group, layer.rope
 
     def attention(q_NHE: Tensor, step: Step, cache: KVCache, shape: AttentionView = shape) -> Tensor:
-        q, kv = rows_of(q_NHE), kv_of(cache, source)
+        q, kv = rows_of(q_NHE), binding.view(cache)
         out = torch.empty_like(q)
         call(q.data_ptr(), of_group(step, group, rope), address, ctypes.addressof(kv), out.data_ptr())
         return out.to(q_NHE.dtype)
@@ -161,10 +161,11 @@ class _BoundLayer:
 def build_qkv(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[..., Tensor]:
     """Build norm, in-projection, q/k/v norms, RoPE and cache write."""
     bound, call = _BoundLayer(plan, layer, params, ctx, ("qkv",)), entry("gc_qkv")
+    binding = KVBinding(layer.index) if layer.writes else None
 
     def qkv(x_ND: Tensor, step: Step, cache: KVCache) -> Tensor:
         x, (kept, rows) = rows_of(x_ND), bound.logit_rows(step)
-        kv = kv_of(cache, layer.index) if layer.writes else None
+        kv = None if binding is None else binding.view(cache)
         q_MHE = torch.empty(rows, layer.heads, layer.head_dim)
         to = None if kv is None else ctypes.addressof(kv)
         metadata = of_group(step, layer.group, layer.rope)
@@ -224,10 +225,10 @@ def build_layer(
     """Build all ops of a layer as one call: [N, D] to [M, D], M the rows that go on. The next layer norms its rows itself."""
     ops = ("qkv", "attention", "attn_out", "mlp", *(["ple_gate"] if layer.ple_dim else []))
     bound, call = _BoundLayer(plan, layer, params, ctx, ops), entry("gc_layer_forward")
-    group, rope, source, hidden = layer.group, layer.rope, layer.kv_layer, plan.hidden
+    group, rope, binding, hidden = layer.group, layer.rope, KVBinding(layer.kv_layer), plan.hidden
 
     def forward(x_ND: Tensor, step: Step, cache: KVCache, ple_MP: Tensor | None, normed_ND: Tensor | None = None) -> LayerOutput:
-        x, kv, (kept, rows) = rows_of(x_ND), kv_of(cache, source), bound.logit_rows(step)
+        x, kv, (kept, rows) = rows_of(x_ND), binding.view(cache), bound.logit_rows(step)
         here = of_group(step, group, rope)
         there = here if kept is None else of_group(step.remaining, group, rope)
         out = torch.empty(rows, hidden)
