@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NewType
 
 from gemcutter.errors import ConfigError
@@ -250,7 +251,7 @@ class ModelPlan:
         """Return whether the plan is an assistant's."""
         return self.backbone is not None
 
-    @property
+    @cached_property
     def num_full_layers(self) -> int:
         """Count the layers that every row passes whole: rows whose logits nobody wants end inside the next one, the last writer.
 
@@ -262,12 +263,12 @@ class ModelPlan:
         """List the distinct pairs of block table and rotary embedding among the layers."""
         return tuple(dict.fromkeys((layer.group, layer.rope) for layer in self.layers))
 
-    @property
+    @cached_property
     def writers(self) -> tuple[LayerPlan, ...]:
         """List the layers that write keys and values."""
         return tuple(layer for layer in self.layers if layer.writes)
 
-    @property
+    @cached_property
     def first_reader(self) -> int:
         """Return the index from which on all layers are Q_ONLY; the number of layers if there are none."""
         return max((layer.index + 1 for layer in self.layers if layer.writes), default=0)
@@ -583,6 +584,7 @@ def _kv_layer(
     return sources[-1]
 
 
+@lru_cache(maxsize=64)  # one object for equal rotations: steps find theirs by identity
 def _rope(rope: RopeConfig, head_dim: int) -> RopeSpec:
     # "proportional" rotates int(partial * head_dim // 2) pairs, with exponents over the whole head_dim
     pairs = int(rope.partial * head_dim // 2) if rope.kind == "proportional" else head_dim // 2

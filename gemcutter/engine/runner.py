@@ -7,8 +7,9 @@ and the accounting of pages. Read `cuda_graphs.py` for captured steps, `sampler.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -125,14 +126,16 @@ class ModelRunner:
     def run(self, chunks: Sequence[ScheduledChunk]) -> StepResult:
         """Run chunks eagerly: report on prompt rows, sample where tokens are wanted."""
         states_MD = self.decoder.forward(build_step(self.decoder, chunks), self.pool)
-        reports, sampled_rows = list[ChunkResult](), list[Tensor]()
+        results, sampled_rows = list[ChunkResult](), list[range]()
         start = 0
         for chunk in chunks:
             stop = start + len(chunk.logit_rows)
-            reports.append(self._report(chunk, states_MD[start:stop]) if chunk.reports else NOTHING)
-            sampled_rows.append(states_MD[stop - rows_for_logits(chunk) : stop])
+            results.append(self._report(chunk, states_MD[start:stop]) if chunk.reports else NOTHING)
+            sampled_rows.append(range(stop - rows_for_logits(chunk), stop))
             start = stop
-        return self._sample(chunks, reports, sampled_rows)
+        for group in _groups(sampled_rows):
+            self._sample(chunks, results, states_MD, sampled_rows, group)
+        return StepResult(tuple(results))
 
     def _report(self, chunk: ScheduledChunk, rows_MD: Tensor) -> ChunkResult:
         """Return the log-probabilities and states of a chunk of prompt rows."""
@@ -148,27 +151,22 @@ class ModelRunner:
             return ChunkResult(error=error)
         return ChunkResult(logprobs=tuple(logprobs), states_MD=rows_MD if request.hidden_states else None)
 
-    def _sample(self, chunks: Sequence[ScheduledChunk], reports: Sequence[ChunkResult], rows: Sequence[Tensor]) -> StepResult:
-        """Add tokens and best logits to the reports, HEAD_ROWS rows or one chunk at a time."""
-        results = list(reports)
-        group, size = list[int](), 0
-        for index, rows_RD in enumerate(rows):
-            count = rows_RD.shape[0]
-            if group and size + count > HEAD_ROWS:
-                self._sample_group(chunks, results, rows, group)
-                group, size = [], 0
-            if count:
-                group.append(index)
-                size += count
-        if group:
-            self._sample_group(chunks, results, rows, group)
-        return StepResult(tuple(results))
-
-    def _sample_group(
-        self, chunks: Sequence[ScheduledChunk], results: list[ChunkResult], rows: Sequence[Tensor], group: Sequence[int]
+    def _sample(
+        self,
+        chunks: Sequence[ScheduledChunk],
+        results: list[ChunkResult],
+        states_MD: Tensor,
+        rows: Sequence[range],
+        group: Sequence[int],
     ) -> None:
-        logits_RV = self.decoder.logits(torch.cat([rows[index] for index in group]))
-        found = sample_chunks(self.sampler, [chunks[index] for index in group], logits_RV)
+        """Add tokens and best logits to the results of a group of chunks, given by their indices."""
+        size = sum(len(rows[index]) for index in group)
+        states_RD = (
+            states_MD
+            if size == states_MD.shape[0]
+            else torch.cat([states_MD[rows[index].start : rows[index].stop] for index in group])
+        )
+        found = sample_chunks(self.sampler, [chunks[index] for index in group], self.decoder.logits(states_RD))
         for index, result in zip(group, found, strict=True):
             report = results[index]
             error = report.error or result.error
@@ -178,6 +176,20 @@ class ModelRunner:
 def sampler_for(decoder: Decoder) -> Sampler:
     """Return the sampler that works where a decoder's logits are."""
     return DeviceSampler() if decoder.device.type == "cuda" else HostSampler()
+
+
+def _groups(sampled_rows: Sequence[range]) -> Iterator[list[int]]:
+    """Yield the indices of chunks that have sampled rows, HEAD_ROWS rows or one chunk at a time."""
+    group, size = list[int](), 0
+    for index, rows in enumerate(sampled_rows):
+        if group and size + len(rows) > HEAD_ROWS:
+            yield group
+            group, size = [], 0
+        if rows:
+            group.append(index)
+            size += len(rows)
+    if group:
+        yield group
 
 
 def rows_for_logits(chunk: ScheduledChunk) -> int:
@@ -204,20 +216,22 @@ def sampling_row(chunk: ScheduledChunk, place: int) -> SamplingRow:
 
 def sample_chunks(sampler: Sampler, chunks: Sequence[ScheduledChunk], logits_RV: Tensor) -> list[ChunkResult]:
     """Return the tokens and best logits of chunks whose last rows gave these logits, one after the other."""
-    places = [(chunk, place) for chunk in chunks for place in range(chunk.num_sampled)]
-    starts, start = list[int](), 0
+    rows, places, starts, start = list[int](), list[SamplingRow](), list[int](), 0
     for chunk in chunks:
         starts.append(start)
+        for place in range(chunk.num_sampled):
+            rows.append(start + place)
+            places.append(sampling_row(chunk, place))
         start += rows_for_logits(chunk)
-    rows = [row for chunk, start in zip(chunks, starts, strict=True) for row in range(start, start + chunk.num_sampled)]
     chosen_RV = logits_RV if len(rows) == logits_RV.shape[0] else logits_RV[rows]
-    outcomes = iter(sampler.sample(chosen_RV, [sampling_row(*each) for each in places]) if places else ())
+    outcomes = iter(sampler.sample(chosen_RV, places) if places else ())
     results = list[ChunkResult]()
     for chunk, start in zip(chunks, starts, strict=True):
-        found = [next(outcomes) for _ in range(chunk.num_sampled)]
+        found = list(islice(outcomes, chunk.num_sampled))
+        tokens = tuple(each for each in found if isinstance(each, SampledToken))
         error = next((each for each in found if isinstance(each, Exception)), None)
-        tokens = tuple(each for each in found if isinstance(each, SampledToken)) if error is None else ()
-        results.append(ChunkResult(tokens, top_logits=_best_logits(chunk, logits_RV, start), error=error))
+        top_logits = _best_logits(chunk, logits_RV, start)
+        results.append(ChunkResult(tokens if error is None else (), top_logits=top_logits, error=error))
     return results
 
 

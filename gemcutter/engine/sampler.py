@@ -83,7 +83,7 @@ class HostSampler:
 
     def sample(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | Exception]:
         """Return each row's token, or its error."""
-        here_RV = logits_RV.cpu()
+        here_RV = logits_RV if logits_RV.is_cpu else logits_RV.cpu()
         with one_thread():
             edited_RV, errors = edit(here_RV, rows)
             return [
@@ -98,13 +98,16 @@ def _sample_row(logits_V: Tensor, edited_V: Tensor, row: SamplingRow) -> Sampled
             token = int(edited_V.numpy().argmax())  # ten times as fast as torch's on one thread
         else:
             token = sample_token(edited_V, row.params, row.random)
-        return finish_row(logits_V, edited_V, row, token, float(edited_V[token]))
+        return finish_row(logits_V, edited_V, row, token, float(edited_V[token]) if row.is_edited else 0.0)
     except Exception as error:
         return error
 
 
 def finish_row(logits_V: Tensor, edited_V: Tensor, row: SamplingRow, token: int, logit: float) -> SampledToken:
-    """Return a row's token with what was asked beside it. Raises RequestError if its edited logit says that none is left."""
+    """Return a row's token with what was asked beside it.
+
+    Raises RequestError if `logit`, that of an edited row's token, says that none is left; no other row's is looked at.
+    """
     if row.is_edited and logit == -torch.inf:
         raise RequestError("no token is left to sample: logits processors, bias and suppression leave -inf everywhere")
     best = row.params.logprobs

@@ -25,5 +25,5 @@ class Rope:
 
     def tables(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the rows' angles, [N, 1, E/2] each."""
-        angles = positions_N.float()[:, None, None] * self.frequencies_C
+        angles = positions_N.float().view(-1, 1, 1) * self.frequencies_C
         return elementwise(torch.cos, angles).to(self.dtype), elementwise(torch.sin, angles).to(self.dtype)

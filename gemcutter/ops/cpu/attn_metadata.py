@@ -18,6 +18,7 @@ from torch import Tensor
 from gemcutter.errors import KernelError
 from gemcutter.native import StepView
 from gemcutter.ops.backend import AttnKinds
+from gemcutter.ops.cpu.bindings import rows_of
 from gemcutter.ops.step import KVRange, Step
 from gemcutter.plan import GroupId, RopeSpec
 
@@ -64,7 +65,7 @@ def _build(step: Step, group: GroupId, ropes: list[RopeSpec]) -> CpuAttnMetadata
     alive: list[Any] = [query_start, kv_start, first_slot, slots_of, listed, positions, slots, last]
     addresses = list[tuple[RopeSpec, int]]()
     for rope in ropes:
-        cos, sin = (table.float().contiguous() for table in step.rope[rope]) if rope in step.rope else (None, None)
+        cos, sin = map(rows_of, step.rope[rope]) if rope in step.rope else (None, None)
         struct = StepView(
             rows=step.num_rows,
             sequences=len(step.query_start) - 1,
@@ -92,4 +93,4 @@ def _listed(kv_range: KVRange) -> Tensor | None:
 
 
 def _longs(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.long).contiguous()
+    return tensor if tensor.dtype == torch.long and tensor.is_contiguous() else tensor.to(torch.long).contiguous()
