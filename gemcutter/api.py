@@ -29,7 +29,7 @@ from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
 from gemcutter.text.stream import TextStream
-from gemcutter.text_assets import read_defaults, read_template, read_tokenizer
+from gemcutter.text_assets import read_text_assets
 
 __all__ = [
     "Chunk",
@@ -103,9 +103,9 @@ class Model:
         self._ignore = ignore  # patterns of config keys and tensor names that adapters may have, too
         self.plan = checkpoint.plan
         self.notes = checkpoint.matched.notes(checkpoint.plan)  # what was left out, and what an option costs
-        self.tokenizer = read_tokenizer(checkpoint.source)
-        self.template = read_template(checkpoint.source, self.tokenizer)
-        self.defaults = read_defaults(checkpoint, self.tokenizer)
+        text = read_text_assets(checkpoint)
+        self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
+        self.notes += text.notes
         self.loop = EngineLoop(engine)  # the way to the engine; its own methods are for the loop's thread
 
     def __enter__(self) -> Model:

@@ -43,5 +43,9 @@ class CapacityError(GemcutterError):
     """Not enough memory or pages for what was asked."""
 
 
+class NumericError(GemcutterError):
+    """Logits that are NaN or infinite: nothing can be sampled from them or scored."""
+
+
 class KernelError(GemcutterError):
     """No kernel accepts a site, or a kernel was asked for where it can't run."""

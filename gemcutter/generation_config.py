@@ -22,26 +22,51 @@ SAMPLED = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Stop ids, suppressed ids and sampling fields of one checkpoint; greedy unless its generation_config samples."""
+    """Stop ids, suppressed ids and sampling fields of one checkpoint; greedy unless its generation_config samples.
 
-    stop_ids: frozenset[int]
+    `stops` says of every stop id who asks for it.
+    """
+
+    stops: Mapping[int, tuple[str, ...]]
     suppress: tuple[int, ...]
     options: Mapping[str, Any]
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Return the ids that end a reply."""
+        return frozenset(self.stops)
+
     @classmethod
-    def read(cls, generation: Mapping[str, Any] | None, config: ModelConfig, tokenizer: Tokenizer) -> Defaults:
-        """Unite generation_config.json (None if absent), config.json and the tokenizer's markers. Raises ConfigError."""
+    def read(
+        cls,
+        generation: Mapping[str, Any] | None,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        end_of_turn: int | None = None,
+    ) -> Defaults:
+        """Unite generation_config.json (None if absent), config.json, the tokenizer's markers and its eos_token, and the marker
+        that the chat template puts after a reply. Raises ConfigError.
+        """
         raw, problems = generation or {}, list[str]()
-        markers = {tokenizer.id_of(piece) for piece in ENDS}
-        stop_ids = {*config.eos_token_ids, *_ids(raw, "eos_token_id", problems), *markers} - {None}
+        sources = {
+            "generation_config": _ids(raw, "eos_token_id", problems),
+            "config": config.eos_token_ids,
+            "tokenizer's eos_token": [tokenizer.id_of(tokenizer.special_tokens.get("eos_token", ""))],
+            "chat template": [end_of_turn],
+            "markers of this family": [tokenizer.id_of(piece) for piece in ENDS],
+        }
         media = [token for piece in MEDIA if (token := tokenizer.id_of(piece)) is not None]
         suppress = _ids(raw, "suppress_tokens", problems) or media
         options = _sampled(raw, problems)
         if problems:
             raise ConfigError("generation_config.json can't be used", problems)
         vocab = config.text.vocab_size
-        inside = (token for token in stop_ids if token is not None and token < vocab)
-        return cls(frozenset(inside), tuple(sorted(token for token in suppress if token < vocab)), options)
+        stops = dict[int, tuple[str, ...]]()
+        for source, ids in sources.items():
+            for token in ids:
+                if token is not None and token < vocab:
+                    stops[token] = (*stops.get(token, ()), source)
+        return cls(stops, tuple(sorted(token for token in suppress if token < vocab)), options)
 
     def sampling(self, options: Mapping[str, Any]) -> SamplingParams:
         """Return SamplingParams from the checkpoint's defaults and a caller's options, which win. Raises RequestError."""

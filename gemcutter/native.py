@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 2  # of the interface, gc_version()
+VERSION = 3  # of the interface, gc_version()
 LEVELS = ("portable", "avx2", "avx512", "amx")
 
 
@@ -48,17 +48,19 @@ class StepView(ctypes.Structure):
         ("kv_start", c_void_p),
         ("kv_first_slot", c_void_p),
         ("kv_slots", c_void_p),
+        ("kv_length", c_void_p),
         ("slot_mapping", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("last_visible", c_void_p),
+        ("checked_slots", c_int64),  # written by the library
     )
 
 
 class KVView(ctypes.Structure):
     """`gc_kv`: the tensors of the cache that hold one layer's keys and values."""
 
-    _fields_ = (("k", c_void_p), ("v", c_void_p), ("dtype", c_int32), ("reserved", c_int32))
+    _fields_ = (("k", c_void_p), ("v", c_void_p), ("slots", c_int64), ("dtype", c_int32), ("reserved", c_int32))
 
 
 class AttentionView(ctypes.Structure):

@@ -1,11 +1,14 @@
 """The text side of a checkpoint: tokenizer, chat template, and what it says about generation.
 
-Owns where they are found: in the files beside the weights, or in the metadata of a GGUF file, which brings its own. Refuses to
-know either's contents. Read `text/tokenizer.py` and `text/chat.py` for what is made of them, `api.py` for who asks.
+Owns where they are found: in the files beside the weights, or in the metadata of a GGUF file, which brings its own. Loading a
+model and the doctor both ask here, so that they agree. Refuses to know either's contents. Read `text/tokenizer.py` and
+`text/chat.py` for what is made of them, `api.py` for who asks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemcutter.checkpoint.container.source import Source
@@ -14,43 +17,73 @@ from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.generation_config import Defaults
 from gemcutter.text.tokenizer import Tokenizer
 
+JINJA = "chat_template.jinja"
+
 if TYPE_CHECKING:  # the template engine is imported where there is a template
     from gemcutter.text.chat import ChatTemplate
 
 
-def read_tokenizer(source: Source) -> Tokenizer:
+@dataclass(frozen=True, slots=True)
+class TextAssets:
+    """Everything that text needs. `notes` say what does not fit together, though nothing fails."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: Defaults
+    notes: tuple[str, ...] = ()
+
+
+def read_text_assets(checkpoint: Checkpoint) -> TextAssets:
+    """Return the text side of a checkpoint. Raises CheckpointError or ConfigError for what is damaged or absent."""
+    tokenizer = read_tokenizer(checkpoint.source, checkpoint.plan.vocab)
+    template = read_template(checkpoint.source, tokenizer)
+    defaults = read_defaults(checkpoint, tokenizer, template)
+    return TextAssets(tokenizer, template, defaults, tuple(_notes(checkpoint, tokenizer, template)))
+
+
+def _notes(checkpoint: Checkpoint, tokenizer: Tokenizer, template: ChatTemplate | None) -> Iterator[str]:
+    yield from tokenizer.notes
+    vocab = checkpoint.plan.vocab
+    beyond = tokenizer.num_ids - vocab
+    if beyond > 0:
+        yield f"the tokenizer has {beyond} ids beyond the model's vocabulary of {vocab:,}; a prompt that needs one is refused"
+    if template is None and gguf.sniff(checkpoint.source) and (checkpoint.source.folder / JINJA).is_file():
+        yield f"the GGUF file has no chat template, and {JINJA} beside it is not used; convert the model again to put it in"
+
+
+def read_tokenizer(source: Source, vocab: int = 0) -> Tokenizer:
     """Return a checkpoint's tokenizer; a GGUF file without a vocabulary may have tokenizer.json beside it.
 
-    Raises CheckpointError for a damaged one, and where there is none.
+    `vocab` is how many ids the model has. Raises CheckpointError for a damaged one, and where there is none.
     """
     found = gguf.vocabulary(source) if gguf.sniff(source) else None
     if found is None:
-        return Tokenizer.load(source.folder)
+        return Tokenizer.load(source.folder, vocab)
     return Tokenizer.build(
         found.pieces,
         found.scores if found.merges is None else found.merges,
         markers=found.markers,
         literals=found.literals,
+        unused=found.unused,
         special_tokens=found.special_tokens,
         origin=str(source.files[0]),
+        num_ids=vocab,
     )
 
 
 def read_template(source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:
     """Return a checkpoint's chat template, None where it has none. Raises CheckpointError for a damaged one."""
-    is_gguf = gguf.sniff(source)
-    found = gguf.chat_template(source) if is_gguf else None
-    if is_gguf and found is None:
-        return None
+    if gguf.sniff(source):
+        named = {name: (text, f"{source.files[0]}[{key}]") for name, key, text in gguf.chat_templates(source)}
+        if not named:
+            return None
     from gemcutter.text.chat import ChatTemplate
 
-    if found is None:
-        return ChatTemplate.find(source.folder, tokenizer)
-    return ChatTemplate(found, tokenizer, origin=f"{source.files[0]}[tokenizer.chat_template]")
+    return ChatTemplate.of_named(named, tokenizer) if gguf.sniff(source) else ChatTemplate.find(source.folder, tokenizer)
 
 
-def read_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Defaults:
+def read_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> Defaults:
     """Return what a checkpoint says about generation. Raises ConfigError."""
     source = checkpoint.source
     raw = gguf.generation(source) if gguf.sniff(source) else source.read_json("generation_config.json")
-    return Defaults.read(raw, checkpoint.config, tokenizer)
+    return Defaults.read(raw, checkpoint.config, tokenizer, None if template is None else template.end_of_turn())

@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from gemcutter.text.chat import ChatTemplate
-from gemcutter.text.tokenizer import Tokenizer, read_special_tokens
+from gemcutter.text.tokenizer import Tokenizer, read_object, special_tokens_of
 
 
 def fixtures() -> Path:
@@ -64,4 +64,6 @@ def _build(folder: Path) -> Tokenizer:
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     markers = json.loads((folder / "special_tokens.json").read_text(encoding="utf-8"))
     backend.add_special_tokens([AddedToken(marker["piece"], normalized=False, special=True) for marker in markers.values()])
-    return Tokenizer(backend, read_special_tokens(folder / "tokenizer_config.31B-derivative.real.json"), origin=folder.name)
+    return Tokenizer(
+        backend, special_tokens_of(read_object(folder, "tokenizer_config.31B-derivative.real.json") or {}), origin=folder.name
+    )

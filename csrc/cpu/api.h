@@ -50,15 +50,18 @@ typedef struct {
     const int64_t *kv_start;         // [S] the first position of the sequence that the cache holds
     const int64_t *kv_first_slot;    // [S] the slot of that position if slots are consecutive, else -1
     const int64_t *const *kv_slots;  // [S] otherwise the slots of positions kv_start, kv_start + 1, ...
+    const int64_t *kv_length;        // [S] how many positions of the sequence the cache holds
     const int64_t *slot_mapping;     // [N] the slot that each row's key and value are written to; null where none are
     const float *cos, *sin;          // [N, E / 2]; null where nothing is rotated
     const int64_t *
         last_visible;  // [N] the last position that a row sees if later than its own, never descending within a sequence; or null
+    mutable int64_t checked_slots;  // set by the first layer: the step was found to fit a cache of so many slots (bounds.h)
 } gc_step;
 
 // The tensors [T, K, E] of the KV cache that hold one layer's keys and values.
 typedef struct {
     void *k, *v;
+    int64_t slots;  // T
     int32_t dtype;  // GC_BF16 or GC_F32
     int32_t reserved;
 } gc_kv;

@@ -7,6 +7,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "bounds.h"
 #include "parallel_region.h"
 
 namespace gemcutter {
@@ -179,9 +180,10 @@ void attention(ThreadPool &pool, int index, const AttentionPlan &plan, const flo
 
 }  // namespace gemcutter
 
-// Attention of all rows of a step: out [N, H, E] from q [N, H, E], float32. Returns 0, or 1 if memory ran out.
+// Attention of all rows of a step: out [N, H, E] from q [N, H, E], float32. Returns 0, 1 if memory ran out, or OUT_OF_BOUNDS.
 GC_EXPORT int gc_attention_forward(const float *q, const gc_step *step, const gc_attention *layer, const gc_kv *kv, float *out) {
     using namespace gemcutter;
+    if (!fits(*step, *kv)) return OUT_OF_BOUNDS;
     return in_arena([&](Arena &arena) {
         AttentionPlan plan = plan_attention(arena, *step, *layer, *kv);
         parallel_region([&](ThreadPool &pool, int index) { attention(pool, index, plan, q, out, 0); });

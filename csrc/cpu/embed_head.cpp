@@ -2,6 +2,7 @@
 //
 // Owns their entry points; refuses to know layers and how matrices are multiplied. Read `layer_ops.h` for the layers between,
 // `ops/reference.py` for the definition of each op.
+#include "bounds.h"
 #include "layer_ops.h"
 #include "parallel_region.h"
 #include "repack.h"
@@ -21,11 +22,12 @@ void gather_row(const gc_ple &ple, int64_t id, void *panel, float *out) {
 }  // namespace
 }  // namespace gemcutter
 
-// Every entry returns 0, or 1 if memory for intermediate activations ran out.
+// Every entry returns 0, 1 if memory for intermediate activations ran out, or OUT_OF_BOUNDS for an id without a row.
 
 // out [count, D] = the table's rows that `ids` name, times `scale`.
 GC_EXPORT int gc_embed(const gc_matrix *table, const int64_t *ids, int64_t count, float scale, float *out) {
     using namespace gemcutter;
+    if (!are_inside(ids, count, table->rows)) return OUT_OF_BOUNDS;
     parallel_region([&](ThreadPool &pool, int index) {
         Range own = own_rows(count, index, pool.size);
         for (int64_t n = own.first; n < own.last; ++n) {
@@ -41,6 +43,7 @@ GC_EXPORT int gc_embed(const gc_matrix *table, const int64_t *ids, int64_t count
 // gathered by `ids`, or given as `tokens` [rows, layers, P].
 GC_EXPORT int gc_ple_embed(const gc_ple *ple, const float *x, const int64_t *ids, const float *tokens, int64_t rows, float *out) {
     using namespace gemcutter;
+    if (!tokens && !are_inside(ids, rows, ple->table.rows)) return OUT_OF_BOUNDS;
     return in_arena([&](Arena &arena) {
         const gc_matrix &weight = ple->projection;
         int64_t width = weight.rows, dim = ple->dim;

@@ -5,6 +5,7 @@
 // the mixture of experts, `embed_head.cpp` for the ops before the first and after the last layer.
 #include <string.h>
 
+#include "bounds.h"
 #include "layer_ops.h"
 #include "parallel_region.h"
 
@@ -222,12 +223,14 @@ void PleGate::run(ThreadPool &pool, int index, const float *x, const float *ple,
 
 }  // namespace gemcutter
 
-// Every entry returns 0, or 1 if memory for intermediate activations ran out.
+// Every entry returns 0, 1 if memory for intermediate activations ran out, or OUT_OF_BOUNDS, with nothing read or written, if
+// a step names rows, slots or positions that are not there.
 
 // q [M, H, E]: queries of the M rows that `keep` lists (null: of all rows); writes keys and values of all rows to the cache.
 GC_EXPORT int gc_qkv(const gc_layer *layer, const gc_step *step, const gc_kv *kv, const float *x, const int64_t *keep,
                      int64_t kept, float *q) {
     using namespace gemcutter;
+    if ((kv && !fits(*step, *kv)) || (keep && !are_inside(keep, kept, step->rows))) return OUT_OF_BOUNDS;
     return in_arena([&](Arena &arena) {
         Qkv qkv(arena, *layer, *step, kv, keep, kept);
         parallel_region([&](ThreadPool &pool, int index) { qkv.run(pool, index, x, q); });
@@ -268,6 +271,7 @@ constexpr int64_t MANY_ROWS = 64;  // from here on attention, mlp and ple_gate r
 GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const gc_step *kept, const gc_kv *kv,
                                const int64_t *keep, const float *x, const float *ple, int64_t ple_stride, float *out) {
     using namespace gemcutter;
+    if (!fits(*step, *kv) || !fits(*kept, *kv) || (keep && !are_inside(keep, kept->rows, step->rows))) return OUT_OF_BOUNDS;
     return in_arena([&](Arena &arena) {
         const gc_attention &shape = layer->attention;
         const Arena::Mark start = arena.mark();

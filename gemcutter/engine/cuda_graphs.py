@@ -23,7 +23,8 @@ from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.memory import most_pages
 from gemcutter.engine.runner import ChunkResult, PendingStep, StepResult, rows_for_logits, sample_chunks, sampler_for
 from gemcutter.engine.sampler import SampledToken, SamplingRow
-from gemcutter.engine.sampler_device import FLOATS, SamplingTensors, is_batchable, numbers_of, sample_batch
+from gemcutter.engine.sampler_device import FLOATS, SamplingTensors, is_batchable, marked, numbers_of, sample_batch
+from gemcutter.engine.sampling import not_finite
 from gemcutter.engine.scheduler import ON_DEVICE, ScheduledChunk
 from gemcutter.engine.step import slots_of
 from gemcutter.model.text import Decoder
@@ -102,6 +103,7 @@ class GraphBuffers:
         self._pinned = [PinnedBuffers(self._places, nbytes, is_cuda) for _ in range(2)]
         self._sampling = SamplingTensors(**{name: self._at(name) for name in (*FLOATS, "top_k")})
         self.step = self._lay_out()
+        self.found_N = torch.zeros_like(self._at("ids"))  # each row's token, -1 where its logits are not finite
         self._graphs: dict[TokenSource, torch.cuda.CUDAGraph] = {}
         self._logits_NV: Tensor | None = None  # of a step whose tokens the sampler chooses
 
@@ -201,12 +203,12 @@ class GraphBuffers:
         step = self.step
         step.rope.update(self.decoder.rope_tables(step.positions_N))
         logits_NV = self.decoder.logits(self.decoder.forward(step, self.pool))
-        if source is TokenSource.GREEDY:
-            step.ids_N.copy_(logits_NV.argmax(-1))
-        elif source is TokenSource.SAMPLED:
-            step.ids_N.copy_(sample_batch(logits_NV, self._sampling))
-        else:
+        if source is TokenSource.SAMPLER:
             self._logits_NV = logits_NV
+            return
+        tokens_N = logits_NV.argmax(-1) if source is TokenSource.GREEDY else sample_batch(logits_NV, self._sampling)
+        self.found_N.copy_(marked(logits_NV, tokens_N))
+        step.ids_N.copy_(tokens_N)
 
     def next_pinned(self) -> PinnedBuffers:
         """Return the idle one of the two pinned buffers: that of the step before the last one, whose tokens have come."""
@@ -245,7 +247,7 @@ class CapturedStep:
         tokens = self.pinned.tokens_N.tolist()
         return StepResult(
             tuple(
-                ChunkResult(tuple(SampledToken(tokens[row]) for row in self._rows(index, chunk, chunk.num_sampled)))
+                _result([tokens[row] for row in self._rows(index, chunk, chunk.num_sampled)])
                 for index, chunk in enumerate(self.chunks)
             )
         )
@@ -309,7 +311,7 @@ class CapturedSteps:
         buffers.fill(chunks, pinned)
         buffers.launch(source, self.is_captured)
         if source is not TokenSource.SAMPLER:
-            pinned.tokens_N.copy_(buffers.step.ids_N, non_blocking=True)
+            pinned.tokens_N.copy_(buffers.found_N, non_blocking=True)
             if pinned.arrived is not None:
                 pinned.arrived.record()
         return CapturedStep(chunks, buffers, source, pinned)
@@ -320,6 +322,10 @@ class CapturedSteps:
             widths = most_pages(self.decoder.plan, self.context, each)
             self._buffers[sequences, each] = GraphBuffers(self.decoder, self.pool, sequences, each, widths)
         return self._buffers[sequences, each]
+
+
+def _result(tokens: Sequence[int]) -> ChunkResult:
+    return ChunkResult(error=not_finite()) if min(tokens) < 0 else ChunkResult(tuple(map(SampledToken, tokens)))
 
 
 def _shape(chunks: Sequence[ScheduledChunk]) -> tuple[int, int]:

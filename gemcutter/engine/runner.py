@@ -7,6 +7,7 @@ and the accounting of pages. Read `cuda_graphs.py` for captured steps, `sampler.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,13 +17,16 @@ import torch
 from torch import Tensor
 
 from gemcutter.cache.kv_cache import PagedKVCache
+from gemcutter.engine.nonfinite import locate
 from gemcutter.engine.request import Request
 from gemcutter.engine.sampler import HostSampler, SampledToken, Sampler, SamplingRow
 from gemcutter.engine.sampler_device import DeviceSampler
-from gemcutter.engine.sampling import TokenLogprobs, best_of
+from gemcutter.engine.sampling import TokenLogprobs, best_of, not_finite
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
+from gemcutter.errors import NumericError
 from gemcutter.model.text import Decoder
+from gemcutter.ops.step import Step
 
 HEAD_ROWS = 32  # rows whose logits exist at one time: 32 MiB at 262,144 float32 logits a row
 
@@ -125,7 +129,8 @@ class ModelRunner:
 
     def run(self, chunks: Sequence[ScheduledChunk]) -> StepResult:
         """Run chunks eagerly: report on prompt rows, sample where tokens are wanted."""
-        states_MD = self.decoder.forward(build_step(self.decoder, chunks), self.pool)
+        step = build_step(self.decoder, chunks)
+        states_MD = self.decoder.forward(step, self.pool)
         results, sampled_rows = list[ChunkResult](), list[range]()
         start = 0
         for chunk in chunks:
@@ -135,7 +140,16 @@ class ModelRunner:
             start = stop
         for group in _groups(sampled_rows):
             self._sample(chunks, results, states_MD, sampled_rows, group)
+        if any(isinstance(result.error, NumericError) for result in results):
+            self._locate(step, results)
         return StepResult(tuple(results))
+
+    def _locate(self, step: Step, results: list[ChunkResult]) -> None:
+        """Let errors of logits that are not finite say where it began."""
+        error = locate(self.decoder, step, self.pool)
+        for index, result in enumerate(results):
+            if isinstance(result.error, NumericError):
+                results[index] = ChunkResult(error=error)
 
     def _report(self, chunk: ScheduledChunk, rows_MD: Tensor) -> ChunkResult:
         """Return the log-probabilities and states of a chunk of prompt rows."""
@@ -146,7 +160,10 @@ class ModelRunner:
                 targets = chunk.targets[start : start + HEAD_ROWS]
                 logprobs_RV = self.decoder.logits(rows_MD[start : start + len(targets)]).log_softmax(-1)
                 for row_V, token in zip(logprobs_RV, targets, strict=True):
-                    logprobs.append(TokenLogprobs(token, float(row_V[token]), best_of(row_V, best)))
+                    logprob = float(row_V[token])
+                    if not math.isfinite(logprob):
+                        raise not_finite()
+                    logprobs.append(TokenLogprobs(token, logprob, best_of(row_V, best)))
         except Exception as error:
             return ChunkResult(error=error)
         return ChunkResult(logprobs=tuple(logprobs), states_MD=rows_MD if request.hidden_states else None)
@@ -230,7 +247,10 @@ def sample_chunks(sampler: Sampler, chunks: Sequence[ScheduledChunk], logits_RV:
         found = list(islice(outcomes, chunk.num_sampled))
         tokens = tuple(each for each in found if isinstance(each, SampledToken))
         error = next((each for each in found if isinstance(each, Exception)), None)
-        top_logits = _best_logits(chunk, logits_RV, start)
+        try:
+            top_logits = _best_logits(chunk, logits_RV, start)
+        except NumericError as found_later:
+            top_logits, error = (), error or found_later
         results.append(ChunkResult(tokens if error is None else (), top_logits=top_logits, error=error))
     return results
 
@@ -239,4 +259,7 @@ def _best_logits(chunk: ScheduledChunk, logits_RV: Tensor, start: int) -> tuple[
     request: Request = chunk.sequence.request
     if not (chunk.in_prompt and request.top_logits):
         return ()
-    return best_of(logits_RV[start], request.top_logits)
+    found = best_of(logits_RV[start], request.top_logits)
+    if not math.isfinite(found[0][1]):
+        raise not_finite()
+    return found

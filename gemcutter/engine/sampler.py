@@ -8,6 +8,7 @@ V vocabulary, P edits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,7 +16,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gemcutter.engine.sampling import SamplingParams, TokenLogprobs, distribution, sample_token, token_logprobs, uniform
+from gemcutter.engine.sampling import (
+    SamplingParams,
+    TokenLogprobs,
+    distribution,
+    is_finite,
+    not_finite,
+    sample_token,
+    token_logprobs,
+    uniform,
+)
 from gemcutter.engine.threads import one_thread
 from gemcutter.errors import RequestError
 
@@ -95,10 +105,13 @@ class HostSampler:
 def _sample_row(logits_V: Tensor, edited_V: Tensor, row: SamplingRow) -> SampledToken | Exception:
     try:
         if row.params.temperature == 0:
-            token = int(edited_V.numpy().argmax())  # ten times as fast as torch's on one thread
+            numbers_V = edited_V.numpy()
+            token = int(numbers_V.argmax())  # ten times as fast as torch's on one thread
+            logit = float(numbers_V[token])
         else:
             token = sample_token(edited_V, row.params, row.random)
-        return finish_row(logits_V, edited_V, row, token, float(edited_V[token]) if row.is_edited else 0.0)
+            logit = float(edited_V[token])
+        return finish_row(logits_V, edited_V, row, token, logit)
     except Exception as error:
         return error
 
@@ -106,14 +119,17 @@ def _sample_row(logits_V: Tensor, edited_V: Tensor, row: SamplingRow) -> Sampled
 def finish_row(logits_V: Tensor, edited_V: Tensor, row: SamplingRow, token: int, logit: float) -> SampledToken:
     """Return a row's token with what was asked beside it.
 
-    Raises RequestError if `logit`, that of an edited row's token, says that none is left; no other row's is looked at.
+    `logit` is the edited one of the token. Raises NumericError if the model's logits are not finite, and RequestError if those
+    that the row's own edits leave are not.
     """
-    if row.is_edited and logit == -torch.inf:
-        raise RequestError("no token is left to sample: logits processors, bias and suppression leave -inf everywhere")
+    if not math.isfinite(logit):
+        raise not_finite() if not row.is_edited or not is_finite(logits_V) else RequestError(NOTHING_LEFT)
     best = row.params.logprobs
     logprobs = None if best is None else token_logprobs(logits_V, token, best)
     return SampledToken(token, logprobs, distribution(edited_V, row.params) if row.want_probs else None)
 
+
+NOTHING_LEFT = "no token is left to sample: logits processors, bias and suppression leave -inf everywhere, or no finite number"
 
 # ---- edits ----
 

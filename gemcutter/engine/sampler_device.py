@@ -72,6 +72,12 @@ def sample_batch(logits_RV: Tensor, tensors: SamplingTensors) -> Tensor:
     return torch.where(tensors.temperature == 0, logits_RV.argmax(-1), found)  # ties break alike whatever the batch holds
 
 
+def marked(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
+    """Return tokens that were sampled from unedited logits, -1 in rows whose logits are not finite."""
+    finite_R = torch.isfinite(logits_RV.gather(1, tokens_R[:, None])[:, 0])
+    return torch.where(finite_R, tokens_R, -1)
+
+
 class DeviceSampler:
     """Samples where the logits are; of each step only the tokens, and what was asked beside them, come to the host."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemcutter.errors import RequestError
+from gemcutter.errors import NumericError, RequestError
 
 LARGEST = 1e30  # of a factor or summand: float32 holds its products with any logit
 SMALLEST = 1e-30
@@ -121,6 +121,18 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+def is_finite(x: Tensor) -> bool:
+    """Return whether all elements are finite."""
+    return bool(torch.isfinite(x).all())
+
+
+def not_finite(where: str = "; is the checkpoint damaged?") -> NumericError:
+    """Return the error of logits that are not finite."""
+    return NumericError(
+        f"the logits are not finite (NaN or infinity){where}; `gemcutter doctor MODEL --data` looks at all stored values"
+    )
+
+
 def token_logprobs(logits_V: Tensor, token: int, best: int) -> TokenLogprobs:
     """Return the log-probabilities of soft-capped logits."""
     logprobs = logits_V.log_softmax(-1)
@@ -134,12 +146,17 @@ def best_of(values_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:
 
 
 def sample_token(logits_V: Tensor, params: SamplingParams, random: float) -> int:
-    """Return the token that a number `random` of [0, 1) picks from edited logits, on any device."""
+    """Return the token that a number `random` of [0, 1) picks from edited logits, on any device.
+
+    Where some are not finite it is one whose own logit is not.
+    """
     if params.temperature == 0:
         return int(logits_V.argmax())
     probs_C, ids_C = candidates(logits_V, params)
     total = probs_C.cumsum(0)
-    place = torch.searchsorted(total, random * float(total[-1]), right=True)
+    if not math.isfinite(whole := float(total[-1])):
+        return int(logits_V.argmax())  # of NaN and infinity, which it takes for the largest
+    place = torch.searchsorted(total, random * whole, right=True)
     return int(ids_C[min(int(place), len(ids_C) - 1)])
 
 

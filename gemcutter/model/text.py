@@ -175,7 +175,7 @@ class Decoder:
         body = self.adapted if any(step.adapters) else self
         layers, ple_embed = body.layers, body.ple_embed
         first, remaining, normed = self.plan.num_full_layers, step.remaining, None
-        early, late = _embed_ple(ple_embed, x_ND, step, first, len(layers))
+        early, late = _embed_ple(self.plan, ple_embed, x_ND, step)
         for layer, ple in zip(layers[:first], early, strict=True):
             x_ND, normed = layer.forward(x_ND, step, cache, ple, normed)
             if observe is not None:
@@ -271,17 +271,29 @@ class Decoder:
 
 
 def _embed_ple(
-    embed: Callable[..., Tensor] | None, x_ND: Tensor, step: Step, first: int, count: int
+    plan: ModelPlan, embed: Callable[..., Tensor] | None, x_ND: Tensor, step: Step
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """Return the per-layer embeddings of the `first` layers, which all rows pass, and of the others, which only some pass."""
+    """Return the per-layer embeddings of the layers that all rows pass, and of the others, which only some pass."""
+    first, count = plan.num_full_layers, len(plan.layers)
     if embed is None:
         return [None] * first, [None] * (count - first)
 
     def rows(x: Tensor, step: Step, start: int, stop: int) -> Sequence[Tensor]:
-        return embed(x, step.ple_ids_N, start, stop, step.adapter_rows).unbind(1) if start < stop else []
+        return embed(x, _ple_ids(plan, step.ple_ids_N), start, stop, step.adapter_rows).unbind(1) if start < stop else []
 
     if step.kept is None:
         found = rows(x_ND, step, 0, count)
         return found[:first], found[first:]
     late = [] if step.keeps_none else rows(x_ND[step.logit_rows_M], step.kept, first, count)
     return rows(x_ND, step, 0, first), late
+
+
+def _ple_ids(plan: ModelPlan, ids_N: Tensor) -> Tensor:
+    """Return the ids to look up in the table of per-layer embeddings.
+
+    Where a vocabulary was extended and the table was not, new ids have no row there: they get the padding token's, as other
+    implementations of this architecture do for ids outside of the table.
+    """
+    if plan.ple_vocab >= plan.vocab:
+        return ids_N
+    return torch.where(ids_N < plan.ple_vocab, ids_N, plan.pad_id if plan.pad_id < plan.ple_vocab else 0)

@@ -15,8 +15,10 @@ from torch import Tensor
 from gemcutter.ops.lora import add_low_rank
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Step
 from gemcutter.plan import LayerPlan
-from gemcutter.quant import Weight
+from gemcutter.quant import Weight, dequantize
 from gemcutter.quant.lora import Delta
+
+CHUNK_ELEMENTS = 1 << 22  # of a weight that is dequantized at a time
 
 Param = Weight | Tensor
 AdapterDeltas = Mapping[str, Sequence[Delta]]  # what an adapter adds to weights, by parameter
@@ -86,3 +88,10 @@ def rounded_root(size: int, context: OpContext) -> float:
 def closing_scale(layer: LayerPlan, params: Mapping[str, Param], op: str) -> float:
     """Return the layer's scalar in the op that closes the layer, "ple_gate" or else "mlp"; 1 in any other."""
     return float(vector(params, "scale")) if op == ("ple_gate" if layer.ple_dim else "mlp") else 1.0
+
+
+def has_finite_values(param: Param) -> bool:
+    """Return whether all values of a parameter are finite."""
+    if isinstance(param, Weight):
+        return all(bool(torch.isfinite(dequantize(chunk)).all()) for chunk in param.row_chunks(CHUNK_ELEMENTS))
+    return bool(torch.isfinite(param).all())

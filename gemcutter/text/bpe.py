@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Any
 
+from gemcutter.sidecar.tokenizer_json import NORMALIZER, PRE_TOKENIZERS
+
 Rank = Any  # numbers or tuples of them, all of one kind; the smallest is merged first
 RankOf = Callable[[str, str], Rank | None]
 
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-# What a tokenizer.json of Gemma's kind says beside vocabulary, merges and added tokens. Its splits at spaces find none.
-NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-PRE_TOKENIZERS = (None, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False})
 MODEL = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "byte_fallback": True, "ignore_merges": False}
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -119,8 +118,12 @@ def read_bpe(raw: Mapping[str, Any]) -> tuple[Bpe, frozenset[int]] | None:
         return None
     spelled = [" ".join(merge) if isinstance(merge, list) and len(merge) == 2 else merge for merge in merges]
     contents = {token.get("content"): token.get("id") for token in added}
-    if not fits(ids, spelled) or any(not piece or ids.get(piece) != id for piece, id in contents.items()):
+    if not fits(ids, spelled) or any(not piece or ids.get(piece, id) != id for piece, id in contents.items()):
         return None
+    if new := {piece: id for piece, id in contents.items() if piece not in ids}:  # a vocabulary that was extended
+        if set(new.values()) & set(ids.values()) or len(set(new.values())) < len(new):
+            return None
+        ids = {**ids, **new}
     special = frozenset(token["id"] for token in added if token.get("special"))
     return Bpe(ids, by_merges(spelled), contents), special
 

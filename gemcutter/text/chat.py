@@ -1,6 +1,6 @@
 """Conversations to prompts, through the chat template that a checkpoint brings.
 
-Owns the search for the template, the sandbox it runs in (a template is foreign code), and the check of the messages it is given.
+Owns the search for the template and the check of the messages it is given. `template_sandbox.py` is what it runs in.
 Refuses to know turn markers or thinking cues: what a prompt looks like is the template's business alone. Media bytes and tool
 grammar live elsewhere; here an image is a part of type `image` and a tool call is a name with an object of arguments.
 Read `tokenizer.py` for the encoding of the rendered prompt, `stream.py` for what comes back.
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gemcutter.errors import CheckpointError, RequestError
-from gemcutter.text.tokenizer import Tokenizer, read_json
+from gemcutter.errors import CheckpointError, GemcutterError, RequestError
+from gemcutter.sidecar.templates import DEFAULT, TOOL_USE, find_templates
+from gemcutter.text.template_sandbox import Sandbox, limited_turns
+from gemcutter.text.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 # Types of content parts; only text carries something that a template prints, the others become a placeholder.
@@ -34,18 +34,19 @@ class ChatTemplate:
     `variables` are the names that the template may look up: an option that is not among them would have no effect.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, *, origin: str = "chat template") -> None:
+    def __init__(
+        self, source: str, tokenizer: Tokenizer, *, origin: str = "chat template", with_tools: ChatTemplate | None = None
+    ) -> None:
         """Compile `source`; special tokens come from `tokenizer`, and errors name `origin`.
 
-        Raises CheckpointError, naming the line, when the source is not a valid template.
+        `with_tools` is rendered instead where tools are given. Raises CheckpointError, naming the line, when the source is not a
+        valid template.
         """
-        self.origin = origin
-        self._tokenizer = tokenizer
-        environment = _environment()
+        self.origin, self.source = origin, source
+        self._tokenizer, self._with_tools = tokenizer, with_tools
         try:
-            syntax_tree = environment.parse(source)
-            self.variables: frozenset[str] = frozenset(jinja2.meta.find_undeclared_variables(syntax_tree))
-            self._template = environment.from_string(syntax_tree)
+            self._template, tree = Sandbox().compile_limited(source)
+            self.variables: frozenset[str] = frozenset(jinja2.meta.find_undeclared_variables(tree))
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{origin}:{error.lineno}: the chat template is not valid Jinja: {error.message}") from error
         except Exception as error:  # absurd nesting fails in Python's own parser or recursion limit
@@ -55,17 +56,19 @@ class ChatTemplate:
     def find(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         """Return the template of a checkpoint's folder, or None when it has none, as base models.
 
-        Looks for chat_template.jinja, then chat_template.json, then `chat_template` in tokenizer_config.json, where the entry
-        called `default` of a list wins. Raises CheckpointError, naming the file, for a damaged file or template.
+        Where there are several, conversations with tools get the one that is called `tool_use`. Raises CheckpointError, naming
+        the file, for a damaged file or template.
         """
-        path = folder / "chat_template.jinja"
-        if path.is_file():
-            return cls(_read_text(path), tokenizer, origin=str(path))
-        for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-            source = _pick(read_json(path).get("chat_template"), path) if path.is_file() else None
-            if source is not None:
-                return cls(source, tokenizer, origin=f"{path}[chat_template]")
-        return None
+        return cls.of_named(find_templates(folder), tokenizer)
+
+    @classmethod
+    def of_named(cls, named: Mapping[str, tuple[str, str]], tokenizer: Tokenizer) -> ChatTemplate | None:
+        """Return the template of `find_templates`, None where there is none. Raises CheckpointError if one can't be compiled."""
+        if DEFAULT not in named:
+            return None
+        compiled = {name: cls(source, tokenizer, origin=origin) for name, (source, origin) in named.items()}
+        compiled[DEFAULT]._with_tools = compiled.get(TOOL_USE)
+        return compiled[DEFAULT]
 
     def render(
         self,
@@ -82,6 +85,9 @@ class ChatTemplate:
         Raises RequestError, naming each `messages[i].field`, for malformed messages, for options that the template does not read,
         and for what it refuses itself.
         """
+        if tools and self._with_tools is not None:
+            chosen = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking, "tools": tools}
+            return self._with_tools.render(messages, **chosen, **extra)  # type: ignore[arg-type]
         self._refuse_ignored({"tools": tools, "enable_thinking": enable_thinking}, extra)
         variables: dict[str, Any] = {
             **self._tokenizer.special_tokens,
@@ -92,7 +98,8 @@ class ChatTemplate:
             **extra,
         }
         try:
-            return self._template.render(variables)
+            with limited_turns():
+                return self._template.render(variables)
         except Exception as error:  # a template is foreign code: it can fail in any way that Python can
             raise RequestError(f"{self.origin}: the chat template failed on this conversation: {_describe(error)}") from error
 
@@ -113,6 +120,18 @@ class ChatTemplate:
             messages, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking, tools=tools, **extra
         )
         return self._tokenizer.encode(prompt, bos=True)
+
+    def end_of_turn(self) -> int | None:
+        """Return the id that this template puts after a reply, None where it puts no marker there."""
+        reply = "gemcutter"
+        try:
+            text = self.render(
+                [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": reply}], add_generation_prompt=False
+            )
+            ids = self._tokenizer.encode(text.rpartition(reply)[2].lstrip(), bos=False)
+        except GemcutterError:
+            return None  # it refuses such a conversation
+        return ids[0] if ids and ids[0] in self._tokenizer.special_ids else None
 
     def _refuse_ignored(self, options: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         given = [name for name, value in options.items() if value] + list(extra)
@@ -217,59 +236,6 @@ def _check_tools(tools: Any, problems: list[str]) -> None:
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             problems.append(f"tools[{i}].function: expected an object with a name, found {_name(function)}")
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Return the sandbox that chat templates are written for: the settings and names that transformers gives them."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], finalize=_spell_null
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _spell_null(value: Any) -> Any:
-    """Print None as `null`: templates before July 2026 print arguments as they are, and the model never saw Python's spelling."""
-    return "null" if value is None else value
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Replace Jinja's own filter, which escapes `<`, `>` and `&` for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _pick(entry: Any, path: Path) -> str | None:
-    """Return the source from a `chat_template` value: a string, or the default of a list of {name, template}."""
-    if isinstance(entry, list):
-        named = [item for item in entry if isinstance(item, dict) and isinstance(item.get("template"), str)]
-        chosen = next((item for item in named if item.get("name") == "default"), named[0] if named else None)
-        entry = entry if chosen is None else chosen["template"]
-    if isinstance(entry, str | None):
-        return entry
-    raise CheckpointError(f"{path}: chat_template is {_name(entry)}, expected a string or a list of {{name, template}} objects")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}): download the file again") from error
 
 
 def _describe(error: Exception) -> str:

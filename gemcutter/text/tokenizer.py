@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemcutter.errors import CheckpointError, RequestError
+from gemcutter.sidecar.small_file import limits_of, parse_object, read_beside, shown
+from gemcutter.sidecar.tokenizer_json import add_config_tokens, check_kind
 from gemcutter.text.bpe import BYTES, Bpe, by_merges, by_scores, fits, read_bpe
 
 if TYPE_CHECKING:  # the library is imported where it is needed
     import tokenizers
 
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 BOS = "<bos>"
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # A Gemma tokenizer gives these back unchanged: leading spaces, a capital, an accent, an emoji (bytes, in small vocabularies).
@@ -44,12 +47,17 @@ class Tokenizer:
         *,
         origin: str = "tokenizer.json",
         literals: Sequence[str] = (),
+        unused: Iterable[int] = (),
         quick: tuple[Bpe, frozenset[int]] | None = None,
+        num_ids: int = 0,
+        notes: Sequence[str] = (),
     ) -> None:
-        """Take over `backend`; its truncation and padding are switched off. `literals` are added tokens that are text.
+        """Take over `backend`; its truncation and padding are switched off. `literals` are added tokens that are text, `unused`
+        the ids of pieces that stand for nothing.
 
         With `quick`, an encoder of the same vocabulary and its special ids, `backend` may be a function and is called when a text
-        is long. Raises CheckpointError, naming `origin`, when the vocabulary has no BOS or is not of Gemma's kind.
+        is long. `num_ids` is how many ids the model has: those without a piece add no text. `notes` say what the files disagree
+        on. Raises CheckpointError, naming `origin`, when the vocabulary has no BOS or is not of Gemma's kind.
         """
         self._make, self._literals = backend, literals
         self._bpe: Bpe | None = None if quick is None else quick[0]
@@ -58,8 +66,10 @@ class Tokenizer:
         self._pieces = {id: piece for piece, id in self._ids.items()}
         self.special_tokens: dict[str, str] = {"bos_token": BOS, **special_tokens}
         named = (self.id_of(piece) for piece in self.special_tokens.values())
-        self.special_ids: frozenset[int] = flagged | {id for id in named if id is not None}
+        self.special_ids: frozenset[int] = flagged | {id for id in named if id is not None} | frozenset(unused)
         self.vocab_size: int = len(self._ids)
+        self.num_ids: int = max(num_ids, max(self._pieces, default=-1) + 1)
+        self.notes: tuple[str, ...] = tuple(notes)
         self.bos_id: int = self._find_bos(origin)
         self._check_round_trip(origin)
 
@@ -68,28 +78,44 @@ class Tokenizer:
         return _Library(self._make() if callable(self._make) else self._make, self._literals)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, num_ids: int = 0) -> Tokenizer:
         """Read tokenizer.json, and tokenizer_config.json if there is one, from a checkpoint's folder.
 
-        Raises CheckpointError, naming the file and the remedy, when a file is missing, damaged or of another kind.
+        Tokens that only tokenizer_config.json lists are added, as transformers does. Raises CheckpointError, naming the file and
+        the remedy, when a file is missing, damaged or of another kind.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: copy tokenizer.json from the original checkpoint into this folder")
-        special_tokens = read_special_tokens(folder / "tokenizer_config.json")
+        path = folder / TOKENIZER
+        options = read_object(folder, TOKENIZER_CONFIG) or {}
+
+        def read() -> tuple[dict[str, Any], list[str]]:
+            raw = read_object(folder, TOKENIZER)
+            if raw is None:
+                raise CheckpointError(f"{path} is missing: copy tokenizer.json from the original checkpoint into this folder")
+            check_kind(raw, str(path))
+            return add_config_tokens(raw, options)
 
         def backend() -> tokenizers.Tokenizer:
             import tokenizers
 
+            raw, _ = read()
+            for setting in ("truncation", "padding", "post_processor", "decoder"):  # which are this module's business
+                raw[setting] = None
             try:
-                return tokenizers.Tokenizer.from_file(str(path))
+                made = tokenizers.Tokenizer.from_str(json.dumps(raw))
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as error:  # hostile files make the library panic, and its panic is no Exception
                 raise CheckpointError(f"{path} can't be read ({error}): download the file again") from error
+            moved = [token["content"] for token in raw["added_tokens"] if made.token_to_id(token["content"]) != token["id"]]
+            if moved:
+                raise CheckpointError(f"{path}: {shown(moved)} can't have the ids that the files give them; download them again")
+            return made
 
-        quick = _read_quick(path)
-        return cls(backend if quick else backend(), special_tokens, origin=str(path), quick=quick)
+        raw, notes = read()
+        quick = read_bpe(raw)
+        del raw
+        named = special_tokens_of(options)
+        return cls(backend if quick else backend(), named, origin=str(path), quick=quick, num_ids=num_ids, notes=notes)
 
     @classmethod
     def build(
@@ -99,14 +125,16 @@ class Tokenizer:
         *,
         markers: Iterable[int],
         literals: Iterable[int] = (),
+        unused: Iterable[int] = (),
         special_tokens: Mapping[str, str] | None = None,
         origin: str = "vocabulary",
+        num_ids: int = 0,
     ) -> Tokenizer:
         """Make a tokenizer of Gemma's kind from its parts: pieces by id, and merges in the order of their rank.
 
         Merges are spelled "left right"; a vocabulary that has none gives the scores of its plain pieces. `markers` are ids that
-        stand for no text; `literals` are found whole in a text before anything is merged. Raises CheckpointError, naming
-        `origin`, for parts that make no tokenizer.
+        stand for no text; `literals` are found whole in a text before anything is merged; `unused` and `num_ids` are those of a
+        tokenizer. Raises CheckpointError, naming `origin`, for parts that make no tokenizer.
         """
         vocabulary = {piece: id for id, piece in enumerate(pieces)}
         if len(vocabulary) != len(pieces):
@@ -135,7 +163,8 @@ class Tokenizer:
             rank = by_scores(merges, vocabulary) if isinstance(merges, Mapping) else by_merges(merges)
             quick = Bpe(vocabulary, rank, [*texts, *special], texts), frozenset(vocabulary[piece] for piece in special)
         made = backend if quick else backend()
-        return cls(made, special_tokens or {}, origin=origin, literals=texts, quick=quick)
+        named = special_tokens or {}
+        return cls(made, named, origin=origin, literals=texts, unused=unused, quick=quick, num_ids=num_ids)
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """Return the ids of `text`; markers in it (`<|turn>`) become their ids, as prompts from a template need.
@@ -173,14 +202,16 @@ class Tokenizer:
         return b"".join(map(self.bytes_of, shown)).decode("utf-8", errors="replace")
 
     def piece(self, id: int) -> str:
-        """Return the vocabulary's own spelling of `id`: `▁` for a space, `<0xNN>` for a byte.
+        """Return the vocabulary's own spelling of `id`: `▁` for a space, `<0xNN>` for a byte, nothing for an id without a piece.
 
         Raises RequestError for an id outside the vocabulary.
         """
         piece = self._pieces.get(id) if type(id) is int else None
-        if piece is None:
-            raise RequestError(f"token id {id!r} is not in the vocabulary: expected an integer from 0 to {self.vocab_size - 1}")
-        return piece
+        if piece is not None:
+            return piece
+        if type(id) is int and 0 <= id < self.num_ids:  # a row that pads the embeddings to a round number
+            return ""
+        raise RequestError(f"token id {id!r} is not in the vocabulary: expected an integer from 0 to {self.num_ids - 1}")
 
     def bytes_of(self, id: int) -> bytes:
         """Return the UTF-8 bytes that `id` adds to a text; a byte piece adds one, maybe a part of a character.
@@ -223,31 +254,25 @@ class Tokenizer:
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`.
+def read_object(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return the JSON object in a file of a folder, None where there is no such file.
 
     Raises CheckpointError, naming the file, when it can't be read or holds anything but an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}): download the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object: download the file again")
-    return value
+        raw = read_beside(folder, name)
+        return None if raw is None else parse_object(raw, "the file", limits_of(name))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / name} can't be read ({error}): download the file again") from error
 
 
-def read_special_tokens(path: Path) -> dict[str, str]:
-    """Return the special tokens that a tokenizer_config.json names, by attribute; a missing file names none.
+def special_tokens_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens that a tokenizer_config.json names, by attribute.
 
     A token is a string or a serialised object with its text in `content`; named extra tokens count as attributes too.
-    Raises CheckpointError for a damaged file.
     """
-    if not path.is_file():
-        return {}
-    config = read_json(path)
-    extra = config.get("extra_special_tokens")
-    entries = {**(extra if isinstance(extra, dict) else {}), **config}
+    extra = options.get("extra_special_tokens")
+    entries = {**(extra if isinstance(extra, dict) else {}), **options}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
     return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
 
@@ -286,15 +311,6 @@ class _Library:
         self.markerless.pre_tokenizer = backend.pre_tokenizer
         self.markerless.add_tokens(_added(literals, special=False))
         self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
-
-
-def _read_quick(path: Path) -> tuple[Bpe, frozenset[int]] | None:
-    """Read a tokenizer.json without the library; None for what is not exactly of Gemma's kind, damaged files included."""
-    try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return read_bpe(raw) if isinstance(raw, dict) else None
 
 
 def _pair(merge: str) -> tuple[str, str]:

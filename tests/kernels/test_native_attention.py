@@ -120,7 +120,7 @@ def attend(q_NHE: Tensor, step: Step, pool: Cache, layer: LayerPlan) -> Tensor:
     library = native.load_library()
     assert library is not None
     struct = native.AttentionView(heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim, window=layer.window or 0)
-    kv = native.KVView(k=pool.keys.data_ptr(), v=pool.values.data_ptr(), dtype=CODES[pool.keys.dtype])
+    kv = native.KVView(pool.keys.data_ptr(), pool.values.data_ptr(), len(pool.keys), CODES[pool.keys.dtype])
     out = torch.full_like(q_NHE, torch.nan)
     metadata = ctypes.c_void_p(of_group(step, layer.group, layer.rope))
     q, to = ctypes.c_void_p(q_NHE.data_ptr()), ctypes.c_void_p(out.data_ptr())

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "tower_plan": {"plan", "tower_config", "config"},  # config for type checking only
     "config": {"config_keys", "tower_config"},
     "native": set(),
+    "sidecar": set(),
     "gc_pause": set(),
     "quant": {"native"},
     "ops": {"plan", "quant", "native"},
@@ -32,12 +33,12 @@ MAY_IMPORT = {
     "model": {"plan", "quant", "ops"},
     "cache": {"plan", "ops"},
     "engine": {"plan", "model", "cache", "ops"},
-    "checkpoint": {"plan", "config", "quant", "native"},
-    "text": set(),
+    "checkpoint": {"plan", "config", "quant", "native", "sidecar"},
+    "text": {"sidecar"},
     "generation_config": {"config", "engine", "text"},
     "completion": {"engine", "text"},
     "api": {"load_options", "loading", "checkpoint", "engine", "model", "text", "text_assets", "completion", "gc_pause"},
-    "text_assets": {"checkpoint", "text", "generation_config"},
+    "text_assets": {"checkpoint", "text", "generation_config", "sidecar"},
     "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api"},
     "benchmark": {
         "plan",
@@ -74,6 +75,7 @@ TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 VAGUE_CLASSES = ("Manager", "Handler", "Helper", "Impl", "Wrapper", "Base")
 BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure", "TypedDict"}  # a Structure is a C struct
+BASES |= {"TemplateError", "Extension", "ImmutableSandboxedEnvironment"}  # how jinja2 is extended
 
 
 def part_of(path: Path) -> str:

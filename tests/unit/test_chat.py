@@ -270,7 +270,7 @@ def found_in(folder: Path) -> str | None:
         ("chat_template.jinja", b"\xff\xfe", r"chat_template\.jinja can't be read"),
         ("chat_template.jinja", b"a\n{% if", r"chat_template\.jinja:2: "),
         ("chat_template.json", b"{", r"chat_template\.json can't be read"),
-        ("chat_template.json", b"[]", r"chat_template\.json holds a list, expected a JSON object"),
+        ("chat_template.json", b"[]", r"chat_template\.json can't be read \(the file holds \[\] .*, not a JSON object"),
         ("tokenizer_config.json", b'{"chat_template": 5}', r"tokenizer_config\.json: chat_template is 5, expected"),
         ("tokenizer_config.json", b'{"chat_template": []}', r"tokenizer_config\.json: chat_template is a list, expected"),
         ("tokenizer_config.json", b'{"chat_template": "{% if"}', r"tokenizer_config\.json\[chat_template\]:1: "),

@@ -128,7 +128,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0", b"null", b"[]", b"{}", b"[" * 100_000, b'{"model":' * 5000, b"\xff\xfe{}"])
+@pytest.mark.parametrize("content", [b"", b"\0", b"null", b"[]", b"[" * 100_000, b'{"model":' * 5000, b"\xff\xfe{}"])
 def test_damaged_file_is_one_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json can't be read .*download the file again"):
@@ -158,7 +158,11 @@ def test_random_damage_is_harmless_or_one_error(tmp_path: Path) -> None:
         (lambda c: c.update(normalizer={"type": "Lowercase"}), "is not a tokenizer of Gemma's kind"),
         (lambda c: c["model"].update(byte_fallback=False), "is not a tokenizer of Gemma's kind"),
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "is not a tokenizer of Gemma's kind"),
-        (lambda c: c.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}), "can't encode a test text"),
+        (lambda c: c.clear(), "is not a tokenizer of Gemma's kind"),
+        (
+            lambda c: c.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}),
+            "is not a tokenizer of Gemma's kind",
+        ),
         (lambda c: c["model"]["merges"].append(["no", "such merge"]), "can't be read"),
         (lambda c: c["model"].update(continuing_subword_prefix="▁"), "can't be read"),  # makes the library panic
     ],

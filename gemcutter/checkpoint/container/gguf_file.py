@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor, StoredFile, name_problem
-from gemcutter.checkpoint.container.small_file import shown
 from gemcutter.errors import CheckpointError
+from gemcutter.sidecar.small_file import shown
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"

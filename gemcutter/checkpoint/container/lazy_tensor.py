@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from gemcutter.checkpoint.container.small_file import shown
 from gemcutter.errors import CheckpointError
+from gemcutter.sidecar.small_file import shown
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from gemcutter.checkpoint.container.lazy_tensor import (
     name_problem,
     tensor_nbytes,
 )
-from gemcutter.checkpoint.container.small_file import SMALL_BYTES, parse_object, shown
+from gemcutter.sidecar.small_file import SMALL_BYTES, parse_object, shown
 
 
 def read_shard(stored: StoredFile, prefix: bytes, problems: list[str]) -> tuple[list[LazyTensor], dict[str, Any]]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from gemcutter.checkpoint.container.small_file import parse_object, read_small, shown
+from gemcutter.sidecar.small_file import parse_object, read_small, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

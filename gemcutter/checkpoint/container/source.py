@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from gemcutter.checkpoint.container import gguf_file, safetensors_file
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor, MappedFile, StoredFile
 from gemcutter.checkpoint.container.shard_index import INDEX_NAME, SINGLE_NAME, indexed_files, missing_from_shards
-from gemcutter.checkpoint.container.small_file import insist_on_file, parse_object, read_small
 from gemcutter.errors import CheckpointError
+from gemcutter.sidecar.small_file import insist_on_file, limits_of, parse_object, read_beside
 
 _FOREIGN_FILES = {
     ".npz": "a NumPy archive, as early MLX conversions wrote",
@@ -94,7 +94,7 @@ class Source:
         """
         try:
             raw = self.read_sidecar(name)
-            return None if raw is None else parse_object(raw, "the file")
+            return None if raw is None else parse_object(raw, "the file", limits_of(name))
         except ValueError as error:
             raise CheckpointError(f"{self.folder / name}: {error}; repair it or download it again") from error
 
@@ -105,7 +105,7 @@ class Source:
         """
         if self.remote is not None:
             return self.remote.read(name)
-        return read_small(self.folder / name) if os.path.lexists(self.folder / name) else None
+        return read_beside(self.folder, name)
 
     def size_of_sidecar(self, name: str) -> int | None:
         """Return the bytes that the file `name` beside the tensors takes, or None where there is no such file."""

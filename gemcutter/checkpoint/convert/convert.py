@@ -17,7 +17,6 @@ from typing import Any
 
 import gemcutter
 from gemcutter.checkpoint.container.lazy_tensor import tensor_nbytes
-from gemcutter.checkpoint.container.small_file import read_small
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.convert.conversion_plan import MODEL_DTYPES, ConvertOptions, Listing, list_outputs
 from gemcutter.checkpoint.convert.tensor_writers import Output
@@ -29,18 +28,19 @@ from gemcutter.checkpoint.write.write_gguf import tensor_nbytes as gguf_nbytes
 from gemcutter.checkpoint.write.write_gguf import write_gguf
 from gemcutter.checkpoint.write.write_safetensors import PYTORCH_METADATA, whole_file, write_all, write_json, write_sharded
 from gemcutter.errors import CheckpointError
+from gemcutter.sidecar.small_file import read_small
+from gemcutter.sidecar.templates import ADDITIONAL, DEFAULT, JINJA, file_stem, find_templates
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 Texts = Callable[[Checkpoint], Mapping[str, bytes]]
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
-TEMPLATE = "chat_template.jinja"
 # What is carried over from beside the weights.
 SIDECAR_FILES = (
     TOKENIZER,
     TOKENIZER_CONFIG,
     GENERATION,
-    TEMPLATE,
+    JINJA,
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -188,8 +188,9 @@ def _copy_texts(checkpoint: Checkpoint, folder: Path, texts: Texts | None) -> No
     """Write what lies beside the weights: the source's files as they are, or what a GGUF's metadata says."""
     found: dict[str, bytes] = {}
     if checkpoint.format == gguf.NAME:
-        template, generation = gguf.chat_template(checkpoint.source), gguf.generation(checkpoint.source)
-        found |= {} if template is None else {TEMPLATE: template.encode("utf-8")}
+        generation = gguf.generation(checkpoint.source)
+        for name, _, text in gguf.chat_templates(checkpoint.source):
+            found[JINJA if name == DEFAULT else f"{ADDITIONAL}/{file_stem(name)}.jinja"] = text.encode("utf-8")
         found |= {} if texts is None else texts(checkpoint)
         if generation:
             write_json(folder / GENERATION, {"do_sample": True, **generation})
@@ -200,7 +201,12 @@ def _copy_texts(checkpoint: Checkpoint, folder: Path, texts: Texts | None) -> No
                 found[name] = read_small(path)
             except ValueError as error:
                 raise CheckpointError(f"{path} {error}; repair it, or remove it") from error
+    if checkpoint.format != gguf.NAME:
+        for name, (text, origin) in find_templates(checkpoint.source.folder).items():
+            if Path(origin).parent.name == ADDITIONAL:
+                found[f"{ADDITIONAL}/{name}.jinja"] = text.encode("utf-8")
     for name, content in found.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         with whole_file(folder / name) as file:
             write_all(file, folder / name, memoryview(content))
 
@@ -238,21 +244,14 @@ def _gguf_metadata(work: _Work) -> list[Entry]:
     special = source.read_json(TOKENIZER_CONFIG) or {}
     return [
         *gguf_metadata.describe(checkpoint.config, checkpoint.plan, source.folder.resolve().name, usual),
-        *gguf_metadata.tokenizer(raw, special, _template(source, special), checkpoint.plan.vocab, str(source.folder / TOKENIZER)),
+        *gguf_metadata.tokenizer(raw, special, _templates(source), checkpoint.plan.vocab, str(source.folder / TOKENIZER)),
         *gguf_metadata.sampling(source.read_json(GENERATION) or {}),
     ]
 
 
-def _template(source: Source, special: Mapping[str, Any]) -> str | None:
-    """Find the chat template in the file of its own, or where older checkpoints have it."""
-    path = source.folder / TEMPLATE
-    if path.is_file():
-        try:
-            return read_small(path).decode("utf-8")
-        except ValueError as error:
-            raise CheckpointError(f"{path} {error}; repair it, or remove it") from error
-    found = special.get("chat_template")
-    return found if isinstance(found, str) else None
+def _templates(source: Source) -> dict[str, str]:
+    """Return all chat templates by name."""
+    return {name: text for name, (text, _) in find_templates(source.folder).items()}
 
 
 # ---- what happens to all ----

@@ -18,7 +18,7 @@ from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTen
 from gemcutter.checkpoint.doctor.engine_compat import find_facts, judge
 from gemcutter.checkpoint.doctor.sidecar_files import SidecarFiles, read_sidecar_files
 from gemcutter.checkpoint.formats import FORMATS, Format
-from gemcutter.checkpoint.load.match import FLOATS, Matched, compare
+from gemcutter.checkpoint.load.match import FLOATS, Matched, compare, table_notes
 from gemcutter.checkpoint.remote.remote_source import received, survey
 from gemcutter.config import ModelConfig
 from gemcutter.errors import ConfigError, GemcutterError
@@ -150,7 +150,8 @@ def _problems_of(kind: str, error: GemcutterError) -> list[str]:
 def _remarks(plan: ModelPlan, config: ModelConfig, matched: Matched) -> Iterator[str]:
     pieces = [piece for found in matched.pieces.values() for piece in found]
     yield from (note for note in matched.notes(plan) if "skipped" in note)
-    if matched.defaults:
+    yield from table_notes(plan)
+    if matched.defaults and config.model_type.startswith("gemma4"):
         yield f"{len(matched.defaults)} layers have no layer_scalar: they are read as 1.0, which a trained model's are not"
     dense = [piece for piece in pieces if not isinstance(piece.data, PackedTensor) and len(piece.data.shape) > 1]
     if not any(isinstance(piece.data, PackedTensor) for piece in pieces):

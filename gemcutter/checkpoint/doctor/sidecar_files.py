@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemcutter.checkpoint.container.small_file import shown
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.config import ModelConfig
 from gemcutter.errors import GemcutterError
+from gemcutter.sidecar.small_file import shown
 
 PUBLISHED_VOCAB = 262_144
 PUBLISHED_ENDS = {"<eos>": 1, "<turn|>": 106, "<|tool_response>": 50}  # ids in the released vocabulary

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from gemcutter import config as configs
 from gemcutter.checkpoint.container.gguf_file import TENSOR_TYPES, Array
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
-from gemcutter.checkpoint.container.small_file import shown
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ModelPlan
+from gemcutter.sidecar.small_file import shown
 
 if TYPE_CHECKING:  # headers are read without torch
     from gemcutter.quant.packed import Packed
@@ -361,7 +361,7 @@ def _decode(array: Array, key: str) -> list[Any]:
 
 # ---- what else the metadata brings: vocabulary, chat template, sampling ----
 
-CONTROL, USER_DEFINED, BYTE, UNKNOWN = 3, 4, 6, 2
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(2, 7)
 # Converters mark some of these as plain text; no merges make them, and no text means them.
 MARKER = re.compile(r'<\|[a-z_"]+\|?>|<[a-z_]+\|>|<unused[0-9]+>')
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "mask": "mask_token"}
@@ -372,8 +372,8 @@ SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": 
 class Vocabulary:
     """What a tokenizer is made of: pieces by id, and merges, "left right", best first, or else the score of each plain piece.
 
-    `markers` are ids that stand for no text; `literals` are found in a text before anything is merged; `special_tokens` are
-    pieces under the names that chat templates use.
+    `markers` are ids that stand for no text, `unused` those of pieces that only pad the vocabulary; `literals` are found in a
+    text before anything is merged; `special_tokens` are pieces under the names that chat templates use.
     """
 
     pieces: list[str]
@@ -381,6 +381,7 @@ class Vocabulary:
     scores: dict[str, float]
     markers: list[int]
     literals: list[int]
+    unused: list[int]
     special_tokens: dict[str, str]
 
 
@@ -413,9 +414,10 @@ def vocabulary(source: Source) -> Vocabulary | None:
     ]
     hidden = set(markers)
     literals = [i for i, kind in enumerate(kinds) if kind == USER_DEFINED and i not in hidden]
+    unused = [i for i, kind in enumerate(kinds) if kind == UNUSED]
     ids = {name: source.metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL.items()}
     named = {name: pieces[i] for name, i in ids.items() if isinstance(i, int) and i < len(pieces)}
-    return Vocabulary(pieces, pairs, plain, markers, literals, named)
+    return Vocabulary(pieces, pairs, plain, markers, literals, unused, named)
 
 
 def _list(source: Source, name: str, value: object, kind: type, count: int | None = None) -> list[Any]:
@@ -429,10 +431,15 @@ def _list(source: Source, name: str, value: object, kind: type, count: int | Non
     return found
 
 
-def chat_template(source: Source) -> str | None:
-    """Return the chat template, or None where the file has none, as base models."""
-    found = source.metadata.get("tokenizer.chat_template")
-    return found if isinstance(found, str) else None
+TEMPLATE = "tokenizer.chat_template"
+
+
+def chat_templates(source: Source) -> Iterator[tuple[str, str, str]]:
+    """Yield each chat template's name, key and text, the default first; none where the file has none, as base models."""
+    for key in sorted(key for key in source.metadata if key == TEMPLATE or key.startswith(f"{TEMPLATE}.")):
+        text = source.metadata[key]
+        if isinstance(text, str):
+            yield key.removeprefix(TEMPLATE).removeprefix(".") or "default", key, text
 
 
 def generation(source: Source) -> dict[str, Any]:

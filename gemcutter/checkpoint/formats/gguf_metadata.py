@@ -14,6 +14,8 @@ from gemcutter.checkpoint.container.gguf_file import Array
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import Attn, ModelPlan
+from gemcutter.sidecar.templates import DEFAULT
+from gemcutter.sidecar.tokenizer_json import add_config_tokens, check_kind
 
 Entry = tuple[str, str, object]
 
@@ -21,6 +23,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # llama.cpp's kinds
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Markers that a chat parser must see in the text: as control tokens they would not be printed.
 VISIBLE = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
+TEMPLATE = "tokenizer.chat_template"
 SCORE = -1000.0  # of every piece: the merges say in which order a text is put together
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "mask": "mask"}
@@ -76,14 +79,16 @@ def frequencies(plan: ModelPlan) -> list[float]:
     return [1.0 if pair < rope.pairs else 1e30 for pair in range(rope.head_dim // 2)]
 
 
-def tokenizer(raw: Mapping[str, Any], special: Mapping[str, Any], template: str | None, vocab: int, origin: str) -> list[Entry]:
-    """Format the tokenizer of `raw`, a tokenizer.json; `special` is tokenizer_config.json.
+def tokenizer(
+    raw: Mapping[str, Any], special: Mapping[str, Any], templates: Mapping[str, str], vocab: int, origin: str
+) -> list[Entry]:
+    """Format the tokenizer of `raw`, a tokenizer.json; `special` is tokenizer_config.json, `templates` are the chat templates.
 
     Raises CheckpointError if it is not BPE with byte fallback, or has pieces beyond the model's `vocab`.
     """
-    model = raw.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise CheckpointError(f"{origin} holds no BPE vocabulary; use the tokenizer.json of a Gemma 4 checkpoint")
+    check_kind(raw, origin)
+    raw, _ = add_config_tokens(dict(raw), special)
+    model = raw["model"]
     added = [token for token in raw.get("added_tokens") or () if isinstance(token, dict) and "content" in token]
     ids: dict[str, Any] = {**model["vocab"], **{token["content"]: token.get("id") for token in added}}
     bad = [piece for piece, id in ids.items() if not isinstance(piece, str) or type(id) is not int or not 0 <= id < vocab]
@@ -104,8 +109,15 @@ def tokenizer(raw: Mapping[str, Any], special: Mapping[str, Any], template: str 
         ("tokenizer.ggml.add_bos_token", "bool", True),
         ("tokenizer.ggml.add_eos_token", "bool", False),
         ("tokenizer.ggml.add_space_prefix", "bool", False),
-        *([("tokenizer.chat_template", "str", template)] if template is not None else []),
+        *_chat_templates(templates),
     ]
+
+
+def _chat_templates(templates: Mapping[str, str]) -> list[Entry]:
+    """Format chat templates: the default, those with names of their own, and the list of those names."""
+    names = [name for name in templates if name != DEFAULT]
+    found: list[Entry] = [(TEMPLATE if name == DEFAULT else f"{TEMPLATE}.{name}", "str", templates[name]) for name in templates]
+    return [*found, *([("tokenizer.chat_templates", "[str]", names)] if names else [])]
 
 
 def sampling(generation: Mapping[str, Any]) -> list[Entry]:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
-from gemcutter.checkpoint.container.small_file import shown
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import hf
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan, ParamSpec
+from gemcutter.sidecar.small_file import shown
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FLOATS = ("BF16", "F16", "F32")

@@ -15,13 +15,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
-from gemcutter.checkpoint.container.small_file import shown
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.formats import hf
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan
+from gemcutter.sidecar.small_file import shown
 
 if TYPE_CHECKING:  # headers are read without torch
     from torch import Tensor

@@ -44,7 +44,16 @@ class Matched:
             place = f"{len(readers)} layers that do not use them" if readers else "a tied head"
             notes.append(f"{len(self.redundant)} tensors of {place} skipped, as planned ({size:.1f} MB)")
         notes += [f"{len(pieces)} tensors of the {kind} not loaded" for kind, pieces in self.other_modules.items()]
-        return notes
+        return [*notes, *table_notes(plan)]
+
+
+def table_notes(plan: ModelPlan) -> Iterator[str]:
+    """Yield a note where the vocabulary was extended, and the table of per-layer embeddings was not."""
+    if plan.ple_dim and plan.ple_vocab < plan.vocab:
+        yield (
+            f"the table of per-layer embeddings has {plan.ple_vocab:,} rows, the vocabulary {plan.vocab:,} tokens: ids from "
+            f"{plan.ple_vocab:,} on get the padding token's per-layer embedding"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +119,18 @@ def compare(plan: ModelPlan, pieces: Iterable[StoredTensor], problems: list[str]
             problems.append(f"unknown    {piece.data.origin}: not part of this model; --ignore '{piece.data.name}' to skip it")
     for spec in specs.values():
         matched.pieces[spec.name] = tuple(_take(spec, found, matched, problems))
+    _check_defaults(plan, matched, problems)
     return matched
+
+
+def _check_defaults(plan: ModelPlan, matched: Matched, problems: list[str]) -> None:
+    """Report parameters that some layers have and others lack: their absence means something only where all are absent."""
+    for name in {spec.name.rpartition(".")[2] for spec in matched.defaults}:
+        absent = [spec for spec in matched.defaults if spec.name.endswith(f".{name}")]
+        if len(absent) < len(plan.layers):
+            for spec in absent:
+                matched.missing.append((spec.name, spec.shape))
+                problems.append(f"missing    {spec.name} {spec.shape}: other layers have one; a checkpoint has all or none")
 
 
 def _has_part(spec: ParamSpec, part: str | None) -> bool:

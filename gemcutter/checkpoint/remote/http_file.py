@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-from gemcutter.checkpoint.container.small_file import SMALL_BYTES, shown
 from gemcutter.errors import CheckpointError
+from gemcutter.sidecar.small_file import SMALL_BYTES, shown
 
 AHEAD_BYTES = 4096  # the least that is asked for: shorter answers cost the same round trip
 PATIENCE_S = 20.0  # without a byte

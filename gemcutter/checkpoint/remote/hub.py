@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from gemcutter.checkpoint.container.small_file import shown
 from gemcutter.errors import CheckpointError
+from gemcutter.sidecar.small_file import shown
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gemcutter.checkpoint.container.lazy_tensor import DTYPES, METADATA_KEY, name_problem, tensor_nbytes
 from gemcutter.checkpoint.container.shard_index import INDEX_NAME, SINGLE_NAME
-from gemcutter.checkpoint.container.small_file import shown
 from gemcutter.errors import CheckpointError
+from gemcutter.sidecar.small_file import shown
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -56,24 +56,26 @@ def _build(step: Step, group: GroupId, ropes: list[RopeSpec]) -> CpuAttnMetadata
     ranges = step.kv_ranges.get(group, ())
     query_start = _array(step.query_start)
     kv_start = _array([each.start for each in ranges])
+    kv_length = _array([_held(each) for each in ranges])
     first_slot = _array([each.where.start if isinstance(each.where, slice) else -1 for each in ranges])
     listed = [_listed(each) for each in ranges]
     slots_of = (c_void_p * len(ranges))(*(None if slots is None else slots.data_ptr() for slots in listed))
     positions, slots = _longs(step.positions_N), step.slot_mapping.get(group)
     slots = None if slots is None else _longs(slots)
     last = None if step.last_visible_N is None else _longs(step.last_visible_N)
-    alive: list[Any] = [query_start, kv_start, first_slot, slots_of, listed, positions, slots, last]
+    alive: list[Any] = [query_start, kv_start, kv_length, first_slot, slots_of, listed, positions, slots, last]
     addresses = list[tuple[RopeSpec, int]]()
     for rope in ropes:
         cos, sin = map(rows_of, step.rope[rope]) if rope in step.rope else (None, None)
         struct = StepView(
             rows=step.num_rows,
-            sequences=len(step.query_start) - 1,
+            sequences=len(ranges),  # none where a step only writes
             query_start=ctypes.addressof(query_start),
             positions=positions.data_ptr(),
             kv_start=ctypes.addressof(kv_start),
             kv_first_slot=ctypes.addressof(first_slot),
             kv_slots=ctypes.addressof(slots_of),
+            kv_length=ctypes.addressof(kv_length),
             slot_mapping=None if slots is None else slots.data_ptr(),
             cos=None if cos is None else cos.data_ptr(),
             sin=None if sin is None else sin.data_ptr(),
@@ -90,6 +92,11 @@ def _array(values: Any) -> ctypes.Array[c_int64]:
 
 def _listed(kv_range: KVRange) -> Tensor | None:
     return None if isinstance(kv_range.where, slice) else _longs(kv_range.where)
+
+
+def _held(kv_range: KVRange) -> int:
+    where = kv_range.where
+    return where.stop - where.start if isinstance(where, slice) else where.numel()
 
 
 def _longs(tensor: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from gemcutter import native
-from gemcutter.errors import CapacityError
+from gemcutter.errors import CapacityError, KernelError
 from gemcutter.native import KVView, Matrix
 from gemcutter.ops.step import KVCache
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # enum gc_codes
+OUT_OF_BOUNDS = 2  # what an entry point returns, csrc/cpu/bounds.h
 ACTIVATIONS = {"int8": 0, "bf16": 1, "float32": 2}  # enum gc_activations
 
 _ENTRIES: dict[str, tuple[Any, ...]] = {
@@ -43,7 +44,11 @@ _ENTRIES: dict[str, tuple[Any, ...]] = {
 
 @cache
 def entry(name: str) -> Callable[..., None]:
-    """Return an entry point of the library that raises CapacityError where it finds no memory for the rows on their way."""
+    """Return an entry point of the library.
+
+    It raises CapacityError where it finds no memory for the rows on their way, and KernelError for ids, slots and row numbers
+    outside of their tables, before anything is read.
+    """
     library = native.load_library()
     assert library is not None, native.missing()
     function = getattr(library, name)
@@ -51,7 +56,9 @@ def entry(name: str) -> Callable[..., None]:
 
     def call(*arguments: Any) -> None:
         _use_threads(torch.get_num_threads())
-        if function(*arguments):
+        if code := function(*arguments):
+            if code == OUT_OF_BOUNDS:
+                raise KernelError(f"{name}: a step names an id, a slot, a position or a row that is not there")
             raise CapacityError(f"no memory for the rows of a step in {name}; lower max_batched_tokens")
 
     return call
@@ -109,6 +116,6 @@ class KVBinding:
         known, found = self._last  # both at once
         if known() is not cache:
             keys, values = cache.storage(self.layer)
-            found = KVView(keys.data_ptr(), values.data_ptr(), CODES[keys.dtype])
+            found = KVView(keys.data_ptr(), values.data_ptr(), keys.shape[0], CODES[keys.dtype])
             self._last = weakref.ref(cache), found
         return found

@@ -1,7 +1,8 @@
 """Small files and headers: bytes that are read whole, JSON above all.
 
-Owns the limit on what counts as small, the strict reading of a JSON object (each key once, no nesting bombs), and the form in
-which a message may show a stranger's words. Refuses to know what the objects mean. Read next: `source.py`.
+Owns the limits on what is read and parsed (bytes, and marks of JSON structure, before any of it is parsed), the strict reading
+of a JSON object (each key once, no nesting bombs), and the form in which a message may show a stranger's words. Refuses to know
+what the objects mean. Read `checkpoint/container/source.py` for files beside weights, `text/tokenizer.py` for a tokenizer's.
 """
 
 from __future__ import annotations
@@ -10,10 +11,35 @@ import json
 import os
 import reprlib
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SMALL_BYTES = 100_000_000  # the safetensors library's own limit for headers; the largest real one is a few MB
+MOST_MARKS = 4_000_000  # commas and brackets of a header: twelve a tensor, so some 300,000 tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The most bytes of a file, and the most commas and opening brackets in it: each may become an object of 60 bytes or more."""
+
+    size: int = SMALL_BYTES
+    marks: int = MOST_MARKS
+
+
+SETTINGS = Limits(16 << 20, 1_000_000)  # of configs and the like; real ones have at most some 100 KB
+LIMITS: Mapping[str, Limits] = {
+    "tokenizer.json": Limits(64 << 20, 8_000_000),  # the released one has 32 MB
+    "model.safetensors.index.json": Limits(),
+    "chat_template.jinja": Limits(4 << 20),
+}
+
+
+def limits_of(name: str) -> Limits:
+    """Return the limits of a file that lies beside weights."""
+    return LIMITS.get(name, SETTINGS)
+
 
 # Hostile headers hold megabytes where a word belongs, and control characters: messages show a clipped, escaped form.
 _clipped = reprlib.Repr()
@@ -33,18 +59,30 @@ def insist_on_file(file: Path) -> None:
 
 def read_small(file: Path) -> bytes:
     """Return a file's bytes. Raises ValueError, saying what is wrong with the file, also where it can't be read."""
+    most = limits_of(file.name).size
     try:
         insist_on_file(file)
-        if os.path.getsize(file) > SMALL_BYTES:
-            raise ValueError(f"takes {os.path.getsize(file):,} bytes, above {SMALL_BYTES:,}")
+        if os.path.getsize(file) > most:
+            raise ValueError(f"takes {os.path.getsize(file):,} bytes, above {most:,}")
         return file.read_bytes()
     except OSError as error:
         raise ValueError(f"can't be read: {error.strerror}") from error
 
 
-def parse_object(raw: bytes, what: str) -> dict[str, Any]:
+def read_beside(folder: Path, name: str) -> bytes | None:
+    """Return the bytes of a small file in a folder, None where there is no such file; a link to nothing is not none.
+
+    Raises ValueError, saying what is wrong.
+    """
+    return read_small(folder / name) if os.path.lexists(folder / name) else None
+
+
+def parse_object(raw: bytes, what: str, limits: Limits | None = None) -> dict[str, Any]:
     """Return the JSON object in `raw`. Raises ValueError whatever the bytes are; `what` names them in its message."""
     repeated: list[str] = []
+    most = (limits or Limits()).marks
+    if len(raw) > most and (marks := sum(map(raw.count, (b",", b"[", b"{")))) > most:
+        raise ValueError(f"{what} has {marks:,} commas and brackets, above {most:,}: too many for what it should hold")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
