@@ -102,7 +102,7 @@ class Model:
         self.checkpoint, self.decoder, self.engine, self.load_s = checkpoint, decoder, engine, load_s
         self._ignore = ignore  # patterns of config keys and tensor names that adapters may have, too
         self.plan = checkpoint.plan
-        self.notes = checkpoint.matched.notes(checkpoint.plan)  # what was left out, and what an option costs
+        self.notes = checkpoint.notes()  # what was left out, and what an option costs
         text = read_text_assets(checkpoint)
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes

@@ -93,6 +93,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # added to the norms' weights: Gemma 3 stores how far they are from 1
     tower_keys: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # each tower's object, unread
     ignore: tuple[str, ...] = ()  # patterns of unknown keys that its reader passes over
+    notes: tuple[str, ...] = ()  # what of the file was not believed, and why
 
     @property
     def vision(self) -> VisionConfig | UnifiedVisionConfig | None:

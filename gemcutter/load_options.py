@@ -31,6 +31,15 @@ def check_dtype(name: str) -> str:
     return DTYPES[name]
 
 
+def own_dtype(stored: str) -> tuple[str, str | None]:
+    """Return the compute dtype for a checkpoint that was stored in a dtype, and a note where it is another one."""
+    name = stored.removeprefix("torch.").lower()
+    if name in DTYPES:
+        return DTYPES[name], None
+    why = "activations of this family exceed float16" if name in HALVES else f"the config's dtype is {stored!r}"
+    return "bfloat16", f"computed in bfloat16: {why}; dtype float32 is exact, and slower"
+
+
 def check_device(name: str) -> str:
     """Return the name of a device, whether or not this machine has it. Raises KernelError."""
     if not DEVICE.fullmatch(name):

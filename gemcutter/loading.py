@@ -20,7 +20,7 @@ from gemcutter.checkpoint.load.ple_placement import place_table
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.engine.engine import Engine
 from gemcutter.errors import KernelError, RequestError
-from gemcutter.load_options import DEFAULT_CONTEXT, LoadOptions, check_dtype
+from gemcutter.load_options import DEFAULT_CONTEXT, LoadOptions, check_dtype, own_dtype
 from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.ops.types import AdapterDeltas, Param, matrix
@@ -55,7 +55,8 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     """Load a checkpoint as the options say. Raises GemcutterError with everything that is wrong."""
     checkpoint = open_checkpoint(locate(options.model), options.ignore)
     device = find_device(options)
-    dtype = getattr(torch, check_dtype(options.dtype or checkpoint.config.dtype))
+    name, note = own_dtype(checkpoint.config.dtype) if options.dtype is None else (check_dtype(options.dtype), None)
+    dtype, notes = getattr(torch, name), [] if note is None else [note]
     if checkpoint.plan.is_drafter:
         model = options.model
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
@@ -64,7 +65,7 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     backend = select_backend(device.type, options.kernels)
     packer = backend.packer(device, dtype)
     cache = PackedWeightCache.of(checkpoint, options.quant) if options.repack_cache and packer.makes_panels else None
-    params, notes = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache), list[str]()
+    params = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache)
     if checkpoint.plan.ple_dim:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
     if merged is not None:

@@ -123,6 +123,7 @@ class PleView(ctypes.Structure):
         ("source", c_void_p),
         ("norm", c_void_p),
         ("dim", c_int64),
+        ("vocab", c_int64),
         ("eps", c_float),
         ("token_scale", c_float),
         ("context_scale", c_float),

@@ -102,6 +102,7 @@ typedef struct {
     const gc_source *source;      // rows as a file packs them, each repacked on demand as the single row of `table`; or null
     const float *norm;            // [P]
     int64_t dim;                  // P
+    int64_t vocab;                // rows of the table, wherever they are
     float eps, token_scale, context_scale;
     int32_t activations;
 } gc_ple;

@@ -43,7 +43,7 @@ GC_EXPORT int gc_embed(const gc_matrix *table, const int64_t *ids, int64_t count
 // gathered by `ids`, or given as `tokens` [rows, layers, P].
 GC_EXPORT int gc_ple_embed(const gc_ple *ple, const float *x, const int64_t *ids, const float *tokens, int64_t rows, float *out) {
     using namespace gemcutter;
-    if (!tokens && !are_inside(ids, rows, ple->table.rows)) return OUT_OF_BOUNDS;
+    if (!tokens && !are_inside(ids, rows, ple->vocab)) return OUT_OF_BOUNDS;
     return in_arena([&](Arena &arena) {
         const gc_matrix &weight = ple->projection;
         int64_t width = weight.rows, dim = ple->dim;

@@ -22,6 +22,7 @@ from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import spell_bytes, spell_count, spell_work
 from gemcutter.errors import ConfigError, RequestError
+from gemcutter.load_options import own_dtype
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, Selection, select_backend
 from gemcutter.plan import LayerPlan
@@ -74,9 +75,7 @@ def inspect(
     )  # which knows the web, and takes as long to import as all the rest
 
     checkpoint = read_checkpoint(open_source(model), tuple(ignore or ()))
-    compute = dtype or checkpoint.config.dtype
-    if compute not in ITEM_BYTES:
-        raise UsageError(f"the checkpoint's own dtype is {compute}, which overflows in this family; give --dtype")
+    compute = dtype or own_dtype(checkpoint.config.dtype)[0]
     if asked and max(asked) > checkpoint.plan.context:
         raise RequestError(f"--context {max(asked)}: the model was made for {checkpoint.plan.context} tokens at most")
     lengths = asked or tuple(length for length in CONTEXTS if length <= checkpoint.plan.context) or (checkpoint.plan.context,)
@@ -119,7 +118,7 @@ def describe(
         "skipped": _pile(checkpoint.matched.redundant),
         "left_aside": {kind: _pile(pieces) for kind, pieces in checkpoint.matched.other_modules.items()},
         "ignored": _pile(checkpoint.matched.ignored),
-        "notes": checkpoint.matched.notes(plan),
+        "notes": checkpoint.notes(),
         "weights": {
             "bytes": plan.weight_bytes(item_bytes),
             "read_whole_bytes": plan.weight_bytes(item_bytes, rows_access=False),

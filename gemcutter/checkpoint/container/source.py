@@ -8,6 +8,7 @@ those live in `checkpoint/formats/`. Read next: `safetensors_file.py` and `gguf_
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,10 @@ _FOREIGN_FILES = {
     ".pth": "a PyTorch pickle, which can run code when it is read",
     ".pt": "a PyTorch pickle, which can run code when it is read",
 }
+
+
+SHARD = re.compile(r"(?P<stem>.+)-(?P<index>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
+ADAPTER = "adapter_model.safetensors"  # of peft, which some trainers save beside a merged model
 
 
 class RemoteFolder(Protocol):
@@ -55,8 +60,8 @@ class Source:
     def open(cls, path: Path) -> Source:
         """Read the headers of the checkpoint at `path`: a folder, or one .safetensors or GGUF file (or any part of a split one).
 
-        In a folder, the index names the files to read; without one it is `model.safetensors`, or else every .safetensors file,
-        or else the one GGUF model.
+        In a folder, the index names the files to read; without one it is `model.safetensors`, or else a complete set of shards,
+        or else every .safetensors file but an adapter's, or else the one GGUF model.
         Raises CheckpointError with every problem of every file, before anything is mapped.
         """
         problems: list[str] = []
@@ -168,10 +173,23 @@ def _find_files(path: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError as error:
         raise CheckpointError(f"{path} can't be listed: {error.strerror}; check its permissions") from error
-    files = tuple(path / name for name in names if name.endswith(".safetensors")) or gguf_file.select_file(path, names, problems)
+    files = tuple(path / name for name in weight_files(names)) or gguf_file.select_file(path, names, problems)
     if not files:
         raise CheckpointError(_nothing_to_read(path, names))
     return files, {}
+
+
+def weight_files(names: list[str]) -> list[str]:
+    """Return the safetensors files that make up a model: one complete set of shards, or else all but an adapter's."""
+    sets: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        if shard := SHARD.fullmatch(name):
+            sets.setdefault((shard["stem"], shard["count"]), set()).add(int(shard["index"]))
+    complete = [key for key, found in sets.items() if found == set(range(1, int(key[1]) + 1))]
+    if len(complete) == 1:
+        return [name for name in names if (shard := SHARD.fullmatch(name)) and (shard["stem"], shard["count"]) == complete[0]]
+    files = [name for name in names if name.endswith(".safetensors")]
+    return [name for name in files if name != ADAPTER] or files
 
 
 def _nothing_to_read(folder: Path, names: list[str]) -> str:

@@ -115,8 +115,14 @@ class ModuleLayout:
 
 
 def sniff(source: Source) -> bool:
-    """Recognise telling endings of names, experts stored one by one, or a config that names a quantization method."""
-    return any(TELLING.fullmatch(name) for name in source.tensors) or "quant_method" in _quantization(source)
+    """Recognise telling endings of names, experts stored one by one, or a config that names a quantization method.
+
+    A method that is left over from the checkpoint that this one was made from, all of whose tensors are dense, does not count.
+    """
+    if any(TELLING.fullmatch(name) for name in source.tensors):
+        return True
+    found = _quantization(source)
+    return "quant_method" in found and not (hf.is_dense(source) and not any(_changes_dense(found)))
 
 
 def config(source: Source, ignore: Sequence[str] = ()) -> ModelConfig:
@@ -478,6 +484,11 @@ def _refusals(source: Source, quantization: Mapping[str, Any]) -> Iterator[str]:
         yield from (
             f"format {shown(each)}: expected one of {', '.join(FORMATS)}" for each in sorted(formats) if each not in FORMATS
         )
+    yield from _changes_dense(quantization)
+
+
+def _changes_dense(quantization: Mapping[str, Any]) -> Iterator[str]:
+    """Return what of the config gives dense tensors another meaning, which is not read here."""
     transform, sparsity = quantization.get("transform_config"), quantization.get("sparsity_config")
     if isinstance(transform, dict) and transform.get("config_groups"):
         yield "transform_config: its weights fit transformed activations only, which are not made here"

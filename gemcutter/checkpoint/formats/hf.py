@@ -7,8 +7,10 @@ google/gemma-4-* and transformers.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
@@ -19,6 +21,8 @@ from gemcutter.plan import ModelPlan
 
 NAME = "Hugging Face safetensors"
 
+DENSE = ("BF16", "F16", "F32", "F64", "I64", "BOOL")
+WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")  # of torch.compile, of data parallel training, of peft
 PREFIXES = ("model.language_model.model.", "model.language_model.", "language_model.model.", "language_model.", "model.")
 TOWER_PREFIXES = {
     "vision_tower.": "(vision tower)",
@@ -83,12 +87,21 @@ def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
     """
     found = read_config(source, ignore)
     if found.quantization is not None:
+        is_ignored = any(fnmatch.fnmatchcase("quantization_config", pattern) for pattern in ignore)
+        if is_ignored or is_dense(source):
+            note = "config.json speaks of quantized weights, and none are: its quantization_config was passed over"
+            return replace(found, quantization=None, notes=(note,))
         kind = found.quantization.get("quant_method") or found.quantization.get("mode") or "MLX affine"
         raise CheckpointError(
             f"{source.path}: the weights are quantized in a way that no format here reads ({kind}). "
-            "Use the checkpoint that it was made from, and --quant q4"
+            "Use the checkpoint that it was made from, and --quant q4, or pass --ignore quantization_config"
         )
     return found
+
+
+def is_dense(source: Source) -> bool:
+    """Return whether no tensor is packed, whatever the config says."""
+    return all(tensor.dtype in DENSE for tensor in source.tensors.values())
 
 
 def read_config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
@@ -126,6 +139,8 @@ def translate(tensor: LazyTensor) -> StoredTensor:
 
 def strip(name: str) -> str:
     """Take off whichever wrapper's prefix a name carries."""
+    while name.startswith(WRAPPERS):
+        name = name.removeprefix(next(prefix for prefix in WRAPPERS if name.startswith(prefix)))
     for prefix in PREFIXES:
         if name.startswith(prefix):
             return name.removeprefix(prefix)

@@ -215,7 +215,7 @@ def _contradiction(claim: object, layout: ModuleMode | None) -> str | None:
     if not isinstance(claim, dict):
         return f"config.json: an object or false expected in quantization, found {shown(claim)}"
     fields = {"bits": layout.bits, "group_size": layout.group_size, "mode": layout.mode}
-    wrong = [f"{key} {shown(claim[key])}" for key, value in fields.items() if claim.get(key, value) != value]
+    wrong = [f"{key} {shown(claim[key])}" for key, value in fields.items() if claim.get(key) not in (None, value)]
     if not wrong:
         return None
     return f"config.json has it in {', '.join(wrong)}, the stored arrays hold {layout.scheme}; {remedy}"

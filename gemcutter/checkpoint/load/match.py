@@ -15,10 +15,11 @@ from pathlib import Path
 from gemcutter import config as configs
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
-from gemcutter.checkpoint.formats import FORMATS, Format
+from gemcutter.checkpoint.formats import FORMATS, Format, hf
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan, ParamSpec, derive
 
+MOST_OF_A_KIND = 10  # problems that a message lists
 FLOATS = ("BF16", "F16", "F32")
 INTEGERS = ("I64", "I32")
 
@@ -66,6 +67,12 @@ class Checkpoint:
     matched: Matched
     format: str
 
+    def notes(self) -> list[str]:
+        """Return notes on what was passed over, and what does not fit together."""
+        wrapped = next((prefix for prefix in hf.WRAPPERS if all(name.startswith(prefix) for name in self.source.tensors)), None)
+        carried = [] if wrapped is None else [f"all tensors' names begin with {wrapped!r}, which a training script left there"]
+        return [*self.config.notes, *carried, *self.matched.notes(self.plan)]
+
 
 def open_checkpoint(path: Path, ignore: Sequence[str] = ()) -> Checkpoint:
     """Read headers and config, derive the plan, match every tensor; no tensor data is read.
@@ -94,8 +101,22 @@ def match(plan: ModelPlan, pieces: Iterable[StoredTensor], source: str, ignore: 
     matched = compare(plan, pieces, problems, ignore)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise CheckpointError(f"{source} does not match the plan ({count}, nothing was allocated)", sorted(problems))
+        raise CheckpointError(f"{source} does not match the plan ({count}, nothing was allocated)", drawn_together(problems))
     return matched
+
+
+def drawn_together(problems: Sequence[str]) -> list[str]:
+    """Return problems in order, those of one kind (their first word) beyond MOST_OF_A_KIND as one line with their number."""
+    kinds: dict[str, list[str]] = {}
+    for problem in sorted(problems):
+        kinds.setdefault(problem.partition(" ")[0], []).append(problem)
+    found = list[str]()
+    for kind, texts in kinds.items():
+        more = len(texts) - MOST_OF_A_KIND
+        found += texts[:MOST_OF_A_KIND]
+        if more > 0:
+            found.append(f"{kind:10} and {more:,} more, such as {texts[-1].removeprefix(kind).strip()}")
+    return found
 
 
 def compare(plan: ModelPlan, pieces: Iterable[StoredTensor], problems: list[str], ignore: Sequence[str] = ()) -> Matched:

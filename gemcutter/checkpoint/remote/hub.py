@@ -24,17 +24,20 @@ DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo"
 
 _FORMS = (
     f'MODEL is "{DEMO}" (the small packaged model), a folder that holds .safetensors files, one such file or a .gguf file, '
-    "a hub id (google/gemma-4-E2B-it, with a revision google/gemma-4-E2B-it@main, with a file owner/name:gemma-Q4_0.gguf), "
+    "a hub id (google/gemma-4-E2B-it, with a revision google/gemma-4-E2B-it@main, with a file owner/name:gemma-Q4_0.gguf or "
+    "owner/name:Q4_0/gemma.gguf), "
     "or a short name of one (e2b, e4b-q4)"
 )
 _ELSEWHERE = "or download it on another machine and pass the folder"
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 # The hub's "*" matches "/" too. Subfolders hold other exports (onnx/, original/); consolidated files repeat the weights.
-_UNWANTED = ["*/*", "consolidated*"]
+_UNWANTED = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]  # but additional_chat_templates/
 
 _HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>[\w.-]+\.gguf))?(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(:(?P<file>(?:[\w.-]+/)*[\w.-]+\.gguf))?(@(?P<revision>[A-Za-z0-9][\w./-]*))?",
+    re.ASCII,
 )
 _PART = re.compile(r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$")
 _LOCAL_LOOK = re.compile(r"[./~].*|[A-Za-z]:/.*|.*\\.*|.*(\.safetensors|\.gguf|\.json|/)", re.DOTALL)
@@ -95,7 +98,10 @@ def _fetch(hub_id: HubId) -> Path:
     repo, revision, file = hub_id.repo, hub_id.revision, hub_id.file
     try:
         # Such a repository holds a file for each quantization, all parts of which are wanted.
-        folder = _snapshot(repo, revision, is_cached_only=False, wanted=_WANTED if file is None else [_PART.sub(r"-*\1", file)])
+        if file is None:
+            folder = _snapshot(repo, revision, is_cached_only=False)
+        else:
+            folder = _snapshot(repo, revision, is_cached_only=False, wanted=[_PART.sub(r"-*\1", file)], unwanted=())
     except Exception as error:  # the download raises its HTTP library's exceptions too, and those differ by version
         cached = cached_snapshot(repo, revision)
         if cached is None:
@@ -113,12 +119,23 @@ def _fetch(hub_id: HubId) -> Path:
     return folder
 
 
-def _snapshot(repo: str, revision: str | None, *, is_cached_only: bool, wanted: Sequence[str] = _WANTED) -> Path:
+def _snapshot(
+    repo: str,
+    revision: str | None,
+    *,
+    is_cached_only: bool,
+    wanted: Sequence[str] = _WANTED,
+    unwanted: Sequence[str] = _UNWANTED,
+) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(
         snapshot_download(
-            repo, revision=revision, allow_patterns=list(wanted), ignore_patterns=_UNWANTED, local_files_only=is_cached_only
+            repo,
+            revision=revision,
+            allow_patterns=list(wanted),
+            ignore_patterns=list(unwanted),
+            local_files_only=is_cached_only,
         )
     )
 

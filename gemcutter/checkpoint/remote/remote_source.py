@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from gemcutter.checkpoint.container.shard_index import INDEX_NAME, SINGLE_NAME, parse_index
-from gemcutter.checkpoint.container.source import Source, gather
+from gemcutter.checkpoint.container.source import Source, gather, weight_files
 from gemcutter.checkpoint.remote.http_file import Client, HttpFile, origin_of, place, refuse
 from gemcutter.checkpoint.remote.hub import HubId, cached_snapshot, diagnose, parse
 from gemcutter.errors import CheckpointError
@@ -121,7 +121,8 @@ def _from_hub(hub_id: HubId, file: str | None, problems: list[str]) -> Source:
     revision = info.sha or hub_id.revision
     address = partial(hf_hub_url, hub_id.repo, revision=revision)
     listed = (sibling.rfilename for sibling in info.siblings or ())
-    names = frozenset(name for name in listed if "/" not in name and name.isprintable())
+    inside = "" if file is None else file.rpartition("/")[0]
+    names = frozenset(name for name in listed if name.rpartition("/")[0] in ("", inside) and name.isprintable())
     token = get_token()
     client = Client(origin_of(address(SINGLE_NAME)), {"Authorization": f"Bearer {token}"} if token else {})
     folder = WebFolder(client, address, names)
@@ -182,7 +183,7 @@ def _read_folder(path: Path, folder: WebFolder, names: list[str] | None, problem
                 f"{place(folder.address(''))} has neither {INDEX_NAME} nor {SINGLE_NAME}; give the address of the file itself"
             )
         names = [SINGLE_NAME]
-    dense = [name for name in names if name.endswith(".safetensors") and not name.startswith("consolidated")]
+    dense = weight_files([name for name in names if not name.startswith("consolidated")])
     weights = [name for name in dense if name == SINGLE_NAME] or dense or _only_gguf(folder, names)
     if not weights:
         found = ", ".join(names[:6]) or "nothing"

@@ -54,6 +54,7 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
             projection=whole_matrix(rows),
             norm=norm.data_ptr(),
             dim=dim,
+            vocab=plan.ple_vocab,
             eps=plan.eps,
             token_scale=token_scale,
             context_scale=plan.hidden**-0.5,
