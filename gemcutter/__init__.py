@@ -16,19 +16,20 @@ from gemcutter.errors import CapacityError, CheckpointError, ConfigError, Gemcut
 from gemcutter.gc_pause import collector_paused
 
 if TYPE_CHECKING:
-    from gemcutter.api import GenerateOptions, Model, PreparedRequest, load
+    from gemcutter.api import Model, PreparedRequest, load
     from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
     from gemcutter.engine.engine import Engine
     from gemcutter.engine.request import FinishReason, Request
     from gemcutter.engine.sampler import LogitsProcessor
     from gemcutter.engine.sampling import SamplingParams
+    from gemcutter.generate_options import GenerateOptions
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "load": "api",
     "Model": "api",
-    "GenerateOptions": "api",
+    "GenerateOptions": "generate_options",
     "PreparedRequest": "api",
     "Chunk": "completion",
     "Completion": "completion",
@@ -72,4 +73,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    """Return the public names and the module's own attributes, without what this file imports for itself."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

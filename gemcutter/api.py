@@ -8,12 +8,16 @@ beneath, `text/stream.py` for how ids become text.
 from __future__ import annotations
 
 import gc
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
+
+import numpy as np
+import torch
 
 from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.checkpoint.load.match import Checkpoint
@@ -21,10 +25,17 @@ from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.loop import CLOSED, EngineLoop
 from gemcutter.engine.request import Request
-from gemcutter.engine.sampler import LogitsProcessor
-from gemcutter.engine.sampling import SamplingParams
-from gemcutter.errors import RequestError
+from gemcutter.errors import RequestError, spell_value
 from gemcutter.gc_pause import collector_paused
+from gemcutter.generate_options import (
+    OF_REQUEST,
+    GenerateOptions,
+    Message,
+    check_flag,
+    check_names,
+    check_parts,
+    check_stop,
+)
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
@@ -44,42 +55,10 @@ __all__ = [
     "load",
 ]
 
-Message = Mapping[str, object]
+log = logging.getLogger(__name__)
+
 Prompt = str | Sequence[int] | Sequence[Message]  # raw text, token ids, or a conversation
-
-
-class GenerateOptions(TypedDict, total=False):
-    """What a request may ask for, all of it optional; a checkpoint's generation_config.json fills in the sampling fields.
-
-    `stop` are strings that end the text, `ignore_eos` goes on after tokens that end a turn; `enable_thinking` and `tools` are for
-    the chat template. `sampling` takes the place of the single sampling fields (`SamplingParams`); the others are `Request`'s.
-    """
-
-    max_tokens: int
-    stop: Sequence[str] | None
-    ignore_eos: bool
-    enable_thinking: bool
-    tools: Sequence[Message] | None
-    prompt_logprobs: int | None
-    hidden_states: bool
-    top_logits: int
-    adapter: str | None
-    logits_processors: tuple[LogitsProcessor, ...]
-    sampling: SamplingParams | None
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
-    suppress: tuple[int, ...]
-    seed: int | None
-    logprobs: int | None
-
-
-OF_REQUEST = ("max_tokens", "prompt_logprobs", "hidden_states", "top_logits", "adapter", "logits_processors")
+SHOWN_PROBLEMS, SHOWN_PROMPTS = 20, 5  # of a batch, in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +86,14 @@ class Model:
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes
         self.loop = EngineLoop(engine)  # the way to the engine; its own methods are for the loop's thread
+
+    def __repr__(self) -> str:
+        """Return what was loaded and how it runs, on one line."""
+        if "engine" not in vars(self):
+            return "<gemcutter.Model, closed>"
+        decoder, source = self.decoder, self.checkpoint.source
+        how = f"{str(decoder.dtype).removeprefix('torch.')} on {decoder.device}, context {self.engine.context}"
+        return f"<gemcutter.Model {source.path}: {len(self.plan.layers)} layers, {how}>"
 
     def __enter__(self) -> Model:
         return self
@@ -144,15 +131,36 @@ class Model:
             return self.stream(prompts, **options).finish()
         if not isinstance(prompts, list | tuple):
             raise RequestError(f"prompts: expected a text or a list of prompts, found {type(prompts).__name__}")
-        if prompts and not isinstance(prompts[0], str | list | tuple):
+        if prompts and not isinstance(prompts[0], str | list | tuple | np.ndarray):
             raise RequestError("prompts: a list of prompts holds texts, id lists or conversations; put a single one in a list")
-        prepared = [self.prepare(prompt, **options) for prompt in prompts]
+        prepared = self._prepare_all(prompts, options)
         with ExitStack() as open_streams:  # an error or an interrupt withdraws the others
             streams = [open_streams.enter_context(closing(stream)) for stream in self.submit_many(prepared)]
             return [stream.finish() for stream in streams]
 
-    def chat(self, messages: Sequence[Message], **options: Unpack[GenerateOptions]) -> Completion:
-        """Answer a conversation through the checkpoint's chat template. Raises RequestError if it has none."""
+    def _prepare_all(self, prompts: Sequence[Prompt], options: GenerateOptions) -> list[PreparedRequest]:
+        """Prepare prompts that share their options. Raises RequestError that says which prompts are bad and why."""
+        options = {**options, "stop": check_stop(options.get("stop"))}  # an iterator gives its strings once
+        prepared, bad = list[PreparedRequest](), dict[str, list[int]]()
+        for index, prompt in enumerate(prompts):
+            try:
+                prepared.append(self.prepare(prompt, **options))
+            except RequestError as error:
+                for problem in error.problems:
+                    bad.setdefault(problem, []).append(index)
+        if bad:
+            raise RequestError("the prompts can't be served", _by_prompt(bad, len(prompts)))
+        return prepared
+
+    def chat(self, messages: str | Sequence[Message], **options: Unpack[GenerateOptions]) -> Completion:
+        """Answer a conversation, or a text as a user's first message, through the checkpoint's chat template.
+
+        Raises RequestError if it has none, and for what is no conversation.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if not isinstance(messages, list | tuple) or not messages or not all(isinstance(each, Mapping) for each in messages):
+            raise RequestError(f"messages: expected a text or a list of messages, found {spell_value(messages)}")
         return self.stream(messages, **options).finish()
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream:
@@ -165,6 +173,7 @@ class Model:
     def prepare(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> PreparedRequest:
         """Encode a prompt and check it with its options, without the engine's thread. Raises RequestError with every problem."""
         given: dict[str, object] = dict(options)
+        check_names(given)
         stop = check_stop(given.pop("stop", None))
         thinking, ignore_eos = (check_flag(name, given.pop(name, False)) for name in ("enable_thinking", "ignore_eos"))
         ids = self.encode(prompt, enable_thinking=thinking, tools=options.get("tools"))
@@ -190,21 +199,26 @@ class Model:
     def encode(self, prompt: Prompt, *, enable_thinking: bool = False, tools: Sequence[Message] | None = None) -> list[int]:
         """Return the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template.
 
-        Raises RequestError for anything else, and for `enable_thinking` or `tools` without a conversation.
+        Ids may be integers of NumPy, too. Raises RequestError for anything else, for parts of messages that can't be read, and
+        for `enable_thinking` or `tools` without a conversation.
         """
+        given_ids: object = prompt
+        if isinstance(given_ids, np.ndarray) and given_ids.ndim == 1 and np.issubdtype(given_ids.dtype, np.integer):
+            prompt = given_ids.tolist()
         kinds = set(map(type, prompt)) if isinstance(prompt, list | tuple) else set()
         if kinds and all(issubclass(kind, Mapping) for kind in kinds):
             if self.template is None:
                 raise RequestError("this checkpoint has no chat template (a base model?); pass raw text instead of messages")
+            check_parts(prompt)
             return self.template.encode(prompt, enable_thinking=enable_thinking, tools=tools)  # type: ignore[arg-type]
         given = [name for name, value in (("enable_thinking", enable_thinking), ("tools", tools)) if value]
         if given:
             raise RequestError(f"{' and '.join(given)}: a part of the chat template, which raw text and ids leave out")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
-        if not isinstance(prompt, list | tuple) or kinds - {int}:
+        if not isinstance(prompt, list | tuple) or not all(kind is int or issubclass(kind, np.integer) for kind in kinds):
             raise RequestError("request.prompt: expected text, a list of token ids or a list of messages")
-        return list(prompt)
+        return [int(token) for token in prompt]
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -222,6 +236,8 @@ class Model:
             raise RequestError(f"adapter path: expected a folder or a hub id, found {path!r}")
         checkpoint, decoder, ignore, notes = self.checkpoint, self.decoder, self._ignore, list[str]()
         self.loop.load_adapter(name, lambda: read_adapter(str(path), name, checkpoint, decoder, ignore, notes))
+        for note in notes:
+            log.info("adapter %s: %s", name, note)
         self.notes += [note for note in notes if note not in self.notes]
 
     def unload_adapter(self, name: str) -> None:
@@ -234,50 +250,33 @@ class Model:
 
     def _request(self, ids: Sequence[int], options: dict[str, Any], stop_ids: frozenset[int]) -> Request:
         own = {name: options.pop(name) for name in OF_REQUEST if name in options}
+        if isinstance(own.get("logits_processors"), list):
+            own["logits_processors"] = tuple(own["logits_processors"])
         sampling = options.pop("sampling", None)
         if sampling is None:
-            unknown = sorted(set(options) - set(SamplingParams.__slots__))
-            if unknown:
-                raise RequestError(
-                    f"unknown options: {', '.join(unknown)}", [f"{name}: not an option of a request" for name in unknown]
-                )
             sampling = self.defaults.sampling(options)
         elif options:
             raise RequestError(f"pass either `sampling` or {', '.join(sorted(options))}, not both")
         return Request(tuple(ids), sampling, stop_ids=stop_ids, **own)
 
 
-def check_stop(stop: object) -> tuple[str, ...]:
-    """Return stop strings as a tuple; none for None. Raises RequestError for anything but a list of texts."""
-    if stop is None:
-        return ()
-    if isinstance(stop, str):
-        raise RequestError(f"stop is the string {stop!r}, expected a list of strings: write [{stop!r}]")
-    if not isinstance(stop, list | tuple):
-        raise RequestError(f"stop: expected a list of strings, found {type(stop).__name__}")
-    problems = [
-        f"stop[{index}] is {item!r}, expected a non-empty string"
-        for index, item in enumerate(stop)
-        if not isinstance(item, str) or not item
-    ]
-    if problems:
-        raise RequestError("stop strings can't be used", problems)
-    return tuple(stop)
-
-
-def check_flag(name: str, value: object) -> bool:
-    """Return an option that is on or off. Raises RequestError for anything else."""
-    if not isinstance(value, bool):
-        raise RequestError(f"{name}: expected True or False, found {value!r}")
-    return value
+def _by_prompt(bad: Mapping[str, Sequence[int]], count: int) -> Iterator[str]:
+    """Yield problems with the prompts that have them; one that all prompts share is a problem of the options."""
+    for place, (problem, indices) in enumerate(bad.items()):
+        if place == SHOWN_PROBLEMS:
+            yield f"and {len(bad) - place} problems more"
+            return
+        named = ", ".join(f"prompts[{index}]" for index in indices[:SHOWN_PROMPTS])
+        more = f" and {len(indices) - SHOWN_PROMPTS} more" if len(indices) > SHOWN_PROMPTS else ""
+        yield f"every prompt: {problem}" if len(indices) == count > 1 else f"{named}{more}: {problem}"
 
 
 @collector_paused()
 def load(
-    model: str,
+    model: str | Path,
     *,
-    dtype: str | None = None,
-    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
     kernels: str = "auto",
     activations: str | None = None,
     context: int | None = None,
@@ -286,8 +285,8 @@ def load(
     prefix_cache_entries: int = 4,
     ignore: Sequence[str] = (),
     quant: str | None = None,
-    adapter: str | None = None,
-    adapters: Mapping[str, str] | None = None,
+    adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     repack_cache: bool = False,
     ple: str | None = None,
     kv: str | None = None,
@@ -299,24 +298,38 @@ def load(
     Raises GemcutterError with everything that is wrong.
     """
     options = LoadOptions(
-        model=model,
-        dtype=dtype,
-        device=device,
+        model=_as_name(model),
+        dtype=_as_name(dtype),
+        device=_as_name(device),
         kernels=kernels,
         activations=activations,
         context=context,
         max_batched_tokens=max_batched_tokens,
         max_num_seqs=max_num_seqs,
         prefix_cache_entries=prefix_cache_entries,
-        ignore=tuple(ignore),
+        ignore=tuple(ignore) if isinstance(ignore, list | set | frozenset) else ignore,  # type: ignore[arg-type]
         quant=quant,
-        adapter=adapter,
-        adapters=dict(adapters or {}),
+        adapter=_as_name(adapter),
+        adapters=_as_names({} if adapters is None else adapters),
         repack_cache=repack_cache,
         ple=ple,
         kv=kv,
     )
+    if progress is not None and not callable(progress):
+        raise RequestError(f"progress: expected a function of the bytes done and the bytes in all, found {spell_value(progress)}")
     return load_model(options, progress)
+
+
+def _as_name(value: Any) -> Any:
+    """Return the name of a path, a dtype or a device of torch's; anything else as it is, for `LoadOptions` to check."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return str(value) if isinstance(value, torch.device | Path) else value
+
+
+def _as_names(adapters: Any) -> Any:
+    """Return adapters whose paths are texts."""
+    return {name: _as_name(path) for name, path in adapters.items()} if isinstance(adapters, Mapping) else adapters
 
 
 @collector_paused()
@@ -327,4 +340,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Model:
     built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore)
     built.notes += opened.notes
     built.load_s = time.perf_counter() - started
+    for note in built.notes:
+        log.info("%s: %s", options.model, note)
+    log.info("%s: loaded in %.2f s: %s", options.model, built.load_s, repr(built))  # a record outlives the model
     return built

@@ -6,6 +6,7 @@ Read `api.py` for who makes streams, `engine/loop.py` for where events come from
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -19,6 +20,8 @@ from gemcutter.engine.loop import EngineLoop, failure
 from gemcutter.engine.request import FinishReason, PromptReport, Request, RequestEvent
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.text.stream import TextStream
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,10 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a request brought: `tokens` without the stop token, `text` without stop strings, markers and reasoning."""
+    """What a request brought: `tokens` without the stop token, `text` without stop strings, markers and reasoning.
+
+    `logprobs` has an entry for each of `tokens`, if that was asked for; `model.tokenizer.piece(id)` spells its ids.
+    """
 
     text: str
     tokens: tuple[int, ...]
@@ -72,9 +78,9 @@ class Chunk:
 class Stream:
     """The chunks of one request, the last one with its completion; it may be read from any thread.
 
-    The engine works on whether the stream is read or not. Closing a stream, or dropping it, cancels its request; what was
-    computed stays in the cache for reuse. An interrupt while a stream is read closes it. Reading raises the error of a request
-    that ended with one.
+    A context manager, which closes it. The engine works on whether the stream is read or not. Closing a stream, or dropping it,
+    cancels its request; what was computed stays in the cache for reuse. An interrupt while a stream is read closes it. Reading
+    raises the error of a request that ended with one.
     """
 
     def __init__(self, request: Request, text: TextStream) -> None:
@@ -95,6 +101,12 @@ class Stream:
         self._number = number
         self._cancel = weakref.finalize(self, loop.cancel, number)
         self._cancel.atexit = False
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -154,7 +166,16 @@ class Stream:
 
     def _end(self, finish: FinishReason) -> None:
         self._ready += [Chunk(piece.text, piece.kind) for piece in self._text.finish()]
-        self._completion = self._complete(_REASONS[finish])
+        self._completion = found = self._complete(_REASONS[finish])
+        log.debug(
+            "request %d: %d prompt tokens, %d of them cached; %d tokens in %.3f s; end: %s",
+            self._number,
+            len(found.prompt_tokens),
+            found.metrics.cached_tokens,
+            len(found.tokens),
+            found.metrics.e2e_s,
+            found.finish_reason,
+        )
         self._ready.append(Chunk("", completion=self._completion))
 
     def _complete(self, finish: Literal["stop", "length", "cancelled"]) -> Completion:

@@ -35,8 +35,8 @@ class CheckpointError(GemcutterError):
     """A checkpoint that can't be read or does not match its plan."""
 
 
-class RequestError(GemcutterError):
-    """A request that can't be served as asked: bad ids, too long a prompt, an impossible option."""
+class RequestError(GemcutterError, ValueError):
+    """A request that can't be served as asked: bad ids, too long a prompt, an impossible option. A ValueError, too."""
 
 
 class CapacityError(GemcutterError):
@@ -49,3 +49,12 @@ class NumericError(GemcutterError):
 
 class KernelError(GemcutterError):
     """No kernel accepts a site, or a kernel was asked for where it can't run."""
+
+
+def spell_value(value: object, limit: int = 80) -> str:
+    """Return a wrong value as an error shows it: its repr, cut where it is long; its type where it has none."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, or an object of somebody else's
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gemcutter.errors import ConfigError, GemcutterError, KernelError, RequestError
+from gemcutter.errors import ConfigError, GemcutterError, KernelError, RequestError, spell_value
 from gemcutter.ops.registry import ACTIVATIONS, CPU, KERNELS, TRITON
 
 DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
@@ -27,7 +27,7 @@ def check_dtype(name: str) -> str:
     if name in HALVES:
         raise KernelError(f"dtype {name}: activations of this family exceed its range; use bfloat16 or float32")
     if name not in DTYPES:
-        raise KernelError(f"dtype: expected float32 or bfloat16, found {name!r}")
+        raise KernelError(f"dtype: expected float32 or bfloat16, found {spell_value(name)}")
     return DTYPES[name]
 
 
@@ -43,7 +43,7 @@ def own_dtype(stored: str) -> tuple[str, str | None]:
 def check_device(name: str) -> str:
     """Return the name of a device, whether or not this machine has it. Raises KernelError."""
     if not DEVICE.fullmatch(name):
-        raise KernelError(f"device: expected cpu, cuda or cuda:N, found {name!r}")
+        raise KernelError(f"device: expected cpu, cuda or cuda:N, found {spell_value(name)}")
     return name
 
 
@@ -69,6 +69,7 @@ CHECKS: Mapping[str, Callable[[str], str]] = {
     "ple": _one_of("ple", PLE_PLACES),
     "kv": _one_of("kv", KV_DTYPES),
 }
+TEXTS = ("model", "dtype", "device", "kernels", "activations", "quant", "adapter", "ple", "kv")
 LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_entries": 0}
 
 
@@ -110,6 +111,7 @@ class LoadOptions:
     prefix_cache_entries: int = 4
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, check in CHECKS.items():
             if getattr(self, name) is not None:
                 check(getattr(self, name))
@@ -125,11 +127,31 @@ class LoadOptions:
         if self.kv is not None and (reason := TRITON.refusal(place, self.kernels)):
             raise KernelError(f"kv {self.kv}: a choice of the Triton kernels, which are not used here: {reason}")
 
+    def _check_kinds(self) -> None:
+        """Raise RequestError, with every problem, for options of another type: callers are checked, not trusted."""
+        problems = list[str]()
+        for name in TEXTS:
+            value: object = getattr(self, name)
+            may_be_none = name not in ("model", "device", "kernels")
+            if not ((isinstance(value, str) and value) or (value is None and may_be_none)):
+                problems.append(f"{name}: expected a text{' or None' if may_be_none else ''}, found {spell_value(value)}")
+        ignore: object = self.ignore
+        if not isinstance(ignore, tuple) or not all(isinstance(each, str) for each in ignore):
+            problems.append(f"ignore: expected a list of patterns, such as ['*.foo'], found {spell_value(ignore)}")
+        adapters: object = self.adapters
+        if not isinstance(adapters, Mapping) or not all(isinstance(each, str) for pair in adapters.items() for each in pair):
+            problems.append(f"adapters: expected paths by name, such as {{'lamp': 'path/to/it'}}, found {spell_value(adapters)}")
+        flag: object = self.repack_cache
+        if not isinstance(flag, bool):
+            problems.append(f"repack_cache: expected True or False, found {spell_value(flag)}")
+        if problems:
+            raise RequestError("the model can't be loaded with these options", problems)
+
     def _check_limits(self) -> None:
         """Raise RequestError, with every problem, unless the limits leave room for a request."""
         limits = {name: value for name in LEAST if (value := getattr(self, name)) is not None}
         problems = [
-            f"{name}: expected {LEAST[name]} or more, found {value!r}"
+            f"{name}: expected {LEAST[name]} or more, found {spell_value(value)}"
             for name, value in limits.items()
             if not isinstance(value, int) or isinstance(value, bool) or value < LEAST[name]
         ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
 from gemcutter.checkpoint.load.adapters import attach, fold, read_deltas
 from gemcutter.checkpoint.load.load_params import Progress, load_params
@@ -68,6 +69,7 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     params = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache)
     if checkpoint.plan.ple_dim:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
+    notes += quant_notes(checkpoint, options.quant)
     if merged is not None:
         params, note = fold(params, merged, checkpoint, dtype, device)
         notes += [*merged.notes(), note]
@@ -77,6 +79,18 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     if backend is not CPU and device.type == "cpu" and options.kernels == "auto":
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
     return OpenModel(options, checkpoint, make_decoder(checkpoint.plan, params, options, dtype, device), notes)
+
+
+def quant_notes(checkpoint: Checkpoint, quant: str | None) -> list[str]:
+    """Return a note where quantizing while loading leaves matrices as they are, because the file holds them packed."""
+    specs = [spec for spec in checkpoint.plan.params() if len(spec.shape) > 1]
+    pieces = [piece for spec in specs for piece in checkpoint.matched.pieces.get(spec.name, ())]
+    packed = sum(isinstance(piece.data, PackedTensor) for piece in pieces)
+    if quant is None or not packed:
+        return []
+    if packed == len(pieces):
+        return [f"quant {quant} has no effect: all matrices are packed in the file already, and stay as they are"]
+    return [f"quant {quant}: {packed} of {len(pieces)} matrices are packed in the file already, and stay as they are"]
 
 
 def make_decoder(
@@ -90,7 +104,7 @@ def find_device(options: LoadOptions) -> torch.device:
     """Return the options' device. Raises KernelError if this machine has none such, or it lacks what the options need."""
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise KernelError("device cuda: torch finds no CUDA device here; use --device cpu")
+        raise KernelError("device cuda: torch finds no CUDA device here; use the device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise KernelError(f"device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if options.kv is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:

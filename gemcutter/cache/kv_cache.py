@@ -9,6 +9,7 @@ key heads, E head dim.
 from __future__ import annotations
 
 import heapq
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ from gemcutter.errors import CapacityError, KernelError
 from gemcutter.ops.step import KEqVCache, KVRange, store
 from gemcutter.plan import GroupId, ModelPlan
 
+PAGE_BOOK_BYTES = 136  # of Python's memory for one free page: an integer, and its places in a list, a set and a heap
+LARGEST_BOOK = 1 / 8  # of the machine's memory
+
 
 @dataclass(frozen=True, slots=True)
 class PoolSize:
@@ -26,6 +30,32 @@ class PoolSize:
 
     pages: int
     tokens: int
+
+
+def check_books(counts: Mapping[GroupId, PoolSize]) -> None:
+    """Raise CapacityError where the lists of free pages alone would take more than a part of this machine's memory.
+
+    Storage itself is refused by torch, or provided by the system where it is touched; these lists are filled at once.
+    """
+    nbytes = PAGE_BOOK_BYTES * sum(each.pages for each in counts.values())
+    if nbytes > machine_bytes() * LARGEST_BOOK:
+        raise CapacityError(
+            f"a cache of {spell_positions(counts)} positions needs {nbytes / 1e9:,.0f} GB for its lists of pages alone, and this "
+            f"machine has {machine_bytes() / 1e9:,.0f} GB; lower the context, the batch (max_num_seqs) or prefix_cache_entries"
+        )
+
+
+def spell_positions(counts: Mapping[GroupId, PoolSize]) -> str:
+    """Return how many positions each group of layers has room for."""
+    return ", ".join(f"{each.pages * each.tokens} {group}" for group, each in counts.items())
+
+
+def machine_bytes() -> int:
+    """Return this machine's memory; where the system does not tell, as much as none has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 50
 
 
 class PageAllocator:
@@ -86,7 +116,7 @@ class PagedKVCache:
     ) -> None:
         self.groups = plan.groups()
         self.windows = {group.id: group.window for group in self.groups}
-        self.allocators = {group.id: PageAllocator(counts[group.id]) for group in self.groups}
+        check_books(counts)
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._compact: dict[int, KEqVCache] = {}
@@ -98,9 +128,8 @@ class PagedKVCache:
                 self.keys[layer.index] = torch.empty(key_shape, dtype=dtype, device=device)
                 self.values[layer.index] = torch.empty(shape, dtype=dtype, device=device)
             except (RuntimeError, MemoryError) as error:  # torch reports a refused allocation as a RuntimeError
-                slots = ", ".join(f"{book.tokens * len(book.ref_counts)} {w or 'global'}" for w, book in self.allocators.items())
                 raise CapacityError(
-                    f"no memory for a cache of {slots} positions ({dtype}); lower --context or the batch"
+                    f"no memory for a cache of {spell_positions(counts)} positions ({dtype}); lower the context or the batch"
                 ) from error
             if weight is not None:
                 still = weight.to(device, torch.float32, copy=True)
@@ -108,6 +137,7 @@ class PagedKVCache:
                 for columns in found.rotary(still):
                     columns.fill_(1.0)
                 self._compact[layer.index] = found
+        self.allocators = {group.id: PageAllocator(counts[group.id]) for group in self.groups}
 
     @property
     def nbytes(self) -> int:

@@ -56,6 +56,7 @@ class Conversation:
     @classmethod
     def load(cls, file: Path) -> Conversation:
         """Read what `save` wrote, or any such list of messages. Raises OSError or RequestError."""
+        from gemcutter.generate_options import check_parts
         from gemcutter.text.chat import check_messages
 
         try:
@@ -63,6 +64,7 @@ class Conversation:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{file} is not JSON: {error}") from None
         messages = check_messages(found) if found != [] else []
+        check_parts(messages)
         system = _system_text(messages[0]) if messages else None
         return cls(system, messages[system is not None :])
 

@@ -24,7 +24,7 @@ from gemcutter.engine.runner import ChunkResult, ModelRunner, PendingStep
 from gemcutter.engine.sampler import SampledToken
 from gemcutter.engine.sampling import SamplingParams
 from gemcutter.engine.scheduler import Proposer, ScheduledChunk, Scheduler
-from gemcutter.errors import RequestError
+from gemcutter.errors import RequestError, spell_value
 from gemcutter.model.text import AdaptedBody, Decoder
 
 
@@ -101,7 +101,8 @@ class Engine:
             yield f"request.prompt: ids {outside[:5]} are outside the vocabulary of {vocab}"
         room = self.context - (1 if request.max_tokens else 0)
         if len(prompt) > room:
-            yield f"request.prompt: {len(prompt)} tokens, the context holds {self.context}; raise --context or shorten it"
+            much = f"{len(prompt)} tokens, the context holds {self.context}"
+            yield f"request.prompt: {much}; raise the context or shorten the prompt"
 
     def _problems(self, request: Request) -> Iterator[str]:
         sampling: Any = request.sampling
@@ -109,19 +110,19 @@ class Engine:
         wanted = {"max_tokens": request.max_tokens, "top_logits": request.top_logits, "prompt_logprobs": request.prompt_logprobs}
         for name, number in wanted.items():
             if not (_is_count(number) or (number is None and name == "prompt_logprobs")):
-                yield f"request.{name}: expected 0 or more, found {number!r}"
+                yield f"request.{name}: expected 0 or more, found {spell_value(number)}"
         flag: Any = request.hidden_states
         if not isinstance(flag, bool):
-            yield f"request.hidden_states: expected True or False, found {request.hidden_states!r}"
+            yield f"request.hidden_states: expected True or False, found {spell_value(flag)}; it gives the last layer's, normed"
         stop_ids: Any = request.stop_ids
         if not isinstance(stop_ids, set | frozenset) or not all(map(_is_count, stop_ids)):
-            yield f"request.stop_ids: expected a set of token ids, found {request.stop_ids!r}"
+            yield f"request.stop_ids: expected a set of token ids, found {spell_value(stop_ids)}"
         processors: Any = request.logits_processors
         if not isinstance(processors, tuple) or not all(map(callable, processors)):
-            yield f"request.logits_processors: expected a tuple of callables, found {request.logits_processors!r}"
+            yield f"request.logits_processors: expected a tuple of callables, found {spell_value(processors)}"
         yield from self._adapter_problems(request)
         if not isinstance(sampling, SamplingParams):
-            yield f"request.sampling: expected SamplingParams, found {sampling!r}"
+            yield f"request.sampling: expected SamplingParams, found {spell_value(sampling)}"
             return
         named = {"logit_bias": sampling.logit_bias, "suppress": sampling.suppress}
         for name, ids in named.items():
@@ -129,9 +130,12 @@ class Engine:
                 yield f"sampling.{name}: ids {bad[:5]} are outside the vocabulary of {vocab}"
 
     def _adapter_problems(self, request: Request) -> Iterator[str]:
-        loaded = self.decoder.adapters
-        if request.adapter is not None and request.adapter not in loaded:
-            yield f"request.adapter: {request.adapter!r} is not loaded; loaded are: {', '.join(loaded) or 'none'}"
+        loaded, name = self.decoder.adapters, request.adapter
+        asked: object = name
+        if name is not None and not isinstance(asked, str):
+            yield f"request.adapter: expected the name of one adapter for the whole request, found {spell_value(asked)}"
+        elif name is not None and name not in loaded:
+            yield f"request.adapter: {name!r} is not loaded; loaded are: {', '.join(loaded) or 'none'}"
 
     def exchange_adapters(self, body: AdaptedBody) -> bool:
         """Let steps run with another set of adapters from now on, and forget the prefixes of those that leave.

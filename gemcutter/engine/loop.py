@@ -299,7 +299,7 @@ def failure(error: Exception) -> GemcutterError:
         return type(error)(error.summary, error.problems)
     found: GemcutterError = RequestError(f"the request failed in a step of the engine: {type(error).__name__}: {error}")
     if _is_out_of_memory(error):
-        found = CapacityError("no memory is left for a step; lower --context or the batch, or choose a smaller model")
+        found = CapacityError("no memory is left for a step; lower the context or the batch, or choose a smaller model")
     found.__cause__ = error
     return found
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemcutter.errors import NumericError, RequestError
+from gemcutter.errors import NumericError, RequestError, spell_value
 
 LARGEST = 1e30  # of a factor or summand: float32 holds its products with any logit
 SMALLEST = 1e-30
@@ -89,7 +89,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         problems = [
-            f"sampling.{name}: expected {want}, found {getattr(self, name)!r}"
+            f"sampling.{name}: expected {want}, found {spell_value(getattr(self, name))}"
             for name, (holds, want) in FIELDS.items()
             if not _holds(holds, getattr(self, name))
         ]

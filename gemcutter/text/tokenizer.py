@@ -166,7 +166,7 @@ class Tokenizer:
         named = special_tokens or {}
         return cls(made, named, origin=origin, literals=texts, unused=unused, quick=quick, num_ids=num_ids)
 
-    def encode(self, text: str, *, bos: bool) -> list[int]:
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Return the ids of `text`; markers in it (`<|turn>`) become their ids, as prompts from a template need.
 
         With `bos` the result starts with exactly one BOS, also when the text brings it along; without it none is added.
@@ -193,7 +193,7 @@ class Tokenizer:
                 "the text can't be encoded: expected a string of valid Unicode, without lone surrogates"
             ) from error
 
-    def decode(self, ids: Iterable[int], *, special: bool) -> str:
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Return the text of `ids`, with the markers printed or, without `special`, left out; bad UTF-8 becomes U+FFFD.
 
         Raises RequestError for ids outside the vocabulary.

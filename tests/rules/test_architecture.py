@@ -37,7 +37,19 @@ MAY_IMPORT = {
     "text": {"sidecar"},
     "generation_config": {"config", "engine", "text"},
     "completion": {"engine", "text"},
-    "api": {"load_options", "loading", "checkpoint", "engine", "model", "text", "text_assets", "completion", "gc_pause"},
+    "generate_options": {"engine"},
+    "api": {
+        "load_options",
+        "loading",
+        "checkpoint",
+        "engine",
+        "model",
+        "text",
+        "text_assets",
+        "completion",
+        "gc_pause",
+        "generate_options",
+    },
     "text_assets": {"checkpoint", "text", "generation_config", "sidecar"},
     "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api"},
     "benchmark": {
@@ -66,16 +78,18 @@ MAY_IMPORT = {
         "benchmark",
         "engine",
         "gc_pause",
+        "generate_options",
         "native",
     },
     "__main__": {"cli"},
-    "__init__": {"api", "engine", "completion", "gc_pause"},
+    "__init__": {"api", "engine", "completion", "gc_pause", "generate_options"},
 }
 TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use_double_wide_mlp", "global_head_dim")
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 VAGUE_CLASSES = ("Manager", "Handler", "Helper", "Impl", "Wrapper", "Base")
 BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure", "TypedDict"}  # a Structure is a C struct
 BASES |= {"TemplateError", "Extension", "ImmutableSandboxedEnvironment"}  # how jinja2 is extended
+BASES |= {"ValueError"}  # what callers expect of a bad argument
 
 
 def part_of(path: Path) -> str:
@@ -183,7 +197,15 @@ def test_plan_is_standard_library_only(module: str, imported: set[str]) -> None:
     assert {name for name in names if name.startswith("gemcutter")} == imported
 
 
-PUBLIC = ("api.py", "completion.py", "engine/request.py", "engine/sampling.py", "engine/loop.py", "engine/engine.py")
+PUBLIC = (
+    "api.py",
+    "completion.py",
+    "generate_options.py",
+    "engine/request.py",
+    "engine/sampling.py",
+    "engine/loop.py",
+    "engine/engine.py",
+)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

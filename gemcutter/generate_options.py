@@ -1,0 +1,158 @@
+"""What a request may ask for by name, and the checks that need no model.
+
+Owns `GenerateOptions`, the names of other engines for the same things, the checks of single options, and which parts of a message
+can be read. Refuses to know tokenizers, templates and the engine, which checks what depends on the model. Read `api.py` for who
+asks, `engine/sampling.py` for the ranges of the sampling options.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
+
+from gemcutter.engine.sampler import LogitsProcessor
+from gemcutter.engine.sampling import SamplingParams
+from gemcutter.errors import RequestError, spell_value
+
+Message = Mapping[str, object]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What a request may ask for, all of it optional; a checkpoint's generation_config.json fills in the sampling fields.
+
+    `max_tokens` bounds the reply, 128 tokens by default. `stop` are strings that end the text, `ignore_eos` goes on after tokens
+    that end a turn; `enable_thinking` and `tools` are for the chat template. `sampling` takes the place of the single sampling
+    fields (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`,
+    `top_p`, `min_p` and `seed` change nothing then.
+    """
+
+    max_tokens: int
+    stop: Iterable[str] | None
+    ignore_eos: bool
+    enable_thinking: bool
+    tools: Sequence[Message] | None
+    prompt_logprobs: int | None
+    hidden_states: bool
+    top_logits: int
+    adapter: str | None
+    logits_processors: Sequence[LogitsProcessor]
+    sampling: SamplingParams | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    suppress: tuple[int, ...]
+    seed: int | None
+    logprobs: int | None
+
+
+NAMES = tuple(GenerateOptions.__annotations__)
+OF_REQUEST = ("max_tokens", "prompt_logprobs", "hidden_states", "top_logits", "adapter", "logits_processors")
+
+# What other engines call an option that there is here.
+ELSEWHERE = {
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "num_predict": "max_tokens",
+    "n_predict": "max_tokens",
+    "temp": "temperature",
+    "repeat_penalty": "repetition_penalty",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "bad_words_ids": "suppress",
+    "suppress_tokens": "suppress",
+    "top_logprobs": "logprobs",
+    "num_logprobs": "logprobs",
+    "output_logits": "top_logits",
+    "output_hidden_states": "hidden_states",
+    "logits_processor": "logits_processors",
+    "sampling_params": "sampling",
+    "generation_config": "sampling",
+    "thinking": "enable_thinking",
+    "think": "enable_thinking",
+    "functions": "tools",
+    "lora": "adapter",
+    "lora_request": "adapter",
+}
+# What other engines have an option for, and is done in another way here.
+OTHERWISE = {
+    "n": "for several replies, pass the prompt several times in a list, with a temperature",
+    "best_of": "for several replies, pass the prompt several times in a list, and take the best by its logprobs",
+    "num_return_sequences": "for several replies, pass the prompt several times in a list, with a temperature",
+    "do_sample": "a temperature above 0 samples, 0 is greedy",
+    "num_beams": "there is no beam search",
+    "stream": "`model.stream(prompt)` gives the text while it is written",
+    "streamer": "`model.stream(prompt)` gives the text while it is written",
+    "echo": "for the prompt's log-probabilities there is prompt_logprobs",
+    "eos_token_id": "`stop` takes strings, `ignore_eos` goes on after a turn's end; for other ids use `Request.stop_ids`",
+    "stop_token_ids": "`stop` takes strings; for other ids use `Request.stop_ids`",
+    "system": 'a system prompt is a message {"role": "system", "content": ...}',
+}
+
+PARTS = ("text",)  # types of a message's parts that can be read; images and sound are to come
+
+
+def check_names(options: Iterable[str]) -> None:
+    """Raise RequestError, with what was probably meant, for options that there are not."""
+    unknown = sorted(set(options) - set(NAMES))
+    if unknown:
+        problems = [f"{name}: not an option of a request{_meant(name)}" for name in unknown]
+        raise RequestError(f"unknown options: {', '.join(unknown)}", [*problems, f"options are: {', '.join(NAMES)}"])
+
+
+def _meant(name: str) -> str:
+    """Return a hint after an unknown name, empty where nothing is alike."""
+    if name in OTHERWISE:
+        return f"; {OTHERWISE[name]}"
+    near = difflib.get_close_matches(name, NAMES, 1, 0.7)
+    meant = ELSEWHERE.get(name) or (near[0] if near else None)
+    return f"; did you mean {meant}?" if meant else ""
+
+
+def check_stop(stop: object) -> tuple[str, ...]:
+    """Return stop strings as a tuple; none for None. Raises RequestError for anything but texts."""
+    if stop is None:
+        return ()
+    if isinstance(stop, str):
+        raise RequestError(f"stop is the string {spell_value(stop)}, expected a list of strings: write [{spell_value(stop)}]")
+    if not isinstance(stop, Iterable) or isinstance(stop, bytes | Mapping):
+        raise RequestError(f"stop: expected a list of strings, found {type(stop).__name__}")
+    strings = tuple(stop)
+    problems = [
+        f"stop[{index}] is {spell_value(item)}, expected a non-empty string"
+        for index, item in enumerate(strings)
+        if not isinstance(item, str) or not item
+    ]
+    if problems:
+        raise RequestError("stop strings can't be used", problems)
+    return strings
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return an option that is on or off. Raises RequestError for anything else."""
+    if not isinstance(value, bool):
+        raise RequestError(f"{name}: expected True or False, found {spell_value(value)}")
+    return value
+
+
+def check_parts(messages: Iterable[object]) -> None:
+    """Raise RequestError, naming each part, where a message holds something that can't be read, such as an image.
+
+    What else may be wrong with messages is left to the chat template's own check.
+    """
+    problems = list[str]()
+    for place, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for index, part in enumerate(content if isinstance(content, list | tuple) else ()):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if isinstance(kind, str) and kind not in PARTS:
+                problems.append(f"messages[{place}].content[{index}]: a part of type {kind!r}; only text can be read")
+    if problems:
+        raise RequestError("the conversation holds parts that can't be read yet", problems)
