@@ -17,6 +17,7 @@ from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
 VERSION = 3  # of the interface, gc_version()
+OFF = ("off", "0", "no", "false")  # what GEMCUTTER_NATIVE may say to do without the library
 LEVELS = ("portable", "avx2", "avx512", "amx")
 
 
@@ -147,19 +148,19 @@ def missing() -> str | None:
 @cache
 def _open() -> ctypes.CDLL | str:
     asked = os.environ.get("GEMCUTTER_NATIVE")
-    if asked == "off":
-        return "switched off by GEMCUTTER_NATIVE=off"
+    if asked is not None and asked.lower() in OFF:
+        return f"switched off by GEMCUTTER_NATIVE={asked}"
     path = Path(asked) if asked else _find()
     if path is None:
         return "the CPU kernels were not built: install a C++ compiler, then install gemcutter again"
     found = _load(path)
     if isinstance(found, str):
         if asked:
-            raise KernelError(f"GEMCUTTER_NATIVE: {found}")
+            raise KernelError(f"GEMCUTTER_NATIVE: {found}; give off, or the path of a library")
         return found
     level = os.environ.get("GEMCUTTER_LEVEL")
     if level:
-        _set_level(found, level)
+        _set_level(found, level.lower(), f"GEMCUTTER_LEVEL={level}")
     return found
 
 
@@ -181,11 +182,11 @@ def _load(path: Path) -> ctypes.CDLL | str:
     return found
 
 
-def _set_level(found: ctypes.CDLL, level: str | None) -> None:
+def _set_level(found: ctypes.CDLL, level: str | None, origin: str | None = None) -> None:
     answer = found.gc_set_level(level.encode() if level else None)
     if answer:
         why = "this processor lacks its instructions" if answer == 1 else f"expected one of {', '.join(LEVELS)}"
-        raise KernelError(f"kernel level {level!r}: {why}")
+        raise KernelError(f"{origin or f'kernel level {level!r}'}: {why}")
 
 
 def set_level(level: str | None) -> None:

@@ -104,6 +104,10 @@ def test_thread_team(code: str) -> None:
 def test_the_environment_chooses_a_level() -> None:
     found = run("from gemcutter import native; print(native.level())", GEMCUTTER_LEVEL="portable")
     assert found.stdout.strip() == "portable", found.stderr
+    found = run("from gemcutter import native; print(native.level())", GEMCUTTER_LEVEL="Portable")
+    assert found.stdout.strip() == "portable", found.stderr
+    found = run("from gemcutter import native; print(native.level())", GEMCUTTER_LEVEL="SSE9")
+    assert "KernelError: GEMCUTTER_LEVEL=SSE9: expected one of portable, avx2, avx512, amx" in found.stderr
 
 
 @needs_library
@@ -120,7 +124,8 @@ def test_levels_by_name() -> None:
 
 def test_it_can_be_switched_off() -> None:
     code = "from gemcutter import native; print(native.load_library(), native.level(), native.missing(), sep='; ')"
-    assert run(code, GEMCUTTER_NATIVE="off").stdout.strip() == "None; None; switched off by GEMCUTTER_NATIVE=off"
+    for word in ("off", "0", "False", "NO"):
+        assert run(code, GEMCUTTER_NATIVE=word).stdout.strip() == f"None; None; switched off by GEMCUTTER_NATIVE={word}"
 
 
 def test_without_a_library_levels_are_refused() -> None:
