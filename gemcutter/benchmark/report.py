@@ -18,7 +18,9 @@ import torch
 from gemcutter.benchmark import breakdown, hardware, roofline
 from gemcutter.benchmark.harness import MAX_ROWS, BenchCase, BenchEngine
 from gemcutter.benchmark.target import BenchTarget
+from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
 from gemcutter.errors import RequestError
+from gemcutter.model.text import Decoder
 from gemcutter.plan import ModelPlan
 from gemcutter.quant.packed import dtype_name
 
@@ -115,16 +117,29 @@ def describe(target: BenchTarget, max_rows: int) -> dict[str, Any]:
     """Return what was measured, and how it was computed."""
     return {
         "model": target.name,
+        "sampled_sha256": None if target.source is None else sampled_sha256(target.source),
         "quant": target.quant,
         "params": target.plan.num_params(),
         "layers": len(target.plan.layers),
         "dtype": dtype_name(target.decoder.dtype),
         "kernels": target.how.kernels,
+        "fallbacks": fallbacks(target.decoder),
         "activations": target.decoder.precision.activations,
         "threads": torch.get_num_threads(),
         "max_rows": max_rows,
         "load_s": target.load_s,
     }
+
+
+def fallbacks(decoder: Decoder) -> list[dict[str, Any]]:
+    """Return the ops that run on torch's slower kernels because the ones of the decoder's own backend refused them, and why."""
+    own = {"cpu": "native", "triton": "triton"}.get(decoder.backend.name)
+    return [
+        {"op": selection.site.op, "kernel": selection.impl.name, "reason": reason, "layers": list(layers)}
+        for selection, layers in decoder.kernel_plan.selections()
+        for name, reason in selection.refusals
+        if name == own
+    ]
 
 
 def memory(target: BenchTarget, peak: int) -> dict[str, int]:
@@ -141,17 +156,23 @@ CEILINGS = {
     "bfloat16_flops_per_s": "bfloat16 products",
     "native_flops_per_s": "native products in the cache",
 }
+PRODUCTS = {
+    "float32_flops_per_s": "float32",
+    "bfloat16_flops_per_s": "bfloat16",
+    "native_flops_per_s": "native",
+}
 
 
 def show(found: dict[str, Any]) -> str:
     """Lay a measurement out for a reader."""
     here, rates, memory = found["machine"], found["rates"], found["memory"]
-    speeds = (f"{CEILINGS[name]} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items() if name != "read_bytes_per_s")
+    speeds = (f"{PRODUCTS[name]} {rate / 1e9:.0f}" for name, rate in rates.items() if name in PRODUCTS)
     lines = [
         f"{found['model']} ({found['quant']}): {found['params'] / 1e9:.3f} B parameters",
         f"computed in {found['dtype']}, activations {found['activations']}; native kernels: {here['native']}",
+        *spell_fallbacks(found["fallbacks"]),
         f"{here['cpu']}, {here['cores']} cores, {found['threads']} threads; torch {here['torch']}",
-        f"this machine reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s; {', '.join(speeds)}",
+        f"this machine reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s; GFLOP/s of products: {', '.join(speeds)}",
         "",
         *_table(found["rows"]),
         "",
@@ -168,6 +189,16 @@ def show(found: dict[str, Any]) -> str:
     if timed:
         lines += ["", "milliseconds a token, and their share, in one more run with clocks:", "", *_breakdown(timed)]
     return "\n".join(lines)
+
+
+def spell_fallbacks(fallbacks: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line for every reason why ops are slower than they could be."""
+    reasons: dict[str, list[str]] = {}
+    for each in fallbacks:
+        ops = reasons.setdefault(each["reason"], [])
+        ops += [] if each["op"] in ops else [each["op"]]
+    for reason, ops in reasons.items():
+        yield f"slower than it could be: {', '.join(ops)} on torch's kernels, because {reason}"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

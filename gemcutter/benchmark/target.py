@@ -13,23 +13,25 @@ import torch
 
 from gemcutter.benchmark import synthetic
 from gemcutter.benchmark.memory import forget_peak
+from gemcutter.checkpoint.container.source import Source
 from gemcutter.load_options import LoadOptions, check_dtype
 from gemcutter.loading import find_device, make_decoder, open_model
 from gemcutter.model.text import Decoder
-from gemcutter.ops.registry import select_backend
+from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.plan import ModelPlan
 from gemcutter.quant import Weight
 
 
 @dataclass(frozen=True, slots=True)
 class BenchTarget:
-    """A decoder, what it is called, and how long it took to load; None where nothing was loaded from a file."""
+    """A decoder, what it is called, how long it took to load, and from where; None where nothing was loaded from a file."""
 
     name: str
     quant: str
     how: LoadOptions
     decoder: Decoder
     load_s: float | None
+    source: Source | None = None
 
     @property
     def plan(self) -> ModelPlan:
@@ -58,5 +60,7 @@ def from_file(how: LoadOptions) -> BenchTarget:
     started = time.perf_counter()
     opened = open_model(how)
     weights = [param for param in opened.decoder.params.values() if isinstance(param, Weight)]
-    stored = sorted({weight.stored for weight in weights})
-    return BenchTarget(how.model, ", ".join(stored), how, opened.decoder, time.perf_counter() - started)
+    kinds = {Weight((part,)).stored for weight in weights for part in weight.parts}
+    stored = sorted({CPU.unpacked(kind) for kind in kinds})  # as the file has it, not as kernels want it
+    took_s = time.perf_counter() - started
+    return BenchTarget(how.model, ", ".join(stored), how, opened.decoder, took_s, opened.checkpoint.source)

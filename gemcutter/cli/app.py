@@ -1,56 +1,60 @@
 """The commands under one roof, and the way every command line ends.
 
-Owns the list of commands, `gemcutter --help` and the exit codes: 0 done, 1 an error of gemcutter or of the system, 2 bad usage,
-130 interrupted. Refuses to know what a command does. Read `run.py` for a whole command, `options.py` for what commands share,
-`failure.py` for the messages.
+Owns the list of commands, `gemcutter --help` and the exit codes: 0 done (also where a reader such as `head` has left early), 1 an
+error of gemcutter or of the system, 2 bad usage, 130 interrupted, 141 nobody read a verdict to its end. Refuses to know what a
+command does. Read `run.py` for a whole command, `options.py` for what commands share, `failure.py` for the messages.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 import gemcutter
-from gemcutter.cli import bench, chat, convert, doctor, inspect, run, score, tiny, verify
-from gemcutter.cli.failure import discard_output, report
+from gemcutter.cli import bench, cache, chat, convert, doctor, inspect, options, run, score, tiny, verify
+from gemcutter.cli.failure import UNREAD, discard_output, report
+from gemcutter.cli.terminal import Volume, note, set_volume
 
 INTRO = """
 Run the Gemma 4 family: every layer holds exactly the weights that its place in the model needs.
 
-MODEL is a folder or a .safetensors file, a hub id such as google/gemma-4-E2B-it, or "demo", the small model that comes with
-gemcutter.
+MODEL is a folder, a .safetensors or .gguf file, a hub id such as google/gemma-4-E2B-it, a short name of one such as e2b, or
+"demo", the small model that comes with gemcutter.
 """
+COMPLETION = "_GEMCUTTER_COMPLETE"  # set by the scripts of --show-completion
 START = """\b
 Start here:
   gemcutter run demo "What is a lantern?"
   gemcutter chat demo
   gemcutter inspect demo
 
-`gemcutter COMMAND --help` explains a command's options, with examples.
+`gemcutter COMMAND --help`, or `gemcutter help COMMAND`, explains a command's options, with examples.
 """
 
 app = typer.Typer(
     name="gemcutter",
     help=INTRO,
     epilog=START,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-app.command("run", help=run.HELP, epilog=run.EXAMPLES)(run.run)
-app.command("chat", help=chat.HELP, epilog=chat.EXAMPLES)(chat.chat)
-app.command("inspect", help=inspect.HELP, epilog=inspect.EXAMPLES)(inspect.inspect)
-app.command("doctor", help=doctor.HELP, epilog=doctor.EXAMPLES)(doctor.doctor)
-app.command("convert", help=convert.HELP, epilog=convert.EXAMPLES)(convert.convert)
-app.command("score", help=score.HELP, epilog=score.EXAMPLES)(score.score)
-app.command("verify", help=verify.HELP, epilog=verify.EXAMPLES)(verify.verify)
-app.command("bench", help=bench.HELP, epilog=bench.EXAMPLES)(bench.bench)
-app.command("tiny", help=tiny.HELP, epilog=tiny.EXAMPLES)(tiny.tiny)
+SHORT = {  # of what does not fit beside the others on a terminal of 80 columns
+    "doctor": "Say what is in a checkpoint, and what is wrong with it.",
+    "verify": "Certify that two ways of computing a model agree.",
+    "bench": "Measure speed and memory beside this machine's limits.",
+}
+VERDICTS = ("doctor", "verify")  # whose exit code says something: it is not 0 where nobody has read the rest
+for _module in (run, chat, inspect, doctor, convert, score, verify, bench, tiny, cache):
+    _name = _module.__name__.rpartition(".")[2]
+    app.command(_name, help=_module.HELP, short_help=SHORT.get(_name), epilog=_module.EXAMPLES)(
+        options.with_volume(getattr(_module, _name))
+    )
 
 
 def _show_version(wanted: bool) -> None:
@@ -63,7 +67,7 @@ def _show_version(wanted: bool) -> None:
 def _top(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+        bool, typer.Option("-V", "--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
@@ -77,9 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal's encoding may lack what a model says
             stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     if words[:1] == ["bench"]:
         words = bench.join_values(words)
+    set_volume(Volume.NORMAL)
+    warnings.showwarning = _show_warning
     try:
+        if COMPLETION in os.environ:
+            app(prog_name="gemcutter")  # a shell asks what a word may become; ends with SystemExit
         # The two steps of typer's own `app()`, without its handling of errors, which prints tracebacks and changes by version.
         with typer.main.get_command(app).make_context("gemcutter", words) as context:
             context.command.invoke(context)
@@ -89,5 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if isinstance(error, OSError):
             discard_output()
-        return report(error)
+        code = report(error)
+        return 0 if code == UNREAD and not set(words[:1]) & set(VERDICTS) else code
     return 0
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: str | None = None
+) -> None:
+    """Print a warning of Python's as the note that it is, without the line of source that it came from."""
+    note(str(message))

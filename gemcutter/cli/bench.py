@@ -6,7 +6,6 @@ read `benchmark/report.py` for that.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Annotated
 
@@ -14,14 +13,15 @@ import typer
 
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
-from gemcutter.cli.terminal import note, progress
+from gemcutter.cli.loading import use_threads
+from gemcutter.cli.terminal import note, print_json, progress
 from gemcutter.errors import GemcutterError
 from gemcutter.load_options import QUANTS as LOAD_QUANTS
 
 HELP = """
 Measure speed and memory on this machine, each beside its physical limit.
 
-The model is --model, or --preset: the geometry of a released size (tiny:E2B is a narrow one) with synthetic weights, which are
+The model is MODEL, or --preset: the geometry of a released size (tiny:E2B is a narrow one) with synthetic weights, which are
 made in memory, so that nothing is downloaded; speed does not depend on their values. --quant says how these are stored: q4_0
 (with a Q6_K head) and q8_0 as llama.cpp's files, mlx4 as mlx-lm's, bf16 dense.
 
@@ -29,21 +29,22 @@ pp512 is a prompt of 512 tokens until the next one is chosen; tg128 are 128 toke
 same behind 16384 positions that are there already, tg128x8 eight such replies side by side. Sizes may be listed: -p 512 2048,
 or -p 512,2048. The ceiling of a reply is the measured read bandwidth over the bytes that a token must read: the weights as they
 are held, of experts the chosen ones, and visible keys and values. The ceiling of a prompt is the best measured rate of matrix
-products over the operations that it needs. Speeds are medians. TTFT is the time to the first token of a prompt, TPOT the time per
+products over the operations that it needs; a share above 100 % means that the model's own kernels are faster than what the
+ceiling was measured with. Speeds are medians. TTFT is the time to the first token of a prompt, TPOT the time per
 output token of a reply.
 """
 EXAMPLES = """\b
 Examples:
   gemcutter bench --preset E2B --quant q4_0 -p 512 2048 -n 128
   gemcutter bench --preset 26B-A4B --layers 6 -p 512 -n 32 --breakdown
-  gemcutter bench --model gemma-4-E2B-it-Q4_0.gguf -p 512 -n 64 --depth 0 16384 --json
+  gemcutter bench gemma-4-E2B-it-Q4_0.gguf -p 512 -n 64 --depth 0 16384 --json
 """
 LISTS = ("-p", "--prompt", "-n", "--tokens", "--depth", "--batch")
 QUANTS = ("q4_0", "mlx4", "q8_0", "bf16")
 
 
 def join_values(words: list[str]) -> list[str]:
-    """Join the integers after each list option with commas (-p 512 2048): this command has no arguments that they could be."""
+    """Join the integers after each list option with commas (-p 512 2048): no model is called by digits alone."""
     joined, in_list = list[str](), False
     for word in words:
         is_value = word.replace(",", "").isdecimal()
@@ -60,7 +61,13 @@ Tokens = Annotated[str, typer.Option("-n", "--tokens", metavar="N...", help="Tok
 Depth = Annotated[str, typer.Option(metavar="N...", help="Positions that are filled before a test.")]
 Batch = Annotated[str, typer.Option(metavar="N...", help="Sequences that get their replies side by side.")]
 Repeats = Annotated[int, typer.Option("-r", "--repeats", metavar="N", min=1, help="Runs of each test.")]
-ModelOption = Annotated[str | None, typer.Option(metavar="MODEL", help="What other commands call MODEL.", show_default=False)]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help='Folder, .safetensors or .gguf file, hub id (owner/name), or "demo".', show_default=False
+    ),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same as MODEL.", show_default=False)]
 Preset = Annotated[
     str | None, typer.Option(metavar="E2B|E4B|12B|26B-A4B|31B", help="Geometry of synthetic weights.", show_default=False)
 ]
@@ -77,8 +84,9 @@ Breakdown = Annotated[bool, typer.Option("--breakdown", help="Also show how long
 
 @options.spread
 def bench(
+    model: ModelArgument = None,
     *,
-    model: ModelOption = None,
+    model_option: ModelOption = None,
     preset: Preset = None,
     layers: Layers = None,
     prompt: Prompt = "512",
@@ -94,19 +102,19 @@ def bench(
     as_json: options.Json = False,
 ) -> None:
     """Measure one model and print a table, or one JSON object. Raises UsageError or GemcutterError."""
-    if (model is None) == (preset is None):
-        raise UsageError("give either --model or --preset")
+    given = [each for each in (model, model_option, preset) if each is not None]
+    if len(given) != 1:
+        raise UsageError("give either MODEL or --preset")
+    model = model or model_option
     if model is not None and layers is not None:
-        raise UsageError("--layers shapes a --preset; a --model is what it is")
+        raise UsageError("--layers shapes a --preset; a MODEL is what it is")
     quant = check_quant(loading.quant, is_preset=model is None)
     sizes = [read_sizes(name, text) for name, text in (("-p", prompt), ("-n", tokens), ("--depth", depth), ("--batch", batch))]
     if model is None:
         loading = replace(loading, quant=None)
         if ignored := [name for name in ("adapter", "repack_cache", "ignore") if getattr(loading, name)]:
-            raise UsageError(f"--{ignored[0].replace('_', '-')} is about a --model; a --preset has no files")
+            raise UsageError(f"--{ignored[0].replace('_', '-')} is about a MODEL; a --preset has no files")
     how = loading.options(model or str(preset), kv=kv)
-
-    import torch
 
     from gemcutter import native
     from gemcutter.benchmark.cold_start import first_token_s
@@ -115,9 +123,8 @@ def bench(
     from gemcutter.benchmark.target import from_file, from_preset
 
     if level is not None:
-        native.set_level(level)
-    if loading.threads is not None:
-        torch.set_num_threads(loading.threads)
+        native.set_level(level.lower())
+    use_threads(loading.threads)
     tests = list_cases(*sizes)
     subject = from_file(how) if preset is None else from_preset(preset, quant or "q4_0", layers, how)
     with progress("measuring") as advance:
@@ -126,8 +133,11 @@ def bench(
         try:
             found["first_token_s"], found["first_text_s"] = first_token_s(how, found["threads"])
         except GemcutterError as error:
-            note(f"note: {error}")
-    print(json.dumps(found) if as_json else show(found))
+            note(str(error))
+    if as_json:
+        print_json(found)
+    else:
+        print(show(found))
 
 
 def check_quant(name: str | None, *, is_preset: bool) -> str | None:

@@ -1,18 +1,17 @@
 """`gemcutter chat`: a conversation in the terminal.
 
-Owns the loop of lines, the slash commands and interrupts; works the same on a pipe, where it prompts for nothing. Replies go to
-stdout, all else to stderr. The engine finds the turns before in its cache by itself. Read `conversation.py` for the history,
+Owns the loop of messages, the slash commands and interrupts. Replies go to stdout, all else to stderr. The engine finds the turns
+before in its cache by itself. Read `line_input.py` for how messages are read, `conversation.py` for the turns,
 `gemcutter/api.py` for the model.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,12 +21,15 @@ import typer
 from gemcutter.cli import options
 from gemcutter.cli.conversation import Conversation
 from gemcutter.cli.failure import describe
-from gemcutter.cli.loading import load_model
-from gemcutter.cli.terminal import Answer, note, spell_rate
+from gemcutter.cli.line_input import line_history, read_message
+from gemcutter.cli.loading import load_model, spell_how
+from gemcutter.cli.run import note_idle_options, spell_limit
+from gemcutter.cli.terminal import Answer, Volume, note, say, spell_rate, volume
 from gemcutter.errors import GemcutterError, RequestError
 
 if TYPE_CHECKING:
     from gemcutter.api import Completion, Model, Stream
+    from gemcutter.engine.sampling import SamplingParams
 
 HELP = """
 Talk with a model, turn by turn.
@@ -35,8 +37,13 @@ Talk with a model, turn by turn.
 Ctrl-C interrupts a reply and keeps what has come of it; Ctrl-D or /exit leaves. A turn computes only what is new: the turns
 before it are still in the cache, as the line after each reply says. Lines may come from a pipe, one a turn.
 
+Several lines that are pasted at once are one message. Typed or piped, a line that ends with a backslash goes on in the next one,
+and so does everything from three quotes (\"\"\") at the begin of a line to three at the end of one.
+
 \b
 In the conversation:
+  /set NAME VALUE  set temperature, top_p, seed, max_tokens, ...; VALUE "default" takes it back
+  /show            show the model, the options and how full the context is
   /system [TEXT]   set the system prompt; without TEXT, remove it
   /think on|off    let the model reason before it answers
   /retry           answer the last question anew
@@ -44,8 +51,8 @@ In the conversation:
   /clear           forget all turns, but not the system prompt
   /save FILE       write the conversation as JSON
   /load FILE       go on with a conversation from a file
-  /help            show these commands
-  /exit            leave
+  /help, /?        show these commands
+  /exit, /bye      leave
 
 A line that begins with a space is never a command.
 """
@@ -56,8 +63,11 @@ Examples:
   printf 'What is a lantern?\\nAnd a lamp?\\n' | gemcutter chat demo -n 64
 """
 COMMANDS = HELP.partition("\b\n")[2]
-HISTORY_LINES = 1000
+FAREWELLS = ("exit", "quit", "bye")  # what leaves other programs
+SETTABLE = ("max_tokens", *(field.name for field in fields(options.Choosing)))
+NEED_AN_ARGUMENT = {"/save": "FILE", "/load": "FILE", "/think": "on|off", "/set": "NAME VALUE"}
 
+MAX_TOKENS = 1024
 MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", metavar="N", min=1, help="Tokens of a reply at most.")]
 
 
@@ -67,7 +77,7 @@ def chat(
     *,
     system: options.System = None,
     think: options.Think = False,
-    max_tokens: MaxTokens = 1024,
+    max_tokens: MaxTokens = MAX_TOKENS,
     choosing: options.Choosing,
     loading: options.Loading,
     context: options.Context = None,
@@ -80,11 +90,13 @@ def chat(
         raise RequestError(
             f"{model} has no chat template (a base model?); use `gemcutter run`, or an instruction-tuned checkpoint"
         )
-    session = Session(loaded, Conversation(system), {"max_tokens": max_tokens, **sampling})
+    note_idle_options(loaded, sampling)
+    session = Session(model, loaded, Conversation(system), {"max_tokens": max_tokens, **sampling})
     session.set_thinking(think)
     with line_history():
-        if sys.stdin.isatty():
-            note("/help lists the commands; Ctrl-C interrupts a reply, Ctrl-D leaves")
+        if sys.stdin.isatty() and volume() is not Volume.QUIET:
+            say(f"{model}: {spell_how(loaded)}")
+            say("/help lists the commands; Ctrl-C interrupts a reply, Ctrl-D leaves")
         session.hold()
 
 
@@ -92,6 +104,7 @@ def chat(
 class Session:
     """One conversation with one model."""
 
+    name: str
     model: Model
     conversation: Conversation
     options: dict[str, Any]
@@ -102,19 +115,22 @@ class Session:
         """Take lines until the input ends or /exit; errors and interrupts end a line, never the session."""
         while True:
             try:
-                line = read_line()
+                line = read_message()
                 if line is None or not self.take(line):
                     return
             except KeyboardInterrupt:
-                note("\n(/exit or Ctrl-D leaves)")
+                say("\n(/exit or Ctrl-D leaves)")
             except BrokenPipeError:
                 raise  # nobody reads the replies any more
             except (GemcutterError, OSError) as error:
-                note(f"error: {describe(error)}")
+                say(f"error: {describe(error)}")
 
     def take(self, line: str) -> bool:
-        """Answer one line, or obey it if it is a command; tell whether to go on."""
+        """Answer one message, or obey it if it is a command; tell whether to go on."""
         before = list(self.conversation.turns)
+        if line.rstrip() in FAREWELLS:
+            say("(/exit or Ctrl-D leaves; a line that begins with a space is sent as it is)")
+            return True
         if not line.startswith("/"):
             if line.strip():
                 self.conversation.ask(line.strip())
@@ -122,20 +138,26 @@ class Session:
             return True
         word, _, rest = line.strip().partition(" ")
         match word, rest.strip():
-            case "/exit", "":
+            case (("/exit" | "/quit" | "/bye"), ""):
                 return False
             case "/retry", "" if self.conversation.reopen():
+                if self.sampling.temperature == 0:
+                    note("the most likely token is always taken, so the reply will be the same; /set temperature 1 varies it")
                 self.retries += 1
                 self.reply(before)
             case command, argument:
-                note(self.obey(command, argument))
+                say(self.obey(command, argument))
         return True
 
     def obey(self, word: str, rest: str) -> str:
         """Run a command that changes the conversation, and say what it did. Raises OSError or GemcutterError."""
         match word, rest:
-            case "/help", "":
+            case (("/help" | "/?"), ""):
                 return COMMANDS
+            case "/show", "":
+                return self.describe()
+            case "/set", setting if len(setting.split()) == 2:
+                return self.set_option(*setting.split())
             case "/system", _:
                 self.conversation.system = rest or None
                 return "system prompt set" if rest else "no system prompt"
@@ -155,7 +177,43 @@ class Session:
             case "/load", file if file:
                 self.conversation = Conversation.load(Path(file).expanduser())
                 return f"loaded {len(self.conversation.messages)} messages"
+            case command, argument if command in NEED_AN_ARGUMENT and (not argument or command == "/set"):
+                return f"{command} needs more: {command} {NEED_AN_ARGUMENT[command]}"
         return f"{word} {rest}".strip() + " is no command; /help lists them, and a line that begins with a space is never one"
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """Return how tokens are chosen: the options that were set, and the checkpoint's own for the others."""
+        return self.model.defaults.sampling({name: value for name, value in self.options.items() if name != "max_tokens"})
+
+    def set_option(self, name: str, text: str) -> str:
+        """Set an option of the replies to come, or take it back, and say so. Raises RequestError for what can't be used."""
+        name = name.lstrip("-").replace("-", "_")
+        if name not in SETTABLE:
+            raise RequestError(f"/set {name}: expected one of {', '.join(SETTABLE)}")
+        changed = {each: value for each, value in self.options.items() if each != name}
+        if text != "default":
+            changed[name] = read_number(name, text)
+        elif name == "max_tokens":
+            changed[name] = MAX_TOKENS
+        self.model.defaults.sampling({each: value for each, value in changed.items() if each != "max_tokens"})  # checks them
+        self.options = changed
+        return f"{name} {self.value_of(name)}"
+
+    def value_of(self, name: str) -> str:
+        """Return an option of the replies as a user reads it."""
+        value = self.options["max_tokens"] if name == "max_tokens" else getattr(self.sampling, name)
+        return f"{value}" if name in self.options else f"{'random' if value is None else value} (default)"
+
+    def describe(self) -> str:
+        """Return the model, the options and how full the context is."""
+        held = self.model.encode(self.conversation.messages) if self.conversation.turns else []
+        lines = [f"{self.name}: {spell_how(self.model)}"]
+        lines += [f"{name:<19} {self.value_of(name)}" for name in SETTABLE]
+        lines.append(f"{'thinking':<19} {'on' if self.think else 'off'}")
+        lines.append(f"{'system prompt':<19} {self.conversation.system or 'none'}")
+        lines.append(f"{'messages':<19} {len(self.conversation.messages)}, {len(held)} of {self.model.engine.context} tokens")
+        return "\n".join(lines)
 
     def set_thinking(self, think: bool) -> None:
         """Switch reasoning on or off. Raises RequestError if the template has no such switch."""
@@ -176,7 +234,7 @@ class Session:
         except KeyboardInterrupt:
             answer.end()
             has_begun = any(map(any, parts.values()))
-            note("(interrupted)" if has_begun else "(interrupted before the reply; the question is forgotten)")
+            say("(interrupted)" if has_begun else "(interrupted before the reply; the question is forgotten)")
         finally:
             content, reasoning = "".join(parts["content"]), "".join(parts["reasoning"])
             if completion is not None or content or reasoning:
@@ -185,7 +243,10 @@ class Session:
                 self.conversation.turns = before
         if completion is not None:
             answer.end()
-            note(summary(completion))
+            if completion.finish_reason == "length":
+                note(f"stopped at {spell_limit(completion, self.options['max_tokens'])}; /set max_tokens N changes it")
+            if volume() is not Volume.QUIET:
+                say(summary(completion))
 
     def _stream(self) -> Stream:
         seed = self.options.get("seed")
@@ -202,16 +263,16 @@ def summary(completion: Completion) -> str:
     )
 
 
-def read_line() -> str | None:
-    """Read a line, prompting for it on a terminal; None at the end of the input."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        try:
-            return input("> ")
-        except EOFError:
-            note("")
-            return None
-    line = sys.stdin.readline()
-    return line.removesuffix("\n") if line else None
+def read_number(name: str, text: str) -> int | float:
+    """Return an option's value as its type. Raises RequestError for what is no number, or no length of a reply."""
+    is_whole = name in ("max_tokens", "top_k", "seed")
+    try:
+        value = int(text) if is_whole else float(text)
+    except ValueError:
+        raise RequestError(f"/set {name}: expected {'an integer' if is_whole else 'a number'}, found {text!r}") from None
+    if name == "max_tokens" and value < 1:
+        raise RequestError(f"/set {name}: expected 1 or more, found {text}")
+    return value
 
 
 @contextmanager
@@ -227,27 +288,3 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def line_history() -> Iterator[None]:
-    """Keep the lines of all sessions in the user's state folder, on a terminal; do without where that can't be written."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    try:
-        import readline
-    except ImportError:  # not everywhere
-        yield
-        return
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    file = Path(state) / "gemcutter" / "history"
-    with suppress(OSError):
-        readline.read_history_file(file)
-    try:
-        yield
-    finally:
-        readline.set_history_length(HISTORY_LINES)
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(file)

@@ -1,8 +1,8 @@
 """What a failed command line says, and the exit code it ends with.
 
-Owns the words for errors that are no GemcutterError: bad usage, interrupts, closed pipes, full disks, lack of memory, and the
-unexpected. Never shows a traceback unless GEMCUTTER_DEBUG is set. Read `gemcutter/errors.py` for the errors that explain
-themselves.
+Owns the words for errors that are no GemcutterError: bad usage (with the names that other programs use for the same options),
+interrupts, closed pipes, full disks, lack of memory, and the unexpected. Never shows a traceback unless GEMCUTTER_DEBUG is set.
+Read `gemcutter/errors.py` for the errors that explain themselves.
 """
 
 from __future__ import annotations
@@ -15,9 +15,39 @@ import typer
 
 from gemcutter.errors import GemcutterError
 
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+FAILED, MISUSED, INTERRUPTED, UNREAD = 1, 2, 130, 141  # the last as the shell spells the end by SIGPIPE
 DEBUG = "GEMCUTTER_DEBUG"
 ALLOCATORS = ("can't allocate memory", "out of memory")  # how torch words what Python calls a MemoryError
+
+# What llama.cpp, Ollama, mlx-lm and transformers call what has another name or place here.
+ELSEWHERE = {
+    "--temp": "--temperature",
+    "--max-new-tokens": "--max-tokens",
+    "--n-predict": "--max-tokens",
+    "--predict": "--max-tokens",
+    "--num-predict": "--max-tokens",
+    "--ctx-size": "--context",
+    "--max-model-len": "--context",
+    "--max-kv-size": "--context",
+    "--lora": "--adapter",
+    "--adapter-path": "--adapter",
+    "--sys": "--system",
+    "--system-prompt": "--system",
+    "--system-prompt-file": '--system "$(cat FILE)"',
+    "--repeat-penalty": "--repetition-penalty",
+    "--threads-batch": "--threads",
+    "--cache-type-k": "--kv",
+    "--kv-bits": "--kv",
+    "--model": "MODEL, the first argument",
+    "--prompt": "PROMPT, the argument after MODEL",
+    "--file": "stdin: gemcutter run MODEL < FILE",
+    "--prompt-file": "stdin: gemcutter run MODEL < FILE",
+    "-m": "MODEL, the first argument",
+    "-p": "PROMPT, the argument after MODEL",
+    "-f": "stdin: gemcutter run MODEL < FILE",
+    "-c": "--context",
+    "-s": "--seed",
+}
 
 # The class that all errors of usage share. Typer exports only this child of it, and has moved the parent between its versions.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -30,9 +60,9 @@ def report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return _tell("", INTERRUPTED)
     if isinstance(error, BrokenPipeError):
-        return FAILED  # whoever read the output has gone, and so has the reason to speak
+        return UNREAD  # whoever read the output has gone, and so has the reason to speak
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else FAILED
+        return error.code if isinstance(error.code, int) else FAILED if error.code else 0
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
         return FAILED
@@ -61,8 +91,23 @@ def discard_output() -> None:
 def _usage(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "gemcutter"
-    message = _one_line(error.format_message() if hasattr(error, "format_message") else str(error))
-    return f"{command}: {message}{'' if message.endswith(('.', '?')) else '.'} See {command} --help."
+    unknown = getattr(error, "option_name", None) if hasattr(error, "possibilities") else None
+    if meant := _meant(unknown, context):
+        message = f"No such option: {unknown}. Did you mean {meant}?"
+    else:
+        message = _one_line(error.format_message() if hasattr(error, "format_message") else str(error))
+    return f"error: {message}{'' if message.endswith(('.', '?')) else '.'} See {command} --help."
+
+
+def _meant(unknown: str | None, context: typer.Context | None) -> str | None:
+    """Return what a command calls an option that other programs have under this name; None where it has none such."""
+    meant = ELSEWHERE.get(unknown or "")
+    if meant is None or context is None:
+        return None
+    if meant.startswith("--"):
+        there = {option for parameter in context.command.params for option in parameter.opts}
+        return meant if meant.split()[0] in there else None
+    return meant if context.info_name == "run" or meant.startswith("MODEL") else None
 
 
 def _one_line(text: str) -> str:

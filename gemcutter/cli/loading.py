@@ -7,10 +7,11 @@ Refuses to know what the model will be asked. Read `options.py:Loading` for the 
 from __future__ import annotations
 
 import gc
+import os
 from typing import TYPE_CHECKING
 
 from gemcutter.cli.options import Loading
-from gemcutter.cli.terminal import note, progress
+from gemcutter.cli.terminal import note, progress, remark
 from gemcutter.gc_pause import collector_paused
 
 if TYPE_CHECKING:
@@ -24,17 +25,44 @@ def load_model(
     """Load a model as the options say, and tell on stderr what was left out. Raises GemcutterError."""
     limits = {"context": context, "max_num_seqs": max_num_seqs, "prefix_cache_entries": prefix_cache_entries}
     options = how.options(name, kv=kv, **limits)
-    import torch
-
     from gemcutter import api
 
-    if how.threads is not None:
-        torch.set_num_threads(how.threads)
+    use_threads(how.threads)
     with progress(f"loading {name}") as advance:
         model = api.load_model(options, advance)
     gc.freeze()  # what there is now stays: no collection in the token loop need look at it
     for line in model.notes:
-        note(f"note: {line}")
+        note(line)
     if context is not None and context > model.engine.context:
-        note(f"note: the model was made for {model.engine.context} tokens, which bounds --context {context}")
+        note(f"the model was made for {model.engine.context} tokens, which bounds --context {context}")
+    remark(f"loaded in {model.load_s:.2f} s: {spell_how(model)}")
     return model
+
+
+def use_threads(count: int | None) -> None:
+    """Let torch, and so the kernels, use that many threads; None: its own choice."""
+    if count is None:
+        return
+    import torch
+
+    torch.set_num_threads(count)
+    cores = core_count()
+    if count > cores:
+        note(f"--threads {count} is more than the {cores} cores that this process may use, which is slower than {cores}")
+
+
+def core_count() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def spell_how(model: Model) -> str:
+    """Return how a model is computed, and how long its sequences may be."""
+    from gemcutter import native
+
+    decoder = model.decoder
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    kernels = f"{native.level()} kernels" if decoder.backend.name == "cpu" else f"{decoder.backend.name} kernels"
+    return f"{dtype} on {decoder.device}, {kernels}, context {model.engine.context} tokens"

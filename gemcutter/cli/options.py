@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from gemcutter.cli.failure import UsageError
+from gemcutter.cli.terminal import Volume, set_volume
 from gemcutter.errors import GemcutterError, RequestError
 from gemcutter.load_options import CHECKS, LoadOptions
 
@@ -75,11 +76,30 @@ def _parameters(command: Callable[..., Any]) -> Iterator[Parameter]:
     """Yield a function's parameters, and in place of a dataclass its fields."""
     types = get_type_hints(command, include_extras=True)
     for name, parameter in signature(command).parameters.items():
-        if is_dataclass(types[name]):
+        if is_dataclass(types.get(name)):
             yield from _parameters(types[name])
-        else:
-            yield parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=types[name])
+        else:  # a command under `spread` has its types in the signature alone
+            yield parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=types.get(name, parameter.annotation))
 
+
+def with_volume(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take -q and -v, which say how much is told beside its result."""
+
+    @wraps(command)
+    def call(*, quiet: bool, verbose: bool, **values: Any) -> None:
+        if quiet and verbose:
+            raise UsageError("give either --quiet or --verbose")
+        set_volume(Volume.QUIET if quiet else Volume.VERBOSE if verbose else Volume.NORMAL)
+        command(**values)
+
+    flags = {"quiet": Quiet, "verbose": Verbose}
+    more = [Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=kind) for name, kind in flags.items()]
+    call.__signature__ = Signature([*_parameters(command), *more])  # type: ignore[attr-defined]  # where typer finds it
+    return call
+
+
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Leave out notes, statistics and progress; errors are told.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also tell how a model was loaded, and how fast it was.")]
 
 Model = Annotated[
     str,

@@ -6,8 +6,8 @@ to know how text is generated. Read `gemcutter/api.py` next.
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +16,8 @@ from gemcutter.benchmark.memory import peak_rss_bytes
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model
-from gemcutter.cli.terminal import Answer, aside, note, spell_rate
+from gemcutter.cli.measured import describe_model
+from gemcutter.cli.terminal import Answer, note, print_json, remark, say, spell_rate
 from gemcutter.errors import RequestError
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ Continue one prompt and print the reply as it comes.
 
 The prompt is PROMPT, or stdin where PROMPT is "-" or absent, less its last line break. It goes through the checkpoint's chat
 template as a user's message if there is a template, else to the model as it is. The choice of tokens is greedy unless
---temperature or the checkpoint's generation_config.json says otherwise. The reply goes to stdout, all else to stderr.
+--temperature or the checkpoint's generation_config.json says otherwise. The reply goes to stdout, all else to stderr, where notes
+tell if the reply was cut off or an option had no effect. A reader that leaves early, such as `head`, ends the reply in silence,
+with exit code 0.
 """
 EXAMPLES = """\b
 Examples:
@@ -80,6 +83,7 @@ def run(
     asked = read_prompt(prompt, tokens)
     sampling = options.check_sampling(choosing, logprobs=logprobs)
     loaded = load_model(model, loading, context=context, kv=kv)
+    note_idle_options(loaded, sampling)
     chunks = loaded.stream(
         asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think),
         max_tokens=max_tokens,
@@ -96,8 +100,11 @@ def run(
             answer.write(chunk.text, chunk.kind)
     answer.end()
     assert completion is not None  # the last chunk carries it
+    if max_tokens:
+        note_cut(completion, max_tokens)
     if as_json:
-        print(json.dumps(as_object(completion, loaded.load_s, wants_top_logits=top_logits is not None)))
+        found = as_object(completion, loaded.load_s, wants_top_logits=top_logits is not None)
+        print_json(found | {"measured": describe_model(loaded, model, loading)})
     else:
         show_details(completion, loaded.tokenizer)
 
@@ -133,7 +140,32 @@ def as_message(model: Model, text: str, system: str | None, think: bool) -> Prom
         return conversation(text, system)
     if system is not None or think:
         raise RequestError("this checkpoint has no chat template (a base model?), which --system and --think need")
+    note("the checkpoint has no chat template (a base model?): the text is continued as it is, as with --raw")
     return text
+
+
+IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p", "seed")  # they say which of several tokens is taken
+
+
+def note_idle_options(model: Model, sampling: Mapping[str, Any]) -> None:
+    """Note which of the options that were given change nothing, because the most likely token is always taken."""
+    given = [f"--{name.replace('_', '-')}" for name in IDLE_WHEN_GREEDY if sampling.get(name) is not None]
+    if given and model.defaults.sampling(sampling).temperature == 0:
+        idle = f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect"
+        note(f"{idle} while the most likely token is always taken; add --temperature 1")
+
+
+def note_cut(completion: Completion, max_tokens: int) -> None:
+    """Note that a reply ended before the model ended it, and what would let it go on."""
+    if completion.finish_reason == "length":
+        note(f"stopped at {spell_limit(completion, max_tokens)}")
+
+
+def spell_limit(completion: Completion, max_tokens: int) -> str:
+    """Return the limit at which a reply was cut off."""
+    if len(completion.tokens) >= max_tokens:
+        return f"--max-tokens {max_tokens}"
+    return f"the end of the context, {len(completion.prompt_tokens) + len(completion.tokens)} tokens (--context)"
 
 
 def conversation(text: str, system: str | None) -> list[dict[str, str]]:
@@ -170,18 +202,18 @@ def as_object(completion: Completion, load_s: float, *, wants_top_logits: bool) 
 def show_details(completion: Completion, tokenizer: Tokenizer) -> None:
     """Show on stderr what was asked beside the text, and on a terminal how fast it came."""
     if completion.prompt.top_logits:
-        note("best logits after the prompt:")
+        say("best logits after the prompt:")
         for token, value in completion.prompt.top_logits:
-            note(f"  {value:8.3f}  {token:6}  {tokenizer.piece(token)!r}")
+            say(f"  {value:8.3f}  {token:6}  {tokenizer.piece(token)!r}")
     if completion.logprobs:
-        note("log-probabilities of the reply's tokens, and the best at each place:")
+        say("log-probabilities of the reply's tokens, and the best at each place:")
     for one in completion.logprobs:
         best = ", ".join(f"{tokenizer.piece(token)!r} {value:.3f}" for token, value in one.top)
-        note(f"  {one.logprob:8.3f}  {one.token:6}  {tokenizer.piece(one.token)!r}  {best}")
-    if aside().is_terminal:
-        spent = completion.metrics
-        note(
-            f"prompt {len(completion.prompt_tokens)} tokens, {spell_rate(spent.prefill_tokens, spent.ttft_s)}; "
-            f"reply {len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}; "
-            f"end: {completion.finish_reason}"
-        )
+        say(f"  {one.logprob:8.3f}  {one.token:6}  {tokenizer.piece(one.token)!r}  {best}")
+    spent = completion.metrics
+    remark(
+        f"prompt {len(completion.prompt_tokens)} tokens, {spell_rate(spent.prefill_tokens, spent.ttft_s)}; "
+        f"reply {len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}; "
+        f"end: {completion.finish_reason}",
+        on_terminal=True,
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ import typer
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model
+from gemcutter.cli.measured import describe_model
 from gemcutter.cli.run import read_stdin
-from gemcutter.cli.terminal import progress, spell_rate
+from gemcutter.cli.terminal import print_json, progress, spell_rate
 from gemcutter.errors import RequestError
 
 if TYPE_CHECKING:
@@ -29,12 +31,13 @@ if TYPE_CHECKING:
 HELP = """
 Give the perplexity of a text.
 
-That is exp(mean negative log-likelihood in nats per token); both are shown.
+That is exp(mean negative log-likelihood in nats per token); both are shown, with the standard error that they would have if
+tokens were independent of each other.
 
-FILE ("-" is stdin) is cut into windows: <bos> and the next TOKENS - 1 tokens, starting where the window before ended. Every
-window is predicted on its own, so every token of the text counts once, with what stands before it in its window as context. With
---stride S, windows start every S tokens instead; the tokens that a window shares with the one before are context and don't count
-again, so that more context costs more time. Numbers can be compared only between equal windows.
+FILE ("-", or none, is stdin) is cut into windows: <bos> and the next TOKENS - 1 tokens, starting where the window before ended.
+Every window is predicted on its own, so every token of the text counts once, with what stands before it in its window as context.
+With --stride S, windows start every S tokens instead; the tokens that a window shares with the one before are context and don't
+count again, so that more context costs more time. Numbers can be compared only between equal windows.
 
 --tokens-file holds JSON: a list of ids, or a list of such lists, each of which is one window as it is, <bos> included or not.
 All tokens but the first of a window are predicted. With --window or --stride, a single list is cut like a text.
@@ -47,6 +50,7 @@ Examples:
 """
 WINDOW = 512
 BATCH = 8  # windows in flight
+LARGEST_EXPONENT = 700.0  # a perplexity beyond it is no float
 
 File = Annotated[str | None, typer.Argument(metavar="FILE", help='UTF-8 text; "-" is stdin.', show_default=False)]
 TokensFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Token ids as JSON in place of text.")]
@@ -85,8 +89,12 @@ def score(
     kv: options.Kv = None,
 ) -> None:
     """Score one text and print the result. Raises UsageError or GemcutterError."""
-    if (file is None) == (tokens_file is None):
-        raise UsageError("give either FILE or --tokens-file")
+    if file is not None and tokens_file is not None:
+        raise UsageError("give either FILE or --tokens-file, not both")
+    if file is None and tokens_file is None:
+        if sys.stdin.isatty():
+            raise UsageError("missing FILE; give a file, --tokens-file, or text on stdin")
+        file = "-"
     length = window or WINDOW
     step = stride or length - 1
     if step > length - 1:
@@ -106,7 +114,7 @@ def score(
         windows = list(cut(body, loaded.tokenizer.bos_id, length, step))
     found = measure(loaded, windows) | {"window": length if is_cut else None, "stride": step if is_cut else None}
     if as_json:
-        print(json.dumps(found))
+        print_json(found | {"measured": describe_model(loaded, model, loading)})
     else:
         show(found)
 
@@ -172,9 +180,18 @@ def measure(model: Model, windows: Sequence[Window]) -> dict[str, Any]:
             losses += _losses(model, windows[first : first + BATCH])
             advance(len(losses), num_tokens)
     mean = math.fsum(losses) / num_tokens
+    if not math.isfinite(mean):
+        raise RequestError(
+            "the likelihood is not a number: some of the model's weights or states are not finite; `gemcutter verify` names the "
+            "first layer concerned"
+        )
+    spread = math.sqrt(math.fsum((loss - mean) ** 2 for loss in losses) / max(num_tokens - 1, 1))
+    error, perplexity = spread / math.sqrt(num_tokens), math.exp(min(mean, LARGEST_EXPONENT))
     return {
         "nll_mean": mean,
-        "perplexity": math.exp(mean),
+        "nll_standard_error": error,
+        "perplexity": perplexity,
+        "perplexity_standard_error": perplexity * error,  # to first order, as other programs give it
         "tokens": num_tokens,
         "windows": len(windows),
         "seconds": time.perf_counter() - started,
@@ -197,7 +214,7 @@ def show(found: dict[str, Any]) -> None:
     how = "as given"
     if found["window"] is not None:
         how = f"of up to {found['window']} tokens, <bos> included, {found['stride']} apart; every token counts once"
-    print(f"nll         {found['nll_mean']:.4f} nats per token")
-    print(f"perplexity  {found['perplexity']:.3f}")
+    print(f"nll         {found['nll_mean']:.4f} +/- {found['nll_standard_error']:.4f} nats per token")
+    print(f"perplexity  {found['perplexity']:.3f} +/- {found['perplexity_standard_error']:.3f}")
     print(f"tokens      {found['tokens']} predicted ({spell_rate(found['tokens'], found['seconds'])})")
     print(f"windows     {found['windows']}, {how}")

@@ -1,17 +1,20 @@
 """What the terminal shows beside an answer.
 
-Owns the two lanes (stdout holds the answer alone; notes, reasoning and progress go to stderr, dimmed) and the spelling of sizes.
-Refuses to know models. Imports rich only when something is to be shown.
+Owns the two lanes (stdout holds the answer alone; notes, reasoning and progress go to stderr, dimmed), how much is said in the
+second one (-q, -v), and the spelling of sizes and JSON. Refuses to know models. Imports rich only when something is to be shown.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,9 +31,56 @@ def aside() -> Console:
     return Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
-def note(text: str) -> None:
-    """Print a note on stderr, apart from the answer."""
+class Volume(Enum):
+    """How much is said beside an answer: only what was asked for and errors, notes too, or also how long things took."""
+
+    QUIET = -1
+    NORMAL = 0
+    VERBOSE = 1
+
+
+_volume = [Volume.NORMAL]
+
+
+def set_volume(volume: Volume) -> None:
+    """Set how much is said from now on."""
+    _volume[0] = volume
+
+
+def volume() -> Volume:
+    """Return how much is said."""
+    return _volume[0]
+
+
+def say(text: str) -> None:
+    """Print on stderr what was asked for: the answer to a command, a table of log-probabilities."""
     aside().print(text, style="dim")
+
+
+def note(text: str) -> None:
+    """Print a note on stderr, unless -q keeps them out: what the user did not ask for and should know."""
+    if volume() is not Volume.QUIET:
+        say(f"note: {text}")
+
+
+def remark(text: str, *, on_terminal: bool = False) -> None:
+    """Print how long or how fast something was: with -v; `on_terminal`, also without it where a person is looking."""
+    if volume() is Volume.VERBOSE or (on_terminal and volume() is Volume.NORMAL and aside().is_terminal):
+        say(text)
+
+
+def print_json(found: Any) -> None:
+    """Print one JSON object on stdout. JSON has neither NaN nor infinity: such numbers become null."""
+    print(json.dumps(finite(found), allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """Return a value as JSON can hold it: None in place of every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 class Answer:
@@ -63,21 +113,31 @@ class Answer:
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Return a function of (done, all) that draws a bar on stderr, once the work has lasted a while and only on a terminal."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=aside(), transient=True, disable=not aside().is_interactive)
-    task, started = bar.add_task(title), time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
+    is_shown = aside().is_interactive and volume() is not Volume.QUIET
+    bar = Progress(*columns, console=aside(), transient=True, disable=not is_shown)
+    task, started = bar.add_task(title, left=""), time.monotonic()
 
     def advance(done: int, total: int) -> None:
-        if time.monotonic() - started > PATIENCE_S:
+        spent = time.monotonic() - started
+        if spent > PATIENCE_S:
             bar.start()
-        bar.update(task, completed=done, total=total)
+        bar.update(task, completed=done, total=total, left=spell_left(spent, done, total))
 
     try:
         yield advance
     finally:
         bar.stop()
+
+
+def spell_left(spent_s: float, done: int, total: int) -> str:
+    """Return how long work will still take if it goes on as it went; nothing where that can't be told."""
+    if not done or done > total:
+        return ""
+    minutes, seconds = divmod(round(spent_s * (total - done) / done), 60)
+    return f"{minutes}:{seconds:02} left"
 
 
 def spell_bytes(count: float) -> str:

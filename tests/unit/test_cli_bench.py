@@ -7,7 +7,12 @@ import math
 
 import pytest
 
+from gemcutter import native
 from gemcutter.benchmark import cold_start, hardware
+from gemcutter.benchmark.report import spell_fallbacks
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import main
 from gemcutter.cli.bench import join_values
 
@@ -60,6 +65,35 @@ def test_a_checkpoint_is_loaded_and_started_anew(capsys: pytest.CaptureFixture[s
     assert found["quant"] == "bfloat16"
 
 
+def test_a_model_stands_in_place_as_with_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, "demo -p 4 6 -n 0 -r 1 --json"))
+    assert [row["test"] for row in found["rows"]] == ["pp4", "pp6"]
+    assert found["model"] == "demo"
+    assert found["sampled_sha256"] == sampled_sha256(Source.open(DEMO_FOLDER))
+    assert json.loads(run(capsys, "-p 4 -n 0 -r 1 demo --json"))["model"] == "demo"
+
+
+def test_the_title_names_what_the_file_holds_and_not_what_kernels_make_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run(capsys, "demo --quant q8 -p 4 -n 0 -r 1 --json"))
+    assert found["quant"] == "affine8g64, bfloat16"
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the native kernels")
+def test_what_fell_back_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--preset tiny:E2B --layers 2 -p 4 -n 0 -r 1"
+    narrow = json.loads(run(capsys, f"{words} --json"))["fallbacks"]
+    told = run(capsys, words)
+    if narrow:  # heads of a width that the kernels do not take
+        assert {each["op"] for each in narrow} >= {"attention"}
+        assert f"attention, layer on torch's kernels, because {narrow[0]['reason']}" in told
+    assert list(spell_fallbacks(REFUSED)) == ["slower than it could be: attention, layer on torch's kernels, because narrow"]
+    assert json.loads(run(capsys, "demo -p 4 -n 0 -r 1 --json"))["fallbacks"] == []
+    assert "slower than it could be" not in run(capsys, "demo -p 4 -n 0 -r 1")
+
+
+REFUSED = [{"op": op, "kernel": "torch", "reason": "narrow", "layers": []} for op in ("attention", "layer", "layer")]
+
+
 def test_a_reader_gets_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     shown = run(capsys, "--preset tiny:E2B --layers 5 -p 4 -n 2 -r 1 --breakdown --dtype float32 --kernels reference")
     assert "\npp4 " in shown
@@ -71,10 +105,11 @@ def test_a_reader_gets_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "either --model or --preset"),
-        (["--preset", "E2B", "--model", "demo"], "either --model or --preset"),
+        ([], "either MODEL or --preset"),
+        (["demo", "--model", "demo"], "either MODEL or --preset"),
+        (["--preset", "E2B", "--model", "demo"], "either MODEL or --preset"),
         (["--model", "demo", "--quant", "q4_0"], "expected q4, q8"),
-        (["--model", "demo", "--layers", "2"], "a --model is what it is"),
+        (["--model", "demo", "--layers", "2"], "a MODEL is what it is"),
         (["--preset", "E2B", "--quant", "q5"], "expected q4_0"),
         (["--preset", "E2B", "-p", "many"], "-p: expected integers"),
         (["--preset", "E2B", "-p", "-5"], "-p: expected 0 or more"),

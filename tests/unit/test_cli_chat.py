@@ -17,8 +17,9 @@ import pytest
 
 from gemcutter.checkpoint.write.synth import write_checkpoint
 from gemcutter.cli import main
-from gemcutter.cli.chat import interruptible, line_history
+from gemcutter.cli.chat import interruptible
 from gemcutter.cli.conversation import Conversation
+from gemcutter.cli.line_input import line_history
 from gemcutter.cli.terminal import Answer
 from gemcutter.engine.engine import Engine
 from gemcutter.errors import RequestError
@@ -97,11 +98,133 @@ def test_thinking_can_be_switched(talk: Any, tmp_path: Path) -> None:
     assert f"prompt {counts[0]} tokens" in by_option
 
 
-@pytest.mark.parametrize("line", ["/foo", "/undo twice", "/think maybe", "/save", "/"])
+@pytest.mark.parametrize("line", ["/foo", "/undo twice", "/think maybe", "/exit now", "/"])
 def test_what_is_no_command_is_told_and_not_sent(line: str, talk: Any) -> None:
     replies, notes = talk(line)
     assert replies == []
     assert f"{line} is no command; /help lists them" in notes
+
+
+@pytest.mark.parametrize(
+    ("line", "usage"),
+    [("/save", "FILE"), ("/load", "FILE"), ("/think", "on|off"), ("/set", "NAME VALUE"), ("/set temperature", "NAME VALUE")],
+)
+def test_a_command_without_its_argument_says_what_it_takes(line: str, usage: str, talk: Any) -> None:
+    replies, notes = talk(line)
+    assert replies == []
+    assert f"{line.split()[0]} needs more: {line.split()[0]} {usage}" in notes
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ('"""What is', "a lantern?", '"""'),
+        ('"""', "What is", 'a lantern?"""'),
+        ("What is\\", "a lantern?"),
+        ('"""What is', "a lantern?"),  # the input ends before the block
+    ],
+)
+def test_a_message_may_span_lines(lines: tuple[str, ...], talk: Any, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    replies, _ = talk(*lines, *([] if lines[-1] == "a lantern?" and '"""What is' in lines else [f"/save {file}"]))
+    assert len(replies) >= 1
+    if file.exists():
+        assert saved(file)[0]["content"] == "What is\na lantern?"
+
+
+def test_a_block_on_one_line_and_one_that_looks_like_a_command(talk: Any, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    talk('"""Hi"""', '"""/exit', 'is no command here"""', f"/save {file}")
+    assert [message["content"] for message in saved(file)[::2]] == ["Hi", "/exit\nis no command here"]
+
+
+def test_options_are_set_shown_and_taken_back(talk: Any) -> None:
+    ask = "What is a lantern?"
+    replies, notes = talk(
+        ask, "/retry", "/set temperature 1.5", "/set seed 5", "/retry", "/set temperature default", "/retry",
+        "/set max-tokens 2", "/retry", "/show", "/set top_k many", "/set top_p 7", "/set colour red",
+        "/set max_tokens 0", "/set max_tokens default", "/show",
+    )  # fmt: skip
+    assert replies[0] == replies[1] == replies[3]
+    assert replies[2] != replies[0]
+    assert replies[0].startswith(replies[4])
+    assert len(replies[4]) < len(replies[0])
+    assert notes.count("so the reply will be the same; /set temperature 1 varies it") == 3
+    assert "stopped at --max-tokens 12; /set max_tokens N changes it" in notes
+    assert "temperature 1.5\n" in notes
+    assert "temperature 0.0 (default)" in notes
+    first, second = notes.split("max_tokens          ")[1:]
+    assert first.startswith("2\n")
+    assert second.startswith("1024\n")
+    assert re.search(r"seed +5\n", notes)
+    assert re.search(r"messages +2, \d+ of 32768 tokens", notes)
+    assert "/set top_k: expected an integer, found 'many'" in notes
+    assert "sampling.top_p: expected above 0, at most 1, found 7.0" in notes
+    assert "/set colour: expected one of max_tokens, temperature" in notes
+    assert "/set max_tokens: expected 1 or more, found 0" in notes
+
+
+@pytest.mark.parametrize("line", ["/bye", "/quit", "/exit"])
+def test_a_farewell_ends_the_session(line: str, talk: Any) -> None:
+    assert talk(line, "never asked")[0] == []
+
+
+@pytest.mark.parametrize("line", ["quit", "exit", "bye"])
+def test_a_farewell_without_a_slash_is_not_sent(line: str, talk: Any) -> None:
+    replies, notes = talk(line)
+    assert replies == []
+    assert "/exit or Ctrl-D leaves" in notes
+    assert len(talk(f" {line}")[0]) == 1
+
+
+def test_a_quiet_conversation_says_only_what_was_asked_for(talk: Any) -> None:
+    replies, notes = talk("What is a lantern?", "/?", "/foo", words=("-q",))
+    assert len(replies) == 1
+    assert "tokens/s" not in notes
+    assert "note:" not in notes
+    assert "/foo is no command" in notes
+    assert "\n  /set NAME VALUE" in notes
+
+
+def test_a_conversation_with_a_picture_is_refused_when_it_is_loaded(talk: Any, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps([{"role": "user", "content": [{"type": "image", "url": "x.png"}]}]))
+    replies, notes = talk(f"/load {file}", "Hi")
+    assert "messages[0].content[0]: a part of type 'image'" in notes
+    assert len(replies) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_lines_that_are_pasted_at_once_are_one_message(tmp_path: Path) -> None:
+    readline = pytest.importorskip("readline")
+    if "libedit" in (readline.__doc__ or ""):
+        pytest.skip("libedit knows no bracketed paste")
+    import pty
+
+    file = tmp_path / "talk.json"
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}
+    command = [sys.executable, "-m", "gemcutter.cli", "chat", "demo", "-n", "4"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
+    os.close(theirs)
+    shown = read_until(ours, b"> ")
+    assert b"demo: bfloat16 on cpu" in shown
+    assert b"context 32768 tokens" in shown
+    os.write(ours, b"\x1b[200~def f():\n    return 1\n\n/exit\x1b[201~\r")
+    read_until(ours, b"from the cache")
+    os.write(ours, f"/save {file}\r/exit\r".encode())
+    assert process.wait(60) == 0
+    os.close(ours)
+    assert [message["role"] for message in saved(file)] == ["user", "assistant"]
+    assert saved(file)[0]["content"] == "def f():\n    return 1\n\n/exit"
+
+
+def read_until(terminal: int, end: bytes) -> bytes:
+    """Read what a terminal shows until it shows `end`."""
+    shown = b""
+    while end not in shown:
+        shown += os.read(terminal, 4096)
+    return shown
 
 
 def test_help_lists_the_commands(talk: Any) -> None:

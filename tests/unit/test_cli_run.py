@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import gemcutter
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import main
+from gemcutter.cli.terminal import print_json
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PROMPTS = json.loads((GOLDENS / "prompts.json").read_text())["prompts"]
 EXPECTED = json.loads((GOLDENS / "tiny-e.json").read_text())["prompts"]
 ENDS = {1, 7}
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """Restore the number of threads that torch had, which --threads changes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -70,7 +85,10 @@ def test_a_model_without_a_template_gets_raw_text(tmp_path: Path, capsys: pytest
             (tmp_path / file.name).write_bytes(file.read_bytes())
     raw = next(prompt for prompt in PROMPTS if prompt["kind"] == "raw")
     assert main(["run", str(tmp_path), raw["text"], "-n", "0", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == raw["token_ids"]
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["prompt_tokens"] == raw["token_ids"]
+    assert shown.err.startswith("note: the checkpoint has no chat template")
+    assert notes(capsys, raw["text"], "-n", "0", "--raw", model=str(tmp_path)) == []
     assert main(["run", str(tmp_path), "Hi", "--system", "Be brief."]) == 1
     assert "no chat template" in capsys.readouterr().err
 
@@ -79,6 +97,7 @@ def test_the_object_has_all_that_was_asked(capsys: pytest.CaptureFixture[str]) -
     found = run_json(capsys, "What is a lantern?", "-n", "6", "--logprobs", "2", "--top-logits", "3")
     assert found.keys() == {
         "prompt_tokens", "tokens", "text", "reasoning", "finish_reason", "top_logits", "logprobs", "timings",
+        "measured",
     }  # fmt: skip
     assert len(found["tokens"]) == 6
     assert found["finish_reason"] == "length"
@@ -95,12 +114,69 @@ def test_the_object_has_all_that_was_asked(capsys: pytest.CaptureFixture[str]) -
     assert "logprobs" not in bare
 
 
+def test_the_object_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = run_json(capsys, "Hi", "-n", "1", "--dtype", "float32", "--kernels", "reference")["measured"]
+    expected = {"model": "demo", "dtype": "float32", "kernels": "reference", "backend": "reference", "quant": None}
+    assert measured.items() >= (expected | {"gemcutter": gemcutter.__version__, "device": "cpu", "level": None}).items()
+    other = run_json(capsys, "Hi", "-n", "1", "--quant", "q8")["measured"]
+    assert other["sampled_sha256"] == measured["sampled_sha256"] == sampled_sha256(Source.open(DEMO_FOLDER))
+    assert other["quant"] == "q8"
+
+
+def test_json_never_holds_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": math.nan, "b": [math.inf, (1.5, -math.inf)], "c": {"d": 2, "e": None}})
+    assert capsys.readouterr().out == '{"a": null, "b": [null, [1.5, null]], "c": {"d": 2, "e": null}}\n'
+
+
+def notes(capsys: pytest.CaptureFixture[str], *words: str, model: str = "demo") -> list[str]:
+    """Run the command and return its notes."""
+    assert main(["run", model, *words]) == 0
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+
+
+def test_a_reply_that_was_cut_off_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert notes(capsys, "What is a lantern?", "-n", "3") == ["note: stopped at --max-tokens 3"]
+    assert notes(capsys, "What is a lantern?", "-n", "3", "--json") == ["note: stopped at --max-tokens 3"]
+    assert notes(capsys, "What is a lantern?", "-n", "3", "-q") == []
+    assert notes(capsys, "What is a lantern?", "-n", "0") == []  # nothing else was asked for
+    assert notes(capsys, "Hi", "-n", "40") == []  # it ended by itself
+    (full,) = notes(capsys, "In the beginning", "--raw", "--context", "8", "--ignore-eos")
+    assert full.startswith("note: stopped at the end of the context")
+
+
+def test_options_without_effect_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    (idle,) = notes(capsys, "Hi", "-n", "40", "--top-p", "0.9", "--seed", "4")
+    assert idle.startswith("note: --top-p, --seed have no effect while the most likely token is always taken")
+    assert notes(capsys, "Hi", "-n", "40", "--top-p", "0.9", "--temperature", "0.1", "--seed", "1", "--stop", " ") == []
+    (many,) = notes(capsys, "Hi", "-n", "40", "--threads", "1000")
+    assert many.startswith("note: --threads 1000 is more than the ")
+
+
+def test_quantizing_what_is_packed_already_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "demo", str(tmp_path / "packed"), "--to", "mlx", "--quant", "q4"]) == 0
+    capsys.readouterr()
+    (idle,) = notes(capsys, "Hi", "-n", "40", "--quant", "q8", "--ignore-eos", model=str(tmp_path / "packed"))[:1]
+    assert idle.startswith("note: quant q8")
+    assert idle.endswith("packed in the file already, and stay as they are")
+    assert not any("packed" in each for each in notes(capsys, "Hi", "-n", "1", model=str(tmp_path / "packed")))
+    assert not any("packed" in each for each in notes(capsys, "Hi", "-n", "1", "--quant", "q8"))
+
+
+def test_a_verbose_run_tells_how_it_was_loaded_and_how_fast_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "demo", "Hi", "-v"]) == 0
+    shown = capsys.readouterr().err
+    assert "loaded in " in shown
+    assert "tokens/s; end: stop" in shown
+    assert main(["run", "demo", "Hi"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_streamed_text_equals_the_object(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "What is a lantern?", "-n", "12")
     assert main(["run", "demo", "What is a lantern?", "-n", "12", "--top-logits", "2", "--logprobs", "1"]) == 0
     shown = capsys.readouterr()
     assert shown.out == found["text"] + "\n"
-    assert shown.err.count("\n") == 1 + 2 + 1 + 12  # two headings, two logits, twelve tokens
+    assert shown.err.count("\n") == 1 + 2 + 1 + 12 + 1  # two headings, two logits, twelve tokens, and that it was cut off
 
 
 def test_options_of_sampling_and_stopping_have_an_effect(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gemcutter.cli import main
+import gemcutter
+from gemcutter.cli import main, score
 from gemcutter.cli.score import cut
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -42,6 +44,45 @@ def test_a_passage_scores_as_the_oracle_says(tmp_path: Path, capsys: pytest.Capt
     assert score_json(capsys, str(tmp_path / "passage.txt"), "--window", "600")["nll_mean"] == pytest.approx(
         found["nll_mean"], abs=1e-9
     )
+
+
+def test_the_error_and_what_was_measured_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = PROMPTS["passage_600"]["token_ids"][:80]
+    found = score_json(capsys, "--tokens-file", write_ids(tmp_path, ids))
+    model = gemcutter.load("demo", dtype="float32")
+    (whole,) = model.generate([ids], max_tokens=0, prompt_logprobs=0)
+    losses = [-entry.logprob for entry in whole.prompt.logprobs]
+    error = statistics.stdev(losses) / math.sqrt(len(losses))
+    assert found["nll_standard_error"] == pytest.approx(error, rel=1e-4)
+    assert found["perplexity_standard_error"] == pytest.approx(error * found["perplexity"], rel=1e-4)
+    assert (found["measured"]["model"], found["measured"]["dtype"]) == ("demo", "float32")
+    assert main(["score", "demo", "--dtype", "float32", "--tokens-file", write_ids(tmp_path, ids)]) == 0
+    assert f"perplexity  {found['perplexity']:.3f} +/- " in capsys.readouterr().out
+
+
+def test_a_text_may_come_from_stdin(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = PROMPTS["passage_600"]["text"][:200]
+    (tmp_path / "text").write_text(text)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
+    assert score_json(capsys)["nll_mean"] == score_json(capsys, str(tmp_path / "text"))["nll_mean"]
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert main(["score", "demo"]) == 2
+    assert "missing FILE" in capsys.readouterr().err
+    assert main(["score", "demo", "x", "--tokens-file", "y"]) == 2
+    assert "not both" in capsys.readouterr().err
+
+
+def test_a_likelihood_that_is_no_number_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "_losses", lambda model, windows: [math.nan] * sum(each.counted for each in windows))
+    assert main(["score", "demo", "--json", "--tokens-file", write_ids(tmp_path, [2, 5, 6])]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "`gemcutter verify` names the first layer" in shown.err
+    monkeypatch.setattr(score, "_losses", lambda model, windows: [1e4] * sum(each.counted for each in windows))
+    assert main(["score", "demo", "--json", "--tokens-file", write_ids(tmp_path, [2, 5, 6])]) == 0
+    assert json.loads(capsys.readouterr().out)["nll_mean"] == 1e4
 
 
 def test_windows_are_independent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -22,11 +23,12 @@ from gemcutter.cli import failure, main, run
 from gemcutter.cli.app import app
 from gemcutter.cli.loading import load_model
 from gemcutter.cli.options import Choosing, Loading
+from gemcutter.cli.terminal import Volume, note, remark, set_volume, spell_left
 from gemcutter.errors import GemcutterError
 from gemcutter.load_options import LoadOptions
 
 CLI = [sys.executable, "-m", "gemcutter.cli"]
-COMMANDS = ("run", "chat", "inspect", "score", "verify", "bench", "tiny")
+COMMANDS = ("run", "chat", "inspect", "score", "verify", "bench", "tiny", "cache")
 LOADERS = {"run": ["demo", "hi"], "chat": ["demo"], "score": ["demo", os.devnull], "verify": ["demo"]}
 # One value for every option of loading, none of them the default.
 LOADING: dict[str, Any] = {
@@ -61,8 +63,61 @@ def test_help_of_a_command_has_examples_that_parse(command: str, capsys: pytest.
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"gemcutter {gemcutter.__version__}\n"
+    for option in ("--version", "-V"):
+        assert main([option]) == 0
+        assert capsys.readouterr().out == f"gemcutter {gemcutter.__version__}\n"
+
+
+def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["run"]):
+        assert main(["help", *words]) == 0
+        shown = capsys.readouterr().out
+        assert main([*words, "--help"]) == 0
+        assert capsys.readouterr().out == shown
+    assert main(["help", "rnu"]) == 2
+
+
+def test_a_shell_can_complete_commands_and_options() -> None:
+    script = subprocess.run([*CLI, "--show-completion", "bash"], capture_output=True, text=True, check=False)
+    if script.returncode:  # typer finds out by itself which shell it is
+        script = subprocess.run([*CLI, "--show-completion"], capture_output=True, text=True, check=False)
+    for line, expected in (("gemcutter sc", "score"), ("gemcutter run demo --temp", "--temperature")):
+        asked = {"_GEMCUTTER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+        done = subprocess.run(CLI, env=os.environ | asked, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.strip()) == (0, expected)
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "inspect", "doctor", "convert", "score", "verify", "bench", "tiny", "cache"])
+def test_every_command_can_be_quiet_or_verbose(command: str) -> None:
+    taken = parameters_of(command)
+    assert {"-q", "--quiet"} <= {*taken["quiet"].opts}
+    assert {"-v", "--verbose"} <= {*taken["verbose"].opts}
+
+
+def test_notes_are_left_out_where_that_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    for volume, shown in ((Volume.QUIET, ""), (Volume.NORMAL, "note: a\n"), (Volume.VERBOSE, "note: a\nb\n")):
+        set_volume(volume)
+        note("a")
+        remark("b")
+        assert capsys.readouterr().err == shown
+    set_volume(Volume.NORMAL)
+
+
+def test_warnings_of_python_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def warn(*_: object, **__: object) -> None:
+        warnings.warn("it is not kept", stacklevel=1)
+        raise GemcutterError("that is enough")
+
+    monkeypatch.setattr(run, "load_model", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["run", "demo", "hi"]) == 1
+    assert capsys.readouterr().err == "note: it is not kept\nerror: that is enough\n"
+
+
+def test_work_says_how_long_it_will_still_take() -> None:
+    assert [spell_left(10.0, *counts) for counts in ((0, 4), (1, 4), (4, 4))] == ["", "0:30 left", "0:00 left"]
+    assert spell_left(100.0, 1, 2) == "1:40 left"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +138,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "demo", "hi", "--tokens", "1"], "not both"),
         (["run", "demo", "hi", "--raw", "--think"], "--raw"),
         (["inspect", "demo", "--context", "4096,0"], "positive"),
-        (["score", "demo"], "FILE or --tokens-file"),
+        (["score", "demo", "x", "--tokens-file", "y"], "FILE or --tokens-file"),
+        (["run", "demo", "hi", "--temp", "1"], "Did you mean --temperature?"),
+        (["run", "demo", "hi", "--max-new-tokens", "1"], "Did you mean --max-tokens?"),
+        (["run", "demo", "hi", "--lora", "x"], "Did you mean --adapter?"),
+        (["run", "demo", "hi", "-m", "x"], "Did you mean MODEL, the first argument?"),
+        (["run", "demo", "-p", "hi"], "Did you mean PROMPT, the argument after MODEL?"),
+        (["chat", "demo", "-p", "hi"], "No such option"),
+        (["inspect", "demo", "--temp", "1"], "No such option"),
+        (["run", "demo", "hi", "-q", "-v"], "either --quiet or --verbose"),
+        (["cache", "eat"], "expected list or clear"),
         (["score", "demo", "x", "--window", "1"], "--window"),
         (["score", "demo", os.devnull, "--window", "10", "--stride", "10"], "--stride 10 would skip"),
         (["tiny", "--like", "7B", "out"], "expected one of E2B"),
@@ -95,6 +159,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(words: list[str], expected: str, 
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.count("\n") == 1
+    assert shown.err.startswith("error: ")
     assert expected in shown.err
     assert "--help." in shown.err
 
@@ -216,10 +281,25 @@ def test_output_that_cannot_be_written() -> None:
 
 
 def test_a_reader_that_leaves_ends_a_run_in_silence() -> None:
-    command = f"{shlex.join(CLI)} run demo hi --ignore-eos -n 400 | head -c 3"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    command = f"set -o pipefail; {shlex.join(CLI)} run demo hi --ignore-eos -n 400 | head -c 3"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert len(done.stdout) == 3
     assert done.stderr == ""
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("command", "code"), [("inspect", 0), ("doctor", 141)])
+def test_a_verdict_that_nobody_read_is_none(
+    command: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def print_in_vain(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", print_in_vain)
+    monkeypatch.setattr("rich.console.Console.print", print_in_vain)
+    monkeypatch.setattr("gemcutter.cli.app.discard_output", lambda: None)  # here it is pytest's own
+    assert main([command, "demo", "--json"]) == code
+    assert capsys.readouterr().err == ""
 
 
 def test_an_interrupt_ends_a_run_with_130() -> None:

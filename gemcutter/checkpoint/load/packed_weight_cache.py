@@ -4,7 +4,7 @@ Owns one file a checkpoint in the user's cache folder: a header that names the c
 times, a digest of their headers), then the weights. Nothing depends on it. A file that is damaged, foreign, of another version
 or of an older checkpoint counts as none and is replaced; it is written under another name and renamed when whole, so that
 readers and several writers never meet; where the disk is full or the folder is not to be written to, one warning is all. Read
-`load_params.py` for who asks.
+`load_params.py` for who asks, `packed_weight_files.py` for the folder.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ import torch
 from torch import Tensor
 
 from gemcutter.checkpoint.load.match import Checkpoint
+from gemcutter.checkpoint.load.packed_weight_files import HEAD, MAGIC, SUFFIX, UNFINISHED, file_identity, read_header, user_folder
 from gemcutter.quant.cpu_layout import PANEL, PackedLayout
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 VERSION = 2  # of this file's layout and of csrc/cpu/layout.h
-SUFFIX, UNFINISHED = ".packed", ".unfinished"
 STALE_S = 24 * 3600  # after which an unfinished file has no writer any more
 
-_HEAD = struct.Struct("<8s32sQ")  # magic, digest of the header, its length
-_MAGIC = b"GCPACKED"
-_MAX_HEADER_BYTES = 1 << 26
 _PAGE_BYTES = 4096  # weights begin on one
 _ALIGN_BYTES = 64
 _WRITE_BYTES = 16 << 20
@@ -62,7 +59,7 @@ class PackedWeightCache:
         key = {
             "version": VERSION,
             "quant": quant,
-            "files": [_identity(path) for path in source.files],
+            "files": [list(file_identity(path)) for path in source.files],
             "tensors": hashlib.sha256(json.dumps(tensors).encode()).hexdigest(),
         }
         place = hashlib.sha256(f"{source.path.resolve()} {quant}".encode()).hexdigest()[:24]
@@ -72,12 +69,7 @@ class PackedWeightCache:
         """Map the weights that are kept, by name; none where there is no such file, or not of this checkpoint as it is now."""
         try:
             with open(self.path, "rb") as file:
-                head = file.read(_HEAD.size)
-                magic, digest, length = _HEAD.unpack(head)
-                header = file.read(length) if magic == _MAGIC and length <= _MAX_HEADER_BYTES else b""
-                if hashlib.sha256(header).digest() != digest:
-                    return {}
-                content = json.loads(header)
+                content = read_header(file)
                 if content["key"] != self.key or content["bytes"] != os.fstat(file.fileno()).st_size:
                     return {}
                 memory = _map(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -106,16 +98,6 @@ class PackedWeightCache:
                 raise
         except OSError as error:
             warnings.warn(f"repacked weights are not kept in {self.path.parent}: {error.strerror or error}", stacklevel=2)
-
-
-def user_folder() -> Path:
-    """Return the folder for repacked weights, which may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemcutter" / "packed-weights"
-
-
-def _identity(path: Path) -> list[Any]:
-    found = os.stat(path)
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 def _map(mapping: mmap.mmap) -> Tensor:
@@ -155,10 +137,10 @@ def _header(key: Mapping[str, Any], entries: Mapping[str, dict[str, Any]], nbyte
     while True:
         placed = {name: entry | {"offset": start + entry["offset"]} for name, entry in entries.items()}
         header = json.dumps({"key": key, "bytes": start + nbytes, "weights": placed}).encode()
-        if _HEAD.size + len(header) <= start:
+        if HEAD.size + len(header) <= start:
             digest = hashlib.sha256(header).digest()
-            return (_HEAD.pack(_MAGIC, digest, len(header)) + header).ljust(start, b"\0")
-        start = -(-(_HEAD.size + len(header)) // _PAGE_BYTES) * _PAGE_BYTES + _PAGE_BYTES
+            return (HEAD.pack(MAGIC, digest, len(header)) + header).ljust(start, b"\0")
+        start = -(-(HEAD.size + len(header)) // _PAGE_BYTES) * _PAGE_BYTES + _PAGE_BYTES
 
 
 def _write_in_blocks(file: int, pieces: Iterator[memoryview]) -> None:
