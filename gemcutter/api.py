@@ -140,7 +140,6 @@ class Model:
 
     def _prepare_all(self, prompts: Sequence[Prompt], options: GenerateOptions) -> list[PreparedRequest]:
         """Prepare prompts that share their options. Raises RequestError that says which prompts are bad and why."""
-        options = {**options, "stop": check_stop(options.get("stop"))}  # an iterator gives its strings once
         prepared, bad = list[PreparedRequest](), dict[str, list[int]]()
         for index, prompt in enumerate(prompts):
             try:

@@ -28,7 +28,7 @@ class GenerateOptions(TypedDict, total=False):
     """
 
     max_tokens: int
-    stop: Iterable[str] | None
+    stop: Sequence[str] | None
     ignore_eos: bool
     enable_thinking: bool
     tools: Sequence[Message] | None
@@ -122,7 +122,7 @@ def check_stop(stop: object) -> tuple[str, ...]:
         return ()
     if isinstance(stop, str):
         raise RequestError(f"stop is the string {spell_value(stop)}, expected a list of strings: write [{spell_value(stop)}]")
-    if not isinstance(stop, Iterable) or isinstance(stop, bytes | Mapping):
+    if not isinstance(stop, list | tuple | set | frozenset):  # an iterator would give its strings to one prompt of a batch alone
         raise RequestError(f"stop: expected a list of strings, found {type(stop).__name__}")
     strings = tuple(stop)
     problems = [

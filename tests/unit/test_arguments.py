@@ -81,7 +81,8 @@ def test_parts_of_text_are_read(model: Model) -> None:
         ({"logits_processors": [3]}, "request.logits_processors: expected a tuple of callables"),
         ({"stop": 3}, "stop: expected a list of strings, found int"),
         ({"stop": b"ab"}, "stop: expected a list of strings, found bytes"),
-        ({"stop": iter(["a", ""])}, "stop[1] is '', expected a non-empty string"),
+        ({"stop": iter(["a"])}, "stop: expected a list of strings, found list_iterator"),
+        ({"stop": ["a", ""]}, "stop[1] is '', expected a non-empty string"),
         ({"ignore_eos": 1}, "ignore_eos: expected True or False, found 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -94,11 +95,11 @@ def test_wrong_values_are_named(options: Any, expected: str, model: Model) -> No
     assert isinstance(caught.value, ValueError)  # what Python's own functions raise
 
 
-def test_stop_strings_come_from_any_iterable(model: Model) -> None:
+def test_stop_strings_come_from_any_collection(model: Model) -> None:
     whole = model.generate(TEXT, max_tokens=8).text
     prompts = [TEXT, TEXT]
-    for stop in ([whole[4:8]], {whole[4:8]}, (each for each in [whole[4:8]])):
-        cut = model.generate(prompts, max_tokens=8, stop=stop)
+    for stop in ([whole[4:8]], (whole[4:8],), {whole[4:8]}):
+        cut = model.generate(prompts, max_tokens=8, stop=stop)  # type: ignore[arg-type]
         assert [each.text for each in cut] == [whole[:4]] * 2
 
 
