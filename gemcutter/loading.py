@@ -26,6 +26,8 @@ from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.ops.types import AdapterDeltas, Param, matrix
 from gemcutter.plan import ModelPlan
+from gemcutter.quant import Weight
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 FP8_CAPABILITY = (8, 9)
 
@@ -69,7 +71,7 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     params = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache)
     if checkpoint.plan.ple_dim:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
-    notes += quant_notes(checkpoint, options.quant)
+    notes += [*quant_notes(checkpoint, options.quant), *panel_notes(options, params)]
     if merged is not None:
         params, note = fold(params, merged, checkpoint, dtype, device)
         notes += [*merged.notes(), note]
@@ -91,6 +93,15 @@ def quant_notes(checkpoint: Checkpoint, quant: str | None) -> list[str]:
     if packed == len(pieces):
         return [f"quant {quant} has no effect: all matrices are packed in the file already, and stay as they are"]
     return [f"quant {quant}: {packed} of {len(pieces)} matrices are packed in the file already, and stay as they are"]
+
+
+def panel_notes(options: LoadOptions, params: Mapping[str, Param]) -> list[str]:
+    """Return notes on options that concern repacked weights alone, where none is repacked."""
+    weights = [param for param in params.values() if isinstance(param, Weight)]
+    if any(isinstance(part, CpuPackedWeight) for weight in weights for part in weight.parts):
+        return []
+    given = {"repack_cache": options.repack_cache, f"activations {options.activations}": options.activations is not None}
+    return [f"{name} has no effect: no weight is repacked for the CPU kernels" for name, is_given in given.items() if is_given]
 
 
 def make_decoder(

@@ -7,6 +7,7 @@ what a command does with them. Read `loading.py` for how a model comes from them
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import wraps
@@ -16,7 +17,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from gemcutter.cli.failure import UsageError
-from gemcutter.cli.terminal import Volume, set_volume
+from gemcutter.cli.terminal import Volume, remark, set_volume
 from gemcutter.errors import GemcutterError, RequestError
 from gemcutter.load_options import CHECKS, LoadOptions
 
@@ -90,7 +91,9 @@ def with_volume(command: Callable[..., None]) -> Callable[..., None]:
         if quiet and verbose:
             raise UsageError("give either --quiet or --verbose")
         set_volume(Volume.QUIET if quiet else Volume.VERBOSE if verbose else Volume.NORMAL)
+        started = time.perf_counter()
         command(**values)
+        remark(f"done in {time.perf_counter() - started:.2f} s")
 
     flags = {"quiet": Quiet, "verbose": Verbose}
     more = [Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=kind) for name, kind in flags.items()]
@@ -99,7 +102,7 @@ def with_volume(command: Callable[..., None]) -> Callable[..., None]:
 
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Leave out notes, statistics and progress; errors are told.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also tell how a model was loaded, and how fast it was.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also tell how a model was loaded, and how long all took.")]
 
 Model = Annotated[
     str,

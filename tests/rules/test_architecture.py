@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "quant": {"native"},
     "ops": {"plan", "quant", "native"},
     "load_options": {"ops"},
-    "loading": {"load_options", "plan", "checkpoint", "engine", "model", "ops"},
+    "loading": {"load_options", "plan", "checkpoint", "engine", "model", "ops", "quant"},
     "model": {"plan", "quant", "ops"},
     "cache": {"plan", "ops"},
     "engine": {"plan", "model", "cache", "ops"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import gemcutter
+from gemcutter import native
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
@@ -162,11 +164,21 @@ def test_quantizing_what_is_packed_already_is_told(tmp_path: Path, capsys: pytes
     assert not any("packed" in each for each in notes(capsys, "Hi", "-n", "1", "--quant", "q8"))
 
 
+@pytest.mark.skipif(native.missing() is not None, reason="repacks for the native kernels alone")
+def test_options_of_repacked_weights_are_idle_without_any(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    because = "has no effect: no weight is repacked for the CPU kernels"
+    dense = notes(capsys, "Hi", "-n", "40", "--activations", "bf16")
+    assert dense == [f"note: activations bf16 {because}"]
+    assert notes(capsys, "Hi", "-n", "40", "--repack-cache") == [f"note: repack_cache {because}"]
+    assert notes(capsys, "Hi", "-n", "40", "--quant", "q8", "--activations", "bf16") == []
+
+
 def test_a_verbose_run_tells_how_it_was_loaded_and_how_fast_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "demo", "Hi", "-v"]) == 0
     shown = capsys.readouterr().err
     assert "loaded in " in shown
     assert "tokens/s; end: stop" in shown
+    assert re.search(r"^done in \d+\.\d\d s$", shown, re.MULTILINE)
     assert main(["run", "demo", "Hi"]) == 0
     assert capsys.readouterr().err == ""
 
