@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gemcutter.engine.engine import Engine
     from gemcutter.engine.request import FinishReason, Request
     from gemcutter.engine.sampler import LogitsProcessor
-    from gemcutter.engine.sampling import SamplingParams
+    from gemcutter.engine.sampling_params import SamplingParams
     from gemcutter.generate_options import GenerateOptions
 
 __version__ = "0.1.0"

@@ -7,13 +7,15 @@ This module knows nothing of models; it imports the standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+MOST_OF_A_KIND = 10  # problems that a message lists
 
 
 class GemcutterError(Exception):
     """Report one failure with all its problems.
 
-    `summary` is one line; `problems` are the single findings, shown one a line below it.
+    `summary` is one line; `problems` are the single findings, shown one a line below it, and of each kind a few.
     """
 
     def __init__(self, summary: str, problems: Iterable[str] = ()) -> None:
@@ -24,7 +26,21 @@ class GemcutterError(Exception):
     def __str__(self) -> str:
         if self.problems == (self.summary,):
             return self.summary
-        return "\n".join([self.summary, *(f"  {problem}" for problem in self.problems)])
+        return "\n".join([self.summary, *(f"  {problem}" for problem in drawn_together(self.problems))])
+
+
+def drawn_together(problems: Sequence[str]) -> list[str]:
+    """Return problems in order, those of one kind (their first word) beyond MOST_OF_A_KIND as one line with their number."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.partition(" ")[0], []).append(problem)
+    found = list[str]()
+    for kind, texts in kinds.items():
+        more = len(texts) - MOST_OF_A_KIND
+        found += texts[:MOST_OF_A_KIND]
+        if more > 0:
+            found.append(f"{kind:10} and {more:,} more, such as {texts[-1].removeprefix(kind).strip()}")
+    return found
 
 
 class ConfigError(GemcutterError):

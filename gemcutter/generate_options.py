@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from gemcutter.engine.sampler import LogitsProcessor
-from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.errors import RequestError, spell_value
 
 Message = Mapping[str, object]

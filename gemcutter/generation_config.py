@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemcutter.config import ModelConfig
-from gemcutter.engine.sampling import FIELDS, SamplingParams
+from gemcutter.engine.sampling_params import FIELDS, SamplingParams
 from gemcutter.errors import ConfigError
 from gemcutter.text.tokenizer import Tokenizer
 

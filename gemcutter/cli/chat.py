@@ -29,7 +29,7 @@ from gemcutter.errors import GemcutterError, RequestError
 
 if TYPE_CHECKING:
     from gemcutter.api import Completion, Model, Stream
-    from gemcutter.engine.sampling import SamplingParams
+    from gemcutter.engine.sampling_params import SamplingParams
 
 HELP = """
 Talk with a model, turn by turn.

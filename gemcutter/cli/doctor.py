@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from gemcutter.checkpoint.doctor.doctor import TextReport
+    from gemcutter.checkpoint.load.match import Checkpoint
+
 HELP = """
 Say what is in a checkpoint, what is wrong with it, and who can load it.
 
@@ -53,13 +56,22 @@ def doctor(source: SourceName, as_json: options.Json = False, ignore: options.Ig
     """Print the report on one checkpoint and exit with its code."""
     from gemcutter.checkpoint.doctor.doctor import examine  # which knows the web, and takes as long to import as all the rest
 
-    found = examine(source, tuple(ignore or ()))
+    found = examine(source, tuple(ignore or ()), read_text)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
         show(found)
     if found["exit_code"]:
         raise typer.Exit(found["exit_code"])
+
+
+def read_text(checkpoint: Checkpoint) -> TextReport:
+    """Read a checkpoint's tokenizer, template and defaults as loading does. Raises what that raises."""
+    from gemcutter.checkpoint.doctor.doctor import TextReport
+    from gemcutter.text_assets import read_text_assets
+
+    text = read_text_assets(checkpoint)
+    return TextReport(text.notes, text.defaults.stops)
 
 
 def show(found: dict[str, Any]) -> None:
@@ -108,7 +120,7 @@ def _head(found: dict[str, Any]) -> Iterator[str]:
     for kind, pile in found["left_aside"].items():
         yield f"  aside       {kind}: {pile['tensors']} tensors, {spell_bytes(pile['bytes'])}"
     if found["text"]:
-        yield from _text(found["text"])
+        yield from _text(found["text"], found["stops"])
 
 
 def _model(model: dict[str, Any]) -> Iterator[str]:
@@ -120,10 +132,11 @@ def _model(model: dict[str, Any]) -> Iterator[str]:
     yield f"  layers      {', '.join([str(model['layers']), *extras])}; window {model['window']}, context {model['context']}"
 
 
-def _text(text: dict[str, Any]) -> Iterator[str]:
+def _text(text: dict[str, Any], stops: Sequence[dict[str, Any]]) -> Iterator[str]:
     size = f" ({spell_bytes(text['tokenizer_bytes'])})" if text["tokenizer_bytes"] else ""
     yield f"  tokenizer   {text['tokenizer'] or 'absent'}{size}, chat template {text['template'] or 'absent'}"
-    yield f"  ends on     {', '.join(map(str, text['eos_token_ids'])) or 'nothing that the files name'}"
+    named = [f"{stop['id']} ({', '.join(stop['asked_by'])})" for stop in stops] or list(map(str, text["eos_token_ids"]))
+    yield f"  ends on     {', '.join(named) or 'nothing that the files name'}"
 
 
 def _few(problems: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:

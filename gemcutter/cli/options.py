@@ -49,7 +49,7 @@ def check_sampling(choosing: Choosing, **more: Any) -> dict[str, Any]:
 
     Raises UsageError that names all that the engine does not take.
     """
-    from gemcutter.engine.sampling import SamplingParams
+    from gemcutter.engine.sampling_params import SamplingParams
 
     found = {name: value for name, value in (asdict(choosing) | more).items() if value is not None}
     try:

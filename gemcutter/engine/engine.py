@@ -22,7 +22,7 @@ from gemcutter.engine.memory import compact_weights, page_counts
 from gemcutter.engine.request import FinishReason, Request, RequestEvent, SequenceState
 from gemcutter.engine.runner import ChunkResult, ModelRunner, PendingStep
 from gemcutter.engine.sampler import SampledToken
-from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import Proposer, ScheduledChunk, Scheduler
 from gemcutter.errors import RequestError, spell_value
 from gemcutter.model.text import AdaptedBody, Decoder

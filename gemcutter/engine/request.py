@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.engine.sampler import LogitsProcessor
-from gemcutter.engine.sampling import SamplingParams, TokenLogprobs
+from gemcutter.engine.sampling import TokenLogprobs
+from gemcutter.engine.sampling_params import SamplingParams
 
 
 class FinishReason(Enum):

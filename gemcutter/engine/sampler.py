@@ -16,16 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gemcutter.engine.sampling import (
-    SamplingParams,
-    TokenLogprobs,
-    distribution,
-    is_finite,
-    not_finite,
-    sample_token,
-    token_logprobs,
-    uniform,
-)
+from gemcutter.engine.sampling import TokenLogprobs, distribution, is_finite, not_finite, sample_token, token_logprobs, uniform
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.threads import one_thread
 from gemcutter.errors import RequestError
 

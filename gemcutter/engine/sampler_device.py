@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gemcutter.engine.sampler import SampledToken, SamplingRow, edit, finish_row
-from gemcutter.engine.sampling import SamplingParams, sample_token
+from gemcutter.engine.sampling import sample_token
+from gemcutter.engine.sampling_params import SamplingParams
 
 CANDIDATES = 128  # the largest top_k that is sampled in a batch
 

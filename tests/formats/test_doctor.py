@@ -47,6 +47,14 @@ def edit(folder: Path, name: str, **changes: Any) -> None:
     (folder / name).write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
 
 
+def pack(folder: Path, quantization: dict[str, Any]) -> None:
+    """Let a config name a quantization, and one tensor hold codes."""
+    edit(folder, "config.json", quantization_config=quantization)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: torch.zeros(tensors[name].numel() // 2, 1, dtype=torch.uint8)}, folder / "model.safetensors")
+
+
 def kinds(report: Report) -> set[str]:
     return {problem["kind"] for problem in report["problems"]}
 
@@ -239,7 +247,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], set[str], str]] = {
     "a key is wrong": (lambda demo: edit(demo, "config.json", hidden_size="big"), {"config"}, "hidden_size: expected an integer"),
     "another family": (lambda demo: edit(demo, "config.json", model_type="llama"), {"config"}, "model_type: expected one of"),
     "an unknown scheme": (
-        lambda demo: edit(demo, "config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        lambda demo: pack(demo, {"quant_method": "bitsandbytes"}),
         {"config"},
         "bitsandbytes",
     ),
@@ -282,7 +290,7 @@ def test_all_problems_come_at_once_with_all_that_can_be_read(demo: Path) -> None
 
 
 def test_a_quantized_checkpoint_that_cant_be_read_still_has_a_topology(demo: Path) -> None:
-    edit(demo, "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    pack(demo, {"quant_method": "bitsandbytes", "load_in_4bit": True})
     report = examine(str(demo))
     assert report["model"]["readers"] == 4
     assert "bitsandbytes" in report["facts"]
@@ -413,6 +421,7 @@ SHAPE = {
     "dtypes": list,
     "roles": list,
     "text": dict,
+    "stops": list,
     "facts": list,
     "verdicts": list,
 }

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import FinishReason, PromptReport, Request, RequestEvent
-from gemcutter.engine.sampling import SamplingParams, TokenLogprobs
+from gemcutter.engine.sampling import TokenLogprobs
+from gemcutter.engine.sampling_params import SamplingParams
 from tests.topologies import VOCAB, oracle, relative_error
 
 

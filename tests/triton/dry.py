@@ -21,7 +21,7 @@ from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.cuda_graphs import CapturedSteps, GraphBuffers
 from gemcutter.engine.memory import compact_weights, page_counts
 from gemcutter.engine.request import Request, SequenceState
-from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import CPU, TRITON

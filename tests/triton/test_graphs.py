@@ -10,7 +10,7 @@ from gemcutter.engine.cuda_graphs import CapturedStep
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import FinishReason, Request, RequestEvent
 from gemcutter.engine.runner import StepResult
-from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.ops import reference
 from gemcutter.quant import Weight, dequantize
 from tests.triton.decoders import decode_with, prompt

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from gemcutter.checkpoint.doctor.doctor import examine
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import main
+from gemcutter.cli.doctor import read_text
 from tests.formats.web import cut_off, serve
 
 
@@ -42,7 +43,7 @@ def test_exit_codes(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_is_the_report_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "demo", "--json"]) == 0
     shown = capsys.readouterr()
-    assert json.loads(shown.out) == json.loads(json.dumps(examine("demo")))
+    assert json.loads(shown.out) == json.loads(json.dumps(examine("demo", read_text=read_text)))
     assert shown.err == ""
 
 

@@ -18,7 +18,7 @@ import gemcutter
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import FinishReason, Request, RequestEvent, SequenceState
 from gemcutter.engine.runner import ModelRunner
-from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.model.text import Decoder
 

@@ -13,7 +13,7 @@ import pytest
 from gemcutter import config as configs
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write.synth import SIZES, shrink, spell_config
-from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.errors import ConfigError, RequestError
 from gemcutter.generation_config import ENDS, MEDIA, Defaults
 from gemcutter.text.tokenizer import Tokenizer

@@ -29,7 +29,7 @@ from gemcutter import GemcutterError, Model, RequestError
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.loop import EngineLoop
 from gemcutter.engine.request import FinishReason, Request, RequestEvent
-from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
 from tests.topologies import prompt
 from tests.unit.test_scheduler import decoder

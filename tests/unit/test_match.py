@@ -459,7 +459,7 @@ def test_unknown_config_keys_are_refused_or_ignored(tmp_path: Path) -> None:
 )
 def test_quantized_checkpoints_are_refused_before_their_tensors(block: Raw, kind: str, tmp_path: Path) -> None:
     raw = config_of("E2B")
-    folder = write(tmp_path, raw | block, {"model.layers.0.self_attn.q_proj.weight": ("BF16", (2, 2))})
+    folder = write(tmp_path, raw | block, {"model.layers.0.self_attn.q_proj.weight": ("U8", (2, 2))})
     message = (
         rf"the weights are quantized in a way that no format here reads \({kind}\)\. Use the checkpoint that it was made from"
     )

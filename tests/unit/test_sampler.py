@@ -24,7 +24,7 @@ from gemcutter.engine.memory import page_counts
 from gemcutter.engine.request import Request, SequenceState
 from gemcutter.engine.sampler import HostSampler, SampledToken, SamplingRow
 from gemcutter.engine.sampler_device import CANDIDATES, FLOATS, DeviceSampler, SamplingTensors, sample_batch
-from gemcutter.engine.sampling import SamplingParams
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.errors import RequestError
 from tests.unit.test_scheduler import decoder

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gemcutter.engine.sampler import HostSampler, SampledToken, SamplingRow
-from gemcutter.engine.sampling import SamplingParams, best_of, token_logprobs
+from gemcutter.engine.sampling import best_of, token_logprobs
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.errors import RequestError, spell_value
 
 VOCAB = 12

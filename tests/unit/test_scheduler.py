@@ -27,7 +27,8 @@ from gemcutter.engine.engine import Engine
 from gemcutter.engine.memory import page_counts
 from gemcutter.engine.request import FinishReason, PromptReport, Request, RequestEvent
 from gemcutter.engine.sampler import HostSampler
-from gemcutter.engine.sampling import SamplingParams, TokenLogprobs
+from gemcutter.engine.sampling import TokenLogprobs
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.errors import RequestError
 from gemcutter.model.text import Decoder

@@ -391,7 +391,7 @@ def test_index_decides_which_files_are_read(tmp_path: Path) -> None:
 
 
 def test_without_index_model_safetensors_comes_before_other_files(tmp_path: Path) -> None:
-    saved(tmp_path, "adapter_model.safetensors", a=torch.ones(1))
+    saved(tmp_path, "another.safetensors", a=torch.ones(1))
     saved(tmp_path, "other.safetensors", b=torch.ones(1))
     (tmp_path / ".hidden.safetensors").write_bytes(b"junk")
     assert set(Source.open(tmp_path).tensors) == {"a", "b"}

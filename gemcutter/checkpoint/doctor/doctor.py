@@ -8,8 +8,8 @@ reported as far as it can be read, and the problems are listed. Reads headers an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemcutter import config as configs
@@ -18,7 +18,7 @@ from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTen
 from gemcutter.checkpoint.doctor.engine_compat import find_facts, judge
 from gemcutter.checkpoint.doctor.sidecar_files import SidecarFiles, read_sidecar_files
 from gemcutter.checkpoint.formats import FORMATS, Format
-from gemcutter.checkpoint.load.match import FLOATS, Matched, compare, table_notes
+from gemcutter.checkpoint.load.match import FLOATS, Checkpoint, Matched, compare, table_notes
 from gemcutter.checkpoint.remote.remote_source import received, survey
 from gemcutter.config import ModelConfig
 from gemcutter.errors import ConfigError, GemcutterError
@@ -50,11 +50,23 @@ ROLES = {
 }
 
 
-def examine(model: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class TextReport:
+    """What loading makes of a checkpoint's text side: notes, and of each id that ends a reply, which files ask for it."""
+
+    notes: tuple[str, ...]
+    stops: Mapping[int, tuple[str, ...]]
+
+
+ReadText = Callable[[Checkpoint], TextReport]
+
+
+def examine(model: str, ignore: Sequence[str] = (), read_text: ReadText | None = None) -> dict[str, Any]:
     """Report on the checkpoint that `model` names: a path, a hub id, a web address or "demo". Raises nothing of our own.
 
     `status` is "fine", "remarks" (it loads, but see `remarks`), "broken" (it does not load) or "unreadable" (nothing was there
-    to judge). `ignore` holds patterns of config keys and tensors to pass over. All sizes are bytes.
+    to judge). `ignore` holds patterns of config keys and tensors to pass over. `read_text` reads the text side of a checkpoint on
+    this machine just as loading does, and raises what that raises. All sizes are bytes.
     """
     problems: list[str] = []
     try:
@@ -71,8 +83,17 @@ def examine(model: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
         except GemcutterError as error:
             problems += _problems_of("file", error)
     sidecar = read_sidecar_files(source, config)
-    problems += [f"text       {problem}" for problem in sidecar.problems]
     remarks = [*(_remarks(plan, config, matched) if plan and config and matched else ()), *sidecar.remarks]
+    text = None
+    if read_text is not None and source.remote is None and config and plan and matched and not plan.is_drafter:
+        try:
+            text = read_text(Checkpoint(source, config, plan, matched, format.NAME))
+        except GemcutterError as error:
+            problems += _problems_of("text", error)
+    if text is None and not any(problem.startswith("text") for problem in problems):
+        problems += [f"text       {problem}" for problem in sidecar.problems]
+    elif text is not None:
+        remarks += [*text.notes, *sidecar.problems]  # of files that loading passes by
     status = BROKEN if problems else REMARKS if remarks else FINE
     raw = _raw_config(source)
     return _report(
@@ -82,6 +103,7 @@ def examine(model: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
         format=format.NAME,
         problems=sorted(problems),
         remarks=remarks,
+        stops={} if text is None else text.stops,
         config=config,
         plan=plan,
         matched=matched,
@@ -150,6 +172,7 @@ def _problems_of(kind: str, error: GemcutterError) -> list[str]:
 def _remarks(plan: ModelPlan, config: ModelConfig, matched: Matched) -> Iterator[str]:
     pieces = [piece for found in matched.pieces.values() for piece in found]
     yield from (note for note in matched.notes(plan) if "skipped" in note)
+    yield from config.notes
     yield from table_notes(plan)
     if matched.defaults and config.model_type.startswith("gemma4"):
         yield f"{len(matched.defaults)} layers have no layer_scalar: they are read as 1.0, which a trained model's are not"
@@ -198,6 +221,7 @@ def _report(
     matched: Matched | None = None,
     sidecar: SidecarFiles | None = None,
     facts: tuple[str, ...] = (),
+    stops: Mapping[int, tuple[str, ...]] | None = None,
 ) -> dict[str, Any]:
     client = None if source is None else received(source)
     return {
@@ -222,6 +246,7 @@ def _report(
         "dtypes": [] if source is None else _dtypes(source),
         "roles": [] if matched is None else _roles(matched),
         "text": None if sidecar is None else _text(sidecar),
+        "stops": [{"id": id, "asked_by": list(who)} for id, who in sorted((stops or {}).items())],
         "facts": list(facts),
         "verdicts": [] if source is None else [_own_verdict(status), *judge(facts)],
     }

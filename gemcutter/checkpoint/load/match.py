@@ -19,7 +19,6 @@ from gemcutter.checkpoint.formats import FORMATS, Format, hf
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan, ParamSpec, derive
 
-MOST_OF_A_KIND = 10  # problems that a message lists
 FLOATS = ("BF16", "F16", "F32")
 INTEGERS = ("I64", "I32")
 
@@ -101,22 +100,8 @@ def match(plan: ModelPlan, pieces: Iterable[StoredTensor], source: str, ignore: 
     matched = compare(plan, pieces, problems, ignore)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise CheckpointError(f"{source} does not match the plan ({count}, nothing was allocated)", drawn_together(problems))
+        raise CheckpointError(f"{source} does not match the plan ({count}, nothing was allocated)", sorted(problems))
     return matched
-
-
-def drawn_together(problems: Sequence[str]) -> list[str]:
-    """Return problems in order, those of one kind (their first word) beyond MOST_OF_A_KIND as one line with their number."""
-    kinds: dict[str, list[str]] = {}
-    for problem in sorted(problems):
-        kinds.setdefault(problem.partition(" ")[0], []).append(problem)
-    found = list[str]()
-    for kind, texts in kinds.items():
-        more = len(texts) - MOST_OF_A_KIND
-        found += texts[:MOST_OF_A_KIND]
-        if more > 0:
-            found.append(f"{kind:10} and {more:,} more, such as {texts[-1].removeprefix(kind).strip()}")
-    return found
 
 
 def compare(plan: ModelPlan, pieces: Iterable[StoredTensor], problems: list[str], ignore: Sequence[str] = ()) -> Matched:
