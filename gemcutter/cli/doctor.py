@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemcutter.cli import options
-from gemcutter.cli.terminal import spell_bytes, spell_count
+from gemcutter.cli.terminal import progress, spell_bytes, spell_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,8 +26,8 @@ HELP = """
 Say what is in a checkpoint, what is wrong with it, and who can load it.
 
 SOURCE is a folder, a file, a hub id, or the web address of a file, a folder or a page of the hub. Only headers and small files
-are read: a few kilobytes of a remote checkpoint, never its weights. Other engines are judged by rules with public sources; where
-no rule speaks, the verdict is unknown.
+are read: a few kilobytes of a remote checkpoint, never its weights, unless --data asks for them. Other engines are judged by
+rules with public sources; where no rule speaks, the verdict is unknown.
 
 The exit code is 0 if all is well, 1 if the checkpoint loads but there are remarks, 2 if it does not load.
 """
@@ -37,6 +37,7 @@ Examples:
   gemcutter doctor google/gemma-4-E2B-it
   gemcutter doctor https://example.org/models/gemma/model.safetensors
   gemcutter doctor ./my-finetune --json | jq .problems
+  gemcutter doctor ./my-merge --data       (reads every value)
 """
 STATUS = {
     "fine": ("fine", "green"),
@@ -52,11 +53,18 @@ SourceName = Annotated[
 ]
 
 
-def doctor(source: SourceName, as_json: options.Json = False, ignore: options.Ignore = None) -> None:
+Data = Annotated[bool, typer.Option("--data", help="Read all values too: NaN, infinity, constant rows, scales out of range.")]
+
+
+def doctor(source: SourceName, as_json: options.Json = False, ignore: options.Ignore = None, data: Data = False) -> None:
     """Print the report on one checkpoint and exit with its code."""
     from gemcutter.checkpoint.doctor.doctor import examine  # which knows the web, and takes as long to import as all the rest
 
-    found = examine(source, tuple(ignore or ()), read_text)
+    if data:
+        with progress("reading values") as advance:
+            found = examine(source, tuple(ignore or ()), read_text, data=True, progress=advance)
+    else:
+        found = examine(source, tuple(ignore or ()), read_text)
     if as_json:
         print(json.dumps(found, indent=1))
     else:

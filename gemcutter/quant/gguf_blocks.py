@@ -27,6 +27,7 @@ class BlockType:
     nbytes: int
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor], Tensor] | None = None
+    scales_at: tuple[int, ...] = ()  # bytes at which a block's float16 scales and minima begin; its codes are always finite
 
     def row_bytes(self, columns: int) -> int:
         """Count the bytes of a row. Raises ValueError where whole blocks do not fill it."""
@@ -38,20 +39,20 @@ class BlockType:
 TYPES = {
     each.name: each
     for each in (
-        BlockType("Q4_0", 32, 18, gguf_blocks_short.decode_q4_0, gguf_blocks_short.encode_q4_0),
-        BlockType("Q4_1", 32, 20, gguf_blocks_short.decode_q4_1),
-        BlockType("Q5_0", 32, 22, gguf_blocks_short.decode_q5_0),
-        BlockType("Q5_1", 32, 24, gguf_blocks_short.decode_q5_1),
-        BlockType("Q8_0", 32, 34, gguf_blocks_short.decode_q8_0, gguf_blocks_short.encode_q8_0),
-        BlockType("IQ4_NL", 32, 18, gguf_blocks_short.decode_iq4_nl),
+        BlockType("Q4_0", 32, 18, gguf_blocks_short.decode_q4_0, gguf_blocks_short.encode_q4_0, scales_at=(0,)),
+        BlockType("Q4_1", 32, 20, gguf_blocks_short.decode_q4_1, scales_at=(0, 2)),
+        BlockType("Q5_0", 32, 22, gguf_blocks_short.decode_q5_0, scales_at=(0,)),
+        BlockType("Q5_1", 32, 24, gguf_blocks_short.decode_q5_1, scales_at=(0, 2)),
+        BlockType("Q8_0", 32, 34, gguf_blocks_short.decode_q8_0, gguf_blocks_short.encode_q8_0, scales_at=(0,)),
+        BlockType("IQ4_NL", 32, 18, gguf_blocks_short.decode_iq4_nl, scales_at=(0,)),
         BlockType("MXFP4", 32, 17, gguf_blocks_short.decode_mxfp4),
         BlockType("NVFP4", 64, 36, gguf_blocks_short.decode_nvfp4),
-        BlockType("Q2_K", 256, 84, gguf_blocks_k.decode_q2_k),
-        BlockType("Q3_K", 256, 110, gguf_blocks_k.decode_q3_k),
-        BlockType("Q4_K", 256, 144, gguf_blocks_k.decode_q4_k),
-        BlockType("Q5_K", 256, 176, gguf_blocks_k.decode_q5_k),
-        BlockType("Q6_K", 256, 210, gguf_blocks_k.decode_q6_k),
-        BlockType("IQ4_XS", 256, 136, gguf_blocks_k.decode_iq4_xs),
+        BlockType("Q2_K", 256, 84, gguf_blocks_k.decode_q2_k, scales_at=(80, 82)),
+        BlockType("Q3_K", 256, 110, gguf_blocks_k.decode_q3_k, scales_at=(108,)),
+        BlockType("Q4_K", 256, 144, gguf_blocks_k.decode_q4_k, scales_at=(0, 2)),
+        BlockType("Q5_K", 256, 176, gguf_blocks_k.decode_q5_k, scales_at=(0, 2)),
+        BlockType("Q6_K", 256, 210, gguf_blocks_k.decode_q6_k, scales_at=(208,)),
+        BlockType("IQ4_XS", 256, 136, gguf_blocks_k.decode_iq4_xs, scales_at=(0,)),
     )
 }
 
@@ -93,6 +94,11 @@ class Blocks:
     def gather(self, ids_N: Tensor) -> Blocks:
         """Copy the rows that ids name."""
         return gather_rows(self, ids_N)
+
+    def floats(self) -> list[Tensor]:
+        """Return what is stored in floats, [..., rows, blocks] each; nothing where scales have another form."""
+        blocks = self.data.view(*self.data.shape[:-1], -1, self.kind.nbytes)
+        return [blocks[..., at : at + 2].contiguous().view(torch.float16)[..., 0] for at in self.kind.scales_at]
 
     def dequantize(self) -> Tensor:
         """Compute the values in float32, operation by operation as ggml's reference does."""

@@ -208,6 +208,16 @@ def stored_bytes(packed: Packed) -> int:
     )
 
 
+def floats_of(packed: Packed) -> list[Tensor]:
+    """Return the scales and offsets of a weight that are stored in floats, [..., rows, groups] each; none if it has none such.
+
+    Where there are some, the weight's values are finite if they are: codes always are.
+    """
+    own = getattr(packed, "floats", None)
+    found = list(_tensors(packed).values()) if own is None else own()
+    return [array for array in found if array.is_floating_point() and array.itemsize > 1]
+
+
 def _tensors(packed: Any) -> dict[str, Tensor]:
     found = {each.name: getattr(packed, each.name) for each in fields(packed)}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}

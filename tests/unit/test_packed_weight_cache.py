@@ -102,6 +102,8 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut in its panels": lambda raw: raw[:-1],
     "longer": lambda raw: raw + b"\0",
     "another header": lambda raw: raw.replace(b'"offset": ', b'"offset":1', 1),
+    "a block of its panels is zero": lambda raw: raw[: len(raw) // 2] + bytes(4096) + raw[len(raw) // 2 + 4096 :],
+    "a bit of its panels is turned": lambda raw: raw[:-300] + bytes([raw[-300] ^ 1]) + raw[-299:],
     "a header of many bytes": lambda raw: raw[:40] + b"\xff" * 8 + raw[48:],
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.container.source import Source
@@ -23,6 +23,9 @@ from gemcutter.checkpoint.remote.remote_source import received, survey
 from gemcutter.config import ModelConfig
 from gemcutter.errors import ConfigError, GemcutterError
 from gemcutter.plan import LayerPlan, ModelPlan, derive
+
+if TYPE_CHECKING:
+    from gemcutter.checkpoint.doctor.values import ValueReport
 
 SCHEMA = 1
 FINE, REMARKS, BROKEN, UNREADABLE = "fine", "remarks", "broken", "unreadable"
@@ -61,12 +64,19 @@ class TextReport:
 ReadText = Callable[[Checkpoint], TextReport]
 
 
-def examine(model: str, ignore: Sequence[str] = (), read_text: ReadText | None = None) -> dict[str, Any]:
+def examine(
+    model: str,
+    ignore: Sequence[str] = (),
+    read_text: ReadText | None = None,
+    data: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Report on the checkpoint that `model` names: a path, a hub id, a web address or "demo". Raises nothing of our own.
 
     `status` is "fine", "remarks" (it loads, but see `remarks`), "broken" (it does not load) or "unreadable" (nothing was there
     to judge). `ignore` holds patterns of config keys and tensors to pass over. `read_text` reads the text side of a checkpoint on
-    this machine just as loading does, and raises what that raises. All sizes are bytes.
+    this machine just as loading does, and raises what that raises. With `data`, all values of the decoder are read too, and
+    `progress` is told the bytes. All sizes are bytes.
     """
     problems: list[str] = []
     try:
@@ -94,6 +104,10 @@ def examine(model: str, ignore: Sequence[str] = (), read_text: ReadText | None =
         problems += [f"text       {problem}" for problem in sidecar.problems]
     elif text is not None:
         remarks += [*text.notes, *sidecar.problems]  # of files that loading passes by
+    if data and matched is not None:
+        values = _values(source, matched, progress)
+        problems += values.problems
+        remarks += values.remarks
     status = BROKEN if problems else REMARKS if remarks else FINE
     raw = _raw_config(source)
     return _report(
@@ -110,6 +124,14 @@ def examine(model: str, ignore: Sequence[str] = (), read_text: ReadText | None =
         sidecar=sidecar,
         facts=find_facts(source, raw, config, plan, matched),
     )
+
+
+def _values(source: Source, matched: Matched, progress: Callable[[int, int], None] | None) -> ValueReport:
+    from gemcutter.checkpoint.doctor.values import ValueReport, examine_values  # which needs torch
+
+    if source.remote is not None:
+        return ValueReport(["values     are not read over a network: download the checkpoint first"])
+    return examine_values(matched, progress)
 
 
 # ---- as far as it can be read ----
@@ -254,7 +276,7 @@ def _report(
 
 def _split(problem: str) -> dict[str, str]:
     kind, _, text = problem.partition(" ")
-    known = kind in ("file", "config", "text", "missing", "unknown", "shape", "dtype", "duplicate", "packing")
+    known = kind in ("file", "config", "text", "missing", "unknown", "shape", "dtype", "duplicate", "packing", "values")
     return {"kind": kind, "text": text.strip()} if known else {"kind": "file", "text": problem}
 
 

@@ -1,10 +1,10 @@
 """Packed weights on disk: what one load has packed for the CPU kernels, the next maps.
 
 Owns one file a checkpoint in the user's cache folder: a header that names the checkpoint's files as they were (paths, sizes,
-times, a digest of their headers), then the weights. Nothing depends on it. A file that is damaged, foreign, of another version
-or of an older checkpoint counts as none and is replaced; it is written under another name and renamed when whole, so that
-readers and several writers never meet; where the disk is full or the folder is not to be written to, one warning is all. Read
-`load_params.py` for who asks, `packed_weight_files.py` for the folder.
+times, a digest of their headers), how they were read, and sums of every block, then the weights. Nothing depends on it. A file
+that is damaged, foreign, of another version or of an older checkpoint counts as none and is replaced; it is written under
+another name and renamed when whole, so that readers and several writers never meet; where the disk is full or the folder is not
+to be written to, one warning is all. Read `load_params.py` for who asks, `packed_weight_files.py` for the folder.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcutter import native
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.packed_weight_files import HEAD, MAGIC, SUFFIX, UNFINISHED, file_identity, read_header, user_folder
 from gemcutter.quant.cpu_layout import PANEL, PackedLayout
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 
-VERSION = 2  # of this file's layout and of csrc/cpu/layout.h
+VERSION = 3  # of this file's layout and of csrc/cpu/layout.h
+SUM_BYTES = 16 << 20  # of one sum
 STALE_S = 24 * 3600  # after which an unfinished file has no writer any more
 
 _PAGE_BYTES = 4096  # weights begin on one
@@ -59,6 +61,8 @@ class PackedWeightCache:
         key = {
             "version": VERSION,
             "quant": quant,
+            "config": hashlib.sha256(repr(checkpoint.config).encode()).hexdigest(),  # which says how weights are read
+            "level": native.level(),
             "files": [list(file_identity(path)) for path in source.files],
             "tensors": hashlib.sha256(json.dumps(tensors).encode()).hexdigest(),
         }
@@ -73,7 +77,9 @@ class PackedWeightCache:
                 if content["key"] != self.key or content["bytes"] != os.fstat(file.fileno()).st_size:
                     return {}
                 memory = _map(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            return {name: _weight(memory, entry) for name, entry in content["weights"].items()}
+            found = {name: _weight(memory, entry) for name, entry in content["weights"].items()}
+            is_whole = all(sums_of(found[name].data) == entry["sums"] for name, entry in content["weights"].items())
+            return found if is_whole else {}
         except (OSError, struct.error, ValueError, KeyError, TypeError, RuntimeError):  # whatever it is, it is not ours
             return {}
 
@@ -100,6 +106,13 @@ class PackedWeightCache:
             warnings.warn(f"repacked weights are not kept in {self.path.parent}: {error.strerror or error}", stacklevel=2)
 
 
+def sums_of(data: Tensor) -> list[int]:
+    """Return a sum of the words of every SUM_BYTES bytes: it costs no more than reading them, and shows lost and changed ones."""
+    flat = data.contiguous().flatten().view(torch.uint8)
+    words, rest = flat[: len(flat) // 8 * 8].view(torch.long), flat[len(flat) // 8 * 8 :]
+    return [int(part.sum()) for part in torch.split(words, SUM_BYTES // 8)] + rest.tolist()
+
+
 def _map(mapping: mmap.mmap) -> Tensor:
     if hasattr(mmap, "MADV_RANDOM"):  # a system with madvise; older kernels refuse this advice
         with contextlib.suppress(OSError):
@@ -122,7 +135,8 @@ def _pieces(key: Mapping[str, Any], weights: Mapping[str, CpuPackedWeight]) -> I
     entries, end = dict[str, Any](), 0
     for name, each in weights.items():
         layout = asdict(each.layout)
-        entries[name] = {"shape": each.shape, "layout": layout, "origin": each.origin, "offset": end}
+        sums = sums_of(each.data)
+        entries[name] = {"shape": each.shape, "layout": layout, "origin": each.origin, "offset": end, "sums": sums}
         end += -(-each.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
     header = _header(key, entries, end)
     yield memoryview(header)
