@@ -132,7 +132,8 @@ class Model:
         if not isinstance(prompts, list | tuple):
             raise RequestError(f"prompts: expected a text or a list of prompts, found {type(prompts).__name__}")
         if prompts and not isinstance(prompts[0], str | list | tuple | np.ndarray):
-            raise RequestError("prompts: a list of prompts holds texts, id lists or conversations; put a single one in a list")
+            instead = "ask `chat` for an answer to this one" if isinstance(prompts[0], Mapping) else "put a single one in a list"
+            raise RequestError(f"prompts: a list of prompts holds texts, id lists or conversations; {instead}")
         prepared = self._prepare_all(prompts, options)
         with ExitStack() as open_streams:  # an error or an interrupt withdraws the others
             streams = [open_streams.enter_context(closing(stream)) for stream in self.submit_many(prepared)]

@@ -105,7 +105,7 @@ def convert(
         deeds = ", ".join(f"{count} {deed}" for deed, count in report.deeds.items())
         print(f"{destination}: {spell_bytes(report.target_bytes)} of tensors, from {spell_bytes(report.source_bytes)}; {deeds}")
         for line in report.notes():
-            note(f"note: {line}")
+            note(line)
 
 
 def as_object(report: Report) -> dict[str, object]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemcutter import __version__
+from gemcutter import __version__, native
 from gemcutter.api import Model
 from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
 from gemcutter.checkpoint.load.load_params import Progress
@@ -246,6 +246,7 @@ def describe(side: Side) -> dict[str, Any]:
         "device": str(decoder.device),
         "dtype": dtype,
         "kernels": side.kernels,
+        "level": native.level() if decoder.backend.name == "cpu" else None,
         "activations": decoder.precision.activations,
         "kernels_by_op": kernels,
     }

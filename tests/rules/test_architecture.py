@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "generate_options",
     },
     "text_assets": {"checkpoint", "text", "generation_config", "sidecar"},
-    "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api"},
+    "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
     "benchmark": {
         "plan",
         "checkpoint",

@@ -63,6 +63,13 @@ def test_parts_of_text_are_read(model: Model) -> None:
     assert model.encode([{"role": "user", "content": parts}]) == model.encode([HELLO])
 
 
+def test_a_conversation_given_to_generate_is_sent_to_chat(model: Model) -> None:
+    with pytest.raises(RequestError, match="ask `chat` for an answer to this one"):
+        model.generate([HELLO])  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="put a single one in a list"):
+        model.generate([2, 5])  # type: ignore[list-item]
+
+
 # ---- options of a request ----
 
 

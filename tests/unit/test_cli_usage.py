@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -101,6 +102,12 @@ def test_notes_are_left_out_where_that_is_asked(capsys: pytest.CaptureFixture[st
         remark("b")
         assert capsys.readouterr().err == shown
     set_volume(Volume.NORMAL)
+
+
+def test_a_note_is_called_so_once() -> None:
+    """`note` puts the word before the text itself, for every command alike."""
+    for path in Path(str(import_module("gemcutter.cli").__file__)).parent.glob("*.py"):
+        assert not re.search(r"""\bnote\(f?["']note""", path.read_text()), path
 
 
 def test_warnings_of_python_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

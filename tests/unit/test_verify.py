@@ -118,6 +118,7 @@ def test_float32_agrees_strictly_and_the_certificate_says_how(tmp_path: Path, ca
     assert all(0 < layer["mean"] <= layer["worst"] < 1e-5 for layer in found["layers"])  # two ways of summing, one result
     assert found["text"]["is_longer_than_window"]
     assert (found["text"]["source"], found["text"]["tokens"], found["text"]["window"]) == ("built-in", 80, 64)
+    assert (found["ours"]["level"], found["against"]["level"]) == (native.level(), None)
     assert found["ours"]["kernels_by_op"]["attention"] == ["torch" if native.missing() else "native"]
     assert [*found["against"]["kernels_by_op"].values()] == [["reference"]] * len(found["ours"]["kernels_by_op"])
     assert found["sampled_sha256"] == sampled_sha256(Source.open(DEMO_FOLDER)) == found["against"]["sampled_sha256"]
