@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Message]  # raw text, token ids, or a conversation
 SHOWN_PROBLEMS, SHOWN_PROMPTS = 20, 5  # of a batch, in an error
+OF_OPTIONS = ("sampling.", *(f"request.{name}:" for name in OF_REQUEST))  # how problems of no prompt's own begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,14 +262,17 @@ class Model:
 
 
 def _by_prompt(bad: Mapping[str, Sequence[int]], count: int) -> Iterator[str]:
-    """Yield problems with the prompts that have them; one that all prompts share is a problem of the options."""
+    """Yield problems with the prompts that have them; the options are those of all prompts."""
     for place, (problem, indices) in enumerate(bad.items()):
         if place == SHOWN_PROBLEMS:
             yield f"and {len(bad) - place} problems more"
             return
         named = ", ".join(f"prompts[{index}]" for index in indices[:SHOWN_PROMPTS])
         more = f" and {len(indices) - SHOWN_PROMPTS} more" if len(indices) > SHOWN_PROMPTS else ""
-        yield f"every prompt: {problem}" if len(indices) == count > 1 else f"{named}{more}: {problem}"
+        if problem.startswith(OF_OPTIONS):
+            yield problem
+        else:
+            yield f"every prompt: {problem}" if len(indices) == count > 1 else f"{named}{more}: {problem}"
 
 
 @collector_paused()

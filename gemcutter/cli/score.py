@@ -186,7 +186,7 @@ def measure(model: Model, windows: Sequence[Window]) -> dict[str, Any]:
             "first layer concerned"
         )
     spread = math.sqrt(math.fsum((loss - mean) ** 2 for loss in losses) / max(num_tokens - 1, 1))
-    error, perplexity = spread / math.sqrt(num_tokens), math.exp(min(mean, LARGEST_EXPONENT))
+    error, perplexity = spread / math.sqrt(num_tokens), math.exp(mean) if mean < LARGEST_EXPONENT else math.inf
     return {
         "nll_mean": mean,
         "nll_standard_error": error,

@@ -150,7 +150,13 @@ def test_bad_prompts_of_a_batch_are_named_by_their_places(model: Model) -> None:
     assert "--" not in second  # no option of the command line, which an API has not
     with pytest.raises(RequestError) as caught:
         model.generate([TEXT, TEXT, TEXT], max_tokens=-1)
-    assert caught.value.problems == ("every prompt: request.max_tokens: expected 0 or more, found -1",)
+    assert caught.value.problems == ("request.max_tokens: expected 0 or more, found -1",)
+    with pytest.raises(RequestError) as caught:
+        model.generate([TEXT, [99999]], top_p=2.0)
+    assert caught.value.problems == ("sampling.top_p: expected above 0, at most 1, found 2.0",)
+    with pytest.raises(RequestError) as caught:
+        model.generate([[99999], [99999]])
+    assert caught.value.problems[0].startswith("every prompt: request.prompt: ids [99999]")
     with pytest.raises(RequestError) as caught:
         model.generate([[99999]] * 9 + [TEXT])
     assert caught.value.problems[0].startswith("prompts[0], prompts[1], prompts[2], prompts[3], prompts[4] and 4 more: ")
