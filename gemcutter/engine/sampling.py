@@ -61,7 +61,8 @@ def sample_token(logits_V: Tensor, params: SamplingParams, random: float) -> int
         return int(logits_V.argmax())
     probs_C, ids_C = candidates(logits_V, params)
     total = probs_C.cumsum(0)
-    if not math.isfinite(whole := float(total[-1])):
+    whole = float(total[-1]) if len(total) else math.nan
+    if not math.isfinite(whole):
         return int(logits_V.argmax())  # of NaN and infinity, which it takes for the largest
     place = torch.searchsorted(total, random * whole, right=True)
     return int(ids_C[min(int(place), len(ids_C) - 1)])
