@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
 # While you work, `make quick` takes less than a minute; CONTRIBUTING.md says which tests belong to which change.
-.PHONY: demo quick check check-peers native sanitize wheel docs lint types test test-rest clean
+.PHONY: demo quick check check-peers native sanitize fuzz soak wheel docs lint types test test-rest clean
 SOURCES := gemcutter tests bench examples tools
 CPP_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/kernels/*.cpp)
 
@@ -45,6 +45,16 @@ native: .venv/.installed-dev
 # The kernels' tests once more under the compiler's address, undefined-behaviour and thread sanitizers.
 sanitize: .venv/.installed-dev
 	tools/sanitize.sh
+
+# Mutated files against every parser, in forked workers with limits; FUZZ="--headers 1000000 --texts 20000" takes half an hour.
+FUZZ ?= --headers 20000 --texts 1000
+fuzz: native
+	OMP_NUM_THREADS=1 .venv/bin/python tools/fuzz.py $(FUZZ)
+
+# Random requests, cancels, interrupts and adapters on a tiny model for so many minutes; pages, handles, threads, memory watched.
+MINUTES ?= 2
+soak: native
+	OMP_NUM_THREADS=1 .venv/bin/python tools/soak.py --minutes $(MINUTES)
 
 # Builds the wheel and runs the demo from it in an empty environment without a compiler.
 wheel: .venv/.installed-dev
