@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 import numpy as np
 import torch
 
+from gemcutter.checkpoint.container.lazy_tensor import MappedFile
 from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
@@ -86,6 +87,8 @@ class Model:
         text = read_text_assets(checkpoint)
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes
+        mapped = (tensor.mapped for tensor in checkpoint.source.tensors.values())
+        self._files = tuple({id(file): file for file in mapped if isinstance(file, MappedFile)}.values())
         self.loop = EngineLoop(engine)  # the way to the engine; its own methods are for the loop's thread
 
     def __repr__(self) -> str:
@@ -180,6 +183,8 @@ class Model:
         ids = self.encode(prompt, enable_thinking=thinking, tools=options.get("tools"))
         given.pop("tools", None)
         request = self._request(ids, given, frozenset() if ignore_eos else self.defaults.stop_ids)
+        for file in self._files:
+            file.insist_unchanged()
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
         return PreparedRequest(request, stop)
 

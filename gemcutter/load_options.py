@@ -149,7 +149,7 @@ class LoadOptions:
 
     def _check_limits(self) -> None:
         """Raise RequestError, with every problem, unless the limits leave room for a request."""
-        limits = {name: value for name in LEAST if (value := getattr(self, name)) is not None}
+        limits = {name: value for name in LEAST if (value := getattr(self, name)) is not None or name != "context"}
         problems = [
             f"{name}: expected {LEAST[name]} or more, found {spell_value(value)}"
             for name, value in limits.items()

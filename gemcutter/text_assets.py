@@ -47,6 +47,8 @@ def _notes(checkpoint: Checkpoint, tokenizer: Tokenizer, template: ChatTemplate 
     beyond = tokenizer.num_ids - vocab
     if beyond > 0:
         yield f"the tokenizer has {beyond} ids beyond the model's vocabulary of {vocab:,}; a prompt that needs one is refused"
+    if template is not None and (problem := template.problem()):
+        yield f"the chat template fails on a greeting: {problem}"
     if template is None and gguf.sniff(checkpoint.source) and (checkpoint.source.folder / JINJA).is_file():
         yield f"the GGUF file has no chat template, and {JINJA} beside it is not used; convert the model again to put it in"
 

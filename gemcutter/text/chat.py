@@ -121,6 +121,14 @@ class ChatTemplate:
         )
         return self._tokenizer.encode(prompt, bos=True)
 
+    def problem(self) -> str | None:
+        """Return why a conversation of one message can't be rendered, None where it can."""
+        try:
+            self.render([{"role": "user", "content": "Hi"}])
+        except RequestError as error:
+            return error.summary
+        return None
+
     def end_of_turn(self) -> int | None:
         """Return the id that this template puts after a reply, None where it puts no marker there."""
         reply = "gemcutter"

@@ -348,6 +348,30 @@ def test_json_without_end_is_refused_before_it_is_parsed(folder: Path, name: str
         load(folder)
 
 
+def test_a_file_that_is_written_over_is_noticed_and_one_that_is_replaced_is_not(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    with load(folder) as model:
+        said = model.generate([[2, 5, 6]], max_tokens=3)[0].tokens
+        content = path.read_bytes()
+        path.rename(folder / "old")
+        path.write_bytes(content[:-1000] + bytes(1000))
+        assert model.generate([[2, 5, 6]], max_tokens=3)[0].tokens == said
+        (folder / "old").rename(path)
+        with path.open("r+b") as file:
+            file.seek(-1000, os.SEEK_END)
+            file.write(bytes(1000))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors was changed while .* load the model again"):
+            model.generate([[2, 5, 6]], max_tokens=3)
+
+
+def test_a_template_that_fails_is_a_note(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ 9 ** (9 ** 9) }}")
+    with load(folder) as model:
+        assert any("fails on a greeting" in note for note in model.notes)
+    assert says(doctor(folder), "fails on a greeting")
+
+
 def test_the_sound_checkpoint_is_fine(folder: Path) -> None:
     assert RAW["vocab_size"] == 4096
     assert doctor(folder)["problems"] == []

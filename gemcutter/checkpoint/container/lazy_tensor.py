@@ -86,11 +86,12 @@ class MappedFile:
     The mapping lives as long as any view of it. Raises OSError where `path` can't be examined.
     """
 
-    __slots__ = ("_lock", "_mapping", "_stamp", "path", "size_bytes")
+    __slots__ = ("_inode", "_lock", "_mapping", "_stamp", "path", "size_bytes")
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp = _stamp(os.stat(path))
+        found = os.stat(path)
+        self._stamp, self._inode = _stamp(found), (found.st_dev, found.st_ino)
         self.size_bytes = self._stamp[0]  # by the time of the stat; the mapping insists that it still holds
         self._mapping: mmap.mmap | None = None
         self._lock = threading.Lock()
@@ -100,6 +101,21 @@ class MappedFile:
         with open(self.path, "rb") as file:
             file.seek(offset)
             return file.read(length)
+
+    def insist_unchanged(self) -> None:
+        """Raise CheckpointError if a mapped file was written to since its header was read: its tensors are others now.
+
+        A file that was replaced by another of its name, or removed, is still mapped as it was. Called between requests, this
+        can't prevent what a file that is cut during one leads to.
+        """
+        if self._mapping is None:
+            return
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return
+        if (found.st_dev, found.st_ino) == self._inode and _stamp(found) != self._stamp:
+            raise CheckpointError(f"{self.path} was changed while the model was loaded from it: load the model again")
 
     def mapping(self) -> mmap.mmap:
         """Return the read-only mapping of the whole file.
