@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
 # While you work, `make quick` takes less than a minute; CONTRIBUTING.md says which tests belong to which change.
-.PHONY: demo quick check check-peers native sanitize fuzz soak wheel docs lint types test test-rest clean
+.PHONY: demo quick check check-peers native sanitize fuzz soak kills wheel docs lint types test test-rest clean
 SOURCES := gemcutter tests bench examples tools
 CPP_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/kernels/*.cpp)
 
@@ -55,6 +55,11 @@ fuzz: native
 MINUTES ?= 2
 soak: native
 	OMP_NUM_THREADS=1 .venv/bin/python tools/soak.py --minutes $(MINUTES)
+
+# Everything that writes files, killed at random instants: what is left must be absent or whole.
+KILLS ?= 200
+kills: native
+	OMP_NUM_THREADS=1 .venv/bin/python tools/kill_writers.py --kills $(KILLS)
 
 # Builds the wheel and runs the demo from it in an empty environment without a compiler.
 wheel: .venv/.installed-dev

@@ -22,6 +22,7 @@ import numpy as np
 from gemcutter import config as configs
 from gemcutter.checkpoint.formats import hf
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write.atomic_replace import put_in_place
 from gemcutter.checkpoint.write.write_safetensors import Spec, write_json, write_sharded
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ModelPlan, ParamSpec, derive
@@ -106,27 +107,21 @@ def write_checkpoint(like: str, out: Path, *, full: bool = False, seed: int = 0)
 def write_size(size: Size, out: Path, *, seed: int = 0) -> tuple[Path, ...]:
     """Write a random checkpoint of any geometry into `out`, which is made if absent; return the files written.
 
-    The same size and seed give the same bytes. config.json comes last: a folder that has one is complete. Raises ConfigError for
-    a geometry that contradicts itself or a negative seed, CheckpointError if `out` is not empty or can't be written.
+    The same size and seed give the same bytes. The folder gets its name once it is complete. Raises ConfigError for a geometry
+    that contradicts itself or a negative seed, CheckpointError if `out` is not empty or can't be written.
     """
     if seed < 0:
         raise ConfigError(f"seed: expected 0 or more, found {seed}")
     raw = spell_config(size)
     plan = derive(configs.read(raw, "the config to write"))
     _check_empty(out)
-    written: list[Path] = []
-    try:
-        written += write_sharded(out, _specs(plan), _data(plan, seed))
+    with put_in_place(out, is_folder=True, force=False) as partial:
+        written = [*write_sharded(partial, _specs(plan), _data(plan, seed)), *(partial / name for name in COPIED)]
         for name in COPIED:
-            written.append(out / name)
-            _copy(name, out)
-        written.append(out / "config.json")
+            _copy(name, partial)
+        written.append(partial / "config.json")
         write_json(written[-1], raw)
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-    return tuple(written)
+    return tuple(out / path.name for path in written)
 
 
 def spell_config(size: Size) -> dict[str, Any]:
