@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gemcutter.errors import ConfigError, GemcutterError, KernelError, RequestError, spell_value
+from gemcutter.errors import KernelError, RequestError, spell_value
 from gemcutter.ops.registry import ACTIVATIONS, CPU, KERNELS, TRITON
+from gemcutter.quant_names import RECIPE_NAMES, find_quant
 
 DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 HALVES = ("float16", "f16", "fp16", "half")
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
-QUANTS = ("q4", "q8")
 PLE_PLACES = ("gpu", "host", "mmap")
 KV_DTYPES = ("fp8",)
 DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
@@ -47,14 +47,14 @@ def check_device(name: str) -> str:
     return name
 
 
-def _one_of(option: str, names: Sequence[str], error: type[GemcutterError] = KernelError) -> Callable[[str], str]:
+def _one_of(option: str, names: Sequence[str]) -> Callable[[str], str]:
     """Build the check of an option that takes one of a few names."""
     *most, last = names
     known = f"{', '.join(most)} or {last}" if most else last
 
     def check(name: str) -> str:
         if name not in names:
-            raise error(f"{option}: expected {known}, found {name!r}")
+            raise KernelError(f"{option}: expected {known}, found {name!r}")
         return name
 
     return check
@@ -65,7 +65,7 @@ CHECKS: Mapping[str, Callable[[str], str]] = {
     "device": check_device,
     "kernels": _one_of("kernels", KERNELS),
     "activations": _one_of("activations", ACTIVATIONS),
-    "quant": _one_of("quant", QUANTS, ConfigError),
+    "quant": lambda name: find_quant(name, RECIPE_NAMES),
     "ple": _one_of("ple", PLE_PLACES),
     "kv": _one_of("kv", KV_DTYPES),
 }
@@ -77,16 +77,17 @@ LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache
 class LoadOptions:
     """Everything that decides how a model is loaded and computed. Raises GemcutterError for values that can't be used.
 
-    `model` is a folder, a .safetensors or GGUF file, a hub id, or "demo". `dtype` is the compute dtype ("float32" or "bfloat16";
-    None: the checkpoint's own). `device` is "cpu", "cuda" or "cuda:N". `kernels` is "auto", "triton" (Triton's or an error) or
-    "reference" (the plain definitions, whose rows never depend on their neighbours). `activations` is the activation precision of
-    quantized CPU matmuls: "int8" (dynamic, a scale for 32 columns; the default in bfloat16) or "bf16"; in float32 rows stay as
-    they are unless it is given. `ignore` holds patterns of config keys and tensor names to pass over. `quant`, "q4" or "q8",
-    quantizes dense matrices while they are loaded; packed ones stay as they are. `adapter` is a LoRA adapter (a folder or a hub
-    id) that is merged into the weights; `adapters`, by name, stay apart, and a request with `adapter="name"` gets that one's
-    changes. `repack_cache` keeps what the CPU kernels repack in the user's cache folder, for later loads to map. `ple` says where
-    the table of per-layer embeddings is kept for a GPU: "gpu", "host" (pinned memory) or "mmap"; None: on the GPU if there is
-    room. `kv` "fp8" keeps keys and values in 8 bits on a GPU that has them (compute capability 8.9).
+    `model` is a folder, a .safetensors or GGUF file, a hub id, or "demo". `dtype` is the compute dtype ("float32" or
+    "bfloat16"; None: the checkpoint's own). `device` is "cpu", "cuda" or "cuda:N". `kernels` is "auto", "triton" (Triton's or
+    an error) or "reference" (the plain definitions, whose rows never depend on their neighbours). `activations` is the
+    activation precision of quantized CPU matmuls: "int8" (dynamic, a scale for 32 columns; the default in bfloat16) or "bf16";
+    in float32 rows stay as they are unless it is given. `ignore` holds patterns of config keys and tensor names to pass over.
+    `quant` ("q4", "q8", "mlx4", "mlx8", "Q4_0", "Q8_0") quantizes dense matrices while they are loaded; packed ones stay as
+    they are. `adapter` is a LoRA adapter (a folder or a hub id) that is merged into the weights, before they are quantized;
+    `adapters`, by name, stay apart, and a request with `adapter="name"` gets that one's changes. `repack_cache` keeps what the
+    CPU kernels repack in the user's cache folder, for later loads to map. `ple` says where the table of per-layer embeddings is
+    kept for a GPU: "gpu", "host" (pinned memory) or "mmap"; None: on the GPU if there is room. `kv` "fp8" keeps keys and values
+    in 8 bits on a GPU that has them (compute capability 8.9).
 
     The engine's limits: `context` bounds a sequence in tokens, `max_batched_tokens` the rows of a step (the chunk of a long
     prompt), `max_num_seqs` the sequences that run at once; `prefix_cache_entries` finished prompts and replies are kept for
@@ -115,6 +116,8 @@ class LoadOptions:
         for name, check in CHECKS.items():
             if getattr(self, name) is not None:
                 check(getattr(self, name))
+        if self.quant is not None:
+            object.__setattr__(self, "quant", find_quant(self.quant, RECIPE_NAMES))  # one spelling from here on
         self._check_limits()
         place = self.device.partition(":")[0]
         if self.kernels == "triton" and (reason := TRITON.refusal(place, self.kernels)):

@@ -13,7 +13,7 @@ import torch
 
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
-from gemcutter.checkpoint.load.adapters import attach, fold, read_deltas
+from gemcutter.checkpoint.load.adapters import attach, changed_pieces, fold, read_deltas
 from gemcutter.checkpoint.load.load_params import Progress, load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
@@ -68,12 +68,13 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     backend = select_backend(device.type, options.kernels)
     packer = backend.packer(device, dtype)
     cache = PackedWeightCache.of(checkpoint, options.quant) if options.repack_cache and packer.makes_panels else None
-    params = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache)
+    changed = frozenset() if merged is None else changed_pieces(merged, checkpoint)
+    params = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache, changed)
     if checkpoint.plan.ple_dim:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
     notes += [*quant_notes(checkpoint, options.quant), *panel_notes(options, params)]
     if merged is not None:
-        params, note = fold(params, merged, checkpoint, dtype, device)
+        params, note = fold(params, merged, checkpoint, dtype, device, options.quant, packer)
         notes += [*merged.notes(), note]
     for name, each in apart.items():
         params = attach(params, each, name, device)

@@ -48,11 +48,14 @@ def tensors_of(checkpoint: Checkpoint) -> Tensors:
 def store(values: Tensor, name: str) -> np.ndarray:
     """Store a matrix in a type: bytes [..., rows, bytes of a row]."""
     kind = Kind[name]
-    if name not in SCALES:
+    if name not in SCALES and name != "NVFP4":
         return gguf.quantize(values.float().numpy(), kind)
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     generator = np.random.default_rng(values.shape[-1] + values.shape[-2])
     blocks = generator.integers(0, 256, (values.numel() // per_block, block_bytes), dtype=np.uint8)
+    if name == "NVFP4":  # 8-bit floats, small ones
+        blocks[:, :4] = generator.integers(8, 24, (len(blocks), 4))
+        return blocks.reshape(*values.shape[:-1], -1)
     first, last = SCALES[name]
     small = generator.uniform(1e-4, 8e-4, (len(blocks), (last - first) // 2)) * (20 if name == "IQ4_NL" else 1)
     blocks[:, first:last] = small.astype(np.float16).view(np.uint8)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemcutter import config as configs
-from gemcutter.checkpoint.write.synth import SIZES, Size, distribution, shrink, spell_config
+from gemcutter.checkpoint.write.synth import SIZES, Size, distribution, find_size, shrink, spell_config
 from gemcutter.errors import ConfigError
 from gemcutter.ops.types import Param
 from gemcutter.plan import Access, ModelPlan, ParamSpec, derive
@@ -38,6 +38,9 @@ QUANTS = {
     "mlx4": RECIPES["mlx4"],
     "q8_0": RECIPES["Q8_0"],
     "bf16": Recipe((), {}),
+    "q4": RECIPES["q4"],
+    "q8": RECIPES["q8"],
+    "mlx8": RECIPES["mlx8"],
 }
 PIECE_ELEMENTS = 1 << 20  # drawn for a kind of matrix
 Q6_K_DEVIATION = 18.5 * 40  # of 6-bit codes around 32, times the mean of their runs' scales
@@ -45,10 +48,9 @@ Q6_K_DEVIATION = 18.5 * 40  # of 6-bit codes around 32, times the mean of their 
 
 def size_of(preset: str) -> Size:
     """Return the geometry of a size such as "E2B"; "tiny:E2B" is a narrow one. Raises ConfigError for an unknown size."""
-    name = preset.removeprefix(SMALL)
-    if name not in SIZES:
-        raise ConfigError(f"there is no size {name!r}; known are {', '.join(SIZES)}")
-    return shrink(SIZES[name]) if preset.startswith(SMALL) else SIZES[name]
+    is_small = preset.lower().startswith(SMALL)
+    size = SIZES[find_size(preset[len(SMALL) :] if is_small else preset)]
+    return shrink(size) if is_small else size
 
 
 def plan_of(preset: str, layers: int | None = None) -> ModelPlan:

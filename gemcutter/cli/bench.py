@@ -16,7 +16,7 @@ from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import use_threads
 from gemcutter.cli.terminal import note, print_json, progress
 from gemcutter.errors import GemcutterError
-from gemcutter.load_options import QUANTS as LOAD_QUANTS
+from gemcutter.quant_names import RECIPE_NAMES, find_quant
 
 HELP = """
 Measure speed and memory on this machine, each beside its physical limit.
@@ -40,7 +40,7 @@ Examples:
   gemcutter bench gemma-4-E2B-it-Q4_0.gguf -p 512 -n 64 --depth 0 16384 --json
 """
 LISTS = ("-p", "--prompt", "-n", "--tokens", "--depth", "--batch")
-QUANTS = ("q4_0", "mlx4", "q8_0", "bf16")
+QUANTS = ("q4_0", "mlx4", "q8_0", "bf16", "q4", "q8", "mlx8")
 
 
 def join_values(words: list[str]) -> list[str]:
@@ -142,10 +142,10 @@ def bench(
 
 def check_quant(name: str | None, *, is_preset: bool) -> str | None:
     """Return how a preset's synthetic weights are stored, or how a model's are quantized while loading. Raises UsageError."""
-    known = QUANTS if is_preset else LOAD_QUANTS
-    if name is not None and name not in known:
-        raise UsageError(f"--quant: expected {', '.join(known)}, found {name!r}")
-    return name
+    try:
+        return None if name is None else find_quant(name, QUANTS if is_preset else RECIPE_NAMES)
+    except GemcutterError as error:
+        raise UsageError(f"--{error}") from None
 
 
 def read_sizes(option: str, text: str) -> tuple[int, ...]:

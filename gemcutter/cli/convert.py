@@ -17,6 +17,8 @@ import typer
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.cli import options
 from gemcutter.cli.terminal import note, progress, spell_bytes
+from gemcutter.errors import GemcutterError
+from gemcutter.quant_names import BF16, F16, RECIPE_NAMES, UNCHANGED, find_quant
 
 if TYPE_CHECKING:
     from gemcutter.checkpoint.convert.convert import Report
@@ -25,10 +27,14 @@ if TYPE_CHECKING:
 HELP = """
 Write a checkpoint in another format, quantization or layout.
 
-SRC is any checkpoint that gemcutter loads. DST is a folder for hf (transformers and most engines) and mlx (mlx-lm), a file that
-ends in .gguf for gguf (llama.cpp). Without --quant, weights stay as they are stored where the target has a place for them, byte
-for byte, and become dense where it has none. q4 and q8 are recommended mixtures, mlx4 and mlx8 are mlx-lm's, Q4_0 and Q8_0
-llama.cpp's blocks.
+SRC is any Gemma 4 checkpoint that gemcutter loads (Gemma 3 files run, but are not converted). DST is a folder for hf
+(transformers and most engines) and mlx (mlx-lm), a file that ends in .gguf for gguf (llama.cpp). Without --quant, weights stay
+as they are stored where the target has a place for them, byte for byte, and become dense where it has none. q4 and q8 are
+recommended mixtures (in a GGUF file Q4_0 and Q8_0), mlx4 and mlx8 are mlx-lm's, Q4_0 and Q8_0 llama.cpp's blocks, with Q8_0 for
+tables and head. K-quants and IQ types are read, not written.
+
+--adapter merges a LoRA adapter, in float32, before weights are rounded or quantized. A source that is quantized already needs
+--quant for this: q4 or q8 to quantize what was merged again, bf16 to write it dense.
 
 Nothing stands under the name DST before it is complete, and an interrupted run can be started again. What was done to each
 tensor is in gemcutter-manifest.json, for a GGUF in a file beside it.
@@ -39,9 +45,11 @@ Examples:
   gemcutter convert demo demo-Q8_0.gguf --to gguf --quant Q8_0
   gemcutter convert ./gemma.gguf ./gemma --to hf --quant bf16
   gemcutter convert ./gemma-4-E2B-it ./smaller --to hf --shared-kv drop
+  gemcutter convert ./gemma-4-E2B-it ./mine --to hf --adapter ./my-adapter
+  gemcutter convert e2b ./mine.gguf --to gguf --quant q4 --adapter ./my-adapter --dry-run
 """
 FORMATS = ("hf", "mlx", "gguf")
-QUANTS = ("none", "bf16", "f16", "q4", "q8", "mlx4", "mlx8", "Q4_0", "Q8_0")
+QUANTS = (UNCHANGED, BF16, F16, *RECIPE_NAMES)
 SHARED_KV = ("keep", "drop", "restore")
 
 
@@ -56,11 +64,19 @@ def one_of(*allowed: str) -> Callable[[str], str]:
     return check
 
 
+def check_quant(name: str) -> str:
+    """Return the name of a quantization in its own spelling. Raises typer.BadParameter."""
+    try:
+        return find_quant(name, QUANTS)
+    except GemcutterError as error:
+        raise typer.BadParameter(str(error).removeprefix("quant: ")) from None
+
+
 To = Annotated[str, typer.Option(metavar="hf|mlx|gguf", help="Format to write.", callback=one_of(*FORMATS), show_default=False)]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder, or .gguf file, to write.", show_default=False)]
 Quant = Annotated[
     str,
-    typer.Option(metavar="none|bf16|f16|q4|q8|mlx4|mlx8|Q4_0|Q8_0", help="How to store the weights.", callback=one_of(*QUANTS)),
+    typer.Option(metavar="none|bf16|f16|q4|q8|mlx4|mlx8|Q4_0|Q8_0", help="How to store the weights.", callback=check_quant),
 ]
 SharedKV = Annotated[
     str,
@@ -71,6 +87,12 @@ SharedKV = Annotated[
         callback=one_of(*SHARED_KV),
     ),
 ]
+Adapter = Annotated[
+    str | None, typer.Option(metavar="PATH", help="LoRA adapter to merge into the weights: a folder, or a hub id.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what would be written, from the headers of SRC; nothing is downloaded for it.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace DST, if it is a file or an earlier result.")]
 
 
@@ -79,33 +101,54 @@ def convert(
     destination: Destination,
     to: To,
     quant: Quant = "none",
+    adapter: Adapter = None,
     shared_kv: SharedKV = "keep",
     force: Force = False,
+    dry_run: DryRun = False,
     ignore: options.Ignore = None,
     as_json: options.Json = False,
 ) -> None:
     """Write the target and say what was done. Raises GemcutterError."""
     from gemcutter.checkpoint.convert import convert as converting
 
-    with progress(f"writing {destination}") as advance:
-        report = converting.convert(
-            locate(source),
-            destination,
-            to,
-            quant,
-            shared_kv,
-            force=force,
-            ignore=tuple(ignore or ()),
-            texts=make_texts,
-            progress=advance,
-        )
-    if as_json:
-        print(json.dumps(as_object(report)))
+    asked, merged = tuple(ignore or ()), None if adapter is None else locate(adapter)
+    if dry_run:
+        from gemcutter.checkpoint.load.match import read_checkpoint
+        from gemcutter.checkpoint.remote.remote_source import open_source
+
+        checkpoint = read_checkpoint(open_source(source), asked)
+        report = converting.preview(checkpoint, destination, to, quant, shared_kv, adapter=merged, ignore=asked)
     else:
-        deeds = ", ".join(f"{count} {deed}" for deed, count in report.deeds.items())
-        print(f"{destination}: {spell_bytes(report.target_bytes)} of tensors, from {spell_bytes(report.source_bytes)}; {deeds}")
-        for line in report.notes():
-            note(line)
+        with progress(f"writing {destination}") as advance:
+            report = converting.convert(
+                locate(source),
+                destination,
+                to,
+                quant,
+                shared_kv,
+                adapter=merged,
+                force=force,
+                ignore=asked,
+                texts=make_texts,
+                progress=advance,
+            )
+    if as_json:
+        print(json.dumps(as_object(report) | {"dry_run": dry_run}))
+    else:
+        show(report, dry_run)
+
+
+def show(report: Report, dry_run: bool) -> None:
+    """Print what was done, or would be, for a reader: sizes, types, deeds, and notes on stderr."""
+    before, after = spell_bytes(report.source_bytes), spell_bytes(report.target_bytes)
+    print(f"{report.target}: {'would hold ' if dry_run else ''}{after} of tensors, from {before}")
+    types = (f"{count} {kind} ({spell_bytes(size)})" for kind, (count, size) in report.types.items())
+    print(f"  stored: {', '.join(types)}")
+    print(f"  tensors: {', '.join(f'{count} {deed}' for deed, count in report.deeds.items())}")
+    for line in report.notes():
+        note(line)
+    if dry_run:
+        note("a dry run; nothing was written")
 
 
 def as_object(report: Report) -> dict[str, object]:
@@ -113,9 +156,11 @@ def as_object(report: Report) -> dict[str, object]:
     return {
         "target": str(report.target),
         "deeds": dict(report.deeds),
+        "types": {kind: {"tensors": count, "bytes": size} for kind, (count, size) in report.types.items()},
         "dropped": dict(report.dropped),
         "source_bytes": report.source_bytes,
         "target_bytes": report.target_bytes,
+        "notes": report.notes(),
     }
 
 

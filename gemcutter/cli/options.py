@@ -164,7 +164,9 @@ class Loading:
     quant: Annotated[
         str | None,
         typer.Option(
-            metavar="q4|q8", help="Quantize dense weights while they are loaded, to 4 or 8 bits.", callback=_checked("quant")
+            metavar="q4|q8|mlx4|mlx8|Q4_0|Q8_0",
+            help="Quantize dense weights while they are loaded; q4 and q8 are the recommended ones.",
+            callback=_checked("quant"),
         ),
     ] = None
     repack_cache: Annotated[

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from gemcutter.cli.terminal import spell_bytes
+from gemcutter.errors import GemcutterError
 
 HELP = """
 Write a random checkpoint like a released size.
@@ -29,12 +30,13 @@ Examples:
 
 
 def check_size(name: str) -> str:
-    """Accept the name of a released size. Raises typer.BadParameter."""
-    from gemcutter.checkpoint.write.synth import SIZES
+    """Return the name of a released size, in its own spelling. Raises typer.BadParameter."""
+    from gemcutter.checkpoint.write.synth import SIZES, find_size
 
-    if name not in SIZES:
-        raise typer.BadParameter(f"expected one of {', '.join(SIZES)}, found {name!r}")
-    return name
+    try:
+        return find_size(name)
+    except GemcutterError:
+        raise typer.BadParameter(f"expected one of {', '.join(SIZES)}, found {name!r}") from None
 
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]

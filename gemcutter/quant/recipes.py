@@ -19,6 +19,7 @@ from torch import Tensor
 from gemcutter.quant import affine, gguf_blocks
 from gemcutter.quant.affine import Affine
 from gemcutter.quant.gguf_blocks import Blocks
+from gemcutter.quant_names import RECIPE_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ RECIPES = {
     ),
     "Q8_0": Recipe(Q8_0, {"ple.in": DENSE, "moe.router": DENSE}),
 }
-LOADABLE = ("q4", "q8")  # what `load` takes: the recipes to recommend
+assert tuple(RECIPES) == RECIPE_NAMES
 
 
 def pack(chunks: Iterable[Tensor], shape: tuple[int, ...], scheme: Scheme, device: torch.device | str = "cpu") -> Affine | Blocks:

@@ -250,8 +250,8 @@ def test_loading_quantizes_like_converting_and_costs_little(quant: str, worst: f
 def test_loading_refuses_other_quantizations() -> None:
     import gemcutter
 
-    with pytest.raises(GemcutterError, match="q4 or q8"):
-        gemcutter.load("demo", quant="mlx4")
+    with pytest.raises(GemcutterError, match="quant: expected q4, q8, mlx4, mlx8, Q4_0 or Q8_0, found 'q5'"):
+        gemcutter.load("demo", quant="q5")
 
 
 # ---- keys and values that nobody reads ----

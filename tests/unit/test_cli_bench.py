@@ -108,7 +108,7 @@ def test_a_reader_gets_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "either MODEL or --preset"),
         (["demo", "--model", "demo"], "either MODEL or --preset"),
         (["--preset", "E2B", "--model", "demo"], "either MODEL or --preset"),
-        (["--model", "demo", "--quant", "q4_0"], "expected q4, q8"),
+        (["--model", "demo", "--quant", "q5"], "--quant: expected q4, q8"),
         (["--model", "demo", "--layers", "2"], "a MODEL is what it is"),
         (["--preset", "E2B", "--quant", "q5"], "expected q4_0"),
         (["--preset", "E2B", "-p", "many"], "-p: expected integers"),

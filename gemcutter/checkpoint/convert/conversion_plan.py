@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.convert.tensor_writers import Output, copied, made, stored, zeros
 from gemcutter.checkpoint.formats import gguf, gguf_metadata, hf, mlx
+from gemcutter.checkpoint.formats.lora import Adapter, Factors
+from gemcutter.checkpoint.load.adapters import merged_rows
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.row_chunks import Run, dense_dtype, whole
 from gemcutter.config import WRAPPER_TYPES
-from gemcutter.errors import CheckpointError
+from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ModelPlan, ParamSpec, Proj
 from gemcutter.quant.recipes import RECIPES, Recipe, Scheme
+from gemcutter.quant_names import find_quant
 
 DENSE = {"bf16": "BF16", "f16": "F16"}
 # target -> what may be asked of it, and the recipe that this means
@@ -46,15 +51,24 @@ class ConvertOptions:
     @property
     def recipe(self) -> Recipe | None:
         """Return the recipe of the asked quantization, if it is one."""
-        return TARGETS[self.to][self.quant]
+        return TARGETS[self.to][find_quant(self.quant, TARGETS[self.to])]
+
+    @property
+    def dense(self) -> str | None:
+        """Return the dtype that all matrices get, if one was asked for."""
+        return DENSE.get(find_quant(self.quant, TARGETS[self.to]))
 
     def problems(self) -> list[str]:
-        """say what is wrong with the options themselves."""
+        """Return what is wrong with the options themselves."""
         if self.to not in TARGETS:
             return [f"to: expected {', '.join(TARGETS)}, found {self.to!r}"]
         found = []
-        if self.quant not in TARGETS[self.to]:
-            found.append(f"quant: {self.to} files hold {', '.join(TARGETS[self.to])}, found {self.quant!r}")
+        try:
+            find_quant(self.quant, TARGETS[self.to])
+        except ConfigError as error:
+            is_name = self.quant.lower() in {name.lower() for names in TARGETS.values() for name in names}
+            listed = f"quant: {self.to} files hold {', '.join(TARGETS[self.to])}, found {self.quant!r}"
+            found.append(listed if is_name else str(error))
         if self.shared_kv not in SHARED_KV:
             found.append(f"shared_kv: expected {', '.join(SHARED_KV)}, found {self.shared_kv!r}")
         return found
@@ -70,15 +84,19 @@ class Listing:
     wraps: bool = False  # names carry the prefix of a multimodal wrapper
 
 
-def list_outputs(checkpoint: Checkpoint, options: ConvertOptions) -> Listing:
+def list_outputs(checkpoint: Checkpoint, options: ConvertOptions, adapter: Adapter | None = None) -> Listing:
     """Decide what becomes of every tensor. Raises CheckpointError, listing all tensors that the target can't take."""
-    return _Lister(checkpoint, options).run()
+    return _Lister(checkpoint, options, adapter).run()
 
 
 class _Lister:
     """One conversion while it is being decided."""
 
-    def __init__(self, checkpoint: Checkpoint, options: ConvertOptions) -> None:
+    def __init__(self, checkpoint: Checkpoint, options: ConvertOptions, adapter: Adapter | None) -> None:
+        self.changes: dict[str, list[Factors]] = {}  # of the adapter, by parameter
+        for factors in () if adapter is None else adapter.factors:
+            self.changes.setdefault(factors.name, []).append(factors)
+        self.changed_modules = {} if adapter is None else adapter.other_modules
         self.checkpoint, self.plan, self.matched, self.options = checkpoint, checkpoint.plan, checkpoint.matched, options
         self.is_gguf_source = checkpoint.format == gguf.NAME
         self.model_dtype = MODEL_DTYPES.get(checkpoint.config.dtype, "BF16")
@@ -86,6 +104,11 @@ class _Lister:
         self.problems: list[str] = []
 
     def run(self) -> Listing:
+        if self.listing.is_verbatim and self.changes:
+            raise CheckpointError(
+                f"{self.checkpoint.source.path} is quantized, and what an adapter changes can't stay so without being quantized "
+                f"again; {_packed_remedy(self.options.to)}"
+            )
         if self.listing.is_verbatim:
             self._copy_all()
         else:
@@ -111,19 +134,29 @@ class _Lister:
         if not pieces:
             return  # its absence has a meaning, which the target's readers share
         for part, shape, runs in _cut(spec, pieces, is_fused=self._fuses(spec)):
-            self._store(spec.name, part, shape, runs, is_integer=spec.integer)
+            changes = [each for each in self.changes.get(spec.name, ()) if part is None or each.part in (None, part)]
+            merged = partial(merged_rows, runs, changes, spec) if changes else None
+            self._store(spec.name, part, shape, runs, is_integer=spec.integer, merged=merged)
 
     def _fuses(self, spec: ParamSpec) -> bool:
         """Return whether the target keeps the parts of a parameter in one tensor: only experts, and not in MLX."""
         return len(spec.shape) == 3 and self.options.to != "mlx"
 
-    def _store(self, name: str, part: str | None, shape: tuple[int, ...], runs: list[Run], is_integer: bool = False) -> None:
+    def _store(
+        self,
+        name: str,
+        part: str | None,
+        shape: tuple[int, ...],
+        runs: list[Run],
+        is_integer: bool = False,
+        merged: Callable[[], Iterator[Tensor]] | None = None,
+    ) -> None:
         spelled = self._spell(name, part)
         if spelled is None:
             self.problems.append(f"{runs[0].data.origin}: {self.options.to} files have no name for {name}")
             return
         dtype = runs[0].data.dtype if is_integer else self._dtype(name, shape, runs)
-        self.listing.outputs.append(stored(spelled, shape, runs, dtype, self._scheme(name, shape)))
+        self.listing.outputs.append(stored(spelled, shape, runs, dtype, self._scheme(name, shape), merged))
 
     def _scheme(self, name: str, shape: tuple[int, ...]) -> Scheme | None:
         recipe = self.options.recipe
@@ -134,8 +167,8 @@ class _Lister:
         is_small = len(shape) == 1 or name.endswith("moe.router")  # which GGUF knows in float32 alone
         if self.options.to == "gguf" and is_small:
             return "F32"
-        if self.options.quant in DENSE:
-            return DENSE[self.options.quant]
+        if self.options.dense is not None:
+            return self.options.dense
         found = {dense_dtype(run.data) for run in runs}
         usual = found.pop() if len(found) == 1 else None
         if usual is None:
@@ -184,7 +217,7 @@ class _Lister:
             spelled = self._spell(name, part)
             if (name, part) not in there and spelled is not None:
                 is_f32 = self.options.to == "gguf" and len(shape) == 1
-                dtype = "F32" if is_f32 else DENSE.get(self.options.quant, self.model_dtype)
+                dtype = "F32" if is_f32 else self.options.dense or self.model_dtype
                 self.listing.outputs.append(zeros(spelled, shape, dtype, self._scheme(name, shape)))
 
     def _beside(self) -> None:
@@ -198,6 +231,12 @@ class _Lister:
 
     def _towers(self, pieces: list[StoredTensor]) -> None:
         """Carry a tower over as it is, but for its convolutions: MLX has their channels last."""
+        kind = str(pieces[0].name).strip("()")
+        if kind in self.changed_modules:
+            self.problems.append(
+                f"the adapter changes {self.changed_modules[kind]} matrices of the {kind}, which is copied as it is; "
+                f"--ignore '*{kind.replace(' ', '_')}*.lora_*' to merge without them"
+            )
         prefix = "model." if self.options.to == "hf" else ""
         was_mlx = self.checkpoint.format == mlx.NAME
         for piece in pieces:
@@ -223,7 +262,7 @@ class _Lister:
         """Return whether source and target are of one container, and packed weights pass through it untouched."""
         container = {mlx.NAME: "mlx", gguf.NAME: "gguf"}.get(self.checkpoint.format, "hf")
         is_packed = any(dense_dtype(piece.data) is None for found in self.matched.pieces.values() for piece in found)
-        return self.options.quant == "none" and container == self.options.to and is_packed
+        return self.options.dense is None and self.options.recipe is None and container == self.options.to and is_packed
 
     def _copy_all(self) -> None:
         out = self.matched.ignored + (self.matched.redundant if self.options.shared_kv == "drop" else [])
@@ -254,7 +293,7 @@ def _cut(
         if pieces[0].part is None:
             by_part[part] = [Run(run.data, run.expert, start, stop) for run in whole(pieces[0].data)]
         else:
-            by_part[part] = whole(next(piece.data for piece in pieces if piece.part == part))
+            by_part[part] = whole(next(piece.data for piece in pieces if piece.part == part), start)
     if is_fused and pieces[0].part is None:
         yield None, spec.shape, whole(pieces[0].data)
     elif is_fused:
@@ -262,6 +301,13 @@ def _cut(
     else:
         for part, rows in spec.parts:
             yield part, (*spec.shape[:-2], rows, spec.shape[-1]), by_part[part]
+
+
+def _packed_remedy(to: str) -> str:
+    """Return how to merge an adapter into a packed checkpoint of the target's own kind."""
+    if to == "hf":
+        return "--quant bf16 writes a dense checkpoint"
+    return "--quant q4 or q8 quantizes once they are merged, --quant bf16 writes a dense checkpoint"
 
 
 def _absent_kv(plan: ModelPlan) -> Iterator[tuple[str, str | None, tuple[int, ...]]]:

@@ -22,6 +22,7 @@ from gemcutter.checkpoint.convert.conversion_plan import MODEL_DTYPES, ConvertOp
 from gemcutter.checkpoint.convert.tensor_writers import Output
 from gemcutter.checkpoint.formats import gguf, gguf_metadata, hf_config
 from gemcutter.checkpoint.formats.gguf_metadata import Entry
+from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.write.atomic_replace import MANIFEST, put_in_place
 from gemcutter.checkpoint.write.write_gguf import tensor_nbytes as gguf_nbytes
@@ -56,23 +57,32 @@ HASH_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did: `deeds` counts the target's tensors by what was done to them."""
+    """What a conversion did, or would do: `deeds` counts the target's tensors by what was done to them."""
 
     target: Path
+    to: str
     deeds: Mapping[str, int]
+    types: Mapping[str, tuple[int, int]]  # tensors and bytes by how they are stored, the most bytes first
     dropped: Mapping[str, int]  # number of tensors by reason
     source_bytes: int
     target_bytes: int
+    adapter_notes: Sequence[str] = ()
 
     def notes(self) -> list[str]:
         """Return what a user should know."""
-        found = [f"{count} tensors left out: {why}" for why, count in self.dropped.items()]
-        if self.deeds.get("requantized"):
+        found = [*self.adapter_notes, *(f"{count} tensors left out: {why}" for why, count in self.dropped.items())]
+        if again := self._count("requantized"):
             found.append(
-                f"{self.deeds['requantized']} matrices were quantized already, and again now: both errors add up; "
+                f"{again} matrices were quantized already, and again now: both errors add up; "
                 "the unquantized checkpoint is a better source"
             )
+        if (wide := self._count("dequantized")) and self.target_bytes > self.source_bytes:
+            remedy = "--to mlx or gguf can keep weights packed" if self.to == "hf" else "--quant q4 or q8 packs them again"
+            found.append(f"the target is larger than the source: {wide} packed matrices are dense in it; {remedy}")
         return found
+
+    def _count(self, deed: str) -> int:
+        return sum(count for each, count in self.deeds.items() if each.split()[-1] == deed)
 
 
 def convert(
@@ -82,6 +92,7 @@ def convert(
     quant: str = "none",
     shared_kv: str = "keep",
     *,
+    adapter: Path | None = None,
     force: bool = False,
     ignore: Sequence[str] = (),
     texts: Texts | None = None,
@@ -91,23 +102,56 @@ def convert(
 
     `quant` is "none" (what is stored stays as it is where the target has a place for it, else becomes dense), "bf16", "f16", or a
     recipe of `quant/recipes.py` that the target can hold. `shared_kv` says what happens to keys and values of layers that read
-    another layer's: "keep" what there is, "drop" it, or "restore" what there is not, as zeros. `texts` makes the tokenizer's
-    files for a source that has none, such as a GGUF. `force` replaces an earlier target.
+    another layer's: "keep" what there is, "drop" it, or "restore" what there is not, as zeros. `adapter` is a LoRA adapter that
+    is merged into the weights, in float32, before they are rounded or quantized. `texts` makes the tokenizer's files for a source
+    that has none, such as a GGUF. `force` replaces an earlier target.
 
     Raises CheckpointError or ConfigError with everything that is wrong; then nothing stands under the target's name.
     """
     options = ConvertOptions(to, quant, shared_kv)
-    problems = options.problems() or _place_problems(source, target, to)
-    if problems:
-        raise CheckpointError(f"{source} can't be converted", problems)
-    checkpoint = open_checkpoint(source, ignore)
-    _insist_on_family(checkpoint, to)
-    listing = list_outputs(checkpoint, options)
+    _insist_on_options(source, target, options)
+    work = _decide(open_checkpoint(source, ignore), options, target, adapter, ignore, progress)
     write = _write_gguf if to == "gguf" else _write_folder
     with put_in_place(target, is_folder=to != "gguf", force=force) as partial:
-        write(_Work(checkpoint, options, listing, target, progress), partial, texts)
-        _check_written(partial, checkpoint)
-    return _report(checkpoint, listing, target, to)
+        write(work, partial, texts)
+        _check_written(partial, work.checkpoint)
+    return _report(work)
+
+
+def preview(
+    checkpoint: Checkpoint,
+    target: Path,
+    to: str,
+    quant: str = "none",
+    shared_kv: str = "keep",
+    *,
+    adapter: Path | None = None,
+    ignore: Sequence[str] = (),
+) -> Report:
+    """Return what `convert` would report, from a checkpoint's headers, wherever it is; nothing is written. Raises the same."""
+    options = ConvertOptions(to, quant, shared_kv)
+    _insist_on_options(checkpoint.source.path, target, options)
+    return _report(_decide(checkpoint, options, target, adapter, ignore))
+
+
+def _insist_on_options(source: Path, target: Path, options: ConvertOptions) -> None:
+    problems = options.problems() or _place_problems(source, target, options.to)
+    if problems:
+        raise CheckpointError(f"{source} can't be converted", problems)
+
+
+def _decide(
+    checkpoint: Checkpoint,
+    options: ConvertOptions,
+    target: Path,
+    adapter: Path | None,
+    ignore: Sequence[str],
+    progress: Progress | None = None,
+) -> _Work:
+    """Decide everything from headers. Raises CheckpointError for what can't be converted or merged."""
+    _insist_on_family(checkpoint, options.to)
+    merged = None if adapter is None else open_adapter(adapter, checkpoint.plan, ignore)
+    return _Work(checkpoint, options, list_outputs(checkpoint, options, merged), target, merged, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +162,7 @@ class _Work:
     options: ConvertOptions
     listing: Listing
     target: Path
+    adapter: Adapter | None
     progress: Progress | None
 
 
@@ -134,7 +179,9 @@ def _place_problems(source: Path, target: Path, to: str) -> list[str]:
 def _insist_on_family(checkpoint: Checkpoint, to: str) -> None:
     kind = checkpoint.config.model_type
     if not kind.startswith(FAMILY):
-        raise CheckpointError(f"{checkpoint.source.path} is a {kind} model; only Gemma 4 checkpoints are converted")
+        raise CheckpointError(
+            f"{checkpoint.source.path} is a {kind} model; only Gemma 4 checkpoints are converted, Gemma 3 ones run as they are"
+        )
     if checkpoint.plan.is_drafter and to == "gguf":
         raise CheckpointError(f"{checkpoint.source.path} is an assistant, which is not written as GGUF; convert it to hf or mlx")
 
@@ -235,7 +282,7 @@ def _gguf_metadata(work: _Work) -> list[Entry]:
     usual = sizes.most_common(1)[0][0]
     if checkpoint.format == gguf.NAME:
         decoder = gguf_metadata.describe(checkpoint.config, checkpoint.plan, source.files[0].stem, usual)
-        return decoder + gguf_metadata.carried_over(source.metadata)
+        return gguf_metadata.carried_over(source.metadata, decoder, is_copy=work.listing.is_verbatim)
     raw = source.read_json(TOKENIZER)
     if raw is None:
         raise CheckpointError(
@@ -294,12 +341,21 @@ def _manifest(work: _Work) -> dict[str, Any]:
             "headers_sha256": headers_sha256(source),
         },
         "options": {"to": options.to, "quant": options.quant, "shared_kv": options.shared_kv},
+        **({} if work.adapter is None else {"adapter": _describe_adapter(work.adapter)}),
         "tensors": [
             {"name": output.specs[0][0], "from": list(output.sources), "deed": output.deed, "stored": output.scheme}
             for output in work.listing.outputs
         ],
         "dropped": [{"name": name, "why": why} for name, why in work.listing.dropped],
     }
+
+
+def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """Return what was merged: an adapter is small enough to be hashed whole."""
+    file = adapter.factors[0].down.file
+    with open(file, "rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return {"name": adapter.path.resolve().name, "sha256": digest, "changes": len(adapter.factors)}
 
 
 def headers_sha256(source: Source) -> str:
@@ -315,8 +371,20 @@ def headers_sha256(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _report(checkpoint: Checkpoint, listing: Listing, target: Path, to: str) -> Report:
-    nbytes = gguf_nbytes if to == "gguf" else tensor_nbytes
-    deeds = Counter(output.deed for output in listing.outputs)
-    dropped = Counter(why for _, why in listing.dropped)
-    return Report(target, deeds, dropped, checkpoint.source.total_bytes, _total(listing.outputs, nbytes))
+def _report(work: _Work) -> Report:
+    outputs, adapter = work.listing.outputs, work.adapter
+    nbytes = gguf_nbytes if work.options.to == "gguf" else tensor_nbytes
+    types: dict[str, tuple[int, int]] = {}
+    for output in outputs:
+        count, size = types.get(output.scheme, (0, 0))
+        types[output.scheme] = count + 1, size + _total([output], nbytes)
+    return Report(
+        work.target,
+        work.options.to,
+        Counter(output.deed for output in outputs),
+        dict(sorted(types.items(), key=lambda item: -item[1][1])),
+        Counter(why for _, why in work.listing.dropped),
+        work.checkpoint.source.total_bytes,
+        _total(outputs, nbytes),
+        [] if adapter is None else [f"adapter {adapter.path.name}: {len(adapter.factors)} changes merged", *adapter.notes()],
+    )

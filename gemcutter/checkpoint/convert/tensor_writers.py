@@ -25,6 +25,7 @@ from gemcutter.quant.recipes import AffineScheme, BlockScheme, Scheme
 
 COPY_BYTES = 4 * CHUNK_ELEMENTS
 ALIGNMENTS = (8, 4, 2, 1)
+PACKING_DEEDS = ("quantized", "requantized", "dequantized")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,26 @@ def made(name: str, values: Tensor, of: LazyTensor | None = None) -> Output:
     return Output(((name, dtype, tuple(values.shape)),), deed, sources, lambda: iter((_bytes(values),)), dtype)
 
 
-def stored(name: str, shape: tuple[int, ...], runs: Sequence[Run], dtype: str, scheme: Scheme | None) -> Output:
-    """Store rows under a scheme, or dense as `dtype` where `scheme` is None. Rows that are stored so already keep their bytes."""
+def stored(
+    name: str,
+    shape: tuple[int, ...],
+    runs: Sequence[Run],
+    dtype: str,
+    scheme: Scheme | None,
+    merged: Callable[[], Iterator[Tensor]] | None = None,
+) -> Output:
+    """Store rows under a scheme, or dense as `dtype` where `scheme` is None. Rows that are stored so already keep their bytes.
+
+    `merged` makes rows that take the place of the stored ones, in float32: those that an adapter has changed.
+    """
+    deed = _deed(name, runs, dtype, scheme)
+    if merged is not None:
+        deed = f"merged and {deed}" if deed in PACKING_DEEDS else "merged"
     return Output(
         _specs(name, shape, dtype, scheme),
-        _deed(name, runs, dtype, scheme),
+        deed,
         tuple(dict.fromkeys(run.data.name for run in runs)),
-        lambda: _chunks(name, row_chunks(runs), dtype, scheme),
+        lambda: _chunks(name, row_chunks(runs) if merged is None else _rounded(name, merged(), dtype), dtype, scheme),
         dtype if scheme is None else scheme.name,
     )
 
@@ -140,6 +154,12 @@ def _chunks(name: str, rows: Iterator[Part], dtype: str, scheme: Scheme | None) 
             yield from (_bytes(_blocks(part, scheme)) for part in rows)
     except ValueError as error:
         raise CheckpointError(f"{name} can't be quantized: {error}; is the source damaged?") from error
+
+
+def _rounded(name: str, rows: Iterator[Tensor], dtype: str) -> Iterator[Part]:
+    """Round merged rows as a merged checkpoint would hold them, so that quantizing in one go or in two gives the same."""
+    for each in rows:
+        yield _as_dtype(name, each, dtype)
 
 
 def _affine(name: str, rows: Iterator[Part], dtype: str, scheme: AffineScheme) -> Iterator[memoryview]:

@@ -25,7 +25,31 @@ BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 VISIBLE = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
 TEMPLATE = "tokenizer.chat_template"
 SCORE = -1000.0  # of every piece: the merges say in which order a text is put together
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+# llama.cpp's number for a file most of which is stored so; of the mixtures with one block type, the plainest.
+FILE_TYPES = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 14,
+    "Q5_K": 16,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+    "IQ4_XS": 30,
+    "BF16": 32,
+    "MXFP4": 38,
+    "NVFP4": 39,
+}
+UNKNOWN_TYPE = 1024  # "guessed": a file that does not say
+# Of another GGUF file: how it was laid out, not what is in it.
+OF_THE_FILE = ("general.alignment", "split.")
+KEPT = ("tokenizer.", "general.")  # also where weights change
+OWN = ("gemcutter.",)  # written anew
 NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "mask": "mask"}
 FALLBACKS = {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
 ARRAY_KINDS = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "", "u64", "i64", "f64")  # by GGUF's numbers
@@ -42,7 +66,7 @@ def describe(config: ModelConfig, plan: ModelPlan, name: str, usual_type: str) -
         ("general.architecture", "str", "gemma4"),
         ("general.type", "str", "model"),
         ("general.name", "str", name),
-        ("general.file_type", "u32", FILE_TYPES[usual_type]),
+        ("general.file_type", "u32", FILE_TYPES.get(usual_type, UNKNOWN_TYPE)),
         ("general.quantization_version", "u32", 2),
         ("gemma4.block_count", "u32", len(layers)),
         ("gemma4.context_length", "u32", plan.context),
@@ -130,17 +154,33 @@ def sampling(generation: Mapping[str, Any]) -> list[Entry]:
     ]
 
 
-def carried_over(metadata: Mapping[str, Any]) -> list[Entry]:
-    """Format again what another GGUF file says of its tokenizer and its sampling."""
-    found: list[Entry] = []
+def carried_over(metadata: Mapping[str, Any], described: Sequence[Entry], *, is_copy: bool) -> list[Entry]:
+    """Format again what another GGUF file says, beside what is described anew of its decoder.
+
+    A copy says all that its source did, its name and file type included; where weights change, the name, the tokenizer, the
+    sampling and the origin are kept.
+    """
+    found = list[Entry]()
+    for key, kind, value in described:
+        is_kept = key == "general.name" or (is_copy and key == "general.file_type")
+        old = metadata.get(key) if is_kept else None
+        found.append((key, kind, value if old is None else old))
+    known = {key for key, _, _ in described}
     for key, value in metadata.items():
-        if not key.startswith(("tokenizer.", "general.sampling.")):
+        if key in known or key.startswith((*OF_THE_FILE, *OWN)) or not (is_copy or key.startswith(KEPT)):
             continue
         if isinstance(value, Array):
             found.append((key, f"[{ARRAY_KINDS[value.kind]}]", value.decode()))
         else:
-            found.append((key, SCALAR_KINDS[type(value)], value))
+            found.append((key, _scalar_kind(key, value), value))
     return found
+
+
+def _scalar_kind(key: str, value: object) -> str:
+    """Return how a number or a text is stored: as llama.cpp reads it, and wide enough."""
+    if type(value) is int and not 0 <= value < 1 << 32:
+        return "u64" if value > 0 else "i32" if value >= -(1 << 31) else "i64"
+    return SAMPLING.get(key.removeprefix("general.sampling."), SCALAR_KINDS[type(value)])
 
 
 def _one_or_each(key: str, values: Sequence[int]) -> Entry:

@@ -1,55 +1,101 @@
 """Brings adapters to a model's weights: folded in for good, or carried beside them for the requests that ask.
 
-Owns the arithmetic of folding (float32, some rows at a time, one rounding) and what each way costs. Refuses to know names: read
-`formats/lora.py` for those, `quant/lora.py` for a delta, `ops/lora.py` for what happens to deltas at run time.
+Owns the arithmetic of folding (float32, some rows at a time, one rounding or quantization), for loading and for converting, and
+what each way costs. Refuses to know names: read `formats/lora.py` for those, `quant/lora.py` for a delta, `ops/lora.py` for what
+happens to deltas at run time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.formats.lora import Adapter, Factors
+from gemcutter.checkpoint.load.load_params import Piece
 from gemcutter.checkpoint.load.match import Checkpoint
+from gemcutter.checkpoint.load.row_chunks import CHUNK_ROWS, Run, row_chunks
 from gemcutter.errors import CheckpointError
+from gemcutter.plan import ParamSpec
 from gemcutter.quant import Part, Weight, dequantize
 from gemcutter.quant.carried import carry
 from gemcutter.quant.lora import Delta, cut_deltas
 from gemcutter.quant.packed import dtype_name
+from gemcutter.quant.packing import Packer, PlainPacker
+from gemcutter.quant.recipes import RECIPES
 
 Params = Mapping[str, Weight | Tensor]
 
 FOLD_ELEMENTS = 1 << 22  # elements of a weight that are dequantized at a time
 
 
+def changed_pieces(adapter: Adapter, checkpoint: Checkpoint) -> frozenset[Piece]:
+    """Return the stored pieces, by parameter and part, that an adapter changes."""
+    pieces = checkpoint.matched.pieces
+    return frozenset(
+        (each.name, piece.part)
+        for each in adapter.factors
+        for piece in pieces[each.name]
+        if None in (piece.part, each.part) or piece.part == each.part
+    )
+
+
 def fold(
-    params: Params, adapter: Adapter, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    params: Params,
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    quant: str | None = None,
+    packer: Packer | None = None,
 ) -> tuple[dict[str, Weight | Tensor], str]:
     """Add an adapter's changes to the weights, for all requests, and return the parameters and a note of what that costs.
 
-    Only the parts that change are copied, dense and as `dtype`, whatever they were before; the others stay as they are.
+    Only the parts that change are copied: dense and as `dtype`, whatever they were before, or quantized by the recipe `quant`
+    once they are merged, some rows at a time. The others stay as they are. Raises CheckpointError for values that are not finite.
     """
     folded, before, after = dict(params), 0, 0
+    kinds, maker = dict[str, None](), _Maker(dtype, device, quant, packer or PlainPacker(device), model_dtype(checkpoint))
     for name, factors in _by_parameter(adapter).items():
-        weight = _weight(params, name)
-        deltas = [_delta("", each, weight, device) for each in factors]
+        weight, pieces = _weight(params, name), checkpoint.matched.pieces[name]
+        is_fused = len(weight.parts) > 1 and any(piece.part is None for piece in pieces)  # one tensor, loaded for all its parts
+        deltas = [_delta("", each, _first_row(weight, each), device) for each in factors]
         parts = list[Part]()
         for part, (start, stop) in zip(weight.parts, weight.edges(), strict=True):
             found = tuple(cut_deltas(deltas, start, stop))
-            parts.append(_fold_part(part, found, dtype, device) if found else part)
-            before += part.nbytes if found else 0
-            after += parts[-1].nbytes if found else 0
-        folded[name] = replace(weight, parts=tuple(parts))
+            made, kind = maker.make(name, part, found) if found or is_fused else (part, "")
+            parts.append(made)
+            if kind:
+                kinds[kind] = None
+                before, after = before + part.nbytes, after + made.nbytes
+        folded[name] = replace(weight, parts=maker.packer.arrange(parts))
         _release(checkpoint, name)
     note = (
-        f"adapter {adapter.path.name}: {len(adapter.factors)} changes merged; what they change is held as {dtype_name(dtype)}, "
+        f"adapter {adapter.path.name}: {len(adapter.factors)} changes merged; what they change is held as {', '.join(kinds)}, "
         f"{after / 1e6:.1f} MB in memory beside {before / 1e6:.1f} MB in the file"
     )
     return folded, note
+
+
+def merged_rows(runs: Iterable[Run], factors: Sequence[Factors], spec: ParamSpec) -> Iterator[Tensor]:
+    """Yield stored rows of a parameter in order, as `row_chunks` does, in float32 and with an adapter's changes added."""
+    starts = dict(zip((part for part, _ in spec.parts), accumulate((rows for _, rows in spec.parts), initial=0), strict=False))
+    deltas = [_delta("", each, 0 if each.part is None else starts[each.part], torch.device("cpu")) for each in factors]
+    for run in runs:
+        own = deltas if run.expert is None else [_of_expert(delta, run.expert) for delta in deltas]
+        first = run.offset + run.start
+        for rows in row_chunks([run]):
+            yield _added(rows, own, first, torch.device("cpu"))
+            first += rows.shape[0]
+
+
+def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype that the config gives the model's dense weights; bfloat16 where it names none that weights are kept in."""
+    return {"float16": torch.float16, "float32": torch.float32}.get(checkpoint.config.dtype, torch.bfloat16)
 
 
 def attach(params: Params, adapter: Adapter, name: str, device: torch.device) -> dict[str, Weight | Tensor]:
@@ -68,7 +114,7 @@ def read_deltas(params: Params, adapter: Adapter, name: str, device: torch.devic
         problems = [f"{each.label}: {each.down.origin}" for each in stuck]
         raise CheckpointError(f"the adapter {adapter.path} can only be merged (adapter=, --adapter): it changes these", problems)
     return {
-        parameter: [_delta(name, each, _weight(params, parameter), device) for each in factors]
+        parameter: [_delta(name, each, _first_row(_weight(params, parameter), each), device) for each in factors]
         for parameter, factors in _by_parameter(adapter).items()
     }
 
@@ -86,30 +132,72 @@ def _weight(params: Params, name: str) -> Weight:
     return found
 
 
-def _delta(name: str, factors: Factors, weight: Weight, device: torch.device) -> Delta:
+def _first_row(weight: Weight, factors: Factors) -> int:
+    return 0 if factors.part is None else weight.edges()[weight.names.index(factors.part)][0]
+
+
+def _delta(name: str, factors: Factors, start: int, device: torch.device) -> Delta:
     """Read a pair of factors, scaled; PEFT keeps the rows of an expert's A together and the columns of its B apart."""
     down, up = (half.torch().to(device, torch.float32, copy=True) for half in (factors.down, factors.up))
     if factors.experts:
         down = down.view(factors.experts, factors.rank, -1)
         up = up.view(-1, factors.rank, factors.experts).permute(2, 0, 1).contiguous()
-    start = 0 if factors.part is None else weight.edges()[weight.names.index(factors.part)][0]
     return Delta(name, start, down, up.mul_(factors.scale))
 
 
-def _fold_part(part: Part, deltas: Sequence[Delta], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Compute a part and its changes in float32, and round once."""
-    out = torch.empty(part.shape, dtype=dtype, device=device)
-    whole = Weight((part,), deltas=tuple(deltas))
-    pairs = [(whole, out)] if out.ndim == 2 else [(whole.expert(index), each) for index, each in enumerate(out.unbind(0))]
-    for weight, target in pairs:
-        start = 0
-        for rows in weight.row_chunks(FOLD_ELEMENTS):
-            wide, stop = dequantize(rows).to(device), start + rows.shape[0]
-            for delta in weight.deltas:
-                wide = wide.addmm(delta.up[start:stop], delta.down)
-            target[start:stop] = wide
-            start = stop
-    return out
+def _of_expert(delta: Delta, index: int) -> Delta:
+    return replace(delta, down=delta.down[index], up=delta.up[index])
+
+
+def _added(rows: Part, deltas: Sequence[Delta], first: int, device: torch.device) -> Tensor:
+    """Return rows `first` and on of a parameter in float32, with what the deltas add to them."""
+    wide = dequantize(rows).to(device)
+    if isinstance(rows, Tensor) and wide.data_ptr() == rows.data_ptr():
+        wide = wide.clone()  # float32 in the file, which is not written to
+    for delta in cut_deltas(deltas, first, first + len(wide)):
+        wide[delta.start : delta.start + len(delta.up)].addmm_(delta.up, delta.down)
+    return wide
+
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """How merged parts are held."""
+
+    dtype: torch.dtype
+    device: torch.device
+    quant: str | None
+    packer: Packer
+    model_dtype: torch.dtype  # in which what was packed is rounded before it is quantized, as `convert` does
+
+    def make(self, name: str, part: Part, deltas: Sequence[Delta]) -> tuple[Part, str]:
+        """Merge one part in float32 and round once, or quantize; return it, and how it is held."""
+        chunks = _merged_chunks(part, deltas, self.device)
+        scheme = None if self.quant is None else RECIPES[self.quant].scheme(name, part.shape[-1])
+        if scheme is not None:
+            rounded = part.dtype if isinstance(part, Tensor) else self.model_dtype
+            try:
+                return self.packer.quantize((rows.to(rounded) for rows in chunks), part.shape, scheme), scheme.name
+            except ValueError as error:
+                raise CheckpointError(f"{name} can't be quantized once it is merged: {error}; is the adapter damaged?") from error
+        out = torch.empty(part.shape, dtype=self.dtype, device=self.device)
+        flat, start = out.view(-1, part.shape[-1]), 0
+        for rows in chunks:
+            flat[start : start + len(rows)] = rows
+            start += len(rows)
+        return out, dtype_name(self.dtype)
+
+
+def _merged_chunks(part: Part, deltas: Sequence[Delta], device: torch.device) -> Iterator[Tensor]:
+    """Yield the rows of a part, expert by expert, with its deltas added: multiples of a panel, but for the last of a matrix."""
+    step = max(CHUNK_ROWS, FOLD_ELEMENTS // part.shape[-1] // CHUNK_ROWS * CHUNK_ROWS)
+    whole = Weight((part,))
+    matrices = [(whole, deltas)]
+    if len(part.shape) == 3:
+        matrices = [(whole.expert(index), [_of_expert(delta, index) for delta in deltas]) for index in range(part.shape[0])]
+    for matrix, own in matrices:
+        for start in range(0, matrix.rows, step):
+            (rows,) = matrix.slice(start, min(start + step, matrix.rows)).parts
+            yield _added(rows, own, start, device)
 
 
 def _release(checkpoint: Checkpoint, name: str) -> None:

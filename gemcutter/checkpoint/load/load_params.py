@@ -8,7 +8,7 @@ goes out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
@@ -21,15 +21,17 @@ from gemcutter.checkpoint.load.held import stays_mapped
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.row_chunks import dense, row_chunks, unpack, whole
-from gemcutter.errors import CheckpointError, ConfigError
+from gemcutter.errors import CheckpointError
 from gemcutter.plan import Access, ParamKind, ParamSpec
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.packed import dtype_name
 from gemcutter.quant.packing import Packer, PlainPacker
-from gemcutter.quant.recipes import LOADABLE, RECIPES, Recipe, Scheme
+from gemcutter.quant.recipes import RECIPES, Recipe, Scheme
+from gemcutter.quant_names import find_quant
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Piece = tuple[str, str | None]  # a parameter, and the part of it that is stored; None where it is stored whole
 
 COPY_BYTES = 16 << 20  # mapped bytes converted between two releases of their pages
 
@@ -42,21 +44,22 @@ def load_params(
     quant: str | None = None,
     packer: Packer | None = None,
     cache: PackedWeightCache | None = None,
+    as_stored: Collection[Piece] = (),
 ) -> dict[str, Weight | Tensor]:
     """Return every parameter of the plan: matrices as Weights, vectors as float32 tensors.
 
     `packer` brings packed matrices, but for rows-only tables, into the form that a backend reads; by default they stay as they
-    are. Those that `cache` keeps are mapped instead, and if it keeps none they are kept there. `quant`, "q4" or "q8", quantizes
-    dense matrices, but for rows-only tables, which cost no memory as they are. Raises CheckpointError, and ConfigError for
+    are. Those that `cache` keeps are mapped instead, and if it keeps none they are kept there. `quant`, the name of a recipe,
+    quantizes dense matrices, but for rows-only tables, which cost no memory as they are. The pieces `as_stored` are views of
+    the file, neither packed nor converted: an adapter is about to change them. Raises CheckpointError, and ConfigError for
     another `quant`.
     """
-    if quant is not None and quant not in LOADABLE:
-        raise ConfigError(f"quant: expected {' or '.join(LOADABLE)}, found {quant!r}")
+    recipe = None if quant is None else RECIPES[find_quant(quant, RECIPES)]
     packer = packer or PlainPacker(device)
     pieces = checkpoint.matched.pieces
     total = sum(piece.data.nbytes for found in pieces.values() for piece in found)
     panels = PackedWeights({} if cache is None or not packer.makes_panels else cache.read())
-    loader = _Loader(dtype, device, packer, None if quant is None else RECIPES[quant], panels, checkpoint.config.norm_offset)
+    loader = _Loader(dtype, device, packer, recipe, panels, checkpoint.config.norm_offset, frozenset(as_stored))
     done, params = 0, dict[str, Weight | Tensor]()
     for spec in checkpoint.plan.params():
         params[spec.name] = loader.load(spec, pieces[spec.name])
@@ -95,11 +98,12 @@ class _Loader:
     recipe: Recipe | None
     panels: PackedWeights
     norm_offset: float
+    as_stored: frozenset[Piece] = frozenset()
 
     def load(self, spec: ParamSpec, pieces: tuple[StoredTensor, ...]) -> Weight | Tensor:
         """Make one parameter of its pieces, as its kind asks."""
         if spec.kind in (ParamKind.MATRIX, ParamKind.EXPERTS):
-            return self._matrix(spec, [piece.data for piece in pieces])
+            return self._matrix(spec, pieces)
         if not pieces:
             assert spec.default is not None
             return torch.full(spec.shape, spec.default)
@@ -108,14 +112,17 @@ class _Loader:
         found = data.torch().to(self.device, torch.long if spec.integer else torch.float32, copy=True)
         return (found + self.norm_offset) * spec.scale if spec.kind is ParamKind.NORM else found
 
-    def _matrix(self, spec: ParamSpec, data: list[LazyTensor | PackedTensor]) -> Weight:
+    def _matrix(self, spec: ParamSpec, pieces: tuple[StoredTensor, ...]) -> Weight:
         if spec.access is Access.ROWS:
-            return _table(data[0])
-        dense_dtypes = [stored.dtype for stored in data if isinstance(stored, LazyTensor)]
+            return _table(pieces[0].data)
+        dense_dtypes = [piece.data.dtype for piece in pieces if isinstance(piece.data, LazyTensor)]
         scheme = None if self.recipe is None else self.recipe.scheme(spec.name, spec.shape[-1])
-        parts = self.packer.arrange(
-            [self._part(f"{spec.name}/{index}", stored, dense_dtypes, scheme) for index, stored in enumerate(data)]
-        )
+        waiting = [(spec.name, piece.part) in self.as_stored for piece in pieces]
+        found = [
+            _view(piece.data) if waits else self._part(f"{spec.name}/{index}", piece.data, dense_dtypes, scheme)
+            for index, (piece, waits) in enumerate(zip(pieces, waiting, strict=True))
+        ]
+        parts = tuple(found) if any(waiting) else self.packer.arrange(found)
         weight = Weight(parts, tuple(name for name, _ in spec.parts) if len(parts) > 1 else ())
         if len(parts) == 1 and spec.parts:  # stored as one: cut into its parts, so that all matrices of a kind look alike
             edges = list(accumulate((rows for _, rows in spec.parts), initial=0))
@@ -142,10 +149,14 @@ class _Loader:
 
 def _table(data: LazyTensor | PackedTensor) -> Weight:
     """Map a table that is only gathered from, and tell the kernel that reads will be scattered."""
-    table = Weight((data.torch() if isinstance(data, LazyTensor) else unpack(data),))
+    table = Weight((_view(data),))
     for tensor in (data,) if isinstance(data, LazyTensor) else data.stored:  # mapped by now, as the advice needs
         tensor.mapped.expect_scattered_reads(tensor.offset, tensor.nbytes)
     return table
+
+
+def _view(data: LazyTensor | PackedTensor) -> Part:
+    return data.torch() if isinstance(data, LazyTensor) else unpack(data)
 
 
 def _copy(data: LazyTensor, dtype: torch.dtype, device: torch.device) -> Tensor:

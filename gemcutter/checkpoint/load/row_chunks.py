@@ -24,20 +24,24 @@ CHUNK_ROWS = 16  # chunks begin at multiples of so many rows of their run, as pa
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Rows start to stop - 1 of a stored matrix, or of one expert of a stored stack."""
+    """Rows start to stop - 1 of a stored matrix, or of one expert of a stored stack.
+
+    `offset` is where the stored matrix begins in its parameter, which may be stored in several parts.
+    """
 
     data: LazyTensor | PackedTensor
     expert: int | None
     start: int
     stop: int
+    offset: int = 0
 
 
-def whole(data: LazyTensor | PackedTensor) -> list[Run]:
+def whole(data: LazyTensor | PackedTensor, offset: int = 0) -> list[Run]:
     """List the runs that make up a matrix [rows, columns] or a stack [experts, rows, columns]; a vector counts as one row."""
     rows = data.shape[-2] if len(data.shape) > 1 else 1
     if len(data.shape) == 3:
-        return [Run(data, expert, 0, rows) for expert in range(data.shape[0])]
-    return [Run(data, None, 0, rows)]
+        return [Run(data, expert, 0, rows, offset) for expert in range(data.shape[0])]
+    return [Run(data, None, 0, rows, offset)]
 
 
 def row_chunks(runs: Iterable[Run], elements: int = CHUNK_ELEMENTS) -> Iterator[Part]:

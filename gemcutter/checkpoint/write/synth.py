@@ -99,9 +99,16 @@ def write_checkpoint(like: str, out: Path, *, full: bool = False, seed: int = 0)
     It is small, with the demo's vocabulary; `full` keeps the true geometry (E2B takes 9.3 GB of disk, 31B 61 GB) and
     still needs only some 50 MB of memory. Raises ConfigError for an unknown size or seed, CheckpointError as `write_size`.
     """
-    if like not in SIZES:
-        raise ConfigError(f"there is no size {like!r}; known are {', '.join(SIZES)}")
-    return write_size(SIZES[like] if full else shrink(SIZES[like]), out, seed=seed)
+    size = SIZES[find_size(like)]
+    return write_size(size if full else shrink(size), out, seed=seed)
+
+
+def find_size(name: str) -> str:
+    """Return the released size that a name means, in capitals or not, "26b" for "26B-A4B". Raises ConfigError for any other."""
+    for size in SIZES:
+        if name.lower() in (size.lower(), size.lower().partition("-")[0]):
+            return size
+    raise ConfigError(f"there is no size {name!r}; known are {', '.join(SIZES)}")
 
 
 def write_size(size: Size, out: Path, *, seed: int = 0) -> tuple[Path, ...]:
