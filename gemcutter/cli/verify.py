@@ -7,6 +7,7 @@ certificate is made; read `gemcutter/parity/certificate.py` for that.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,8 +28,12 @@ Compare two ways of computing the same model, and certify that they agree.
 
 The same tokens run through MODEL as the options say and, by default, through the plain reference kernels in float32. --against
 transformers takes that library, in float32, for the other side; --against PATH another checkpoint of the same model, such as the
-one that MODEL was quantized from, on the reference kernels in float32. Both sides take --device, --threads, --ignore and
---adapter. No row is left out, the last 16 tokens run one at a time, and unwritten cache holds NaN.
+one that MODEL was quantized from, on the reference kernels in float32. Both sides take --device, --threads and --ignore. No row
+is left out, the last 16 tokens run one at a time, and unwritten cache holds NaN.
+
+--adapter is merged on both sides, unless --against-adapter says otherwise: none compares an adapted model with its base, which
+shows how far the adapter moves it (a FAIL is then what one expects), PATH puts another adapter on the other side, such as the one
+that MODEL was merged with.
 
 Measured are the largest difference of a logit, KL(other || ours), how often both prefer the same token, the negative
 log-likelihoods, and every layer's drift: the norm of the difference over the norm of the other side's row, averaged over at most
@@ -46,8 +51,10 @@ Examples:
   gemcutter verify demo --dtype float32 --against transformers
   gemcutter verify ./gemma-4-E2B-it-4bit --against google/gemma-4-E2B-it --out certificate.json
   gemcutter verify demo --quant q4 --text README.md --tokens 512 --json
+  gemcutter verify ./base --adapter ./my-adapter --against-adapter none
+  gemcutter verify ./merged --against ./base --against-adapter ./my-adapter
 """
-REFERENCE, TRANSFORMERS = "reference", "transformers"
+REFERENCE, TRANSFORMERS, NO_ADAPTER = "reference", "transformers", "none"
 # What a reader sees of a measure: its name, and how to spell a number of it.
 SPELLED = {
     "max_abs_logit_difference": ("largest difference of a logit", "{:.3g}"),
@@ -59,6 +66,12 @@ SPELLED = {
 
 Against = Annotated[
     str, typer.Option(metavar="reference|transformers|PATH", help="The other side; PATH is anything that MODEL can be.")
+]
+AgainstAdapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="none|PATH", help="The adapter that is merged on the other side.  [default: --adapter's]", show_default=False
+    ),
 ]
 Text = Annotated[str | None, typer.Option(metavar="FILE", help='UTF-8 text; "-" is stdin.  [default: one that is built in]')]
 Tokens = Annotated[
@@ -73,6 +86,7 @@ def verify(
     model: options.Model,
     *,
     against: Against = REFERENCE,
+    against_adapter: AgainstAdapter = None,
     text: Text = None,
     tokens: Tokens = None,
     loading: options.Loading,
@@ -82,13 +96,18 @@ def verify(
     """Make a certificate, print it, and exit with 1 unless it passes. Raises UsageError or GemcutterError."""
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"--out: {out.parent} is no folder")
-    if against == TRANSFORMERS and loading.adapter is not None:
-        raise UsageError("--adapter can't go with --against transformers, which runs the checkpoint without it")
+    their_adapter = choose_adapter(loading.adapter, against_adapter)
+    if against == TRANSFORMERS and their_adapter is not None:
+        raise UsageError(
+            "an adapter can't go with --against transformers, which runs the checkpoint without it; "
+            "--against-adapter none compares with that"
+        )
     body = None if text is None else read_text(text)
 
     from gemcutter.parity.certificate import certify, encode
 
-    theirs = None if against == TRANSFORMERS else load_side(model if against == REFERENCE else against, plainly(loading))
+    other = replace(plainly(loading), adapter=their_adapter)
+    theirs = None if against == TRANSFORMERS else load_side(model if against == REFERENCE else against, other)
     ours = load_side(model, loading)
     found = certify(ours, theirs, encode(ours, theirs, body, tokens), progress)
     found["text"]["source"] = text or "built-in"
@@ -103,6 +122,11 @@ def verify(
 
 
 # ---- the sides ----
+
+
+def choose_adapter(ours: str | None, asked: str | None) -> str | None:
+    """Return the other side's adapter: ours, unless another one or "none" is asked for."""
+    return ours if asked is None else None if asked.lower() == NO_ADAPTER else asked
 
 
 def plainly(loading: options.Loading) -> options.Loading:
@@ -123,7 +147,7 @@ def load_side(name: str, loading: options.Loading) -> Side:
 
     known = name if loading.adapter is None else f"{name} with {loading.adapter}"
     model = load_model(name, loading, context=1)  # its engine never runs: a certificate has a cache of its own, hence no --kv
-    return Side(known, model, loading.kernels, loading.quant)
+    return Side(known, model, loading.kernels, loading.quant, loading.adapter)
 
 
 # ---- what a reader sees ----
@@ -135,6 +159,8 @@ def show(found: dict[str, Any]) -> None:
     print(f"model    {found['ours']['model']}, sampled sha256 {found['sampled_sha256'][:16]}")
     print(f"ours     {_spell_side(found['ours'])}")
     print(f"against  {_spell_side(found['against'])}")
+    if adapters := _spell_adapters(found["ours"]["adapter"], found["against"].get("adapter")):
+        print(f"adapter  {adapters}")
     print(f"text     {text['source']}, {text['tokens']} tokens, the last {text['single_rows']} one at a time")
     if not text["is_longer_than_window"]:
         print(f"         not longer than the window of {text['window']}: no layer had to let go of a key")
@@ -171,6 +197,13 @@ def _spell_side(side: dict[str, Any]) -> str:
     chosen = {f"{op} {name}" for op, names in side["kernels_by_op"].items() for name in names if name != "reference"}
     fast = f" ({', '.join(sorted(chosen))})" if chosen else ""
     return f"{side['model']}{quantized} in {side['dtype']} on {side['device']}, {side['kernels']} kernels{fast}"
+
+
+def _spell_adapters(ours: str | None, theirs: str | None) -> str | None:
+    """Format which side has which adapter; None where neither has one."""
+    if ours == theirs:
+        return ours and f"{ours} on both sides, so its effect does not show; --against-adapter none compares with the base"
+    return f"{ours or 'none'} here, {theirs or 'none'} there"
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -57,6 +57,7 @@ class Side:
     model: Model
     kernels: str
     quant: str | None = None
+    adapter: str | None = None
 
 
 def certify(ours: Side, theirs: Side | None, ids: Sequence[int], bars: Bars) -> dict[str, Any]:
@@ -97,8 +98,9 @@ def _trace(side: Side, ids: Sequence[int], kept_K: Tensor, bars: Bars) -> Trace:
 def _share_weights(ours: Side, described: dict[str, Any], theirs: Side | None, against: dict[str, Any]) -> bool:
     """Return whether both sides compute with the very same weights."""
     if theirs is None:
-        return ours.quant is None
-    return bool(described["sampled_sha256"] == against["sampled_sha256"]) and ours.quant == theirs.quant
+        return ours.quant is None and ours.adapter is None
+    is_one_file = bool(described["sampled_sha256"] == against["sampled_sha256"])
+    return is_one_file and (ours.quant, ours.adapter) == (theirs.quant, theirs.adapter)
 
 
 def _stored(side: Side | None) -> Stored:
@@ -243,6 +245,7 @@ def describe(side: Side) -> dict[str, Any]:
         "stored": list(stored.kinds),
         "bits_per_weight": round(stored.mean_bits, 3),
         "quant": side.quant,
+        "adapter": side.adapter,
         "device": str(decoder.device),
         "dtype": dtype,
         "kernels": side.kernels,

@@ -178,8 +178,35 @@ def test_both_sides_have_the_adapter(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert plain["ours"]["model"] == "demo"
     assert adapted["ours"]["model"] == adapted["against"]["model"] == f"demo with {folder}"
     assert abs(plain["nll_nats"]["against"] - adapted["nll_nats"]["against"]) > 0.01
+    assert "on both sides, so its effect does not show; --against-adapter none" in capsys.readouterr().out
     assert main(["verify", "demo", "--against", "transformers", "--adapter", folder]) == 2
     assert "transformers, which runs the checkpoint without it" in capsys.readouterr().err
+
+
+def test_an_adapted_model_is_compared_with_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = load("demo").plan
+    folder = str(write_adapter(tmp_path / "mine", tensors_of(draw(plan, places(plan)))))
+    words = ["demo", "--adapter", folder, "--against-adapter", "none", "--dtype", "float32", *SHORT]
+    found = verify(tmp_path, *words, code=1)
+    assert (found["ours"]["adapter"], found["against"]["adapter"], found["against"]["model"]) == (folder, None, "demo")
+    assert found["limits_because"] != "the same weights, computed in float32 on both sides"
+    kl = next(check["found"] for check in found["checks"] if check["measure"] == "mean_kl_nats")
+    assert kl > 0.01
+    assert f"adapter  {folder} here, none there" in capsys.readouterr().out
+    pytest.importorskip("transformers")
+    theirs = verify(tmp_path, *words, "--against", "transformers", code=1)
+    assert theirs["nll_nats"]["against"] == pytest.approx(found["nll_nats"]["against"], rel=1e-4)
+
+
+def test_a_merged_checkpoint_is_compared_with_base_and_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = load("demo").plan
+    folder = write_adapter(tmp_path / "mine", tensors_of(draw(plan, places(plan))))
+    merged = tmp_path / "merged"
+    assert main(["convert", "demo", str(merged), "--to", "hf", "--adapter", str(folder)]) == 0
+    words = [str(merged), "--against", "demo", "--dtype", "float32", *SHORT]
+    assert verify(tmp_path, *words, "--against-adapter", str(folder))["passed"]
+    assert not verify(tmp_path, *words, code=1)["passed"]
+    capsys.readouterr()
 
 
 # ---- spoilt models ----
