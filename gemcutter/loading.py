@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
-from gemcutter.checkpoint.load.adapters import attach, changed_pieces, fold, read_deltas
+from gemcutter.checkpoint.load.adapters import attach, fold, read_deltas
+from gemcutter.checkpoint.load.held import changed_pieces
 from gemcutter.checkpoint.load.load_params import Progress, load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
+from gemcutter.checkpoint.load.memory_needs import quant_notes
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
 from gemcutter.checkpoint.remote.hub import locate
@@ -72,28 +73,18 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     params = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache, changed)
     if checkpoint.plan.ple_dim:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
-    notes += [*quant_notes(checkpoint, options.quant), *panel_notes(options, params)]
+    if options.quant is not None:
+        notes += quant_notes(checkpoint, options.quant, changed)
     if merged is not None:
         params, note = fold(params, merged, checkpoint, dtype, device, options.quant, packer)
         notes += [*merged.notes(), note]
+    notes += panel_notes(options, params)
     for name, each in apart.items():
         params = attach(params, each, name, device)
         notes += each.notes()
     if backend is not CPU and device.type == "cpu" and options.kernels == "auto":
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
     return OpenModel(options, checkpoint, make_decoder(checkpoint.plan, params, options, dtype, device), notes)
-
-
-def quant_notes(checkpoint: Checkpoint, quant: str | None) -> list[str]:
-    """Return a note where quantizing while loading leaves matrices as they are, because the file holds them packed."""
-    specs = [spec for spec in checkpoint.plan.params() if len(spec.shape) > 1]
-    pieces = [piece for spec in specs for piece in checkpoint.matched.pieces.get(spec.name, ())]
-    packed = sum(isinstance(piece.data, PackedTensor) for piece in pieces)
-    if quant is None or not packed:
-        return []
-    if packed == len(pieces):
-        return [f"quant {quant} has no effect: all matrices are packed in the file already, and stay as they are"]
-    return [f"quant {quant}: {packed} of {len(pieces)} matrices are packed in the file already, and stay as they are"]
 
 
 def panel_notes(options: LoadOptions, params: Mapping[str, Param]) -> list[str]:

@@ -32,6 +32,7 @@ class BenchTarget:
     decoder: Decoder
     load_s: float | None
     source: Source | None = None
+    notes: tuple[str, ...] = ()  # what loading left out, and what an option costs
 
     @property
     def plan(self) -> ModelPlan:
@@ -63,4 +64,5 @@ def from_file(how: LoadOptions) -> BenchTarget:
     kinds = {Weight((part,)).stored for weight in weights for part in weight.parts}
     stored = sorted({CPU.unpacked(kind) for kind in kinds})  # as the file has it, not as kernels want it
     took_s = time.perf_counter() - started
-    return BenchTarget(how.model, ", ".join(stored), how, opened.decoder, took_s, opened.checkpoint.source)
+    source = opened.checkpoint.source
+    return BenchTarget(how.model, ", ".join(stored), how, opened.decoder, took_s, source, tuple(opened.notes))

@@ -127,6 +127,8 @@ def bench(
     use_threads(loading.threads)
     tests = list_cases(*sizes)
     subject = from_file(how) if preset is None else from_preset(preset, quant or "q4_0", layers, how)
+    for line in subject.notes:
+        note(line)
     with progress("measuring") as advance:
         found = measure(subject, tests, repeats, max_rows=rows, with_breakdown=breakdown, progress=advance)
     if model is not None and how.device == "cpu":

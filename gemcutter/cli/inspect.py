@@ -10,22 +10,34 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemcutter.checkpoint.container.lazy_tensor import DTYPES
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.doctor.doctor import spell_ranges
-from gemcutter.checkpoint.load.held import ITEM_BYTES, held_as
+from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
+from gemcutter.checkpoint.load.held import ITEM_BYTES, Piece, changed_pieces, held_as
 from gemcutter.checkpoint.load.match import Checkpoint, read_checkpoint
+from gemcutter.checkpoint.load.memory_needs import (
+    WeightMemory,
+    other_memory,
+    quant_notes,
+    recipe_scheme,
+    step_memory,
+    weight_memory,
+)
+from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import spell_bytes, spell_count, spell_work
 from gemcutter.errors import ConfigError, RequestError
-from gemcutter.load_options import own_dtype
+from gemcutter.load_options import DEFAULT_CONTEXT, own_dtype
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, Selection, select_backend
-from gemcutter.plan import LayerPlan
+from gemcutter.plan import Access, LayerPlan
 from gemcutter.tower_plan import derive_audio, derive_vision
 
 if TYPE_CHECKING:
@@ -35,13 +47,19 @@ HELP = """
 Show what a checkpoint is and how it will run.
 
 That is: its layers and whose keys and values they read, what it holds beyond them, memory and work by context length, and the
-kernels that would be chosen, with the reasons against the others. Only headers are read. Drafters (assistants) can be inspected,
-too; towers for images and audio are listed as not loaded.
+kernels that would be chosen, with the reasons against the others. Only headers are read: of a model on the hub a few kilobytes,
+before anything is downloaded. Drafters (assistants) can be inspected, too; towers for images and audio are listed as not loaded.
+
+The last line says how much memory a run with one sequence of that length would need, with --quant, --adapter and --kv as given.
+Dense weights that stay mapped from the file are in the system's page cache: they count as used, but can be dropped and read
+again, so that less memory makes a model slow before it fails. The rest (Python, torch, buffers) is an estimate, within 15 % of
+all that was measured.
 """
 EXAMPLES = """\b
 Examples:
   gemcutter inspect demo
   gemcutter inspect ./gemma-4-E2B-it --context 8192,131072 --dtype float32
+  gemcutter inspect e4b --quant q4 --context 32768
   gemcutter inspect demo --json
 """
 CONTEXTS = (4096, 32768, 131072)
@@ -57,12 +75,37 @@ Contexts = Annotated[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How the checkpoint would be loaded."""
+
+    dtype: str
+    device: str
+    kernels: str
+    quant: str | None = None
+    kv: str | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def place(self) -> str:
+        """Return the type of device."""
+        return self.device.partition(":")[0]
+
+    @property
+    def kv_item_bytes(self) -> int:
+        """Return the bytes of one element of the cache."""
+        return ITEM_BYTES[self.dtype] if self.kv is None else 1
+
+
 def inspect(
     model: options.Model,
     contexts: Contexts = None,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     kernels: options.Kernels = "auto",
+    quant: options.Quant = None,
+    adapter: options.Adapter = None,
+    kv: options.Kv = None,
     as_json: options.Json = False,
     ignore: options.Ignore = None,
 ) -> None:
@@ -70,6 +113,8 @@ def inspect(
     asked = None if contexts is None else options.parse_integers("--context", contexts)
     if asked is not None and (not asked or min(asked) < 1):
         raise UsageError(f"--context: expected positive numbers, found {contexts!r}")
+    if kv is not None and device == "cpu":
+        raise UsageError(f"--kv {kv}: keys and values are kept in 8 bits on a GPU only; add --device cuda")
     from gemcutter.checkpoint.remote.remote_source import (
         open_source,
     )  # which knows the web, and takes as long to import as all the rest
@@ -79,7 +124,8 @@ def inspect(
     if asked and max(asked) > checkpoint.plan.context:
         raise RequestError(f"--context {max(asked)}: the model was made for {checkpoint.plan.context} tokens at most")
     lengths = asked or tuple(length for length in CONTEXTS if length <= checkpoint.plan.context) or (checkpoint.plan.context,)
-    found = describe(checkpoint, model, lengths, compute, device, kernels)
+    merged = None if adapter is None else open_adapter(locate(adapter), checkpoint.plan, tuple(ignore or ()))
+    found = describe(checkpoint, model, lengths, Use(compute, device, kernels, quant, kv, merged))
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -89,15 +135,16 @@ def inspect(
 # ---- the report ----
 
 
-def describe(
-    checkpoint: Checkpoint, model: str, contexts: Sequence[int], dtype: str, device: str, kernels: str
-) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, model: str, contexts: Sequence[int], use: Use) -> dict[str, Any]:
     """Return everything that `inspect` shows. Bytes count what is stored for layers, what is held in memory for weights."""
     plan, source, config = checkpoint.plan, checkpoint.source, checkpoint.config
-    stored, item_bytes = stored_dtype(checkpoint), held_bytes(checkpoint, dtype, device)
-    stored, place = DTYPES[stored][1] if stored in DTYPES else stored, device.partition(":")[0]
-    selections = select_kernels(checkpoint, place, dtype, kernels)
-    is_compact = any(map(select_backend(place, kernels).is_compact, plan.layers))
+    backend, stored = select_backend(use.place, use.kernels), stored_dtype(checkpoint)
+    stored = DTYPES[stored][1] if stored in DTYPES else stored
+    changed = frozenset() if use.adapter is None else changed_pieces(use.adapter, checkpoint)
+    held = weight_memory(checkpoint, use.dtype, use.place, backend.packing, use.quant, changed)
+    weights, item_bytes = count_weights(checkpoint, use, held)
+    selections = select_kernels(checkpoint, use, changed)
+    is_compact = any(map(backend.is_compact, plan.layers))
     return {
         "model": model,
         "path": str(source.path),
@@ -107,7 +154,7 @@ def describe(
         "files": [file.name for file in source.files],
         "file_bytes": source.total_bytes,
         "stored_dtype": stored,
-        "compute_dtype": dtype,
+        "compute_dtype": use.dtype,
         "hidden": plan.hidden,
         "vocab": plan.vocab,
         "context": plan.context,
@@ -118,25 +165,79 @@ def describe(
         "skipped": _pile(checkpoint.matched.redundant),
         "left_aside": {kind: _pile(pieces) for kind, pieces in checkpoint.matched.other_modules.items()},
         "ignored": _pile(checkpoint.matched.ignored),
-        "notes": checkpoint.notes(),
-        "weights": {
-            "bytes": plan.weight_bytes(item_bytes),
-            "read_whole_bytes": plan.weight_bytes(item_bytes, rows_access=False),
-        },
-        "contexts": [describe_context(checkpoint, tokens, item_bytes, ITEM_BYTES[dtype], is_compact) for tokens in contexts],
+        "notes": list_notes(checkpoint, use, changed),
+        "weights": weights,
+        "contexts": [describe_context(checkpoint, tokens, item_bytes, use.kv_item_bytes, is_compact) for tokens in contexts],
+        "memory": describe_memory(checkpoint, contexts, use, held, is_compact),
         "kernels": [describe_kernel(selection, layers, plan.layers) for selection, layers in selections],
     }
 
 
-def select_kernels(checkpoint: Checkpoint, device: str, dtype: str, kernels: str) -> list[tuple[Selection, tuple[int, ...]]]:
+def count_weights(checkpoint: Checkpoint, use: Use, held: WeightMemory) -> tuple[dict[str, int], float]:
+    """Return the bytes of the weights and of one element: as they are stored, or as --quant and --adapter make them."""
+    plan = checkpoint.plan
+    if use.quant is None and use.adapter is None:
+        item_bytes = held_bytes(checkpoint, use.dtype, use.device)
+        whole, read = plan.weight_bytes(item_bytes), plan.weight_bytes(item_bytes, rows_access=False)
+    else:
+        read = held.mapped + held.resident
+        whole = read + held.by_rows
+        item_bytes = read / plan.weight_bytes(1.0, rows_access=False)
+    return {"bytes": whole, "read_whole_bytes": read}, item_bytes
+
+
+def list_notes(checkpoint: Checkpoint, use: Use, changed: frozenset[Piece]) -> list[str]:
+    """Return what would be left out, and which options would have no effect."""
+    notes = checkpoint.notes()
+    if use.adapter is not None:
+        notes += [f"adapter {use.adapter.path.name}: {len(use.adapter.factors)} changes to merge", *use.adapter.notes()]
+    return notes if use.quant is None else [*notes, *quant_notes(checkpoint, use.quant, changed)]
+
+
+def describe_memory(
+    checkpoint: Checkpoint, contexts: Sequence[int], use: Use, held: WeightMemory, is_compact: bool
+) -> dict[str, Any]:
+    """Return what a run needs at each context length, with one sequence: bytes on the CPU, or on the GPU."""
+    plan = checkpoint.plan
+    is_packed = any(isinstance(piece.data, PackedTensor) for found in checkpoint.matched.pieces.values() for piece in found)
+    is_packing = use.quant is not None or use.adapter is not None or (is_packed and held.resident > held.mapped)
+    other = other_memory(checkpoint, is_packing) if use.place == "cpu" else step_memory(plan)
+    weights = held.mapped + held.resident
+    sizes = {tokens: plan.kv_bytes(tokens, use.kv_item_bytes, is_compact) for tokens in contexts}
+    return {
+        "device": use.device,
+        "mapped_weight_bytes": held.mapped,
+        "resident_weight_bytes": held.resident,
+        "on_disk_weight_bytes": held.by_rows,
+        "other_bytes": other,
+        "by_context": [
+            {"tokens": tokens, "kv_bytes": size, "needs_bytes": weights + size + other} for tokens, size in sizes.items()
+        ],
+    }
+
+
+def select_kernels(
+    checkpoint: Checkpoint, use: Use, changed: frozenset[Piece] = frozenset()
+) -> list[tuple[Selection, tuple[int, ...]]]:
     """Select the kernels that a decoder of this checkpoint would select, from headers alone."""
-    backend, plan, pieces = select_backend(device, kernels), checkpoint.plan, checkpoint.matched.pieces
-    matrices = {spec.name for spec in plan.params() if len(spec.shape) > 1}
+    backend, plan, pieces = select_backend(use.place, use.kernels), checkpoint.plan, checkpoint.matched.pieces
+    matrices = {spec.name: spec for spec in plan.params() if len(spec.shape) > 1}
 
     def stored(name: str) -> list[str]:
-        return held_as(pieces[name], dtype, device, backend.packing) if name in matrices else []
+        if name not in matrices:
+            return []
+        kinds, spec = held_as(pieces[name], use.dtype, use.place, backend.packing), matrices[name]
+        is_table = spec.access is Access.ROWS
+        scheme = None if use.quant is None or is_table else recipe_scheme(use.quant, spec)
+        for index, piece in enumerate(pieces[name]):
+            is_changed = (name, piece.part) in changed
+            if scheme is not None and (is_changed or not isinstance(piece.data, PackedTensor)):
+                kinds[index] = backend.packing(scheme)
+            elif is_changed:
+                kinds[index] = use.dtype
+        return kinds
 
-    site = KernelSite("linear", None, device, backend.row_dtype(dtype), dtype, kernels)
+    site = KernelSite("linear", None, use.place, backend.row_dtype(use.dtype), use.dtype, use.kernels)
     return list(KernelPlan(plan, site, stored).selections())
 
 
@@ -251,6 +352,23 @@ def show(found: dict[str, Any]) -> None:
     for table in (_layers(found["layers"]), _contexts(found["contexts"]), _kernels(found["kernels"])):
         console.print()
         console.print(table)
+    if not found["is_drafter"]:
+        console.print(_needs(found["memory"]), soft_wrap=True)
+
+
+def _needs(memory: dict[str, Any]) -> str:
+    """Format what a run needs, at the default context if that is among those asked for, else at the longest."""
+    rows = memory["by_context"]
+    row = next((row for row in rows if row["tokens"] == DEFAULT_CONTEXT), rows[-1])
+    parts = {
+        "weights mapped from the file": memory["mapped_weight_bytes"],
+        "weights in memory": memory["resident_weight_bytes"],
+        "keys and values": row["kv_bytes"],
+        "all else": memory["other_bytes"],
+    }
+    told = ", ".join(f"{name} {spell_bytes(size)}" for name, size in parts.items() if size > 1e6)
+    where = "" if memory["device"] == "cpu" else f" on {memory['device']}, beside what CUDA itself takes"
+    return f"needs about {spell_bytes(row['needs_bytes'])} at {row['tokens']} tokens{where}: {told}"
 
 
 def _head(found: dict[str, Any]) -> Iterator[str]:

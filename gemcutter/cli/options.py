@@ -143,6 +143,19 @@ Ignore = Annotated[
     typer.Option(metavar="PATTERN", help="Pass over tensors and config keys that match, such as 'blk.*.foo'; repeatable."),
 ]
 
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="LoRA adapter as PEFT saves it, merged into the weights: a folder, or a hub id."),
+]
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="q4|q8|mlx4|mlx8|Q4_0|Q8_0",
+        help="Quantize dense weights while they are loaded; q4 and q8 are the recommended ones.",
+        callback=_checked("quant"),
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Loading:
@@ -157,18 +170,8 @@ class Loading:
         typer.Option("-t", "--threads", metavar="N", min=1, help="CPU threads.  [default: torch's choice]", show_default=False),
     ] = None
     ignore: Ignore = None
-    adapter: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="LoRA adapter as PEFT saves it, merged into the weights: a folder, or a hub id."),
-    ] = None
-    quant: Annotated[
-        str | None,
-        typer.Option(
-            metavar="q4|q8|mlx4|mlx8|Q4_0|Q8_0",
-            help="Quantize dense weights while they are loaded; q4 and q8 are the recommended ones.",
-            callback=_checked("quant"),
-        ),
-    ] = None
+    adapter: Adapter = None
+    quant: Quant = None
     repack_cache: Annotated[
         bool,
         typer.Option(

@@ -29,7 +29,7 @@ from gemcutter.checkpoint.load.load_params import load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write.synth import SIZES, spell_config, write_size
-from gemcutter.cli.inspect import describe
+from gemcutter.cli.inspect import Use, describe
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request, RequestEvent
 from gemcutter.model.text import Decoder
@@ -416,7 +416,7 @@ def test_headers_are_matched_without_torch(sizes: Mapping[str, Path], tmp_path: 
 def test_inspect_shows_what_is_packed(sizes: Mapping[str, Path], tmp_path: Path) -> None:
     packed, _ = convert(sizes["E2B"], tmp_path, lambda own: affine(4, 32))
     checkpoint = open_checkpoint(packed)
-    found = describe(checkpoint, "any", (64,), "float32", "cpu", "auto")
+    found = describe(checkpoint, "any", (64,), Use("float32", "cpu", "auto"))
     assert (found["format"], found["stored_dtype"]) == (mlx.NAME, "affine4g32")
     assert found["weights"]["bytes"] == pytest.approx(checkpoint.source.total_bytes, abs=1)
     assert found["kernels"][0]["kernel"] == ("torch-chunked" if native.missing() else "native")

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.formats.lora import Adapter, Factors
-from gemcutter.checkpoint.load.load_params import Piece
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.row_chunks import CHUNK_ROWS, Run, row_chunks
 from gemcutter.errors import CheckpointError
@@ -31,17 +30,6 @@ from gemcutter.quant.recipes import RECIPES
 Params = Mapping[str, Weight | Tensor]
 
 FOLD_ELEMENTS = 1 << 22  # elements of a weight that are dequantized at a time
-
-
-def changed_pieces(adapter: Adapter, checkpoint: Checkpoint) -> frozenset[Piece]:
-    """Return the stored pieces, by parameter and part, that an adapter changes."""
-    pieces = checkpoint.matched.pieces
-    return frozenset(
-        (each.name, piece.part)
-        for each in adapter.factors
-        for piece in pieces[each.name]
-        if None in (piece.part, each.part) or piece.part == each.part
-    )
 
 
 def fold(

@@ -10,8 +10,12 @@ from collections.abc import Callable, Sequence
 
 from gemcutter.checkpoint.container.lazy_tensor import DTYPES
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
+from gemcutter.checkpoint.formats.lora import Adapter
+from gemcutter.checkpoint.load.match import Checkpoint
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # of the compute dtypes
+
+Piece = tuple[str, str | None]  # a parameter, and the part of it that is stored; None where it is stored whole
 
 
 def stays_mapped(dtypes: Sequence[str], stored: str, compute: str, device: str) -> bool:
@@ -34,3 +38,14 @@ def held_as(pieces: Sequence[StoredTensor], compute: str, device: str, packing: 
         else compute
         for piece in pieces
     ]
+
+
+def changed_pieces(adapter: Adapter, checkpoint: Checkpoint) -> frozenset[Piece]:
+    """Return the stored pieces, by parameter and part, that an adapter changes."""
+    pieces = checkpoint.matched.pieces
+    return frozenset(
+        (each.name, piece.part)
+        for each in adapter.factors
+        for piece in pieces[each.name]
+        if None in (piece.part, each.part) or piece.part == each.part
+    )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
-from gemcutter.checkpoint.load.held import stays_mapped
+from gemcutter.checkpoint.load.held import Piece, stays_mapped
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.row_chunks import dense, row_chunks, unpack, whole
@@ -31,7 +31,6 @@ from gemcutter.quant.recipes import RECIPES, Recipe, Scheme
 from gemcutter.quant_names import find_quant
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-Piece = tuple[str, str | None]  # a parameter, and the part of it that is stored; None where it is stored whole
 
 COPY_BYTES = 16 << 20  # mapped bytes converted between two releases of their pages
 
