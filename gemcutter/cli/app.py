@@ -16,15 +16,15 @@ from typing import Annotated
 import typer
 
 import gemcutter
-from gemcutter.cli import bench, cache, chat, convert, doctor, inspect, options, run, score, tiny, verify
+from gemcutter.cli import bench, cache, chat, convert, doctor, inspect, models, options, run, score, tiny, verify
 from gemcutter.cli.failure import UNREAD, discard_output, report
 from gemcutter.cli.terminal import Volume, note, set_volume
 
 INTRO = """
 Run the Gemma 4 family: every layer holds exactly the weights that its place in the model needs.
 
-MODEL is a folder, a .safetensors or .gguf file, a hub id such as google/gemma-4-E2B-it, a short name of one such as e2b, or
-"demo", the small model that comes with gemcutter.
+MODEL is a folder, a .safetensors or .gguf file, a hub id such as google/gemma-4-E2B-it, a short name of one (`gemcutter models`
+lists them), or "demo", the small model that comes with gemcutter.
 """
 COMPLETION = "_GEMCUTTER_COMPLETE"  # set by the scripts of --show-completion
 START = """\b
@@ -50,7 +50,7 @@ SHORT = {  # of what does not fit beside the others on a terminal of 80 columns
     "bench": "Measure speed and memory beside this machine's limits.",
 }
 VERDICTS = ("doctor", "verify")  # whose exit code says something: it is not 0 where nobody has read the rest
-for _module in (run, chat, inspect, doctor, convert, score, verify, bench, tiny, cache):
+for _module in (run, chat, inspect, doctor, models, convert, score, verify, bench, tiny, cache):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, help=_module.HELP, short_help=SHORT.get(_name), epilog=_module.EXAMPLES)(
         options.with_volume(getattr(_module, _name))

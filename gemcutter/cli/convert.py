@@ -72,6 +72,10 @@ def check_quant(name: str) -> str:
         raise typer.BadParameter(str(error).removeprefix("quant: ")) from None
 
 
+Source = Annotated[
+    str,
+    typer.Argument(metavar="SRC", help="The checkpoint to read: all that MODEL can be.", show_default=False),
+]
 To = Annotated[str, typer.Option(metavar="hf|mlx|gguf", help="Format to write.", callback=one_of(*FORMATS), show_default=False)]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder, or .gguf file, to write.", show_default=False)]
 Quant = Annotated[
@@ -97,7 +101,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace DST, if it is a fi
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint to read.", show_default=False)],
+    source: Source,
     destination: Destination,
     to: To,
     quant: Quant = "none",

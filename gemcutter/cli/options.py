@@ -7,6 +7,7 @@ what a command does with them. Read `loading.py` for how a model comes from them
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -16,8 +17,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from gemcutter.checkpoint.remote.hub import DEMO
 from gemcutter.cli.failure import UsageError
-from gemcutter.cli.terminal import Volume, remark, set_volume
+from gemcutter.cli.terminal import Volume, note, remark, set_volume
 from gemcutter.errors import GemcutterError, RequestError
 from gemcutter.load_options import CHECKS, LoadOptions
 
@@ -84,13 +86,15 @@ def _parameters(command: Callable[..., Any]) -> Iterator[Parameter]:
 
 
 def with_volume(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take -q and -v, which say how much is told beside its result."""
+    """Let a command take -q and -v, which say how much is told beside its result; a folder that is called demo is told."""
 
     @wraps(command)
     def call(*, quiet: bool, verbose: bool, **values: Any) -> None:
         if quiet and verbose:
             raise UsageError("give either --quiet or --verbose")
         set_volume(Volume.QUIET if quiet else Volume.VERBOSE if verbose else Volume.NORMAL)
+        if DEMO in (values.get("model"), values.get("source")) and os.path.lexists(DEMO):
+            note(f"{DEMO} is the packaged model; ./{DEMO} is the one in this folder")
         started = time.perf_counter()
         command(**values)
         remark(f"done in {time.perf_counter() - started:.2f} s")
@@ -107,7 +111,9 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Also tell how a 
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help='Folder, .safetensors or .gguf file, hub id (owner/name), or "demo".', show_default=False
+        metavar="MODEL",
+        help='Folder, .safetensors or .gguf file, hub id (owner/name), short name (`gemcutter models`), or "demo".',
+        show_default=False,
     ),
 ]
 

@@ -29,7 +29,7 @@ from gemcutter.errors import GemcutterError
 from gemcutter.load_options import LoadOptions
 
 CLI = [sys.executable, "-m", "gemcutter.cli"]
-COMMANDS = ("run", "chat", "inspect", "score", "verify", "bench", "tiny", "cache")
+COMMANDS = ("run", "chat", "inspect", "models", "score", "verify", "bench", "tiny", "cache")
 LOADERS = {"run": ["demo", "hi"], "chat": ["demo"], "score": ["demo", os.devnull], "verify": ["demo"]}
 # One value for every option of loading, none of them the default.
 LOADING: dict[str, Any] = {
@@ -171,11 +171,13 @@ def test_bad_usage_is_one_line_and_exit_code_2(words: list[str], expected: str, 
     assert "--help." in shown.err
 
 
-def test_a_missing_model_names_the_forms_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "./no-such-model", "hi"]) == 1
+    assert capsys.readouterr().err == "error: './no-such-model' does not exist on this machine\n"
+    assert main(["run", "no-such-model", "hi"]) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("error: './no-such-model' does not exist")
-    assert "demo" in shown
+    assert '"demo"' in shown
+    assert "`gemcutter models` lists them" in shown
 
 
 def test_a_truncated_model_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

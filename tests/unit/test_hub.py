@@ -79,7 +79,7 @@ def test_existing_paths_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytes
     ["./absent", "../absent", "/absent/model", "~/absent", "absent/", "absent.safetensors", "a/b.gguf", "C:\\x", "a\\b"],
 )
 def test_absent_local_path_says_so(cache: Path, model: str) -> None:
-    assert "does not exist on this machine; MODEL is" in refusal(model)
+    assert refusal(model).endswith("does not exist on this machine")  # a path needs no list of all that a model may be
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_absent_local_path_says_so(cache: Path, model: str) -> None:
 def test_what_is_neither_path_nor_id_says_what_model_may_be(cache: Path, model: str) -> None:
     message = refusal(model)
     assert "is neither an existing path nor a hub id" in message
-    for form in ('"demo"', "a folder that holds .safetensors files", "google/gemma-4-E2B-it@main"):
+    for form in ('"demo"', "a folder or file", "google/gemma-4-E2B-it", "`gemcutter models` lists them"):
         assert form in message
     assert message.isprintable()
 

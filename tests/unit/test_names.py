@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from gemcutter.checkpoint.remote import hub
 from gemcutter.checkpoint.remote.hub import HubId, locate, parse, short_names
+from gemcutter.cli import main
+from gemcutter.cli.models import STORED
 from gemcutter.errors import CheckpointError
 
 
@@ -44,9 +47,44 @@ def test_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert parse("e2b") == Path("e2b")
 
 
-def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(CheckpointError, match=r"e3b.*e2b, e4b, 12b.*31b-fp8"):
+def test_unknown_name_says_where_the_known_are_listed() -> None:
+    with pytest.raises(CheckpointError, match=r"'e3b' is neither.*`gemcutter models` lists them$") as caught:
         parse("e3b")
+    assert len(str(caught.value)) < 240
+
+
+def test_a_preset_of_the_benchmark_is_told_from_a_model() -> None:
+    with pytest.raises(CheckpointError, match=r"bench --preset.*tiny --like e2b FOLDER"):
+        parse("tiny:e2b")
+
+
+def test_the_list_names_every_model_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    shown = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in shown.splitlines()[: len(short_names())]}
+    assert rows.keys() == short_names().keys()
+    assert all(repo in rows[name] for name, repo in short_names().items())
+    assert "E2B base" in rows["e2b-base"]
+    for form in ("./demo is a folder", "google/gemma-4-E2B-it@main", "owner/name:gemma-Q4_0.gguf"):
+        assert form in shown
+    assert main(["models", "--json"]) == 0
+    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert found["e2b"]["bytes"] == pytest.approx(2 * 4.65e9, rel=0.01)  # decoder and embeddings in bfloat16
+    assert found["31b-q4"]["bytes"] < 0.4 * found["31b"]["bytes"]
+    assert {row["stored"] for row in found.values()} == STORED.keys()
+
+
+def test_demo_is_the_packaged_model_and_a_folder_of_that_name_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "demo", "--json"]) == 0
+    shown, notes = capsys.readouterr()
+    assert json.loads(shown)["path"] == str(hub.DEMO_FOLDER)
+    assert notes == "note: demo is the packaged model; ./demo is the one in this folder\n"
+    assert main(["inspect", "./demo"]) == 1
+    assert "holds no .safetensors file" in capsys.readouterr().err
 
 
 def test_name_without_network_and_copy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,13 +20,12 @@ from gemcutter.errors import CheckpointError
 from gemcutter.sidecar.small_file import shown
 
 DEMO = "demo"
+PRESET = "tiny:"  # begins a name that only the benchmark knows
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo"
 
 _FORMS = (
-    f'MODEL is "{DEMO}" (the small packaged model), a folder that holds .safetensors files, one such file or a .gguf file, '
-    "a hub id (google/gemma-4-E2B-it, with a revision google/gemma-4-E2B-it@main, with a file owner/name:gemma-Q4_0.gguf or "
-    "owner/name:Q4_0/gemma.gguf), "
-    "or a short name of one (e2b, e4b-q4)"
+    f'MODEL is "{DEMO}", a folder or file, a hub id such as google/gemma-4-E2B-it, or a short name such as e2b; '
+    "`gemcutter models` lists them"
 )
 _ELSEWHERE = "or download it on another machine and pass the folder"
 
@@ -72,11 +71,14 @@ def parse(model: str) -> Path | HubId:
         return path
     hub_id = _HUB_ID.fullmatch(expand(model))
     if _LOCAL_LOOK.fullmatch(model) and not (hub_id and hub_id["file"]):
-        raise CheckpointError(f"{shown(model)} does not exist on this machine; {_FORMS}")
-    if hub_id is None or ".." in model:
+        raise CheckpointError(f"{shown(model)} does not exist on this machine")
+    if model.lower().startswith(PRESET):
         raise CheckpointError(
-            f"{shown(model)} is neither an existing path nor a hub id nor a short name ({', '.join(short_names())}); {_FORMS}"
+            f"{shown(model)} is a preset of `gemcutter bench --preset`; `gemcutter tiny --like {model[len(PRESET) :]} FOLDER` "
+            "writes such a model, for all other commands"
         )
+    if hub_id is None or ".." in model:
+        raise CheckpointError(f"{shown(model)} is neither an existing path nor a hub id nor a short name; {_FORMS}")
     return HubId(hub_id["repo"], hub_id["revision"], hub_id["file"])
 
 
@@ -86,11 +88,26 @@ def expand(model: str) -> str:
     return short_names().get(name.lower(), name) + mark + revision
 
 
-@cache
 def short_names() -> dict[str, str]:
     """Return the hub id that each short name stands for."""
-    names: dict[str, str] = json.loads((Path(__file__).parent / "names.json").read_text(encoding="utf-8"))
-    return names
+    return {name: model.repo for name, model in named_models().items()}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """What a short name stands for: a repository, the size of its model, how it is stored, and "chat" or "base"."""
+
+    repo: str
+    size: str
+    stored: str
+    kind: str
+
+
+@cache
+def named_models() -> dict[str, NamedModel]:
+    """Return what each short name stands for."""
+    raw = json.loads((Path(__file__).parent / "names.json").read_text(encoding="utf-8"))
+    return {name: NamedModel(**found) for name, found in raw.items()}
 
 
 def _fetch(hub_id: HubId) -> Path:

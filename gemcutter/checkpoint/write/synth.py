@@ -103,6 +103,11 @@ def write_checkpoint(like: str, out: Path, *, full: bool = False, seed: int = 0)
     return write_size(size if full else shrink(size), out, seed=seed)
 
 
+def plan_of_size(name: str) -> ModelPlan:
+    """Derive the plan of a released size. Raises ConfigError for an unknown one."""
+    return derive(configs.read(spell_config(SIZES[find_size(name)])))
+
+
 def find_size(name: str) -> str:
     """Return the released size that a name means, in capitals or not, "26b" for "26B-A4B". Raises ConfigError for any other."""
     for size in SIZES:
