@@ -57,6 +57,10 @@ FOREIGN_TENSORS = {
     "lora_magnitude_vector": f"DoRA rescales whole weights; {MERGE}",
     "modules_to_save": f"a whole module, not a change of one; {MERGE}",
 }
+LAYER = re.compile(r"layers\.([0-9]{1,9})\.")
+READS_HIDDEN = re.compile(r"\b(?:[qkv]_proj|gate_proj|up_proj)\b")  # modules whose inputs are as wide as the model
+IGNORE_HINT = re.compile(r"; --ignore '[^']*' to skip it$")
+SHOWN = 10  # problems of a kind that an error lists
 LIMIT = 1e9  # of ranks and alphas, so that every scale is a number
 
 
@@ -131,10 +135,15 @@ def open_adapter(path: Path, plan: ModelPlan, ignore: Sequence[str] = ()) -> Ada
         raise CheckpointError(f"{source.folder}: no {CONFIG} beside the adapter's weights; it holds their scale, so copy it too")
     problems = list[str]()
     settings = _read_settings(raw, ignore, problems)
-    adapter = _match(path, plan, settings, _pair(source, ignore, problems), problems)
+    pairs = _pair(source, ignore, problems)
+    adapter = _match(path, plan, settings, pairs, problems)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise CheckpointError(f"the adapter {path} does not fit the model ({count}, nothing was allocated)", sorted(problems))
+        base = _other_base(raw, pairs, plan, problems)
+        if base is not None:  # then nothing of it can be skipped
+            problems = [IGNORE_HINT.sub("", problem) for problem in problems]
+        summary = f"the adapter {path} does not fit the model ({count}, nothing was allocated)"
+        raise CheckpointError(summary if base is None else f"{summary}: {base}", _shortened(sorted(problems)))
     if not adapter.factors:
         rest = [f"{len(adapter.idle)} changes of keys and values that no layer uses"] if adapter.idle else []
         rest += [f"{count} changes of the {kind}" for kind, count in adapter.other_modules.items()]
@@ -152,6 +161,43 @@ def _find_weights(path: Path) -> Path:
     if os.path.lexists(path / "adapters.safetensors"):
         raise CheckpointError(f"{path} holds an adapter of mlx-lm, which can't be read; fuse it into its base with mlx_lm.fuse")
     raise CheckpointError(f"{path} holds no {WEIGHTS}; an adapter is a folder with this file and {CONFIG}")
+
+
+def _other_base(
+    raw: Mapping[str, Any], pairs: Mapping[str, Mapping[str, LazyTensor]], plan: ModelPlan, problems: Sequence[str]
+) -> str | None:
+    """Return what the adapter was made for, beside what this model is; None where its shapes give no reason to doubt it."""
+    depth, widths = 0, set[int]()
+    for module, halves in pairs.items():
+        if found := LAYER.match(hf.strip(module)):  # one of the decoder's, and no tower's
+            depth = max(depth, int(found[1]) + 1)
+            if "A" in halves and READS_HIDDEN.search(module) and len(halves["A"].shape) == 2:
+                widths.add(halves["A"].shape[1])
+    is_other = depth > len(plan.layers) or (len(widths) == 1 and widths != {plan.hidden})
+    if not is_other and not any(problem.startswith("shape") for problem in problems):
+        return None
+    name = raw.get("base_model_name_or_path")
+    told = (
+        f"{shown(name)} (base_model_name_or_path)" if isinstance(name, str) and name else "another model, which it does not name"
+    )
+    width = f" and a hidden size of {widths.pop()}" if len(widths) == 1 else ""
+    return (
+        f"it was made for {told}, with at least {depth} layers{width}; "
+        f"this model has {len(plan.layers)} layers and a hidden size of {plan.hidden}"
+    )
+
+
+def _shortened(problems: Sequence[str]) -> list[str]:
+    """Return at most SHOWN problems of each kind, which is their first word, and how many more there are."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.split()[0], []).append(problem)
+    listed = list[str]()
+    for kind, found in kinds.items():
+        listed += found[:SHOWN]
+        if len(found) > SHOWN:
+            listed.append(f"{kind:<10} and {len(found) - SHOWN} more")
+    return listed
 
 
 # ---- the config ----
