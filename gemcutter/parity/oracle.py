@@ -18,7 +18,7 @@ from gemcutter.checkpoint.container.shard_index import SINGLE_NAME
 from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.parity.trace import Trace
 
-INSTALL = "pip install 'transformers>=5.23'"
+INSTALL = "pip install 'transformers>=5.23', which gemcutter's extra \"verify\" names"
 
 
 def check(path: Path) -> str:

@@ -317,29 +317,6 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert "(3, 64) expected for rank 3, adapter_model.safetensors:" in text
 
 
-def test_an_adapter_of_another_model_says_whose_it_is(tmp_path: Path) -> None:
-    everything = tensors_of(draw(E2B, places(E2B)))
-    folder = write_adapter(tmp_path, everything, base_model_name_or_path="google/gemma-4-E2B-it")
-    with pytest.raises(CheckpointError) as caught:
-        open_adapter(folder, A4B)
-    first, *lines = str(caught.value).splitlines()
-    deep, hidden = len(E2B.layers), E2B.hidden
-    assert f"made for 'google/gemma-4-E2B-it' (base_model_name_or_path), with at least {deep} layers" in first
-    assert f"a hidden size of {hidden}; this model has {len(A4B.layers)} layers and a hidden size of {A4B.hidden}" in first
-    kinds = [line.split()[0] for line in lines]
-    assert all(kinds.count(kind) <= 11 for kind in kinds)
-    assert sum(line.strip().endswith("more") for line in lines) == sum(kinds.count(kind) == 11 for kind in set(kinds)) > 0
-    assert not any("--ignore" in line for line in lines)  # skipping what belongs to another model would merge the rest
-    with pytest.raises(CheckpointError, match="made for another model, which it does not name"):
-        open_adapter(write_adapter(tmp_path / "nameless", everything), A4B)
-
-
-def test_what_may_be_skipped_in_an_adapter_of_this_model_still_says_so(tmp_path: Path) -> None:
-    strange = {f"{PREFIX}model.embed_tokens.weight": torch.ones(60, 48)}
-    (problem,) = problems_of(write_adapter(tmp_path, strange | tensors_of(draw(E2B, [QUERY]))))
-    assert "--ignore '" in problem
-
-
 def test_a_rank_that_the_config_does_not_give_is_refused(tmp_path: Path) -> None:
     down, up = problems_of(one(tmp_path, r=4))
     assert "(4, 48) expected for rank 4" in down
@@ -588,7 +565,7 @@ def test_the_api_takes_one_for_good_and_several_by_name(demo: Checkpoint, tmp_pa
     assert together[0] != together[1]
     with pytest.raises(RequestError, match=r"request\.adapter: 'wider' is not loaded; loaded are: narrow, wide"):
         model.generate(asked, adapter="wider")
-    with pytest.raises(RequestError, match=r"adapters: expected a mapping of names to paths.*adapter= takes one path"):
+    with pytest.raises(RequestError, match="adapters: expected paths by name"):
         gemcutter.load("demo", adapters=[wide])  # type: ignore[arg-type]
 
 

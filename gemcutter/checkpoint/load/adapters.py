@@ -83,7 +83,8 @@ def merged_rows(runs: Iterable[Run], factors: Sequence[Factors], spec: ParamSpec
 
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype that the config gives the model's dense weights; bfloat16 where it names none that weights are kept in."""
-    return {"float16": torch.float16, "float32": torch.float32}.get(checkpoint.config.dtype, torch.bfloat16)
+    name = checkpoint.config.dtype.removeprefix("torch.").lower()
+    return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
 
 
 def attach(params: Params, adapter: Adapter, name: str, device: torch.device) -> dict[str, Weight | Tensor]:
