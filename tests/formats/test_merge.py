@@ -29,6 +29,7 @@ from gemcutter.errors import CheckpointError
 from gemcutter.quant import Weight, dequantize
 from tests.adapters import PREFIX, draw, places, tensors_of, write_adapter
 from tests.formats.test_convert import contents
+from tests.formats.web import cut_off, serve
 from tests.parity.test_round_trip import saved
 from tests.topologies import SIZES, build_oracle
 from tests.trained import golden, trained
@@ -257,3 +258,21 @@ def test_what_grows_and_why_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     convert(DEMO_FOLDER, tmp_path / "q", "mlx", "q4")
     assert main(["convert", str(tmp_path / "q"), str(tmp_path / "hf"), "--to", "hf"]) == 0
     assert "larger than the source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["hf", "x.gguf"])
+def test_a_preview_reads_headers_over_the_network(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be made of a remote checkpoint is what is made of its local copy."""
+    cut_off(monkeypatch, tmp_path / "cache")
+    source, target = tmp_path / "source" / name, str(tmp_path / "out")
+    convert(DEMO_FOLDER, source, "gguf" if name.endswith("gguf") else "hf")
+    told = []
+    with serve(source.parent) as site:
+        for model in (f"{site.url}/{name}{'' if name.endswith('gguf') else '/'}", str(source)):
+            assert main(["convert", model, target, "--to", "mlx", "--quant", "q4", "--dry-run", "--json"]) == 0
+            told.append(json.loads(capsys.readouterr().out))
+        assert site.sent_bytes < 4e6 < told[0]["source_bytes"]
+    assert told[0] == told[1]
+    assert not Path(target).exists()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
-from gemcutter.checkpoint.convert.tensor_writers import Output, copied, made, stored, zeros
+from gemcutter.checkpoint.convert.tensor_writers import Output, copied, made, rearranged, stored, zeros
 from gemcutter.checkpoint.formats import gguf, gguf_metadata, hf, mlx
 from gemcutter.checkpoint.formats.lora import Adapter, Factors
 from gemcutter.checkpoint.load.adapters import merged_rows
@@ -99,6 +99,7 @@ class _Lister:
         self.changed_modules = {} if adapter is None else adapter.other_modules
         self.checkpoint, self.plan, self.matched, self.options = checkpoint, checkpoint.plan, checkpoint.matched, options
         self.is_gguf_source = checkpoint.format == gguf.NAME
+        self.is_remote = checkpoint.source.remote is not None  # for a preview, which takes the usual for granted
         self.model_dtype = MODEL_DTYPES.get(checkpoint.config.dtype, "BF16")
         self.listing = Listing(is_verbatim=self._is_verbatim(), wraps=self._wraps())
         self.problems: list[str] = []
@@ -173,7 +174,7 @@ class _Lister:
         usual = found.pop() if len(found) == 1 else None
         if usual is None:
             return self.model_dtype
-        if is_small and self.is_gguf_source and _is_exact(runs[0].data, self.model_dtype):
+        if is_small and self.is_gguf_source and (self.is_remote or _is_exact(runs[0].data, self.model_dtype)):
             return self.model_dtype
         return usual
 
@@ -249,7 +250,7 @@ class _Lister:
                 order = (
                     (0, *range(2, len(data.shape)), 1) if self.options.to == "mlx" else (0, -1, *range(1, len(data.shape) - 1))
                 )
-                self.listing.outputs.append(made(name, data.torch().permute(order), data))
+                self.listing.outputs.append(rearranged(name, data, order))
 
     def _drop(self, why: str, pieces: list[StoredTensor]) -> None:
         for piece in pieces:

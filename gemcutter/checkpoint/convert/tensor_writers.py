@@ -55,11 +55,17 @@ def copied(name: str, data: LazyTensor) -> Output:
     return Output(((name, data.dtype, data.shape),), deed, (data.name,), lambda: _raw(data), data.dtype)
 
 
-def made(name: str, values: Tensor, of: LazyTensor | None = None) -> Output:
-    """Store a small tensor that is in memory: another tensor, laid out anew, or a generated one."""
+def made(name: str, values: Tensor) -> Output:
+    """Store a small tensor that was generated and is in memory."""
     dtype = next(spelling for spelling, (_, torch_name) in DTYPES.items() if getattr(torch, torch_name) == values.dtype)
-    deed, sources = ("generated", ()) if of is None else ("rearranged", (of.name,))
-    return Output(((name, dtype, tuple(values.shape)),), deed, sources, lambda: iter((_bytes(values),)), dtype)
+    return Output(((name, dtype, tuple(values.shape)),), "generated", (), lambda: iter((_bytes(values),)), dtype)
+
+
+def rearranged(name: str, data: LazyTensor, order: Sequence[int]) -> Output:
+    """Store a tensor with its axes in another order."""
+    shape = tuple(data.shape[axis] for axis in order)
+    chunks = lambda: iter((_bytes(data.torch().permute(tuple(order))),))  # noqa: E731 - read when it is written
+    return Output(((name, data.dtype, shape),), "rearranged", (data.name,), chunks, data.dtype)
 
 
 def stored(
