@@ -2,7 +2,7 @@
 
 Every case runs in a forked worker with limits of memory and time, and is made from its number alone, so that a failure can be
 repeated: `--only NUMBER`. What counts as a failure: an exception outside the project's error classes, a crash, more than
-LIMIT_S seconds, or more than LIMIT_BYTES beyond what the worker began with. The files of `tests/fuzz_corpus/` are tried first.
+two seconds, or more than 1 GiB beyond what the worker began with. The files of `tests/fuzz_corpus/` are tried first.
 
     python tools/fuzz.py --headers 100000 --texts 2000 [--seed 1]
 """
@@ -15,6 +15,7 @@ import mmap
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -22,9 +23,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import gemcutter
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.doctor.sidecar_files import read_sidecar_files
 from gemcutter.checkpoint.formats import FORMATS
@@ -35,7 +38,7 @@ from gemcutter.plan import derive
 from gemcutter.text_assets import read_text_assets
 from tests.formats.mutations import BESIDE, write_sound
 
-LIMIT_S, LIMIT_BYTES = 2.0, 1 << 30
+LIMITS: dict[str, Any] = {"seconds": 2.0, "bytes": 1 << 30}  # of one case
 BATCH = 500  # cases of one worker
 CORPUS = Path(__file__).resolve().parents[1] / "tests" / "fuzz_corpus"
 NUMBERS = (0, 1, -1, 2**31, 2**32 - 1, 2**63, 2**63 - 1, 2**64 - 1, 255, 65536)
@@ -104,6 +107,7 @@ class Seeds:
         self.headers = {path: self._head(path) for path in weights}
         self.texts = {name: (self.hf / name).read_bytes() for name in (*BESIDE, "config.json")}
         self.plan = open_checkpoint(self.hf).plan
+        self.starts = {path: min(t.offset for t in Source.open(path).tensors.values()) for path in weights[1:]}
         self.corpus = sorted(CORPUS.glob("*--*"))
 
     @staticmethod
@@ -129,6 +133,22 @@ class Seeds:
         form = next(form for form in FORMATS if form.sniff(source))
         plan = derive(form.config(source))
         compare(plan, form.pieces(source, plan), problems)
+
+    def values_case(self, draw: random.Random, work: Path, number: int) -> None:
+        """Generate from packed weights whose codes and scales are random in places: native kernels meet all of it."""
+        source = draw.choice((self.gguf, self.mlx / "model.safetensors"))
+        content = bytearray(source.read_bytes())
+        for _ in range(draw.choice((1, 3, 30))):
+            at = draw.randrange(self.starts[source], len(content))
+            count = min(draw.choice((1, 8, 400)), len(content) - at)
+            content[at : at + count] = draw.choice((draw.randbytes(count), b"\xff" * count, b"\x7f" * count, bytes(count)))
+        folder = work / source.parent.name
+        shutil.copytree(source.parent, folder, dirs_exist_ok=True)
+        (folder / source.name).write_bytes(content)
+        model = folder / source.name if source.suffix == ".gguf" else folder
+        with gemcutter.load(str(model), context=64, max_num_seqs=2, max_batched_tokens=16) as loaded:
+            prompts = [[draw.randrange(4096) for _ in range(draw.choice((1, 3, 20)))] for _ in range(2)]
+            loaded.generate(prompts, max_tokens=3, ignore_eos=True, top_logits=draw.choice((0, 2)))
 
     def text_case(self, draw: random.Random, work: Path, number: int) -> None:
         """Read everything beside the weights, one file of which is mutated."""
@@ -192,12 +212,13 @@ def run_batch(case: Case, seed: int, numbers: Sequence[int], work: Path) -> list
 
 def _work(case: Case, seed: int, numbers: Sequence[int], work: Path, place: mmap.mmap, pipe: int) -> None:
     """Run in the worker: never returns."""
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
-    resource.setrlimit(resource.RLIMIT_AS, (size + LIMIT_BYTES, size + LIMIT_BYTES))
+    if LIMITS["bytes"] is not None:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE + LIMITS["bytes"]
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for number in numbers:
         place[:8] = struct.pack("<q", number)
-        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+        signal.setitimer(signal.ITIMER_REAL, LIMITS["seconds"])
         try:
             case(random.Random(f"{seed}-{number}"), work, number)
         except GemcutterError:
@@ -230,15 +251,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--headers", type=int, default=0)
     parser.add_argument("--texts", type=int, default=0)
+    parser.add_argument("--values", type=int, default=0)
+    parser.add_argument("--unlimited", action="store_true", help="no limit of memory: sanitizers reserve terabytes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int)
     options = parser.parse_args()
+    if options.unlimited:
+        LIMITS.update(seconds=60.0, bytes=None)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         folder = Path(name)
         seeds = Seeds(folder)
         failed = fuzz("corpus", seeds.corpus_case, range(len(seeds.corpus)), 0, folder)
-        for kind, case, count in (("headers", seeds.header_case, options.headers), ("texts", seeds.text_case, options.texts)):
-            if count:
+        kinds = {"headers": seeds.header_case, "texts": seeds.text_case, "values": seeds.values_case}
+        for kind, case in kinds.items():
+            if count := getattr(options, kind):
                 numbers = range(count) if options.only is None else [options.only]
                 failed += fuzz(kind, case, numbers, options.seed, folder)
     return min(failed, 1)

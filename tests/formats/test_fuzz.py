@@ -38,7 +38,7 @@ def test_the_corpus_and_some_mutations_are_survived() -> None:
 
 
 def test_failures_of_every_kind_are_noticed(fuzzer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzzer, "LIMIT_S", 0.5)
+    monkeypatch.setitem(fuzzer.LIMITS, "seconds", 0.5)
 
     def case(draw: random.Random, work: Path, number: int) -> None:
         if number == 1:
@@ -48,7 +48,7 @@ def test_failures_of_every_kind_are_noticed(fuzzer: ModuleType, tmp_path: Path, 
         if number == 5:
             os.abort()
         if number == 7:
-            bytearray(fuzzer.LIMIT_BYTES * 2)
+            bytearray(fuzzer.LIMITS["bytes"] * 2)
 
     found = dict(fuzzer.run_batch(case, 0, list(range(9)), tmp_path))
     assert found.keys() == {1, 3, 5, 7}
