@@ -340,8 +340,8 @@ def test_missing_and_unknown_tensors_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(make(tmp_path, tensors=tensors, extra={"blk.0.foo.weight": np.ones(4, np.float32)}))
     assert list(caught.value.problems) == [
-        "missing    layers.3.attn.in[k] (64, 256)",
-        "missing    norm (256,)",
+        "missing    layers.3.attn.in[k] (64, 256): blk.3.attn_k.weight is in no file; download them again",
+        "missing    norm (256,): output_norm.weight is in no file; download them again",
         "unknown    model.gguf:blk.0.foo.weight: not part of this model; --ignore 'blk.0.foo.weight' to skip it",
     ]
 

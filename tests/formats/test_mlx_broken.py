@@ -63,7 +63,7 @@ def test_overrides_are_checked_against_what_is_stored(key: str, sizes: Mapping[s
         "layers.1.mlp.up_proj": False,
         "model.layers.2.mlp.up_proj": {"group_size": "32", "bits": 4, "mode": "mxfp4"},
         "model.layers.3.mlp.up_proj": 4,
-        "model.layers.4.self_attn.v_proj": {"bits": None},
+        "model.layers.4.self_attn.v_proj": {"bits": True, "group_size": None},  # null says nothing
     }
     (packed / "config.json").write_text(json.dumps(raw))
     assert_refused(
@@ -73,7 +73,7 @@ def test_overrides_are_checked_against_what_is_stored(key: str, sizes: Mapping[s
         "layers.1.mlp.in[up]: model.safetensors:model.layers.1.mlp.up_proj.weight: config.json has it not quantized, and it is",
         "safetensors:model.layers.2.mlp.up_proj.weight: config.json has it in group_size '32', mode '",
         "an object or false expected in quantization, found 4",
-        "layers.4.attn.in[v]: model.safetensors:model.layers.4.self_attn.v_proj.weight: config.json has it in bits None",
+        "layers.4.attn.in[v]: model.safetensors:model.layers.4.self_attn.v_proj.weight: config.json has it in bits True",
     )
 
 

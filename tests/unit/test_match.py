@@ -292,7 +292,7 @@ def test_a_tied_head_is_redundant_and_another_is_needed(name: str, tmp_path: Pat
 def test_an_untied_head_must_be_there(tmp_path: Path) -> None:
     entries = entries_of(config_of("31B"))
     problems = problems_of(write(tmp_path, config_of("31B", tie_word_embeddings=False), entries))
-    assert problems == ("missing    head (16, 8)",)
+    assert problems == ("missing    head (16, 8): lm_head.weight is in no file; download them again",)
 
 
 def test_an_absent_layer_scalar_means_one(tmp_path: Path) -> None:
@@ -335,9 +335,10 @@ def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
     entries["model.language_model.layers.0.input_layernorm.weight"] = ("BF16", (8,))  # there twice, in two spellings
     entries["model.layers.0.self_attn.v_norm.weight"] = ("BF16", (4,))
     entries["model.layers.15.self_attn.k_proj.weight"] = ("BF16", (4, 8))  # one layer too many
+    rest = "is in no file; download them again"
     wanted = {
-        ("missing", "layers.3.attn.in[v] (4, 8)"),
-        ("missing", "layers.5.mlp.out (8, 6)"),
+        ("missing", f"layers.3.attn.in[v] (4, 8): model.layers.3.self_attn.v_proj.weight {rest}"),
+        ("missing", f"layers.5.mlp.out (8, 6): model.layers.5.mlp.down_proj.weight {rest}"),
         ("shape", "layers.0.attn.in[q] (32, 8) expected, model.safetensors:model.layers.0.self_attn.q_proj.weight has (31, 8)"),
         ("shape", "layers.1.attn.q_norm (4,) expected, model.safetensors:model.layers.1.self_attn.q_norm.weight has (1, 4)"),
         ("dtype", "norm: BF16, F16, F32 expected, model.safetensors:model.norm.weight is I32"),
@@ -375,7 +376,8 @@ def test_what_a_layer_needs_must_be_there(like: str, name: str, label: str, tmp_
     raw = config_of(like)
     entries = entries_of(raw)
     del entries[TEXT_ONLY + name]
-    assert problems_of(write(tmp_path, raw, entries)) == (f"missing    {label}",)
+    (problem,) = problems_of(write(tmp_path, raw, entries))
+    assert problem == f"missing    {label}: {TEXT_ONLY}{name} is in no file; download them again"
 
 
 def test_experts_are_stacked_in_one_tensor(tmp_path: Path) -> None:
@@ -385,7 +387,8 @@ def test_experts_are_stacked_in_one_tensor(tmp_path: Path) -> None:
     assert entries[stack] == ("BF16", (16, 6, 8))
     del entries[stack]
     problems = problems_of(write(tmp_path, raw, entries))
-    assert problems == ("missing    layers.0.moe.in[gate] (16, 3, 8)", "missing    layers.0.moe.in[up] (16, 3, 8)")
+    rest = f": {stack} is in no file; download them again"
+    assert problems == tuple(f"missing    layers.0.moe.in[{part}] (16, 3, 8){rest}" for part in ("gate", "up"))
     entries[stack] = ("BF16", (16, 8, 6))  # transposed
     (problem,) = problems_of(write(tmp_path, raw, entries))
     assert problem.startswith("shape      layers.0.moe.in (16, 6, 8) expected")
@@ -436,7 +439,8 @@ def test_ignored_tensors_are_passed_over(tmp_path: Path) -> None:
 def test_what_is_needed_can_not_be_ignored_away(tmp_path: Path) -> None:
     raw = config_of("E2B")
     problems = problems_of(write(tmp_path, raw, entries_of(raw)), "*.layers.0.mlp.down*")
-    assert problems == ("missing    layers.0.mlp.out (8, 6)",)
+    (problem,) = problems
+    assert problem.startswith("missing    layers.0.mlp.out (8, 6): model.layers.0.mlp.down_proj.weight is in no file")
 
 
 # ---- the config ----

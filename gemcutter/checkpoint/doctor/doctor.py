@@ -89,7 +89,7 @@ def examine(
     matched = None
     if plan is not None and can_match:
         try:
-            matched = compare(plan, format.pieces(source, plan), problems, ignore)
+            matched = compare(plan, format.pieces(source, plan), problems, ignore, format.spell)
         except GemcutterError as error:
             problems += _problems_of("file", error)
     sidecar = read_sidecar_files(source, config)

@@ -31,6 +31,10 @@ class Format(Protocol):
         """Read the model's config. Raises ConfigError or CheckpointError with all problems."""
         ...
 
+    def spell(self, name: str, part: str | None) -> str:
+        """Return the name that the format's own tools write for a canonical parameter or part."""
+        ...
+
     def pieces(self, source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
         """Yield every stored tensor under its canonical name, the parts of a packed one as one piece."""
         ...

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # headers are read without torch
     from gemcutter.quant.packed import Packed
 
 NAME = "quantized Hugging Face safetensors"
+spell = hf.spell
 
 METHODS = ("compressed-tensors", "fp8", "modelopt", "gptq", "awq", "auto-round", "gemma")
 FORMATS = (  # of compressed-tensors

@@ -7,8 +7,9 @@ one error that lists every missing, misshaped and unknown tensor. Refuses to kno
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTen
 from gemcutter.checkpoint.formats import FORMATS, Format, hf
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan, ParamSpec, derive
+
+Spell = Callable[[str, str | None], str]  # a parameter and its part to the name of a tensor in a file
 
 FLOATS = ("BF16", "F16", "F32")
 INTEGERS = ("I64", "I32")
@@ -86,7 +89,8 @@ def read_checkpoint(source: Source, ignore: Sequence[str] = ()) -> Checkpoint:
     format = format_of(source)
     config = format.config(source, ignore)
     plan = derive(config)
-    return Checkpoint(source, config, plan, match(plan, format.pieces(source, plan), str(source.path), ignore), format.NAME)
+    matched = match(plan, format.pieces(source, plan), str(source.path), ignore, format.spell)
+    return Checkpoint(source, config, plan, matched, format.NAME)
 
 
 def format_of(source: Source) -> Format:
@@ -94,18 +98,29 @@ def format_of(source: Source) -> Format:
     return next(format for format in FORMATS if format.sniff(source))
 
 
-def match(plan: ModelPlan, pieces: Iterable[StoredTensor], source: str, ignore: Sequence[str] = ()) -> Matched:
+def match(
+    plan: ModelPlan, pieces: Iterable[StoredTensor], source: str, ignore: Sequence[str] = (), spell: Spell | None = None
+) -> Matched:
     """Find every parameter's tensors. Raises CheckpointError that lists all problems; nothing is allocated."""
     problems: list[str] = []
-    matched = compare(plan, pieces, problems, ignore)
+    matched = compare(plan, pieces, problems, ignore, spell)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise CheckpointError(f"{source} does not match the plan ({count}, nothing was allocated)", sorted(problems))
     return matched
 
 
-def compare(plan: ModelPlan, pieces: Iterable[StoredTensor], problems: list[str], ignore: Sequence[str] = ()) -> Matched:
-    """Find the tensors that fit every parameter, noting every problem instead of raising."""
+def compare(
+    plan: ModelPlan,
+    pieces: Iterable[StoredTensor],
+    problems: list[str],
+    ignore: Sequence[str] = (),
+    spell: Spell | None = None,
+) -> Matched:
+    """Find the tensors that fit every parameter, noting every problem instead of raising.
+
+    `spell` says how the format names a parameter or a part of one, for what is missing.
+    """
     specs = {spec.name: spec for spec in plan.params()}
     redundant = plan.redundant()
     matched, found = Matched(), dict[tuple[str, str | None], StoredTensor]()
@@ -123,8 +138,9 @@ def compare(plan: ModelPlan, pieces: Iterable[StoredTensor], problems: list[str]
         else:
             matched.unknown.append(piece)
             problems.append(f"unknown    {piece.data.origin}: not part of this model; --ignore '{piece.data.name}' to skip it")
+    names = _file_names(found.values(), spell)
     for spec in specs.values():
-        matched.pieces[spec.name] = tuple(_take(spec, found, matched, problems))
+        matched.pieces[spec.name] = tuple(_take(spec, found, matched, problems, names))
     _check_defaults(plan, matched, problems)
     return matched
 
@@ -139,12 +155,43 @@ def _check_defaults(plan: ModelPlan, matched: Matched, problems: list[str]) -> N
                 problems.append(f"missing    {spec.name} {spec.shape}: other layers have one; a checkpoint has all or none")
 
 
+def _file_names(pieces: Iterable[StoredTensor], spell: Spell | None) -> Spell | None:
+    """Return how these files would name a parameter: as the format does, with the prefix that their other tensors have."""
+    if spell is None:
+        return None
+
+    def named(name: str, part: str | None) -> str:
+        for each in (part, None):  # experts' gate and up are one tensor in some formats
+            with contextlib.suppress(StopIteration):
+                return spell(name, each)
+        return name
+
+    for piece in pieces:
+        own = named(piece.name or "", piece.part)
+        bare = own.removeprefix("model.")
+        if bare != own and piece.data.name.endswith(bare):
+            return _prefixed(piece.data.name.removesuffix(bare), named)
+    return named
+
+
+def _prefixed(prefix: str, spell: Spell) -> Spell:
+    def named(name: str, part: str | None) -> str:
+        own = spell(name, part)
+        return prefix + own.removeprefix("model.") if own.startswith("model.") else own
+
+    return named
+
+
 def _has_part(spec: ParamSpec, part: str | None) -> bool:
     return part is None or any(part == name for name, _ in spec.parts)
 
 
 def _take(
-    spec: ParamSpec, found: dict[tuple[str, str | None], StoredTensor], matched: Matched, problems: list[str]
+    spec: ParamSpec,
+    found: dict[tuple[str, str | None], StoredTensor],
+    matched: Matched,
+    problems: list[str],
+    names: Spell | None,
 ) -> Iterator[StoredTensor]:
     """Yield a parameter's pieces in order, checked; report what is missing or does not fit."""
     whole = found.get((spec.name, None))
@@ -156,7 +203,8 @@ def _take(
             matched.defaults.append(spec)
         elif piece is None:
             matched.missing.append((label, shape))
-            problems.append(f"missing    {label} {shape}")
+            named = "" if names is None else f": {names(spec.name, part)} is in no file; download them again"
+            problems.append(f"missing    {label} {shape}{named}")
         elif piece.fault is not None:
             problems.append(f"packing    {label}: {piece.data.origin}: {piece.fault}")
         elif piece.data.shape != shape:
