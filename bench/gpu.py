@@ -106,7 +106,7 @@ def time_peer(preset: str, sizes: argparse.Namespace) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Check, then time. What fails a check is named, and nothing is timed then."""
-    place = find_device(LoadOptions(model="", device=options.device))
+    place = find_device(LoadOptions(model="a preset", device=options.device))
     found: dict[str, Any] = {"date": date.today().isoformat(), "machine": hardware.describe(place), "models": [], "kernels": []}
     found["checks"] = [*check_norms(place), *check_models(options.device)]
     bad = [check for check in found["checks"] if not check["is_good"]]

@@ -45,7 +45,7 @@ def _vocabulary(plan: ModelPlan, other: Path | None) -> list[gguf_metadata.Entry
     if other is not None:
         return gguf_metadata.carried_over(Source.open(other).metadata)
     raw, special = (json.loads((DEMO_FOLDER / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
-    return gguf_metadata.tokenizer(raw, special, None, plan.vocab, "the demo's tokenizer.json")
+    return gguf_metadata.tokenizer(raw, special, {}, plan.vocab, "the demo's tokenizer.json")
 
 
 def _specs(plan: ModelPlan, quant: str) -> Iterator[Spec]:

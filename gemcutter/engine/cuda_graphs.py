@@ -10,6 +10,7 @@ graph holds no address of a factor, so adapters may come and go without it. Refu
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.memory import most_pages
 from gemcutter.engine.runner import ChunkResult, PendingStep, StepResult, rows_for_logits, sample_chunks, sampler_for
 from gemcutter.engine.sampler import SampledToken, SamplingRow
-from gemcutter.engine.sampler_device import FLOATS, SamplingTensors, is_batchable, marked, numbers_of, sample_batch
+from gemcutter.engine.sampler_device import FLOATS, SamplingTensors, is_batchable, numbers_of, sample_batch
 from gemcutter.engine.sampling import not_finite
 from gemcutter.engine.scheduler import ON_DEVICE, ScheduledChunk
 from gemcutter.engine.step import slots_of
@@ -69,7 +70,8 @@ class PinnedBuffers:
     def __init__(self, places: Mapping[Any, Place], nbytes: int, is_cuda: bool) -> None:
         self.numbers = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=is_cuda)
         self.put = {name: place.of(self.numbers).numpy() for name, place in places.items()}
-        self.tokens_N = torch.zeros(places["ids"].size, dtype=torch.long, pin_memory=is_cuda)
+        # Each row's token, and the bits of its largest logit as a double.
+        self.found_2N = torch.zeros(2, places["ids"].size, dtype=torch.long, pin_memory=is_cuda)
         self.arrived: Any = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
 
 
@@ -103,7 +105,7 @@ class GraphBuffers:
         self._pinned = [PinnedBuffers(self._places, nbytes, is_cuda) for _ in range(2)]
         self._sampling = SamplingTensors(**{name: self._at(name) for name in (*FLOATS, "top_k")})
         self.step = self._lay_out()
-        self.found_N = torch.zeros_like(self._at("ids"))  # each row's token, -1 where its logits are not finite
+        self.found_2N = torch.zeros(2, len(self._at("ids")), dtype=torch.long, device=decoder.device)
         self._graphs: dict[TokenSource, torch.cuda.CUDAGraph] = {}
         self._logits_NV: Tensor | None = None  # of a step whose tokens the sampler chooses
 
@@ -206,8 +208,12 @@ class GraphBuffers:
         if source is TokenSource.SAMPLER:
             self._logits_NV = logits_NV
             return
-        tokens_N = logits_NV.argmax(-1) if source is TokenSource.GREEDY else sample_batch(logits_NV, self._sampling)
-        self.found_N.copy_(marked(logits_NV, tokens_N))
+        if source is TokenSource.GREEDY:
+            best_N, tokens_N = logits_NV.max(-1)
+        else:
+            tokens_N, best_N = sample_batch(logits_NV, self._sampling)
+        self.found_2N[0].copy_(tokens_N)
+        self.found_2N[1].view(torch.double).copy_(best_N)
         step.ids_N.copy_(tokens_N)
 
     def next_pinned(self) -> PinnedBuffers:
@@ -244,10 +250,10 @@ class CapturedStep:
             return StepResult(tuple(sample_chunks(sampler, self.chunks, self.buffers.logits(rows))))
         if self.pinned.arrived is not None:
             self.pinned.arrived.synchronize()
-        tokens = self.pinned.tokens_N.tolist()
+        tokens, best = self.pinned.found_2N[0].tolist(), self.pinned.found_2N[1].view(torch.double).tolist()
         return StepResult(
             tuple(
-                _result([tokens[row] for row in self._rows(index, chunk, chunk.num_sampled)])
+                _result([(tokens[row], best[row]) for row in self._rows(index, chunk, chunk.num_sampled)])
                 for index, chunk in enumerate(self.chunks)
             )
         )
@@ -311,7 +317,7 @@ class CapturedSteps:
         buffers.fill(chunks, pinned)
         buffers.launch(source, self.is_captured)
         if source is not TokenSource.SAMPLER:
-            pinned.tokens_N.copy_(buffers.found_N, non_blocking=True)
+            pinned.found_2N.copy_(buffers.found_2N, non_blocking=True)
             if pinned.arrived is not None:
                 pinned.arrived.record()
         return CapturedStep(chunks, buffers, source, pinned)
@@ -324,8 +330,11 @@ class CapturedSteps:
         return self._buffers[sequences, each]
 
 
-def _result(tokens: Sequence[int]) -> ChunkResult:
-    return ChunkResult(error=not_finite()) if min(tokens) < 0 else ChunkResult(tuple(map(SampledToken, tokens)))
+def _result(found: Sequence[tuple[int, float]]) -> ChunkResult:
+    """Return what a chunk's sampled rows brought: a token and the largest logit each."""
+    if not all(math.isfinite(best) for _, best in found):
+        return ChunkResult(error=not_finite())
+    return ChunkResult(tuple(SampledToken(token) for token, _ in found))
 
 
 def _shape(chunks: Sequence[ScheduledChunk]) -> tuple[int, int]:

@@ -56,8 +56,8 @@ def numbers_of(row: SamplingRow) -> tuple[float, float, float, float, int]:
     return params.temperature, params.top_p, params.min_p, row.random, params.top_k
 
 
-def sample_batch(logits_RV: Tensor, tensors: SamplingTensors) -> Tensor:
-    """Return a token [R] for every row of edited logits."""
+def sample_batch(logits_RV: Tensor, tensors: SamplingTensors) -> tuple[Tensor, Tensor]:
+    """Return a token [R] for every row of edited logits, and the largest logit [R] of each, NaN where there is one."""
     best_RC, ids_RC = logits_RV.topk(min(CANDIDATES, logits_RV.shape[1]))
     rank_C = torch.arange(best_RC.shape[1], device=best_RC.device)
     temperature = torch.where(tensors.temperature == 0, 1.0, tensors.temperature)
@@ -70,13 +70,8 @@ def sample_batch(logits_RV: Tensor, tensors: SamplingTensors) -> Tensor:
     chosen = (total <= tensors.uniform[:, None] * total[:, -1:]).sum(-1)
     last = ((probs > 0).sum(-1) - 1).clamp(min=0)  # a row that pads a batch has no candidate
     found = ids_RC.gather(1, torch.minimum(chosen, last)[:, None])[:, 0]
-    return torch.where(tensors.temperature == 0, logits_RV.argmax(-1), found)  # ties break alike whatever the batch holds
-
-
-def marked(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
-    """Return tokens that were sampled from unedited logits, -1 in rows whose logits are not finite."""
-    finite_R = torch.isfinite(logits_RV.gather(1, tokens_R[:, None])[:, 0])
-    return torch.where(finite_R, tokens_R, -1)
+    tokens = torch.where(tensors.temperature == 0, logits_RV.argmax(-1), found)  # ties break alike whatever the batch holds
+    return tokens, best_RC[:, 0]
 
 
 class DeviceSampler:
@@ -86,12 +81,11 @@ class DeviceSampler:
         """Return each row's token, or its error."""
         edited_RV, errors = edit(logits_RV, rows)
         together = [index for index, row in enumerate(rows) if index not in errors and is_batchable(row.params)]
-        found = dict[int, tuple[int, float]]()  # each row's token and its edited logit
+        found = dict[int, tuple[int, float]]()  # each row's token and its largest edited logit
         if together:
             chosen_RV = edited_RV if len(together) == len(rows) else edited_RV[together]
-            tokens_R = sample_batch(chosen_RV, SamplingTensors.of([rows[index] for index in together], logits_RV.device))
-            logits_R = chosen_RV.gather(1, tokens_R[:, None])[:, 0]
-            found = dict(zip(together, zip(tokens_R.tolist(), logits_R.tolist(), strict=True), strict=True))
+            tokens_R, best_R = sample_batch(chosen_RV, SamplingTensors.of([rows[index] for index in together], logits_RV.device))
+            found = dict(zip(together, zip(tokens_R.tolist(), best_R.tolist(), strict=True), strict=True))
         return [
             errors[index] if index in errors else _finish(logits_RV[index], edited_RV[index], row, found.get(index))
             for index, row in enumerate(rows)

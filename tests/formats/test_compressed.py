@@ -294,7 +294,9 @@ def test_files_are_told_apart_by_their_names(name: str, reader: str, tmp_path: P
 def test_modelopts_older_file_of_settings_counts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4", "group_size": 16}}')
-    source = Source(tmp_path, tmp_path, (), {}, {})
+    packed = LazyTensor("a.weight", "U8", (1,), 4, 1, MappedFile(tmp_path / "config.json"))
+    assert not compressed.sniff(Source(tmp_path, tmp_path, (), {}, {}))  # settings of a quantization that nothing has
+    source = Source(tmp_path, tmp_path, (), {packed.name: packed}, {})
     assert compressed.sniff(source)
     assert not list(compressed._refusals(source, compressed._quantization(source)))
 

@@ -37,7 +37,7 @@ TABLES: dict[str, Callable[[], Packed]] = {
     **{name: lambda name=name: block_rows(name) for name in BLOCK_TYPES},
     **{f"affine{bits}": lambda bits=bits: affine.quantize(VALUES.bfloat16(), bits, 64) for bits in (4, 8)},
 }
-PLAN: Any = SimpleNamespace(ple_dim=DIM, hidden=HIDDEN, eps=1e-6)
+PLAN: Any = SimpleNamespace(ple_dim=DIM, ple_vocab=ROWS, hidden=HIDDEN, eps=1e-6)
 
 
 @pytest.mark.parametrize("span", [(0, LAYERS), (1, 3)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,7 +188,13 @@ def test_preempted_requests_keep_their_adapter(folders: dict[tuple[str, str], Pa
     assert not too_far("E2B", jobs, answers)
 
 
-@pytest.mark.parametrize("name", ["c", "A", "", 3, ["a"]], ids=repr)
+@pytest.mark.parametrize("name", [3, ["a"]], ids=repr)
+def test_what_is_no_name_of_an_adapter_is_refused_as_such(name: Any, folders: dict[tuple[str, str], Path]) -> None:
+    with pytest.raises(RequestError, match=r"request\.adapter: expected the name of one adapter"):
+        Engine(decoder("E2B", folders), CONTEXT).submit(Request(prompt(3), adapter=name))
+
+
+@pytest.mark.parametrize("name", ["c", "A", ""], ids=repr)
 def test_unknown_adapters_are_refused_with_the_names_of_those_there_are(name: str, folders: dict[tuple[str, str], Path]) -> None:
     running = Engine(decoder("E2B", folders), CONTEXT)
     with pytest.raises(RequestError, match="loaded are: a, b"):

@@ -183,11 +183,12 @@ def test_a_drafter_can_be_inspected_but_not_run(tmp_path: Path, capsys: pytest.C
     assert "assistant" in capsys.readouterr().err
 
 
-def test_a_dtype_that_cannot_compute_needs_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dtype_that_cannot_compute_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_sparse(tmp_path, synth.spell_config(synth.shrink(synth.SIZES["12B"])) | {"dtype": "float16"})
-    assert main(["inspect", str(tmp_path)]) == 2
-    assert "give --dtype" in capsys.readouterr().err
-    assert inspect_json(capsys, str(tmp_path), "--dtype", "bf16")["compute_dtype"] == "bfloat16"
+    assert inspect_json(capsys, str(tmp_path))["compute_dtype"] == "bfloat16"
+    assert inspect_json(capsys, str(tmp_path), "--dtype", "f32")["compute_dtype"] == "float32"
+    assert main(["inspect", str(tmp_path), "--dtype", "float16"]) != 0
+    assert "exceed its range" in capsys.readouterr().err
 
 
 def test_a_context_beyond_the_models_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

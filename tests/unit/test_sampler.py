@@ -147,14 +147,14 @@ def test_a_greedy_row_takes_the_first_of_equals_whatever_the_batch_holds() -> No
     logits[:, [200, 7, 90]] = 3.0
     rows = [SamplingRow(SamplingParams(), 0, 1), SamplingRow(SamplingParams(temperature=1.0, top_k=64, top_p=0.95), 0, 1)]
     tensors = SamplingTensors.of(rows, logits.device)
-    assert sample_batch(logits, tensors)[0].item() == logits[0].argmax().item()
+    assert sample_batch(logits, tensors)[0][0].item() == logits[0].argmax().item()
 
 
 def test_rows_that_pad_a_batch_give_anything_but_an_error() -> None:
     nothing = SamplingTensors(
         **{name: torch.zeros(1, dtype=torch.float64) for name in FLOATS}, top_k=torch.zeros(1, dtype=torch.long)
     )
-    assert 0 <= sample_batch(torch.randn(1, VOCAB), nothing).item() < VOCAB
+    assert 0 <= sample_batch(torch.randn(1, VOCAB), nothing)[0].item() < VOCAB
 
 
 def chunk_of(request: Request, in_prompt: bool) -> ScheduledChunk:
