@@ -100,7 +100,7 @@ class _Lister:
         self.checkpoint, self.plan, self.matched, self.options = checkpoint, checkpoint.plan, checkpoint.matched, options
         self.is_gguf_source = checkpoint.format == gguf.NAME
         self.is_remote = checkpoint.source.remote is not None  # for a preview, which takes the usual for granted
-        self.model_dtype = MODEL_DTYPES.get(checkpoint.config.dtype, "BF16")
+        self.model_dtype = MODEL_DTYPES.get(checkpoint.config.dtype.removeprefix("torch.").lower(), "BF16")
         self.listing = Listing(is_verbatim=self._is_verbatim(), wraps=self._wraps())
         self.problems: list[str] = []
 
