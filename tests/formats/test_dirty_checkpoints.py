@@ -182,6 +182,21 @@ def test_a_missing_scalar_among_others_is_missing(folder: Path) -> None:
     load(folder).close()
 
 
+def test_the_doctor_knows_an_adapter(tmp_path: Path) -> None:
+    stem = "base_model.model.model.layers.3.self_attn.q_proj"
+    save_file(
+        {f"{stem}.lora_A.weight": torch.zeros(4, 64), f"{stem}.lora_B.weight": torch.zeros(64, 4)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "base_model_name_or_path": "acme/tiny"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    report = doctor(tmp_path)
+    assert (report["status"], report["format"], report["problems"]) == ("remarks", "PEFT adapter", [])
+    assert report["remarks"][0].startswith("a LoRA adapter for 'acme/tiny': rank 4, alpha 8, 1 matrices (q_proj) of 1 layers")
+    edit_json(tmp_path / "adapter_config.json", use_dora=True)
+    assert doctor(tmp_path)["status"] == "broken"
+
+
 def test_a_flood_of_problems_is_a_few_lines(folder: Path) -> None:
     change(folder, lambda held: held.update({f"x.{number}": torch.ones(1) for number in range(500)}))
     with pytest.raises(CheckpointError, match="500 problems") as caught:

@@ -17,7 +17,7 @@ from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.doctor.engine_compat import find_facts, judge
 from gemcutter.checkpoint.doctor.sidecar_files import SidecarFiles, read_sidecar_files
-from gemcutter.checkpoint.formats import FORMATS, Format
+from gemcutter.checkpoint.formats import FORMATS, Format, lora
 from gemcutter.checkpoint.load.match import FLOATS, Checkpoint, Matched, compare, table_notes
 from gemcutter.checkpoint.remote.remote_source import received, survey
 from gemcutter.config import ModelConfig
@@ -84,6 +84,8 @@ def examine(
     except GemcutterError as error:
         return _report(model, UNREADABLE, problems=list(error.problems))
     problems = [f"file       {problem}" for problem in problems]
+    if _is_adapter(source):
+        return _adapter_report(model, source, problems, ignore)
     format = next(format for format in FORMATS if _is_of(format, source))
     config, plan, can_match = _read_model(format, source, ignore, problems)
     matched = None
@@ -124,6 +126,25 @@ def examine(
         sidecar=sidecar,
         facts=find_facts(source, raw, config, plan, matched),
     )
+
+
+def _is_adapter(source: Source) -> bool:
+    try:
+        return lora.is_adapter(source)
+    except GemcutterError:
+        return False
+
+
+def _adapter_report(model: str, source: Source, problems: list[str], ignore: Sequence[str]) -> dict[str, Any]:
+    """Report on an adapter as far as it can be judged without its base."""
+    found = list[str]()
+    try:
+        remarks = [lora.describe(source, found, ignore)]
+    except GemcutterError as error:
+        remarks, found = [], list(error.problems)
+    problems = [*problems, *(f"config     {problem}" for problem in found)]
+    status = BROKEN if problems else REMARKS
+    return _report(model, status, source=source, format="PEFT adapter", problems=sorted(problems), remarks=remarks)
 
 
 def _values(source: Source, matched: Matched, progress: Callable[[int, int], None] | None) -> ValueReport:

@@ -151,6 +151,26 @@ def open_adapter(path: Path, plan: ModelPlan, ignore: Sequence[str] = ()) -> Ada
     return adapter
 
 
+def is_adapter(source: Source) -> bool:
+    """Return whether a folder holds an adapter and no model. Raises CheckpointError for a damaged config."""
+    return source.read_json("config.json") is None and source.read_json(CONFIG) is not None
+
+
+def describe(source: Source, problems: list[str], ignore: Sequence[str] = ()) -> str:
+    """Return what an adapter changes, in a line, noting everything that is wrong with it whatever its base is."""
+    raw = source.read_json(CONFIG) or {}
+    settings, pairs = _read_settings(raw, ignore, problems), _pair(source, ignore, problems)
+    layers = {int(found[1]) for module in pairs if (found := LAYER.search(module))}
+    kinds = dict.fromkeys(module.rpartition(".")[2] for module in pairs)
+    base = raw.get("base_model_name_or_path")
+    made_for = f"for {shown(base)}" if isinstance(base, str) and base else "for a model that it does not name"
+    rank = "a rank of its own for each matrix" if settings.rank is None else f"rank {settings.rank}"
+    return (
+        f"a LoRA adapter {made_for}: {rank}, alpha {settings.alpha:g}, {len(pairs)} matrices ({', '.join(kinds)}) of "
+        f"{len(layers)} layers; load that model with --adapter {source.folder}"
+    )
+
+
 def _find_weights(path: Path) -> Path:
     if not os.path.isdir(path) or os.path.lexists(path / WEIGHTS):
         return path / WEIGHTS if os.path.isdir(path) else path
