@@ -349,9 +349,11 @@ def show(found: dict[str, Any]) -> None:
         console.width = max(console.width, 120)  # a file or pipe has no width to respect
     for line in _head(found):
         console.print(line)
-    for table in (_layers(found["layers"]), _contexts(found["contexts"]), _kernels(found["kernels"])):
+    kernels = found["kernels"]
+    is_plain = len({row["kernel"] for row in kernels}) == 1 and not any(row["refusals"] for row in kernels)
+    for table in (_layers(found["layers"]), _contexts(found["contexts"]), None if is_plain else _kernels(kernels)):
         console.print()
-        console.print(table)
+        console.print(f"Kernels: {kernels[0]['kernel']}, for every op" if table is None else table)
     if not found["is_drafter"]:
         console.print(_needs(found["memory"]), soft_wrap=True)
 
