@@ -209,6 +209,12 @@ def test_a_flood_of_problems_is_a_few_lines(folder: Path) -> None:
 # ---- which files ----
 
 
+def test_a_wrong_width_is_named_once(folder: Path) -> None:
+    change(folder, lambda held: None, hidden_size=128)
+    with pytest.raises(CheckpointError, match=r"nearly all have 64 where config\.json's hidden_size is 128"):
+        load(folder)
+
+
 def test_an_adapter_beside_complete_shards_is_none_of_them(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

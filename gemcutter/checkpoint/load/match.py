@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from gemcutter.plan import ModelPlan, ParamSpec, derive
 Spell = Callable[[str, str | None], str]  # a parameter and its part to the name of a tensor in a file
 
 FLOATS = ("BF16", "F16", "F32")
+MANY = 10  # wrong shapes, from which on they may have one reason
 INTEGERS = ("I64", "I32")
 
 
@@ -37,6 +39,21 @@ class Matched:
     ignored: list[StoredTensor] = field(default_factory=list)
     missing: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # label and shape of what the plan needs in vain
     unknown: list[StoredTensor] = field(default_factory=list)
+    misshapen: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)  # shapes expected and found
+
+    def common_mistake(self, plan: ModelPlan) -> str:
+        """Return what nearly all wrong shapes have in common, to follow a summary; nothing where they have nothing."""
+        pairs = Counter(
+            pair
+            for expected, found in self.misshapen
+            for pair in {(a, b) for a, b in zip(expected, found, strict=False) if a != b}
+        )
+        if len(self.misshapen) < MANY or not pairs:
+            return ""
+        (expected, found), times = pairs.most_common(1)[0]
+        if expected != plan.hidden or times < 0.8 * len(self.misshapen):
+            return ""
+        return f": nearly all have {found} where config.json's hidden_size is {expected}; are both of one model?"
 
     def notes(self, plan: ModelPlan) -> list[str]:
         """Return notes on what was left out and why."""
@@ -106,7 +123,8 @@ def match(
     matched = compare(plan, pieces, problems, ignore, spell)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise CheckpointError(f"{source} does not match the plan ({count}, nothing was allocated)", sorted(problems))
+        summary = f"{source} does not match the plan ({count}, nothing was allocated){matched.common_mistake(plan)}"
+        raise CheckpointError(summary, sorted(problems))
     return matched
 
 
@@ -208,6 +226,7 @@ def _take(
         elif piece.fault is not None:
             problems.append(f"packing    {label}: {piece.data.origin}: {piece.fault}")
         elif piece.data.shape != shape:
+            matched.misshapen.append((shape, piece.data.shape))
             problems.append(
                 f"shape      {label} {shape} expected, {piece.data.origin} has {piece.data.shape}{_hint(spec, shape, piece)}"
             )
