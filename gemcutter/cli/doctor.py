@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemcutter.cli import options
-from gemcutter.cli.terminal import progress, spell_bytes, spell_count
+from gemcutter.cli.terminal import progress, spell_bytes, spell_count, tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,11 +84,11 @@ def read_text(checkpoint: Checkpoint) -> TextReport:
 
 def show(found: dict[str, Any]) -> None:
     """Print the report as text and tables on stdout."""
-    from rich.console import Console
+    with tables(160) as console:
+        _show(found, console)
 
-    console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 160)  # a file or pipe has no width to respect
+
+def _show(found: dict[str, Any], console: Console) -> None:
     verdict, style = STATUS[found["status"]]
     console.print(f"{found['source']}: {verdict}", style=f"bold {style}")
     for line in _head(found):

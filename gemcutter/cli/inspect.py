@@ -32,7 +32,7 @@ from gemcutter.checkpoint.load.memory_needs import (
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
-from gemcutter.cli.terminal import spell_bytes, spell_count, spell_work
+from gemcutter.cli.terminal import spell_bytes, spell_count, spell_work, tables
 from gemcutter.errors import ConfigError, RequestError
 from gemcutter.load_options import DEFAULT_CONTEXT, own_dtype
 from gemcutter.ops import KernelSite
@@ -41,6 +41,7 @@ from gemcutter.plan import Access, LayerPlan
 from gemcutter.tower_plan import derive_audio, derive_vision
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 HELP = """
@@ -342,11 +343,11 @@ def _pile(pieces: Sequence[Any]) -> dict[str, int]:
 
 def show(found: dict[str, Any]) -> None:
     """Print the report as tables on stdout."""
-    from rich.console import Console
+    with tables(120) as console:
+        _show(found, console)
 
-    console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file or pipe has no width to respect
+
+def _show(found: dict[str, Any], console: Console) -> None:
     for line in _head(found):
         console.print(line)
     kernels = found["kernels"]

@@ -6,6 +6,7 @@ second one (-q, -v), and the spelling of sizes and JSON. Refuses to know models.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -29,6 +30,19 @@ def aside() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+@contextmanager
+def tables(width: int) -> Iterator[Console]:
+    """Yield a console for tables on stdout: as wide as the terminal, or `width` in a file or pipe, without trailing blanks."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        yield Console(markup=False, highlight=False, emoji=False)
+        return
+    kept = io.StringIO()
+    yield Console(file=kept, width=width, markup=False, highlight=False, emoji=False)
+    print("\n".join(line.rstrip() for line in kept.getvalue().splitlines()))
 
 
 class Volume(Enum):
