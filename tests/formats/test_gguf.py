@@ -315,6 +315,9 @@ def test_divisors_that_are_no_gemma_s_are_refused(tmp_path: Path) -> None:
         open_checkpoint(make(tmp_path, extra={"rope_freqs.weight": np.linspace(1, 8, 64, dtype=np.float32)}))
     with pytest.raises(ConfigError, match=r"rope_freqs\.weight: expected ones and then huge divisors in F32"):
         open_checkpoint(make(tmp_path, extra={"rope_freqs.weight": np.ones(64, np.float16)}))
+    many = make(tmp_path, extra={"rope_freqs.weight": np.ones(1 << 17, np.float32)})  # headers may promise terabytes
+    with pytest.raises(ConfigError, match=r"rope_freqs\.weight: expected ones and then huge divisors in F32"):
+        open_checkpoint(many)
     assert open_checkpoint(make(tmp_path, extra={})).plan == original("e")[0]
 
 

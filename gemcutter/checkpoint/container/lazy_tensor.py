@@ -100,7 +100,7 @@ class MappedFile:
         """Return `length` bytes from `offset` on, fewer at the file's end. Raises OSError."""
         with open(self.path, "rb") as file:
             file.seek(offset)
-            return file.read(length)
+            return file.read(max(min(length, self.size_bytes - offset), 0))  # else as much memory is taken as a header says
 
     def insist_unchanged(self) -> None:
         """Raise CheckpointError if a mapped file was written to since its header was read: its tensors are others now.

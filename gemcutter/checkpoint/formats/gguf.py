@@ -39,6 +39,7 @@ BLOCK_VALUES = {name: values for name, values, _ in TENSOR_TYPES.values()}
 TOWER_PREFIXES = {"v.": "(vision tower)", "mm.a.": "(audio tower)", "mm.": "(vision tower)", "a.": "(audio tower)"}
 ROPE_DIVISORS = "rope_freqs.weight"
 FLOAT32 = 6  # as the container numbers them
+MOST_DIVISORS = 1 << 16  # one for each pair of a head's dimensions; real files have 256
 SWITCHED_OFF = 1e29  # a divisor above this stops a pair: converters write 1e30
 
 GLOBALS: dict[str, tuple[str, str | None]] = {
@@ -317,7 +318,7 @@ def _partial_rotary(keys: _Keys, source: Source) -> float:
     if divisors is None:
         return usual
     values: list[float] = []
-    if divisors.dtype == "F32" and len(divisors.shape) == 1:
+    if divisors.dtype == "F32" and len(divisors.shape) == 1 and divisors.shape[0] <= MOST_DIVISORS:
         values = _decode(Array(FLOAT32, divisors.shape[0], divisors.offset, divisors.nbytes, divisors.mapped), ROPE_DIVISORS)
     rotating = sum(1 for value in values if value == 1.0)
     if not rotating or not all(value >= SWITCHED_OFF for value in values[rotating:]):
