@@ -191,10 +191,11 @@ def test_the_doctor_knows_an_adapter(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "base_model_name_or_path": "acme/tiny"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     report = doctor(tmp_path)
-    assert (report["status"], report["format"], report["problems"]) == ("remarks", "PEFT adapter", [])
-    assert report["remarks"][0].startswith("a LoRA adapter for 'acme/tiny': rank 4, alpha 8, 1 matrices (q_proj) of 1 layers")
+    assert (report["status"], report["format"], len(report["problems"])) == ("broken", "PEFT adapter", 1)  # as a model
+    assert "a LoRA adapter for 'acme/tiny': rank 4, alpha 8, 1 matrices (q_proj) of 1 layers" in report["problems"][0]["text"]
+    assert says(report, "its settings and names are read")
     edit_json(tmp_path / "adapter_config.json", use_dora=True)
-    assert doctor(tmp_path)["status"] == "broken"
+    assert not says(doctor(tmp_path), "its settings and names are read")
 
 
 def test_a_flood_of_problems_is_a_few_lines(folder: Path) -> None:

@@ -137,14 +137,15 @@ def _is_adapter(source: Source) -> bool:
 
 def _adapter_report(model: str, source: Source, problems: list[str], ignore: Sequence[str]) -> dict[str, Any]:
     """Report on an adapter as far as it can be judged without its base."""
-    found = list[str]()
+    found, remarks = list[str](), list[str]()
     try:
-        remarks = [lora.describe(source, found, ignore)]
+        problems.append(f"config     {source.folder} is an adapter and no model: {lora.describe(source, found, ignore)}")
     except GemcutterError as error:
-        remarks, found = [], list(error.problems)
-    problems = [*problems, *(f"config     {problem}" for problem in found)]
-    status = BROKEN if problems else REMARKS
-    return _report(model, status, source=source, format="PEFT adapter", problems=sorted(problems), remarks=remarks)
+        found += error.problems
+    problems += [f"config     {problem}" for problem in found]
+    if not found:
+        remarks.append("its settings and names are read; whether its shapes fit is told where it is loaded")
+    return _report(model, BROKEN, source=source, format="PEFT adapter", problems=sorted(problems), remarks=remarks)
 
 
 def _values(source: Source, matched: Matched, progress: Callable[[int, int], None] | None) -> ValueReport:
