@@ -19,8 +19,9 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from gemcutter.sidecar.small_file import read_object
 from gemcutter.text.chat import ChatTemplate
-from gemcutter.text.tokenizer import Tokenizer, read_object, special_tokens_of
+from gemcutter.text.tokenizer import Tokenizer, special_tokens_of
 
 
 def fixtures() -> Path:

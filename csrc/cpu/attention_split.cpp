@@ -35,12 +35,6 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The last position that a row sees.
-int64_t newest_of(const gc_step &step, int64_t row) {
-    int64_t own = step.positions[row];
-    return step.last_visible && step.last_visible[row] > own ? step.last_visible[row] : own;
-}
-
 int64_t group_of(const gc_attention &layer) { return layer.heads / layer.kv_heads; }
 
 // Enumerates the work items of a step: once to count them, then again to record them.

@@ -4,12 +4,6 @@
 namespace gemcutter {
 namespace {
 
-// The last position that a row sees.
-int64_t newest_of(const gc_step &step, int64_t row) {
-    int64_t own = step.positions[row];
-    return step.last_visible && step.last_visible[row] > own ? step.last_visible[row] : own;
-}
-
 bool holds_sequence(const gc_step &step, const gc_kv &kv, int64_t s) {
     int64_t first = step.query_start[s], end = step.query_start[s + 1], held = step.kv_length[s];
     if (first < 0 || end < first || end > step.rows || held < 0) return false;

@@ -9,6 +9,12 @@ namespace gemcutter {
 
 constexpr int OUT_OF_BOUNDS = 2;  // what an entry point returns instead of reading or writing outside its tables
 
+// The last position that a row of a step sees.
+inline int64_t newest_of(const gc_step &step, int64_t row) {
+    int64_t own = step.positions[row];
+    return step.last_visible && step.last_visible[row] > own ? step.last_visible[row] : own;
+}
+
 // Whether each of `count` indices names one of `size` rows.
 bool are_inside(const int64_t *indices, int64_t count, int64_t size);
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemcutter.errors import CheckpointError
+
 SMALL_BYTES = 100_000_000  # the safetensors library's own limit for headers; the largest real one is a few MB
 MOST_MARKS = 4_000_000  # commas and brackets of a header: twelve a tensor, so some 300,000 tensors
 
@@ -106,3 +108,15 @@ def parse_object(raw: bytes, what: str, limits: Limits | None = None) -> dict[st
     if not isinstance(parsed, dict):
         raise ValueError(f"{what} holds {shown(parsed)} at line 1, not a JSON object")
     return parsed
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return the JSON object in a file of a folder, None where there is no such file.
+
+    Raises CheckpointError, naming the file, when it can't be read or holds anything but an object.
+    """
+    try:
+        raw = read_beside(folder, name)
+        return None if raw is None else parse_object(raw, "the file", limits_of(name))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / name} can't be read ({error}): download the file again") from error

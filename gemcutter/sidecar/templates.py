@@ -6,37 +6,32 @@ Owns the search and the spellings of named templates. Refuses to know Jinja. Rea
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gemcutter.errors import CheckpointError
-from gemcutter.sidecar.small_file import limits_of, parse_object, read_beside
+from gemcutter.sidecar.small_file import read_beside, read_object
 
 JINJA, TEMPLATE_JSON, TOKENIZER_CONFIG = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 ADDITIONAL = "additional_chat_templates"  # a folder
 DEFAULT, TOOL_USE = "default", "tool_use"  # names
 
 
-def find_templates(folder: Path, read: Callable[[str], bytes | None] | None = None) -> dict[str, tuple[str, str]]:
+def find_templates(folder: Path) -> dict[str, tuple[str, str]]:
     """Return the chat templates that lie in a folder, by name, each with where it is; none for base models.
 
     The default is chat_template.jinja, or chat_template.json, or `chat_template` of tokenizer_config.json, each of which may hold
-    several by name; additional_chat_templates/NAME.jinja are more. `read` gives a file's bytes where the folder is not on this
-    machine. Raises CheckpointError, naming the file, for a damaged one.
+    several by name; additional_chat_templates/NAME.jinja are more. Raises CheckpointError, naming the file, for a damaged one.
     """
-    read = read or partial(read_beside, folder)
     found: dict[str, tuple[str, str]] = {}
-    if (text := _read_text(read, folder, JINJA)) is not None:
+    if (text := _read_text(folder, JINJA)) is not None:
         found[DEFAULT] = text, str(folder / JINJA)
     for name in (TEMPLATE_JSON, TOKENIZER_CONFIG):
-        raw = _read_text(read, folder, name)
-        entry = None if raw is None else _parse(raw, folder / name).get("chat_template")
+        entry = (read_object(folder, name) or {}).get("chat_template")
         for key, source in _named_templates(entry, folder / name).items():
             found.setdefault(key, (source, f"{folder / name}[chat_template]"))
     for path in sorted((folder / ADDITIONAL).glob("*.jinja")):
-        if (text := _read_text(read, folder, f"{ADDITIONAL}/{path.name}")) is not None:
+        if (text := _read_text(folder, f"{ADDITIONAL}/{path.name}")) is not None:
             found.setdefault(path.stem, (text, str(path)))
     return found
 
@@ -61,19 +56,12 @@ def _named_templates(entry: Any, path: Path) -> dict[str, str]:
     return named if DEFAULT in named else {DEFAULT: next(iter(named.values())), **named}
 
 
-def _read_text(read: Callable[[str], bytes | None], folder: Path, name: str) -> str | None:
+def _read_text(folder: Path, name: str) -> str | None:
     try:
-        raw = read(name)
+        raw = read_beside(folder, name)
         return None if raw is None else raw.decode("utf-8")
     except ValueError as error:
         raise CheckpointError(f"{folder / name} can't be read ({error}): download the file again") from error
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        return parse_object(text.encode(), "the file", limits_of(path.name))
-    except ValueError as error:
-        raise CheckpointError(f"{path} can't be read ({error}): download the file again") from error
 
 
 def _kind(value: Any) -> str:

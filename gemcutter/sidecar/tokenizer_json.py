@@ -90,15 +90,11 @@ def add_config_tokens(raw: dict[str, Any], options: Mapping[str, Any]) -> tuple[
         new.append({"id": int(key), "content": content} | {flag: token.get(flag) is True for flag in FLAGS})
     notes = list[str]()
     if new:
-        some = ", ".join(token["content"] for token in new[:SHOWN])
-        notes.append(
-            f"{len(new)} tokens that only tokenizer_config.json lists were added ({some}{', ...' if new[SHOWN:] else ''})"
-        )
+        some = _some([shown(token["content"]) for token in new])
+        notes.append(f"{len(new)} tokens that only tokenizer_config.json lists were added ({some})")
     if disagreeing:
-        some = ", ".join(disagreeing[:SHOWN])
-        notes.append(
-            f"tokenizer_config.json and tokenizer.json disagree on {len(disagreeing)} tokens ({some}); the latter counts"
-        )
+        differ = f"{len(disagreeing)} tokens ({_some(disagreeing)})"
+        notes.append(f"tokenizer_config.json and tokenizer.json disagree on {differ}; the latter counts")
     raw["added_tokens"] = sorted([*added, *new], key=lambda token: token["id"])
     return raw, notes
 

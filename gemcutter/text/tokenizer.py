@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemcutter.errors import CheckpointError, RequestError
-from gemcutter.sidecar.small_file import limits_of, parse_object, read_beside, shown
+from gemcutter.sidecar.small_file import read_object, shown
 from gemcutter.sidecar.tokenizer_json import add_config_tokens, check_kind
 from gemcutter.text.bpe import BYTES, Bpe, by_merges, by_scores, fits, read_bpe
 
@@ -252,18 +252,6 @@ class Tokenizer:
                 f"{origin} is not a tokenizer of Gemma's kind: the test text {PROBE!r} came back as {found!r}; "
                 "use the tokenizer.json of a Gemma 4 checkpoint"
             )
-
-
-def read_object(folder: Path, name: str) -> dict[str, Any] | None:
-    """Return the JSON object in a file of a folder, None where there is no such file.
-
-    Raises CheckpointError, naming the file, when it can't be read or holds anything but an object.
-    """
-    try:
-        raw = read_beside(folder, name)
-        return None if raw is None else parse_object(raw, "the file", limits_of(name))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / name} can't be read ({error}): download the file again") from error
 
 
 def special_tokens_of(options: Mapping[str, Any]) -> dict[str, str]:

@@ -18,27 +18,13 @@ from gemcutter.model.text import Decoder
 from gemcutter.ops.step import KVRange, Step
 from gemcutter.plan import ModelPlan
 from gemcutter.quant import Weight
+from tests.formats import mutations
 from tests.topologies import plan_of
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
 ROWS, PAGES, PAGE_TOKENS = 3, 2, 8
-RAW = {
-    "model_type": "gemma4_text",
-    "vocab_size": 64,
-    "vocab_size_per_layer_input": 64,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "global_head_dim": 32,
-    "hidden_size_per_layer_input": 32,
-    "num_kv_shared_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "sliding_window": 8,
-}
+RAW = mutations.RAW | {"vocab_size": 64, "vocab_size_per_layer_input": 64}
 
 
 @pytest.fixture(scope="module")
