@@ -68,8 +68,8 @@ typedef struct {
 
 // The shape of one layer's attention.
 typedef struct {
-    int64_t heads, kv_heads, head_dim;  // head_dim is a multiple of 32
-    int64_t window;                     // keys up to its own that a query may see; 0 for all
+    int64_t heads, kv_heads, head_dim;
+    int64_t window;  // keys up to its own that a query may see; 0 for all
 } gc_attention;
 
 // A mixture of experts: matrices and scales of every expert, in order.

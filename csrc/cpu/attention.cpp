@@ -3,8 +3,8 @@
 //
 // Owns softmax and products in float32, with the scale 1. A key that no row of a call sees, outside the window or later than the
 // row, changes nothing, whatever its memory holds. Refuses to know sequences, pages and threads; read `attention_split.cpp` for
-// the caller that splits the work, `matmul_f32.h` for the micro-kernel. Shape letters: M query rows times heads, G heads, E head
-// dim, T keys.
+// the caller that splits the work, `matmul_f32.h` for the micro-kernel. Head dims that are no multiple of a kernel's unit go through
+// padded copies of rows. Shape letters: M query rows times heads, G heads, E head dim, T keys.
 #include <math.h>
 
 #include "exp.h"
@@ -21,6 +21,18 @@ constexpr int64_t PREFETCH_KEYS = 8;       // keys prefetched ahead: the hardwar
 constexpr int64_t BLOCK_ELEMENTS = 49152;  // of a block of query rows: 384 KB with its output
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// The head dim as `decode` computes with it: whole pairs of vectors.
+int64_t padded(int64_t dim) { return up(dim, 2 * W); }
+
+// A row of `count` elements followed by zeros up to `size`: itself where there is nothing to add, else a copy in `spare`.
+template <typename Element>
+const Element *pad(const Element *row, int64_t count, int64_t size, Element *spare) {
+    if (count == size) return row;
+    memcpy(spare, row, sizeof(Element) * (size_t)count);
+    memset(spare + count, 0, sizeof(Element) * (size_t)(size - count));
+    return spare;
+}
 
 int64_t slot_of(const Keys &keys, int64_t position) {
     int64_t at = position - keys.start;
@@ -154,51 +166,59 @@ float highest(float *scores, int64_t n) {
     return top(best);
 }
 
-// Scores of positions first..last-1; also prefetches the first values.
+// Scores of positions first..last-1; also prefetches the first values. `spare` holds two rows.
 template <typename Type>
-void score_range(const float *q, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *scores) {
+void score_range(const float *q, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *scores,
+                 typename Type::Element *spare) {
+    int64_t width = padded(dim);
     for (int64_t t = first; t < last; t += 2) {
         const typename Type::Element *rows[2];
         int64_t count = t + 2 <= last ? 2 : 1;
         for (int64_t i = 0; i < count; ++i) {
             int64_t later = t + i + PREFETCH_KEYS;
-            rows[i] = row_of<Type>(keys.k, keys, t + i);
+            rows[i] = pad(row_of<Type>(keys.k, keys, t + i), dim, width, spare + i * width);
             if (later < last) prefetch<Type>(row_of<Type>(keys.k, keys, later), dim);
             else if (first + later - last < last) prefetch<Type>(row_of<Type>(keys.v, keys, first + later - last), dim);
         }
         auto *score = count == 2 ? score_keys<Type, 2> : score_keys<Type, 1>;
-        score(q, heads, dim, rows, scores + t - first, DECODE_KEYS);
+        score(q, heads, width, rows, scores + t - first, DECODE_KEYS);
     }
 }
 
-// sums [G, E] = values of positions first..last-1 by their weights.
+// sums [G, padded E] = values of positions first..last-1 by their weights. `spare` holds VALUE_KEYS rows.
 template <typename Type>
-void value_range(const float *weights, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *sums) {
-    memset(sums, 0, sizeof(float) * (size_t)(heads * dim));
+void value_range(const float *weights, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *sums,
+                 typename Type::Element *spare) {
+    int64_t width = padded(dim);
+    memset(sums, 0, sizeof(float) * (size_t)(heads * width));
     for (int64_t t = first; t < last; t += VALUE_KEYS) {
         const typename Type::Element *rows[VALUE_KEYS], *next[VALUE_KEYS];
         int64_t count = last - t < VALUE_KEYS ? last - t : VALUE_KEYS;
         for (int64_t i = 0; i < count; ++i) {
             int64_t later = t + i + VALUE_KEYS;
-            rows[i] = row_of<Type>(keys.v, keys, t + i);
+            rows[i] = pad(row_of<Type>(keys.v, keys, t + i), dim, width, spare + i * width);
             next[i] = row_of<Type>(keys.v, keys, later < last ? later : last - 1);
         }
-        value_keys<Type>(weights + t - first, DECODE_KEYS, heads, count, rows, next, sums, dim);
+        value_keys<Type>(weights + t - first, DECODE_KEYS, heads, count, rows, next, sums, width);
     }
 }
 
 template <typename Type>
 void decode_type(const float *q, int64_t q_stride, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last,
                  float *out, float *tops, float *totals, float *scratch) {
-    float *ordered = scratch, *sums = ordered + heads * dim, *scores = sums + heads * dim;
-    for (int64_t h = 0; h < heads; ++h) order(q + h * q_stride, dim, ordered + h * dim, Type());
-    score_range<Type>(ordered, heads, dim, keys, first, last, scores);
+    int64_t width = padded(dim);
+    float *ordered = scratch, *sums = ordered + heads * width, *scores = sums + heads * width;
+    auto *spare = reinterpret_cast<typename Type::Element *>(scores + heads * DECODE_KEYS);
+    for (int64_t h = 0; h < heads; ++h) order(pad(q + h * q_stride, dim, width, sums), width, ordered + h * width, Type());
+    score_range<Type>(ordered, heads, dim, keys, first, last, scores, spare);
     for (int64_t h = 0; h < heads; ++h) {
         tops[h] = highest(scores + h * DECODE_KEYS, last - first);
         totals[h] = exponentiate(scores + h * DECODE_KEYS, last - first, tops[h]);
     }
-    value_range<Type>(scores, heads, dim, keys, first, last, sums);
-    unorder(sums, heads * dim, out, Type());
+    value_range<Type>(scores, heads, dim, keys, first, last, sums, spare);
+    if (width == dim) return unorder(sums, heads * dim, out, Type());
+    unorder(sums, heads * width, ordered, Type());
+    for (int64_t h = 0; h < heads; ++h) memcpy(out + h * dim, ordered + h * width, sizeof(float) * (size_t)dim);
 }
 
 void decode(const float *q, int64_t q_stride, int64_t heads, int64_t dim, const Keys *keys, int64_t first, int64_t last,
@@ -207,8 +227,8 @@ void decode(const float *q, int64_t q_stride, int64_t heads, int64_t dim, const 
     run(q, q_stride, heads, dim, *keys, first, last, out, tops, totals, static_cast<float *>(scratch));
 }
 
-// The running softmax state of one block of query rows. The output is stored as [E / 16][M][16], so that both products read and
-// write whole cache lines of it.
+// The running softmax state of one block of query rows. The output is stored as [E / 16][M][16], E rounded up, so that both
+// products read and write whole cache lines of it.
 struct Block {
     int64_t heads, dim, rows;  // rows are positions, each with one query vector per head
     const int64_t *positions, *last_visible;
@@ -262,9 +282,12 @@ void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
     }
     for (int64_t e = 0; e < b.dim; e += PANEL) {
         float *out = b.out + e * b.queries() + first * PANEL;
-        for (int64_t t = 0; t < count; ++t)
-            for (int c = 0; c < PANEL; c += W)
-                store(b.panel + t * PANEL + c, rows[t] ? Type::vector(rows[t] + e + c) : set1(0.0f));
+        int64_t columns = b.dim - e < PANEL ? b.dim - e : PANEL;
+        for (int64_t t = 0; t < count; ++t) {
+            typename Type::Element spare[PANEL];
+            const auto *row = rows[t] ? pad(rows[t] + e, columns, PANEL, spare) : nullptr;
+            for (int c = 0; c < PANEL; c += W) store(b.panel + t * PANEL + c, row ? Type::vector(row + c) : set1(0.0f));
+        }
         if (shrinks)
             for (int64_t m = 0; m < queries; ++m)
                 for (int c = 0; c < PANEL; c += W) {
@@ -295,6 +318,12 @@ void update_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
     value_block<Type>(b, first * b.heads, last * b.heads, keys, low, high, shrinks);
 }
 
+void store_first(float *to, V x, int64_t count) {
+    float whole[W];
+    store(whole, x);
+    memcpy(to, whole, sizeof(float) * (size_t)count);
+}
+
 Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
     int64_t queries = rows * heads;
     Block b = {};
@@ -302,7 +331,7 @@ Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
     b.panel = static_cast<float *>(scratch);
     b.q = b.panel + K_CHUNK * PANEL;
     b.out = b.q + queries * dim;
-    b.scores = b.out + queries * dim;
+    b.scores = b.out + queries * up(dim, PANEL);
     b.top = b.scores + queries * KEY_BLOCK;
     b.total = b.top + queries;
     b.shrink = b.total + queries;
@@ -315,7 +344,7 @@ void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t h
     b.positions = positions, b.last_visible = last_visible, b.window = window;
     for (int64_t row = 0; row < rows; ++row)
         memcpy(b.q + row * heads * dim, q + row * stride, sizeof(float) * (size_t)(heads * dim));
-    memset(b.out, 0, sizeof(float) * (size_t)(b.queries() * dim));
+    memset(b.out, 0, sizeof(float) * (size_t)(b.queries() * up(dim, PANEL)));
     for (int64_t query = 0; query < b.queries(); ++query) b.top[query] = -INFINITY, b.total[query] = 0;
 
     int64_t low = window && positions[0] - window + 1 > keys->start ? positions[0] - window + 1 : keys->start;
@@ -329,8 +358,11 @@ void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t h
     for (int64_t query = 0; query < b.queries(); ++query) {
         V scale = set1(b.total[query] > 0 ? 1.0f / b.total[query] : 0.0f);
         float *to = out + query / heads * stride + query % heads * dim;
-        for (int64_t e = 0; e < dim; e += W)
-            store(to + e, load(b.out + (e / PANEL * b.queries() + query) * PANEL + e % PANEL) * scale);
+        for (int64_t e = 0; e < dim; e += W) {
+            V result = load(b.out + (e / PANEL * b.queries() + query) * PANEL + e % PANEL) * scale;
+            if (e + W <= dim) store(to + e, result);
+            else store_first(to + e, result, dim - e);
+        }
     }
 }
 
@@ -341,7 +373,8 @@ int64_t prefill_rows(int64_t heads, int64_t dim) {
 
 size_t scratch_bytes(int64_t heads, int64_t dim) {
     int64_t queries = prefill_rows(heads, dim) * heads;
-    int64_t blocks = K_CHUNK * PANEL + queries * (2 * dim + KEY_BLOCK + 3), streams = heads * (2 * dim + DECODE_KEYS);
+    int64_t blocks = K_CHUNK * PANEL + queries * (dim + up(dim, PANEL) + KEY_BLOCK + 3);
+    int64_t streams = heads * (2 * padded(dim) + DECODE_KEYS) + VALUE_KEYS * padded(dim);  // the last for padded copies of rows
     return sizeof(float) * (size_t)(blocks > streams ? blocks : streams);
 }
 

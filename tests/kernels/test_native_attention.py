@@ -144,6 +144,7 @@ def check(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype = F32, lis
 
 
 SHAPES = [(8, 1, 256), (8, 1, 512), (16, 8, 64), (4, 2, 128), (1, 1, 64), (6, 2, 32), (3, 1, 96)]
+SHAPES += [(8, 1, 16), (6, 2, 24), (5, 1, 80), (4, 2, 2), (3, 1, 34), (2, 1, 270)]  # of which no kernel's unit is a part
 MIXED = [rows(1, 700), rows(9, 0), rows(2, 131), rows(40, 300), rows(0, 17), rows(1, 0), rows(8, 60), rows(17, 255)]
 
 
@@ -194,7 +195,8 @@ def test_kept_rows_with_gaps(window: int | None) -> None:
 @pytest.mark.parametrize("past", [127, 128, 129, 4095, 5000])
 @pytest.mark.usefixtures("level")
 def test_long_context_is_cut_and_merged(past: int) -> None:
-    check([rows(2, past)], plan(4, 1, 32, None), BF16)
+    for dim in (32, 20):
+        check([rows(2, past)], plan(4, 1, dim, None), BF16)
 
 
 @pytest.mark.usefixtures("level")

@@ -7,8 +7,9 @@ happens to deltas at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -29,7 +30,7 @@ from gemcutter.quant.recipes import RECIPES
 
 Params = Mapping[str, Weight | Tensor]
 
-FOLD_ELEMENTS = 1 << 22  # elements of a weight that are dequantized at a time
+FOLD_ELEMENTS = 1 << 21  # elements of a weight that are dequantized at a time
 
 
 def fold(
@@ -52,16 +53,16 @@ def fold(
         weight, pieces = _weight(params, name), checkpoint.matched.pieces[name]
         is_fused = len(weight.parts) > 1 and any(piece.part is None for piece in pieces)  # one tensor, loaded for all its parts
         deltas = [_delta("", each, _first_row(weight, each), device) for each in factors]
-        parts = list[Part]()
+        parts, release = list[Part](), partial(_release, checkpoint, name)
         for part, (start, stop) in zip(weight.parts, weight.edges(), strict=True):
             found = tuple(cut_deltas(deltas, start, stop))
-            made, kind = maker.make(name, part, found) if found or is_fused else (part, "")
+            made, kind = maker.make(name, part, found, release) if found or is_fused else (part, "")
             parts.append(made)
             if kind:
                 kinds[kind] = None
                 before, after = before + part.nbytes, after + made.nbytes
         folded[name] = replace(weight, parts=maker.packer.arrange(parts))
-        _release(checkpoint, name)
+        release()
     note = (
         f"adapter {adapter.path.name}: {len(adapter.factors)} changes merged; what they change is held as {', '.join(kinds)}, "
         f"{after / 1e6:.1f} MB in memory beside {before / 1e6:.1f} MB in the file"
@@ -158,9 +159,12 @@ class _Maker:
     packer: Packer
     model_dtype: torch.dtype  # in which what was packed is rounded before it is quantized, as `convert` does
 
-    def make(self, name: str, part: Part, deltas: Sequence[Delta]) -> tuple[Part, str]:
-        """Merge one part in float32 and round once, or quantize; return it, and how it is held."""
-        chunks = _merged_chunks(part, deltas, self.device)
+    def make(self, name: str, part: Part, deltas: Sequence[Delta], release: Callable[[], None]) -> tuple[Part, str]:
+        """Merge one part in float32 and round once, or quantize; return it, and how it is held.
+
+        `release` gives the mapped pages back that were read so far, and is called after every chunk.
+        """
+        chunks = _merged_chunks(part, deltas, self.device, release)
         scheme = None if self.quant is None else RECIPES[self.quant].scheme(name, part.shape[-1])
         if scheme is not None:
             rounded = part.dtype if isinstance(part, Tensor) else self.model_dtype
@@ -176,7 +180,7 @@ class _Maker:
         return out, dtype_name(self.dtype)
 
 
-def _merged_chunks(part: Part, deltas: Sequence[Delta], device: torch.device) -> Iterator[Tensor]:
+def _merged_chunks(part: Part, deltas: Sequence[Delta], device: torch.device, release: Callable[[], None]) -> Iterator[Tensor]:
     """Yield the rows of a part, expert by expert, with its deltas added: multiples of a panel, but for the last of a matrix."""
     step = max(CHUNK_ROWS, FOLD_ELEMENTS // part.shape[-1] // CHUNK_ROWS * CHUNK_ROWS)
     whole = Weight((part,))
@@ -187,6 +191,7 @@ def _merged_chunks(part: Part, deltas: Sequence[Delta], device: torch.device) ->
         for start in range(0, matrix.rows, step):
             (rows,) = matrix.slice(start, min(start + step, matrix.rows)).parts
             yield _added(rows, own, start, device)
+            release()
 
 
 def _release(checkpoint: Checkpoint, name: str) -> None:

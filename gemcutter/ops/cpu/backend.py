@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # what follows imports torch
 ACTIVATIONS = ("int8", "bf16")  # how matmuls can take the rows of packed weights, where these are not float32
 PACKED = "cpu-packed-"  # begins the name of a scheme that was repacked for these kernels
 UNPACKED = re.compile(r"mxfp8|fp8|.*-indexed")  # begin the schemes that stay as they are: 8-bit floats, scattered groups
-HEAD_DIM_UNIT = 32  # of attention
 
 
 class CpuBackend:
@@ -38,7 +37,7 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self) -> None:
-        accepts = {"attention": self._accepts_attention, "layer": self._accepts_layer}
+        accepts = {"attention": self._accepts_attention}
         self.kernels = (
             KernelImpl("linear", "native", "cpu.layer_ops:linear", self._accepts_matrices),
             *(KernelImpl(op, "native", f"cpu.model_ops:build_{op}", self._accepts_op) for op in MODEL_OPS),
@@ -112,12 +111,7 @@ class CpuBackend:
         return self._accepts_matrices(site) or ("adapters change its products at run time" if site.adapted else None)
 
     def _accepts_attention(self, site: KernelSite) -> str | None:
-        if site.layer is not None and site.layer.head_dim % HEAD_DIM_UNIT:
-            return f"head_dim {site.layer.head_dim} is not a multiple of {HEAD_DIM_UNIT}"
         return self.refusal(site.device, site.kernels)
-
-    def _accepts_layer(self, site: KernelSite) -> str | None:
-        return self._accepts_op(site) or self._accepts_attention(site)
 
 
 CPU = CpuBackend()
