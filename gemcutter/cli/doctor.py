@@ -45,6 +45,7 @@ STATUS = {
     "broken": ("does not load", "red"),
     "unreadable": ("can't be read", "red"),
 }
+ROOMY_COLUMNS = 120  # of a terminal, from which on versions and reasons get columns of their own
 SHOWN = 20  # problems of one kind; --json has all
 
 SourceName = Annotated[
@@ -96,7 +97,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
     _list(console, "Problems", [f"{each['kind']:10} {each['text']}" for each in _few(found["problems"])], "red")
     _list(console, "Remarks", found["remarks"], "yellow")
     sources = list(dict.fromkeys(address for each in found["verdicts"] for address in each["threads"]))
-    for table in (_layers(found["layers"]), _roles(found["roles"]), _verdicts(found["verdicts"], sources)):
+    for table in (_layers(found["layers"]), _roles(found["roles"]), _verdicts(found["verdicts"], sources, console.width)):
         if table is not None:
             console.print()
             console.print(table)
@@ -168,7 +169,9 @@ def _table(title: str, *columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for column in columns:
         table.add_column(column.strip("<>"), justify="right" if column.startswith(">") else "left")
     return table
@@ -212,12 +215,18 @@ def _roles(roles: Sequence[dict[str, Any]]) -> Table | None:
     return table
 
 
-def _verdicts(verdicts: Sequence[dict[str, Any]], sources: Sequence[str]) -> Table | None:
+def _verdicts(verdicts: Sequence[dict[str, Any]], sources: Sequence[str], width: int) -> Table | None:
+    """Draw a column for each fact, or one for all that is said of a verdict where columns would be too narrow for words."""
     spoken = [each for each in verdicts if each["verdict"] != "unknown"]
     if not spoken:
         return None
-    table = _table("Who can load it", "engine", "verdict", "versions", "why", "see")
+    is_wide = width >= ROOMY_COLUMNS
+    table = _table("Who can load it", "engine", "verdict", *(("versions", "why", "see") if is_wide else ("versions, and why",)))
     for each in spoken:
         numbers = " ".join(f"[{sources.index(address) + 1}]" for address in each["threads"])
-        table.add_row(each["engine"], each["verdict"], each["versions"], each["why"] or "", numbers)
+        if is_wide:
+            table.add_row(each["engine"], each["verdict"], each["versions"], each["why"] or "", numbers)
+        else:
+            said = f"{each['versions']}: {each['why']}" if each["why"] else each["versions"]
+            table.add_row(each["engine"], each["verdict"], f"{said} {numbers}".strip())
     return table

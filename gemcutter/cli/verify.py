@@ -55,6 +55,7 @@ Examples:
   gemcutter verify ./merged --against ./base --against-adapter ./my-adapter
 """
 REFERENCE, TRANSFORMERS, NO_ADAPTER = "reference", "transformers", "none"
+_NO_NUMBER = "not a number"
 # What a reader sees of a measure: its name, and how to spell a number of it.
 SPELLED = {
     "max_abs_logit_difference": ("largest difference of a logit", "{:.3g}"),
@@ -168,13 +169,14 @@ def show(found: dict[str, Any]) -> None:
     print()
     for check in found["checks"]:
         label, number = SPELLED[check["measure"]]
-        value = "not a number" if check["found"] is None else number.format(check["found"])
+        value = _NO_NUMBER if check["found"] is None else number.format(check["found"])
         side = "at least" if check["measure"] == "top1_agreement" else "at most"
         print(f"{'ok  ' if check['passed'] else 'FAIL'}  {label:<40}{value:>12}   {side} {number.format(check['limit'])}")
     print()
-    print(f"negative log-likelihood: {_number(found['nll_nats']['ours'])} here, {_number(found['nll_nats']['against'])} there")
+    nll = found["nll_nats"]
+    print(f"negative log-likelihood, nats a token: {_nll(nll['ours'])} here, {_nll(nll['against'])} there")
     worst = found["worst_position"]
-    print(f"most different: position {worst['position']}, with a KL of {_number(worst['kl_nats'])} nats")
+    print(f"most different: position {worst['position']}, with a KL of {_number(worst['kl_nats'], unit=' nats')}")
     _show_layers(found)
     print("PASS" if found["passed"] else "FAIL")
 
@@ -206,5 +208,9 @@ def _spell_adapters(ours: str | None, theirs: str | None) -> str | None:
     return f"{ours or 'none'} here, {theirs or 'none'} there"
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "not a number" if value is None else f"{value:.{digits}g}"
+def _number(value: float | None, digits: int = 4, unit: str = "") -> str:
+    return _NO_NUMBER if value is None else f"{value:.{digits}g}{unit}"
+
+
+def _nll(value: float | None) -> str:
+    return _NO_NUMBER if value is None else f"{value:.4f}"  # both sides with as many decimals, so that they can be subtracted

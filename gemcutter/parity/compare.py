@@ -90,7 +90,8 @@ def _add(drift: Drift, logits_2RV: Tensor, targets_R: Tensor) -> None:
     for row, apart in enumerate(apart_R.tolist()):
         if not apart <= drift.max_logit and not math.isnan(drift.max_logit):
             drift.max_logit, drift.max_logit_position = apart, len(drift.kl) + row
-    drift.agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    is_choice = ~(ours.isnan() | theirs.isnan()).any(-1)  # among values that are no number there is no best one
+    drift.agreeing += int(((ours.argmax(-1) == theirs.argmax(-1)) & is_choice).sum())
     drift.kl += (theirs.exp() * (theirs - ours)).sum(-1).tolist()
     drift.loss_ours += (-ours.gather(1, targets_R[:, None])[:, 0]).tolist()
     drift.loss_theirs += (-theirs.gather(1, targets_R[:, None])[:, 0]).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from gemcutter.checkpoint.doctor.doctor import examine
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
-from gemcutter.cli import main
-from gemcutter.cli.doctor import read_text
+from gemcutter.cli import main, terminal
+from gemcutter.cli.doctor import read_text, show
 from tests.formats.web import cut_off, serve
 
 
@@ -59,7 +60,7 @@ def test_what_the_terminal_shows(demo: Path, capsys: pytest.CaptureFixture[str])
         "missing    layers.0.attn.in[k] (64, 256)",
         "and 10 more; --json lists all",
         "no chat template",
-        "0-3, 5   sliding     q k v",
+        "0-3, 5  sliding    q k v",
         "layer 5",
         "mlx-swift-lm",
         "up to 3.31.4",
@@ -67,6 +68,17 @@ def test_what_the_terminal_shows(demo: Path, capsys: pytest.CaptureFixture[str])
         "[1] https://github.com/",
     ):
         assert words in shown, words
+
+
+def test_words_are_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(terminal.sys, "stdout", shown)
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    show(examine("demo", read_text=read_text))
+    for words in ("mlx-swift-lm  fails          up to 3.31.4: ", "redundant", "convert_hf_to_gguf.py"):
+        assert words in shown.getvalue(), words
+    assert "\u2026" not in shown.getvalue()  # with which words are cut
 
 
 def test_unreadable_sources_are_told(capsys: pytest.CaptureFixture[str]) -> None:

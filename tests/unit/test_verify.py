@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ def test_the_demo_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "built-in, 256 tokens" in shown
     assert "not longer than the window" not in shown
     assert shown.count("\nok  ") == 5
+    assert re.search(r"^negative log-likelihood, nats a token: \d\.\d{4} here, \d\.\d{4} there$", shown, re.MULTILINE)
 
 
 def test_float32_agrees_strictly_and_the_certificate_says_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,8 +246,11 @@ def test_not_a_number_fails_and_is_told(tmp_path: Path, capsys: pytest.CaptureFi
 
     found = verify(tmp_path, str(copy_of_demo(tmp_path / "spoilt", spoil)), "--against", "demo", *SHORT, code=1)
     assert found["first_divergent_layer"] == 2
-    assert [check["found"] for check in found["checks"] if check["measure"] != "top1_agreement"] == [None] * 4
-    assert "not a number" in capsys.readouterr().out
+    assert [check["found"] for check in found["checks"]] == [None] * 4 + [0.0]
+    shown = capsys.readouterr().out
+    assert "not a number" in shown
+    assert "not a number nats" not in shown
+    assert "\nok  " not in shown
 
 
 # ---- what is refused ----
