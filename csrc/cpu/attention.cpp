@@ -166,17 +166,18 @@ float highest(float *scores, int64_t n) {
     return top(best);
 }
 
-// Scores of positions first..last-1; also prefetches the first values. `spare` holds two rows.
-template <typename Type>
+// Scores of positions first..last-1; also prefetches the first values. Where rows are padded, `spare` holds two of them.
+template <typename Type, bool Pads>
 void score_range(const float *q, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *scores,
                  typename Type::Element *spare) {
-    int64_t width = padded(dim);
+    int64_t width = Pads ? padded(dim) : dim;
     for (int64_t t = first; t < last; t += 2) {
         const typename Type::Element *rows[2];
         int64_t count = t + 2 <= last ? 2 : 1;
         for (int64_t i = 0; i < count; ++i) {
             int64_t later = t + i + PREFETCH_KEYS;
-            rows[i] = pad(row_of<Type>(keys.k, keys, t + i), dim, width, spare + i * width);
+            rows[i] = row_of<Type>(keys.k, keys, t + i);
+            if constexpr (Pads) rows[i] = pad(rows[i], dim, width, spare + i * width);
             if (later < last) prefetch<Type>(row_of<Type>(keys.k, keys, later), dim);
             else if (first + later - last < last) prefetch<Type>(row_of<Type>(keys.v, keys, first + later - last), dim);
         }
@@ -185,45 +186,48 @@ void score_range(const float *q, int64_t heads, int64_t dim, const Keys &keys, i
     }
 }
 
-// sums [G, padded E] = values of positions first..last-1 by their weights. `spare` holds VALUE_KEYS rows.
-template <typename Type>
+// sums [G, padded E] = values of positions first..last-1 by their weights. Where rows are padded, `spare` holds VALUE_KEYS.
+template <typename Type, bool Pads>
 void value_range(const float *weights, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *sums,
                  typename Type::Element *spare) {
-    int64_t width = padded(dim);
+    int64_t width = Pads ? padded(dim) : dim;
     memset(sums, 0, sizeof(float) * (size_t)(heads * width));
     for (int64_t t = first; t < last; t += VALUE_KEYS) {
         const typename Type::Element *rows[VALUE_KEYS], *next[VALUE_KEYS];
         int64_t count = last - t < VALUE_KEYS ? last - t : VALUE_KEYS;
         for (int64_t i = 0; i < count; ++i) {
             int64_t later = t + i + VALUE_KEYS;
-            rows[i] = pad(row_of<Type>(keys.v, keys, t + i), dim, width, spare + i * width);
+            rows[i] = row_of<Type>(keys.v, keys, t + i);
+            if constexpr (Pads) rows[i] = pad(rows[i], dim, width, spare + i * width);
             next[i] = row_of<Type>(keys.v, keys, later < last ? later : last - 1);
         }
         value_keys<Type>(weights + t - first, DECODE_KEYS, heads, count, rows, next, sums, width);
     }
 }
 
-template <typename Type>
+template <typename Type, bool Pads>
 void decode_type(const float *q, int64_t q_stride, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last,
                  float *out, float *tops, float *totals, float *scratch) {
-    int64_t width = padded(dim);
+    int64_t width = Pads ? padded(dim) : dim;
     float *ordered = scratch, *sums = ordered + heads * width, *scores = sums + heads * width;
     auto *spare = reinterpret_cast<typename Type::Element *>(scores + heads * DECODE_KEYS);
     for (int64_t h = 0; h < heads; ++h) order(pad(q + h * q_stride, dim, width, sums), width, ordered + h * width, Type());
-    score_range<Type>(ordered, heads, dim, keys, first, last, scores, spare);
+    score_range<Type, Pads>(ordered, heads, dim, keys, first, last, scores, spare);
     for (int64_t h = 0; h < heads; ++h) {
         tops[h] = highest(scores + h * DECODE_KEYS, last - first);
         totals[h] = exponentiate(scores + h * DECODE_KEYS, last - first, tops[h]);
     }
-    value_range<Type>(scores, heads, dim, keys, first, last, sums, spare);
-    if (width == dim) return unorder(sums, heads * dim, out, Type());
+    value_range<Type, Pads>(scores, heads, dim, keys, first, last, sums, spare);
+    if constexpr (!Pads) return unorder(sums, heads * dim, out, Type());
     unorder(sums, heads * width, ordered, Type());
     for (int64_t h = 0; h < heads; ++h) memcpy(out + h * dim, ordered + h * width, sizeof(float) * (size_t)dim);
 }
 
 void decode(const float *q, int64_t q_stride, int64_t heads, int64_t dim, const Keys *keys, int64_t first, int64_t last,
             float *out, float *tops, float *totals, void *scratch) {
-    auto *run = keys->dtype == GC_F32 ? decode_type<F32> : decode_type<Bf16>;
+    auto *run = padded(dim) == dim      ? keys->dtype == GC_F32 ? decode_type<F32, false> : decode_type<Bf16, false>
+                : keys->dtype == GC_F32 ? decode_type<F32, true>
+                                        : decode_type<Bf16, true>;
     run(q, q_stride, heads, dim, *keys, first, last, out, tops, totals, static_cast<float *>(scratch));
 }
 
@@ -271,6 +275,14 @@ void softmax_query(const Block &b, int64_t query, int64_t from, int64_t to, int6
     b.top[query] = top;
 }
 
+// panel[t * 16 + c] = column e + c of row t, zero from `columns` on and where there is no row.
+template <typename Type>
+void pack_tail(const typename Type::Element *const *rows, int64_t count, int64_t e, int64_t columns, float *panel) {
+    memset(panel, 0, sizeof(float) * (size_t)(count * PANEL));
+    for (int64_t t = 0; t < count; ++t)
+        for (int64_t c = 0; rows[t] && c < columns; ++c) panel[t * PANEL + c] = Type::one(rows[t] + e + c);
+}
+
 // Adds the weighted values of positions low..high-1 to query vectors first..last-1. Values that no query sees are not read.
 template <typename Type>
 void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high, bool shrinks) {
@@ -282,11 +294,12 @@ void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
     }
     for (int64_t e = 0; e < b.dim; e += PANEL) {
         float *out = b.out + e * b.queries() + first * PANEL;
-        int64_t columns = b.dim - e < PANEL ? b.dim - e : PANEL;
-        for (int64_t t = 0; t < count; ++t) {
-            typename Type::Element spare[PANEL];
-            const auto *row = rows[t] ? pad(rows[t] + e, columns, PANEL, spare) : nullptr;
-            for (int c = 0; c < PANEL; c += W) store(b.panel + t * PANEL + c, row ? Type::vector(row + c) : set1(0.0f));
+        if (e + PANEL <= b.dim) {
+            for (int64_t t = 0; t < count; ++t)
+                for (int c = 0; c < PANEL; c += W)
+                    store(b.panel + t * PANEL + c, rows[t] ? Type::vector(rows[t] + e + c) : set1(0.0f));
+        } else {
+            pack_tail<Type>(rows, count, e, b.dim - e, b.panel);
         }
         if (shrinks)
             for (int64_t m = 0; m < queries; ++m)

@@ -1,6 +1,6 @@
 """Native layer ops and whole layers against the reference: every kind of layer, ragged batches, dropped rows, threads, levels.
 
-Owns shapes that native kernels take whole (head dims of 32 and more); `test_ops.py` holds each op against its formula
+Owns shapes that fill vectors (head dims of 32 and 64); `test_ops.py` holds each op against its formula
 on odd shapes, `test_native_packed.py`, `test_native_dense.py` and `test_native_attention.py` the ops beneath. Read
 `gemcutter/ops/cpu/layer_ops.py` beside it.
 """
@@ -43,7 +43,7 @@ TINY_A = Path(__file__).parents[1] / "goldens" / "tiny-a"
 
 @cache
 def plan(name: str) -> ModelPlan:
-    """Derive a shrunk size whose heads are wide enough for native attention."""
+    """Derive a shrunk size whose heads fill whole vectors."""
     if name != "Gemma 3":
         return plan_of({**SIZES[name], **WIDE})
     found = plan_of({**SIZES["31B"], **WIDE, "attention_k_eq_v": False, "num_hidden_layers": 6, "layer_types": None})
