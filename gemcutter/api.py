@@ -2,7 +2,7 @@
 
 The only place where text meets ids and files meet modules: a tokenizer and a chat template on one side, the engine on the other.
 Owns `load`, `Model` and what they return; refuses to know kernels, pages and wire formats. Read `engine/engine.py` for what runs
-beneath, `text/stream.py` for how ids become text.
+beneath, `text/reply.py` for how ids become text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from gemcutter.generate_options import (
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
-from gemcutter.text.stream import TextStream
+from gemcutter.text.reply import ReplyParser
 from gemcutter.text_assets import read_text_assets
 
 __all__ = [
@@ -195,7 +195,7 @@ class Model:
     def submit_many(self, prepared: Sequence[PreparedRequest]) -> list[Stream]:
         """Queue prepared requests that start in the same step, and return their streams."""
         streams = [
-            Stream(each.request, TextStream.after(each.request.prompt, self.tokenizer, stop=each.stop)) for each in prepared
+            Stream(each.request, ReplyParser.after(each.request.prompt, self.tokenizer, stop=each.stop)) for each in prepared
         ]
         sinks = [(each.request, stream.sink) for each, stream in zip(prepared, streams, strict=True)]
         for stream, number in zip(streams, self.loop.submit_many(sinks, is_checked=True), strict=True):

@@ -3,7 +3,7 @@
 Owns the search for the template and the check of the messages it is given. `template_sandbox.py` is what it runs in.
 Refuses to know turn markers or thinking cues: what a prompt looks like is the template's business alone. Media bytes and tool
 grammar live elsewhere; here an image is a part of type `image` and a tool call is a name with an object of arguments.
-Read `tokenizer.py` for the encoding of the rendered prompt, `stream.py` for what comes back.
+Read `tokenizer.py` for the encoding of the rendered prompt, `reply.py` for what comes back.
 """
 
 from __future__ import annotations

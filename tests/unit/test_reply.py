@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemcutter.errors import RequestError
-from gemcutter.text import stream as module
-from gemcutter.text.stream import TextPiece, TextStream, ends_in_reasoning, invites_bare_header
+from gemcutter.text import reply as module
+from gemcutter.text.reply import ReplyParser, ReplyPiece, ends_in_reasoning, invites_bare_header
 from gemcutter.text.tokenizer import Tokenizer
 from tests.real_tokenizer import golden_chats, real_template, real_tokenizer
 
@@ -32,9 +32,9 @@ def as_bytes(text: str | bytes) -> list[int]:
     return [id_of(f"<0x{byte:02X}>") for byte in (text.encode() if isinstance(text, str) else text)]
 
 
-def run(ids: list[int], **options: Any) -> TextStream:
+def run(ids: list[int], **options: Any) -> ReplyParser:
     """Push all ids, finish, and check that the pieces are what the stream says its texts are."""
-    stream = TextStream(TOKENIZER, **options)
+    stream = ReplyParser(TOKENIZER, **options)
     pieces = [piece for id in ids for piece in stream.push(id)] + stream.finish()
     assert all(piece.text for piece in pieces)
     assert "".join(piece.text for piece in pieces if piece.kind == "content") == stream.text
@@ -81,7 +81,7 @@ def test_any_ids_stream_to_what_they_decode_to(ids: list[int], show_special: boo
 @given(ids_of_text(SCRIPTS))
 def test_characters_are_never_shown_in_halves(case: tuple[str, list[int]]) -> None:
     text, ids = case
-    stream = TextStream(TOKENIZER)
+    stream = ReplyParser(TOKENIZER)
     for id in ids:
         stream.push(id)
         assert text.startswith(stream.text)
@@ -95,7 +95,7 @@ def test_stop_strings_cut_where_a_search_of_the_whole_text_would(case: tuple[str
     inner = st.tuples(st.integers(0, max(len(text) - 1, 0)), st.integers(1, 8)).map(lambda c: text[c[0] : c[0] + c[1]] or "x")
     stops = data.draw(st.lists(st.one_of(inner, st.text(min_size=1, max_size=4)), max_size=3))
     expected, met = cut_at_first_stop(text, stops)
-    stream = TextStream(TOKENIZER, stop=stops)
+    stream = ReplyParser(TOKENIZER, stop=stops)
     for id in ids:
         stream.push(id)
         assert expected.startswith(stream.text)
@@ -201,8 +201,8 @@ def test_a_stop_string_may_straddle_a_channel_and_end_at_the_last_byte() -> None
 
 
 def test_nothing_follows_a_stop_or_the_finish() -> None:
-    stopped = TextStream(TOKENIZER, stop=["b"])
-    assert stopped.push(as_bytes("a")[0]) == [TextPiece("content", "a")]
+    stopped = ReplyParser(TOKENIZER, stop=["b"])
+    assert stopped.push(as_bytes("a")[0]) == [ReplyPiece("content", "a")]
     assert stopped.push(as_bytes("b")[0]) == []
     assert stopped.stopped == "b"
     assert [stopped.push(id) for id in [*as_bytes("c"), id_of(OPEN), *as_bytes("d")]] == [[], [], []]
@@ -215,7 +215,7 @@ def test_nothing_follows_a_stop_or_the_finish() -> None:
 
 
 def test_text_that_may_become_a_stop_string_is_held_back_until_it_can_not() -> None:
-    stream = TextStream(TOKENIZER, stop=["abcd"])
+    stream = ReplyParser(TOKENIZER, stop=["abcd"])
     emitted = [[piece.text for piece in stream.push(id)] for id in as_bytes("xabcabx")]
     assert emitted == [["x"], [], [], [], ["abc"], [], ["abx"]]
 
@@ -230,7 +230,7 @@ def test_a_tokenizer_without_channels_has_one_text() -> None:
     content = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
     text = json.dumps(content).replace(OPEN, "<unused98>").replace(CLOSE, "<unused99>")
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(text), {})
-    stream = TextStream(tokenizer)
+    stream = ReplyParser(tokenizer)
     for id in tokenizer.encode(f"{OPEN}thought\nHm.{CLOSE}", bos=False):
         stream.push(id)
     assert (stream.text, stream.reasoning) == (f"{OPEN}thought\nHm.{CLOSE}", "")
@@ -253,7 +253,7 @@ def test_every_id_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("id", [-1, 4096])
 def test_ids_outside_the_vocabulary_are_refused(id: int) -> None:
     with pytest.raises(RequestError, match="is not in the vocabulary"):
-        TextStream(TOKENIZER).push(id)
+        ReplyParser(TOKENIZER).push(id)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_ids_outside_the_vocabulary_are_refused(id: int) -> None:
 )
 def test_unusable_stop_strings_are_named(stop: Any, found: str) -> None:
     with pytest.raises(RequestError, match=found):
-        TextStream(TOKENIZER, stop=stop)
+        ReplyParser(TOKENIZER, stop=stop)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_where_a_prompt_leaves_the_model(prompt: str, is_reasoning: bool, is_inv
     ids = TOKENIZER.encode(prompt, bos=False)
     assert ends_in_reasoning(TOKENIZER, ids) is is_reasoning
     assert invites_bare_header(TOKENIZER, ids) is is_inviting
-    stream = TextStream.after(ids, TOKENIZER)
+    stream = ReplyParser.after(ids, TOKENIZER)
     for id in TOKENIZER.encode("thought\nYes.", bos=False):
         stream.push(id)
     text = "thought\nYes."
@@ -315,7 +315,7 @@ def test_where_golden_prompts_leave_the_model(name: str, size: str, is_reasoning
 
 def test_the_real_vocabulary_streams_a_thought_and_an_answer() -> None:
     tokenizer = real_tokenizer()
-    stream = TextStream(tokenizer, stop=["\n\nUser:"])
+    stream = ReplyParser(tokenizer, stop=["\n\nUser:"])
     for id in tokenizer.encode(f"{OPEN}thought\n我想 🦙‍⬛\n{CLOSE}  Oui, ça va 🌫️!\n\nUser: x", bos=False):
         stream.push(id)
     assert (stream.reasoning, stream.text) == ("我想 🦙‍⬛\n", "  Oui, ça va 🌫️!")

@@ -28,14 +28,20 @@ INVITING_END = re.compile(rf"(<tool_response\|>|<\|channel>({CHANNEL_NAME})?\s*<
 
 
 @dataclass(frozen=True, slots=True)
-class TextPiece:
-    """A stretch of text that is final: no later id can change it."""
+class ReplyPiece:
+    """A stretch of a reply that is final: no later id can change it.
 
-    kind: Literal["content", "reasoning"]
+    Of a tool call, `text` is the next fragment of the arguments' JSON, "" possibly in its first piece; `index` counts the calls
+    of the reply, and `name` is set in the first piece of a call only.
+    """
+
+    kind: Literal["content", "reasoning", "tool_call"]
     text: str
+    index: int = 0
+    name: str | None = None
 
 
-class TextStream:
+class ReplyParser:
     """Turn the ids of one generated sequence into pieces of text, at constant cost for each id.
 
     `stopped` is the stop string that ended the content, None while there is none. Of several stop strings, the one that is
@@ -51,7 +57,7 @@ class TextStream:
         in_reasoning: bool = False,
         bare_header: bool = False,
     ) -> None:
-        """Start at the end of a prompt; `TextStream.after` derives the last two flags from its ids.
+        """Start at the end of a prompt; `ReplyParser.after` derives the last two flags from its ids.
 
         `in_reasoning`: the prompt ends in an open channel, whose header it has written. `bare_header`: drop a literal `thought`
         line at the start of the content, which models add after some prompts. `show_special`: print all markers but a channel's.
@@ -72,7 +78,7 @@ class TextStream:
     @classmethod
     def after(
         cls, prompt_ids: Sequence[int], tokenizer: Tokenizer, *, stop: Sequence[str] = (), show_special: bool = False
-    ) -> TextStream:
+    ) -> ReplyParser:
         """Start where the prompt of these ids leaves the model: in its content, or in a channel that it opened.
 
         Raises RequestError for stop strings that are empty or no strings.
@@ -95,7 +101,7 @@ class TextStream:
         """Return all reasoning emitted so far; channels follow each other without a separator."""
         return "".join(self._reasoning_parts)
 
-    def push(self, id: int) -> list[TextPiece]:
+    def push(self, id: int) -> list[ReplyPiece]:
         """Take one generated id and return the text that became final; nothing after a stop string or `finish`.
 
         Raises RequestError for an id outside the vocabulary.
@@ -115,7 +121,7 @@ class TextStream:
             return self._emit("reasoning", self._reasoning.feed(data, is_last=False))
         return self._say(data, is_last=False)
 
-    def finish(self) -> list[TextPiece]:
+    def finish(self) -> list[ReplyPiece]:
         """End the sequence and return what was held back; an unfinished character becomes U+FFFD. Later calls return nothing."""
         if self._is_finished:
             return []
@@ -123,13 +129,13 @@ class TextStream:
         self._is_finished = True
         return pieces
 
-    def _say(self, data: bytes, *, is_last: bool) -> list[TextPiece]:
+    def _say(self, data: bytes, *, is_last: bool) -> list[ReplyPiece]:
         text = self._search.feed(self._content.feed(data, is_last=is_last), is_last=is_last)
         self.stopped = self._search.met
         self._is_finished = self.stopped is not None
         return self._emit("content", text)
 
-    def _leave_channel(self) -> list[TextPiece]:
+    def _leave_channel(self) -> list[ReplyPiece]:
         """End the open channel, if any: a stray `<channel|>` is dropped."""
         if self._reasoning is None:
             return []
@@ -137,11 +143,11 @@ class TextStream:
         self._reasoning = None
         return self._emit("reasoning", text)
 
-    def _emit(self, kind: Literal["content", "reasoning"], text: str) -> list[TextPiece]:
+    def _emit(self, kind: Literal["content", "reasoning"], text: str) -> list[ReplyPiece]:
         if not text:
             return []
         (self._content_parts if kind == "content" else self._reasoning_parts).append(text)
-        return [TextPiece(kind, text)]
+        return [ReplyPiece(kind, text)]
 
 
 def ends_in_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
