@@ -54,7 +54,8 @@ class RequestMetrics:
 class Completion:
     """What a request brought: `tokens` without the stop token, `text` without stop strings, markers, reasoning and tool calls.
 
-    `tool_calls` holds the calls that are complete, `reasoning_tokens` counts the tokens of the reasoning. `logprobs` has an entry
+    `tool_calls` holds the calls that are complete, `reasoning_tokens` counts the tokens of the reasoning,
+    `stopped` is the stop string that ended the text. `logprobs` has an entry
     for each of `tokens`, if that was asked for; `model.tokenizer.piece(id)` spells its ids.
     """
 
@@ -68,6 +69,7 @@ class Completion:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_tokens: int = 0
+    stopped: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,15 @@ class Stream:
             decode_s=self._last_s - self._first_s,
         )
         return Completion(
-            text.text, tuple(self._tokens), finish, self._request.prompt, text.reasoning, tuple(self._logprobs), report, metrics
+            text.text,
+            tuple(self._tokens),
+            finish,
+            self._request.prompt,
+            text.reasoning,
+            tuple(self._logprobs),
+            report,
+            metrics,
+            stopped=text.stopped,
         )
 
 

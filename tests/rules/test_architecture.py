@@ -83,6 +83,7 @@ MAY_IMPORT = {
         "generate_options",
         "native",
     },
+    "server": {"api", "completion", "engine", "generate_options", "text"},
     "__main__": {"cli"},
     "__init__": {"api", "engine", "completion", "gc_pause", "generate_options"},
 }
@@ -91,6 +92,7 @@ VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 VAGUE_CLASSES = ("Manager", "Handler", "Helper", "Impl", "Wrapper", "Base")
 BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure", "TypedDict"}  # a Structure is a C struct
 BASES |= {"TemplateError", "Extension", "ImmutableSandboxedEnvironment"}  # how jinja2 is extended
+BASES |= {"BaseModel"}  # a request's body
 BASES |= {"ValueError"}  # what callers expect of a bad argument
 
 

@@ -1,0 +1,1 @@
+"""What requests of each API may hold, and their conversion to what the engine is asked."""

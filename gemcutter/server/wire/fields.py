@@ -1,0 +1,182 @@
+"""Reading the parts of a request's body whose form depends on a `type`: items, blocks, tools.
+
+Owns the error that names the field, and what the converters of the Responses and the Messages API share: lists, objects and
+texts, tools as functions, assistant turns put together from parts that arrive one by one. Refuses to know HTTP and both APIs'
+names. Read `responses.py` and `messages.py` for the converters, `server/errors.py` for how an error leaves.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from gemcutter.errors import GemcutterError, spell_value
+from gemcutter.generate_options import PARTS
+
+SEALED = "gemcutter:"  # how reasoning that a client carries for us, unread, begins
+
+
+class FieldError(GemcutterError, ValueError):
+    """A field of a request's body that can't be served as it is; `param` is its path, such as `input[2].content[0].type`."""
+
+    def __init__(self, param: str, message: str) -> None:
+        self.param = param
+        super().__init__(f"{param}: {message}")
+
+
+def refuse(param: str, message: str) -> NoReturn:
+    """Raise FieldError for a field."""
+    raise FieldError(param, message)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """What any of the APIs asks for, in the layout of OpenAI's chat completions.
+
+    `tools` are function declarations; `tool_choice` is "auto", "none", "required", {"name": N} or {"names": [...], "mode": M};
+    `response_format` is the chat API's. `sampling` holds what was given of `GenerateOptions`' sampling fields, `thinking` is None
+    where the request leaves it to the server. `warnings` say what was ignored that a client might wait for.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    sampling: dict[str, Any] = field(default_factory=dict)
+    thinking: bool | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    response_format: dict[str, Any] | None = None
+    continues: bool = False  # the last message is the beginning of the reply
+    thinking_budget: int | None = None  # tokens
+    warnings: tuple[str, ...] = ()
+
+
+def as_object(value: object, where: str) -> Mapping[str, Any]:
+    """Return an object. Raises FieldError for anything else."""
+    if not isinstance(value, Mapping):
+        refuse(where, f"expected an object, found {spell_value(value)}")
+    return value
+
+
+def as_list(value: object, where: str) -> Sequence[Any]:
+    """Return a list. Raises FieldError for anything else."""
+    if not isinstance(value, list | tuple):
+        refuse(where, f"expected a list, found {spell_value(value)}")
+    return value
+
+
+def as_text(value: object, where: str) -> str:
+    """Return a text. Raises FieldError for anything else."""
+    if not isinstance(value, str):
+        refuse(where, f"expected a string, found {spell_value(value)}")
+    return value
+
+
+def as_name(value: object, where: str) -> str:
+    """Return a text that is not empty. Raises FieldError for anything else."""
+    if not isinstance(value, str) or not value:
+        refuse(where, f"expected a name, found {spell_value(value)}")
+    return value
+
+
+def image_part(url: str, where: str) -> dict[str, Any]:
+    """Return an image as a part of a message. Raises FieldError while images can't be read."""
+    if "image_url" not in PARTS:
+        refuse(where, "images can't be read yet; send text")
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def joined(parts: Sequence[Mapping[str, Any]], separator: str) -> str | list[Mapping[str, Any]]:
+    """Return parts that are all text as one text, others as they are."""
+    if all(part["type"] == "text" for part in parts):
+        return separator.join(part["text"] for part in parts)
+    return list(parts)
+
+
+def function(name: str, description: object, parameters: object, strict: object, where: str) -> dict[str, Any]:
+    """Return a function declaration in the chat API's layout; a field that is None is left out. Raises FieldError."""
+    declared: dict[str, Any] = {"name": name}
+    if description is not None:
+        declared["description"] = as_text(description, f"{where}.description")
+    declared["parameters"] = dict(as_object({} if parameters is None else parameters, f"{where}.parameters"))
+    if strict is not None:
+        if not isinstance(strict, bool):
+            refuse(f"{where}.strict", f"expected true or false, found {spell_value(strict)}")
+        declared["strict"] = strict
+    return {"type": "function", "function": declared}
+
+
+def check_declared(name: str, tools: Sequence[Mapping[str, Any]], where: str) -> str:
+    """Return the name of a tool that a choice demands. Raises FieldError if no such function was declared."""
+    names = [tool["function"]["name"] for tool in tools]
+    if name not in names:
+        refuse(where, f"no function {name!r} is declared; there are: {', '.join(names) or 'none'}")
+    return name
+
+
+def seal(text: str) -> str:
+    """Return reasoning as an opaque text, which clients send back without showing it."""
+    return base64.b64encode(f"{SEALED}{text}".encode()).decode()
+
+
+def unseal(sealed: object) -> str:
+    """Return the reasoning of `seal`; nothing for what another server sealed."""
+    try:
+        text = base64.b64decode(sealed, validate=True).decode() if isinstance(sealed, str) else ""
+    except (binascii.Error, UnicodeDecodeError, ValueError):
+        return ""
+    return text.removeprefix(SEALED) if text.startswith(SEALED) else ""
+
+
+class Turns:
+    """Messages put together from parts: reasoning, text and calls of one answer become one assistant message.
+
+    A part that stood before the calls, or before the text, in the order in which models write begins a new message, so that
+    nothing changes places.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self._answer: dict[str, Any] | None = None  # the last message, if parts may still join it
+
+    def add(self, message: dict[str, Any]) -> None:
+        """Add a whole message."""
+        self.messages.append(message)
+        self._answer = None
+
+    def reason(self, text: str) -> None:
+        """Add reasoning to the answer."""
+        answer = self._current(closed_by=("content", "tool_calls"))
+        answer["reasoning_content"] = "\n".join(filter(None, [answer.get("reasoning_content"), text]))
+
+    def say(self, text: str) -> None:
+        """Add text to the answer."""
+        answer = self._current(closed_by=("tool_calls",))
+        answer["content"] = answer.get("content", "") + text
+
+    def call(self, id: str, name: str, arguments: object) -> None:
+        """Add a call to the answer; `arguments` is JSON text or an object."""
+        calls = self._current().setdefault("tool_calls", [])
+        calls.append({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
+
+    def end(self) -> None:
+        """Let the next part begin an answer of its own."""
+        self._answer = None
+
+    def _current(self, closed_by: Sequence[str] = ()) -> dict[str, Any]:
+        if self._answer is None or any(name in self._answer for name in closed_by):
+            self.add({"role": "assistant"})
+            self._answer = self.messages[-1]
+        return self._answer
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Return the messages; an answer without text has the content None."""
+        for message in self.messages:
+            if message["role"] == "assistant":
+                message.setdefault("content", None)
+        return self.messages
