@@ -24,7 +24,7 @@ from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
 from gemcutter.engine.engine import Engine
-from gemcutter.engine.loop import CLOSED, EngineLoop
+from gemcutter.engine.loop import CLOSED, EngineLoop, Sink
 from gemcutter.engine.request import Request
 from gemcutter.errors import RequestError, spell_value
 from gemcutter.gc_pause import collector_paused
@@ -192,13 +192,17 @@ class Model:
         """Queue a prepared request and return the stream of its chunks."""
         return self.submit_many([prepared])[0]
 
-    def submit_many(self, prepared: Sequence[PreparedRequest]) -> list[Stream]:
-        """Queue prepared requests that start in the same step, and return their streams."""
+    def submit_many(self, prepared: Sequence[PreparedRequest], sinks: Sequence[Sink] = ()) -> list[Stream]:
+        """Queue prepared requests that start in the same step, and return their streams.
+
+        With `sinks`, one a request, events go there instead, on the engine's thread; `Stream.read_event` makes chunks of them.
+        """
         streams = [
             Stream(each.request, ReplyParser.after(each.request.prompt, self.tokenizer, stop=each.stop)) for each in prepared
         ]
-        sinks = [(each.request, stream.sink) for each, stream in zip(prepared, streams, strict=True)]
-        for stream, number in zip(streams, self.loop.submit_many(sinks, is_checked=True), strict=True):
+        taken = sinks or [stream.sink for stream in streams]
+        requests = [(each.request, sink) for each, sink in zip(prepared, taken, strict=True)]
+        for stream, number in zip(streams, self.loop.submit_many(requests, is_checked=True), strict=True):
             stream.attach(self.loop, number)
         return streams
 

@@ -141,6 +141,18 @@ class Stream:
                 self.close()
                 raise
 
+    def read_event(self, event: RequestEvent) -> list[Chunk]:
+        """Return the chunks that an event brings, to a caller who gave the request a sink of his own.
+
+        Raises the error of a request that ended with one.
+        """
+        with self._lock:
+            self._take(event)
+            if self._error is not None:
+                raise failure(self._error)
+            ready, self._ready = list(self._ready), deque()
+            return ready
+
     def close(self) -> None:
         """Stop early; later reads end at once."""
         self._is_closed = True

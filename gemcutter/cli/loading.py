@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemcutter.cli.options import Loading
 from gemcutter.cli.terminal import note, progress, remark
@@ -20,11 +20,21 @@ if TYPE_CHECKING:
 
 @collector_paused()
 def load_model(
-    name: str, how: Loading, *, context: int | None, kv: str | None = None, max_num_seqs: int = 1, prefix_cache_entries: int = 0
+    name: str,
+    how: Loading,
+    *,
+    context: int | None,
+    kv: str | None = None,
+    max_num_seqs: int = 1,
+    prefix_cache_entries: int = 0,
+    **more: Any,
 ) -> Model:
-    """Load a model as the options say, and tell on stderr what was left out. Raises GemcutterError."""
+    """Load a model as the options say, and tell on stderr what was left out; `more` are other load options.
+
+    Raises GemcutterError.
+    """
     limits = {"context": context, "max_num_seqs": max_num_seqs, "prefix_cache_entries": prefix_cache_entries}
-    options = how.options(name, kv=kv, **limits)
+    options = how.options(name, kv=kv, **limits, **more)
     from gemcutter import api
 
     use_threads(how.threads)

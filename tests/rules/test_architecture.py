@@ -82,6 +82,7 @@ MAY_IMPORT = {
         "gc_pause",
         "generate_options",
         "native",
+        "server",
     },
     "server": {"api", "completion", "engine", "generate_options", "text"},
     "__main__": {"cli"},
@@ -92,7 +93,7 @@ VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 VAGUE_CLASSES = ("Manager", "Handler", "Helper", "Impl", "Wrapper", "Base")
 BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure", "TypedDict"}  # a Structure is a C struct
 BASES |= {"TemplateError", "Extension", "ImmutableSandboxedEnvironment"}  # how jinja2 is extended
-BASES |= {"BaseModel"}  # a request's body
+BASES |= {"BaseModel", "SamplingFields", "StreamingResponse", "Server"}  # bodies of requests; starlette's and uvicorn's
 BASES |= {"ValueError"}  # what callers expect of a bad argument
 
 

@@ -1,0 +1,230 @@
+"""`gemcutter serve`: a model behind the APIs that existing clients speak.
+
+Owns the command line, the port and the end of the process. The port is taken at once and opens when requests can be served; the
+first SIGTERM or interrupt lets running requests end, the second ends them. Refuses to know routes. Read `server/app.py` for
+those, `server/options.py` for the limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemcutter.cli import options
+from gemcutter.cli.failure import UsageError
+from gemcutter.cli.loading import load_model, spell_how
+from gemcutter.cli.terminal import Volume, say, spell_bytes, volume
+from gemcutter.errors import CapacityError, RequestError
+from gemcutter.server.options import MIB, ServerOptions
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from fastapi import FastAPI
+
+    from gemcutter.api import Model
+
+HELP = """
+Serve a model to OpenAI's and Anthropic's clients.
+
+The port is taken at once and opens when the model is loaded. /health answers while the process lives, /ready while requests are
+taken. SIGTERM lets running requests end; a second one ends them. Any client of the OpenAI API works with the base URL that is
+printed at the start.
+"""
+EXAMPLES = """\b
+Examples:
+  gemcutter serve demo
+  gemcutter serve google/gemma-4-E4B-it --quant q4 --host 0.0.0.0 --api-key "$KEY"
+  gemcutter serve ./gemma-4-26B-A4B-it-4bit --served-model-name gemma --served-model-name '*'
+"""
+KEY = "GEMCUTTER_API_KEY"
+KEEP_ALIVE_S = 120  # agents think longer than uvicorn's 5 s between two requests on one connection
+DEFAULTS = ServerOptions()
+
+
+@options.spread
+def serve(
+    model: options.Model,
+    *,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Listen on this address; 0.0.0.0 on all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Listen on this port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", envvar=KEY, help="Demand this key, as a bearer token or as x-api-key; repeatable."),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Name in requests, the first one its own, '*' for any; repeatable.  [default: MODEL]"),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option("--max-model-len", "--context", metavar="TOKENS", min=1, help="Room for a prompt and its reply."),
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(metavar="N", min=1, help="Requests that run at once; others wait.")] = 8,
+    max_num_batched_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Rows of one step.")] = 512,
+    enable_lora: Annotated[bool, typer.Option("--enable-lora", help="Accepted; --lora-modules is enough.")] = False,
+    lora_modules: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Adapter that requests may name as their model; repeatable.")
+    ] = None,
+    default_chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="What chat templates are told, unless requests say otherwise."),
+    ] = None,
+    reasoning_field: Annotated[
+        str, typer.Option(metavar="reasoning_content|reasoning|both", help="The field that thoughts travel in.")
+    ] = DEFAULTS.reasoning_field,
+    strict_tool_deltas: Annotated[
+        bool, typer.Option("--strict-tool-deltas", help="Repeat id, type and name in every delta of a call.")
+    ] = False,
+    bos_for_token_prompts: Annotated[
+        str, typer.Option(metavar="auto|never", help="Put an unseen <bos> before prompts of token ids that lack it.")
+    ] = DEFAULTS.bos_for_token_prompts,
+    enable_tokenizer_info_endpoint: Annotated[
+        bool, typer.Option("--enable-tokenizer-info-endpoint", help="Answer /tokenizer_info; lm-eval then leaves <bos> out.")
+    ] = False,
+    max_queue: Annotated[int, typer.Option(metavar="N", min=0, help="Requests that may wait; more are told to retry.")] = (
+        DEFAULTS.max_queue
+    ),
+    max_queued_tokens: Annotated[
+        int, typer.Option(metavar="TOKENS", min=1, help="Prompt tokens that may wait.")
+    ] = DEFAULTS.max_queued_tokens,
+    max_body_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Largest body of a request.")] = (
+        DEFAULTS.max_body_bytes // MIB
+    ),
+    request_timeout: Annotated[float, typer.Option(metavar="S", min=0, help="End requests after so long; 0: never.")] = 0.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(metavar="S", min=0, help="Time that running requests have after SIGTERM.")
+    ] = DEFAULTS.shutdown_timeout_s,
+    loading: options.Loading,
+    kv: options.Kv = None,
+) -> None:
+    """Load a model and serve it until a signal ends the process. Raises UsageError or GemcutterError."""
+    chosen = _server_options(
+        names=tuple(served_model_name or [model]),
+        api_keys=tuple(api_key or ()),
+        template_options=_read_kwargs(default_chat_template_kwargs),
+        reasoning_field=reasoning_field,
+        strict_tool_deltas=strict_tool_deltas,
+        bos_for_token_prompts=bos_for_token_prompts,
+        tokenizer_info=enable_tokenizer_info_endpoint,
+        max_queue=max_queue,
+        max_queued_tokens=max_queued_tokens,
+        max_body_bytes=max_body_mb * MIB,
+        request_timeout_s=request_timeout,
+        shutdown_timeout_s=shutdown_timeout,
+    )
+    adapters = dict(_read_module(each) for each in lora_modules or ())
+    create_app = _find_app()
+    with _take_port(host, port) as taken:
+        limits: dict[str, Any] = {
+            "max_num_seqs": max_num_seqs,
+            "max_batched_tokens": max_num_batched_tokens,
+            "adapters": adapters,
+        }
+        loaded = load_model(model, loading, context=max_model_len, kv=kv, prefix_cache_entries=max_num_seqs, **limits)
+        with loaded:
+            _run(create_app(loaded, chosen), loaded, taken, chosen)
+
+
+def _find_app() -> Any:
+    """Return what makes the application. Raises RequestError, with the remedy, where its packages are absent."""
+    try:
+        import uvicorn  # noqa: F401
+
+        from gemcutter.server.app import create_app
+    except ModuleNotFoundError as error:
+        raise RequestError(f"serving needs the package {error.name!r}: pip install 'gemcutter[serve]'") from None
+    return create_app
+
+
+def _server_options(**chosen: Any) -> ServerOptions:
+    try:
+        return ServerOptions(**chosen)
+    except RequestError as error:
+        raise UsageError("; ".join(f"--{problem.replace('_', '-', 1)}" for problem in error.problems)) from None
+
+
+def _read_kwargs(text: str | None) -> tuple[tuple[str, object], ...]:
+    if text is None:
+        return ()
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--default-chat-template-kwargs: expected a JSON object, found {text!r} ({error})") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"--default-chat-template-kwargs: expected a JSON object, found {text!r}")
+    return tuple(found.items())
+
+
+def _read_module(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise UsageError(f"--lora-modules: expected NAME=PATH, found {text!r}")
+    return name, path
+
+
+def _take_port(host: str, port: int) -> socket.socket:
+    """Return a socket that holds the port; nobody is let in yet. Raises CapacityError where it can't be had."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        taken = socket.socket(family, kind)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CapacityError(f"port {port} of {host} can't be taken ({reason}); choose another one with --port") from None
+    return taken
+
+
+def _run(app: FastAPI, model: Model, taken: socket.socket, chosen: ServerOptions) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Announces itself once it listens, and lets requests end when it is told to stop."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            self._loop = asyncio.get_running_loop()
+            if self.started:
+                announce(model, taken, chosen)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if not self.should_exit:
+                self._loop.call_soon_threadsafe(app.state.service.drain, chosen.shutdown_timeout_s)
+            super().handle_exit(sig, frame)
+
+    is_verbose = volume() is Volume.VERBOSE
+    config = uvicorn.Config(
+        app,
+        log_level="info" if is_verbose else "warning",
+        access_log=is_verbose,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(chosen.shutdown_timeout_s) + 2,
+        server_header=False,
+    )
+    Server(config).run([taken])
+
+
+def announce(model: Model, taken: socket.socket, chosen: ServerOptions) -> None:
+    """Print on stderr what is served, what it takes, and how to ask."""
+    if volume() is Volume.QUIET:
+        return
+    host, port = taken.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else shown}:{port}/v1"
+    name, engine = chosen.name, model.engine
+    weights = sum(each.nbytes for each in model.decoder.params.values())
+    names = ", ".join((*chosen.names, *model.adapters))
+    say(f"{name}: {spell_how(model)}, {engine.scheduler.max_num_seqs} requests at once")
+    say(f"memory: {spell_bytes(weights)} of weights, {spell_bytes(engine.pool.nbytes)} of cache")
+    say(f"serving on {url} as {names}" + (f" (on all addresses, port {port})" if host in ("0.0.0.0", "::") else ""))
+    key = f' -H "Authorization: Bearer ${KEY}"' if chosen.api_keys else ""
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is a lantern?"}], "max_tokens": 64})
+    say(f"curl {url}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    given = f'__import__("os").environ["{KEY}"]' if chosen.api_keys else '"none"'
+    ask = f'.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "What is a lantern?"}}])'
+    say(f"python -c 'import openai; print(openai.OpenAI(base_url=\"{url}\", api_key={given}){ask}.choices[0].message.content)'")

@@ -1,0 +1,90 @@
+"""From a conversation that any API asked for to requests that the engine can run.
+
+Owns the mapping of `ChatInput` to `GenerateOptions`, with the server's own defaults, and the errors that name a field of the
+wire. Refuses to know HTTP. Read `wire/fields.py` for `ChatInput`, `service.py` for what runs the requests.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from gemcutter.api import Model, PreparedRequest
+from gemcutter.generate_options import NAMES
+from gemcutter.server.errors import too_long
+from gemcutter.server.options import ServerOptions
+from gemcutter.server.wire.fields import ChatInput, refuse
+
+PLAIN_FORMATS = ("text",)
+
+
+def prepare_chat(
+    model: Model, chat: ChatInput, options: ServerOptions, *, adapter: str | None = None, anthropic: bool = False
+) -> PreparedRequest:
+    """Encode a conversation and check everything that it asks for; meant for a worker thread. Raises RequestError or ApiError."""
+    if chat.tool_choice == "none" and "tool_choice" not in NAMES:
+        refuse("tool_choice", "none can't be promised yet; leave the tools out instead")
+    wanted: dict[str, Any] = dict(chat.sampling)
+    if chat.stop:
+        wanted["stop"] = list(chat.stop)
+    if chat.tools:
+        wanted["tools"] = chat.tools
+    if adapter is not None:
+        wanted["adapter"] = adapter
+    context = model.engine.context
+    wanted["max_tokens"] = context if chat.max_tokens is None else chat.max_tokens
+    wanted |= _template_options(chat, options) | _choices(chat)
+    prepared = model.prepare(chat.messages, **wanted)
+    prompt = len(prepared.request.prompt)
+    if chat.max_tokens is not None and prompt + chat.max_tokens > context:
+        raise too_long(prompt, chat.max_tokens, context, anthropic)
+    return prepared
+
+
+def copies(prepared: PreparedRequest, count: int) -> list[PreparedRequest]:
+    """Return a request so many times; a seed gives each its own replies."""
+    request, seed = prepared.request, prepared.request.sampling.seed
+    if seed is None or count == 1:
+        return [prepared] * count
+    seeds = [replace(request.sampling, seed=(seed + index) % (1 << 64)) for index in range(count)]
+    return [replace(prepared, request=replace(request, sampling=sampling)) for sampling in seeds]
+
+
+def _template_options(chat: ChatInput, options: ServerOptions) -> dict[str, Any]:
+    """Return what the template is told: the request's word, else the server's, else no thinking."""
+    given = {**dict(options.template_options), **chat.template_options}
+    thinking = given.pop("enable_thinking", None) if chat.thinking is None else chat.thinking
+    if "enable_thinking" in chat.template_options:  # the most explicit of several ways to say it
+        thinking = chat.template_options["enable_thinking"]
+    given.pop("enable_thinking", None)
+    found: dict[str, Any] = {"enable_thinking": bool(thinking)}
+    if given:
+        found["template_options"] = given
+        if "template_options" not in NAMES:
+            refuse("chat_template_kwargs", f"{', '.join(sorted(given))}: not read by the template; leave it out")
+    if chat.continues:
+        found["continue_final_message"] = True
+        if "continue_final_message" not in NAMES:
+            refuse("messages", "the last message is the assistant's: the reply can't be begun for it yet")
+    return found
+
+
+def _choices(chat: ChatInput) -> dict[str, Any]:
+    """Return what bounds the form of the reply."""
+    found: dict[str, Any] = {}
+    if chat.tools and chat.tool_choice != "auto":
+        found["tool_choice"] = chat.tool_choice
+    if chat.tools and not chat.parallel_tool_calls:
+        found["parallel_tool_calls"] = False
+    if chat.response_format is not None and chat.response_format.get("type") not in (None, *PLAIN_FORMATS):
+        found["constraint"] = _constraint(chat.response_format)
+    fields = {"tool_choice": "tool_choice", "parallel_tool_calls": "parallel_tool_calls", "constraint": "response_format"}
+    for name, field in fields.items():
+        if name in found and name not in NAMES:
+            refuse(field, f"{json.dumps(found[name], default=str)[:80]}: not supported by this version")
+    return found
+
+
+def _constraint(response_format: dict[str, Any]) -> Any:
+    refuse("response_format", f"{response_format.get('type')!r} is not supported by this version; leave it out, or send text")

@@ -1,0 +1,60 @@
+"""What every request passes before its route: the key, and the id that its answer carries.
+
+Owns one piece of ASGI middleware, plain, because wrapped responses hide that a client has left. Read `app.py` for its place.
+"""
+
+from __future__ import annotations
+
+import hmac
+import uuid
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gemcutter.server.errors import ApiError, is_anthropic
+
+REQUEST_ID = b"x-request-id"
+TOO_LARGE = ApiError(413, "the body of the request is too large; the operator's limit is --max-body-mb")
+
+
+class Gate:
+    """Lets requests through that need no key or have one of `keys`; without keys, all."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Sequence[str]) -> None:
+        self._app, self._keys, self._open = app, [key.encode() for key in keys], frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 401."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(REQUEST_ID) or uuid.uuid4().hex.encode()
+
+        is_refused = False
+
+        async def tell(message: Message) -> None:
+            nonlocal is_refused
+            if is_refused:
+                return
+            if message["type"] == "http.response.start":
+                kind = dict(message["headers"]).get(b"content-type", b"")
+                if message["status"] == 413 and not kind.startswith(b"application/json"):  # the framework's own words
+                    await TOO_LARGE.response(is_anthropic(scope["path"]))(scope, receive, tell)
+                    is_refused = True
+                    return
+                message["headers"] = [*message["headers"], (REQUEST_ID, given[:200])]
+            await send(message)
+
+        if self._keys and scope["path"] not in self._open and scope["method"] != "OPTIONS" and not self._has_key(headers):
+            error = ApiError(401, "no valid API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`")
+            await error.response(is_anthropic(scope["path"]))(scope, receive, tell)
+            return
+        await self._app(scope, receive, tell)
+
+    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        found = [bearer.strip()] if scheme.lower() == b"bearer" else []
+        found += [headers[b"x-api-key"]] if b"x-api-key" in headers else []
+        matches = [hmac.compare_digest(one, key) for one in found for key in self._keys]  # all, so that time tells nothing
+        return any(matches)
