@@ -44,5 +44,7 @@ def create_app(model: Model, options: ServerOptions | None = None) -> FastAPI:
     errors.install(app)
     for make in ROUTERS:
         app.include_router(make(service))
-    app.add_middleware(Gate, keys=service.options.api_keys, open_paths=(*health.OPEN_PATHS, "/"))
+    app.add_middleware(
+        Gate, keys=service.options.api_keys, open_paths=(*health.OPEN_PATHS, "/"), most=service.options.max_body_bytes
+    )
     return app

@@ -14,14 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gemcutter.server.errors import ApiError, is_anthropic
 
 REQUEST_ID = b"x-request-id"
-TOO_LARGE = ApiError(413, "the body of the request is too large; the operator's limit is --max-body-mb")
 
 
 class Gate:
-    """Lets requests through that need no key or have one of `keys`; without keys, all."""
+    """Lets requests through that need no key or have one of `keys` (without keys, all) and whose body has at most `most` bytes."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Sequence[str]) -> None:
-        self._app, self._keys, self._open = app, [key.encode() for key in keys], frozenset(open_paths)
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Sequence[str], most: int = 0) -> None:
+        self._app, self._most, self._keys, self._open = app, most, [key.encode() for key in keys], frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401."""
@@ -31,21 +30,20 @@ class Gate:
         headers = dict(scope["headers"])
         given = headers.get(REQUEST_ID) or uuid.uuid4().hex.encode()
 
-        is_refused = False
-
         async def tell(message: Message) -> None:
-            nonlocal is_refused
-            if is_refused:
-                return
             if message["type"] == "http.response.start":
-                kind = dict(message["headers"]).get(b"content-type", b"")
-                if message["status"] == 413 and not kind.startswith(b"application/json"):  # the framework's own words
-                    await TOO_LARGE.response(is_anthropic(scope["path"]))(scope, receive, tell)
-                    is_refused = True
-                    return
                 message["headers"] = [*message["headers"], (REQUEST_ID, given[:200])]
             await send(message)
 
+        length = headers.get(b"content-length", b"")
+        if (
+            self._most and length.isdigit() and int(length) > self._most
+        ):  # the framework's limit, which holds for all, has no words
+            error = ApiError(
+                413, f"the body has {int(length):,} bytes, and {self._most:,} are the operator's limit (--max-body-mb)"
+            )
+            await error.response(is_anthropic(scope["path"]))(scope, receive, tell)
+            return
         if self._keys and scope["path"] not in self._open and scope["method"] != "OPTIONS" and not self._has_key(headers):
             error = ApiError(401, "no valid API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`")
             await error.response(is_anthropic(scope["path"]))(scope, receive, tell)

@@ -18,6 +18,7 @@ from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.server.errors import too_long
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.wire.completions import CompletionRequest, RawPrompt
+from gemcutter.server.wire.fields import refuse
 from gemcutter.text.tokenizer import Tokenizer
 
 NEVER = -9999.0  # what clients take for minus infinity, which JSON has not
@@ -44,6 +45,8 @@ def prepare_raw(
         ids = tokenizer.encode(prompt, bos=body.add_special_tokens is not False)
         text = prompt
     else:
+        if bad := [token for token in prompt if not 0 <= token < tokenizer.num_ids]:
+            refuse("prompt", f"token {bad[0]} is outside the vocabulary of {tokenizer.num_ids}")
         ids, text = list(prompt), tokenizer.decode(prompt)
         if ids[0] != tokenizer.bos_id:
             hidden = int(options.bos_for_token_prompts == "auto")
