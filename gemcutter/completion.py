@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Literal
@@ -93,6 +93,7 @@ class Stream:
         self._submitted_s, self._first_s, self._last_s = time.perf_counter(), 0.0, 0.0
         self._completion: Completion | None = None
         self._error: Exception | None = None
+        self.on_end: Callable[[Completion], None] | None = None  # is told what the reply became, unless it is closed before
         self._is_closed = False
         self._lock = threading.Lock()  # of readers; the engine's thread takes none
 
@@ -177,6 +178,8 @@ class Stream:
             found.finish_reason,
         )
         self._ready.append(Chunk("", completion=self._completion))
+        if self.on_end is not None:
+            self.on_end(found)
 
     def _complete(self, finish: Literal["stop", "length", "cancelled"]) -> Completion:
         report, text = self._report, self._text

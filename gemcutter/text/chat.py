@@ -10,7 +10,7 @@ Read `tokenizer.py` for the encoding of the rendered prompt, `splice.py` for rep
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,12 @@ class ChatTemplate:
     ) -> None:
         """Compile `source`; special tokens come from `tokenizer`, and errors name `origin`.
 
-        `with_tools` is rendered instead where tools are given. Raises CheckpointError, naming the line, when the source is not a
-        valid template.
+        `with_tools` is rendered instead where there are tools or calls. Raises CheckpointError, naming the line, when the
+        source is not a valid template.
         """
         self.origin, self.source = origin, source
         self._tokenizer, self._with_tools = tokenizer, with_tools
+        self._find_with_tools: Callable[[], ChatTemplate | None] | None = None
         try:
             self._template, tree = Sandbox().compile_limited(source)
             self.variables: frozenset[str] = frozenset(jinja2.meta.find_undeclared_variables(tree))
@@ -82,12 +83,12 @@ class ChatTemplate:
         """Return the prompt for `messages` in OpenAI's layout; the BOS is in it if the template prints one.
 
         `tools` are OpenAI function declarations. The options are those of FLAGS and what else the template reads
-        (`preserve_thinking`, ...). `continue_final_message` ends the prompt within the last message, which is the model's, as it is
-        written there; with `lenient_options`, those that the template does not read are left out, with a line in the log.
-        Raises RequestError, naming each `messages[i].field`, for malformed messages, for options that the template does not read,
-        and for what it refuses itself.
+        (`preserve_thinking`, ...). `continue_final_message` ends the prompt within the last message, which is the model's, as
+        it is written there; with `lenient_options`, those that the template does not read are left out, with a line in the log.
+        Raises RequestError, naming each `messages[i].field`, for malformed messages, for options that the template does not
+        read, and for what it refuses itself.
         """
-        return self._for_tools(tools)._render(messages, tools, options, ())[0]
+        return self._for_tools(messages, tools)._render(messages, tools, options, ())[0]
 
     def encode(
         self,
@@ -100,19 +101,34 @@ class ChatTemplate:
     ) -> list[int]:
         """Return the ids of the rendered prompt, with exactly one BOS whether the template prints it or not.
 
-        What looks like a marker in messages, tools and options stays text, unless they are `trusted`. Where the prompt begins like
-        a conversation of `replies`, it has the ids of that. The other options, and errors, are those of `render`.
+        What looks like a marker in messages, tools and options stays text, unless they are `trusted`. Where the prompt begins
+        like a conversation of `replies`, it has the ids of that. The other options, and errors, are those of `render`.
         """
         tokenizer = self._tokenizer
-        text, placeholders = self._for_tools(tools)._render(messages, tools, options, () if trusted else tokenizer.markers)
+        text, placeholders = self._for_tools(messages, tools)._render(
+            messages, tools, options, () if trusted else tokenizer.markers
+        )
         parts = [part if isinstance(part, int) else placeholders.show(part) for part in tokenizer.split_markers(text)]
         if parts[:1] != [tokenizer.bos_id]:
             parts.insert(0, tokenizer.bos_id)
         known, rest = ([], parts) if replies is None else replies.splice(parts)
         return known + tokenizer.encode_parts(rest)
 
-    def _for_tools(self, tools: Messages | None) -> ChatTemplate:
-        return self._with_tools if tools and self._with_tools is not None else self
+    @property
+    def has_tool_template(self) -> bool:
+        """Whether conversations with tools are another template's."""
+        return self._with_tools is not None
+
+    def set_tool_template(self, find: Callable[[], ChatTemplate | None]) -> None:
+        """Let conversations with tools be rendered by what `find` returns; it is called for the first of them."""
+        self._find_with_tools = find
+
+    def _for_tools(self, messages: Messages, tools: Messages | None) -> ChatTemplate:
+        if not tools and not _holds_calls(messages):
+            return self
+        if self._with_tools is None and self._find_with_tools is not None:
+            self._with_tools, self._find_with_tools = self._find_with_tools(), None
+        return self._with_tools or self
 
     def _render(
         self, messages: Messages, tools: Messages | None, options: Mapping[str, Any], markers: Iterable[str]
@@ -203,10 +219,15 @@ def _cut_final(messages: list[dict[str, Any]], end: str) -> str:
         content = "".join(part["text"] for part in content)
     if last.get("role") != "assistant" or last.get("tool_calls") or not isinstance(content, str):
         raise RequestError(
-            f"{place}: only a text of the assistant can be continued; end the messages with one, or leave out continue_final_message"
+            f"{place}: only a text of the assistant can be continued; end with one, or leave out continue_final_message"
         )
     last["content"] = end
     return content
+
+
+def _holds_calls(messages: object) -> bool:
+    found = messages if isinstance(messages, list | tuple) else ()
+    return any(isinstance(each, Mapping) and (each.get("tool_calls") or each.get("role") == "tool") for each in found)
 
 
 def _describe(error: Exception) -> str:

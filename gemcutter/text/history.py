@@ -48,8 +48,8 @@ def in_order(messages: Sequence[Mapping[str, Any]], *, joins_turns: bool) -> lis
     """Return checked messages with every call's result after it, in the order of the calls.
 
     Calls and results get ids of their own, by which a template finds a result's name. A call without a result gets one that says
-    so, unless it is the last message's, whose calls are still to be run. Where the template `joins_turns`, adjacent messages of the
-    model being one turn, an answer that came before calls is a message before them: templates print it after the results.
+    so, unless it is the last message's, whose calls are still to be run. Where the template `joins_turns`, adjacent messages of
+    the model being one turn, an answer that came before calls is a message before them: templates print it after the results.
     Raises RequestError for results that answer no call.
     """
     found, problems, place, count = list[dict[str, Any]](), list[str](), 0, 0

@@ -1,9 +1,9 @@
 """The ids of replies that this process generated, for prompts that hold them again.
 
-A model may spell a text with other pieces than the encoder does. When its reply comes back as history, encoding it anew would give
-other ids, and nothing computed for the reply could be used. Owns a bounded store of conversations as ids, and finds the longest
-whose text, markers included, is how a prompt begins. Where a template changed the text (a thought dropped, white space trimmed),
-nothing fits and the turn is encoded anew. Refuses to know templates. Read `chat.py` for who asks.
+A model may spell a text with other pieces than the encoder does. When its reply comes back as history, encoding it anew would
+give other ids, and nothing computed for the reply could be used. Owns a bounded store of conversations as ids, and finds the
+longest whose text, markers included, is how a prompt begins. Where a template changed the text (a thought dropped, white space
+trimmed), nothing fits and the turn is encoded anew. Refuses to know templates. Read `chat.py` for who asks.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 MAX_DEPTH = 20  # of objects and arrays in each other; deeper ones are printed without what they hold
 MAX_REFERENCES = 8  # that are resolved within each other, so that a schema which holds itself ends
@@ -133,7 +133,7 @@ class _Reader:
 
     def _find(self, pointer: str) -> Any:
         """Return what a local reference points to; None for others, which nobody fetches."""
-        path, target = pointer.removeprefix("#"), self._root
+        path, target = pointer.removeprefix("#"), cast(Any, self._root)
         if not pointer.startswith("#"):
             return None
         for step in path.split("/")[1:]:
