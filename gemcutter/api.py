@@ -238,9 +238,9 @@ class Model:
                 raise RequestError("this checkpoint has no chat template (a base model?); pass raw text instead of messages")
             check_parts(prompt)
             return self.template.encode(prompt, replies=self.replies, **asked)
-        given = [
-            name for name, default in OF_TEMPLATE.items() if asked.get(name, default) not in (default, None) and name != "trusted"
-        ]
+        values: dict[str, object] = dict(options)
+        of_prompts = [name for name in OF_TEMPLATE if name not in ("trusted", "lenient_options")]  # the others change nothing
+        given = [name for name in of_prompts if values.get(name) not in (None, OF_TEMPLATE[name])]
         if given:
             raise RequestError(f"{' and '.join(given)}: a part of the chat template, which raw text and ids leave out")
         if isinstance(prompt, str):

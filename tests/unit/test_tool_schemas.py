@@ -59,7 +59,7 @@ def printed(schema: Any, **root: Any) -> str:
             {"type": "string", "pattern": "^a+$", "format": "date", "maxLength": 9},
             '{description:"at most 9 characters; pattern ^a+$; format date",type:"STRING"}',
         ),
-        ({"type": "number", "exclusiveMinimum": 0, "multipleOf": 0.5}, '{description:"above 0; a multiple of 0.5",type:"NUMBER"}'),
+        ({"type": "number", "exclusiveMinimum": 0, "multipleOf": 2}, '{description:"above 0; a multiple of 2",type:"NUMBER"}'),
         ({"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "minItems": 1},
          '{description:"at least 1 items",items:{nullable:true,type:"STRING"},type:"ARRAY"}'),
         (
@@ -116,7 +116,9 @@ def test_declarations_are_not_changed() -> None:
     assert tools == before
 
 
-@pytest.mark.parametrize("function", [{}, {"description": None}, {"parameters": None}, {"parameters": []}, {"response": {"type": 3}}])
+@pytest.mark.parametrize(
+    "function", [{}, {"description": None}, {"parameters": None}, {"parameters": []}, {"response": {"type": 3}}]
+)
 def test_bare_functions_are_declared(function: dict[str, Any]) -> None:
     prompt = TEMPLATE.render(HELLO, tools=[{"function": {"name": "f", **function}}])
     declaration = prompt.partition("<|tool>")[2].partition("<tool|>")[0]
@@ -132,9 +134,11 @@ FRAGMENTS = st.sampled_from(["a", "B", "<", "|", ">", '"', "turn", "tool", "_cal
 TEXTS = st.lists(FRAGMENTS, max_size=6).map("".join)
 SCALARS = st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | TEXTS | st.sampled_from(sorted(TOKENIZER.markers))
 KEYWORDS = st.sampled_from(
-    ["type", "description", "properties", "required", "items", "anyOf", "oneOf", "allOf", "not", "$ref", "enum", "const", "default",
-     "minimum", "maxLength", "pattern", "format", "nullable", "additionalProperties", "prefixItems", "$defs", "if", "then", "title"]
-)  # fmt: skip
+    """
+    type description properties required items anyOf oneOf allOf not $ref enum const default minimum maxLength pattern format
+    nullable additionalProperties prefixItems $defs if then title
+    """.split()  # noqa: SIM905
+)
 POINTERS = st.sampled_from(["#", "#/properties/x", "#/$defs/a", "#/properties", "#/anyOf/0", "other.json"])
 TYPES = st.sampled_from(["string", "integer", "number", "boolean", "object", "array", "null", "OBJECT", "file"])
 SCHEMAS: st.SearchStrategy[Any] = st.recursive(
