@@ -65,10 +65,16 @@ OF_OPTIONS = ("sampling.", *(f"request.{name}:" for name in OF_REQUEST))  # how 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that was encoded and checked, and the strings that end its text; it may be submitted any number of times."""
+    """A request that was encoded and checked, and how its reply is read; it may be submitted any number of times.
+
+    `stop` are strings that end the text, `tools` the declarations that calls are read by; without `parallel_tool_calls` the first
+    call ends the reply.
+    """
 
     request: Request
     stop: tuple[str, ...] = ()
+    tools: tuple[Message, ...] = ()
+    parallel_tool_calls: bool = True
 
 
 class Model:
@@ -182,11 +188,12 @@ class Model:
         thinking, ignore_eos = (check_flag(name, given.pop(name, False)) for name in ("enable_thinking", "ignore_eos"))
         ids = self.encode(prompt, enable_thinking=thinking, tools=options.get("tools"))
         given.pop("tools", None)
+        parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
         request = self._request(ids, given, frozenset() if ignore_eos else self.defaults.stop_ids)
         for file in self._files:
             file.insist_unchanged()
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
-        return PreparedRequest(request, stop)
+        return PreparedRequest(request, stop, tuple(options.get("tools") or ()), parallel)
 
     def submit(self, prepared: PreparedRequest) -> Stream:
         """Queue a prepared request and return the stream of its chunks."""
@@ -194,9 +201,7 @@ class Model:
 
     def submit_many(self, prepared: Sequence[PreparedRequest]) -> list[Stream]:
         """Queue prepared requests that start in the same step, and return their streams."""
-        streams = [
-            Stream(each.request, ReplyParser.after(each.request.prompt, self.tokenizer, stop=each.stop)) for each in prepared
-        ]
+        streams = [Stream(each.request, self._parser(each)) for each in prepared]
         sinks = [(each.request, stream.sink) for each, stream in zip(prepared, streams, strict=True)]
         for stream, number in zip(streams, self.loop.submit_many(sinks, is_checked=True), strict=True):
             stream.attach(self.loop, number)
@@ -253,6 +258,16 @@ class Model:
         cancelled. A prepared request that asks for it is refused from then on.
         """
         self.loop.unload_adapter(name)
+
+    def _parser(self, prepared: PreparedRequest) -> ReplyParser:
+        """Return what reads the reply to a request."""
+        return ReplyParser.after(
+            prepared.request.prompt,
+            self.tokenizer,
+            tools=prepared.tools,
+            stop=prepared.stop,
+            parallel=prepared.parallel_tool_calls,
+        )
 
     def _request(self, ids: Sequence[int], options: dict[str, Any], stop_ids: frozenset[int]) -> Request:
         own = {name: options.pop(name) for name in OF_REQUEST if name in options}

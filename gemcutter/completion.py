@@ -167,15 +167,15 @@ class Stream:
             self._ready += map(_as_chunk, self._text.push(event.token))
         if finish is not None:
             self._cancel.detach()
-        elif self._text.stopped is not None:
+        elif self._text.is_finished:
             self._cancel()
-        if self._text.stopped is not None:
+        if self._text.is_finished:
             finish = FinishReason.STOP
         if finish is not None:
             self._end(finish)
 
     def _end(self, finish: FinishReason) -> None:
-        self._ready += map(_as_chunk, self._text.finish())
+        self._ready += map(_as_chunk, self._text.finish(finish is FinishReason.STOP))
         self._completion = found = self._complete(_REASONS[finish])
         log.debug(
             "request %d: %d prompt tokens, %d of them cached; %d tokens in %.3f s; end: %s",
@@ -198,7 +198,16 @@ class Stream:
             decode_s=self._last_s - self._first_s,
         )
         return Completion(
-            text.text, tuple(self._tokens), finish, self._request.prompt, text.reasoning, tuple(self._logprobs), report, metrics
+            text.text,
+            tuple(self._tokens),
+            finish,
+            self._request.prompt,
+            text.reasoning,
+            tuple(self._logprobs),
+            report,
+            metrics,
+            text.tool_calls,
+            text.num_reasoning_tokens,
         )
 
 
