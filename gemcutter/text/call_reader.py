@@ -44,7 +44,8 @@ class _Container:
 class CallReader:
     """Reads one call. `name` is None until the arguments have begun to make sense; `has_failed` tells that it is no call.
 
-    `rest` holds what was written between arguments and belongs to none, `dropped` the values of keys that were there before.
+    `rest` holds what was written between arguments and belongs to none, `dropped` the values of keys that were there before,
+    and the name space before a declared name.
     `source` is all that was read.
     """
 
@@ -143,11 +144,13 @@ class CallReader:
         found = HEADER.fullmatch(header.replace(QUOTE, "").strip())
         if found is None:
             return None
-        name = found[2]
-        short = name.rpartition(":")[2]
-        if name not in self._schemas and short in self._schemas:
-            name = short
-        return name if found[1] or name in self._schemas else None
+        space, _, name = found[2].rpartition(":")
+        if found[2] in self._schemas:
+            return found[2]
+        if found[1] and space and name in self._schemas:
+            self.dropped.append(space)
+            return name
+        return found[2] if found[1] else None
 
     def _open(self, name: str, closer: str) -> None:
         self._named = name
@@ -424,7 +427,7 @@ class CallReader:
 
     def _meet_quote(self, place: int) -> int:
         """Meet a delimiter in or after a value that had none: it opens another value's string, or it may close this one."""
-        if self._last in OPENING:
+        if self._state == self._hold and self._last in OPENING:
             self._resolve()
             if self._state != self._bare:
                 return place

@@ -53,8 +53,9 @@ class ReplyParser:
 
     `stopped` is the stop string that ended the content, None while there is none. Of several stop strings, the one that is
     complete first wins, and of those ending together the longest. They are searched for in the content only. `tool_calls` are
-    the calls that are complete, `cut_call` is the source of one that the reply's end left incomplete. `is_finished` tells that
-    no more ids are wanted. `num_reasoning_tokens` counts the ids in channels, `num_unreadable` the blocks that were no calls.
+    the calls that are complete, `cut_call` is the source of one that the reply's end left incomplete, `dropped` what stood under
+    keys that a call had already. `is_finished` tells that no more ids are wanted. `num_reasoning_tokens` counts the ids in
+    channels, `num_unreadable` the blocks that were no calls.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class ReplyParser:
         _check_stop(stop)
         self.num_reasoning_tokens = self.num_unreadable = 0
         self.cut_call: str | None = None
+        self.dropped = list[str]()
         self.is_finished = False
         self._calls = list[ToolCall]()
         self._tokenizer, self._parallel, self._show_special = tokenizer, parallel, show_special
@@ -330,6 +332,7 @@ class ReplyParser:
             return
         self._calls.append(ToolCall(call.name, "".join(self._arguments)))
         self._say("".join(call.rest))
+        self.dropped += call.dropped
         self.is_finished = self.is_finished or not self._parallel or len(self._calls) >= MOST_CALLS
 
     def _give_up(self, call: CallReader, *, is_open: bool, end: str = "") -> None:
