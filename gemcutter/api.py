@@ -2,7 +2,7 @@
 
 The only place where text meets ids and files meet modules: a tokenizer and a chat template on one side, the engine on the other.
 Owns `load`, `Model` and what they return; refuses to know kernels, pages and wire formats. Read `engine/engine.py` for what runs
-beneath, `text/stream.py` for how ids become text.
+beneath, `text/reply.py` for how ids become text.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from gemcutter.generate_options import (
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
+from gemcutter.text.reply import ReplyParser
 from gemcutter.text.splice import ReplyStore
-from gemcutter.text.stream import TextStream
 from gemcutter.text_assets import read_text_assets
 
 __all__ = [
@@ -71,13 +71,16 @@ OF_OPTIONS = ("sampling.", *(f"request.{name}:" for name in OF_REQUEST))  # how 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that was encoded and checked, and the strings that end its text; it may be submitted any number of times.
+    """A request that was encoded and checked, and how its reply is read; it may be submitted any number of times.
 
-    The reply to a conversation is remembered by its ids, for when it comes back as history.
+    `stop` are strings that end the text, `tools` the declarations that calls are read by; without `parallel_tool_calls` the first
+    call ends the reply. The reply to a conversation is remembered by its ids, for when it comes back as history.
     """
 
     request: Request
     stop: tuple[str, ...] = ()
+    tools: tuple[Message, ...] = ()
+    parallel_tool_calls: bool = True
     is_conversation: bool = False
 
 
@@ -199,11 +202,12 @@ class Model:
         ignore_eos = check_flag("ignore_eos", given.pop("ignore_eos", False))
         of_template = {name: given.pop(name) for name in OF_TEMPLATE if name in given}
         ids = self.encode(prompt, **cast(TemplateOptions, of_template))
+        parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
         request = self._request(ids, given, frozenset() if ignore_eos else self.defaults.stop_ids)
         for file in self._files:
             file.insist_unchanged()
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
-        return PreparedRequest(request, stop, is_conversation(prompt))
+        return PreparedRequest(request, stop, tuple(options.get("tools") or ()), parallel, is_conversation(prompt))
 
     def submit(self, prepared: PreparedRequest) -> Stream:
         """Queue a prepared request and return the stream of its chunks."""
@@ -211,9 +215,7 @@ class Model:
 
     def submit_many(self, prepared: Sequence[PreparedRequest]) -> list[Stream]:
         """Queue prepared requests that start in the same step, and return their streams."""
-        streams = [
-            Stream(each.request, TextStream.after(each.request.prompt, self.tokenizer, stop=each.stop)) for each in prepared
-        ]
+        streams = [Stream(each.request, self._parser(each)) for each in prepared]
         for each, stream in zip(prepared, streams, strict=True):
             if each.is_conversation:
                 stream.on_end = partial(_remember, self.replies)
@@ -284,6 +286,16 @@ class Model:
         cancelled. A prepared request that asks for it is refused from then on.
         """
         self.loop.unload_adapter(name)
+
+    def _parser(self, prepared: PreparedRequest) -> ReplyParser:
+        """Return what reads the reply to a request."""
+        return ReplyParser.after(
+            prepared.request.prompt,
+            self.tokenizer,
+            tools=prepared.tools,
+            stop=prepared.stop,
+            parallel=prepared.parallel_tool_calls,
+        )
 
     def _request(self, ids: Sequence[int], options: dict[str, Any], stop_ids: frozenset[int]) -> Request:
         own = {name: options.pop(name) for name in OF_REQUEST if name in options}

@@ -1,7 +1,7 @@
 """What a request brings, piece by piece and whole.
 
 Owns `Stream` (an iterator over one request's chunks), `Completion` and `RequestMetrics`; refuses to know how prompts become ids.
-Read `api.py` for who makes streams, `engine/loop.py` for where events come from, `text/stream.py` for how ids become text.
+Read `api.py` for who makes streams, `engine/loop.py` for where events come from, `text/reply.py` for how ids become text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Literal
 from gemcutter.engine.loop import EngineLoop, failure
 from gemcutter.engine.request import FinishReason, PromptReport, Request, RequestEvent
 from gemcutter.engine.sampling import TokenLogprobs
-from gemcutter.text.stream import TextStream
+from gemcutter.text.reply import ReplyParser, ReplyPiece
+from gemcutter.text.tool_calls import ToolCall
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,10 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a request brought: `tokens` without the stop token, `text` without stop strings, markers and reasoning.
+    """What a request brought: `tokens` without the stop token, `text` without stop strings, markers, reasoning and tool calls.
 
-    `logprobs` has an entry for each of `tokens`, if that was asked for; `model.tokenizer.piece(id)` spells its ids.
+    `tool_calls` holds the calls that are complete, `reasoning_tokens` counts the tokens of the reasoning. `logprobs` has an entry
+    for each of `tokens`, if that was asked for; `model.tokenizer.piece(id)` spells its ids.
     """
 
     text: str
@@ -64,15 +66,23 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt: PromptReport = field(default_factory=PromptReport)
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A stretch of new text; the last chunk of a request carries its completion."""
+    """A stretch of new text; the last chunk of a request carries its completion.
+
+    Of a tool call, `text` is the next fragment of the arguments' JSON, `index` counts the calls of the reply, and `name` is set
+    in the first chunk of a call only.
+    """
 
     text: str
-    kind: Literal["content", "reasoning"] = "content"
+    kind: Literal["content", "reasoning", "tool_call"] = "content"
     completion: Completion | None = None
+    index: int = 0
+    name: str | None = None
 
 
 class Stream:
@@ -83,7 +93,7 @@ class Stream:
     raises the error of a request that ended with one.
     """
 
-    def __init__(self, request: Request, text: TextStream) -> None:
+    def __init__(self, request: Request, text: ReplyParser) -> None:
         """Wait for events of a request that is to be submitted; `attach` says as what."""
         self._request, self._text = request, text
         self._events: SimpleQueue[RequestEvent] = SimpleQueue()
@@ -155,18 +165,18 @@ class Stream:
         if event.token is not None:
             self._tokens.append(event.token)
             self._logprobs += [event.logprobs] if event.logprobs is not None else []
-            self._ready += [Chunk(piece.text, piece.kind) for piece in self._text.push(event.token)]
+            self._ready += map(_as_chunk, self._text.push(event.token))
         if finish is not None:
             self._cancel.detach()
-        elif self._text.stopped is not None:
+        elif self._text.is_finished:
             self._cancel()
-        if self._text.stopped is not None:
+        if self._text.is_finished:
             finish = FinishReason.STOP
         if finish is not None:
             self._end(finish)
 
     def _end(self, finish: FinishReason) -> None:
-        self._ready += [Chunk(piece.text, piece.kind) for piece in self._text.finish()]
+        self._ready += map(_as_chunk, self._text.finish(finish is FinishReason.STOP))
         self._completion = found = self._complete(_REASONS[finish])
         log.debug(
             "request %d: %d prompt tokens, %d of them cached; %d tokens in %.3f s; end: %s",
@@ -191,8 +201,21 @@ class Stream:
             decode_s=self._last_s - self._first_s,
         )
         return Completion(
-            text.text, tuple(self._tokens), finish, self._request.prompt, text.reasoning, tuple(self._logprobs), report, metrics
+            text.text,
+            tuple(self._tokens),
+            finish,
+            self._request.prompt,
+            text.reasoning,
+            tuple(self._logprobs),
+            report,
+            metrics,
+            text.tool_calls,
+            text.num_reasoning_tokens,
         )
+
+
+def _as_chunk(piece: ReplyPiece) -> Chunk:
+    return Chunk(piece.text, piece.kind, None, piece.index, piece.name)
 
 
 _REASONS: dict[FinishReason, Literal["stop", "length", "cancelled"]] = {

@@ -39,8 +39,9 @@ class TemplateOptions(TypedDict, total=False):
 class GenerateOptions(TypedDict, total=False):
     """What a request may ask for, all of it optional; a checkpoint's generation_config.json fills in the sampling fields.
 
-    `max_tokens` bounds the reply, 128 tokens by default. `stop` are strings that end the text, `ignore_eos` goes on after tokens
-    that end a turn; `TemplateOptions` are for conversations. `sampling` takes the place of the single sampling fields
+    `max_tokens` bounds the reply, 128 tokens by default. `stop` are strings that end the text, `ignore_eos` goes on after
+    tokens that end a turn; `TemplateOptions` are for conversations. Calls are read by the `tools`, and with
+    `parallel_tool_calls` False the first call ends the reply. `sampling` takes the place of the single sampling fields
     (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`, `top_p`,
     `min_p` and `seed` change nothing then.
     """
@@ -55,6 +56,7 @@ class GenerateOptions(TypedDict, total=False):
     trusted: bool
     add_generation_prompt: bool
     continue_final_message: bool
+    parallel_tool_calls: bool
     prompt_logprobs: int | None
     hidden_states: bool
     top_logits: int

@@ -101,10 +101,10 @@ class Answer:
     """Prints an answer as it comes: content on stdout, reasoning on stderr, each flushed at once."""
 
     def __init__(self) -> None:
-        self._kind: Literal["content", "reasoning"] = "content"
+        self._kind: Literal["content", "reasoning", "tool_call"] = "content"
         self._in_line = False
 
-    def write(self, text: str, kind: Literal["content", "reasoning"] = "content") -> None:
+    def write(self, text: str, kind: Literal["content", "reasoning", "tool_call"] = "content") -> None:
         """Print a stretch of text, on a new line where reasoning ends or begins."""
         if not text:
             return

@@ -4,7 +4,7 @@ Owns the search for the template and its options, and keeps what strangers wrote
 `history.py` and `tool_schemas.py` make what it is given, `template_sandbox.py` is what it runs in.
 Refuses to know turn markers or thinking cues: what a prompt looks like is the template's business alone. Media bytes and tool
 grammar live elsewhere; here an image is a part of type `image` and a tool call is a name with an object of arguments.
-Read `tokenizer.py` for the encoding of the rendered prompt, `splice.py` for replies that come back.
+Read `tokenizer.py` for the encoding of the rendered prompt, `splice.py` for replies that come back, `reply.py` for new ones.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ the bytes that each id stands for. Refuses to know special ids by number: a mark
 models number them differently.
 Decoding is done here rather than by the `tokenizers` library, so that one text and its stream are the same: the library turns a
 whole run of byte pieces into U+FFFD when one of them is wrong, which nobody can do before the run has ended.
-Read `stream.py` next (ids to text while they arrive), or `chat.py` (conversations to prompts).
+Read `reply.py` next (ids to text while they arrive), or `chat.py` (conversations to prompts).
 """
 
 from __future__ import annotations
