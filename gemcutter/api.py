@@ -42,6 +42,7 @@ from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
 from gemcutter.text.reply import ReplyParser
 from gemcutter.text_assets import read_text_assets
+from gemcutter.tools import check_tools
 
 __all__ = [
     "Chunk",
@@ -186,14 +187,14 @@ class Model:
         check_names(given)
         stop = check_stop(given.pop("stop", None))
         thinking, ignore_eos = (check_flag(name, given.pop(name, False)) for name in ("enable_thinking", "ignore_eos"))
-        ids = self.encode(prompt, enable_thinking=thinking, tools=options.get("tools"))
-        given.pop("tools", None)
+        tools = check_tools(given.pop("tools", None))
+        ids = self.encode(prompt, enable_thinking=thinking, tools=tools)
         parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
         request = self._request(ids, given, frozenset() if ignore_eos else self.defaults.stop_ids)
         for file in self._files:
             file.insist_unchanged()
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
-        return PreparedRequest(request, stop, tuple(options.get("tools") or ()), parallel)
+        return PreparedRequest(request, stop, tuple(tools or ()), parallel)
 
     def submit(self, prepared: PreparedRequest) -> Stream:
         """Queue a prepared request and return the stream of its chunks."""

@@ -8,7 +8,7 @@ asks, `engine/sampling.py` for the ranges of the sampling options.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from gemcutter.engine.sampler import LogitsProcessor
@@ -22,17 +22,17 @@ class GenerateOptions(TypedDict, total=False):
     """What a request may ask for, all of it optional; a checkpoint's generation_config.json fills in the sampling fields.
 
     `max_tokens` bounds the reply, 128 tokens by default. `stop` are strings that end the text, `ignore_eos` goes on after tokens
-    that end a turn; `enable_thinking` and `tools` are for the chat template; calls are read by the `tools`, and with
-    `parallel_tool_calls` False the first call ends the reply. `sampling` takes the place of the single sampling
-    fields (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`,
-    `top_p`, `min_p` and `seed` change nothing then.
+    that end a turn; `enable_thinking` and `tools` are for the chat template. Tools are declarations as OpenAI's API has them, or
+    functions, which are declared by their signature; calls are read by them, and with `parallel_tool_calls` False the first call
+    ends the reply. `sampling` takes the place of the single sampling fields (`SamplingParams`); the others are `Request`'s. While
+    `temperature` is 0 the most likely token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing then.
     """
 
     max_tokens: int
     stop: Sequence[str] | None
     ignore_eos: bool
     enable_thinking: bool
-    tools: Sequence[Message] | None
+    tools: Sequence[Message | Callable[..., object]] | None
     parallel_tool_calls: bool
     prompt_logprobs: int | None
     hidden_states: bool
