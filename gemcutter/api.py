@@ -48,6 +48,7 @@ from gemcutter.model.text import Decoder
 from gemcutter.text.reply import ReplyParser
 from gemcutter.text.splice import ReplyStore
 from gemcutter.text_assets import read_text_assets
+from gemcutter.tools import check_tools
 
 __all__ = [
     "Chunk",
@@ -201,13 +202,14 @@ class Model:
         stop = check_stop(given.pop("stop", None))
         ignore_eos = check_flag("ignore_eos", given.pop("ignore_eos", False))
         of_template = {name: given.pop(name) for name in OF_TEMPLATE if name in given}
+        of_template["tools"] = tools = check_tools(of_template.get("tools"))
         ids = self.encode(prompt, **cast(TemplateOptions, of_template))
         parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
         request = self._request(ids, given, frozenset() if ignore_eos else self.defaults.stop_ids)
         for file in self._files:
             file.insist_unchanged()
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
-        return PreparedRequest(request, stop, tuple(options.get("tools") or ()), parallel, is_conversation(prompt))
+        return PreparedRequest(request, stop, tuple(tools or ()), parallel, is_conversation(prompt))
 
     def submit(self, prepared: PreparedRequest) -> Stream:
         """Queue a prepared request and return the stream of its chunks."""
@@ -232,6 +234,7 @@ class Model:
         """
         check_names(options)
         asked = check_template_options(options, self.tokenizer.special_tokens)
+        asked["tools"] = check_tools(asked["tools"])
         given_ids: object = prompt
         if isinstance(given_ids, np.ndarray) and given_ids.ndim == 1 and np.issubdtype(given_ids.dtype, np.integer):
             prompt = given_ids.tolist()

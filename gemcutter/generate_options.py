@@ -8,7 +8,7 @@ asks, `engine/sampling.py` for the ranges of the sampling options.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, TypeGuard
 
 from gemcutter.engine.sampler import LogitsProcessor
@@ -28,7 +28,7 @@ class TemplateOptions(TypedDict, total=False):
     """
 
     enable_thinking: bool
-    tools: Sequence[Message] | None
+    tools: Sequence[Message | Callable[..., object]] | None
     template_options: Mapping[str, object]
     lenient_options: bool
     trusted: bool
@@ -40,17 +40,18 @@ class GenerateOptions(TypedDict, total=False):
     """What a request may ask for, all of it optional; a checkpoint's generation_config.json fills in the sampling fields.
 
     `max_tokens` bounds the reply, 128 tokens by default. `stop` are strings that end the text, `ignore_eos` goes on after
-    tokens that end a turn; `TemplateOptions` are for conversations. Calls are read by the `tools`, and with
-    `parallel_tool_calls` False the first call ends the reply. `sampling` takes the place of the single sampling fields
-    (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`, `top_p`,
-    `min_p` and `seed` change nothing then.
+    tokens that end a turn; `TemplateOptions` are for conversations. Tools are declarations as OpenAI's API has them, or
+    functions, which are declared by their signature; calls are read by them, and with `parallel_tool_calls` False the first
+    call ends the reply. `sampling` takes the place of the single sampling fields (`SamplingParams`); the others are
+    `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing
+    then.
     """
 
     max_tokens: int
     stop: Sequence[str] | None
     ignore_eos: bool
     enable_thinking: bool
-    tools: Sequence[Message] | None
+    tools: Sequence[Message | Callable[..., object]] | None
     template_options: Mapping[str, object]
     lenient_options: bool
     trusted: bool

@@ -139,7 +139,7 @@ class ChatTemplate:
         given = self._accepted(
             {"tools": tools, "enable_thinking": flags["enable_thinking"]}, extra, bool(flags["lenient_options"])
         )
-        checked = in_order(check_messages(messages, tools), joins_turns=self._joins_turns)
+        checked = in_order(check_messages(messages, tools), joins_turns=lambda: self._joins_turns)
         declared = printable_tools(tools) if tools else tools
         placeholders = Placeholders(markers, checked, declared, given, self.source)
         shown = placeholders.hide(checked)

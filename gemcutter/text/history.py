@@ -8,7 +8,7 @@ repaired is an error that names the field. Read `chat.py` for who asks, `tool_sc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemcutter.errors import RequestError
@@ -44,7 +44,7 @@ def check_messages(
     return checked
 
 
-def in_order(messages: Sequence[Mapping[str, Any]], *, joins_turns: bool) -> list[dict[str, Any]]:
+def in_order(messages: Sequence[Mapping[str, Any]], *, joins_turns: Callable[[], bool]) -> list[dict[str, Any]]:
     """Return checked messages with every call's result after it, in the order of the calls.
 
     Calls and results get ids of their own, by which a template finds a result's name. A call without a result gets one that says
@@ -66,7 +66,7 @@ def in_order(messages: Sequence[Mapping[str, Any]], *, joins_turns: bool) -> lis
         results = messages[place:end]
         names = [f"call_{count + i}" for i in range(len(calls))]
         message["tool_calls"] = [{**call, "id": name} for call, name in zip(calls, names, strict=True)]
-        found += _split(message) if joins_turns else [message]
+        found += _split(message) if _says_and_calls(message) and joins_turns() else [message]
         is_pending = not results and end == len(messages)
         if not is_pending and not message.get("tool_responses"):
             found += _matched(calls, names, results)
@@ -91,11 +91,13 @@ def _has_tool_responses(found: Sequence[Mapping[str, Any]]) -> bool:
     return bool(found) and (bool(found[-1].get("tool_responses")) or found[-1].get("role") == "tool")
 
 
-def _split(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return an answer and the calls after it as two messages; as one where there is nothing to print before the calls."""
+def _says_and_calls(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
-    if not content or (isinstance(content, str) and not content.strip()):
-        return [message]
+    return bool(content.strip() if isinstance(content, str) else content)
+
+
+def _split(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return an answer and the calls after it as two messages."""
     first = {name: value for name, value in message.items() if name not in ("tool_calls", "tool_responses")}
     rest = {name: value for name, value in message.items() if name not in REASONING}
     return [first, {**rest, "content": ""}]

@@ -50,7 +50,9 @@ MAY_IMPORT = {
         "completion",
         "gc_pause",
         "generate_options",
+        "tools",
     },
+    "tools": {"text", "completion"},  # completion for type checking only
     "text_assets": {"checkpoint", "text", "generation_config", "sidecar"},
     "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
     "benchmark": {
@@ -82,6 +84,7 @@ MAY_IMPORT = {
         "gc_pause",
         "generate_options",
         "native",
+        "tools",
     },
     "__main__": {"cli"},
     "__init__": {"api", "engine", "completion", "gc_pause", "generate_options"},

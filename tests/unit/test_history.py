@@ -57,8 +57,8 @@ def test_an_answer_beside_calls_is_printed_before_them_and_the_turn_stays_open()
 
 def test_an_answer_stays_beside_its_calls_where_turns_are_not_joined() -> None:
     turn = model(call("f"), content="Let me see.")
-    assert len(in_order(check_messages([ASK, turn]), joins_turns=False)) == 2
-    assert len(in_order(check_messages([ASK, turn]), joins_turns=True)) == 3
+    assert len(in_order(check_messages([ASK, turn]), joins_turns=lambda: False)) == 2
+    assert len(in_order(check_messages([ASK, turn]), joins_turns=lambda: True)) == 3
 
 
 def test_calls_without_results_wait_for_them_at_the_end_only() -> None:
