@@ -44,7 +44,7 @@ class Start(Enum):
     THINKING = "thinking"
 
 
-class Finish(Enum):
+class Ending(Enum):
     """Why an output ended."""
 
     STOP = "stop"
@@ -55,7 +55,7 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help='Raw output; "-" is s
 StartOption = Annotated[
     Start, typer.Option("--start", help="Where the prompt left the model: in its text, or in an open channel.")
 ]
-FinishOption = Annotated[Finish, typer.Option("--finish", help="Why the output ended: by itself, or cut off.")]
+FinishOption = Annotated[Ending, typer.Option("--finish", help="Why the output ended: by itself, or cut off.")]
 OneCall = Annotated[bool, typer.Option("--one-call", help="End at the first call, as with parallel_tool_calls off.")]
 
 
@@ -64,7 +64,7 @@ def parse(
     file: File,
     tools: Tools = None,
     start: StartOption = Start.CONTENT,
-    finish: FinishOption = Finish.STOP,
+    finish: FinishOption = Ending.STOP,
     one_call: OneCall = False,
 ) -> None:
     """Print one JSON object. Raises OSError or GemcutterError."""
@@ -80,7 +80,7 @@ def parse(
     for text, has_markers in output:
         for id in tokenizer.encode(text, bos=False) if has_markers else tokenizer.encode_plain(text):
             parser.push(id)
-    parser.finish(finish is Finish.STOP)
+    parser.finish(finish is Ending.STOP)
     calls = [{"name": call.name, "arguments": call.parsed} for call in parser.tool_calls]
     print_json({"reasoning": parser.reasoning or None, "content": parser.text or None, "tool_calls": calls})
     if parser.cut_call is not None:

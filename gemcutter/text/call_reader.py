@@ -243,7 +243,7 @@ class CallReader:
         self._state = self._value
 
     def _pass_over(self, text: str) -> None:
-        """Give up a stretch that is no pair: the whole call if nothing of it is out yet, else the stretch becomes content."""
+        """Take a stretch that is no pair for content: the whole call if nothing of it is out yet."""
         if self.name is None:
             self.has_failed = True
         elif text:

@@ -87,7 +87,7 @@ MAY_IMPORT = {
         "tools",
     },
     "__main__": {"cli"},
-    "__init__": {"api", "engine", "completion", "gc_pause", "generate_options"},
+    "__init__": {"api", "engine", "completion", "gc_pause", "generate_options", "text"},
 }
 TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use_double_wide_mlp", "global_head_dim")
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
