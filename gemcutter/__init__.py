@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gemcutter.engine.sampler import LogitsProcessor
     from gemcutter.engine.sampling_params import SamplingParams
     from gemcutter.generate_options import GenerateOptions
+    from gemcutter.text.tool_calls import ToolCall
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOMES = {
     "FinishReason": "engine.request",
     "LogitsProcessor": "engine.sampler",
     "SamplingParams": "engine.sampling",
+    "ToolCall": "text.tool_calls",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "RequestMetrics",
     "SamplingParams",
     "Stream",
+    "ToolCall",
     "load",
 ]
 

@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 import numpy as np
 import torch
@@ -30,18 +31,24 @@ from gemcutter.errors import RequestError, spell_value
 from gemcutter.gc_pause import collector_paused
 from gemcutter.generate_options import (
     OF_REQUEST,
+    OF_TEMPLATE,
     GenerateOptions,
     Message,
+    TemplateOptions,
     check_flag,
     check_names,
     check_parts,
     check_stop,
+    check_template_options,
+    is_conversation,
 )
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
 from gemcutter.text.reply import ReplyParser
+from gemcutter.text.splice import ReplyStore
 from gemcutter.text_assets import read_text_assets
+from gemcutter.tools import check_tools
 
 __all__ = [
     "Chunk",
@@ -65,10 +72,17 @@ OF_OPTIONS = ("sampling.", *(f"request.{name}:" for name in OF_REQUEST))  # how 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that was encoded and checked, and the strings that end its text; it may be submitted any number of times."""
+    """A request that was encoded and checked, and how its reply is read; it may be submitted any number of times.
+
+    `stop` are strings that end the text, `tools` the declarations that calls are read by; without `parallel_tool_calls` the first
+    call ends the reply. The reply to a conversation is remembered by its ids, for when it comes back as history.
+    """
 
     request: Request
     stop: tuple[str, ...] = ()
+    tools: tuple[Message, ...] = ()
+    parallel_tool_calls: bool = True
+    is_conversation: bool = False
 
 
 class Model:
@@ -78,15 +92,22 @@ class Model:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, decoder: Decoder, engine: Engine, load_s: float, ignore: tuple[str, ...] = ()
+        self,
+        checkpoint: Checkpoint,
+        decoder: Decoder,
+        engine: Engine,
+        load_s: float,
+        ignore: tuple[str, ...] = (),
+        chat_template: str | None = None,
     ) -> None:
         self.checkpoint, self.decoder, self.engine, self.load_s = checkpoint, decoder, engine, load_s
         self._ignore = ignore  # patterns of config keys and tensor names that adapters may have, too
         self.plan = checkpoint.plan
         self.notes = checkpoint.notes()  # what was left out, and what an option costs
-        text = read_text_assets(checkpoint)
+        text = read_text_assets(checkpoint, chat_template)
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes
+        self.replies = ReplyStore(self.tokenizer)
         mapped = (tensor.mapped for tensor in checkpoint.source.tensors.values())
         self._files = tuple({id(file): file for file in mapped if isinstance(file, MappedFile)}.values())
         self.loop = EngineLoop(engine)  # the way to the engine; its own methods are for the loop's thread
@@ -179,14 +200,16 @@ class Model:
         given: dict[str, object] = dict(options)
         check_names(given)
         stop = check_stop(given.pop("stop", None))
-        thinking, ignore_eos = (check_flag(name, given.pop(name, False)) for name in ("enable_thinking", "ignore_eos"))
-        ids = self.encode(prompt, enable_thinking=thinking, tools=options.get("tools"))
-        given.pop("tools", None)
+        ignore_eos = check_flag("ignore_eos", given.pop("ignore_eos", False))
+        of_template = {name: given.pop(name) for name in OF_TEMPLATE if name in given}
+        of_template["tools"] = tools = check_tools(of_template.get("tools"))
+        ids = self.encode(prompt, **cast(TemplateOptions, of_template))
+        parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
         request = self._request(ids, given, frozenset() if ignore_eos else self.defaults.stop_ids)
         for file in self._files:
             file.insist_unchanged()
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
-        return PreparedRequest(request, stop)
+        return PreparedRequest(request, stop, tuple(tools or ()), parallel, is_conversation(prompt))
 
     def submit(self, prepared: PreparedRequest) -> Stream:
         """Queue a prepared request and return the stream of its chunks."""
@@ -197,38 +220,51 @@ class Model:
 
         With `sinks`, one a request, events go there instead, on the engine's thread; `Stream.read_event` makes chunks of them.
         """
-        streams = [
-            Stream(each.request, ReplyParser.after(each.request.prompt, self.tokenizer, stop=each.stop)) for each in prepared
-        ]
+        streams = [Stream(each.request, self._parser(each)) for each in prepared]
+        for each, stream in zip(prepared, streams, strict=True):
+            if each.is_conversation:
+                stream.on_end = partial(_remember, self.replies)
         taken = sinks or [stream.sink for stream in streams]
         requests = [(each.request, sink) for each, sink in zip(prepared, taken, strict=True)]
         for stream, number in zip(streams, self.loop.submit_many(requests, is_checked=True), strict=True):
             stream.attach(self.loop, number)
         return streams
 
-    def encode(self, prompt: Prompt, *, enable_thinking: bool = False, tools: Sequence[Message] | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, **options: Unpack[TemplateOptions]) -> list[int]:
         """Return the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template.
 
         Ids may be integers of NumPy, too. Raises RequestError for anything else, for parts of messages that can't be read, and
-        for `enable_thinking` or `tools` without a conversation.
+        for options of the template without a conversation.
         """
+        check_names(options)
+        asked = check_template_options(options, self.tokenizer.special_tokens)
+        asked["tools"] = check_tools(asked["tools"])
         given_ids: object = prompt
         if isinstance(given_ids, np.ndarray) and given_ids.ndim == 1 and np.issubdtype(given_ids.dtype, np.integer):
             prompt = given_ids.tolist()
-        kinds = set(map(type, prompt)) if isinstance(prompt, list | tuple) else set()
-        if kinds and all(issubclass(kind, Mapping) for kind in kinds):
+        if is_conversation(prompt):
             if self.template is None:
                 raise RequestError("this checkpoint has no chat template (a base model?); pass raw text instead of messages")
             check_parts(prompt)
-            return self.template.encode(prompt, enable_thinking=enable_thinking, tools=tools)  # type: ignore[arg-type]
-        given = [name for name, value in (("enable_thinking", enable_thinking), ("tools", tools)) if value]
+            return self.template.encode(prompt, replies=self.replies, **asked)
+        values: dict[str, object] = dict(options)
+        of_prompts = [name for name in OF_TEMPLATE if name not in ("trusted", "lenient_options")]  # the others change nothing
+        given = [name for name in of_prompts if values.get(name) not in (None, OF_TEMPLATE[name])]
         if given:
             raise RequestError(f"{' and '.join(given)}: a part of the chat template, which raw text and ids leave out")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
+        kinds = set(map(type, prompt)) if isinstance(prompt, list | tuple) else set()
         if not isinstance(prompt, list | tuple) or not all(kind is int or issubclass(kind, np.integer) for kind in kinds):
             raise RequestError("request.prompt: expected text, a list of token ids or a list of messages")
         return [int(token) for token in prompt]
+
+    def remember(self, prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> None:
+        """Let later prompts that begin with this conversation and reply have these very ids, so that what was computed is found.
+
+        Streams of conversations do so at their end. Raises RequestError for ids outside the vocabulary.
+        """
+        self.replies.remember(prompt_ids, reply_ids)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -258,6 +294,16 @@ class Model:
         """
         self.loop.unload_adapter(name)
 
+    def _parser(self, prepared: PreparedRequest) -> ReplyParser:
+        """Return what reads the reply to a request."""
+        return ReplyParser.after(
+            prepared.request.prompt,
+            self.tokenizer,
+            tools=prepared.tools,
+            stop=prepared.stop,
+            parallel=prepared.parallel_tool_calls,
+        )
+
     def _request(self, ids: Sequence[int], options: dict[str, Any], stop_ids: frozenset[int]) -> Request:
         own = {name: options.pop(name) for name in OF_REQUEST if name in options}
         if isinstance(own.get("logits_processors"), list):
@@ -268,6 +314,10 @@ class Model:
         elif options:
             raise RequestError(f"pass either `sampling` or {', '.join(sorted(options))}, not both")
         return Request(tuple(ids), sampling, stop_ids=stop_ids, **own)
+
+
+def _remember(replies: ReplyStore, found: Completion) -> None:
+    replies.remember(found.prompt_tokens, found.tokens)
 
 
 def _by_prompt(bad: Mapping[str, Sequence[int]], count: int) -> Iterator[str]:
@@ -303,6 +353,7 @@ def load(
     repack_cache: bool = False,
     ple: str | None = None,
     kv: str | None = None,
+    chat_template: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
@@ -327,6 +378,7 @@ def load(
         repack_cache=repack_cache,
         ple=ple,
         kv=kv,
+        chat_template=_as_name(chat_template),
     )
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: expected a function of the bytes done and the bytes in all, found {spell_value(progress)}")
@@ -350,7 +402,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Model:
     """Load a checkpoint as the options say. Raises GemcutterError with everything that is wrong."""
     started = time.perf_counter()
     opened = open_model(options, progress)
-    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore)
+    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore, options.chat_template)
     built.notes += opened.notes
     built.load_s = time.perf_counter() - started
     for note in built.notes:

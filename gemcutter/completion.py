@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Literal
@@ -105,6 +105,7 @@ class Stream:
         self._submitted_s, self._first_s, self._last_s = time.perf_counter(), 0.0, 0.0
         self._completion: Completion | None = None
         self._error: Exception | None = None
+        self.on_end: Callable[[Completion], None] | None = None  # is told what the reply became, unless it is closed before
         self._is_closed = False
         self._lock = threading.Lock()  # of readers; the engine's thread takes none
 
@@ -181,15 +182,15 @@ class Stream:
             self._ready += map(_as_chunk, self._text.push(event.token))
         if finish is not None:
             self._cancel.detach()
-        elif self._text.stopped is not None:
+        elif self._text.is_finished:
             self._cancel()
-        if self._text.stopped is not None:
+        if self._text.is_finished:
             finish = FinishReason.STOP
         if finish is not None:
             self._end(finish)
 
     def _end(self, finish: FinishReason) -> None:
-        self._ready += map(_as_chunk, self._text.finish())
+        self._ready += map(_as_chunk, self._text.finish(finish is FinishReason.STOP))
         self._completion = found = self._complete(_REASONS[finish])
         log.debug(
             "request %d: %d prompt tokens, %d of them cached; %d tokens in %.3f s; end: %s",
@@ -201,6 +202,8 @@ class Stream:
             found.finish_reason,
         )
         self._ready.append(Chunk("", completion=self._completion))
+        if self.on_end is not None:
+            self.on_end(found)
 
     def _complete(self, finish: Literal["stop", "length", "cancelled"]) -> Completion:
         report, text = self._report, self._text
@@ -220,7 +223,9 @@ class Stream:
             tuple(self._logprobs),
             report,
             metrics,
-            stopped=text.stopped,
+            text.tool_calls,
+            text.num_reasoning_tokens,
+            text.stopped,
         )
 
 

@@ -8,8 +8,8 @@ asks, `engine/sampling.py` for the ranges of the sampling options.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypedDict, TypeGuard
 
 from gemcutter.engine.sampler import LogitsProcessor
 from gemcutter.engine.sampling_params import SamplingParams
@@ -18,20 +18,46 @@ from gemcutter.errors import RequestError, spell_value
 Message = Mapping[str, object]
 
 
+class TemplateOptions(TypedDict, total=False):
+    """What decides how a conversation becomes a prompt, beside the conversation.
+
+    `enable_thinking`, `tools` and `template_options` (by the names of the template's own) are for the chat template: what it
+    does not read is refused, or with `lenient_options` left out. What looks like a marker in a conversation stays text, unless
+    it is `trusted`. `add_generation_prompt` off ends the prompt after the last message; `continue_final_message` ends it within
+    that one, so that the reply goes on with the assistant's text.
+    """
+
+    enable_thinking: bool
+    tools: Sequence[Message | Callable[..., object]] | None
+    template_options: Mapping[str, object]
+    lenient_options: bool
+    trusted: bool
+    add_generation_prompt: bool
+    continue_final_message: bool
+
+
 class GenerateOptions(TypedDict, total=False):
     """What a request may ask for, all of it optional; a checkpoint's generation_config.json fills in the sampling fields.
 
-    `max_tokens` bounds the reply, 128 tokens by default. `stop` are strings that end the text, `ignore_eos` goes on after tokens
-    that end a turn; `enable_thinking` and `tools` are for the chat template. `sampling` takes the place of the single sampling
-    fields (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`,
-    `top_p`, `min_p` and `seed` change nothing then.
+    `max_tokens` bounds the reply, 128 tokens by default. `stop` are strings that end the text, `ignore_eos` goes on after
+    tokens that end a turn; `TemplateOptions` are for conversations. Tools are declarations as OpenAI's API has them, or
+    functions, which are declared by their signature; calls are read by them, and with `parallel_tool_calls` False the first
+    call ends the reply. `sampling` takes the place of the single sampling fields (`SamplingParams`); the others are
+    `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing
+    then.
     """
 
     max_tokens: int
     stop: Sequence[str] | None
     ignore_eos: bool
     enable_thinking: bool
-    tools: Sequence[Message] | None
+    tools: Sequence[Message | Callable[..., object]] | None
+    template_options: Mapping[str, object]
+    lenient_options: bool
+    trusted: bool
+    add_generation_prompt: bool
+    continue_final_message: bool
+    parallel_tool_calls: bool
     prompt_logprobs: int | None
     hidden_states: bool
     top_logits: int
@@ -78,6 +104,7 @@ ELSEWHERE = {
     "thinking": "enable_thinking",
     "think": "enable_thinking",
     "functions": "tools",
+    "chat_template_kwargs": "template_options",
     "lora": "adapter",
     "lora_request": "adapter",
 }
@@ -96,6 +123,16 @@ OTHERWISE = {
     "system": 'a system prompt is a message {"role": "system", "content": ...}',
 }
 
+# The options of templates, and what each is without being asked for.
+OF_TEMPLATE: Mapping[str, object] = {
+    "enable_thinking": False,
+    "tools": None,
+    "template_options": {},
+    "lenient_options": False,
+    "trusted": False,
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+}
 PARTS = ("text",)  # types of a message's parts that can be read; images and sound are to come
 
 
@@ -142,6 +179,38 @@ def check_flag(name: str, value: object) -> bool:
     return value
 
 
+def check_template_options(options: Mapping[str, object], tokens: Iterable[str]) -> dict[str, Any]:
+    """Return what a chat template is asked for, `template_options` among the others, of which `enable_thinking` wins.
+
+    `tokens` are names under which a template finds special tokens: only trusted callers may give others.
+    Raises RequestError, with every problem.
+    """
+    found = {name: options.get(name, default) for name, default in OF_TEMPLATE.items() if name != "template_options"}
+    given = options.get("template_options")
+    extra = dict(given) if isinstance(given, Mapping) else {}
+    found["enable_thinking"] = extra.pop("enable_thinking", found["enable_thinking"])
+    problems = list[str]()
+    if given is not None and not isinstance(given, Mapping):
+        problems.append(f"template_options: expected an object, found {spell_value(given)}")
+    for name in (name for name, default in OF_TEMPLATE.items() if isinstance(default, bool)):
+        try:
+            check_flag(name, found[name])
+        except RequestError as error:
+            problems.append(error.summary)
+    reserved = {*OF_TEMPLATE, "messages", *(() if found["trusted"] is True else tokens)}
+    for name in extra:
+        if not isinstance(name, str) or name in reserved:
+            problems.append(f"template_options.{name}: no option of the template's own; leave it out")
+    if problems:
+        raise RequestError("the conversation can't be rendered with these options", problems)
+    return {**found, **extra}
+
+
+def is_conversation(prompt: object) -> TypeGuard[Sequence[Message]]:
+    """Return whether a prompt is a list of messages."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(issubclass(kind, Mapping) for kind in set(map(type, prompt)))
+
+
 def check_parts(messages: Iterable[object]) -> None:
     """Raise RequestError, naming each part, where a message holds something that can't be read, such as an image.
 
@@ -153,6 +222,6 @@ def check_parts(messages: Iterable[object]) -> None:
         for index, part in enumerate(content if isinstance(content, list | tuple) else ()):
             kind = part.get("type") if isinstance(part, Mapping) else None
             if isinstance(kind, str) and kind not in PARTS:
-                problems.append(f"messages[{place}].content[{index}]: a part of type {kind!r}; only text can be read")
+                problems.append(f"messages[{place}].content[{index}].type: a part of type {kind!r}; only text can be read")
     if problems:
         raise RequestError("the conversation holds parts that can't be read yet", problems)

@@ -69,7 +69,7 @@ CHECKS: Mapping[str, Callable[[str], str]] = {
     "ple": _one_of("ple", PLE_PLACES),
     "kv": _one_of("kv", KV_DTYPES),
 }
-TEXTS = ("model", "dtype", "device", "kernels", "activations", "quant", "adapter", "ple", "kv")
+TEXTS = ("model", "dtype", "device", "kernels", "activations", "quant", "adapter", "ple", "kv", "chat_template")
 LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_entries": 0}
 
 
@@ -87,7 +87,8 @@ class LoadOptions:
     `adapters`, by name, stay apart, and a request with `adapter="name"` gets that one's changes. `repack_cache` keeps what the
     CPU kernels repack in the user's cache folder, for later loads to map. `ple` says where the table of per-layer embeddings is
     kept for a GPU: "gpu", "host" (pinned memory) or "mmap"; None: on the GPU if there is room. `kv` "fp8" keeps keys and values
-    in 8 bits on a GPU that has them (compute capability 8.9).
+    in 8 bits on a GPU that has them (compute capability 8.9). `chat_template` is "own" (the checkpoint's), "canonical" (Google's
+    of July 2026) or a Jinja file; None: the checkpoint's own, unless that is an older generation of Google's.
 
     The engine's limits: `context` bounds a sequence in tokens, `max_batched_tokens` the rows of a step (the chunk of a long
     prompt), `max_num_seqs` the sequences that run at once; `prefix_cache_entries` finished prompts and replies are kept for
@@ -106,6 +107,7 @@ class LoadOptions:
     repack_cache: bool = False
     ple: str | None = None
     kv: str | None = None
+    chat_template: str | None = None
     context: int | None = None
     max_batched_tokens: int = 512
     max_num_seqs: int = 8

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import gguf
 from gemcutter.checkpoint.load.match import Checkpoint
+from gemcutter.errors import CheckpointError
 from gemcutter.generation_config import Defaults
+from gemcutter.sidecar.small_file import read_small
 from gemcutter.text.tokenizer import Tokenizer
 
 JINJA = "chat_template.jinja"
+OWN, CANONICAL = "own", "canonical"  # chat templates by name
 
 if TYPE_CHECKING:  # the template engine is imported where there is a template
     from gemcutter.text.chat import ChatTemplate
@@ -33,12 +37,16 @@ class TextAssets:
     notes: tuple[str, ...] = ()
 
 
-def read_text_assets(checkpoint: Checkpoint) -> TextAssets:
-    """Return the text side of a checkpoint. Raises CheckpointError or ConfigError for what is damaged or absent."""
+def read_text_assets(checkpoint: Checkpoint, chat_template: str | None = None) -> TextAssets:
+    """Return the text side of a checkpoint; `chat_template` is the load option.
+
+    Raises CheckpointError or ConfigError for what is damaged or absent.
+    """
     tokenizer = read_tokenizer(checkpoint.source, checkpoint.plan.vocab)
-    template = read_template(checkpoint.source, tokenizer)
+    template, note = choose_template(checkpoint, tokenizer, chat_template)
     defaults = read_defaults(checkpoint, tokenizer, template)
-    return TextAssets(tokenizer, template, defaults, tuple(_notes(checkpoint, tokenizer, template)))
+    notes = [] if note is None else [note]
+    return TextAssets(tokenizer, template, defaults, (*notes, *_notes(checkpoint, tokenizer, template)))
 
 
 def _notes(checkpoint: Checkpoint, tokenizer: Tokenizer, template: ChatTemplate | None) -> Iterator[str]:
@@ -82,6 +90,37 @@ def read_template(source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:
     from gemcutter.text.chat import ChatTemplate
 
     return ChatTemplate.of_named(named, tokenizer) if gguf.sniff(source) else ChatTemplate.find(source.folder, tokenizer)
+
+
+def choose_template(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, choice: str | None = None
+) -> tuple[ChatTemplate | None, str | None]:
+    """Return the chat template to use, and a note where it is not the checkpoint's own and nobody asked for it.
+
+    `choice` is "own", "canonical", a file, or None: the checkpoint's own unless that is an older generation of Google's.
+    Raises CheckpointError for a template that is damaged, and for a file that can't be read.
+    """
+    if choice is not None and choice not in (OWN, CANONICAL):
+        return _template_of_file(Path(choice), tokenizer), None
+    own = read_template(checkpoint.source, tokenizer)
+    if choice == OWN or (choice is None and own is None):
+        return own, None
+    from gemcutter.text import canonical
+
+    if choice is None and own is not None:
+        return canonical.preferred(own, tokenizer)
+    size = canonical.SMALL if checkpoint.plan.ple_dim else canonical.LARGE
+    return (own and canonical.like(own, tokenizer)) or canonical.canonical_template(size, tokenizer), None
+
+
+def _template_of_file(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    from gemcutter.text.chat import ChatTemplate
+
+    try:
+        source = read_small(path).decode("utf-8")
+    except ValueError as error:
+        raise CheckpointError(f"chat template {path} can't be read ({error}); give a Jinja file, canonical or own") from error
+    return ChatTemplate(source, tokenizer, origin=str(path))
 
 
 def read_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> Defaults:

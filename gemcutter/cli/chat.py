@@ -25,11 +25,14 @@ from gemcutter.cli.line_input import line_history, read_message
 from gemcutter.cli.loading import load_model, spell_how
 from gemcutter.cli.run import note_idle_options, spell_limit
 from gemcutter.cli.terminal import Answer, Volume, note, say, spell_rate, volume
+from gemcutter.cli.tool_files import ToolFile, Tools, read_tools
 from gemcutter.errors import GemcutterError, RequestError
+from gemcutter.tools import run_call, turn_of
 
 if TYPE_CHECKING:
     from gemcutter.api import Completion, Model, Stream
     from gemcutter.engine.sampling_params import SamplingParams
+    from gemcutter.text.tool_calls import ToolCall
 
 HELP = """
 Talk with a model, turn by turn.
@@ -39,6 +42,9 @@ before it are still in the cache, as the line after each reply says. Lines may c
 
 Several lines that are pasted at once are one message. Typed or piped, a line that ends with a backslash goes on in the next one,
 and so does everything from three quotes (\"\"\") at the begin of a line to three at the end of one.
+
+With --tools, calls of the functions in a .py file are run, and the model goes on with their results. For tools that are only
+declared, in a .json file, you are asked for each result.
 
 \b
 In the conversation:
@@ -68,6 +74,7 @@ SETTABLE = ("max_tokens", *(field.name for field in fields(options.Choosing)))
 NEED_AN_ARGUMENT = {"/save": "FILE", "/load": "FILE", "/think": "on|off", "/set": "NAME VALUE"}
 
 MAX_TOKENS = 1024
+MOST_ROUNDS = 8  # of tool calls, after one message
 MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", metavar="N", min=1, help="Tokens of a reply at most.")]
 
 
@@ -77,6 +84,7 @@ def chat(
     *,
     system: options.System = None,
     think: options.Think = False,
+    tools: Tools = None,
     max_tokens: MaxTokens = MAX_TOKENS,
     choosing: options.Choosing,
     loading: options.Loading,
@@ -85,13 +93,14 @@ def chat(
 ) -> None:
     """Hold one conversation until the input ends. Raises UsageError or GemcutterError."""
     sampling = options.check_sampling(choosing)
+    declared = None if tools is None else read_tools(tools)
     loaded = load_model(model, loading, context=context, kv=kv, prefix_cache_entries=4)
     if loaded.template is None:
         raise RequestError(
             f"{model} has no chat template (a base model?); use `gemcutter run`, or an instruction-tuned checkpoint"
         )
     note_idle_options(loaded, sampling)
-    session = Session(model, loaded, Conversation(system), {"max_tokens": max_tokens, **sampling})
+    session = Session(model, loaded, Conversation(system), {"max_tokens": max_tokens, **sampling}, tools=declared)
     session.set_thinking(think)
     with line_history():
         if sys.stdin.isatty() and volume() is not Volume.QUIET:
@@ -110,6 +119,7 @@ class Session:
     options: dict[str, Any]
     think: bool = False
     retries: int = 0
+    tools: ToolFile | None = None
 
     def hold(self) -> None:
         """Take lines until the input ends or /exit; errors and interrupts end a line, never the session."""
@@ -222,15 +232,44 @@ class Session:
         self.think = think
 
     def reply(self, before: list[dict[str, Any]]) -> None:
-        """Answer the last question. A reply cut short is kept as far as it came; without one the turns are `before` again."""
-        parts: dict[str, list[str]] = {"content": [], "reasoning": []}
+        """Answer the last question, and run the tools that the reply calls until it calls none.
+
+        A reply cut short is kept as far as it came; without one the turns are `before` again.
+        """
+        for _ in range(MOST_ROUNDS):
+            completion = self._answer(before)
+            if completion is None or not completion.tool_calls:
+                return
+            try:
+                results = [self._result_of(call) for call in completion.tool_calls]
+            except KeyboardInterrupt:
+                self.conversation.turns = before
+                raise
+            self.conversation.turns += turn_of(completion, results)
+            before = list(self.conversation.turns)
+        note(f"stopped after {MOST_ROUNDS} rounds of calls; send a message to go on")
+
+    def _result_of(self, call: ToolCall) -> str:
+        """Show a call and return its result: of the tool file's function, or of what the user types."""
+        say(f"call {call.name} {call.arguments}")
+        if self.tools is None or call.name in self.tools.functions or call.name not in self.tools.names:
+            result = run_call(call, {} if self.tools is None else self.tools.functions)
+            say(f"  -> {result}")
+            return result
+        say(f"result of {call.name}?")
+        return read_message() or ""
+
+    def _answer(self, before: list[dict[str, Any]]) -> Completion | None:
+        """Print one reply and keep it, but for one with calls, whose results are still to come; return it if it is whole."""
+        parts: dict[str, list[str]] = {"content": [], "reasoning": [], "tool_call": []}
         answer, completion = Answer(), None
         try:
             with interruptible(), closing(self._stream()) as chunks:
                 for chunk in chunks:
                     completion = chunk.completion
                     parts[chunk.kind].append(chunk.text)
-                    answer.write(chunk.text, chunk.kind)
+                    if chunk.kind != "tool_call":
+                        answer.write(chunk.text, chunk.kind)
         except KeyboardInterrupt:
             answer.end()
             has_begun = any(map(any, parts.values()))
@@ -238,7 +277,8 @@ class Session:
         finally:
             content, reasoning = "".join(parts["content"]), "".join(parts["reasoning"])
             if completion is not None or content or reasoning:
-                self.conversation.answer(content, reasoning)
+                if completion is None or not completion.tool_calls:
+                    self.conversation.answer(content, reasoning)
             else:
                 self.conversation.turns = before
         if completion is not None:
@@ -247,11 +287,17 @@ class Session:
                 note(f"stopped at {spell_limit(completion, self.options['max_tokens'])}; /set max_tokens N changes it")
             if volume() is not Volume.QUIET:
                 say(summary(completion))
+        return completion
 
     def _stream(self) -> Stream:
         seed = self.options.get("seed")
         again = {} if seed is None else {"seed": (seed + self.retries) % 2**64}  # a retry should say something else
-        return self.model.stream(self.conversation.messages, enable_thinking=self.think, **(self.options | again))
+        return self.model.stream(
+            self.conversation.messages,
+            enable_thinking=self.think,
+            tools=None if self.tools is None else self.tools.declarations,
+            **(self.options | again),
+        )
 
 
 def summary(completion: Completion) -> str:

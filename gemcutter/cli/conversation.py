@@ -57,7 +57,7 @@ class Conversation:
     def load(cls, file: Path) -> Conversation:
         """Read what `save` wrote, or any such list of messages. Raises OSError or RequestError."""
         from gemcutter.generate_options import check_parts
-        from gemcutter.text.chat import check_messages
+        from gemcutter.text.history import check_messages
 
         try:
             found = json.loads(file.read_text(encoding="utf-8"))

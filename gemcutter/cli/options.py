@@ -193,6 +193,14 @@ class Loading:
         ),
     ] = None
 
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|canonical|own",
+            help="How conversations become prompts.  [default: the checkpoint's own, unless Google has replaced it]",
+        ),
+    ] = None
+
     def options(self, model: str, **engine: Any) -> LoadOptions:
         """Return these options for a model; `engine` holds the limits of the engine and its cache. Raises GemcutterError."""
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "threads"}

@@ -18,6 +18,7 @@ from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model
 from gemcutter.cli.measured import describe_model
 from gemcutter.cli.terminal import Answer, note, print_json, remark, say, spell_rate
+from gemcutter.cli.tool_files import Tools, read_tools
 from gemcutter.errors import RequestError
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ Continue one prompt and print the reply as it comes.
 The prompt is PROMPT, or stdin where PROMPT is "-" or absent, less its last line break. It goes through the checkpoint's chat
 template as a user's message if there is a template, else to the model as it is. The choice of tokens is greedy unless
 --temperature or the checkpoint's generation_config.json says otherwise. The reply goes to stdout, all else to stderr, where notes
-tell if the reply was cut off or an option had no effect. A reader that leaves early, such as `head`, ends the reply in silence,
-with exit code 0.
+tell if the reply was cut off or an option had no effect. Tool calls are printed after the text, one JSON object a line; it is
+`gemcutter chat` that runs them. A reader that leaves early, such as `head`, ends the reply in silence, with exit code 0.
 """
 EXAMPLES = """\b
 Examples:
@@ -67,6 +68,7 @@ def run(
     tokens: Tokens = None,
     system: options.System = None,
     think: options.Think = False,
+    tools: Tools = None,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     choosing: options.Choosing,
@@ -78,8 +80,9 @@ def run(
     kv: options.Kv = None,
 ) -> None:
     """Answer one prompt on stdout, as text or as one JSON object. Raises UsageError or GemcutterError."""
-    if (raw or tokens is not None) and (system is not None or think):
-        raise UsageError("--system and --think are parts of the chat template, which --raw and --tokens leave out")
+    if (raw or tokens is not None) and (system is not None or think or tools is not None):
+        raise UsageError("--system, --think and --tools are parts of the chat template, which --raw and --tokens leave out")
+    declared = None if tools is None else read_tools(tools).declarations
     asked = read_prompt(prompt, tokens)
     sampling = options.check_sampling(choosing, logprobs=logprobs)
     loaded = load_model(model, loading, context=context, kv=kv)
@@ -90,16 +93,19 @@ def run(
         stop=stop or (),
         ignore_eos=ignore_eos,
         enable_thinking=think,
+        tools=declared,
         top_logits=top_logits or 0,
         **sampling,
     )
     answer, completion = Answer(), None
     for chunk in chunks:
         completion = chunk.completion
-        if not as_json:
+        if not as_json and chunk.kind != "tool_call":
             answer.write(chunk.text, chunk.kind)
     answer.end()
     assert completion is not None  # the last chunk carries it
+    if not as_json:
+        print_calls(completion)
     if max_tokens:
         note_cut(completion, max_tokens)
     if as_json:
@@ -107,6 +113,12 @@ def run(
         print_json(found | {"measured": describe_model(loaded, model, loading)})
     else:
         show_details(completion, loaded.tokenizer)
+
+
+def print_calls(completion: Completion) -> None:
+    """Print the calls of a reply on stdout, one JSON object a line."""
+    for call in completion.tool_calls:
+        print_json({"name": call.name, "arguments": call.parsed})
 
 
 def read_prompt(prompt: str | None, tokens: str | None) -> str | tuple[int, ...]:
@@ -182,6 +194,7 @@ def as_object(completion: Completion, load_s: float, *, wants_top_logits: bool) 
         "tokens": completion.tokens,
         "text": completion.text,
         "reasoning": completion.reasoning,
+        "tool_calls": [{"name": call.name, "arguments": call.parsed} for call in completion.tool_calls],
         "finish_reason": completion.finish_reason,
     }
     if wants_top_logits:

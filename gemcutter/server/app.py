@@ -38,8 +38,7 @@ def create_app(model: Model, options: ServerOptions | None = None) -> FastAPI:
         yield
         await service.stop()
 
-    most = service.options.max_body_bytes or None
-    app = FastAPI(title="gemcutter", version=gemcutter.__version__, lifespan=lifespan, redirect_slashes=False, max_body_size=most)
+    app = FastAPI(title="gemcutter", version=gemcutter.__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
     errors.install(app)
     for make in ROUTERS:

@@ -17,7 +17,7 @@ REQUEST_ID = b"x-request-id"
 
 
 class Gate:
-    """Lets requests through that need no key or have one of `keys` (without keys, all) and whose body has at most `most` bytes."""
+    """Lets requests through that need no key, or have one of `keys` (without keys, all), and have at most `most` bytes."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Sequence[str], most: int = 0) -> None:
         self._app, self._most, self._keys, self._open = app, most, [key.encode() for key in keys], frozenset(open_paths)
@@ -35,20 +35,32 @@ class Gate:
                 message["headers"] = [*message["headers"], (REQUEST_ID, given[:200])]
             await send(message)
 
-        length = headers.get(b"content-length", b"")
-        if (
-            self._most and length.isdigit() and int(length) > self._most
-        ):  # the framework's limit, which holds for all, has no words
-            error = ApiError(
-                413, f"the body has {int(length):,} bytes, and {self._most:,} are the operator's limit (--max-body-mb)"
-            )
-            await error.response(is_anthropic(scope["path"]))(scope, receive, tell)
-            return
         if self._keys and scope["path"] not in self._open and scope["method"] != "OPTIONS" and not self._has_key(headers):
             error = ApiError(401, "no valid API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`")
             await error.response(is_anthropic(scope["path"]))(scope, receive, tell)
             return
-        await self._app(scope, receive, tell)
+        length = headers.get(b"content-length", b"")
+        if self._most and length.isdigit() and int(length) > self._most:
+            await self._too_large().response(is_anthropic(scope["path"]))(scope, receive, tell)
+            return
+        await self._app(scope, self._counted(receive), tell)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body has more than {self._most:,} bytes, the operator's limit (--max-body-mb)")
+
+    def _counted(self, receive: Receive) -> Receive:
+        """Return what reads a body that did not tell its length, and raises ApiError (413) where it grows too large."""
+        read = 0
+
+        async def count() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if self._most and read > self._most:
+                raise self._too_large()
+            return message
+
+        return count
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,24 +84,23 @@ def reply_text(completion: Completion) -> str:
 def logprobs(raw: RawRequest, completion: Completion, tokenizer: Tokenizer, *, echo: bool) -> dict[str, Any]:
     """Return the arrays of a choice: over prompt and reply with `echo`, else over the reply."""
     ids, found = list(completion.tokens), list[TokenLogprobs | None](completion.logprobs)
-    start = "" if not echo else raw.text
     if echo:
         shown = list(raw.prepared.request.prompt[raw.hidden :])
         # The report has no entry for the first token of the prompt, which is the hidden one where there is one.
         report = [None, *completion.prompt.logprobs][raw.hidden :]
         if raw.hidden and report:
             report[0] = None  # as every other server has it: nothing stands before the first token
-        ids, found, start = shown + ids, report + found, ""
-    return arrays(ids, found, tokenizer, len(start))
+        ids, found = shown + ids, report + found
+    return arrays(ids, found, tokenizer, Offsets(tokenizer))
 
 
-def arrays(ids: Sequence[int], found: Sequence[TokenLogprobs | None], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
+def arrays(ids: Sequence[int], found: Sequence[TokenLogprobs | None], tokenizer: Tokenizer, offsets: Offsets) -> dict[str, Any]:
     """Return tokens, log-probabilities, alternatives and offsets, all of one length."""
     return {
         "tokens": [spell(token, tokenizer) for token in ids],
         "token_logprobs": [None if each is None else max(each.logprob, NEVER) for each in found],
         "top_logprobs": [None if each is None else _alternatives(each, tokenizer) for each in found],
-        "text_offset": list(_offsets(ids, tokenizer, offset)),
+        "text_offset": [offsets.push(token) for token in ids],
     }
 
 
@@ -121,10 +120,16 @@ def spell(token: int, tokenizer: Tokenizer) -> str:
     return tokenizer.bytes_of(token).decode("utf-8", errors="replace")
 
 
-def _offsets(ids: Sequence[int], tokenizer: Tokenizer, offset: int) -> Iterator[int]:
-    """Yield where each token begins in the text, in characters; one that only completes a character begins after it."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in ids:
-        yield offset
-        if token not in tokenizer.special_ids:
-            offset += len(decoder.decode(tokenizer.bytes_of(token)))
+class Offsets:
+    """Counts where each token begins in a text, in characters; one that only completes a character begins after it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._at = tokenizer, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> int:
+        """Return where the next token begins."""
+        start = self._at
+        if token not in self._tokenizer.special_ids:
+            self._at += len(self._decoder.decode(self._tokenizer.bytes_of(token)))
+        return start

@@ -17,6 +17,8 @@ from gemcutter.sidecar.small_file import shown
 # What a tokenizer.json of Gemma's kind says beside vocabulary, merges and added tokens. Its splits at spaces find none.
 NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 PRE_TOKENIZERS = (None, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False})
+# Converters mark some of these as plain text; no merges make them, and no text means them.
+MARKER = re.compile(r'<\|[a-z_"]+\|?>|<[a-z_]+\|>|<unused[0-9]+>')
 ID = re.compile(r"[0-9]{1,9}")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 SHOWN = 3  # tokens that a note lists

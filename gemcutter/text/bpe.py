@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Any
 
-from gemcutter.sidecar.tokenizer_json import NORMALIZER, PRE_TOKENIZERS
+from gemcutter.sidecar.tokenizer_json import MARKER, NORMALIZER, PRE_TOKENIZERS
 
 Rank = Any  # numbers or tuples of them, all of one kind; the smallest is merged first
 RankOf = Callable[[str, str], Rank | None]
@@ -28,7 +28,12 @@ class Bpe:
 
     def __init__(self, ids: Mapping[str, int], rank: RankOf, added: Iterable[str], literals: Iterable[str] = ()) -> None:
         self.ids, self._rank = ids, rank
-        self._added, self._literals = _Finder(added), _Finder(literals)
+        self._added, self._literals = PieceFinder(added), PieceFinder(literals)
+
+    @property
+    def markers(self) -> frozenset[str]:
+        """Return the added tokens that are no plain text."""
+        return self._added.pieces - self._literals.pieces
 
     def encode(self, text: str, *, with_markers: bool) -> list[int]:
         """Return the ids of a text; without markers only literals are cut out of it. Raises UnicodeEncodeError for surrogates."""
@@ -101,8 +106,11 @@ def by_scores(scores: Mapping[str, float], ids: Mapping[str, int]) -> RankOf:
     return rank
 
 
-def read_bpe(raw: Mapping[str, Any]) -> tuple[Bpe, frozenset[int]] | None:
-    """Take a tokenizer.json for its encoding, and the ids of its special tokens; None unless all of it is as Gemma has it."""
+def read_bpe(raw: Mapping[str, Any], markers: Iterable[str] = ()) -> tuple[Bpe, frozenset[int]] | None:
+    """Take a tokenizer.json for its encoding, and the ids of its special tokens; None unless all of it is as Gemma has it.
+
+    `markers` are added tokens that are no text, whatever their flag in the file says.
+    """
     model, added = raw.get("model"), raw.get("added_tokens")
     if not isinstance(model, dict) or not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         return None
@@ -125,7 +133,9 @@ def read_bpe(raw: Mapping[str, Any]) -> tuple[Bpe, frozenset[int]] | None:
             return None
         ids = {**ids, **new}
     special = frozenset(token["id"] for token in added if token.get("special"))
-    return Bpe(ids, by_merges(spelled), contents), special
+    known = {*markers, *(token["content"] for token in added if token.get("special"))}
+    literals = [piece for piece in contents if piece not in known and not MARKER.fullmatch(piece)]
+    return Bpe(ids, by_merges(spelled), contents, literals), special
 
 
 def fits(ids: Mapping[str, Any], merges: Sequence[Any]) -> bool:
@@ -138,16 +148,16 @@ def fits(ids: Mapping[str, Any], merges: Sequence[Any]) -> bool:
         return False
 
 
-class _Finder:
+class PieceFinder:
     """Finds pieces in a text, of those that begin at one place the longest.
 
     A pattern of all 6,500 added tokens would do the same, but takes longer to compile than all else here takes to get ready.
     """
 
     def __init__(self, pieces: Iterable[str]) -> None:
-        self._pieces = frozenset(piece for piece in pieces if piece)
+        self.pieces = frozenset(piece for piece in pieces if piece)
         lengths: dict[str, set[int]] = {}
-        for piece in self._pieces:
+        for piece in self.pieces:
             lengths.setdefault(piece[0], set()).add(len(piece))
         self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
         self._first = re.compile(f"[{''.join(map(re.escape, self._lengths))}]") if lengths else None
@@ -157,7 +167,7 @@ class _Finder:
         at = 0
         while self._first is not None and (match := self._first.search(text, at)):
             at = match.start()
-            piece = next((text[at : at + n] for n in self._lengths[match[0]] if text[at : at + n] in self._pieces), None)
+            piece = next((text[at : at + n] for n in self._lengths[match[0]] if text[at : at + n] in self.pieces), None)
             if piece is not None:
                 yield at, piece
             at += len(piece or match[0])

@@ -1,15 +1,17 @@
 """Conversations to prompts, through the chat template that a checkpoint brings.
 
-Owns the search for the template and the check of the messages it is given. `template_sandbox.py` is what it runs in.
+Owns the search for the template and its options, and keeps what strangers wrote apart from the template's own markers.
+`history.py` and `tool_schemas.py` make what it is given, `template_sandbox.py` is what it runs in.
 Refuses to know turn markers or thinking cues: what a prompt looks like is the template's business alone. Media bytes and tool
 grammar live elsewhere; here an image is a part of type `image` and a tool call is a name with an object of arguments.
-Read `tokenizer.py` for the encoding of the rendered prompt, `reply.py` for what comes back.
+Read `tokenizer.py` for the encoding of the rendered prompt, `splice.py` for replies that come back, `reply.py` for new ones.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,20 @@ import jinja2.meta
 
 from gemcutter.errors import CheckpointError, GemcutterError, RequestError
 from gemcutter.sidecar.templates import DEFAULT, TOOL_USE, find_templates
+from gemcutter.text.history import check_messages, in_order
+from gemcutter.text.placeholders import Placeholders
+from gemcutter.text.splice import ReplyStore
 from gemcutter.text.template_sandbox import Sandbox, limited_turns
 from gemcutter.text.tokenizer import Tokenizer
+from gemcutter.text.tool_schemas import printable_tools
 
-ROLES = ("system", "developer", "user", "assistant", "model", "tool")
-# Types of content parts; only text carries something that a template prints, the others become a placeholder.
-PART_TYPES = ("text", "image", "image_url", "audio", "input_audio", "video")
-# An assistant's message that has one of these needs no content.
-INSTEAD_OF_CONTENT = ("tool_calls", "tool_responses", "reasoning", "reasoning_content")
+log = logging.getLogger(__name__)
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+# Options of every template, and their defaults; what else is asked for is an option by a name of the template's own.
+FLAGS = {"add_generation_prompt": True, "enable_thinking": False, "continue_final_message": False, "lenient_options": False}
 
 
 class ChatTemplate:
@@ -39,11 +47,12 @@ class ChatTemplate:
     ) -> None:
         """Compile `source`; special tokens come from `tokenizer`, and errors name `origin`.
 
-        `with_tools` is rendered instead where tools are given. Raises CheckpointError, naming the line, when the source is not a
-        valid template.
+        `with_tools` is rendered instead where there are tools or calls. Raises CheckpointError, naming the line, when the
+        source is not a valid template.
         """
         self.origin, self.source = origin, source
         self._tokenizer, self._with_tools = tokenizer, with_tools
+        self._find_with_tools: Callable[[], ChatTemplate | None] | None = None
         try:
             self._template, tree = Sandbox().compile_limited(source)
             self.variables: frozenset[str] = frozenset(jinja2.meta.find_undeclared_variables(tree))
@@ -70,56 +79,103 @@ class ChatTemplate:
         compiled[DEFAULT]._with_tools = compiled.get(TOOL_USE)
         return compiled[DEFAULT]
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        enable_thinking: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **extra: Any,
-    ) -> str:
+    def render(self, messages: Messages, *, tools: Messages | None = None, **options: Any) -> str:
         """Return the prompt for `messages` in OpenAI's layout; the BOS is in it if the template prints one.
 
-        `tools` are OpenAI function declarations; `extra` goes to the template as it is (`preserve_thinking`, ...).
-        Raises RequestError, naming each `messages[i].field`, for malformed messages, for options that the template does not read,
-        and for what it refuses itself.
+        `tools` are OpenAI function declarations. The options are those of FLAGS and what else the template reads
+        (`preserve_thinking`, ...). `continue_final_message` ends the prompt within the last message, which is the model's, as
+        it is written there; with `lenient_options`, those that the template does not read are left out, with a line in the log.
+        Raises RequestError, naming each `messages[i].field`, for malformed messages, for options that the template does not
+        read, and for what it refuses itself.
         """
-        if tools and self._with_tools is not None:
-            chosen = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking, "tools": tools}
-            return self._with_tools.render(messages, **chosen, **extra)  # type: ignore[arg-type]
-        self._refuse_ignored({"tools": tools, "enable_thinking": enable_thinking}, extra)
-        variables: dict[str, Any] = {
-            **self._tokenizer.special_tokens,
-            "messages": check_messages(messages, tools),
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-            "enable_thinking": enable_thinking,
-            **extra,
-        }
-        try:
-            with limited_turns():
-                return self._template.render(variables)
-        except Exception as error:  # a template is foreign code: it can fail in any way that Python can
-            raise RequestError(f"{self.origin}: the chat template failed on this conversation: {_describe(error)}") from error
+        return self._for_tools(messages, tools)._render(messages, tools, options, ())[0]
 
     def encode(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
-        add_generation_prompt: bool = True,
-        enable_thinking: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **extra: Any,
+        tools: Messages | None = None,
+        trusted: bool = False,
+        replies: ReplyStore | None = None,
+        **options: Any,
     ) -> list[int]:
         """Return the ids of the rendered prompt, with exactly one BOS whether the template prints it or not.
 
-        Options and errors are those of `render`.
+        What looks like a marker in messages, tools and options stays text, unless they are `trusted`. Where the prompt begins
+        like a conversation of `replies`, it has the ids of that. The other options, and errors, are those of `render`.
         """
-        prompt = self.render(
-            messages, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking, tools=tools, **extra
+        tokenizer = self._tokenizer
+        text, placeholders = self._for_tools(messages, tools)._render(
+            messages, tools, options, () if trusted else tokenizer.markers
         )
-        return self._tokenizer.encode(prompt, bos=True)
+        parts = [part if isinstance(part, int) else placeholders.show(part) for part in tokenizer.split_markers(text)]
+        if parts[:1] != [tokenizer.bos_id]:
+            parts.insert(0, tokenizer.bos_id)
+        known, rest = ([], parts) if replies is None else replies.splice(parts)
+        return known + tokenizer.encode_parts(rest)
+
+    @property
+    def has_tool_template(self) -> bool:
+        """Whether conversations with tools are another template's."""
+        return self._with_tools is not None
+
+    def set_tool_template(self, find: Callable[[], ChatTemplate | None]) -> None:
+        """Let conversations with tools be rendered by what `find` returns; it is called for the first of them."""
+        self._find_with_tools = find
+
+    def _for_tools(self, messages: Messages, tools: Messages | None) -> ChatTemplate:
+        if not tools and not _holds_calls(messages):
+            return self
+        if self._with_tools is None and self._find_with_tools is not None:
+            self._with_tools, self._find_with_tools = self._find_with_tools(), None
+        return self._with_tools or self
+
+    def _render(
+        self, messages: Messages, tools: Messages | None, options: Mapping[str, Any], markers: Iterable[str]
+    ) -> tuple[str, Placeholders]:
+        """Return the prompt, with placeholders for the markers that are not the template's own."""
+        extra = dict(options)
+        flags = {name: extra.pop(name, default) for name, default in FLAGS.items()}
+        given = self._accepted(
+            {"tools": tools, "enable_thinking": flags["enable_thinking"]}, extra, bool(flags["lenient_options"])
+        )
+        checked = in_order(check_messages(messages, tools), joins_turns=lambda: self._joins_turns)
+        declared = printable_tools(tools) if tools else tools
+        placeholders = Placeholders(markers, checked, declared, given, self.source)
+        shown = placeholders.hide(checked)
+        final = _cut_final(shown, placeholders.end) if flags["continue_final_message"] else None
+        text = self._run(
+            {
+                "messages": shown,
+                "tools": placeholders.hide(declared),
+                "add_generation_prompt": flags["add_generation_prompt"] and final is None,
+                "enable_thinking": flags["enable_thinking"],
+                **placeholders.hide(given),
+            }
+        )
+        if final is None:
+            return text, placeholders
+        if text.count(placeholders.end) != 1:
+            raise RequestError(f"{self.origin}: the chat template leaves out the last message, which can't be continued then")
+        return text.partition(placeholders.end)[0] + final, placeholders
+
+    def _run(self, values: Mapping[str, Any]) -> str:
+        try:
+            with limited_turns():
+                return self._template.render({**self._tokenizer.special_tokens, **values})
+        except Exception as error:  # a template is foreign code: it can fail in any way that Python can
+            raise RequestError(f"{self.origin}: the chat template failed on this conversation: {_describe(error)}") from error
+
+    @cached_property
+    def _joins_turns(self) -> bool:
+        """Whether two messages of the model after each other are one turn, as they are since July 2026."""
+        first, second = "gem", "cutter"
+        replies = [{"role": "assistant", "content": text} for text in (first, second)]
+        values = {"messages": [{"role": "user", "content": "Hi"}, *replies], "tools": None}
+        try:
+            return first + second in self._run({**values, "add_generation_prompt": False, "enable_thinking": False})
+        except RequestError:  # it insists that roles alternate
+            return False
 
     def problem(self) -> str | None:
         """Return why a conversation of one message can't be rendered, None where it can."""
@@ -141,120 +197,39 @@ class ChatTemplate:
             return None  # it refuses such a conversation
         return ids[0] if ids and ids[0] in self._tokenizer.special_ids else None
 
-    def _refuse_ignored(self, options: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-        given = [name for name, value in options.items() if value] + list(extra)
-        ignored = [name for name in given if name not in self.variables]
-        if ignored:
+    def _accepted(self, own: Mapping[str, Any], extra: Mapping[str, Any], is_lenient: bool) -> dict[str, Any]:
+        """Return the extra options that the template reads. Raises RequestError for others, unless that is to be lenient."""
+        ignored = [name for name in [*(name for name, value in own.items() if value), *extra] if name not in self.variables]
+        left_out = [name for name in ignored if is_lenient and name != "tools"]
+        if refused := [name for name in ignored if name not in left_out]:
             raise RequestError(
                 f"{self.origin}: the chat template would ignore some options",
-                [f"{name}: this template does not read it; leave it out" for name in ignored],
+                [f"{name}: this template does not read it; leave it out" for name in refused],
             )
+        for name in left_out:
+            log.info("%s: the chat template does not read %s, which is ignored", self.origin, name)
+        return {name: value for name, value in extra.items() if name not in left_out}
 
 
-def check_messages(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-) -> list[dict[str, Any]]:
-    """Return copies of `messages` that every generation of template understands; the originals stay untouched.
-
-    Arguments of tool calls given as JSON text become objects, and an absent content of the model becomes an empty one.
-    Raises RequestError with all that is wrong in messages and tools.
-    """
-    problems: list[str] = []
-    if not isinstance(messages, list | tuple) or not messages:
-        problems.append(f"messages: expected a non-empty list of objects, found {_name(messages)}")
-        messages = ()
-    checked = [_check_message(f"messages[{i}]", message, problems) for i, message in enumerate(messages)]
-    _check_tools(tools, problems)
-    if problems:
-        raise RequestError("the conversation can't be rendered", problems)
-    return checked
+def _cut_final(messages: list[dict[str, Any]], end: str) -> str:
+    """Put `end` in the place of the last message's text, which is the model's, and return that. Raises RequestError."""
+    last, place = messages[-1], f"messages[{len(messages) - 1}]"
+    content = last.get("content")
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    if last.get("role") != "assistant" or last.get("tool_calls") or not isinstance(content, str):
+        raise RequestError(
+            f"{place}: only a text of the assistant can be continued; end with one, or leave out continue_final_message"
+        )
+    last["content"] = end
+    return content
 
 
-def _check_message(where: str, message: Any, problems: list[str]) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        problems.append(f"{where}: expected an object with role and content, found {_name(message)}")
-        return {}
-    checked = dict(message)
-    role = checked.get("role")
-    if role not in ROLES:
-        problems.append(f"{where}.role: expected one of {', '.join(ROLES)}, found {_name(role)}")
-    if role in ("assistant", "model") and checked.get("content") is None and any(map(checked.get, INSTEAD_OF_CONTENT)):
-        checked["content"] = ""
-    _check_content(f"{where}.content", checked.get("content"), problems)
-    for field in ("reasoning", "reasoning_content"):
-        if not isinstance(checked.get(field), str | None):
-            problems.append(f"{where}.{field}: expected a string, found {_name(checked[field])}")
-    if checked.get("tool_calls") is not None:
-        checked["tool_calls"] = _check_tool_calls(f"{where}.tool_calls", checked["tool_calls"], problems)
-    return checked
-
-
-def _check_content(where: str, content: Any, problems: list[str]) -> None:
-    if isinstance(content, str):
-        return
-    if not isinstance(content, list | tuple):
-        problems.append(f"{where}: expected a string or a list of parts, found {_name(content)}")
-        return
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in PART_TYPES:
-            problems.append(f"{where}[{i}].type: expected one of {', '.join(PART_TYPES)}, found {_name(kind)}")
-        elif kind == "text" and not isinstance(part.get("text"), str):
-            problems.append(f"{where}[{i}].text: expected a string, found {_name(part.get('text'))}")
-
-
-def _check_tool_calls(where: str, calls: Any, problems: list[str]) -> list[dict[str, Any]]:
-    if not isinstance(calls, list | tuple):
-        problems.append(f"{where}: expected a list of calls, found {_name(calls)}")
-        return []
-    checked = []
-    for i, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            problems.append(f"{where}[{i}].function: expected an object with a name and arguments, found {_name(function)}")
-            continue
-        arguments = _parse_arguments(f"{where}[{i}].function.arguments", function.get("arguments"), problems)
-        checked.append({**call, "function": {**function, "arguments": arguments}})
-    return checked
-
-
-def _parse_arguments(where: str, arguments: Any, problems: list[str]) -> Any:
-    """Return the arguments as an object; None and an empty text, which some clients send, are an empty one."""
-    parsed = arguments
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{where}: expected the JSON text of an object, found {_name(arguments)} ({error})")
-            return {}
-    if parsed is None:
-        return {}
-    if not isinstance(parsed, Mapping):
-        problems.append(f"{where}: expected an object or its JSON text, found {_name(arguments)}")
-    return parsed
-
-
-def _check_tools(tools: Any, problems: list[str]) -> None:
-    if tools is None:
-        return
-    if not isinstance(tools, list | tuple):
-        problems.append(f"tools: expected a list of function declarations, found {_name(tools)}")
-        return
-    for i, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            problems.append(f"tools[{i}].function: expected an object with a name, found {_name(function)}")
+def _holds_calls(messages: object) -> bool:
+    found = messages if isinstance(messages, list | tuple) else ()
+    return any(isinstance(each, Mapping) and (each.get("tool_calls") or each.get("role") == "tool") for each in found)
 
 
 def _describe(error: Exception) -> str:
     is_own_message = isinstance(error, jinja2.TemplateError)
     return str(error) if is_own_message else f"{type(error).__name__}: {error}"
-
-
-def _name(value: Any) -> str:
-    """Return a short description of a wrong value for an error message."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:60] + "...")
-    return repr(value) if isinstance(value, bool | int | float) else f"a {type(value).__name__}"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.sidecar.small_file import read_object, shown
-from gemcutter.sidecar.tokenizer_json import add_config_tokens, check_kind
-from gemcutter.text.bpe import BYTES, Bpe, by_merges, by_scores, fits, read_bpe
+from gemcutter.sidecar.tokenizer_json import MARKER, add_config_tokens, check_kind
+from gemcutter.text.bpe import BYTES, Bpe, PieceFinder, by_merges, by_scores, fits, read_bpe
 
 if TYPE_CHECKING:  # the library is imported where it is needed
     import tokenizers
@@ -46,27 +46,29 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         *,
         origin: str = "tokenizer.json",
-        literals: Sequence[str] = (),
+        literals: Sequence[str] | None = None,
         unused: Iterable[int] = (),
         quick: tuple[Bpe, frozenset[int]] | None = None,
         num_ids: int = 0,
         notes: Sequence[str] = (),
     ) -> None:
-        """Take over `backend`; its truncation and padding are switched off. `literals` are added tokens that are text, `unused`
-        the ids of pieces that stand for nothing.
+        """Take over `backend`; its truncation and padding are switched off. `literals` are the added tokens that are
+        text (None: those that nothing marks as more), `unused` the ids of pieces that stand for nothing.
 
         With `quick`, an encoder of the same vocabulary and its special ids, `backend` may be a function and is called when a text
         is long. `num_ids` is how many ids the model has: those without a piece add no text. `notes` say what the files disagree
         on. Raises CheckpointError, naming `origin`, when the vocabulary has no BOS or is not of Gemma's kind.
         """
         self._make, self._literals = backend, literals
+        self.special_tokens: dict[str, str] = {"bos_token": BOS, **special_tokens}
         self._bpe: Bpe | None = None if quick is None else quick[0]
         flagged = self._library.special_ids if quick is None else quick[1]
         self._ids: Mapping[str, int] = self._library.backend.get_vocab() if self._bpe is None else self._bpe.ids
         self._pieces = {id: piece for piece, id in self._ids.items()}
-        self.special_tokens: dict[str, str] = {"bos_token": BOS, **special_tokens}
         named = (self.id_of(piece) for piece in self.special_tokens.values())
         self.special_ids: frozenset[int] = flagged | {id for id in named if id is not None} | frozenset(unused)
+        self.markers: frozenset[str] = self._library.markers if self._bpe is None else self._bpe.markers
+        self._marker_finder = PieceFinder(self.markers)
         self.vocab_size: int = len(self._ids)
         self.num_ids: int = max(num_ids, max(self._pieces, default=-1) + 1)
         self.notes: tuple[str, ...] = tuple(notes)
@@ -75,7 +77,7 @@ class Tokenizer:
 
     @cached_property
     def _library(self) -> _Library:
-        return _Library(self._make() if callable(self._make) else self._make, self._literals)
+        return _Library(self._make() if callable(self._make) else self._make, self._literals, self.special_tokens.values())
 
     @classmethod
     def load(cls, folder: Path, num_ids: int = 0) -> Tokenizer:
@@ -112,9 +114,9 @@ class Tokenizer:
             return made
 
         raw, notes = read()
-        quick = read_bpe(raw)
-        del raw
         named = special_tokens_of(options)
+        quick = read_bpe(raw, [BOS, *named.values()])
+        del raw
         return cls(backend if quick else backend(), named, origin=str(path), quick=quick, num_ids=num_ids, notes=notes)
 
     @classmethod
@@ -182,9 +184,30 @@ class Tokenizer:
         """
         return self._encode(text, with_markers=False)
 
-    def _encode(self, text: str, *, with_markers: bool) -> list[int]:
+    def split_markers(self, text: str) -> list[int | str]:
+        """Return the ids of the markers in `text` and the text between them, in order; joined they spell the text again."""
+        parts, start = list[int | str](), 0
+        for place, piece in self._marker_finder.find(text):
+            parts += [text[start:place]] if start < place else []
+            parts.append(self._ids[piece])
+            start = place + len(piece)
+        return [*parts, text[start:]] if start < len(text) else parts
+
+    def encode_parts(self, parts: Sequence[int | str]) -> list[int]:
+        """Return the ids of markers and of the texts between them; what looks like a marker in a text stays text.
+
+        Of a text that `split_markers` has split, these are the ids that `encode` gives. Raises RequestError for text that is not
+        valid Unicode.
+        """
+        is_long = sum(len(part) for part in parts if isinstance(part, str)) >= LONG_TEXT
+        ids = list[int]()
+        for part in parts:
+            ids += self._encode(part, with_markers=False, is_long=is_long) if isinstance(part, str) else [part]
+        return ids
+
+    def _encode(self, text: str, *, with_markers: bool, is_long: bool = False) -> list[int]:
         try:
-            if self._bpe is not None and len(text) < LONG_TEXT:
+            if self._bpe is not None and len(text) < LONG_TEXT and not is_long:
                 return self._bpe.encode(text, with_markers=with_markers)
             backend = self._library.backend if with_markers else self._library.markerless
             return backend.encode(text, add_special_tokens=False).ids
@@ -288,7 +311,7 @@ def _added(pieces: Iterable[str], *, special: bool) -> list[tokenizers.AddedToke
 class _Library:
     """The library's tokenizer, and one over the same vocabulary (shared, not copied) that finds no added tokens but literals."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, literals: Sequence[str]) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, literals: Sequence[str] | None, markers: Iterable[str]) -> None:
         import tokenizers
 
         backend.no_truncation()
@@ -297,8 +320,15 @@ class _Library:
         self.markerless = tokenizers.Tokenizer(backend.model)
         self.markerless.normalizer = backend.normalizer
         self.markerless.pre_tokenizer = backend.pre_tokenizer
-        self.markerless.add_tokens(_added(literals, special=False))
-        self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        if literals is None:
+            known = {*markers, *(token.content for token in added.values() if token.special)}
+            contents = [token.content for token in added.values()]
+            literals = [piece for piece in contents if piece not in known and not MARKER.fullmatch(piece)]
+        self.markers = frozenset(token.content for token in added.values()) - frozenset(literals)
+        own = [piece for piece in literals if backend.model.token_to_id(piece) is not None]  # a new piece would get another id
+        self.markerless.add_tokens(_added(own, special=False))
 
 
 def _pair(merge: str) -> tuple[str, str]:

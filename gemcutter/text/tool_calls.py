@@ -1,14 +1,17 @@
-"""One tool call of a reply.
+"""Tool calls of a reply as clients get them, and the declarations that they are read by.
 
-Owns what a call is to a client: a name, and arguments as the text of a JSON object. Refuses to know tokens and channels:
-`reply.py` finds the calls of a reply.
+Owns `ToolCall` and the layouts in which tools may be declared. Refuses to know how a model spells calls: `call_reader.py` reads
+one, `reply.py` finds those of a reply.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from gemcutter.text.argument_types import ArgumentSchema
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +26,13 @@ class ToolCall:
         """Return the arguments as an object."""
         found: dict[str, Any] = json.loads(self.arguments)
         return found
+
+
+def argument_schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, ArgumentSchema]:
+    """Return the parameters' schemas of declared functions by name; entries of other layouts are left out.
+
+    A declaration has OpenAI's layout, or is the function alone.
+    """
+    functions = [tool.get("function", tool) for tool in tools or () if isinstance(tool, Mapping)]
+    named = [each for each in functions if isinstance(each, Mapping) and isinstance(each.get("name"), str)]
+    return {each["name"]: ArgumentSchema(each.get("parameters")) for each in named}

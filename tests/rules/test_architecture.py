@@ -50,7 +50,9 @@ MAY_IMPORT = {
         "completion",
         "gc_pause",
         "generate_options",
+        "tools",
     },
+    "tools": {"text", "completion"},  # completion for type checking only
     "text_assets": {"checkpoint", "text", "generation_config", "sidecar"},
     "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
     "benchmark": {
@@ -83,10 +85,11 @@ MAY_IMPORT = {
         "generate_options",
         "native",
         "server",
+        "tools",
     },
     "server": {"api", "completion", "engine", "generate_options", "text"},
     "__main__": {"cli"},
-    "__init__": {"api", "engine", "completion", "gc_pause", "generate_options"},
+    "__init__": {"api", "engine", "completion", "gc_pause", "generate_options", "text"},
 }
 TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use_double_wide_mlp", "global_head_dim")
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base"}

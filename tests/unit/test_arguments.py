@@ -54,7 +54,7 @@ def test_parts_that_cannot_be_read_are_named(kind: str, model: Model) -> None:
     parts = [{"type": "text", "text": "What is this?"}, {"type": kind, "url": "x.png"}]
     messages: list[Any] = [HELLO, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": parts}]
     for ask in (model.chat, model.stream, model.prepare, model.encode, lambda prompt: model.generate([prompt])):
-        with pytest.raises(RequestError, match=re.escape(f"messages[2].content[1]: a part of type '{kind}'; only text")):
+        with pytest.raises(RequestError, match=re.escape(f"messages[2].content[1].type: a part of type '{kind}'; only text")):
             ask(messages)
 
 

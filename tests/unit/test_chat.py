@@ -12,7 +12,8 @@ import pytest
 
 from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.text import chat as module
-from gemcutter.text.chat import ChatTemplate, check_messages
+from gemcutter.text.chat import ChatTemplate
+from gemcutter.text.history import check_messages
 from gemcutter.text.tokenizer import Tokenizer
 from tests.real_tokenizer import golden_chats, real_template, real_tokenizer
 
@@ -122,7 +123,6 @@ def test_messages_are_not_changed() -> None:
         ([{"role": ["user"], "content": "hi"}], r"messages\[0\]\.role: .*found a list"),
         ([{"role": "user"}], r"messages\[0\]\.content: expected a string or a list of parts, found nothing"),
         ([{"role": "user", "content": 5}], r"messages\[0\]\.content: .*found 5"),
-        ([{"role": "assistant", "content": None}], r"messages\[0\]\.content: .*found nothing"),
         ([{"role": "user", "content": ["hi"]}], r"messages\[0\]\.content\[0\]\.type: expected one of text, .*, found nothing"),
         ([{"role": "user", "content": [{"type": "smell"}]}], r"messages\[0\]\.content\[0\]\.type: .*found 'smell'"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\.content\[0\]\.text: expected a string"),
@@ -130,9 +130,6 @@ def test_messages_are_not_changed() -> None:
         ([{"role": "assistant", "tool_calls": "x"}], r"messages\[0\]\.tool_calls: expected a list of calls, found 'x'"),
         ([{"role": "assistant", "tool_calls": ["x"]}], r"messages\[0\]\.tool_calls\[0\]\.function: .*found nothing"),
         ([{"role": "assistant", "tool_calls": [{"function": {}}]}], r"messages\[0\]\.tool_calls\[0\]\.function: .*found a dict"),
-        (call("{not json"), r"messages\[1\]\.tool_calls\[0\]\.function\.arguments: expected the JSON text of an object"),
-        (call("[" * 100_000), r"messages\[1\]\.tool_calls\[0\]\.function\.arguments: expected the JSON text of an object"),
-        (call("[1]"), r"messages\[1\]\.tool_calls\[0\]\.function\.arguments: expected an object or its JSON text, found '\[1\]'"),
         (call(5), r"messages\[1\]\.tool_calls\[0\]\.function\.arguments: expected an object or its JSON text, found 5"),
     ],
 )
@@ -155,7 +152,7 @@ def test_malformed_tools_are_named(tools: Any, problem: str) -> None:
 
 
 def test_all_problems_come_at_once() -> None:
-    messages = [{"role": "usr", "content": 1}, *call("{")]
+    messages = [{"role": "usr", "content": 1}, *call(1)]
     with pytest.raises(RequestError) as caught:
         template("{{ tools }}").render(messages, tools=[{}])
     assert [problem.split(":")[0] for problem in caught.value.problems] == [

@@ -190,7 +190,7 @@ def test_a_conversation_with_a_picture_is_refused_when_it_is_loaded(talk: Any, t
     file = tmp_path / "talk.json"
     file.write_text(json.dumps([{"role": "user", "content": [{"type": "image", "url": "x.png"}]}]))
     replies, notes = talk(f"/load {file}", "Hi")
-    assert "messages[0].content[0]: a part of type 'image'" in notes
+    assert "messages[0].content[0].type: a part of type 'image'" in notes
     assert len(replies) == 1
 
 

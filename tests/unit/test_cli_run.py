@@ -98,7 +98,7 @@ def test_a_model_without_a_template_gets_raw_text(tmp_path: Path, capsys: pytest
 def test_the_object_has_all_that_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "What is a lantern?", "-n", "6", "--logprobs", "2", "--top-logits", "3")
     assert found.keys() == {
-        "prompt_tokens", "tokens", "text", "reasoning", "finish_reason", "top_logits", "logprobs", "timings",
+        "prompt_tokens", "tokens", "text", "reasoning", "tool_calls", "finish_reason", "top_logits", "logprobs", "timings",
         "measured",
     }  # fmt: skip
     assert len(found["tokens"]) == 6

@@ -43,6 +43,7 @@ LOADING: dict[str, Any] = {
     "quant": "q8",
     "repack_cache": True,
     "ple": "host",
+    "chat_template": "own",
 }
 
 

@@ -1,4 +1,7 @@
-"""The stream of text: whatever the cuts between ids, it ends as the one-shot result, and takes back nothing that it showed."""
+"""Replies as they stream: whatever the cuts between ids, one ends as the one-shot result, and takes back nothing that it showed.
+
+Read `test_tool_calls.py` for calls.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from hypothesis import strategies as st
 
 from gemcutter.errors import RequestError
 from gemcutter.text import reply as module
-from gemcutter.text.reply import ReplyParser, ReplyPiece, ends_in_reasoning, invites_bare_header
+from gemcutter.text.quoted_text import SPACE
+from gemcutter.text.reply import ReplyParser, ReplyPiece, ends_at_turn_start, ends_in_reasoning
 from gemcutter.text.tokenizer import Tokenizer
 from tests.real_tokenizer import golden_chats, real_template, real_tokenizer
 
@@ -51,12 +55,12 @@ def cut_at_first_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-# Every id but the two that switch channels: ordinary pieces, single bytes, other markers.
-CHANNEL_IDS = (id_of(OPEN), id_of(CLOSE))
+# Every id but those that switch lanes or end a call: ordinary pieces, single bytes, other markers.
+LANE_IDS = tuple(id_of(piece) for piece in (OPEN, CLOSE, "<|tool_call>"))
 CONTENT_IDS = st.lists(
     st.one_of(
         st.integers(id_of("<0x00>"), id_of("<0xFF>")),
-        st.integers(0, TOKENIZER.vocab_size - 1).filter(lambda id: id not in CHANNEL_IDS),
+        st.integers(0, TOKENIZER.vocab_size - 1).filter(lambda id: id not in LANE_IDS),
     ),
     max_size=40,
 )
@@ -85,7 +89,8 @@ def test_characters_are_never_shown_in_halves(case: tuple[str, list[int]]) -> No
     for id in ids:
         stream.push(id)
         assert text.startswith(stream.text)
-    assert stream.finish() == []
+        assert stream.text == text[: len(stream.text)].rstrip(SPACE)
+    assert [piece for piece in stream.finish() if piece.text.strip(SPACE)] == []
     assert stream.text == text
 
 
@@ -112,40 +117,46 @@ def test_overlapping_stop_strings(text: str, stops: list[str], is_bytes: bool) -
 @given(st.lists(st.tuples(st.booleans(), CONTENT_IDS), max_size=6), st.booleans())
 def test_channels_keep_both_texts_apart(segments: list[tuple[bool, list[int]]], is_last_open: bool) -> None:
     ids: list[int] = []
-    content_ids: list[int] = []
-    reasoning = ""
-    for is_channel, inner in segments:
-        ids += [id_of(OPEN), *inner, id_of(CLOSE)] if is_channel else inner
+    content, thoughts = "", list[str]()
+    for place, (is_channel, inner) in enumerate(segments):
+        text = TOKENIZER.decode(inner, special=False)
         if is_channel:
-            text = TOKENIZER.decode(inner, special=False)
-            reasoning += text.removeprefix("thought\n") if text.startswith("thought\n") else text.removeprefix("thought")
-        else:
-            content_ids += inner
+            ids += [id_of(OPEN), *inner, id_of(CLOSE)]
+            thoughts.append(text.removeprefix("thought\n").strip(SPACE) if text != "thought" else "")
+            continue
+        ids += inner if not place or segments[place - 1][0] else []
+        if place and not segments[place - 1][0]:
+            continue
+        text = text.lstrip(SPACE) if place else text
+        content += text.rstrip(SPACE) if place + 1 < len(segments) and segments[place + 1][0] else text
     if is_last_open and segments and segments[-1][0]:
         ids.pop()
-    stream = run(ids)
-    assert stream.text == TOKENIZER.decode(content_ids, special=False)
-    assert stream.reasoning == reasoning
+    parser = run(ids)
+    assert parser.reasoning == "\n".join(filter(None, thoughts))
+    assert parser.text.strip(SPACE) == content.strip(SPACE)
 
 
 @pytest.mark.parametrize(
     ("text", "content", "reasoning"),
     [
-        (f"{OPEN}thought\nHm.\n{CLOSE}Yes.", "Yes.", "Hm.\n"),
-        (f"{OPEN}thoughtHm.{CLOSE}Yes.", "Yes.", "Hm."),
+        (f"{OPEN}thought\nHm.\n{CLOSE}Yes.", "Yes.", "Hm."),
+        (f"{OPEN}thoughtHm.{CLOSE}Yes.", "Yes.", "thoughtHm."),
         (f"{OPEN}thought{CLOSE}Yes.", "Yes.", ""),
         (f"{OPEN}thought\n{CLOSE}Yes.", "Yes.", ""),
         (f"{OPEN}{CLOSE}{CLOSE}Yes.", "Yes.", ""),
         (f"{OPEN}thou{CLOSE}Yes.", "Yes.", "thou"),
-        (f"{OPEN}Hm, thought\n{CLOSE}Yes.", "Yes.", "Hm, thought\n"),
+        (f"{OPEN}Hm, thought\n{CLOSE}Yes.", "Yes.", "Hm, thought"),
         (f"A{CLOSE}B", "AB", ""),
-        (f"{OPEN}thought\nA{OPEN}thought\nB{CLOSE}C", "C", "AB"),
-        (f"{OPEN}thou{OPEN}thought\nB{CLOSE}C", "C", "thouB"),
-        (f"{OPEN}thought\nA{CLOSE}B{OPEN}thought\nC{CLOSE}D", "BD", "AC"),
-        (f"{OPEN}thought\nnever ends", "", "never ends"),
+        (f"A {CLOSE} B", "A  B", ""),
+        (f"A \n{OPEN}thought\n{CLOSE}\n B \n", "AB \n", ""),
+        (f"{OPEN}thought\nA{OPEN}thought\nB{CLOSE}C", "C", "A\nB"),
+        (f"{OPEN}thou{OPEN}thought\nB{CLOSE}C", "C", "thou\nB"),
+        (f"{OPEN}thought\nA{CLOSE}B{OPEN}thought\n \n{CLOSE}{OPEN}thought\nC\n\n{CLOSE}D", "BD", "A\nC"),
+        (f"{OPEN}thought\nnever \n ends\n", "", "never \n ends"),
         (f"{OPEN}thou", "", "thou"),
         (f"{OPEN}thought", "", ""),
-        (f"{OPEN}thought\nA<turn|>B{CLOSE} C<turn|>", " C", "AB"),
+        (f"{OPEN}thought\nA<turn|>B{CLOSE} C<turn|>", "C", "AB"),
+        ("  thought\nYes.", "  thought\nYes.", ""),
         ("thought\nYes.", "thought\nYes.", ""),
     ],
 )
@@ -167,27 +178,33 @@ def test_an_unfinished_character_is_replaced_where_its_channel_ends() -> None:
     assert (stream.text, stream.reasoning) == ("\ufffd", "\ufffd")
 
 
-def test_a_stream_may_start_in_reasoning() -> None:
+def test_a_reply_may_start_in_reasoning() -> None:
     ids = TOKENIZER.encode(f"thought is free{CLOSE}Yes.", bos=False)
     stream = run(ids, in_reasoning=True)
     assert (stream.text, stream.reasoning) == ("Yes.", "thought is free")
+    ids = TOKENIZER.encode(f"thought\nfree{CLOSE}Yes.", bos=False)
+    assert run(ids, in_reasoning=True, with_header=True).reasoning == "free"
 
 
 @pytest.mark.parametrize(
-    ("text", "content"),
+    ("text", "content", "reasoning"),
     [
-        ("thought\nYes.", "Yes."),
-        ("thoughtful", "thoughtful"),
-        ("thought", "thought"),
-        ("thou", "thou"),
-        ("\nthought\n", "\nthought\n"),
-        (f"{OPEN}thought\nHm.{CLOSE}thought\nYes.", "Yes."),
-        ("", ""),
+        (f"thought\nHm.{CLOSE}Yes.", "Yes.", "Hm."),
+        (f"thought{CLOSE}Yes.", "Yes.", ""),
+        ("thought\nHm.", "", "Hm."),
+        ("thoughtful", "thoughtful", ""),
+        ("thought", "thought", ""),
+        ("thou", "thou", ""),
+        ("\nthought\n", "\nthought\n", ""),
+        (f"{OPEN}thought\nHm.{CLOSE}thought\nYes.", "thought\nYes.", "Hm."),
+        (f"A{OPEN}thought\nHm.{CLOSE}thought\nYes.", "Athought\nYes.", "Hm."),
+        ("", "", ""),
     ],
 )
-def test_a_bare_header_is_dropped_where_it_is_expected(text: str, content: str) -> None:
+def test_a_thought_line_at_the_start_of_a_turn_is_a_channel(text: str, content: str, reasoning: str) -> None:
     for ids in (TOKENIZER.encode(text, bos=False), split_to_bytes(text)):
-        assert run(ids, bare_header=True).text == content
+        parser = run(ids, at_turn_start=True)
+        assert (parser.text, parser.reasoning) == (content, reasoning)
 
 
 def test_stop_strings_do_not_end_reasoning() -> None:
@@ -222,7 +239,7 @@ def test_text_that_may_become_a_stop_string_is_held_back_until_it_can_not() -> N
 
 def test_markers_are_printed_on_demand() -> None:
     ids = TOKENIZER.encode(f'<|tool_call>call:f{{a:<|"|>x<|"|>}}<tool_call|>{CLOSE}<turn|>', bos=False)
-    assert run(ids).text == "call:f{a:x}"
+    assert run(ids).text == ""
     assert run(ids, show_special=True).text == '<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|><turn|>'
 
 
@@ -269,48 +286,52 @@ def test_unusable_stop_strings_are_named(stop: Any, found: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "is_reasoning", "is_inviting"),
+    ("prompt", "is_reasoning", "is_start"),
     [
         ("", False, False),
-        ("<bos><|turn>user\nHello<turn|>\n<|turn>model\n", False, False),
+        ("<bos><|turn>user\nHello<turn|>\n<|turn>model\n", False, True),
+        ("<bos><|turn>user\nHello<turn|>\n<|turn>model\nI had a ", False, False),
         (f"<|turn>model\n{OPEN}thought\n", True, False),
         (f"<|turn>model\n{OPEN}thought\n{CLOSE}", False, True),
         (f"<|turn>model\n{OPEN}{CLOSE}", False, True),
-        (f"<|turn>model\n{OPEN}thought\nHm.{CLOSE}", False, False),
-        (f"<|turn>model\n{CLOSE}", False, False),
+        (f"<|turn>model\n{OPEN}thought\nHm.{CLOSE}", False, True),
+        (f"<|turn>model\n{CLOSE}", False, True),
+        (f"<|turn>model\n{OPEN}thought\nHm.<|tool_call>call:f{{}}<tool_call|>", False, False),
+        (f"<|turn>model\n{OPEN}thought\nHm.<|tool_response>", False, False),
         ("<|tool_response>response:f{}<tool_response|>", False, True),
         (f"<|tool_response>response:f{{}}<tool_response|>{OPEN}thought\n", True, False),
-        (f"<|turn>user\nWhat does {OPEN} mean?<turn|>\n<|turn>model\n", False, False),
+        (f"<|turn>user\nWhat does {OPEN} mean?<turn|>\n<|turn>model\n", False, True),
     ],
 )
-def test_where_a_prompt_leaves_the_model(prompt: str, is_reasoning: bool, is_inviting: bool) -> None:
+def test_where_a_prompt_leaves_the_model(prompt: str, is_reasoning: bool, is_start: bool) -> None:
     ids = TOKENIZER.encode(prompt, bos=False)
     assert ends_in_reasoning(TOKENIZER, ids) is is_reasoning
-    assert invites_bare_header(TOKENIZER, ids) is is_inviting
+    assert ends_at_turn_start(TOKENIZER, ids) is is_start
     stream = ReplyParser.after(ids, TOKENIZER)
     for id in TOKENIZER.encode("thought\nYes.", bos=False):
         stream.push(id)
     text = "thought\nYes."
-    assert stream.reasoning == (text if is_reasoning else "")
-    assert stream.text == ("" if is_reasoning else text.removeprefix("thought\n") if is_inviting else text)
+    stream.finish()
+    assert stream.reasoning == (text if is_reasoning else "Yes." if is_start else "")
+    assert stream.text == ("" if is_reasoning or is_start else text)
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "is_reasoning", "is_inviting"),
+    ("name", "size", "is_reasoning", "is_start"),
     [
         ("plain", "large", False, True),
-        ("plain", "e-series", False, False),
-        ("think", "large", False, False),
+        ("plain", "e-series", False, True),
+        ("think", "large", False, True),
         ("after_tool_response_think", "large", True, False),
         ("after_tool_response_think", "e-series", True, False),
         ("after_tool_response_nothink", "large", False, True),
     ],
 )
-def test_where_golden_prompts_leave_the_model(name: str, size: str, is_reasoning: bool, is_inviting: bool) -> None:
+def test_where_golden_prompts_leave_the_model(name: str, size: str, is_reasoning: bool, is_start: bool) -> None:
     golden = next(chat for chat in golden_chats() if chat["name"] == name)
     ids = real_template(f"{size}.canonical-2026-07-09").encode(**golden["input"])
     assert ends_in_reasoning(real_tokenizer(), ids) is is_reasoning
-    assert invites_bare_header(real_tokenizer(), ids) is is_inviting
+    assert ends_at_turn_start(real_tokenizer(), ids) is is_start
 
 
 def test_the_real_vocabulary_streams_a_thought_and_an_answer() -> None:
@@ -318,4 +339,4 @@ def test_the_real_vocabulary_streams_a_thought_and_an_answer() -> None:
     stream = ReplyParser(tokenizer, stop=["\n\nUser:"])
     for id in tokenizer.encode(f"{OPEN}thought\n我想 🦙‍⬛\n{CLOSE}  Oui, ça va 🌫️!\n\nUser: x", bos=False):
         stream.push(id)
-    assert (stream.reasoning, stream.text) == ("我想 🦙‍⬛\n", "  Oui, ça va 🌫️!")
+    assert (stream.reasoning, stream.text) == ("我想 🦙‍⬛", "Oui, ça va 🌫️!")

@@ -24,6 +24,7 @@ from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTen
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ModelPlan
 from gemcutter.sidecar.small_file import shown
+from gemcutter.sidecar.tokenizer_json import MARKER
 
 if TYPE_CHECKING:  # headers are read without torch
     from gemcutter.quant.packed import Packed
@@ -363,8 +364,6 @@ def _decode(array: Array, key: str) -> list[Any]:
 # ---- what else the metadata brings: vocabulary, chat template, sampling ----
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(2, 7)
-# Converters mark some of these as plain text; no merges make them, and no text means them.
-MARKER = re.compile(r'<\|[a-z_"]+\|?>|<[a-z_]+\|>|<unused[0-9]+>')
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "mask": "mask_token"}
 SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
 

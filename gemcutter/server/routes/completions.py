@@ -21,7 +21,7 @@ from gemcutter.server.chat_events import Envelope, counted, finish_reason
 from gemcutter.server.chat_task import copies
 from gemcutter.server.errors import as_api_error
 from gemcutter.server.merge import merged
-from gemcutter.server.raw_task import RawRequest, arrays, logprobs, prepare_raw, reply_text
+from gemcutter.server.raw_task import Offsets, RawRequest, arrays, logprobs, prepare_raw, reply_text
 from gemcutter.server.service import Service, unless_gone
 from gemcutter.server.wire.completions import CompletionRequest, read_prompts
 from gemcutter.server.wire.fields import refuse
@@ -72,7 +72,7 @@ async def stream(
 ) -> AsyncIterator[bytes]:
     """Yield the frames of a stream; an error is a frame, too."""
     envelope, tokenizer = Envelope(body.model, "text_completion"), service.model.tokenizer
-    completions, offsets = dict[int, Completion](), [0] * len(replies)
+    completions, offsets = dict[int, Completion](), [Offsets(tokenizer) for _ in replies]
 
     def send(index: int, text: str, told: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
@@ -84,7 +84,6 @@ async def stream(
             if body.logprobs is not None and reading.logprobs:
                 told = arrays([each.token for each in reading.logprobs], reading.logprobs, tokenizer, offsets[index])
             text = "".join(chunk.text for chunk in reading.chunks)
-            offsets[index] += len(text)
             last = reading.chunks[-1].completion if reading.chunks else None
             if text or told is not None:
                 yield send(index, text, told)
