@@ -23,6 +23,8 @@ from gemcutter.text.stream import TextStream
 
 log = logging.getLogger(__name__)
 
+Reason = Literal["stop", "length", "cancelled", "timeout", "repetition"]
+
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
@@ -53,12 +55,15 @@ class RequestMetrics:
 class Completion:
     """What a request brought: `tokens` without the stop token, `text` without stop strings, markers and reasoning.
 
+    Beside the usual reasons a request ends with "timeout" where its deadline passed, and with "repetition" where its watchdog saw
+    it go round in circles.
+
     `logprobs` has an entry for each of `tokens`, if that was asked for; `model.tokenizer.piece(id)` spells its ids.
     """
 
     text: str
     tokens: tuple[int, ...]
-    finish_reason: Literal["stop", "length", "cancelled"]
+    finish_reason: Reason
     prompt_tokens: tuple[int, ...]
     reasoning: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -178,7 +183,7 @@ class Stream:
         )
         self._ready.append(Chunk("", completion=self._completion))
 
-    def _complete(self, finish: Literal["stop", "length", "cancelled"]) -> Completion:
+    def _complete(self, finish: Reason) -> Completion:
         report, text = self._report, self._text
         metrics = RequestMetrics(
             prefill_tokens=len(self._request.prompt) - report.cached_tokens,
@@ -192,8 +197,10 @@ class Stream:
         )
 
 
-_REASONS: dict[FinishReason, Literal["stop", "length", "cancelled"]] = {
+_REASONS: dict[FinishReason, Reason] = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
     FinishReason.CANCELLED: "cancelled",
+    FinishReason.TIMEOUT: "timeout",
+    FinishReason.REPETITION: "repetition",
 }
