@@ -55,8 +55,8 @@ class RequestMetrics:
 class Completion:
     """What a request brought: `tokens` without the stop token, `text` without stop strings, markers and reasoning.
 
-    Beside the usual reasons a request ends with "timeout" where its deadline passed, and with "repetition" where its watchdog saw
-    it go round in circles.
+    The reason of the end is "timeout" where a deadline passed, and "repetition" where a watchdog saw the reply
+    go round in circles.
 
     `logprobs` has an entry for each of `tokens`, if that was asked for; `model.tokenizer.piece(id)` spells its ids.
     """

@@ -66,6 +66,7 @@ class Engine:
         self.runner = ModelRunner(decoder, self.pool, captured)
         self._ahead: PendingStep | None = None  # launched before the tokens of the step before it were known
         self._sequences: dict[int, SequenceState] = {}
+        self._timed: dict[int, SequenceState] = {}  # those that have a deadline
         self._numbers = count()
         self.clock = time.perf_counter
         self._stats = EngineStats()
@@ -89,6 +90,7 @@ class Engine:
         sequence = SequenceState(number, request)
         if request.deadline_s is not None:
             sequence.expires_s = self.clock() + request.deadline_s
+            self._timed[number] = sequence
         self._sequences[number] = sequence
         self.scheduler.enqueue(sequence)
         self._count()
@@ -100,13 +102,14 @@ class Engine:
 
     def _count(self, step: Sequence[ScheduledChunk] | None = None) -> None:
         """Take stock; `step` is one that was computed just now."""
-        before, scheduler, sequences = self._stats, self.scheduler, self._sequences.values()
+        before, scheduler = self._stats, self.scheduler
+        prompts = [sequence for sequence in scheduler.running if not sequence.decodes]
         books = self.pool.allocators.values()
         self._stats = EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             kv_usage=max(1 - book.free / len(book.ref_counts) for book in books),
-            queued_prompt_tokens=sum(sequence.pending for sequence in sequences if not sequence.decodes),
+            queued_prompt_tokens=scheduler.waiting_tokens + sum(sequence.pending for sequence in prompts),
             preemptions=scheduler.preemptions,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
@@ -250,7 +253,7 @@ class Engine:
     def _expire(self) -> list[RequestEvent]:
         """End the requests whose deadline has passed, those that still wait too."""
         now = self.clock()
-        late = [one for one in self._sequences.values() if one.expires_s is not None and one.expires_s <= now]
+        late = [one for one in self._timed.values() if one.expires_s is not None and one.expires_s <= now]
         return [self._end(sequence, FinishReason.TIMEOUT, now) for sequence in late]
 
     def _withdraw(self) -> None:
@@ -341,6 +344,7 @@ class Engine:
             self.prefix.keep(ids, sequence.table, sequence.request.adapter)
         self.scheduler.leave(sequence)
         del self._sequences[sequence.number]
+        self._timed.pop(sequence.number, None)
 
     def cancel(self, number: int) -> RequestEvent | None:
         """End a request between two steps; what it computed stays for reuse. Returns its last event, None if it has ended."""

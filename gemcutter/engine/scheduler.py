@@ -101,7 +101,7 @@ class RowPlan:
     drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def give(self, sequence: SequenceState, rows: int) -> None:
-        """Give a sequence more rows, as far as there are some."""
+        """Let a sequence have more rows, as far as there are some."""
         if (given := min(rows, self.left)) > 0:
             self.rows[sequence.number] = self.of(sequence) + given
             self.left -= given
@@ -140,11 +140,13 @@ class Scheduler:
         self.waiting: deque[SequenceState] = deque()  # the most urgent first
         self.running: list[SequenceState] = []  # the most urgent first
         self.preemptions = self.prefix_queries = self.prefix_hits = 0  # since the start; the latter two in tokens
+        self.waiting_tokens = 0  # of all who wait
         self._is_full = False  # the newcomer whose turn it is found no pages
 
     def enqueue(self, sequence: SequenceState) -> None:
         """Let a sequence wait for its turn."""
         insort(self.waiting, sequence, key=urgency)
+        self.waiting_tokens += sequence.num_tokens
 
     def schedule(self) -> list[ScheduledChunk]:
         """Reserve the rows of the next step; an empty list means there is nothing to do."""
@@ -189,6 +191,7 @@ class Scheduler:
             if admitted is None:
                 break
             chunks.append(admitted)
+            self.waiting_tokens -= sequence.num_tokens
             spare += planned - admitted.rows
             if sequence.in_prompt:
                 self.prefix_queries += sequence.num_tokens
@@ -289,6 +292,7 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self.waiting_tokens -= sequence.num_tokens
         if sequence.table is not None:
             sequence.table.release()
             sequence.table = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest.mock import Mock
 
@@ -65,6 +66,8 @@ def test_results_do_not_depend_on_the_sizes_of_steps(jobs: list[Job], sizes: lis
     engine.scheduler.sizer = Sizes(sizes)  # type: ignore[assignment]
     for job, answer in zip(jobs, drive(Watched(engine), jobs), strict=True):
         assert_same(answer, wanted(REQUESTS.index(job.request)))
+    found = engine.stats()
+    assert (found.running, found.waiting, found.queued_prompt_tokens, found.kv_usage) == (0, 0, 0, 0)
 
 
 def test_a_short_prompt_passes_a_long_one() -> None:
@@ -160,7 +163,7 @@ def test_steps_are_sized_by_the_clock() -> None:
         long = engine.submit(ask(prompt(39, 3), 1))
         simulated.run_until(long)
         times = simulated.times(chat)[known - 1 :]
-        gaps[stall_ms] = max(after - before for before, after in zip(times, times[1:], strict=False))
+        gaps[stall_ms] = max(after - before for before, after in pairwise(times))
     assert gaps[None] == pytest.approx(0.17)
     assert gaps[60.0] is not None
     assert gaps[60.0] <= 0.0601
@@ -184,9 +187,9 @@ def test_a_short_request_behind_a_long_prompt_waits_for_two_steps_at_most() -> N
 
 
 def test_urgent_requests_come_first_and_keep_their_pages() -> None:
-    watched = Watched(make_engine(max_rows=16, max_sequences=1))
-    engine = watched.engine
+    engine = make_engine(max_rows=16, max_sequences=1)
     runs = engine.submit(ask(prompt(4, 1), 2))
+    engine.step()
     idle, late, urgent, also = (
         engine.submit(replace(ask(prompt(4, seed), 2), priority=level)) for seed, level in ((2, 5), (3, 0), (4, -1), (5, -1))
     )
