@@ -2,7 +2,8 @@
 
 Owns the scene: one sequence decodes all the time; a long prompt comes, and when it is well under way a short one. It is played
 with steps that are bounded by rows alone, and with steps sized in time. The long prompt is also computed by itself, which shows
-what smaller steps cost. Refuses to know text; weights are synthetic. Read `gemcutter/engine/step_sizer.py` for how steps are sized.
+what smaller steps cost. Refuses to know text; weights are synthetic. Read `gemcutter/engine/step_sizer.py` for how steps are
+sized.
 
     python bench/stall.py --preset E2B --quant q4_0 -t 2 --prompt 8192 --max-stall-ms 200
 """
