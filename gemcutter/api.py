@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
@@ -27,6 +27,7 @@ from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.loop import CLOSED, EngineLoop, Sink
 from gemcutter.engine.request import Request
+from gemcutter.engine.watchdog import TokenClasses
 from gemcutter.errors import RequestError, spell_value
 from gemcutter.gc_pause import collector_paused
 from gemcutter.generate_options import (
@@ -39,14 +40,16 @@ from gemcutter.generate_options import (
     check_names,
     check_parts,
     check_stop,
+    check_stop_ids,
     check_template_options,
     is_conversation,
 )
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
-from gemcutter.text.reply import ReplyParser
+from gemcutter.text.reply import CHANNEL_CLOSE, ReplyParser
 from gemcutter.text.splice import ReplyStore
+from gemcutter.text.token_classes import blank_and_data_ids
 from gemcutter.text_assets import read_text_assets
 from gemcutter.tools import check_tools
 
@@ -110,6 +113,7 @@ class Model:
         self.replies = ReplyStore(self.tokenizer)
         mapped = (tensor.mapped for tensor in checkpoint.source.tensors.values())
         self._files = tuple({id(file): file for file in mapped if isinstance(file, MappedFile)}.values())
+        self._classes: TokenClasses | None = None
         self.loop = EngineLoop(engine)  # the way to the engine; its own methods are for the loop's thread
 
     def __repr__(self) -> str:
@@ -205,11 +209,19 @@ class Model:
         of_template["tools"] = tools = check_tools(of_template.get("tools"))
         ids = self.encode(prompt, **cast(TemplateOptions, of_template))
         parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
-        request = self._request(ids, given, frozenset() if ignore_eos else self.defaults.stop_ids)
+        stop_ids = check_stop_ids(given.pop("stop_token_ids", None)) | (frozenset() if ignore_eos else self.defaults.stop_ids)
+        watchdog = self._token_classes() if check_flag("watchdog", given.pop("watchdog", False)) else None
+        request = replace(self._request(ids, given, stop_ids), watchdog=watchdog)
         for file in self._files:
             file.insist_unchanged()
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
         return PreparedRequest(request, stop, tuple(tools or ()), parallel, is_conversation(prompt))
+
+    def _token_classes(self) -> TokenClasses:
+        """Return what a watchdog must know of the vocabulary; made when it is first asked for."""
+        if self._classes is None:
+            self._classes = TokenClasses(*blank_and_data_ids(self.tokenizer), self.tokenizer.id_of(CHANNEL_CLOSE))
+        return self._classes
 
     def submit(self, prepared: PreparedRequest) -> Stream:
         """Queue a prepared request and return the stream of its chunks."""
@@ -346,6 +358,7 @@ def load(
     max_batched_tokens: int = 512,
     max_num_seqs: int = 8,
     prefix_cache_entries: int = 4,
+    max_stall_ms: float | None = None,
     ignore: Sequence[str] = (),
     quant: str | None = None,
     adapter: str | Path | None = None,
@@ -371,6 +384,7 @@ def load(
         max_batched_tokens=max_batched_tokens,
         max_num_seqs=max_num_seqs,
         prefix_cache_entries=prefix_cache_entries,
+        max_stall_ms=max_stall_ms,
         ignore=tuple(ignore) if isinstance(ignore, list | set | frozenset) else ignore,  # type: ignore[arg-type]
         quant=quant,
         adapter=_as_name(adapter),

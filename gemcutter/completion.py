@@ -24,6 +24,8 @@ from gemcutter.text.tool_calls import ToolCall
 
 log = logging.getLogger(__name__)
 
+Reason = Literal["stop", "length", "cancelled", "timeout", "repetition"]
+
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
@@ -54,14 +56,15 @@ class RequestMetrics:
 class Completion:
     """What a request brought: `tokens` without the stop token, `text` without stop strings, markers, reasoning and tool calls.
 
-    `tool_calls` holds the calls that are complete, `reasoning_tokens` counts the tokens of the reasoning,
-    `stopped` is the stop string that ended the text. `logprobs` has an entry
-    for each of `tokens`, if that was asked for; `model.tokenizer.piece(id)` spells its ids.
+    `tool_calls` holds the calls that are complete, `reasoning_tokens` counts the tokens of the reasoning, `stopped` is the stop
+    string that ended the text. The reason of the end is "timeout" where a deadline passed, and "repetition" where a watchdog saw
+    the reply go round in circles. `logprobs` has an entry for each of `tokens`, if that was asked for;
+    `model.tokenizer.piece(id)` spells its ids.
     """
 
     text: str
     tokens: tuple[int, ...]
-    finish_reason: Literal["stop", "length", "cancelled"]
+    finish_reason: Reason
     prompt_tokens: tuple[int, ...]
     reasoning: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -205,7 +208,7 @@ class Stream:
         if self.on_end is not None:
             self.on_end(found)
 
-    def _complete(self, finish: Literal["stop", "length", "cancelled"]) -> Completion:
+    def _complete(self, finish: Reason) -> Completion:
         report, text = self._report, self._text
         metrics = RequestMetrics(
             prefill_tokens=len(self._request.prompt) - report.cached_tokens,
@@ -233,8 +236,10 @@ def _as_chunk(piece: ReplyPiece) -> Chunk:
     return Chunk(piece.text, piece.kind, None, piece.index, piece.name)
 
 
-_REASONS: dict[FinishReason, Literal["stop", "length", "cancelled"]] = {
+_REASONS: dict[FinishReason, Reason] = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
     FinishReason.CANCELLED: "cancelled",
+    FinishReason.TIMEOUT: "timeout",
+    FinishReason.REPETITION: "repetition",
 }

@@ -42,7 +42,9 @@ class GenerateOptions(TypedDict, total=False):
     `max_tokens` bounds the reply, 128 tokens by default. `stop` are strings that end the text, `ignore_eos` goes on after
     tokens that end a turn; `TemplateOptions` are for conversations. Tools are declarations as OpenAI's API has them, or
     functions, which are declared by their signature; calls are read by them, and with `parallel_tool_calls` False the first
-    call ends the reply. `sampling` takes the place of the single sampling fields (`SamplingParams`); the others are
+    call ends the reply. `stop_token_ids` end the reply as a turn's end does. With `watchdog` a reply that goes round in circles
+    ends early, with "repetition" as its reason; arrays of equal numbers, tables and code pass. `sampling` takes the place of
+    the single sampling fields (`SamplingParams`); the others are
     `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing
     then.
     """
@@ -63,6 +65,11 @@ class GenerateOptions(TypedDict, total=False):
     top_logits: int
     adapter: str | None
     logits_processors: Sequence[LogitsProcessor]
+    stop_token_ids: Sequence[int] | None
+    min_tokens: int
+    priority: int
+    deadline_s: float | None
+    watchdog: bool
     sampling: SamplingParams | None
     temperature: float
     top_k: int
@@ -78,7 +85,17 @@ class GenerateOptions(TypedDict, total=False):
 
 
 NAMES = tuple(GenerateOptions.__annotations__)
-OF_REQUEST = ("max_tokens", "prompt_logprobs", "hidden_states", "top_logits", "adapter", "logits_processors")
+OF_REQUEST = (
+    "max_tokens",
+    "prompt_logprobs",
+    "hidden_states",
+    "top_logits",
+    "adapter",
+    "logits_processors",
+    "min_tokens",
+    "priority",
+    "deadline_s",
+)
 
 # What other engines call an option that there is here.
 ELSEWHERE = {
@@ -87,6 +104,10 @@ ELSEWHERE = {
     "max_completion_tokens": "max_tokens",
     "max_output_tokens": "max_tokens",
     "num_predict": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "timeout": "deadline_s",
+    "max_time": "deadline_s",
+    "eos_token_id": "stop_token_ids",
     "n_predict": "max_tokens",
     "temp": "temperature",
     "repeat_penalty": "repetition_penalty",
@@ -118,8 +139,6 @@ OTHERWISE = {
     "stream": "`model.stream(prompt)` gives the text while it is written",
     "streamer": "`model.stream(prompt)` gives the text while it is written",
     "echo": "for the prompt's log-probabilities there is prompt_logprobs",
-    "eos_token_id": "`stop` takes strings, `ignore_eos` goes on after a turn's end; for other ids use `Request.stop_ids`",
-    "stop_token_ids": "`stop` takes strings; for other ids use `Request.stop_ids`",
     "system": 'a system prompt is a message {"role": "system", "content": ...}',
 }
 
@@ -170,6 +189,14 @@ def check_stop(stop: object) -> tuple[str, ...]:
     if problems:
         raise RequestError("stop strings can't be used", problems)
     return strings
+
+
+def check_stop_ids(ids: object) -> frozenset[int]:
+    """Return ids that end a reply; none for None. Raises RequestError for anything but a list of ids."""
+    found = () if ids is None else ids
+    if not isinstance(found, list | tuple | set | frozenset) or not all(type(token) is int and token >= 0 for token in found):
+        raise RequestError(f"stop_token_ids: expected a list of token ids, found {spell_value(ids)}")
+    return frozenset(found)
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -92,7 +92,8 @@ class LoadOptions:
 
     The engine's limits: `context` bounds a sequence in tokens, `max_batched_tokens` the rows of a step (the chunk of a long
     prompt), `max_num_seqs` the sequences that run at once; `prefix_cache_entries` finished prompts and replies are kept for
-    reuse.
+    reuse. `max_stall_ms` bounds the time of a step in milliseconds, so that a long prompt does not keep others waiting (None:
+    its rows alone are bounded).
     """
 
     model: str
@@ -112,6 +113,7 @@ class LoadOptions:
     max_batched_tokens: int = 512
     max_num_seqs: int = 8
     prefix_cache_entries: int = 4
+    max_stall_ms: float | None = None
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -160,5 +162,8 @@ class LoadOptions:
             for name, value in limits.items()
             if not isinstance(value, int) or isinstance(value, bool) or value < LEAST[name]
         ]
+        stall: object = self.max_stall_ms
+        if stall is not None and not (isinstance(stall, int | float) and not isinstance(stall, bool) and stall > 0):
+            problems.append(f"max_stall_ms: expected None or milliseconds above 0, found {spell_value(stall)}")
         if problems:
             raise RequestError("the limits leave no room", problems)

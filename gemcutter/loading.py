@@ -52,6 +52,7 @@ class OpenModel:
             how.max_num_seqs,
             how.prefix_cache_entries,
             kv_dtype=None if how.kv is None else torch.float8_e4m3fn,
+            max_stall_ms=how.max_stall_ms,
         )
 
 

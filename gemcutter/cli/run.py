@@ -50,6 +50,7 @@ Tokens = Annotated[
 ]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the reply before this text; repeatable.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after tokens that end a turn.")]
+Watchdog = Annotated[bool, typer.Option("--watchdog", help="End a reply that goes round in circles.")]
 Logprobs = Annotated[
     int | None, typer.Option(metavar="N", min=0, help="Also give every token's log-probability, and the N best.")
 ]
@@ -71,6 +72,7 @@ def run(
     tools: Tools = None,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
+    watchdog: Watchdog = False,
     choosing: options.Choosing,
     logprobs: Logprobs = None,
     top_logits: TopLogits = None,
@@ -92,6 +94,7 @@ def run(
         max_tokens=max_tokens,
         stop=stop or (),
         ignore_eos=ignore_eos,
+        watchdog=watchdog,
         enable_thinking=think,
         tools=declared,
         top_logits=top_logits or 0,
@@ -171,6 +174,8 @@ def note_cut(completion: Completion, max_tokens: int) -> None:
     """Note that a reply ended before the model ended it, and what would let it go on."""
     if completion.finish_reason == "length":
         note(f"stopped at {spell_limit(completion, max_tokens)}")
+    elif completion.finish_reason == "repetition":
+        note("stopped by --watchdog: the reply went round in circles; a --temperature or --frequency-penalty may help")
 
 
 def spell_limit(completion: Completion, max_tokens: int) -> str:

@@ -352,5 +352,5 @@ def _is_sampled_by_graph(chunk: ScheduledChunk) -> bool:
     request = chunk.sequence.request
     if not chunk.num_sampled or chunk.want_probs or (chunk.in_prompt and request.top_logits):
         return False
-    is_edited = request.sampling.alters_logits or bool(request.logits_processors)
+    is_edited = request.sampling.alters_logits or bool(request.logits_processors or request.min_tokens)
     return not is_edited and request.sampling.logprobs is None and is_batchable(request.sampling)

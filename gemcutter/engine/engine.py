@@ -24,6 +24,9 @@ from gemcutter.engine.runner import ChunkResult, ModelRunner, PendingStep
 from gemcutter.engine.sampler import SampledToken
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import Proposer, ScheduledChunk, Scheduler
+from gemcutter.engine.stats import EngineStats
+from gemcutter.engine.step_sizer import StepSizer
+from gemcutter.engine.watchdog import TokenClasses
 from gemcutter.errors import RequestError, spell_value
 from gemcutter.model.text import AdaptedBody, Decoder
 
@@ -35,6 +38,8 @@ class Engine:
     `max_num_seqs` how many sequences run at once, `prefix_cache_entries` how many finished prompts and replies stay in the cache
     for reuse. `graphs` says whether decode steps run over static memory, as captured graphs on a GPU; by default wherever that is
     possible. `kv_dtype` is that of the cache, by default the decoder's. `proposer` drafts tokens to be verified several a step.
+    `max_stall_ms` bounds how long a step may last, by giving it fewer prompt rows, as far as measured steps can tell; without it
+    only their number is bounded. What is computed does not depend on it.
     """
 
     def __init__(
@@ -47,19 +52,24 @@ class Engine:
         graphs: bool | None = None,
         kv_dtype: torch.dtype | None = None,
         proposer: Proposer | None = None,
+        max_stall_ms: float | None = None,
     ) -> None:
         self.decoder = decoder
         self.context = min(context, decoder.plan.context)
         counts = page_counts(decoder.plan, self.context, max_batched_tokens, max_num_seqs, prefix_cache_entries)
         self.pool = PagedKVCache(decoder.plan, counts, kv_dtype or decoder.dtype, decoder.device, compact_weights(decoder))
         self.prefix = PrefixCache(prefix_cache_entries)
-        self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, proposer)
+        sizer = None if max_stall_ms is None else StepSizer(max_stall_ms / 1000)
+        self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, proposer, sizer)
         is_static = decoder.capture_refusal() is None if graphs is None else graphs
         captured = CapturedSteps(decoder, self.pool, self.context) if is_static else None
         self.runner = ModelRunner(decoder, self.pool, captured)
         self._ahead: PendingStep | None = None  # launched before the tokens of the step before it were known
         self._sequences: dict[int, SequenceState] = {}
+        self._timed: dict[int, SequenceState] = {}  # those that have a deadline
         self._numbers = count()
+        self.clock = time.perf_counter
+        self._stats = EngineStats()
 
     def new_number(self) -> int:
         """Return a number for a request that is still to be submitted; any thread may ask."""
@@ -78,9 +88,34 @@ class Engine:
         if problems := list(self._adapter_problems(request)):
             raise RequestError("the request can't be served", problems)
         sequence = SequenceState(number, request)
+        if request.deadline_s is not None:
+            sequence.expires_s = self.clock() + request.deadline_s
+            self._timed[number] = sequence
         self._sequences[number] = sequence
-        self.scheduler.waiting.append(sequence)
+        self.scheduler.enqueue(sequence)
+        self._count()
         return number
+
+    def stats(self) -> EngineStats:
+        """Return what the engine held and did as of the last step, submission or cancellation; any thread may ask."""
+        return self._stats
+
+    def _count(self, step: Sequence[ScheduledChunk] | None = None) -> None:
+        """Take stock; `step` is one that was computed just now."""
+        before, scheduler = self._stats, self.scheduler
+        prompts = [sequence for sequence in scheduler.running if not sequence.decodes]
+        books = self.pool.allocators.values()
+        self._stats = EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_usage=max(1 - book.free / len(book.ref_counts) for book in books),
+            queued_prompt_tokens=scheduler.waiting_tokens + sum(sequence.pending for sequence in prompts),
+            preemptions=scheduler.preemptions,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            steps=before.steps + bool(step),
+            step_tokens=before.step_tokens if step is None else sum(chunk.rows for chunk in step),
+        )
 
     def check(self, request: Request) -> None:
         """Raise RequestError, with every problem, if a request can never run; any thread may ask."""
@@ -111,6 +146,7 @@ class Engine:
         for name, number in wanted.items():
             if not (_is_count(number) or (number is None and name == "prompt_logprobs")):
                 yield f"request.{name}: expected 0 or more, found {spell_value(number)}"
+        yield from self._limit_problems(request)
         flag: Any = request.hidden_states
         if not isinstance(flag, bool):
             yield f"request.hidden_states: expected True or False, found {spell_value(flag)}; it gives the last layer's, normed"
@@ -128,6 +164,22 @@ class Engine:
         for name, ids in named.items():
             if bad := [token for token in ids if not 0 <= token < vocab]:
                 yield f"sampling.{name}: ids {bad[:5]} are outside the vocabulary of {vocab}"
+
+    def _limit_problems(self, request: Request) -> Iterator[str]:
+        least: Any = request.min_tokens
+        priority: Any = request.priority
+        deadline_s: Any = request.deadline_s
+        watchdog: Any = request.watchdog
+        if not _is_count(least):
+            yield f"request.min_tokens: expected 0 or more, found {spell_value(least)}"
+        elif _is_count(request.max_tokens) and least > request.max_tokens:
+            yield f"request.min_tokens: {least} is more than max_tokens, {request.max_tokens}; lower it, or raise max_tokens"
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            yield f"request.priority: expected a whole number, of which lower ones come first, found {spell_value(priority)}"
+        if deadline_s is not None and not _is_duration(deadline_s):
+            yield f"request.deadline_s: expected None or seconds above 0, found {spell_value(deadline_s)}"
+        if watchdog is not None and not isinstance(watchdog, TokenClasses):
+            yield f"request.watchdog: expected None or TokenClasses, found {spell_value(watchdog)}"
 
     def _adapter_problems(self, request: Request) -> Iterator[str]:
         loaded, name = self.decoder.adapters, request.adapter
@@ -169,7 +221,9 @@ class Engine:
         reservations back, and the rows run again in a later step. If the pass through the model raises an Exception, the requests
         in that step end with it; a request whose own sampling or report fails ends alone.
         """
+        expired, started_s = self._expire(), self.clock()
         pending, self._ahead = self._ahead, None
+        is_measured = pending is None  # else part of the step's time has passed already
         chunks: Sequence[ScheduledChunk] = () if pending is None else pending.chunks
         following: PendingStep | None = None
         try:
@@ -178,19 +232,29 @@ class Engine:
                 pending = self.runner.launch(chunks)
             if self.runner.can_run_ahead(pending) and (after := self.scheduler.schedule_after(chunks)):
                 following = self.runner.launch_after(pending, after)
-            results, now = pending.result().chunks, time.perf_counter()
+            results, now = pending.result().chunks, self.clock()
         except Exception as error:
             self._withdraw()
-            return self._fail([chunk.sequence for chunk in chunks] or self._next_up(), error)
+            return [*expired, *self._fail([chunk.sequence for chunk in chunks] or self._next_up(), error)]
         except BaseException:
             self._withdraw()
             raise
         self._ahead = following
-        events = list[RequestEvent]()
+        if is_measured and self.scheduler.sizer is not None:
+            decode_rows = sum(chunk.rows for chunk in chunks if chunk.sequence.decodes)
+            self.scheduler.sizer.observe(decode_rows, sum(chunk.rows for chunk in chunks) - decode_rows, now - started_s)
+        events = expired
         for chunk, result in zip(chunks, results, strict=True):
             if chunk.sequence.table is chunk.table:  # else it ended while this row was computed
                 events += self._advance(chunk, result, now, ahead=int(following is not None))
+        self._count(chunks)
         return events
+
+    def _expire(self) -> list[RequestEvent]:
+        """End the requests whose deadline has passed, those that still wait too."""
+        now = self.clock()
+        late = [one for one in self._timed.values() if one.expires_s is not None and one.expires_s <= now]
+        return [self._end(sequence, FinishReason.TIMEOUT, now) for sequence in late]
 
     def _withdraw(self) -> None:
         """Take back all rows whose results are not here."""
@@ -202,7 +266,7 @@ class Engine:
         return [*self.scheduler.running] or [*self.scheduler.waiting][:1]
 
     def _fail(self, sequences: Sequence[SequenceState], error: Exception) -> list[RequestEvent]:
-        now = time.perf_counter()
+        now = self.clock()
         return [
             self._end(sequence, FinishReason.ERROR, now, error) for sequence in sequences if sequence.number in self._sequences
         ]
@@ -256,6 +320,8 @@ class Engine:
         for index, found in enumerate(sampled):
             if found.token in request.stop_ids:
                 return sampled[: index + 1], FinishReason.STOP
+            if sequence.watchdog is not None and sequence.watchdog.is_lost(found.token):
+                return sampled[: index + 1], FinishReason.REPETITION
             if index + 1 >= room:
                 return sampled[: index + 1], FinishReason.LENGTH
             if index >= len(chunk.drafts) or found.token != chunk.drafts[index]:
@@ -267,6 +333,7 @@ class Engine:
         if error is not None:
             clear_frames(error.__traceback__)  # which hold the step's tensors as long as somebody holds the error
         self._forget(sequence)
+        self._count()
         return RequestEvent(sequence.number, finish=finish, error=error, time_s=now)
 
     def _forget(self, sequence: SequenceState) -> None:
@@ -277,13 +344,18 @@ class Engine:
             self.prefix.keep(ids, sequence.table, sequence.request.adapter)
         self.scheduler.leave(sequence)
         del self._sequences[sequence.number]
+        self._timed.pop(sequence.number, None)
 
     def cancel(self, number: int) -> RequestEvent | None:
         """End a request between two steps; what it computed stays for reuse. Returns its last event, None if it has ended."""
         sequence = self._sequences.get(number)
         if sequence is None:
             return None
-        return self._end(sequence, FinishReason.CANCELLED, time.perf_counter())
+        return self._end(sequence, FinishReason.CANCELLED, self.clock())
+
+
+def _is_duration(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _is_count(value: Any) -> bool:

@@ -16,6 +16,7 @@ from gemcutter.cache.block_table import BlockTable
 from gemcutter.engine.sampler import LogitsProcessor
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.engine.sampling_params import SamplingParams
+from gemcutter.engine.watchdog import TokenClasses, Watchdog
 
 
 class FinishReason(Enum):
@@ -24,6 +25,8 @@ class FinishReason(Enum):
     STOP = "stop"  # a stop id was sampled
     LENGTH = "length"  # max_tokens, or the end of the context
     CANCELLED = "cancelled"
+    TIMEOUT = "timeout"  # its deadline passed; what it computed stays for reuse
+    REPETITION = "repetition"  # its watchdog saw the reply go round in circles
     ERROR = "error"  # its own processing failed, or the step that it was in; the event carries the error
 
 
@@ -34,7 +37,10 @@ class Request:
     `prompt_logprobs` asks for the log-probability of every prompt token but the first, with that many alternatives;
     `hidden_states` for the final-normed state of every prompt row; `top_logits` for the best logits at the last prompt
     position. The first two make all prompt rows pass all layers. `adapter` names one that was loaded beside the model.
-    `logits_processors` edit the logits of every sampled token, in this order, before bias and penalties.
+    `logits_processors` edit the logits of every sampled token, in this order, before bias and penalties. No stop id is sampled
+    before the reply has `min_tokens`. Of requests that wait, and that compete for pages, the one with the lower `priority` comes
+    first. `deadline_s` seconds after it was queued a request ends, however far it is. `watchdog` says how a reply that repeats
+    itself is recognised; it ends then.
     """
 
     prompt: tuple[int, ...]
@@ -46,6 +52,10 @@ class Request:
     top_logits: int = 0
     adapter: str | None = None
     logits_processors: tuple[LogitsProcessor, ...] = ()
+    min_tokens: int = 0
+    priority: int = 0
+    deadline_s: float | None = None
+    watchdog: TokenClasses | None = None
 
     @property
     def wants_all_rows(self) -> bool:
@@ -95,6 +105,8 @@ class SequenceState:
         self.table: BlockTable | None = None
         self.report = PromptReport()
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+        self.watchdog = None if request.watchdog is None else Watchdog(request.watchdog)
+        self.expires_s: float | None = None  # on the engine's clock
         self._counts: dict[int, int] | None = None
 
     @property
@@ -138,3 +150,8 @@ class SequenceState:
     def in_prompt(self) -> bool:
         """Return whether no token has been sampled yet."""
         return not self.reply
+
+    @property
+    def decodes(self) -> bool:
+        """Return whether the next row is that of the token sampled last; else prompt rows, or those of a preemption, are due."""
+        return not self.in_prompt and self.pending == 1

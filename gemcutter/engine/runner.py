@@ -227,8 +227,18 @@ def sampling_row(chunk: ScheduledChunk, place: int) -> SamplingRow:
             for token in drafts:
                 counts[token] = counts.get(token, 0) + 1
     position = chunk.start + chunk.rows - chunk.num_sampled + place + 1
-    processors = request.logits_processors
-    return SamplingRow(request.sampling, sequence.seed, position, request.prompt, reply, counts, processors, chunk.want_probs)
+    banned = request.stop_ids if len(reply) < request.min_tokens else frozenset()
+    return SamplingRow(
+        request.sampling,
+        sequence.seed,
+        position,
+        request.prompt,
+        reply,
+        counts,
+        request.logits_processors,
+        chunk.want_probs,
+        banned,
+    )
 
 
 def sample_chunks(sampler: Sampler, chunks: Sequence[ScheduledChunk], logits_RV: Tensor) -> list[ChunkResult]:

@@ -52,11 +52,12 @@ class SamplingRow:
     counts: Mapping[int, int] = field(default_factory=dict)
     processors: tuple[LogitsProcessor, ...] = ()
     want_probs: bool = False
+    banned: frozenset[int] = frozenset()  # ids that this row may not give, whatever biases say
 
     @property
     def is_edited(self) -> bool:
         """Return whether the logits are changed before a token is chosen."""
-        return bool(self.processors) or self.params.alters_logits
+        return bool(self.processors or self.banned) or self.params.alters_logits
 
     @property
     def random(self) -> float:
@@ -180,9 +181,9 @@ def _process(logits_V: Tensor, row: SamplingRow) -> None:
 def _edits_of(row: SamplingRow) -> Iterator[tuple[int, float, float, float]]:
     """Yield id, bias, repetition penalty and summed penalties of every logit that a row's parameters change."""
     params = row.params
-    if not params.alters_logits:
+    if not (params.alters_logits or row.banned):
         return
-    bias: dict[int, float] = {**params.logit_bias, **dict.fromkeys(params.suppress, -torch.inf)}
+    bias: dict[int, float] = {**params.logit_bias, **dict.fromkeys((*params.suppress, *row.banned), -torch.inf)}
     counts = row.counts if params.has_penalties else {}
     for token, count in counts.items():
         penalty = params.presence_penalty + params.frequency_penalty * count if count else 0.0

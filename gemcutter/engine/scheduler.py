@@ -1,23 +1,31 @@
 """Which rows run in the next step.
 
-Owns the queue: decode rows first, then prompt chunks within the row budget, then new requests while pages last. When pages run
-out, cached prefixes go first, then the youngest sequence gives up its pages and starts again later with all its tokens. Refuses
-to know tensors and text. Read `runner.py` for what is made of a chunk, `engine.py` for who commits its rows.
+Owns the queue and the sharing of a step's rows. A step is planned first: a row for every sequence that decodes, then one for
+every prompt, running ones and newcomers alike; the oldest prompt gets a quarter of what is left, and the shortest ones all else.
+So a short prompt passes a long one, and none starves: no newcomer can lower that quarter, so the oldest prompt ends, and every
+prompt becomes the oldest. Pages are then taken in the order of urgency (priority, then age). When they run out, cached prefixes
+go first, then the least urgent sequence gives up its pages and starts again later with all its tokens. Refuses to know tensors,
+text and time. Read `step_sizer.py` for how many rows a step may have, `runner.py` for what is made of a chunk, `engine.py` for
+who commits its rows.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.cache.prefix_cache import PrefixCache
 from gemcutter.engine.request import SequenceState
+from gemcutter.engine.step_sizer import StepSizer
 from gemcutter.errors import CapacityError
 
+SHARE_OF_OLDEST = 4  # the oldest prompt gets one row of so many, whatever shorter ones want
 ON_DEVICE = -1  # in place of an id that the step before samples, and which the device alone knows yet
 
 
@@ -79,8 +87,43 @@ class Proposer(Protocol):
         """Return up to `limit` draft ids to follow the sequence's last token; none where there is nothing to guess."""
 
 
+def urgency(sequence: SequenceState) -> tuple[int, int]:
+    """Return the place of a sequence in every queue: the lower priority first, among equals the older request."""
+    return sequence.request.priority, sequence.number
+
+
+@dataclass(slots=True)
+class RowPlan:
+    """Which sequence gets how many rows of a step, by its number; none of them has pages yet."""
+
+    left: int  # rows that nobody has
+    rows: dict[int, int] = field(default_factory=dict)
+    drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def give(self, sequence: SequenceState, rows: int) -> None:
+        """Let a sequence have more rows, as far as there are some."""
+        if (given := min(rows, self.left)) > 0:
+            self.rows[sequence.number] = self.of(sequence) + given
+            self.left -= given
+
+    def of(self, sequence: SequenceState) -> int:
+        """Return the rows that a sequence has."""
+        return self.rows.get(sequence.number, 0)
+
+    def wanted(self, sequence: SequenceState) -> int:
+        """Return the rows that a sequence could still use; a newcomer's cached prefix is not known yet."""
+        return sequence.pending - self.of(sequence)
+
+    def share(self, prompts: Sequence[SequenceState]) -> None:
+        """Share all rows that are left among prompts, the oldest of which is the first."""
+        for oldest in prompts[:1]:
+            self.give(oldest, min(self.wanted(oldest), -(-self.left // SHARE_OF_OLDEST)))
+        for prompt in sorted(prompts, key=self.wanted):
+            self.give(prompt, self.wanted(prompt))
+
+
 class Scheduler:
-    """Continuous admission over one pool."""
+    """Continuous admission over one pool; a `sizer` makes steps smaller than `max_batched_tokens` rows."""
 
     def __init__(
         self,
@@ -90,28 +133,69 @@ class Scheduler:
         max_num_seqs: int,
         prefix: PrefixCache,
         proposer: Proposer | None = None,
+        sizer: StepSizer | None = None,
     ) -> None:
-        self.pool, self.context, self.prefix, self.proposer = pool, context, prefix, proposer
+        self.pool, self.context, self.prefix, self.proposer, self.sizer = pool, context, prefix, proposer, sizer
         self.max_batched_tokens, self.max_num_seqs = max_batched_tokens, max_num_seqs
-        self.waiting: deque[SequenceState] = deque()
-        self.running: list[SequenceState] = []  # in order of admission
+        self.waiting: deque[SequenceState] = deque()  # the most urgent first
+        self.running: list[SequenceState] = []  # the most urgent first
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0  # since the start; the latter two in tokens
+        self.waiting_tokens = 0  # of all who wait
+        self._is_full = False  # the newcomer whose turn it is found no pages
+
+    def enqueue(self, sequence: SequenceState) -> None:
+        """Let a sequence wait for its turn."""
+        insort(self.waiting, sequence, key=urgency)
+        self.waiting_tokens += sequence.num_tokens
 
     def schedule(self) -> list[ScheduledChunk]:
         """Reserve the rows of the next step; an empty list means there is nothing to do."""
-        budget, chunks = self.max_batched_tokens, list[ScheduledChunk]()
-        for index, sequence in enumerate(list(self.running)):  # decode rows first: only the youngest can still be in its prompt
-            if budget and sequence in self.running:  # it may have been preempted just now
-                others = len(self.running) - index - 1  # each of which gets a row before anyone's drafts
-                chunks += self._reserve(sequence, min(sequence.pending, budget), budget - others)
-                budget = self.max_batched_tokens - sum(chunk.rows for chunk in chunks)
-        if len(chunks) < len(self.running):
-            return chunks  # somebody waits for pages or rows, which are not a newcomer's to take
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            admitted = self._admit(self.waiting[0], budget)
+        decoding = [sequence for sequence in self.running if sequence.decodes]
+        newcomers = list(islice(self.waiting, max(self.max_num_seqs - len(self.running), 0)))
+        plan = self._plan(decoding, newcomers)
+        chunks, everyone = list[ScheduledChunk](), len(self.running)
+        for sequence in list(self.running):  # in this order, so that nobody younger has pages for the step yet
+            if sequence in self.running and (rows := plan.of(sequence)):  # it may have been preempted just now
+                chunks += self._reserve(sequence, rows, plan.drafts.get(sequence.number, ()))
+        if len(chunks) == everyone:  # else somebody waits for pages or rows, which are not a newcomer's to take
+            chunks += self._admit_all(newcomers, plan.rows)
+        is_decoding = {sequence.number for sequence in decoding}
+        return sorted(chunks, key=lambda chunk: chunk.sequence.number not in is_decoding)
+
+    def _plan(self, decoding: Sequence[SequenceState], newcomers: Sequence[SequenceState]) -> RowPlan:
+        """Share a step's rows: who decodes comes first, but for a row of the most urgent sequence, which always goes on."""
+        rows = self.max_batched_tokens
+        if self.sizer is not None:
+            rows = min(rows, len(decoding) + self.sizer.prompt_rows(len(decoding), rows))
+        plan = RowPlan(rows)
+        prompts = [sequence for sequence in self.running if not sequence.decodes]
+        everyone = [*self.running[:1], *decoding, *prompts, *newcomers]
+        for sequence in everyone:
+            if not plan.of(sequence):
+                plan.give(sequence, 1)
+        for sequence in decoding if self.proposer is not None else ():
+            if plan.of(sequence):
+                plan.drafts[sequence.number] = drafts = self._drafts(sequence, plan.left)
+                plan.left -= len(drafts)
+        plan.share(prompts if self._is_full else [*prompts, *newcomers])
+        return plan
+
+    def _admit_all(self, newcomers: Sequence[SequenceState], rows: Mapping[int, int]) -> list[ScheduledChunk]:
+        """Let newcomers in as planned, as long as there are pages; rows that a cached prefix spares are the next one's."""
+        chunks, spare = list[ScheduledChunk](), 0
+        for sequence in newcomers:
+            if not (planned := rows.get(sequence.number, 0)):
+                break
+            admitted = self._admit(sequence, planned + spare)
+            self._is_full = admitted is None
             if admitted is None:
                 break
             chunks.append(admitted)
-            budget -= admitted.rows
+            self.waiting_tokens -= sequence.num_tokens
+            spare += planned - admitted.rows
+            if sequence.in_prompt:
+                self.prefix_queries += sequence.num_tokens
+                self.prefix_hits += admitted.start
         return chunks
 
     def schedule_after(self, chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
@@ -123,6 +207,8 @@ class Scheduler:
             return []
         if any(chunk.sequence.table is not chunk.table or self._may_be_last(chunk) for chunk in chunks):
             return []
+        if len(chunks) < len(self.running):
+            return []  # somebody had no rows in this step, and may have some in the next
         try:
             for chunk in chunks:
                 chunk.table.reserve(chunk.rows + 1)
@@ -133,10 +219,10 @@ class Scheduler:
         return [chunk.following() for chunk in chunks]
 
     def _may_be_last(self, chunk: ScheduledChunk) -> bool:
-        """Return whether the token to come ends the prompt, whose pages are kept then, or the reply, whatever it is."""
+        """Return whether a chunk is a prompt's, whose pages are kept at its end, or its token is sure to end the reply."""
         after = chunk.start + chunk.rows + 1  # tokens, with the one to come
         limit = min(len(chunk.sequence.request.prompt) + chunk.sequence.request.max_tokens, self.context)
-        return chunk.in_prompt or after >= limit
+        return chunk.in_prompt or not chunk.is_last or after >= limit
 
     def _admit(self, sequence: SequenceState, budget: int) -> ScheduledChunk | None:
         fresh = sequence.in_prompt and not sequence.request.wants_all_rows
@@ -155,14 +241,13 @@ class Scheduler:
                     return None
         if sequence.in_prompt:  # else the report has been given
             sequence.report.cached_tokens = table.length
-        self.running.append(self.waiting.popleft())
+        insort(self.running, self.waiting.popleft(), key=urgency)
         return ScheduledChunk.of(sequence, table, rows)
 
-    def _reserve(self, sequence: SequenceState, rows: int, budget: int) -> list[ScheduledChunk]:
-        """Reserve rows of a running sequence, taking pages from cached prefixes and younger sequences if need be."""
+    def _reserve(self, sequence: SequenceState, rows: int, drafts: tuple[int, ...]) -> list[ScheduledChunk]:
+        """Reserve rows of a running sequence, taking pages from cached prefixes and less urgent sequences if need be."""
         table = sequence.table
         assert table is not None
-        drafts = self._drafts(sequence, rows, budget)
         while True:
             try:
                 table.reserve(rows + len(drafts))
@@ -171,23 +256,23 @@ class Scheduler:
                 if drafts:
                     drafts = ()  # a guess is worth nobody's pages
                 elif not self.prefix.evict() and not self._preempt_younger(sequence):
-                    return []  # older sequences hold the pages; they will finish
+                    return []  # more urgent sequences hold the pages; they will finish
 
-    def _drafts(self, sequence: SequenceState, rows: int, budget: int) -> tuple[int, ...]:
-        """Return drafts for a sequence that decodes, no more than its reply, the context and the row budget have room for."""
-        if self.proposer is None or sequence.in_prompt or rows != sequence.pending or rows != 1:
-            return ()
+    def _drafts(self, sequence: SequenceState, room: int) -> tuple[int, ...]:
+        """Return drafts for a sequence that decodes, no more than its reply, the context and `room` rows allow."""
+        assert self.proposer is not None
         left = min(sequence.request.max_tokens - len(sequence.reply), self.context - sequence.num_tokens) - 1
-        limit = min(left, budget - rows)
+        limit = min(left, room)
         return self.proposer.propose(sequence, limit)[:limit] if limit > 0 else ()
 
     def _preempt_younger(self, sequence: SequenceState) -> bool:
-        """Send the youngest sequence back to wait, unless it is this one. Nobody younger has rows in the step yet."""
+        """Send the least urgent sequence back to wait, unless it is this one, whose juniors have no rows in the step yet."""
         victim = self.running[-1]
         if victim is sequence:
             return False
         self.leave(victim)
-        self.waiting.appendleft(victim)
+        self.enqueue(victim)
+        self.preemptions += 1
         return True
 
     def forget_rows(self) -> None:
@@ -203,9 +288,11 @@ class Scheduler:
     def leave(self, sequence: SequenceState) -> None:
         """Take a sequence out and free its pages."""
         if sequence in self.running:
+            self._is_full = False
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self.waiting_tokens -= sequence.num_tokens
         if sequence.table is not None:
             sequence.table.release()
             sequence.table = None

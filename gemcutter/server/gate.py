@@ -9,6 +9,7 @@ import hmac
 import uuid
 from collections.abc import Sequence
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemcutter.server.errors import ApiError, is_anthropic
@@ -57,7 +58,7 @@ class Gate:
             message = await receive()
             read += len(message.get("body", b""))
             if self._most and read > self._most:
-                raise self._too_large()
+                raise HTTPException(413, self._too_large().message)  # which the framework hands on as it is
             return message
 
         return count
