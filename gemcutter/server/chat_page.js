@@ -38,7 +38,7 @@ function read(key) {
   try {
     return JSON.parse(localStorage.getItem(key));
   } catch {
-    return null; // another program's entry, or storage is forbidden
+    return null; // no JSON: not written by this page
   }
 }
 
@@ -61,7 +61,7 @@ function save(chat) {
   if (state.chats.includes(chat)) write(PREFIX + chat.id, chat);
 }
 
-const state = { chats: [], chat: null, defaults: read("gemcutter.defaults") ?? {}, models: [], runs: new Map(), views: new Map(), editing: null, follow: true };
+const state = { chats: [], chat: null, defaults: read("gemcutter.defaults") ?? {}, models: [], runs: new Map(), views: new Map(), editing: null, follow: true, isLeaving: false };
 
 // ---- requests ----
 
@@ -84,7 +84,7 @@ async function reply(chat) {
     await receive(chat, message, run);
     if (!message.end) throw new Error("The connection closed before the reply was complete.");
   } catch (error) {
-    message.end = run.controller.signal.aborted ? "stopped" : "failed";
+    message.end = state.isLeaving ? "interrupted" : run.controller.signal.aborted ? "stopped" : "failed";
     if (message.end === "failed") {
       const unreachable = error instanceof TypeError; // what fetch throws without an answer
       message.error = unreachable ? "The server can’t be reached, or the connection broke." : error.message;
@@ -95,7 +95,9 @@ async function reply(chat) {
   state.runs.delete(chat);
   chat.updated = Date.now();
   save(chat);
-  if (chat === state.chat) { drawLog(); drawControls(); }
+  state.views.get(message)?.update();
+  follow();
+  drawControls();
   drawChats();
   say(message.error ? `The reply failed. ${message.error}` : `${message.end === "stopped" ? "Stopped" : "Reply"}: ${message.content.slice(0, 2000)}`);
 }
@@ -190,6 +192,7 @@ function retry(message) {
   if (state.runs.has(chat)) return;
   chat.messages.length = chat.messages.indexOf(message);
   reply(chat);
+  focusInput();
 }
 
 function saveEdit(message, content) {
@@ -201,18 +204,23 @@ function saveEdit(message, content) {
   state.editing = null;
   save(chat);
   reply(chat);
-  $("input").focus();
+  focusInput();
 }
 
 function edit(message) {
   state.editing = message;
   drawLog();
-  if (!message) $("input").focus();
+  if (!message) focusInput();
+}
+
+/** Put the cursor where the next message is written; on a phone that would open the keyboard over the reply. */
+function focusInput() {
+  if (matchMedia("(pointer: fine)").matches) $("input").focus();
 }
 
 function stop() {
   state.runs.get(state.chat)?.run.controller.abort();
-  $("input").focus();
+  focusInput();
 }
 
 function show(chat) {
@@ -221,7 +229,7 @@ function show(chat) {
   state.follow = true;
   showMenu(false);
   draw();
-  $("input").focus();
+  focusInput();
 }
 
 function remove(chat) {
@@ -382,7 +390,7 @@ function replyView(message) {
     thoughts.node.hidden = !message.reasoning;
     const thinking = running && !message.content && !message.calls.length;
     const seconds = message.stats.thought ?? 0;
-    thoughts.title.textContent = thinking ? `Thinking… ${seconds.toFixed(0)} s` : `Thought for ${seconds.toFixed(1)} s`;
+    thoughts.title.textContent = thinking ? `Thinking… ${seconds.toFixed(0)} s` : seconds < 0.1 ? "Thoughts" : `Thought for ${seconds.toFixed(1)} s`;
     thoughts.show(message.reasoning);
     showBody(message.content);
     drawCalls(calls, message);
@@ -416,7 +424,8 @@ function drawFoot(foot, message, running) {
   const isLast = state.chat.messages.at(-1) === message;
   const copyIt = message.content ? iconButton("copy", "Copy reply", (event) => copy(message.content, event.currentTarget)) : null;
   const parts = [];
-  if (message.error) parts.push(h("p", { className: "failure", role: "alert" }, message.error, " ", h("button", { type: "button", onclick: openSettings }, "Settings")));
+  if (message.error) parts.push(h("p", { className: "failure", role: "alert" }, message.error,
+    message.error.endsWith("in Settings.") ? h("button", { type: "button", onclick: openSettings }, "Open Settings") : null));
   if (isLast && message.calls.length && !message.error) parts.push(resultsForm(message));
   parts.push(h("div", { className: "actions" }, copyIt, isLast ? iconButton("retry", "Try again", () => retry(message)) : null, stats));
   return foot.replaceChildren(...parts);
@@ -439,7 +448,7 @@ function resultsForm(message) {
     event.preventDefault();
     message.calls.forEach((call, index) => state.chat.messages.push({ role: "tool", name: call.name, tool_call_id: call.id, content: areas[index].value }));
     reply(state.chat);
-    $("input").focus();
+    focusInput();
   };
   return h("form", { className: "results", onsubmit: submit },
     ...message.calls.map((call, index) => h("label", {}, `Result of ${call.name}`, areas[index])), h("button", { className: "primary" }, "Send results"));
@@ -568,7 +577,12 @@ function listen() {
   });
   addEventListener("online", connect);
   addEventListener("offline", connect);
-  addEventListener("pagehide", () => state.runs.forEach((_, chat) => save(chat)));
+  addEventListener("pagehide", () => { // the browser ends the requests; what came is kept
+    state.isLeaving = true;
+    state.runs.forEach((_, chat) => save(chat));
+    write("gemcutter.current", state.chat.id);
+  });
+  addEventListener("pageshow", () => { state.isLeaving = false; });
   addEventListener("storage", (event) => { // another tab wrote: take over what this one isn't writing itself
     if (!event.key?.startsWith(PREFIX)) return;
     const chat = state.chats.find((kept) => PREFIX + kept.id === event.key);
@@ -584,5 +598,4 @@ state.chats = keptChats();
 state.chat = state.chats.find((chat) => chat.id === read("gemcutter.current")) ?? newChat();
 listen();
 draw();
-addEventListener("pagehide", () => write("gemcutter.current", state.chat.id));
 connect();

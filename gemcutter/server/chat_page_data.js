@@ -63,9 +63,9 @@ function readTools(source) {
   try {
     tools = JSON.parse(source);
   } catch (error) {
-    throw new Error(`The tools in Settings are not JSON: ${error.message}`);
+    throw new Error(`The tools are not JSON (${error.message}); mend them in Settings.`);
   }
-  if (!Array.isArray(tools)) throw new Error("The tools in Settings must be a JSON list.");
+  if (!Array.isArray(tools)) throw new Error("The tools are JSON, but no list; mend them in Settings.");
   return tools;
 }
 

@@ -129,7 +129,6 @@ class CannedServer:
     abandoned: int = 0
     wanted_key: str | None = None
     models: tuple[str, ...] = ("gem-small",)
-    is_reachable: bool = True
 
 
 def chunk_line(delta: dict[str, Any] | None, finish: str | None = None, usage: dict[str, Any] | None = None) -> str:
