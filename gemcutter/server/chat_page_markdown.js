@@ -131,11 +131,13 @@ const Markdown = (() => {
 
   const words = (text) => text.split(" ");
   const C_WORDS = words("abstract as async await bool boolean break case catch char class const constexpr continue def default delete do double dyn else enum export extends extern false final finally float fn for from func function go if impl implements import in inline instanceof int interface let long loop map match mod move mut namespace new nil null nullptr of operator override package private protected pub public range return self short signed sizeof static string struct super switch template this throw trait true try type typedef typename typeof undefined union unsigned use using val var virtual void volatile when where while with yield");
-  const HASH_WORDS = words("and as assert async await begin break case class continue def del do done elif else elsif end esac except export False false fi finally for from function global if import in is lambda local module nil None nonlocal not null or pass raise require rescue return self then True true try unless until while with yield");
+  const PYTHON_WORDS = words("and as assert async await break case class continue def del elif else except False finally for from global if import in is lambda match None nonlocal not or pass raise return True try while with yield");
+  const SHELL_WORDS = words("alias begin break case class continue def do done elif else elsif end ensure esac exit export false fi for function if in local module next nil null require rescue return self set then true unless until when while yield");
   const SQL_WORDS = words("add all alter and as asc begin between by case check column commit constraint create cross database default delete desc distinct drop else end exists foreign from full group having if in index inner insert into is join key left like limit not null offset on or order outer primary references right rollback select set table then union unique update values view when where with");
   const FAMILIES = [
     [words("js javascript jsx ts typescript tsx c h cpp c++ cc java kotlin kt swift rust rs go golang csharp cs c# php scala dart cuda glsl zig json jsonc css scss"), C_WORDS, "//[^\\n]*|/\\*[\\s\\S]*?(?:\\*/|$)"],
-    [words("py python rb ruby sh bash shell zsh console yaml yml toml r perl make makefile dockerfile ini conf elixir"), HASH_WORDS, "(?<![^\\s])#[^\\n]*"],
+    [words("py python pyi"), PYTHON_WORDS, "#[^\\n]*"],
+    [words("rb ruby sh bash shell zsh console yaml yml toml r perl make makefile dockerfile ini conf elixir"), SHELL_WORDS, "(?<![^\\s])#[^\\n]*"],
     [words("sql sqlite postgresql mysql lua haskell hs"), SQL_WORDS, "--[^\\n]*"],
     [words("html xml svg vue"), [], "<[!]--[\\s\\S]*?(?:--[>]|$)"],
   ];
@@ -149,7 +151,7 @@ const Markdown = (() => {
       if (!family) return null;
       const [, keywords, comments] = family;
       const ofWords = keywords.length ? `\\b(?:${keywords.join("|")})\\b` : "</?[A-Za-z][\\w-]*|/?>";
-      const flags = family === FAMILIES[2] ? "giu" : "gu";
+      const flags = keywords === SQL_WORDS ? "giu" : "gu";
       rules.set(language, new RegExp(`(?<c>${comments})|(?<s>${STRINGS})|(?<k>${ofWords})|(?<n>${NUMBERS})`, flags));
     }
     return rules.get(language);

@@ -83,6 +83,7 @@ MAY_IMPORT = {
         "generate_options",
         "native",
     },
+    "server": {"api", "completion", "engine", "generate_options", "text"},
     "__main__": {"cli"},
     "__init__": {"api", "engine", "completion", "gc_pause", "generate_options"},
 }

@@ -92,6 +92,7 @@ def reuse(prompt: list[int], cache: dict[tuple[int, ...], int]) -> int:
 2. Restore the snapshot, then compute `prompt[end:]`.
 """
 
+PICTURED = "How does prefix reuse work?"  # streamed at a speed that can be read off the picture
 USAGE = {"prompt_tokens": 40, "completion_tokens": 25, "total_tokens": 65, "prompt_tokens_details": {"cached_tokens": 32}}
 
 
@@ -108,11 +109,14 @@ CALL = [
 REPLIES: dict[str, tuple[list[dict[str, Any]], str]] = {
     "markdown": (in_pieces("content", MARKDOWN), "stop"),
     "hostile": (in_pieces("content", HOSTILE), "stop"),
-    "think": (in_pieces("reasoning_content", "First I weigh **both** sides.") + in_pieces("content", "The answer is 42."), "stop"),
+    "think": (
+        in_pieces("reasoning_content", "First I weigh **both** sides.") + in_pieces("content", "The answer is 42."),
+        "stop",
+    ),
     "think elsewhere": (in_pieces("reasoning", "Weighing.") + in_pieces("content", "It is 7."), "stop"),
     "call": ([*in_pieces("content", "Let me look."), *CALL], "tool_calls"),
     "long": (in_pieces("content", "\n\n".join(f"Paragraph {number}." for number in range(80))), "length"),
-    "How does prefix reuse work?": (
+    PICTURED: (
         in_pieces("reasoning_content", "Windows forget, global layers do not.") + in_pieces("content", SHOWPIECE),
         "stop",
     ),
@@ -152,7 +156,7 @@ async def stream(server: CannedServer, prompt: str) -> AsyncIterator[str]:
     deltas, finish = REPLIES.get(prompt, (in_pieces("content", f"You said: {prompt}"), "stop"))
     for delta in deltas:
         yield chunk_line(delta)
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.003 if deltas is REPLIES[PICTURED][0] else 0)
     if prompt == "breaks":
         yield 'data: {"error": {"message": "The engine <b>failed</b>.", "type": "server_error"}}\n\ndata: [DONE]\n\n'
         return

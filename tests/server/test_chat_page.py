@@ -1,7 +1,7 @@
 """The chat page in a real browser, against canned replies: what is drawn, sent and kept, and that no text does more than be text.
 
 Every test also fails for a request to another host, an error in the page's console, or a breach of the page's own policy.
-Owns the browser; knows nothing of engines. Read `canned_server.py` for what each prompt is answered with.
+Knows nothing of engines. Read `visit.py` for a visitor's window, and `canned_server.py` for what each prompt is answered with.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,13 +22,13 @@ from fastapi import FastAPI  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
 from gemcutter.server.routes import chat_page  # noqa: E402
-from tests.server.canned_server import CannedServer, serving  # noqa: E402
+from tests.server.canned_server import PICTURED, CannedServer, serving  # noqa: E402
+from tests.server.visit import Visit  # noqa: E402
 
-Browser, Page, expect = sync_api.Browser, sync_api.Page, sync_api.expect
+Browser, expect = sync_api.Browser, sync_api.expect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ROOT = Path(__file__).parents[2]
-REFUSED = "Failed to load resource"  # how the browser logs a 4xx, whoever handles it
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt install chromium)")
@@ -56,63 +55,30 @@ def server(port: CannedServer) -> CannedServer:
     return port
 
 
-class Visit:
-    """One visitor's page, and what went wrong in it."""
-
-    def __init__(self, browser: Browser, server: CannedServer, **options: Any) -> None:
-        self.context = browser.new_context(**options)
-        self.context.set_default_timeout(5000)
-        self.faults: list[str] = []
-        self.server = server
-        self.context.on("request", self.note_request)
-        self.page = self.open()
-
-    def open(self) -> Page:
-        page = self.context.new_page()
-        page.on("console", lambda message: self.note_log(message.type, message.text))
-        page.on("pageerror", lambda error: self.faults.append(f"uncaught: {error.message}"))
-        page.goto(self.server.url)
-        return page
-
-    def note_request(self, request: Any) -> None:
-        if not request.url.startswith((self.server.url, "data:", "blob:")):
-            self.faults.append(f"asked another host: {request.url}")
-
-    def note_log(self, kind: str, text: str) -> None:
-        if kind in ("error", "warning") and REFUSED not in text:
-            self.faults.append(f"{kind}: {text}")
-
-    def ask(self, prompt: str, *, until_end: bool = True) -> Any:
-        """Send a prompt by keyboard, and return the reply's element once it is complete."""
-        self.page.get_by_label("Message", exact=True).fill(prompt)
-        self.page.keyboard.press("Enter")
-        reply = self.page.get_by_role("article", name="Reply").last
-        expect(self.page.get_by_role("article", name="You").last).to_contain_text(prompt)
-        if until_end:
-            expect(reply).to_have_attribute("aria-busy", "false")
-        return reply
-
-    def setting(self, label: str, value: str) -> None:
-        self.page.get_by_role("button", name="Settings").first.click()
-        field = self.page.get_by_role("dialog").get_by_label(label)
-        if field.evaluate("node => node.tagName") == "SELECT":
-            field.select_option(value)
-        else:
-            field.fill(value)
-        self.page.keyboard.press("Escape")
-
-    def settle(self, script: str) -> None:
-        """Wait until an expression holds in the page, asking from outside: the page's policy forbids `eval` inside."""
-        for _ in range(200):
-            if self.page.evaluate(script):
-                return
-            self.page.wait_for_timeout(20)
-        raise AssertionError(f"never true: {script}")
+@pytest.fixture(scope="module")
+def desk(browser: Browser, port: CannedServer) -> Iterator[Visit]:
+    """Open one window for all tests that need no other: opening is most of what they take."""
+    visiting = Visit(browser, port)
+    yield visiting
+    visiting.context.close()
 
 
 @pytest.fixture
-def visit(browser: Browser, server: CannedServer, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    visiting = Visit(browser, server, **getattr(request, "param", {}))
+def visit(desk: Visit, server: CannedServer) -> Iterator[Visit]:
+    """Return the window as a first visitor's."""
+    desk.page.goto(server.url)  # ends what the test before left running
+    desk.page.evaluate("localStorage.clear(), sessionStorage.clear()")
+    desk.page.goto(server.url)
+    server.bodies.clear()
+    desk.faults.clear()
+    yield desk
+    assert desk.faults == []
+
+
+@pytest.fixture
+def own_visit(browser: Browser, server: CannedServer, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    """Return a window with the options of the test's parameter."""
+    visiting = Visit(browser, server, **request.param)
     yield visiting
     visiting.context.close()
     assert visiting.faults == []
@@ -182,7 +148,8 @@ def test_markdown_is_drawn(visit: Visit) -> None:
 def test_growing_text_keeps_the_blocks_that_are_done(visit: Visit) -> None:
     script = """() => {
       const show = (size) => {
-        const box = document.createElement("div"), draw = Markdown.view(box), source = "# One\\n\\ntwo **three**\\n\\n- a\\n- b\\n\\n```js\\nlet x;\\n```";
+        const box = document.createElement("div"), draw = Markdown.view(box);
+        const source = "# One\\n\\ntwo **three**\\n\\n- a\\n- b\\n\\n```js\\nlet x;\\n```";
         let first = null, same = true;
         for (let end = size; end < source.length + size; end += size) {
           draw(source.slice(0, end));
@@ -200,8 +167,12 @@ def test_growing_text_keeps_the_blocks_that_are_done(visit: Visit) -> None:
 
 @needs_browser
 def test_repeated_marks_take_linear_time(visit: Visit) -> None:
-    """Marks that never close were searched for again at each of them in more than one Markdown reader: 200 kB then take minutes."""
-    script = """(source) => { const box = document.createElement("div"); Markdown.view(box)(source); return box.textContent.length; }"""
+    """A reader that searches on from each mark that never closes takes minutes for these: the browser would give the page up."""
+    script = """(source) => {
+      const box = document.createElement("div");
+      Markdown.view(box)(source);
+      return box.textContent.length;
+    }"""
     for source in ("*a " * 60_000, "`a" * 60_000, "[" * 60_000, "_a **b " * 30_000, "> " * 3_000 + "x", "http://" * 9_000):
         assert visit.page.evaluate(script, source) > 0
 
@@ -221,7 +192,9 @@ def test_hostile_text_stays_text(visit: Visit) -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize(("prompt", "thought", "answer"), [("think", "both", "The answer is 42."), ("think elsewhere", "Weighing", "It is 7.")])
+@pytest.mark.parametrize(
+    ("prompt", "thought", "answer"), [("think", "both", "The answer is 42."), ("think elsewhere", "Weighing", "It is 7.")]
+)
 def test_thoughts_are_folded(visit: Visit, prompt: str, thought: str, answer: str) -> None:
     reply = visit.ask(prompt)
     expect(reply.get_by_text(answer)).to_be_visible()
@@ -455,17 +428,15 @@ def test_lost_server_is_said_and_found_again(visit: Visit) -> None:
 
 
 @needs_browser
-def test_code_is_copied(browser: Browser, server: CannedServer) -> None:
-    visit = Visit(browser, server, permissions=["clipboard-read", "clipboard-write"])
-    reply = visit.ask("markdown")
+@pytest.mark.parametrize("own_visit", [{"permissions": ["clipboard-read", "clipboard-write"]}], indirect=True, ids=["clipboard"])
+def test_code_is_copied(own_visit: Visit) -> None:
+    reply = own_visit.ask("markdown")
     reply.get_by_role("button", name="Copy the python code").click()
     expect(reply.get_by_text("Copied")).to_be_visible()
-    copied = visit.page.evaluate("navigator.clipboard.readText()")
+    copied = own_visit.page.evaluate("navigator.clipboard.readText()")
     assert copied.startswith("def gcd(a: int, b: int) -> int:\n    # Euclid\n")
     reply.get_by_role("button", name="Copy reply").click()
-    visit.settle("navigator.clipboard.readText().then((text) => text.startsWith('# A *small* tour'))")
-    visit.context.close()
-    assert visit.faults == []
+    own_visit.settle("navigator.clipboard.readText().then((text) => text.startsWith('# A *small* tour'))")
 
 
 # ---- how it can be used ----
@@ -504,31 +475,35 @@ def test_every_control_has_a_name(visit: Visit) -> None:
     visit.ask("call")
     visit.ask("markdown")
     visit.page.get_by_role("button", name="Settings").click()
-    script = """() => [...document.querySelectorAll("button, input:not([type=file]), select, textarea, a")].filter((node) =>
-      !(node.getAttribute("aria-label") || node.textContent.trim() && node.matches("button, a") || node.labels?.length)).map((node) => node.outerHTML)"""
+    script = """() => {
+      const isNamedByText = (node) => node.matches("button, a") && node.textContent.trim();
+      const isNamed = (node) => node.getAttribute("aria-label") || node.labels?.length || isNamedByText(node);
+      const controls = [...document.querySelectorAll("button, input:not([type=file]), select, textarea, a")];
+      return controls.filter((node) => !isNamed(node)).map((node) => node.outerHTML);
+    }"""
     assert visit.page.evaluate(script) == []
 
 
 @needs_browser
-@pytest.mark.parametrize("visit", [PHONE], indirect=True)
-def test_phone_has_no_sideways_scroll(visit: Visit) -> None:
+@pytest.mark.parametrize("own_visit", [PHONE], indirect=True, ids=["phone"])
+def test_phone_has_no_sideways_scroll(own_visit: Visit) -> None:
     fits = "document.documentElement.scrollWidth <= innerWidth && document.querySelector('#scroller').scrollWidth <= innerWidth"
-    assert visit.page.evaluate(fits)
+    assert own_visit.page.evaluate(fits)
     for prompt in ("call", "markdown", "hostile", "x" * 400):
-        visit.ask(prompt)
-        assert visit.page.evaluate(fits), prompt
-    expect(visit.page.get_by_role("button", name="New conversation")).to_be_hidden()
-    visit.page.get_by_role("button", name="Conversations").tap()
-    expect(visit.page.get_by_role("button", name="call", exact=True)).to_be_in_viewport()
-    visit.page.get_by_role("button", name="New conversation").tap()
-    expect(visit.page.get_by_role("button", name="New conversation")).to_be_hidden()
-    visit.page.get_by_role("button", name="Settings").tap()
-    assert visit.page.evaluate("document.querySelector('#settings').scrollWidth <= innerWidth")
+        own_visit.ask(prompt)
+        assert own_visit.page.evaluate(fits), prompt
+    expect(own_visit.page.get_by_role("button", name="New conversation")).to_be_hidden()
+    own_visit.page.get_by_role("button", name="Conversations").tap()
+    expect(own_visit.page.get_by_role("button", name="call", exact=True)).to_be_in_viewport()
+    own_visit.page.get_by_role("button", name="New conversation").tap()
+    expect(own_visit.page.get_by_role("button", name="New conversation")).to_be_hidden()
+    own_visit.page.get_by_role("button", name="Settings").tap()
+    assert own_visit.page.evaluate("document.querySelector('#settings').scrollWidth <= innerWidth")
 
 
 @needs_browser
 def test_long_replies_are_followed_unless_the_reader_scrolls(visit: Visit) -> None:
-    at_end = "(() => { const box = document.querySelector('#scroller'); return box.scrollHeight - box.scrollTop - box.clientHeight < 2; })()"
+    at_end = "((box) => box.scrollHeight - box.scrollTop - box.clientHeight < 2)(document.querySelector('#scroller'))"
     visit.ask("long")
     visit.settle(at_end)
     visit.page.evaluate("document.querySelector('#scroller').scrollTop = 0")
@@ -542,57 +517,60 @@ def test_long_replies_are_followed_unless_the_reader_scrolls(visit: Visit) -> No
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const light = (colour) => {
-    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((byte) => linear(byte / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const behind = (node) => { let at = node; while (getComputedStyle(at).backgroundColor === "rgba(0, 0, 0, 0)") at = at.parentElement; return at; };
-  return [...document.querySelectorAll(".bubble, .stats, .failure, .text p, .k, .c, .fine, summary, .bar, .text a, #new-chat")]
-    .filter((node) => node.checkVisibility()).map((node) => {
-      const pair = [getComputedStyle(node).color, getComputedStyle(behind(node)).backgroundColor].map(light).sort((a, b) => b - a);
-      return [node.className || node.tagName, (pair[0] + 0.05) / (pair[1] + 0.05)];
-    });
+  const behind = (node) => {
+    const colour = getComputedStyle(node).backgroundColor;
+    return colour === "rgba(0, 0, 0, 0)" ? behind(node.parentElement) : colour;
+  };
+  const texts = ".bubble, .stats, .failure, .text p, .k, .c, .fine, summary, .bar, .text a, #new-chat";
+  return [...document.querySelectorAll(texts)].filter((node) => node.checkVisibility()).map((node) => {
+    const [more, less] = [getComputedStyle(node).color, behind(node)].map(light).sort((a, b) => b - a);
+    return [node.className || node.tagName, (more + 0.05) / (less + 0.05)];
+  });
 }"""
 
 
 @needs_browser
-@pytest.mark.parametrize("visit", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True, ids=["light", "dark"])
-def test_both_themes_can_be_read(visit: Visit, request: pytest.FixtureRequest) -> None:
-    visit.ask("think")
-    visit.ask("markdown")
-    visit.ask("busy")
-    found = visit.page.evaluate(CONTRAST)
+@pytest.mark.parametrize("own_visit", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True, ids=["light", "dark"])
+def test_both_themes_can_be_read(own_visit: Visit) -> None:
+    own_visit.ask("think")
+    own_visit.ask("markdown")
+    own_visit.ask("busy")
+    found = own_visit.page.evaluate(CONTRAST)
     assert {"failure", "k", "c", "stats"} <= {name for name, _ in found}
     assert [(name, round(ratio, 2)) for name, ratio in found if ratio < 4.5] == []  # WCAG 2, level AA
 
 
 @needs_browser
-def test_theme_follows_the_system_until_chosen(browser: Browser, server: CannedServer) -> None:
-    visit = Visit(browser, server, color_scheme="dark")
+@pytest.mark.parametrize("own_visit", [{"color_scheme": "dark"}], indirect=True, ids=["dark"])
+def test_theme_follows_the_system_until_chosen(own_visit: Visit) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
-    dark = visit.page.evaluate(background)
-    visit.page.get_by_role("button", name="Colours: as the system").click()
-    light = visit.page.evaluate(background)
+    dark = own_visit.page.evaluate(background)
+    own_visit.page.get_by_role("button", name="Colours: as the system").click()
+    light = own_visit.page.evaluate(background)
     assert light == "rgb(255, 255, 255)" != dark
-    visit.page.reload()
-    assert visit.page.evaluate(background) == light
-    visit.page.get_by_role("button", name="Colours: light").click()
-    assert visit.page.evaluate(background) == dark
-    visit.context.close()
-    assert visit.faults == []
+    own_visit.page.reload()
+    assert own_visit.page.evaluate(background) == light
+    own_visit.page.get_by_role("button", name="Colours: light").click()
+    assert own_visit.page.evaluate(background) == dark
 
 
 @needs_browser
-@pytest.mark.skipif(not os.environ.get("GEMCUTTER_SCREENSHOTS"), reason="GEMCUTTER_SCREENSHOTS=1 draws the picture for the docs again")
-def test_screenshot_for_the_docs(browser: Browser, server: CannedServer) -> None:
-    visit = Visit(browser, server, viewport={"width": 1100, "height": 800})
-    visit.ask("think")
-    visit.page.get_by_role("button", name="New conversation").click()
-    reply = visit.ask("How does prefix reuse work?")
+@pytest.mark.skipif(
+    not os.environ.get("GEMCUTTER_SCREENSHOTS"), reason="GEMCUTTER_SCREENSHOTS=1 draws the picture for the docs again"
+)
+@pytest.mark.parametrize("own_visit", [{"viewport": {"width": 1100, "height": 820}}], indirect=True, ids=["desk"])
+def test_screenshot_for_the_docs(own_visit: Visit) -> None:
+    own_visit.ask("Plan a weekend in Oslo")
+    own_visit.page.get_by_role("button", name="New conversation").click()
+    reply = own_visit.ask(PICTURED)
     reply.locator("summary").click()
-    visit.page.locator("#scroller").evaluate("box => { box.scrollTop = 0; }")
+    own_visit.page.locator("#scroller").evaluate("box => { box.scrollTop = 0; }")
     path = ROOT / "docs" / "images" / "chat-page.png"
-    visit.page.screenshot(path=path)
+    own_visit.page.screenshot(path=path)
     assert path.stat().st_size < 200_000
-    visit.context.close()
-    assert visit.faults == []

@@ -42,7 +42,9 @@ def chat_page() -> ChatPage:
     def inside(element: str, found: re.Match[str]) -> str:
         text = (FOLDER / found[1]).read_text(encoding="utf-8")
         if ENDS_A_SCRIPT.search(text):
-            raise ValueError(f"{FOLDER / found[1]} holds a tag or comment that HTML would read inside <{element}>; write it otherwise")
+            raise ValueError(
+                f"{FOLDER / found[1]} holds a tag or comment that HTML would read inside <{element}>; write it otherwise"
+            )
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         hashes[element].append(f"'sha256-{digest}'")
         return f"<{element}>{text}</{element}>"
@@ -51,8 +53,8 @@ def chat_page() -> ChatPage:
     html = STYLE.sub(functools.partial(inside, "style"), html)
     html = SCRIPT.sub(functools.partial(inside, "script"), html)
     policy = (
-        f"default-src 'none'; script-src {' '.join(hashes['script'])}; style-src {' '.join(hashes['style'])}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {' '.join(hashes['script'])}; style-src {' '.join(hashes['style'])}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return ChatPage(html.encode(), policy, f'"{hashlib.sha256(html.encode()).hexdigest()[:32]}"')
 
