@@ -336,13 +336,14 @@ function drawControls() {
 
 function drawLog() {
   const { messages } = state.chat;
-  state.views.clear();
+  const known = state.views; // kept, so that what the reader unfolded stays so
+  state.views = new Map();
   $("empty").hidden = messages.length > 0;
   $("log").hidden = !messages.length;
   $("log").replaceChildren(...messages.map((message) => {
     if (message.role === "user") return message === state.editing ? editor(message) : userMessage(message);
     if (message.role === "tool") return toolResult(message);
-    const view = replyView(message);
+    const view = known.get(message) ?? replyView(message);
     state.views.set(message, view);
     view.update();
     return view.node;
@@ -402,21 +403,11 @@ function replyView(message) {
 
 function drawCalls(holder, message) {
   message.calls.forEach((call, index) => {
-    const pre = holder.children[index]?.querySelector("pre") ?? h("pre", { tabIndex: 0 });
-    if (!pre.isConnected) holder.append(h("details", { className: "call", open: true }, h("summary", {}, icon("tool"), "Calls ", h("code", {}, call.name)), pre));
-    pre.textContent = pretty(call.arguments);
+    const title = h("summary", {}, icon("tool"), "Calls ", h("code", {}, call.name));
+    if (!holder.children[index]) holder.append(h("details", { className: "call", open: true }, title, h("pre", { tabIndex: 0 })));
+    holder.children[index].querySelector("pre").textContent = pretty(call.arguments);
   });
 }
-
-function pretty(source) {
-  try {
-    return JSON.stringify(JSON.parse(source), null, 2);
-  } catch {
-    return source; // still coming, or not JSON at all
-  }
-}
-
-const ENDS = { length: "Cut at the token limit", stopped: "Stopped", interrupted: "Interrupted", repetition: "Ended: it repeated itself", content_filter: "Ended by a filter" };
 
 function drawFoot(foot, message, running) {
   const stats = h("span", { className: "stats" }, statsText(message, running));
@@ -429,16 +420,6 @@ function drawFoot(foot, message, running) {
   if (isLast && message.calls.length && !message.error) parts.push(resultsForm(message));
   parts.push(h("div", { className: "actions" }, copyIt, isLast ? iconButton("retry", "Try again", () => retry(message)) : null, stats));
   return foot.replaceChildren(...parts);
-}
-
-function statsText(message, running) {
-  const { first, rate, tokens, thought, prompt, cached } = message.stats;
-  const parts = [ENDS[message.end]];
-  if (rate) parts.push(`${tokens ? "" : "≈ "}${rate.toFixed(rate < 10 ? 2 : 1)} tokens/s`);
-  if (first || first === 0) parts.push(`first token ${first.toFixed(2)} s`);
-  if (tokens && !running) parts.push(`${tokens} tokens`);
-  if (prompt && !running) parts.push(`prompt ${prompt}${cached ? ` (${cached} cached)` : ""}`);
-  return parts.filter(Boolean).join(" · ");
 }
 
 /** The page runs no tools: the user writes what each call returned. */
@@ -520,11 +501,18 @@ function showMenu(shown) {
   if (shown) $("new-chat").focus();
 }
 
+/** Let a field grow with its text, where the style sheet can't. */
+function fit(area) {
+  if (CSS.supports("field-sizing", "content")) return;
+  area.style.height = "auto";
+  area.style.height = `${area.scrollHeight}px`;
+}
+
 const isEnter = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing;
 
 function listen() {
   const input = $("input");
-  input.addEventListener("input", drawControls);
+  input.addEventListener("input", () => { drawControls(); fit(input); });
   input.addEventListener("keydown", (event) => {
     if (isEnter(event)) { event.preventDefault(); $("composer").requestSubmit(); }
     if (event.key === "ArrowUp" && !input.value && !state.runs.has(state.chat)) {
@@ -534,7 +522,7 @@ function listen() {
   });
   $("composer").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (send(input.value)) { input.value = ""; drawControls(); }
+    if (send(input.value)) { input.value = ""; drawControls(); fit(input); }
   });
   $("stop").addEventListener("click", stop);
   document.addEventListener("keydown", (event) => {

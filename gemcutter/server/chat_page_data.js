@@ -97,3 +97,27 @@ async function* eventsOf(response) {
     if (done) return;
   }
 }
+
+// ---- what is said of a reply ----
+
+const ENDS = { length: "Cut at the token limit", stopped: "Stopped", interrupted: "Interrupted", repetition: "Ended: it repeated itself", content_filter: "Ended by a filter" };
+
+/** Return how a reply ended, its speed and its counts, as far as they are known. */
+function statsText(message, running) {
+  const { first, rate, tokens, thought, prompt, cached } = message.stats;
+  const parts = [ENDS[message.end]];
+  if (rate) parts.push(`${tokens ? "" : "≈ "}${rate.toFixed(rate < 10 ? 2 : 1)} tokens/s`);
+  if (first || first === 0) parts.push(`first token ${first.toFixed(2)} s`);
+  if (tokens && !running) parts.push(`${tokens} tokens`);
+  if (prompt && !running) parts.push(`prompt ${prompt}${cached ? ` (${cached} cached)` : ""}`);
+  return parts.filter(Boolean).join(" · ");
+}
+
+/** Return JSON laid out to be read, and anything else as it is: arguments that still come, or that are no JSON. */
+function pretty(source) {
+  try {
+    return JSON.stringify(JSON.parse(source), null, 2);
+  } catch {
+    return source;
+  }
+}

@@ -33,7 +33,8 @@ const Markdown = (() => {
     return node;
   }
 
-  const SPECIAL = /[\\`*_~[!<\n]|https?:\/\//g;
+  const SPECIAL = /[\\`*_~[!<&\n]|https?:\/\//g;
+  const ENTITIES = { "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#39;": "'", "&nbsp;": "\u00a0" };
   const EMPHASIS = [["***", "strong", "em"], ["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
   const isWord = (char) => char !== undefined && /[\p{L}\p{N}]/u.test(char);
   const isSpace = (char) => char === undefined || /\s/.test(char);
@@ -43,9 +44,9 @@ const Markdown = (() => {
     if (absent.has(mark)) return -1;
     for (let at = text.indexOf(mark, from + 1); at > 0; at = text.indexOf(mark, at + 1)) {
       const before = text[at - 1], after = text[at + mark.length];
+      if (mark.length === 1 && after === mark) { at += 1; continue; } // a longer mark inside of this one
       if (isSpace(before) || before === "\\") continue;
       if (mark[0] === "_" && isWord(after)) continue;
-      if (mark.length === 1 && after === mark) { at += 1; continue; } // the inside of a longer mark
       return at;
     }
     absent.add(mark);
@@ -80,6 +81,10 @@ const Markdown = (() => {
   /** Read what begins at `at`: [node, where it ends], or null if it is plain text after all. */
   function span(text, at, absent, depth) {
     const char = text[at];
+    if (char === "&") {
+      const entity = /^&(?:amp|lt|gt|quot|#39|nbsp);/.exec(text.slice(at, at + 6))?.[0];
+      return entity && [document.createTextNode(ENTITIES[entity]), at + entity.length];
+    }
     if (char === "\n") return [element("br"), at + 1];
     if (char === "\\" && text[at + 1] === "\n") return [element("br"), at + 2];
     if (char === "`") return codeSpan(text, at, absent);

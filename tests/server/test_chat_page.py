@@ -166,6 +166,28 @@ def test_growing_text_keeps_the_blocks_that_are_done(visit: Visit) -> None:
 
 
 @needs_browser
+@pytest.mark.parametrize(
+    ("source", "html"),
+    [
+        ("*see **this** now*", "<p><em>see <strong>this</strong> now</em></p>"),
+        ("***both*** and __init__ and a_b_c", "<p><strong><em>both</em></strong> and <strong>init</strong> and a_b_c</p>"),
+        ("2 * 3 **open `code", "<p>2 * 3 **open `code</p>"),
+        ("`` a`b `` \\*no\\* &lt;i&gt; &unknown;", "<p><code>a`b</code> *no* &lt;i&gt; &amp;unknown;</p>"),
+        ("1. a\n\n   b\n2. c\n\nd", '<ol start="1"><li><p>a</p><p>b</p></li><li>c</li></ol><p>d</p>'),
+        ("text\n- a\n    - b\n- c\n# D", "<p>text</p><ul><li>a<ul><li>b</li></ul></li><li>c</li></ul><h1>D</h1>"),
+        ("> a\n> - b\n\n[rel](../x) #tag", "<blockquote><p>a</p><ul><li>b</li></ul></blockquote><p><span>rel</span> #tag</p>"),
+    ],
+)
+def test_markdown_reads_as_commonmark_does(visit: Visit, source: str, html: str) -> None:
+    script = """(source) => {
+      const box = document.createElement("div");
+      Markdown.view(box)(source);
+      return box.innerHTML;
+    }"""
+    assert visit.page.evaluate(script, source) == html
+
+
+@needs_browser
 def test_repeated_marks_take_linear_time(visit: Visit) -> None:
     """A reader that searches on from each mark that never closes takes minutes for these: the browser would give the page up."""
     script = """(source) => {
@@ -202,6 +224,8 @@ def test_thoughts_are_folded(visit: Visit, prompt: str, thought: str, answer: st
     reply.locator("summary").focus()
     visit.page.keyboard.press("Enter")
     expect(reply.get_by_text(thought)).to_be_visible()
+    visit.ask("and more")
+    expect(visit.page.get_by_text(thought)).to_be_visible()
 
 
 @needs_browser
@@ -514,34 +538,13 @@ def test_long_replies_are_followed_unless_the_reader_scrolls(visit: Visit) -> No
     expect(jump).to_be_hidden()
 
 
-CONTRAST = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const light = (colour) => {
-    canvas.fillStyle = colour;
-    canvas.fillRect(0, 0, 1, 1);
-    const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((byte) => linear(byte / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (node) => {
-    const colour = getComputedStyle(node).backgroundColor;
-    return colour === "rgba(0, 0, 0, 0)" ? behind(node.parentElement) : colour;
-  };
-  const texts = ".bubble, .stats, .failure, .text p, .k, .c, .fine, summary, .bar, .text a, #new-chat";
-  return [...document.querySelectorAll(texts)].filter((node) => node.checkVisibility()).map((node) => {
-    const [more, less] = [getComputedStyle(node).color, behind(node)].map(light).sort((a, b) => b - a);
-    return [node.className || node.tagName, (more + 0.05) / (less + 0.05)];
-  });
-}"""
-
-
 @needs_browser
 @pytest.mark.parametrize("own_visit", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True, ids=["light", "dark"])
 def test_both_themes_can_be_read(own_visit: Visit) -> None:
     own_visit.ask("think")
     own_visit.ask("markdown")
     own_visit.ask("busy")
-    found = own_visit.page.evaluate(CONTRAST)
+    found = own_visit.contrasts()
     assert {"failure", "k", "c", "stats"} <= {name for name, _ in found}
     assert [(name, round(ratio, 2)) for name, ratio in found if ratio < 4.5] == []  # WCAG 2, level AA
 

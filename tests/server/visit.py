@@ -14,6 +14,26 @@ from tests.server.canned_server import CannedServer
 
 REFUSED = "Failed to load resource"  # how the browser logs a 4xx, whoever handles it
 
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const light = (colour) => {
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((byte) => linear(byte / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    const colour = getComputedStyle(node).backgroundColor;
+    return colour === "rgba(0, 0, 0, 0)" ? behind(node.parentElement) : colour;
+  };
+  const texts = ".bubble, .stats, .failure, .text p, .k, .c, .fine, summary, .bar, .text a, #new-chat";
+  return [...document.querySelectorAll(texts)].filter((node) => node.checkVisibility()).map((node) => {
+    const [more, less] = [getComputedStyle(node).color, behind(node)].map(light).sort((a, b) => b - a);
+    return [node.className || node.tagName, (more + 0.05) / (less + 0.05)];
+  });
+}"""
+
 
 class Visit:
     """One visitor's page, and what went wrong in it."""
@@ -67,3 +87,7 @@ class Visit:
                 return
             self.page.wait_for_timeout(20)
         raise AssertionError(f"never true: {script}")
+
+    def contrasts(self) -> list[tuple[str, float]]:
+        """Return the class of each text in sight with its contrast to what is behind it, as WCAG 2 defines the ratio."""
+        return [(name, ratio) for name, ratio in self.page.evaluate(CONTRAST)]
