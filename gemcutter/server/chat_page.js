@@ -348,8 +348,9 @@ function drawLog() {
     view.update();
     return view.node;
   }));
-  $("log").querySelector(".editor textarea")?.focus();
   follow();
+  $("log").querySelector(".editor textarea")?.focus();
+  $("log").querySelector(".editor")?.scrollIntoView({ block: "center" });
 }
 
 function userMessage(message) {

@@ -120,7 +120,7 @@ const Markdown = (() => {
     const href = safeLink(found[2]);
     const label = found[1] || (image ? "image" : found[2]);
     if (!href) return [element("span", "", ...inline(label, depth + 1)), at + found[0].length];
-    return [link(href, image ? [`🖼 ${label}`] : inline(label, depth + 1)), at + found[0].length];
+    return [link(href, image ? [`Image: ${label}`] : inline(label, depth + 1)), at + found[0].length];
   }
 
   function bareLink(text, at) {

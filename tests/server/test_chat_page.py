@@ -328,11 +328,12 @@ def test_retry_replaces_the_last_reply(visit: Visit, server: CannedServer) -> No
 @needs_browser
 def test_edit_of_an_earlier_message_goes_on_from_there(visit: Visit, server: CannedServer) -> None:
     visit.ask("one")
-    visit.ask("two")
+    visit.ask("long")
     visit.page.get_by_role("article", name="You").first.hover()
     visit.page.get_by_role("button", name="Edit message").first.click()
     area = visit.page.get_by_role("textbox", name="Edit message")
     expect(area).to_be_focused()
+    expect(area).to_be_in_viewport()
     expect(visit.page.get_by_text("What follows is replaced.")).to_be_visible()
     area.press("Escape")
     expect(visit.page.get_by_role("article", name="You")).to_have_count(2)
