@@ -16,13 +16,15 @@ from gemcutter.api import Model
 from gemcutter.server import errors
 from gemcutter.server.gate import Gate
 from gemcutter.server.options import ServerOptions
-from gemcutter.server.routes import chat_completions, completions, health, models, tokens
+from gemcutter.server.routes import chat_completions, chat_page, completions, health, messages, models, responses, tokens
 from gemcutter.server.service import Service
 
 ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     models.router,
     chat_completions.router,
     completions.router,
+    responses.router,
+    messages.router,
     tokens.router,
     health.router,
 )
@@ -43,6 +45,7 @@ def create_app(model: Model, options: ServerOptions | None = None) -> FastAPI:
     errors.install(app)
     for make in ROUTERS:
         app.include_router(make(service))
+    app.include_router(chat_page.router)
     app.add_middleware(
         Gate, keys=service.options.api_keys, open_paths=(*health.OPEN_PATHS, "/"), most=service.options.max_body_bytes
     )

@@ -16,6 +16,7 @@ from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.server.options import ServerOptions
 from gemcutter.text.tokenizer import Tokenizer
 
+REASONS = {"stop": "stop", "length": "length", "repetition": "repetition", "timeout": "length"}
 FIELDS = {"reasoning_content": ("reasoning_content",), "reasoning": ("reasoning",), "both": ("reasoning_content", "reasoning")}
 
 
@@ -61,7 +62,7 @@ def finish_reason(completion: Completion) -> str:
     """Return why a reply ended, in this API's words: a natural stop with calls is `tool_calls`."""
     if completion.finish_reason == "stop" and completion.tool_calls and completion.stopped is None:
         return "tool_calls"
-    return "length" if completion.finish_reason == "length" else "stop" if completion.finish_reason == "stop" else "error"
+    return REASONS.get(completion.finish_reason, "error")
 
 
 def message(completion: Completion, options: ServerOptions) -> dict[str, Any]:

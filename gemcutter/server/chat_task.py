@@ -11,12 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from gemcutter.api import Model, PreparedRequest
+from gemcutter.engine.thinking_budget import ThinkingBudget
 from gemcutter.generate_options import NAMES
 from gemcutter.server.errors import too_long
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.wire.fields import ChatInput, refuse
+from gemcutter.text.reply import CHANNEL_CLOSE, CHANNEL_OPEN
 
 PLAIN_FORMATS = ("text",)
+ENDING = ("<|tool_call>", "<|turn>", "<|tool_response>")  # what no thought goes on after
 
 
 def prepare_chat(
@@ -35,11 +38,22 @@ def prepare_chat(
     context = model.engine.context
     wanted["max_tokens"] = context if chat.max_tokens is None else chat.max_tokens
     wanted |= _template_options(chat, options) | _choices(chat)
+    if (budget := _thinking_budget(model, chat.thinking_budget)) is not None:
+        wanted["logits_processors"] = (budget,)
     prepared = model.prepare(chat.messages, **wanted)
     prompt = len(prepared.request.prompt)
     if chat.max_tokens is not None and prompt + chat.max_tokens > context:
         raise too_long(prompt, chat.max_tokens, context, anthropic)
     return prepared
+
+
+def _thinking_budget(model: Model, tokens: int | None) -> ThinkingBudget | None:
+    """Return what ends thoughts after some tokens; None without a limit, and for models without thoughts."""
+    id_of = model.tokenizer.id_of
+    opening, closing = id_of(CHANNEL_OPEN), id_of(CHANNEL_CLOSE)
+    if tokens is None or opening is None or closing is None:
+        return None
+    return ThinkingBudget(tokens, opening, closing, frozenset(id for text in ENDING if (id := id_of(text)) is not None))
 
 
 def copies(prepared: PreparedRequest, count: int) -> list[PreparedRequest]:
@@ -52,21 +66,18 @@ def copies(prepared: PreparedRequest, count: int) -> list[PreparedRequest]:
 
 
 def _template_options(chat: ChatInput, options: ServerOptions) -> dict[str, Any]:
-    """Return what the template is told: the request's word, else the server's, else no thinking."""
+    """Return what the template is told: the request's template options, else its word on thinking, else the server's options.
+
+    Clients send what some templates read and others don't: that is ignored.
+    """
     given = {**dict(options.template_options), **chat.template_options}
-    thinking = given.pop("enable_thinking", None) if chat.thinking is None else chat.thinking
-    if "enable_thinking" in chat.template_options:  # the most explicit of several ways to say it
-        thinking = chat.template_options["enable_thinking"]
-    given.pop("enable_thinking", None)
-    found: dict[str, Any] = {"enable_thinking": bool(thinking)}
+    if chat.thinking is not None and "enable_thinking" not in chat.template_options:
+        given["enable_thinking"] = chat.thinking
+    found: dict[str, Any] = {"enable_thinking": bool(given.pop("enable_thinking", False)), "lenient_options": True}
     if given:
         found["template_options"] = given
-        if "template_options" not in NAMES:
-            refuse("chat_template_kwargs", f"{', '.join(sorted(given))}: not read by the template; leave it out")
     if chat.continues:
         found["continue_final_message"] = True
-        if "continue_final_message" not in NAMES:
-            refuse("messages", "the last message is the assistant's: the reply can't be begun for it yet")
     return found
 
 
@@ -79,7 +90,7 @@ def _choices(chat: ChatInput) -> dict[str, Any]:
         found["parallel_tool_calls"] = False
     if chat.response_format is not None and chat.response_format.get("type") not in (None, *PLAIN_FORMATS):
         found["constraint"] = _constraint(chat.response_format)
-    fields = {"tool_choice": "tool_choice", "parallel_tool_calls": "parallel_tool_calls", "constraint": "response_format"}
+    fields = {"tool_choice": "tool_choice", "parallel_tool_calls": "parallel_tool_calls", "constraint": chat.format_field}
     for name, field in fields.items():
         if name in found and name not in NAMES:
             refuse(field, f"{json.dumps(found[name], default=str)[:80]}: not supported by this version")

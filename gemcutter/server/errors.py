@@ -35,6 +35,7 @@ TYPES: Mapping[int, tuple[str, str]] = {
     503: ("service_unavailable_error", "overloaded_error"),
 }
 CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded", 503: "unavailable", 500: "internal_error"}
+MEMBERS = ("str", "int", "float", "bool")  # of unions, which pydantic puts into a place and no client knows
 OVERLOADED = 529  # what Anthropic's API says for 503
 
 log = logging.getLogger(__name__)
@@ -51,15 +52,15 @@ class ApiError(GemcutterError):
         self.code = code or CODES.get(status)
         self.retry_s = RETRY_S if retry_s is None and status in (429, 503) else retry_s
 
-    def body(self, anthropic: bool) -> dict[str, Any]:
+    def body(self, anthropic: bool, request_id: str | None = None) -> dict[str, Any]:
         """Return the body in an API's own shape."""
         kinds = TYPES.get(self.status, ("internal_error", "api_error"))
         if anthropic:
             error = {"type": kinds[1], "message": self.message}
-            return {"type": "error", "error": error, "request_id": f"req_{uuid.uuid4().hex}"}
+            return {"type": "error", "error": error, "request_id": request_id or f"req_{uuid.uuid4().hex}"}
         return {"error": {"message": self.message, "type": kinds[0], "param": self.param, "code": self.code}}
 
-    def response(self, anthropic: bool) -> JSONResponse:
+    def response(self, anthropic: bool, request_id: str | None = None) -> JSONResponse:
         """Return the whole answer; clients retry only what may succeed."""
         headers = {"x-should-retry": "true" if self.status in (408, 429, 503) else "false"}
         if self.retry_s is not None:
@@ -67,7 +68,7 @@ class ApiError(GemcutterError):
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         status = OVERLOADED if anthropic and self.status == 503 else self.status
-        return JSONResponse(self.body(anthropic), status, headers)
+        return JSONResponse(self.body(anthropic, request_id), status, headers)
 
 
 def no_model(name: str, known: str) -> ApiError:
@@ -91,8 +92,11 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, FieldError):
-        return ApiError(400, str(error), param=error.param)
+        return ApiError(error.status, str(error), param=error.param or None, code=error.code)
     if isinstance(error, RequestError):
+        if "the context holds" in str(error):  # clients shorten the conversation when they read these words
+            text = f"maximum context length exceeded: prompt is too long: {error}"
+            return ApiError(400, text, param=_param(error), code="context_length_exceeded")
         return ApiError(400, str(error), param=_param(error))
     if isinstance(error, CapacityError):
         return ApiError(503, str(error))
@@ -120,7 +124,7 @@ def install(app: FastAPI) -> None:
     """Let every error of the app leave in its API's shape."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return _translate(error).response(is_anthropic(request.url.path))
+        return _translate(error).response(is_anthropic(request.url.path), request.headers.get("x-request-id"))
 
     for kind in (GemcutterError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
@@ -140,5 +144,6 @@ def _translate(error: Exception) -> ApiError:
 def spell_path(place: tuple[int | str, ...]) -> str:
     """Return a place in a body as clients write it: messages[2].content."""
     words = place[1:] if place and place[0] in ("body", "query", "path") else place
-    text = "".join(f"[{word}]" if isinstance(word, int) else f".{word}" for word in words)
+    known = [word for word in words if isinstance(word, int) or not ("[" in word or word in MEMBERS)]
+    text = "".join(f"[{word}]" if isinstance(word, int) else f".{word}" for word in known)
     return text.removeprefix(".") or "body"

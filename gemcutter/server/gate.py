@@ -30,6 +30,8 @@ class Gate:
             return
         headers = dict(scope["headers"])
         given = headers.get(REQUEST_ID) or uuid.uuid4().hex.encode()
+        if REQUEST_ID not in headers:
+            scope["headers"] = [*scope["headers"], (REQUEST_ID, given)]
 
         async def tell(message: Message) -> None:
             if message["type"] == "http.response.start":

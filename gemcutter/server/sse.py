@@ -23,7 +23,8 @@ DONE = b"data: [DONE]\n\n"
 def frame(data: Mapping[str, Any], event: str | None = None) -> bytes:
     """Return one event; JSON has no line breaks of its own."""
     name = "" if event is None else f"event: {event}\n"
-    return f"{name}data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f"{name}data: {text}\n\n".encode(errors="replace")
 
 
 async def with_pings(frames: AsyncIterator[bytes], every_s: float, ping: bytes = COMMENT) -> AsyncIterator[bytes]:

@@ -39,6 +39,7 @@ SAMPLING = (
     "min_tokens",
     "stop_token_ids",
     "priority",
+    "watchdog",
 )
 SWITCHES = ("text", "json_object", "json_schema")
 
@@ -74,7 +75,8 @@ class SamplingFields(BaseModel):
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
-    priority: int | None = None
+    priority: int | None = Field(default=None, description="lower ones first")
+    watchdog: bool | None = Field(default=None, description="end replies that go round in circles")
 
     @property
     def wants_usage(self) -> bool:

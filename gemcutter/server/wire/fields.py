@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -16,20 +17,33 @@ from typing import Any, NoReturn
 from gemcutter.errors import GemcutterError, spell_value
 from gemcutter.generate_options import PARTS
 
+WARNINGS = "x-gemcutter-warning"
 SEALED = "gemcutter:"  # how reasoning that a client carries for us, unread, begins
+
+log = logging.getLogger(__name__)
 
 
 class FieldError(GemcutterError, ValueError):
-    """A field of a request's body that can't be served as it is; `param` is its path, such as `input[2].content[0].type`."""
+    """A field of a request's body that can't be served as it is; `param` is its path, such as `input[2].content[0].type`.
 
-    def __init__(self, param: str, message: str) -> None:
-        self.param = param
-        super().__init__(f"{param}: {message}")
+    `status` is that of the answer over HTTP, `code` a word for programs.
+    """
+
+    def __init__(self, param: str, message: str, *, status: int = 400, code: str | None = None) -> None:
+        self.param, self.status, self.code = param, status, code
+        super().__init__(f"{param}: {message}" if param else message)
 
 
-def refuse(param: str, message: str) -> NoReturn:
+def refuse(param: str, message: str, *, status: int = 400) -> NoReturn:
     """Raise FieldError for a field."""
-    raise FieldError(param, message)
+    raise FieldError(param, message, status=status)
+
+
+def warned(path: str, warnings: Sequence[str]) -> dict[str, str]:
+    """Return headers that say what of a request was ignored, and say so in the log."""
+    for warning in warnings:
+        log.warning("%s: %s", path, warning)
+    return {WARNINGS: ascii("; ".join(warnings))[1:-1]} if warnings else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,7 @@ class ChatInput:
     thinking: bool | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     response_format: dict[str, Any] | None = None
+    format_field: str = "response_format"  # where the API has it
     continues: bool = False  # the last message is the beginning of the reply
     thinking_budget: int | None = None  # tokens
     warnings: tuple[str, ...] = ()

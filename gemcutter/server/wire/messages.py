@@ -88,6 +88,7 @@ def to_chat(request: MessagesRequest) -> ChatInput:
         sampling={name: value for name in SAMPLING if (value := getattr(request, name)) is not None},
         thinking=_thinking(request.thinking),
         response_format=_response_format(request),
+        format_field="output_config.format",
         continues=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
         thinking_budget=_budget(request.thinking),
         warnings=tuple(warnings),

@@ -122,6 +122,7 @@ def to_chat(request: ResponsesRequest, earlier: Sequence[Mapping[str, Any]] = ()
         thinking=None if effort is None else effort != "none",
         template_options=dict(request.chat_template_kwargs or {}),
         response_format=_response_format(request.text or {}),
+        format_field="text.format",
         warnings=tuple(warnings),
     )
 
