@@ -66,6 +66,9 @@ def serve(
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(metavar="N", min=1, help="Requests that run at once; others wait.")] = 8,
     max_num_batched_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Rows of one step.")] = 512,
+    max_stall_ms: Annotated[
+        float, typer.Option(metavar="MS", min=0, help="How long a step may hold up running replies; 0: as long as it takes.")
+    ] = 200.0,
     enable_lora: Annotated[bool, typer.Option("--enable-lora", help="Accepted; --lora-modules is enough.")] = False,
     lora_modules: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Adapter that requests may name as their model; repeatable.")
@@ -120,12 +123,9 @@ def serve(
     adapters = dict(_read_module(each) for each in lora_modules or ())
     create_app = _find_app()
     with _take_port(host, port) as taken:
-        limits: dict[str, Any] = {
-            "max_num_seqs": max_num_seqs,
-            "max_batched_tokens": max_num_batched_tokens,
-            "adapters": adapters,
-        }
-        loaded = load_model(model, loading, context=max_model_len, kv=kv, prefix_cache_entries=max_num_seqs, **limits)
+        limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache_entries": max_num_seqs, "adapters": adapters}
+        limits |= {"max_batched_tokens": max_num_batched_tokens, "max_stall_ms": max_stall_ms or None}
+        loaded = load_model(model, loading, context=max_model_len, kv=kv, **limits)
         with loaded:
             _run(create_app(loaded, chosen), loaded, taken, chosen)
 
