@@ -16,7 +16,7 @@ from gemcutter.api import Model
 from gemcutter.server import errors
 from gemcutter.server.gate import Gate
 from gemcutter.server.options import ServerOptions
-from gemcutter.server.routes import chat_completions, completions, health, models, tokens
+from gemcutter.server.routes import chat_completions, completions, embeddings, health, lora, models, score, tokens
 from gemcutter.server.service import Service
 
 ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
@@ -24,6 +24,9 @@ ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     chat_completions.router,
     completions.router,
     tokens.router,
+    embeddings.router,
+    score.router,
+    lora.router,
     health.router,
 )
 
