@@ -73,6 +73,9 @@ def serve(
     lora_modules: Annotated[
         list[str] | None, typer.Option(metavar="NAME=PATH", help="Adapter that requests may name as their model; repeatable.")
     ] = None,
+    lora_root: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Let requests load the adapters in it while the model serves.")
+    ] = None,
     default_chat_template_kwargs: Annotated[
         str | None,
         typer.Option(metavar="JSON", help="What chat templates are told, unless requests say otherwise."),
@@ -113,6 +116,7 @@ def serve(
         reasoning_field=reasoning_field,
         strict_tool_deltas=strict_tool_deltas,
         bos_for_token_prompts=bos_for_token_prompts,
+        lora_root=lora_root,
         tokenizer_info=enable_tokenizer_info_endpoint,
         max_queue=max_queue,
         max_queued_tokens=max_queued_tokens,

@@ -16,7 +16,19 @@ from gemcutter.api import Model
 from gemcutter.server import errors
 from gemcutter.server.gate import Gate
 from gemcutter.server.options import ServerOptions
-from gemcutter.server.routes import chat_completions, chat_page, completions, health, messages, models, responses, tokens
+from gemcutter.server.routes import (
+    chat_completions,
+    chat_page,
+    completions,
+    embeddings,
+    health,
+    lora,
+    messages,
+    models,
+    responses,
+    score,
+    tokens,
+)
 from gemcutter.server.service import Service
 
 ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
@@ -26,6 +38,9 @@ ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     responses.router,
     messages.router,
     tokens.router,
+    embeddings.router,
+    score.router,
+    lora.router,
     health.router,
 )
 

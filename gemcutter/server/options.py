@@ -45,6 +45,7 @@ class ServerOptions:
     shutdown_timeout_s: float = 30.0
     store_bytes: int = 0  # of /v1/responses; 0: nothing is kept
     tokenizer_info: bool = False
+    lora_root: str | None = None  # folder whose folders may be loaded as adapters on request; None: none may
 
     def __post_init__(self) -> None:
         problems = [f"{name}: expected 0 or more, found {value}" for name, value in self._numbers() if value < 0]

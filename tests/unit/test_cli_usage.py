@@ -31,6 +31,7 @@ from gemcutter.load_options import LoadOptions
 CLI = [sys.executable, "-m", "gemcutter.cli"]
 COMMANDS = ("run", "chat", "inspect", "models", "score", "verify", "bench", "tiny", "cache")
 LOADERS = {"run": ["demo", "hi"], "chat": ["demo"], "score": ["demo", os.devnull], "verify": ["demo"]}
+LOADERS["serve"] = ["demo", "--port", "0"]
 # One value for every option of loading, none of them the default.
 LOADING: dict[str, Any] = {
     "dtype": "float32",
@@ -234,7 +235,8 @@ def test_a_command_that_loads_a_model_takes_every_option_of_loading(command: str
         assert f"--{field.name.replace('_', '-')}" in taken[field.name].opts
         assert taken[field.name].help
     assert "loading" not in taken
-    assert ("context" in taken) == (command in ("run", "chat"))  # the others know how much they need
+    is_asked = command in ("run", "chat")  # `serve` calls it as vLLM does, the others know how much they need
+    assert ("context" in taken) == is_asked
     assert ("kv" in taken) == (command != "verify")  # whose cache is its own, and no engine's
 
 
