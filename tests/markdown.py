@@ -26,7 +26,15 @@ from gemcutter.cli.app import app, main
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-REASONS = ("needs a GPU", "downloads", "takes minutes", "needs a tool", "waits for input", "changes your files")
+REASONS = (
+    "needs a GPU",
+    "downloads",
+    "takes minutes",
+    "needs a tool",
+    "waits for input",
+    "changes your files",
+    "serves until it is stopped",
+)
 FENCE = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]*) -->\n+)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE
 )

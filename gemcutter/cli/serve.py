@@ -98,6 +98,9 @@ def serve(
     max_queued_tokens: Annotated[
         int, typer.Option(metavar="TOKENS", min=1, help="Prompt tokens that may wait.")
     ] = DEFAULTS.max_queued_tokens,
+    responses_store_mb: Annotated[
+        int, typer.Option(metavar="MB", min=0, help="Keep responses for previous_response_id, so much of them; 0: none.")
+    ] = 0,
     max_body_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Largest body of a request.")] = (
         DEFAULTS.max_body_bytes // MIB
     ),
@@ -120,6 +123,7 @@ def serve(
         tokenizer_info=enable_tokenizer_info_endpoint,
         max_queue=max_queue,
         max_queued_tokens=max_queued_tokens,
+        store_bytes=responses_store_mb * MIB,
         max_body_bytes=max_body_mb * MIB,
         request_timeout_s=request_timeout,
         shutdown_timeout_s=shutdown_timeout,
@@ -149,7 +153,8 @@ def _server_options(**chosen: Any) -> ServerOptions:
     try:
         return ServerOptions(**chosen)
     except RequestError as error:
-        raise UsageError("; ".join(f"--{problem.replace('_', '-', 1)}" for problem in error.problems)) from None
+        named = (problem.split(":", 1) for problem in error.problems)
+        raise UsageError("; ".join(f"--{name.replace('_', '-')}:{rest}" for name, rest in named)) from None
 
 
 def _read_kwargs(text: str | None) -> tuple[tuple[str, object], ...]:

@@ -1,0 +1,121 @@
+"""`gemcutter serve` as a process: what it prints works as pasted, signals end it, and bad options end it at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gemcutter.cli import main
+
+ROOT = Path(__file__).parents[2]
+START = [sys.executable, "-m", "gemcutter.cli", "serve", "demo", "--port", "0"]
+
+
+@contextmanager
+def process(*more: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """Start a server and give it with the lines that it prints until it serves."""
+    found = subprocess.Popen([*START, *more], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"NO_COLOR": "1"})
+    assert found.stderr is not None
+    lines = list[str]()
+    try:
+        for line in found.stderr:
+            lines.append(line.strip())
+            if line.startswith("python -c"):
+                break
+        yield found, lines
+    finally:
+        if found.poll() is None:
+            found.kill()
+        found.wait(60)
+        found.stderr.close()
+
+
+def url_of(lines: list[str]) -> str:
+    return next(found[1] for line in lines if (found := re.search(r"serving on (\S+)", line)))
+
+
+def test_what_it_prints_works_as_pasted_and_sigterm_ends_it() -> None:
+    with process("--served-model-name", "lamp") as (server, lines):
+        assert "8 requests at once" in lines[0]
+        assert re.match(r"memory: \S+ MB of weights, \S+ MB of cache", lines[1])
+        url = url_of(lines)
+        assert httpx.get(f"{url}/models").json()["data"][0]["id"] == "lamp"
+        curl, python = (next(line for line in lines if line.startswith(word)) for word in ("curl", "python"))
+        body = re.search(r"-d '(.*)'$", curl)
+        assert body is not None
+        answer = httpx.post(f"{url}/chat/completions", content=body[1], headers={"content-type": "application/json"}, timeout=60)
+        assert answer.json()["choices"][0]["message"]["content"]
+        said = subprocess.run(
+            [sys.executable, *re.findall(r"^python (-c) '(.*)'$", python)[0]], capture_output=True, text=True, check=True
+        )
+        assert said.stdout.strip()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_sigterm_lets_a_reply_end() -> None:
+    with process() as (server, lines):
+        body = {"model": "demo", "messages": [{"role": "user", "content": "Go on."}], "stream": True}
+        body |= {"max_tokens": 1500, "ignore_eos": True, "temperature": 0}
+        with httpx.stream("POST", f"{url_of(lines)}/chat/completions", json=body, timeout=60) as answer:
+            found = answer.iter_lines()
+            next(found)
+            server.send_signal(signal.SIGTERM)
+            rest = list(found)
+        assert 'finish_reason":"length"' in "".join(rest)
+        assert "data: [DONE]" in rest
+        assert server.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_a_reply_that_outlives_the_grace_ends_with_an_error() -> None:
+    with process("--shutdown-timeout", "0.3") as (server, lines):
+        body = {"model": "demo", "messages": [{"role": "user", "content": "Go on."}], "stream": True}
+        body |= {"max_tokens": 30_000, "ignore_eos": True, "temperature": 0}
+        with httpx.stream("POST", f"{url_of(lines)}/chat/completions", json=body, timeout=60) as answer:
+            found = answer.iter_lines()
+            next(found)
+            server.send_signal(signal.SIGTERM)
+            rest = [line for line in found if line]
+        assert "shutting down" in rest[-2]
+        assert rest[-1] == "data: [DONE]"
+        assert server.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "demo", "--port", str(port)]) == 1
+    assert f"port {port} of 127.0.0.1 can't be taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--reasoning-field", "x"], "--reasoning-field: expected one of reasoning_content, reasoning, both"),
+        (["--default-chat-template-kwargs", "["], "--default-chat-template-kwargs: expected a JSON object"),
+        (["--default-chat-template-kwargs", "[]"], "--default-chat-template-kwargs: expected a JSON object"),
+        (["--lora-modules", "name"], "--lora-modules: expected NAME=PATH"),
+        (["--bos-for-token-prompts", "maybe"], "--bos-for-token-prompts: expected one of auto, never"),
+    ],
+)
+def test_bad_options_are_named(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "demo", *words]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_without_its_packages_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "demo"]) == 1
+    assert "pip install 'gemcutter[serve]'" in capsys.readouterr().err
