@@ -7,6 +7,7 @@ wire. Refuses to know HTTP. Read `wire/fields.py` for `ChatInput`, `service.py` 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -19,15 +20,14 @@ from gemcutter.server.wire.fields import ChatInput, refuse
 from gemcutter.text.reply import CHANNEL_CLOSE, CHANNEL_OPEN
 
 PLAIN_FORMATS = ("text",)
-ENDING = ("<|tool_call>", "<|turn>", "<|tool_response>")  # what no thought goes on after
+TOOL_CALL = "<|tool_call>"
+ENDING = (TOOL_CALL, "<|turn>", "<|tool_response>")  # what no thought goes on after
 
 
 def prepare_chat(
     model: Model, chat: ChatInput, options: ServerOptions, *, adapter: str | None = None, anthropic: bool = False
 ) -> PreparedRequest:
     """Encode a conversation and check everything that it asks for; meant for a worker thread. Raises RequestError or ApiError."""
-    if chat.tool_choice == "none" and "tool_choice" not in NAMES:
-        refuse("tool_choice", "none can't be promised yet; leave the tools out instead")
     wanted: dict[str, Any] = dict(chat.sampling)
     if chat.stop:
         wanted["stop"] = list(chat.stop)
@@ -35,6 +35,8 @@ def prepare_chat(
         wanted["tools"] = chat.tools
     if adapter is not None:
         wanted["adapter"] = adapter
+    if chat.tool_choice == "none" and (call := model.tokenizer.id_of(TOOL_CALL)) is not None:
+        wanted["logit_bias"] = {**wanted.get("logit_bias", {}), call: -math.inf}
     context = model.engine.context
     wanted["max_tokens"] = context if chat.max_tokens is None else chat.max_tokens
     wanted |= _template_options(chat, options) | _choices(chat)
@@ -84,7 +86,7 @@ def _template_options(chat: ChatInput, options: ServerOptions) -> dict[str, Any]
 def _choices(chat: ChatInput) -> dict[str, Any]:
     """Return what bounds the form of the reply."""
     found: dict[str, Any] = {}
-    if chat.tools and chat.tool_choice != "auto":
+    if chat.tools and chat.tool_choice not in ("auto", "none"):
         found["tool_choice"] = chat.tool_choice
     if chat.tools and not chat.parallel_tool_calls:
         found["parallel_tool_calls"] = False

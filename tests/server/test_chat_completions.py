@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from gemcutter.server import chat_task
 from gemcutter.server.options import ServerOptions
 from tests.server.conftest import Running, running
 
@@ -175,6 +176,47 @@ def test_dirty_fields_of_clients_are_taken(server: Running) -> None:
     answer = server.post("/v1/chat/completions?beta=true", server.chat("Hi", **more), headers={"x-request-id": "mine"})
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-request-id"] == "mine"
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}}
+
+
+def test_calls_are_streamed_and_sent_back(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo calls nothing by itself: its tokens are made to spell a call."""
+    said = 'Well.<|tool_call>call:f{x:<|"|>a "b" \\n<|"|>}<tool_call|>'
+    ids = [*server.model.tokenizer.encode(said, bos=False), server.model.tokenizer.id_of("<|tool_response>")]
+
+    def script(prompt: Any, reply: Any, logits: Any) -> Any:
+        logits.fill_(-1e9)[ids[len(reply)]] = 0.0
+        return logits
+
+    monkeypatch.setattr(chat_task, "_thinking_budget", lambda *_: script)
+    body = server.chat("Hi", tools=[TOOL], max_tokens=64)
+    (choice,) = server.post("/v1/chat/completions", body).json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", "Well.")
+    assert json.loads(call["function"]["arguments"]) == {"x": 'a "b" \\n'}
+    found = frames(server, {**body, "stream": True})
+    deltas = [each["choices"][0]["delta"] for each in found]
+    calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert (calls[0]["type"], calls[0]["function"]["name"]) == ("function", "f")
+    assert all(each["index"] == 0 for each in calls)
+    assert not any("id" in each or "name" in each["function"] for each in calls[1:])
+    assert "".join(each["function"]["arguments"] for each in calls) == call["function"]["arguments"]
+    assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    monkeypatch.undo()
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "<turn|>ten"}
+    history = [{"role": "user", "content": "Hi"}, choice["message"], result]
+    prompt = server.post("/apply-template", {"messages": history, "tools": [TOOL]}).json()["prompt"]
+    assert 'call:f{x:<|"|>a "b" \\n<|"|>}<tool_call|>' in prompt
+    assert server.post("/v1/chat/completions", {**body, "messages": history, "max_tokens": 2}).status_code == 200
+
+
+def test_none_bans_calls_and_keeps_the_prompt(server: Running) -> None:
+    bodies = [server.chat("Hi", tools=[TOOL], max_tokens=4, **more) for more in ({}, {"tool_choice": "none"})]
+    auto, none = (server.post("/v1/chat/completions", body).json() for body in bodies)
+    assert auto["usage"]["prompt_tokens"] == none["usage"]["prompt_tokens"]
+    assert "tool_calls" not in none["choices"][0]["message"]
 
 
 def aborts(server: Running) -> float:
