@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
 # While you work, `make quick` takes less than a minute; CONTRIBUTING.md says which tests belong to which change.
-.PHONY: serve demo quick check check-peers native sanitize fuzz soak kills wheel docs lint types test test-rest clean
+.PHONY: serve load demo quick check check-peers native sanitize fuzz soak kills wheel docs lint types test test-rest clean
 SOURCES := gemcutter tests bench examples tools
 CPP_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/kernels/*.cpp)
 
@@ -60,6 +60,10 @@ soak: native
 KILLS ?= 200
 kills: native
 	OMP_NUM_THREADS=1 .venv/bin/python tools/kill_writers.py --kills $(KILLS)
+
+# Many clients on a server, some of which leave, read slowly or send nonsense, for so many minutes.
+load: native
+	OMP_NUM_THREADS=1 .venv/bin/python tools/load_test.py --minutes $(MINUTES)
 
 # Serves the packaged model on loopback, and prints what to ask it with.
 serve: native

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -36,6 +36,7 @@ TYPES: Mapping[int, tuple[str, str]] = {
 }
 CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded", 503: "unavailable", 500: "internal_error"}
 MEMBERS = ("str", "int", "float", "bool")  # of unions, which pydantic puts into a place and no client knows
+GONE = 499  # that a log shows of a client that left
 OVERLOADED = 529  # what Anthropic's API says for 503
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,10 @@ class ApiError(GemcutterError):
             headers["www-authenticate"] = "Bearer"
         status = OVERLOADED if anthropic and self.status == 503 else self.status
         return JSONResponse(self.body(anthropic, request_id), status, headers)
+
+
+class ClientGone(Exception):
+    """The client has closed its connection; nobody waits for an answer."""
 
 
 def no_model(name: str, known: str) -> ApiError:
@@ -126,6 +131,10 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> JSONResponse:
         return _translate(error).response(is_anthropic(request.url.path), request.headers.get("x-request-id"))
 
+    async def forget(_: Request, __: Exception) -> Response:
+        return Response(status_code=GONE)
+
+    app.add_exception_handler(ClientGone, forget)
     for kind in (GemcutterError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
 

@@ -20,7 +20,7 @@ from gemcutter.api import Model, PreparedRequest
 from gemcutter.engine.request import RequestEvent
 from gemcutter.server.admission import Admission, Ticket
 from gemcutter.server.bridge import Mailbox, Reply
-from gemcutter.server.errors import ApiError, no_model
+from gemcutter.server.errors import ApiError, ClientGone, no_model
 from gemcutter.server.metrics import Metrics
 from gemcutter.server.options import ServerOptions
 
@@ -29,10 +29,6 @@ WORKERS = 2  # threads that encode prompts
 LOOK_S = 0.5  # between two looks at the readers
 
 log = logging.getLogger(__name__)
-
-
-class ClientGone(Exception):
-    """The client has closed its connection; nobody waits for an answer."""
 
 
 class Service:
