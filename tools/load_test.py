@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
-import os
 import random
 import socket
 import sys
@@ -19,10 +17,10 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import httpx
 import uvicorn
+from held import held
 
 import gemcutter
 from gemcutter.api import Model
@@ -126,20 +124,6 @@ def solo(model: Model) -> dict[str, str]:
     return found
 
 
-def figures(model: Model) -> dict[str, int]:
-    """Return what must not grow; prefixes that are kept for reuse are dropped first."""
-
-    def pages(engine: gemcutter.Engine) -> int:
-        while engine.prefix.evict():
-            pass
-        return sum(len(book.ref_counts) - book.free for book in engine.pool.allocators.values())
-
-    gc.collect()
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    files = len(os.listdir("/proc/self/fd"))
-    return {"pages": model.loop.run(pages), "threads": threading.active_count(), "files": files, "resident": resident}
-
-
 def main() -> int:
     """Run the test and say what was found; the exit code is 1 where anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -156,27 +140,28 @@ def main() -> int:
         while not server.started:
             time.sleep(0.02)
         url, rounds, seen, done = f"http://127.0.0.1:{taken.getsockname()[1]}", 3, list[dict[str, int]](), Counter[str]()
-        wrong = list[str]()
+        wrong, before = list[str](), held(model)
         for number in range(rounds):
             users = Users(url, wanted, time.monotonic() + asked.minutes * 60 / rounds, asked.seed * rounds + number)
             asyncio.run(users.run())
             wrong += users.wrong
             done += users.done
             for _ in range(500):
-                if not app.state.service.admission.requests and not model.engine.has_work:
+                is_idle = not app.state.service.admission.requests and not model.engine.has_work
+                if is_idle and held(model)["files"] <= before["files"]:
                     break
                 time.sleep(0.02)
             else:
-                wrong.append("requests are left that nobody waits for")
-            seen.append(figures(model))
+                wrong.append("requests or connections are left that nobody waits for")
+            seen.append(held(model))
             print(f"round {number + 1}: {seen[-1]}", flush=True)
         server.should_exit = True
         thread.join()
     first, last = seen[0], seen[-1]
     wrong += [f"{name} grew: {first[name]} to {last[name]}" for name in ("pages", "threads", "files") if last[name] > first[name]]
     wrong += [f"{last['pages']} pages are held by nobody"] if last["pages"] else []
-    if last["resident"] - first["resident"] > ROOM_BYTES:
-        wrong.append(f"resident memory grew from {first['resident'] / 1e6:.0f} to {last['resident'] / 1e6:.0f} MB")
+    if last["bytes"] - first["bytes"] > ROOM_BYTES:
+        wrong.append(f"resident memory grew from {first['bytes'] / 1e6:.0f} to {last['bytes'] / 1e6:.0f} MB")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
     print(f"{sum(done.values())} requests ({kinds}), {len(wrong)} wrong")
     print(*wrong[:10], sep="\n", end="\n" if wrong else "")

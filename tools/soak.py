@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import random
 import signal
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from held import held
 from safetensors.torch import save_file
 
 import gemcutter
@@ -157,20 +157,6 @@ class Soak:
             self.seen["interrupted"] += 1
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def held(model: Model) -> dict[str, int]:
-    """Count what must come back: pages that nobody can free, open files, threads; and resident bytes."""
-
-    def used(engine: gemcutter.Engine) -> int:
-        while engine.prefix.evict():
-            pass
-        return sum(len(book.ref_counts) - book.free for book in engine.pool.allocators.values())
-
-    gc.collect()
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    files = len(os.listdir("/proc/self/fd"))
-    return {"pages": model.loop.run(used), "files": files, "threads": threading.active_count(), "bytes": resident}
 
 
 def main() -> int:

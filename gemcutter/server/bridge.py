@@ -69,6 +69,7 @@ class Reply:
         self._failure: Exception | None = None
         self._is_closed = False
         self.completion: Completion | None = None
+        self.on_end: Callable[[Completion], None] | None = None  # the stream's, kept off the event loop
 
     @classmethod
     def open_all(
@@ -83,6 +84,7 @@ class Reply:
         sinks = [lambda event, reply=reply: mailbox.put(reply, event) for reply in replies]
         for reply, stream in zip(replies, model.submit_many(prepared, sinks), strict=True):
             reply._stream = stream
+            reply.on_end, stream.on_end = stream.on_end, None
         return replies
 
     def arrive(self, event: RequestEvent) -> None:

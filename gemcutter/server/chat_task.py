@@ -13,13 +13,11 @@ from typing import Any
 
 from gemcutter.api import Model, PreparedRequest
 from gemcutter.engine.thinking_budget import ThinkingBudget
-from gemcutter.generate_options import NAMES
 from gemcutter.server.errors import too_long
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.wire.fields import ChatInput, refuse
 from gemcutter.text.reply import CHANNEL_CLOSE, CHANNEL_OPEN
 
-PLAIN_FORMATS = ("text",)
 TOOL_CALL = "<|tool_call>"
 ENDING = (TOOL_CALL, "<|turn>", "<|tool_response>")  # what no thought goes on after
 
@@ -28,18 +26,18 @@ def prepare_chat(
     model: Model, chat: ChatInput, options: ServerOptions, *, adapter: str | None = None, anthropic: bool = False
 ) -> PreparedRequest:
     """Encode a conversation and check everything that it asks for; meant for a worker thread. Raises RequestError or ApiError."""
-    wanted: dict[str, Any] = dict(chat.sampling)
+    _check_form(chat)
+    wanted: dict[str, Any] = {**chat.sampling, **_template_options(chat, options)}
     if chat.stop:
         wanted["stop"] = list(chat.stop)
     if chat.tools:
-        wanted["tools"] = chat.tools
+        wanted |= {"tools": chat.tools, "parallel_tool_calls": chat.parallel_tool_calls}
     if adapter is not None:
         wanted["adapter"] = adapter
     if chat.tool_choice == "none" and (call := model.tokenizer.id_of(TOOL_CALL)) is not None:
         wanted["logit_bias"] = {**wanted.get("logit_bias", {}), call: -math.inf}
     context = model.engine.context
     wanted["max_tokens"] = context if chat.max_tokens is None else chat.max_tokens
-    wanted |= _template_options(chat, options) | _choices(chat)
     if (budget := _thinking_budget(model, chat.thinking_budget)) is not None:
         wanted["logits_processors"] = (budget,)
     prepared = model.prepare(chat.messages, **wanted)
@@ -83,21 +81,10 @@ def _template_options(chat: ChatInput, options: ServerOptions) -> dict[str, Any]
     return found
 
 
-def _choices(chat: ChatInput) -> dict[str, Any]:
-    """Return what bounds the form of the reply."""
-    found: dict[str, Any] = {}
+def _check_form(chat: ChatInput) -> None:
+    """Raise FieldError where a reply is to have a form that only a grammar could promise."""
     if chat.tools and chat.tool_choice not in ("auto", "none"):
-        found["tool_choice"] = chat.tool_choice
-    if chat.tools and not chat.parallel_tool_calls:
-        found["parallel_tool_calls"] = False
-    if chat.response_format is not None and chat.response_format.get("type") not in (None, *PLAIN_FORMATS):
-        found["constraint"] = _constraint(chat.response_format)
-    fields = {"tool_choice": "tool_choice", "parallel_tool_calls": "parallel_tool_calls", "constraint": chat.format_field}
-    for name, field in fields.items():
-        if name in found and name not in NAMES:
-            refuse(field, f"{json.dumps(found[name], default=str)[:80]}: not supported by this version")
-    return found
-
-
-def _constraint(response_format: dict[str, Any]) -> Any:
-    refuse("response_format", f"{response_format.get('type')!r} is not supported by this version; leave it out, or send text")
+        refuse("tool_choice", f"{json.dumps(chat.tool_choice)}: not supported by this version; auto and none are")
+    form = (chat.response_format or {}).get("type", "text")
+    if form != "text":
+        refuse(chat.format_field, f"{form!r} is not supported by this version; leave it out, or send text")

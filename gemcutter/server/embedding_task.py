@@ -6,7 +6,6 @@ its last layer says, no more. Refuses to know HTTP. Read `wire/embeddings.py` fo
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import torch
@@ -14,13 +13,13 @@ from fastapi import Request
 from torch import Tensor
 
 from gemcutter.api import Model, PreparedRequest
-from gemcutter.completion import Completion
 from gemcutter.server.errors import too_long
 from gemcutter.server.service import Service, unless_gone
-from gemcutter.server.wire.embeddings import EmbeddingInput, Pooling
+from gemcutter.server.wire.embeddings import Pooling
+from gemcutter.server.wire.fields import RawText
 
 
-def prepare_input(model: Model, given: EmbeddingInput, adapter: str | None) -> PreparedRequest:
+def prepare_input(model: Model, given: RawText, adapter: str | None) -> PreparedRequest:
     """Encode one input, with <bos> in front; meant for a worker thread. Raises RequestError or ApiError."""
     bos = model.tokenizer.bos_id
     ids = model.tokenizer.encode(given, bos=True) if isinstance(given, str) else list(given)
@@ -33,20 +32,12 @@ def prepare_input(model: Model, given: EmbeddingInput, adapter: str | None) -> P
 
 
 async def embed(
-    service: Service, request: Request, inputs: Sequence[EmbeddingInput], pooling: Pooling, adapter: str | None
+    service: Service, request: Request, inputs: Sequence[RawText], pooling: Pooling, adapter: str | None
 ) -> tuple[Tensor, int]:
     """Return float32 vectors [inputs, hidden] and the number of tokens computed for them."""
     service.check_room(request, len(inputs))
     prepared = await service.work(lambda: [prepare_input(service.model, each, adapter) for each in inputs])
-    replies = service.open(prepared)
-
-    async def finish() -> list[Completion]:
-        try:
-            return list(await asyncio.gather(*(reply.finish() for reply in replies)))
-        finally:
-            service.close(replies)
-
-    found = await unless_gone(request, finish())
+    found = await unless_gone(request, service.finish(service.open(prepared)))
     vectors = await service.work(lambda: torch.stack([pool(each.prompt.hidden_states, pooling) for each in found]))
     return vectors, sum(len(each.request.prompt) for each in prepared)
 

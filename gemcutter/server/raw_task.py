@@ -17,8 +17,8 @@ from gemcutter.completion import Completion
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.server.errors import too_long
 from gemcutter.server.options import ServerOptions
-from gemcutter.server.wire.completions import CompletionRequest, RawPrompt
-from gemcutter.server.wire.fields import refuse
+from gemcutter.server.wire.completions import CompletionRequest
+from gemcutter.server.wire.fields import RawText
 from gemcutter.text.tokenizer import Tokenizer
 
 NEVER = -9999.0  # what clients take for minus infinity, which JSON has not
@@ -37,17 +37,14 @@ class RawRequest:
 
 
 def prepare_raw(
-    model: Model, body: CompletionRequest, prompt: RawPrompt, options: ServerOptions, adapter: str | None = None
+    model: Model, body: CompletionRequest, prompt: RawText, options: ServerOptions, adapter: str | None = None
 ) -> RawRequest:
     """Encode a raw prompt and check all that is wanted; meant for a worker thread. Raises RequestError or ApiError."""
     tokenizer, hidden = model.tokenizer, 0
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt, bos=body.add_special_tokens is not False)
-        text = prompt
     else:
-        if bad := [token for token in prompt if not 0 <= token < tokenizer.num_ids]:
-            refuse("prompt", f"token {bad[0]} is outside the vocabulary of {tokenizer.num_ids}")
-        ids, text = list(prompt), tokenizer.decode(prompt)
+        ids = list(prompt)
         if ids[0] != tokenizer.bos_id:
             hidden = int(options.bos_for_token_prompts == "auto")
             ids = [tokenizer.bos_id] * hidden + ids
@@ -62,10 +59,10 @@ def prepare_raw(
         if body.echo:
             wanted["prompt_logprobs"] = body.logprobs
     context, count = model.engine.context, 16 if body.max_tokens is None else body.max_tokens
-    prepared = model.prepare(ids, max_tokens=count, **wanted)
+    prepared = model.prepare(ids, max_tokens=count, **wanted)  # which refuses ids outside the vocabulary
     if len(ids) + count > context:
         raise too_long(len(ids) - hidden, count, context)
-    return RawRequest(prepared, hidden, text)
+    return RawRequest(prepared, hidden, prompt if isinstance(prompt, str) else tokenizer.decode(prompt))
 
 
 def _tell_once(hidden: int) -> None:

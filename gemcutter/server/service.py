@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
 
 from gemcutter.api import Model, PreparedRequest
+from gemcutter.completion import Completion
 from gemcutter.engine.request import RequestEvent
 from gemcutter.server.admission import Admission, Ticket
 from gemcutter.server.bridge import Mailbox, Reply
@@ -56,6 +57,7 @@ class Service:
         """End every request and the threads; the model stays open."""
         if self._watch is not None:
             self._watch.cancel()
+        self.admission.is_draining = True
         self.fail_all("the server is shutting down")
         self._workers.shutdown(wait=False, cancel_futures=True)
 
@@ -108,6 +110,13 @@ class Service:
         self._replies |= dict(zip(replies, tickets, strict=True))
         return replies
 
+    async def finish(self, replies: Sequence[Reply]) -> list[Completion]:
+        """Read replies to their ends and close them. Raises the error of the first that fails."""
+        try:
+            return list(await asyncio.gather(*(reply.finish() for reply in replies)))
+        finally:
+            self.close(replies)
+
     def close(self, replies: Sequence[Reply]) -> None:
         """End requests, those that have ended by themselves too, and count them."""
         for reply in replies:
@@ -121,6 +130,8 @@ class Service:
                 self.metrics.aborted()
             else:
                 self.metrics.finished(reply.completion, reply.completion.finish_reason)
+                if reply.on_end is not None and not self.admission.is_draining:
+                    self._workers.submit(reply.on_end, reply.completion)
 
     def _note(self, reply: Reply, event: RequestEvent) -> None:
         """Count a token."""
@@ -151,12 +162,10 @@ class Service:
 
     def refresh(self, metrics: Metrics) -> None:
         """Bring the gauges up to date."""
-        scheduler = self.model.engine.scheduler
-        running, waiting = len(scheduler.running), len(scheduler.waiting)
-        metrics.running.set(running)
-        metrics.waiting.set(waiting)
-        books = self.model.engine.pool.allocators.values()
-        metrics.cache_usage.set(max((1 - book.free / len(book.ref_counts) for book in books if book.ref_counts), default=0.0))
+        found = self.model.engine.stats()
+        metrics.running.set(found.running)
+        metrics.waiting.set(found.waiting)
+        metrics.cache_usage.set(found.kv_usage)
         count = self.admission.rejected
         self.admission.rejected = 0
         metrics.rejections.inc(count)
@@ -183,7 +192,5 @@ async def _leaves(request: Request) -> None:
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
-    if not task.done():
-        task.cancel()
-    ended: Awaitable[Any] = asyncio.gather(task, return_exceptions=True)
-    await ended
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

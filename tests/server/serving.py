@@ -1,4 +1,4 @@
-"""A server of the demo model on a free port, with the routes under test alone."""
+"""Clients that leave, requests that fail: what tests of several routes need beside a server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
+
+from gemcutter.errors import RequestError
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -25,3 +28,10 @@ def left(url: str, path: str, body: object, once: Callable[[], bool]) -> None:
     with socket.create_connection((host.hostname or "", host.port or 0)) as connection:
         connection.sendall(head.encode() + data)
         until(once)
+
+
+def failing(prompt: Any, reply: Any, logits: Any) -> Any:
+    """Fail at the third token, as a logits processor: an error in the middle of a reply."""
+    if len(reply) > 2:
+        raise RequestError("the third token is too much")
+    return logits

@@ -14,6 +14,7 @@ import pytest
 from gemcutter.server import chat_task
 from gemcutter.server.options import ServerOptions
 from tests.server.conftest import Running, running
+from tests.server.serving import until
 
 ASK = [{"role": "user", "content": "What is a lantern?"}]
 
@@ -212,6 +213,18 @@ def test_calls_are_streamed_and_sent_back(server: Running, monkeypatch: pytest.M
     assert server.post("/v1/chat/completions", {**body, "messages": history, "max_tokens": 2}).status_code == 200
 
 
+def test_a_reply_that_comes_back_is_found_in_the_cache(server: Running) -> None:
+    """Its ids are those that the model wrote, however its text would be encoded."""
+    known = len(server.model.replies)
+    first = server.post("/v1/chat/completions", server.chat("Tell me of the sea, please.", max_tokens=24)).json()
+    until(lambda: len(server.model.replies) > known)
+    history = [{"role": "user", "content": "Tell me of the sea, please."}, first["choices"][0]["message"]]
+    second = server.chat("", max_tokens=2, messages=[*history, {"role": "user", "content": "And?"}])
+    used = server.post("/v1/chat/completions", second).json()["usage"]
+    before = first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"]
+    assert used["prompt_tokens_details"]["cached_tokens"] >= before - 1
+
+
 def test_none_bans_calls_and_keeps_the_prompt(server: Running) -> None:
     bodies = [server.chat("Hi", tools=[TOOL], max_tokens=4, **more) for more in ({}, {"tool_choice": "none"})]
     auto, none = (server.post("/v1/chat/completions", body).json() for body in bodies)
@@ -230,7 +243,7 @@ def test_a_reader_that_leaves_ends_its_request(server: Running) -> None:
     body = server.chat("Tell me a long story.", max_tokens=1900, ignore_eos=True, stream=True)
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer:
         next(answer.iter_lines())
-    assert wait_for(lambda: server.service.admission.requests == 0 and not server.model.engine.has_work)
+    until(lambda: server.service.admission.requests == 0 and not server.model.engine.has_work)
     assert aborts(server) == before + 1
 
 
@@ -239,7 +252,7 @@ def test_a_client_that_leaves_before_the_whole_answer_ends_its_request(server: R
     body = server.chat("Tell me a long story.", max_tokens=1900, ignore_eos=True)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(10, read=0.05))
-    assert wait_for(lambda: server.service.admission.requests == 0 and not server.model.engine.has_work)
+    until(lambda: server.service.admission.requests == 0 and not server.model.engine.has_work)
     assert aborts(server) == before + 1
 
 
@@ -331,13 +344,3 @@ def test_streams_side_by_side_do_not_mix(server: Running) -> None:
     for thread in threads:
         thread.join(60)
     assert [found[number] for number in range(len(questions))] == wanted
-
-
-def wait_for(holds: Any, seconds: float = 20.0) -> bool:
-    """Return whether something comes true in time."""
-    pause = threading.Event()
-    for _ in range(int(seconds / 0.02)):
-        if holds():
-            return True
-        pause.wait(0.02)
-    return False

@@ -14,7 +14,7 @@ import gemcutter
 from gemcutter.server import chat_task
 from gemcutter.server.options import ServerOptions
 from tests.server.conftest import running
-from tests.server.serving import left, until
+from tests.server.serving import failing, left, until
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 LONG = {"max_tokens": 30_000, "messages": HI, "model": "demo", "thinking": {"type": "enabled"}}
@@ -185,12 +185,6 @@ def test_a_client_that_goes_away_ends_its_request(url: str, model: gemcutter.Mod
 
 def test_an_error_in_the_middle_ends_the_stream(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error comes from the engine: a processor that fails after some tokens."""
-
-    def failing(prompt: Any, reply: Any, logits: Any) -> Any:
-        if len(reply) > 2:
-            raise gemcutter.errors.RequestError("the third token is too much")
-        return logits
-
     monkeypatch.setattr(chat_task, "_thinking_budget", lambda *_: failing)
     raw = httpx2.post(f"{url}/v1/messages", json={"model": "demo", "max_tokens": 9, "messages": HI, "stream": True}).text
     *_, last = raw.strip().split("\n\n")

@@ -14,7 +14,7 @@ import gemcutter
 from gemcutter.server import chat_task
 from gemcutter.server.options import ServerOptions
 from tests.server.conftest import running
-from tests.server.serving import left, until
+from tests.server.serving import failing, left, until
 
 
 @pytest.fixture(scope="module")
@@ -215,12 +215,6 @@ def test_a_client_that_goes_away_ends_its_request(url: str, model: gemcutter.Mod
 
 def test_an_error_in_the_middle_is_a_failed_response(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error comes from the engine: a processor that fails after some tokens."""
-
-    def failing(prompt: Any, reply: Any, logits: Any) -> Any:
-        if len(reply) > 2:
-            raise gemcutter.errors.RequestError("the third token is too much")
-        return logits
-
     monkeypatch.setattr(chat_task, "_thinking_budget", lambda *_: failing)
     client = openai.OpenAI(api_key="k", base_url=f"{url}/v1")
     with client, client.responses.stream(model="demo", input="Hi") as stream:

@@ -6,7 +6,6 @@ objects, `service.py` for the replies.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -45,10 +44,7 @@ def router(service: Service) -> APIRouter:
 
 async def whole(service: Service, body: ChatRequest, replies: Sequence[Reply]) -> dict[str, Any]:
     """Return the answer once all replies have ended."""
-    try:
-        completions = await asyncio.gather(*(reply.finish() for reply in replies))
-    finally:
-        service.close(replies)
+    completions = await service.finish(replies)
     choices = []
     for index, each in enumerate(completions):
         found = logprobs(each.logprobs, service.model.tokenizer) if body.logprobs else None

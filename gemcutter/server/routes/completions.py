@@ -6,7 +6,6 @@ Owns the order of choices (n for each prompt, in the prompts' order) and of what
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -54,10 +53,7 @@ async def whole(
     service: Service, body: CompletionRequest, raws: Sequence[RawRequest], replies: Sequence[Reply]
 ) -> dict[str, Any]:
     """Return the answer once all replies have ended."""
-    try:
-        found = await asyncio.gather(*(reply.finish() for reply in replies))
-    finally:
-        service.close(replies)
+    found = await service.finish(replies)
     choices = []
     for index, (raw, each) in enumerate(zip(raws, found, strict=True)):
         wanted = body.logprobs is not None

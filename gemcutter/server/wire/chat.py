@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gemcutter.errors import spell_value
 from gemcutter.server.options import ServerOptions
-from gemcutter.server.wire.fields import ChatInput, as_list, as_name, as_object, check_declared, function, refuse
+from gemcutter.server.wire.fields import ChatInput, as_list, as_name, as_object, check_declared, choice_word, function, refuse
 
 # Fields that would change what a client gets: refused by name where they ask for something.
 REFUSED = {
@@ -190,11 +190,7 @@ def read_tool_choice(choice: str | Mapping[str, Any] | None, tools: list[dict[st
     if choice is None:
         return "auto"
     if isinstance(choice, str):
-        if choice not in ("auto", "none", "required"):
-            refuse("tool_choice", f"expected auto, none, required or an object, found {spell_value(choice)}")
-        if choice == "required" and not tools:
-            refuse("tool_choice", "required without tools; declare some")
-        return choice
+        return choice_word(choice, tools)
     kind = choice.get("type")
     if kind not in ("function", "allowed_tools"):
         refuse("tool_choice.type", f"expected function or allowed_tools, found {spell_value(kind)}")

@@ -10,10 +10,9 @@ from typing import Any
 
 from pydantic import Field
 
-from gemcutter.errors import spell_value
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.wire.chat import SamplingFields
-from gemcutter.server.wire.fields import refuse
+from gemcutter.server.wire.fields import RawText, read_texts, refuse
 
 REFUSED = {
     "suffix": "there is no filling in; put the text before and after into the prompt",
@@ -22,7 +21,6 @@ REFUSED = {
     "prompt_logprobs": "ask for logprobs with echo",
 }
 MOST_LOGPROBS = 64
-RawPrompt = str | tuple[int, ...]
 
 
 class CompletionRequest(SamplingFields):
@@ -37,7 +35,7 @@ class CompletionRequest(SamplingFields):
     )
 
 
-def read_prompts(request: CompletionRequest, options: ServerOptions) -> list[RawPrompt]:
+def read_prompts(request: CompletionRequest, options: ServerOptions) -> list[RawText]:
     """Return the prompts in order. Raises FieldError, naming the field, for what can't be served."""
     for name, remedy in REFUSED.items():
         if (request.model_extra or {}).get(name) not in (None, 1, "", False):
@@ -46,20 +44,4 @@ def read_prompts(request: CompletionRequest, options: ServerOptions) -> list[Raw
         refuse("n", f"at most {options.max_n} replies, found {request.n}")
     if request.max_tokens == 0 and not request.echo:
         refuse("max_tokens", "0 without echo leaves nothing to return")
-    found, where = request.prompt, "prompt"
-    prompts = found if isinstance(found, list) and found and not _is_ids(found) else [found]
-    if len(prompts) > options.max_batch:
-        refuse(where, f"at most {options.max_batch} prompts, found {len(prompts)}")
-    return [_read_prompt(each, where if len(prompts) == 1 else f"{where}[{index}]") for index, each in enumerate(prompts)]
-
-
-def _read_prompt(found: Any, where: str) -> RawPrompt:
-    if isinstance(found, str):
-        return found
-    if not (isinstance(found, list) and found and _is_ids(found)):
-        refuse(where, f"expected a text or a list of token ids, found {spell_value(found)}")
-    return tuple(found)
-
-
-def _is_ids(found: list[Any]) -> bool:
-    return all(isinstance(each, int) and not isinstance(each, bool) for each in found)
+    return read_texts(request.prompt, "prompt", options.max_batch)

@@ -10,15 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gemcutter.errors import spell_value
 from gemcutter.server.options import ServerOptions
-from gemcutter.server.wire.fields import refuse
+from gemcutter.server.wire.fields import RawText, read_texts, refuse
 
 Pooling = Annotated[
     Literal["mean", "last"],
     Field(description="mean: of the states of all tokens but <bos>; last: the state of the last token"),
 ]
-EmbeddingInput = str | tuple[int, ...]
 
 
 class EmbeddingRequest(BaseModel):
@@ -45,14 +43,11 @@ class ScoreRequest(BaseModel):
     text_2: str | list[str]
 
 
-def read_inputs(request: EmbeddingRequest, options: ServerOptions) -> list[EmbeddingInput]:
+def read_inputs(request: EmbeddingRequest, options: ServerOptions) -> list[RawText]:
     """Return the inputs in order. Raises FieldError, naming the field, for what can't be served."""
     if request.dimensions is not None:
         refuse("dimensions", "vectors of this model can't be cut; leave it out")
-    found, where = request.input, "input"
-    inputs = found if isinstance(found, list) and found and not _is_ids(found) else [found]
-    _check_count(len(inputs), where, options)
-    return [_read_input(each, where if len(inputs) == 1 else f"{where}[{index}]") for index, each in enumerate(inputs)]
+    return read_texts(request.input, "input", options.max_batch)
 
 
 def read_pairs(request: ScoreRequest, options: ServerOptions) -> tuple[list[str], list[tuple[int, int]]]:
@@ -63,23 +58,7 @@ def read_pairs(request: ScoreRequest, options: ServerOptions) -> tuple[list[str]
         refuse("text_1" if not first else "text_2", "expected one text or more")
     if len(first) not in (1, len(second)):
         refuse("text_2", f"expected {len(first)} texts, as many as in text_1, found {len(second)}")
-    _check_count(len(first) + len(second), "text_2", options)
+    if len(first) + len(second) > options.max_batch:
+        refuse("text_2", f"at most {options.max_batch} texts, found {len(first) + len(second)}")
     pairs = [(index if len(first) > 1 else 0, len(first) + index) for index in range(len(second))]
     return [*first, *second], pairs
-
-
-def _check_count(count: int, where: str, options: ServerOptions) -> None:
-    if count > options.max_batch:
-        refuse(where, f"at most {options.max_batch} texts, found {count}")
-
-
-def _read_input(found: Any, where: str) -> EmbeddingInput:
-    if isinstance(found, str):
-        return found
-    if not (isinstance(found, list) and found and _is_ids(found)):
-        refuse(where, f"expected a text or a list of token ids, found {spell_value(found)}")
-    return tuple(found)
-
-
-def _is_ids(found: list[Any]) -> bool:
-    return all(isinstance(each, int) and not isinstance(each, bool) for each in found)

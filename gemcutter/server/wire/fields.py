@@ -18,6 +18,7 @@ from gemcutter.errors import GemcutterError, spell_value
 from gemcutter.generate_options import PARTS
 
 WARNINGS = "x-gemcutter-warning"
+RawText = str | tuple[int, ...]  # a text, or its token ids
 SEALED = "gemcutter:"  # how reasoning that a client carries for us, unread, begins
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,35 @@ def as_name(value: object, where: str) -> str:
     if not isinstance(value, str) or not value:
         refuse(where, f"expected a name, found {spell_value(value)}")
     return value
+
+
+def read_texts(found: object, where: str, limit: int) -> list[RawText]:
+    """Return texts and lists of token ids, of which a field may hold one or a list. Raises FieldError, naming the place."""
+    texts: list[object] = found if isinstance(found, list) and found and not _is_ids(found) else [found]
+    if len(texts) > limit:
+        refuse(where, f"at most {limit} texts, found {len(texts)}")
+    return [_read_text(each, where if len(texts) == 1 else f"{where}[{index}]") for index, each in enumerate(texts)]
+
+
+def _read_text(found: object, where: str) -> RawText:
+    if isinstance(found, str):
+        return found
+    if not (isinstance(found, list) and found and _is_ids(found)):
+        refuse(where, f"expected a text or a list of token ids, found {spell_value(found)}")
+    return tuple(found)
+
+
+def _is_ids(found: Sequence[object]) -> bool:
+    return all(isinstance(each, int) and not isinstance(each, bool) for each in found)
+
+
+def choice_word(choice: str, tools: Sequence[Mapping[str, Any]]) -> str:
+    """Return a `tool_choice` that is one word, as both of OpenAI's APIs have it. Raises FieldError."""
+    if choice not in ("auto", "none", "required"):
+        refuse("tool_choice", f"expected auto, none, required or an object, found {spell_value(choice)}")
+    if choice == "required" and not tools:
+        refuse("tool_choice", "'required' without a function in tools")
+    return choice
 
 
 def image_part(url: str, where: str) -> dict[str, Any]:

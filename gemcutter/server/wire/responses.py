@@ -23,6 +23,7 @@ from gemcutter.server.wire.fields import (
     as_object,
     as_text,
     check_declared,
+    choice_word,
     function,
     image_part,
     joined,
@@ -271,11 +272,7 @@ def _tool_choice(choice: str | Mapping[str, Any] | None, tools: Sequence[Mapping
     if choice is None:
         return "auto"
     if isinstance(choice, str):
-        if choice not in ("auto", "none", "required"):
-            refuse("tool_choice", f"expected auto, none, required or an object, found {spell_value(choice)}")
-        if choice == "required" and not tools:
-            refuse("tool_choice", "'required' without a function in tools")
-        return choice
+        return choice_word(choice, tools)
     kind = choice.get("type")
     if kind in ("function", "custom"):
         named = choice.get("name") or as_object(choice.get("function") or {}, "tool_choice.function").get("name")
