@@ -102,12 +102,13 @@ class Model:
         load_s: float,
         ignore: tuple[str, ...] = (),
         chat_template: str | None = None,
+        generation_config: str = "auto",
     ) -> None:
         self.checkpoint, self.decoder, self.engine, self.load_s = checkpoint, decoder, engine, load_s
         self._ignore = ignore  # patterns of config keys and tensor names that adapters may have, too
         self.plan = checkpoint.plan
         self.notes = checkpoint.notes()  # what was left out, and what an option costs
-        text = read_text_assets(checkpoint, chat_template)
+        text = read_text_assets(checkpoint, chat_template, generation_config)
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes
         self.replies = ReplyStore(self.tokenizer)
@@ -367,6 +368,7 @@ def load(
     ple: str | None = None,
     kv: str | None = None,
     chat_template: str | Path | None = None,
+    generation_config: str | Path = "auto",
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
@@ -393,6 +395,7 @@ def load(
         ple=ple,
         kv=kv,
         chat_template=_as_name(chat_template),
+        generation_config=_as_name(generation_config),
     )
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: expected a function of the bytes done and the bytes in all, found {spell_value(progress)}")
@@ -416,7 +419,8 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Model:
     """Load a checkpoint as the options say. Raises GemcutterError with everything that is wrong."""
     started = time.perf_counter()
     opened = open_model(options, progress)
-    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore, options.chat_template)
+    texts = (options.chat_template, options.generation_config)
+    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore, *texts)
     built.notes += opened.notes
     built.load_s = time.perf_counter() - started
     for note in built.notes:

@@ -69,7 +69,8 @@ CHECKS: Mapping[str, Callable[[str], str]] = {
     "ple": _one_of("ple", PLE_PLACES),
     "kv": _one_of("kv", KV_DTYPES),
 }
-TEXTS = ("model", "dtype", "device", "kernels", "activations", "quant", "adapter", "ple", "kv", "chat_template")
+NEEDED = ("model", "device", "kernels", "generation_config")  # texts that can't be None
+TEXTS = (*NEEDED, "dtype", "activations", "quant", "adapter", "ple", "kv", "chat_template")
 LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_entries": 0}
 
 
@@ -89,6 +90,8 @@ class LoadOptions:
     kept for a GPU: "gpu", "host" (pinned memory) or "mmap"; None: on the GPU if there is room. `kv` "fp8" keeps keys and values
     in 8 bits on a GPU that has them (compute capability 8.9). `chat_template` is "own" (the checkpoint's), "canonical" (Google's
     of July 2026) or a Jinja file; None: the checkpoint's own, unless that is an older generation of Google's.
+    `generation_config` says where the defaults of sampling come from: "auto" (the checkpoint), "none" (greedy) or a
+    generation_config.json, or the folder of one.
 
     The engine's limits: `context` bounds a sequence in tokens, `max_batched_tokens` the rows of a step (the chunk of a long
     prompt), `max_num_seqs` the sequences that run at once; `prefix_cache_entries` finished prompts and replies are kept for
@@ -109,6 +112,7 @@ class LoadOptions:
     ple: str | None = None
     kv: str | None = None
     chat_template: str | None = None
+    generation_config: str = "auto"
     context: int | None = None
     max_batched_tokens: int = 512
     max_num_seqs: int = 8
@@ -139,7 +143,7 @@ class LoadOptions:
         problems = list[str]()
         for name in TEXTS:
             value: object = getattr(self, name)
-            may_be_none = name not in ("model", "device", "kernels")
+            may_be_none = name not in NEEDED
             if not ((isinstance(value, str) and value) or (value is None and may_be_none)):
                 problems.append(f"{name}: expected a text{' or None' if may_be_none else ''}, found {spell_value(value)}")
         ignore: object = self.ignore

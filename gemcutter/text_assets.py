@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import gguf
 from gemcutter.checkpoint.load.match import Checkpoint
-from gemcutter.errors import CheckpointError
+from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.generation_config import Defaults
-from gemcutter.sidecar.small_file import read_small
+from gemcutter.sidecar.small_file import read_object, read_small
 from gemcutter.text.tokenizer import Tokenizer
 
 JINJA = "chat_template.jinja"
 OWN, CANONICAL = "own", "canonical"  # chat templates by name
+GENERATION = "generation_config.json"
+AUTO, NO_DEFAULTS = "auto", ("none", "vllm")  # sources of defaults by name; the last one is how vLLM spells none
 
 if TYPE_CHECKING:  # the template engine is imported where there is a template
     from gemcutter.text.chat import ChatTemplate
@@ -37,14 +39,14 @@ class TextAssets:
     notes: tuple[str, ...] = ()
 
 
-def read_text_assets(checkpoint: Checkpoint, chat_template: str | None = None) -> TextAssets:
-    """Return the text side of a checkpoint; `chat_template` is the load option.
+def read_text_assets(checkpoint: Checkpoint, chat_template: str | None = None, generation_config: str = AUTO) -> TextAssets:
+    """Return the text side of a checkpoint; `chat_template` and `generation_config` are the load options.
 
     Raises CheckpointError or ConfigError for what is damaged or absent.
     """
     tokenizer = read_tokenizer(checkpoint.source, checkpoint.plan.vocab)
     template, note = choose_template(checkpoint, tokenizer, chat_template)
-    defaults = read_defaults(checkpoint, tokenizer, template)
+    defaults = read_defaults(checkpoint, tokenizer, template, generation_config)
     notes = [] if note is None else [note]
     return TextAssets(tokenizer, template, defaults, (*notes, *_notes(checkpoint, tokenizer, template)))
 
@@ -123,8 +125,21 @@ def _template_of_file(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(source, tokenizer, origin=str(path))
 
 
-def read_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> Defaults:
-    """Return what a checkpoint says about generation. Raises ConfigError."""
+def read_defaults(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, template: ChatTemplate | None = None, choice: str = AUTO
+) -> Defaults:
+    """Return what a checkpoint, or the file of its user's `choice`, says about generation. Raises ConfigError."""
     source = checkpoint.source
-    raw = gguf.generation(source) if gguf.sniff(source) else source.read_json("generation_config.json")
+    if choice == AUTO:
+        raw = gguf.generation(source) if gguf.sniff(source) else source.read_json(GENERATION)
+    else:
+        raw = None if choice in NO_DEFAULTS else _generation_of_file(Path(choice))
     return Defaults.read(raw, checkpoint.config, tokenizer, None if template is None else template.end_of_turn())
+
+
+def _generation_of_file(path: Path) -> dict[str, Any]:
+    file = path / GENERATION if path.is_dir() else path
+    found = read_object(file.parent, file.name)
+    if found is None:
+        raise ConfigError(f"generation_config: there is no file {file}; give a {GENERATION}, its folder, auto or none")
+    return found

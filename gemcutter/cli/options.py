@@ -200,6 +200,9 @@ class Loading:
             help="How conversations become prompts.  [default: the checkpoint's own, unless Google has replaced it]",
         ),
     ] = None
+    generation_config: Annotated[
+        str, typer.Option(metavar="FILE|auto|none", help="Where the defaults of sampling come from; none: greedy.")
+    ] = "auto"
 
     def options(self, model: str, **engine: Any) -> LoadOptions:
         """Return these options for a model; `engine` holds the limits of the engine and its cache. Raises GemcutterError."""

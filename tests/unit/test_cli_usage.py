@@ -45,6 +45,7 @@ LOADING: dict[str, Any] = {
     "repack_cache": True,
     "ple": "host",
     "chat_template": "own",
+    "generation_config": "none",
 }
 
 

@@ -19,7 +19,7 @@ from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import gguf
 from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
-from gemcutter.errors import CheckpointError
+from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.text.chat import ChatTemplate
 from gemcutter.text.tokenizer import Tokenizer, merges_of
 from gemcutter.text_assets import read_defaults, read_template, read_tokenizer
@@ -121,6 +121,29 @@ def test_sampling_comes_of_the_metadata(demo: Source) -> None:
     defaults = read_defaults(replace(config, source=demo), read_tokenizer(demo))
     assert defaults.options == {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
     assert defaults.stop_ids == {1, 7, DEMO.id_of("<|tool_response>")}
+
+
+def test_users_choose_where_defaults_come_from(demo: Source, tmp_path: Path) -> None:
+    checkpoint, tokenizer = replace(open_checkpoint(DEMO_FOLDER), source=demo), read_tokenizer(demo)
+    for name in ("none", "vllm"):
+        greedy = read_defaults(checkpoint, tokenizer, choice=name)
+        assert greedy.options == {}
+        assert 1 in greedy.stop_ids  # the markers of this family end replies whatever a file says
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.5, "top_k": 7}')
+    for choice in (tmp_path, tmp_path / "generation_config.json"):
+        assert read_defaults(checkpoint, tokenizer, choice=str(choice)).options == {"temperature": 0.5, "top_k": 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(None, "there is no file"), ("[1]", "generation_config.json"), ("{", "generation_config.json"), ('{"top_k": "x"}', "top_k")],
+)
+def test_a_chosen_file_that_can_t_be_used_is_told(text: str | None, expected: str, demo: Source, tmp_path: Path) -> None:
+    checkpoint = replace(open_checkpoint(DEMO_FOLDER), source=demo)
+    if text is not None:
+        (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises((ConfigError, CheckpointError), match=expected):
+        read_defaults(checkpoint, read_tokenizer(demo), choice=str(tmp_path))
 
 
 def test_a_base_model_has_no_template(tmp_path: Path) -> None:
