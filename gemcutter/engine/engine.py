@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, takewhile
 from traceback import clear_frames
 from typing import Any
 
@@ -23,7 +23,8 @@ from gemcutter.engine.request import FinishReason, Request, RequestEvent, Sequen
 from gemcutter.engine.runner import ChunkResult, ModelRunner, PendingStep
 from gemcutter.engine.sampler import SampledToken
 from gemcutter.engine.sampling_params import SamplingParams
-from gemcutter.engine.scheduler import Proposer, ScheduledChunk, Scheduler
+from gemcutter.engine.scheduler import ScheduledChunk, Scheduler
+from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.engine.stats import EngineStats
 from gemcutter.engine.step_sizer import StepSizer
 from gemcutter.engine.watchdog import TokenClasses
@@ -37,7 +38,7 @@ class Engine:
     `context` is the longest sequence in tokens, `max_batched_tokens` the rows of one step (the chunk of a long prompt),
     `max_num_seqs` how many sequences run at once, `prefix_cache_entries` how many finished prompts and replies stay in the cache
     for reuse. `graphs` says whether decode steps run over static memory, as captured graphs on a GPU; by default wherever that is
-    possible. `kv_dtype` is that of the cache, by default the decoder's. `proposer` drafts tokens to be verified several a step.
+    possible. `kv_dtype` is that of the cache, by default the decoder's. `speculator` drafts tokens to be verified several a step.
     `max_stall_ms` bounds how long a step may last, by giving it fewer prompt rows, as far as measured steps can tell; without it
     only their number is bounded. What is computed does not depend on it.
     """
@@ -51,7 +52,7 @@ class Engine:
         prefix_cache_entries: int = 0,
         graphs: bool | None = None,
         kv_dtype: torch.dtype | None = None,
-        proposer: Proposer | None = None,
+        speculator: Speculator | None = None,
         max_stall_ms: float | None = None,
     ) -> None:
         self.decoder = decoder
@@ -60,10 +61,12 @@ class Engine:
         self.pool = PagedKVCache(decoder.plan, counts, kv_dtype or decoder.dtype, decoder.device, compact_weights(decoder))
         self.prefix = PrefixCache(prefix_cache_entries)
         sizer = None if max_stall_ms is None else StepSizer(max_stall_ms / 1000)
-        self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, proposer, sizer)
+        self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, speculator, sizer)
         is_static = decoder.capture_refusal() is None if graphs is None else graphs
         captured = CapturedSteps(decoder, self.pool, self.context) if is_static else None
-        self.runner = ModelRunner(decoder, self.pool, captured)
+        keeps_states = speculator is not None and speculator.keeps_states
+        self.runner = ModelRunner(decoder, self.pool, captured, keeps_states=keeps_states)
+        self.speculator = speculator
         self._ahead: PendingStep | None = None  # launched before the tokens of the step before it were known
         self._sequences: dict[int, SequenceState] = {}
         self._timed: dict[int, SequenceState] = {}  # those that have a deadline
@@ -222,6 +225,7 @@ class Engine:
         in that step end with it; a request whose own sampling or report fails ends alone.
         """
         expired, started_s = self._expire(), self.clock()
+        launched_s = started_s
         pending, self._ahead = self._ahead, None
         is_measured = pending is None  # else part of the step's time has passed already
         chunks: Sequence[ScheduledChunk] = () if pending is None else pending.chunks
@@ -229,6 +233,7 @@ class Engine:
         try:
             if pending is None:
                 chunks = self.scheduler.schedule()
+                launched_s = self.clock()
                 pending = self.runner.launch(chunks)
             if self.runner.can_run_ahead(pending) and (after := self.scheduler.schedule_after(chunks)):
                 following = self.runner.launch_after(pending, after)
@@ -240,15 +245,23 @@ class Engine:
             self._withdraw()
             raise
         self._ahead = following
-        if is_measured and self.scheduler.sizer is not None:
-            decode_rows = sum(chunk.rows for chunk in chunks if chunk.sequence.decodes)
-            self.scheduler.sizer.observe(decode_rows, sum(chunk.rows for chunk in chunks) - decode_rows, now - started_s)
+        if is_measured:
+            self._measured(chunks, now - started_s, now - launched_s)
         events = expired
         for chunk, result in zip(chunks, results, strict=True):
             if chunk.sequence.table is chunk.table:  # else it ended while this row was computed
                 events += self._advance(chunk, result, now, ahead=int(following is not None))
         self._count(chunks)
         return events
+
+    def _measured(self, chunks: Sequence[ScheduledChunk], seconds: float, model_s: float) -> None:
+        """Take note of what a step took, and of the part that came after its rows were known."""
+        rows = sum(chunk.rows for chunk in chunks)
+        decode_rows = sum(chunk.rows for chunk in chunks if chunk.sequence.decodes)
+        if self.scheduler.sizer is not None:
+            self.scheduler.sizer.observe(decode_rows, rows - decode_rows, seconds)
+        if self.speculator is not None and rows == decode_rows > 0:
+            self.speculator.timed(rows, model_s)
 
     def _expire(self) -> list[RequestEvent]:
         """End the requests whose deadline has passed, those that still wait too."""
@@ -284,6 +297,12 @@ class Engine:
         if result.error is not None:
             return [self._end(sequence, FinishReason.ERROR, now, result.error)]
         taken, finish = self._accepted(chunk, result.tokens)
+        if chunk.drafts and self.speculator is not None:
+            pairs = zip(taken, chunk.drafts, strict=False)
+            right = sum(1 for _ in takewhile(lambda pair: pair[0].token == pair[1], pairs))
+            self.speculator.verified(sequence, min(len(chunk.drafts), len(taken)), right)
+        if taken and result.sampled_RD is not None:
+            sequence.state_D = result.sampled_RD[len(taken) - 1]
         # The row after which a token that is taken was sampled holds: its own id was taken before it, or is no draft.
         table.commit(chunk.rows - max(chunk.num_sampled - max(len(taken), 1), 0), ahead)
         if chunk.reports:
@@ -343,6 +362,8 @@ class Engine:
             ids = sequence.ids(0, min(sequence.table.length, sequence.num_tokens))
             self.prefix.keep(ids, sequence.table, sequence.request.adapter)
         self.scheduler.leave(sequence)
+        if self.speculator is not None:
+            self.speculator.forget(sequence)
         del self._sequences[sequence.number]
         self._timed.pop(sequence.number, None)
 

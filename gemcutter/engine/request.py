@@ -16,6 +16,7 @@ from gemcutter.cache.block_table import BlockTable
 from gemcutter.engine.sampler import LogitsProcessor
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.engine.sampling_params import SamplingParams
+from gemcutter.engine.speculate.tally import Tally
 from gemcutter.engine.watchdog import TokenClasses, Watchdog
 
 
@@ -106,6 +107,8 @@ class SequenceState:
         self.report = PromptReport()
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         self.watchdog = None if request.watchdog is None else Watchdog(request.watchdog)
+        self.tally = Tally()
+        self.state_D: Tensor | None = None  # the target's, of the row that gave the last token; where somebody drafts from it
         self.expires_s: float | None = None  # on the engine's clock
         self._counts: dict[int, int] | None = None
 
