@@ -12,10 +12,10 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
 from gemcutter.engine.engine import Engine
+from gemcutter.engine.grammar_mask import GrammarMask
 from gemcutter.engine.loop import CLOSED, EngineLoop
 from gemcutter.engine.request import Request
 from gemcutter.errors import RequestError, spell_value
@@ -45,7 +46,9 @@ from gemcutter.generate_options import (
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
-from gemcutter.text.reply import ReplyParser
+from gemcutter.text.grammar import CALL, Constraint, build_grammar
+from gemcutter.text.grammar_compiler import GrammarCompiler
+from gemcutter.text.reply import ReplyParser, ends_in_reasoning
 from gemcutter.text.splice import ReplyStore
 from gemcutter.text_assets import read_text_assets
 from gemcutter.tools import check_tools
@@ -108,6 +111,7 @@ class Model:
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes
         self.replies = ReplyStore(self.tokenizer)
+        self.grammars = GrammarCompiler(self.tokenizer, self.defaults.stop_ids)
         mapped = (tensor.mapped for tensor in checkpoint.source.tensors.values())
         self._files = tuple({id(file): file for file in mapped if isinstance(file, MappedFile)}.values())
         self.loop = EngineLoop(engine)  # the way to the engine; its own methods are for the loop's thread
@@ -205,7 +209,10 @@ class Model:
         of_template["tools"] = tools = check_tools(of_template.get("tools"))
         ids = self.encode(prompt, **cast(TemplateOptions, of_template))
         parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
+        choice, constraint = given.pop("tool_choice", None), given.pop("constraint", None)
         request = self._request(ids, given, frozenset() if ignore_eos else self.defaults.stop_ids)
+        if choice is not None or constraint is not None:
+            request = self._constrained(request, constraint, tools or (), choice or "auto", parallel, of_template)
         for file in self._files:
             file.insist_unchanged()
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
@@ -299,6 +306,35 @@ class Model:
             stop=prepared.stop,
             parallel=prepared.parallel_tool_calls,
         )
+
+    def _constrained(
+        self,
+        request: Request,
+        constraint: object,
+        tools: Sequence[Message],
+        choice: object,
+        parallel: bool,
+        of_template: Mapping[str, object],
+    ) -> Request:
+        """Return a request whose reply is held to a constraint and a tool choice. Raises RequestError if it can't be."""
+        if not (constraint is None or isinstance(constraint, Constraint)):
+            raise RequestError(f"constraint: expected a Constraint, found {spell_value(constraint)}")
+        call_id = self.tokenizer.id_of(CALL)
+        if tools and call_id is None:
+            raise RequestError(f"tool_choice: the vocabulary has no {CALL}, which begins a tool call")
+        is_open = ends_in_reasoning(self.tokenizer, request.prompt)
+        may_think = bool(of_template.get("enable_thinking"))
+        thought: Literal["none", "free", "open"] = "open" if is_open else "free" if may_think else "none"
+        grammar = build_grammar(constraint, tools, choice, parallel=parallel, thought=thought)
+        if grammar is None:
+            banned = request.sampling.suppress if call_id is None else (*request.sampling.suppress, call_id)
+            return replace(request, sampling=replace(request.sampling, suppress=banned))
+        if not request.stop_ids:
+            raise RequestError("ignore_eos: a reply that is held to a grammar ends where the grammar does; leave ignore_eos out")
+        for warning in grammar.warnings:
+            log.warning("%s", warning)
+        mask = GrammarMask(self.grammars.compile(grammar), grammar.name, call_id if grammar.is_triggered else None)
+        return replace(request, logits_processors=(mask, *request.logits_processors))
 
     def _request(self, ids: Sequence[int], options: dict[str, Any], stop_ids: frozenset[int]) -> Request:
         own = {name: options.pop(name) for name in OF_REQUEST if name in options}

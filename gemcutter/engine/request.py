@@ -13,7 +13,7 @@ from enum import Enum
 from torch import Tensor
 
 from gemcutter.cache.block_table import BlockTable
-from gemcutter.engine.sampler import LogitsProcessor
+from gemcutter.engine.sampler import LogitsProcessor, Observer
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.engine.sampling_params import SamplingParams
 
@@ -95,6 +95,7 @@ class SequenceState:
         self.table: BlockTable | None = None
         self.report = PromptReport()
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+        self.processors = tuple(each.for_sequence() if isinstance(each, Observer) else each for each in request.logits_processors)
         self._counts: dict[int, int] | None = None
 
     @property
@@ -114,6 +115,12 @@ class SequenceState:
         self.reply.append(token)
         if self._counts is not None:
             self._counts[token] = self._counts.get(token, 0) + 1
+
+    def observe(self) -> None:
+        """Tell the processors that have a state what the reply has become."""
+        for processor in self.processors:
+            if isinstance(processor, Observer):
+                processor.observe(self.reply)
 
     @property
     def counts(self) -> dict[int, int]:

@@ -227,7 +227,7 @@ def sampling_row(chunk: ScheduledChunk, place: int) -> SamplingRow:
             for token in drafts:
                 counts[token] = counts.get(token, 0) + 1
     position = chunk.start + chunk.rows - chunk.num_sampled + place + 1
-    processors = request.logits_processors
+    processors = sequence.processors
     return SamplingRow(request.sampling, sequence.seed, position, request.prompt, reply, counts, processors, chunk.want_probs)
 
 
