@@ -14,6 +14,7 @@ from typing import Any, TypedDict, TypeGuard
 from gemcutter.engine.sampler import LogitsProcessor
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.errors import RequestError, spell_value
+from gemcutter.text.grammar import Constraint
 
 Message = Mapping[str, object]
 
@@ -60,6 +61,8 @@ class GenerateOptions(TypedDict, total=False):
     add_generation_prompt: bool
     continue_final_message: bool
     parallel_tool_calls: bool
+    tool_choice: object
+    constraint: Constraint | None
     prompt_logprobs: int | None
     hidden_states: bool
     top_logits: int

@@ -309,6 +309,8 @@ class Engine:
             events.append(RequestEvent(sequence.number, finish=finish, prompt=given, time_s=now))
         if finish is not None:
             self._forget(sequence)
+        elif taken:
+            sequence.observe()
         return events
 
     def _accepted(

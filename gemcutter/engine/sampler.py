@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,17 @@ class LogitsProcessor(Protocol):
 
         `reply` holds the ids before the token in question, drafts among them included; neither list may be changed or kept.
         """
+
+
+@runtime_checkable
+class Observer(LogitsProcessor, Protocol):
+    """A processor with a state, one for each sequence, that is told what was sampled before it is asked again."""
+
+    def for_sequence(self) -> Observer:
+        """Return a processor for a sequence that begins."""
+
+    def observe(self, reply: Sequence[int]) -> None:
+        """Take note of a reply that has grown, so that work can begin while the model computes; the list may not be kept."""
 
 
 @dataclass(frozen=True, slots=True)
