@@ -310,8 +310,16 @@ class Engine:
         if finish is not None:
             self._forget(sequence)
         elif taken:
-            sequence.observe()
+            events += self._observe(sequence, now)
         return events
+
+    def _observe(self, sequence: SequenceState, now: float) -> list[RequestEvent]:
+        """Let processors begin to work on the next token while the model computes; what one raises ends its own request."""
+        try:
+            sequence.observe()
+        except Exception as error:
+            return [self._end(sequence, FinishReason.ERROR, now, error)]
+        return []
 
     def _accepted(
         self, chunk: ScheduledChunk, sampled: Sequence[SampledToken]

@@ -7,7 +7,6 @@ wire. Refuses to know HTTP. Read `wire/fields.py` for `ChatInput`, `service.py` 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -34,8 +33,8 @@ def prepare_chat(
         wanted |= {"tools": chat.tools, "parallel_tool_calls": chat.parallel_tool_calls}
     if adapter is not None:
         wanted["adapter"] = adapter
-    if chat.tool_choice == "none" and (call := model.tokenizer.id_of(TOOL_CALL)) is not None:
-        wanted["logit_bias"] = {**wanted.get("logit_bias", {}), call: -math.inf}
+    if chat.tool_choice == "none":
+        wanted["tool_choice"] = "none"
     context = model.engine.context
     wanted["max_tokens"] = context if chat.max_tokens is None else chat.max_tokens
     if (budget := _thinking_budget(model, chat.thinking_budget)) is not None:

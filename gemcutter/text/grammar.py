@@ -1,8 +1,8 @@
 """What a reply is held to, as a grammar: JSON by schema, a regex, a choice, Lark, and tool calls by their declarations.
 
-Owns `Constraint` and the Lark text that constraints, tools and the tool choice make together; markers are single special tokens in
-it. Thoughts are no part of it. Refuses to know how a grammar is compiled and applied. Read `grammar_values.py` for the arguments
-of calls, `grammar_compiler.py` for what comes next.
+Owns `Constraint` and the Lark text that constraints, tools and the tool choice make together; markers are single special tokens
+in it. Thoughts are no part of it. Refuses to know how a grammar is compiled and applied. Read `grammar_values.py` for the
+arguments of calls, `grammar_compiler.py` for what comes next.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gemcutter.errors import RequestError, spell_value
-from gemcutter.text.grammar_values import Rules, spell
+from gemcutter.text.grammar_values import Rules, in_slashes, spell
 
 KINDS = ("json_schema", "json_object", "regex", "choice", "lark")
 MOST_CHARACTERS = 1 << 19  # of a constraint's value, and of a grammar
@@ -24,8 +24,9 @@ WHITE_SPACE = "[ \\n]{1,8}"  # bounded, as models write white space without end;
 class Constraint:
     """What the answer of a reply must be; thoughts before it stay free.
 
-    `value` is a JSON text for "json_schema", a pattern for "regex", a tuple of texts for "choice", a grammar for "lark"; it is not
-    read for "json_object". `strict` refuses schemas with keywords that can't be held to, which are else left out with a warning.
+    `value` is a JSON text for "json_schema", a pattern for "regex", a tuple of texts for "choice", a grammar for "lark"; it is
+    not read for "json_object". `strict` refuses schemas with keywords that can't be held to, which are else left out with a
+    warning.
     """
 
     kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
@@ -67,7 +68,9 @@ def build_grammar(
         return None
     name = f"constraint ({constraint.kind})"
     if calls:
-        return _checked(Grammar("\n".join(["start: answer | calls", f"answer: {body}", *calls, *rules.lines]), name, False, warnings))
+        return _checked(
+            Grammar("\n".join(["start: answer | calls", f"answer: {body}", *calls, *rules.lines]), name, False, warnings)
+        )
     is_whole = constraint.kind == "lark" and isinstance(constraint.value, str)
     return _checked(Grammar(str(constraint.value) if is_whole else f"start: {body}", name))
 
@@ -158,18 +161,6 @@ def _json(schema: Mapping[str, Any], *, strict: bool) -> str:
         return f"%json {json.dumps({**schema, 'x-guidance': options})}"
     except RecursionError:
         raise RequestError("constraint: the JSON schema is nested too deeply; flatten it, or use $ref") from None
-
-
-def in_slashes(pattern: str) -> str:
-    """Return a pattern as it is written between slashes: they and line breaks are escaped."""
-    escaped, after_backslash = list[str](), False
-    for character in pattern:
-        if character == "/" and not after_backslash:
-            escaped.append("\\/")
-        else:
-            escaped.append("\\n" if character == "\n" else character)
-        after_backslash = character == "\\" and not after_backslash
-    return "".join(escaped)
 
 
 def _checked(grammar: Grammar) -> Grammar:

@@ -11,6 +11,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from gemcutter.errors import RequestError
@@ -23,17 +24,27 @@ PLACE = re.compile(r"^(?:at )?\d+\(\d+\): ")  # in a text that no caller has see
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class CompiledGrammar:
+    """An llguidance matcher at a grammar's start, to be copied and not moved; `first` has a bit for every id, 1 where it may
+    come first.
+    """
+
+    matcher: Any
+    first: bytes
+
+
 class GrammarCompiler:
     """Makes matchers; `end_ids` are allowed exactly where a grammar accepts."""
 
     def __init__(self, tokenizer: Tokenizer, end_ids: Collection[int]) -> None:
         self._tokenizer, self._end_ids = tokenizer, sorted(end_ids)
         self._lock, self._building = threading.Lock(), threading.Lock()
-        self._cached: OrderedDict[Grammar, Any] = OrderedDict()
+        self._cached: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._vocabulary: Any = None
 
-    def compile(self, grammar: Grammar) -> Any:
-        """Return an llguidance matcher at a grammar's start, to be copied and not moved; what can't be held to is logged once.
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """Return a grammar ready for use; what of it can't be held to is logged once.
 
         Raises RequestError where the grammar can't be compiled, and where llguidance is not installed.
         """
@@ -43,17 +54,18 @@ class GrammarCompiler:
                 return self._cached[grammar]
         library, vocabulary = import_llguidance(), self.vocabulary()
         matcher = library.LLMatcher(vocabulary, library.LLMatcher.grammar_from_lark(grammar.lark), log_level=0)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # the first is slow, as it builds the lexer's states; copies have them
+        first = (
+            b"" if matcher.is_error() else matcher.compute_bitmask()
+        )  # slow, as it builds states of the lexer, which copies have
         if matcher.is_error():
             raise RequestError(f"{grammar.name}: {_first_line(matcher.get_error())}")
         for warning in (*grammar.warnings, *(f"{grammar.name}: {each}" for each in matcher.get_grammar_warnings())):
             log.warning("%s", warning)
         with self._lock:
-            self._cached[grammar] = matcher
+            found = self._cached[grammar] = CompiledGrammar(matcher, first)
             while len(self._cached) > CACHED:
                 self._cached.popitem(last=False)
-        return matcher
+        return found
 
     def vocabulary(self) -> Any:
         """Return the vocabulary for llguidance; the first call makes it, which takes a second, and others wait for that."""

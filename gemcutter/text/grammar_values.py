@@ -14,7 +14,7 @@ from typing import Any
 
 from gemcutter.errors import RequestError, spell_value
 
-TEXT = r"/(.|\n)+/"
+TEXT, ANYTHING = r"/(.|\n)+/", r"(.|\n)*"
 MOST_LEVELS, MOST_PROPERTIES, LONGEST_BOUND = 32, 4000, 4096
 INTEGER = "-?(0|[1-9][0-9]{0,18})"  # bounded, as are all numbers without a schema's own bounds: models write digits without end
 LITERALS = {
@@ -53,6 +53,18 @@ QUOTE = '<|"|>'
 def spell(text: str) -> str:
     """Return a text as a literal of Lark."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def in_slashes(pattern: str) -> str:
+    """Return a pattern as it is written between slashes: they and line breaks are escaped."""
+    escaped, after_backslash = list[str](), False
+    for character in pattern:
+        if character == "/" and not after_backslash:
+            escaped.append("\\/")
+        else:
+            escaped.append("\\n" if character == "\n" else character)
+        after_backslash = character == "\\" and not after_backslash
+    return "".join(escaped)
 
 
 class Rules:
@@ -160,18 +172,17 @@ class _Reader:
                 self._unread("a length beside a pattern or format")
             return self._rules.add(f"{QUOTE} /{pattern}/ {QUOTE}")
         if high is not None and high > LONGEST_BOUND:
-            high = self._too_long("maxLength", high)
+            self._unread(f"maxLength {high} (beyond {LONGEST_BOUND})")
+            high = None
         if low > LONGEST_BOUND:
-            low = self._too_long("minLength", low) or 0
+            self._unread(f"minLength {low} (beyond {LONGEST_BOUND})")
+            low = 0
         if high == 0:
             return f"({QUOTE} {QUOTE})"
         if not low and high is None:
             return "string"
         bounded = f"/(.|\\n){{{low or 1},{'' if high is None else high}}}/"
         return self._rules.add(f"{QUOTE} {bounded if low else f'({bounded})?'} {QUOTE}")
-
-    def _too_long(self, keyword: str, bound: int) -> None:
-        self._unread(f"{keyword} {bound} (beyond {LONGEST_BOUND})")
 
     def _pattern(self, schema: Mapping[str, Any]) -> str:
         """Return the regular expression of a string's pattern or format as it is written between slashes, "" without one."""
@@ -182,10 +193,10 @@ class _Reader:
             if not PLAIN_PATTERN.fullmatch(pattern) or not _compiles(pattern):
                 self._unread(f"pattern {pattern!r}")
                 return ""
-            before = "" if pattern.startswith("^") else "(.|\\n)*"
             is_closed = pattern.endswith("$") and not pattern.endswith("\\$")
+            before, after = "" if pattern.startswith("^") else ANYTHING, "" if is_closed else ANYTHING
             body = pattern.removeprefix("^").removesuffix("$") if is_closed else pattern.removeprefix("^")
-            return f"{before}({_in_slashes(body)}){'' if is_closed else '(.|\\n)*'}"
+            return f"{before}({in_slashes(body)}){after}"
         if name is not None and name not in FORMATS:
             self._unread(f"format {name!r}")
         return FORMATS.get(str(name), "")
@@ -203,14 +214,15 @@ class _Reader:
         """Return an expression for an object: its properties in the order of their names, each once."""
         given, required = schema.get("properties"), schema.get("required")
         needed = [each for each in required if isinstance(each, str)] if isinstance(required, list | tuple) else []
-        properties = dict.fromkeys(needed, {}) | (dict(given) if isinstance(given, Mapping) else {})
+        properties = {name: {} for name in needed} | (dict(given) if isinstance(given, Mapping) else {})
         if not properties:
             extra = schema.get("additionalProperties")
             value = self._value(extra, level + 1) if extra is not False else ""
             return f'("{{" (KEY ":" {value} ("," KEY ":" {value})*)? "}}")' if value else '("{" "}")'
         self._rules.count(len(properties), self._place)
         first = following = self._rules.add('""')  # what may stand from here on where nothing came before, and after something
-        for name in reversed(sorted(properties, key=lambda each: str(each).lower())):
+        names = sorted(properties, key=lambda each: str(each).lower())
+        for name in names[::-1]:
             pair = f"{_key(str(name))} {self._value(properties[name], level + 1)}"
             before, after = ("", "") if name in needed else (f" | {first}", f" | {following}")
             first, following = (
@@ -258,7 +270,7 @@ class _Reader:
 
     def _check_order(self, schema: Mapping[str, Any], low_name: str, high_name: str) -> None:
         low, high = schema.get(low_name), schema.get(high_name)
-        if _is_number(low) and _is_number(high) and low > high:
+        if low is not None and high is not None and _is_number(low) and _is_number(high) and low > high:
             raise RequestError(f"{self._place}: {low_name} {low} is greater than {high_name} {high}")
 
     def _check_keywords(self, schema: Mapping[str, Any], kinds: Sequence[str]) -> None:
@@ -302,7 +314,3 @@ def _compiles(pattern: str) -> bool:
     except (re.error, RecursionError, OverflowError):
         return False
     return True
-
-
-def _in_slashes(pattern: str) -> str:
-    return re.sub(r"(?<!\\)/", r"\\/", pattern).replace("\n", "\\n")

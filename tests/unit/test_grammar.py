@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -18,6 +17,7 @@ import gemcutter
 from gemcutter.engine.grammar_mask import GrammarMask
 from gemcutter.errors import RequestError
 from gemcutter.text.grammar import Constraint, build_grammar
+from gemcutter.text.grammar_compiler import CompiledGrammar
 
 pytest.importorskip("llguidance")
 QUESTION = [{"role": "user", "content": "Go on."}]
@@ -34,11 +34,10 @@ def answer(model: gemcutter.Model, constraint: Constraint, seed: int = 1) -> gem
     return model.chat(QUESTION, constraint=constraint, temperature=1.5, seed=seed, max_tokens=100)
 
 
-def called(model: gemcutter.Model, tools: list[dict[str, Any]], choice: object, seed: int = 1) -> gemcutter.Completion:
-    """Return a reply with tools; the demo's own template prints none, so they are given beside ids."""
-    prepared = model.prepare(model.encode(QUESTION), temperature=1.5, seed=seed, max_tokens=100)
-    request = model._constrained(prepared.request, None, tools, choice, False, {})
-    return model.submit(replace(prepared, request=request, tools=tuple(tools))).finish()
+def called(
+    model: gemcutter.Model, tools: list[dict[str, Any]], choice: object, seed: int = 1, **more: Any
+) -> gemcutter.Completion:
+    return model.chat(QUESTION, tools=tools, tool_choice=choice, temperature=1.5, seed=seed, **{"max_tokens": 100} | more)
 
 
 def tool(name: str, schema: dict[str, Any], **more: object) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def test_arguments_validate_whatever_the_schema(model: gemcutter.Model) -> None:
     @given(objects_of(VALUES), st.sampled_from(["required", {"name": "f"}]))
     def check(schema: dict[str, Any], choice: object) -> None:
         nonlocal finished
-        found = called(model, [tool("f", schema)], choice)
+        found = called(model, [tool("f", schema)], choice, parallel_tool_calls=False)
         if found.finish_reason == "stop":
             (call,) = found.tool_calls
             assert call.name == "f"
@@ -152,23 +151,27 @@ def test_bad_constraints_are_refused(model: gemcutter.Model, constraint: Constra
 @pytest.mark.parametrize("choice", ["any", {"name": "h"}, {"names": "f"}, "required", 3])
 def test_bad_choices_are_refused(choice: object) -> None:
     with pytest.raises(RequestError, match="tool_choice"):
-        build_grammar(None, [], choice, parallel=True, thought="none")
+        build_grammar(None, [], choice)
 
 
 def test_limits_and_strictness() -> None:
     nested: dict[str, Any] = {"type": "string"}
     for _ in range(40):
         nested = {"type": "array", "items": nested}
-    wide = {"type": "object", "properties": {f"p{each}": {} for each in range(1001)}}
-    odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x"}}}
-    for schema, match in (({"properties": {"a": nested}}, "deep"), (wide, "1000")):
+    wide = {"type": "object", "properties": {f"p{each}": {} for each in range(4001)}}
+    odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x(?=y)"}}}
+    for schema, match in (({"properties": {"a": nested}}, "deep"), (wide, "4000")):
         with pytest.raises(RequestError, match=match):
-            build_grammar(None, [tool("f", schema)], "required", parallel=True, thought="none")
+            build_grammar(None, [tool("f", schema)], "required")
     with pytest.raises(RequestError, match="pattern"):
-        build_grammar(None, [tool("f", odd, strict=True)], "required", parallel=True, thought="none")
-    lenient = build_grammar(None, [tool("f", odd)], "required", parallel=True, thought="none")
+        build_grammar(None, [tool("f", odd, strict=True)], "required")
+    lenient = build_grammar(None, [tool("f", odd)], "required")
     assert lenient is not None
     assert "pattern" in lenient.warnings[0]
+
+
+def mask_of(compiled: CompiledGrammar, **more: Any) -> GrammarMask:
+    return GrammarMask(compiled.matcher, compiled.first, "test", **more)
 
 
 def allowed(mask: GrammarMask, reply: list[int], size: int) -> set[int]:
@@ -177,26 +180,25 @@ def allowed(mask: GrammarMask, reply: list[int], size: int) -> set[int]:
 
 
 def test_a_mask_follows_drafts_and_other_replies(model: gemcutter.Model) -> None:
-    grammar = build_grammar(Constraint("choice", ("abc", "abd", "xyz")), [], "auto", parallel=True, thought="none")
+    grammar = build_grammar(Constraint("choice", ("abc", "abd", "xyz")), [], "auto")
     assert grammar is not None
     first, size = model.grammars.compile(grammar), model.plan.vocab
     a, b, c, x = (model.tokenizer.encode(letter, bos=False)[0] for letter in "abcx")
     replies = [[], [a], [a, b], [a, b, c], [a], [x], [], [a, b], [a, b, c], [a, b, c], [x]]
-    mask = GrammarMask(first, "test")
+    mask = mask_of(first)
     for reply in replies:
-        mask.observe(reply)
-        assert allowed(mask, reply, size) == allowed(GrammarMask(first, "test"), reply, size)
+        assert allowed(mask, reply, size) == allowed(mask_of(first), reply, size)
     assert allowed(mask, [a, b, c], size) == set(model.defaults.stop_ids)
     assert len(allowed(mask, [a, x], size)) == size  # after a draft that is forbidden nothing is ever taken
     assert a in allowed(mask, [], size)
 
 
 def test_a_mask_waits_for_its_trigger(model: gemcutter.Model) -> None:
-    grammar = build_grammar(None, [tool("f", {})], "auto", parallel=False, thought="none")
+    grammar = build_grammar(None, [tool("f", {})], "auto", parallel=False)
     assert grammar is not None
     assert grammar.is_triggered
     opening = model.tokenizer.id_of("<|tool_call>")
-    mask, size = GrammarMask(model.grammars.compile(grammar), "test", opening), model.plan.vocab
+    mask, size = mask_of(model.grammars.compile(grammar), trigger=opening), model.plan.vocab
     assert len(allowed(mask, [40, 41], size)) == size
     assert opening is not None
     texts = {model.tokenizer.piece(id) for id in allowed(mask, [40, 41, opening], size)}
