@@ -80,7 +80,8 @@ def test_openais_parse_and_its_stream_helper_read_it(server: Running) -> None:
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_json_objects_and_what_vllm_calls_its_forms(server: Running, thinking: bool) -> None:
-    told = {"chat_template_kwargs": {"enable_thinking": thinking}}
+    short = {str(server.model.tokenizer.id_of(piece)): 50 for piece in ("<|channel>", "<channel|>")}  # a thought, and its end
+    told = {"chat_template_kwargs": {"enable_thinking": True}, "logit_bias": short} if thinking else {}
     assert choice(server, structured_outputs={"choice": ["yes", "no"]}, **told)["message"]["content"] in ("yes", "no")
     found = choice(server, structured_outputs={"regex": r"[a-f]{3}-\d{2}"}, **told)["message"]["content"]
     assert re.fullmatch(r"[a-f]{3}-\d{2}", found)
@@ -137,6 +138,8 @@ def test_tools_and_a_schema_together_give_one_or_the_other(server: Running) -> N
             seen.add("answer")
             assert holds(message["content"])
     assert seen
+    must = choice(server, response_format=format, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert must["message"]["tool_calls"]
 
 
 def test_without_tools_no_call_is_written(server: Running) -> None:
@@ -157,7 +160,7 @@ def test_responses_and_messages_follow_schemas_and_choices(server: Running) -> N
         assert [item.name for item in called.output if item.type == "function_call"][:1] == ["get_weather"]
     with anthropic.Anthropic(api_key="k", base_url=server.url, max_retries=0) as other:
         tools: Any = [{"name": each["name"], "input_schema": each["parameters"]} for each in (WEATHER, TIME)]
-        asked: Any = {"model": "demo", "max_tokens": 200, "messages": ASK, "temperature": 1.0}
+        asked: Any = {"model": "demo", "max_tokens": 200, "messages": ASK, "extra_body": {"temperature": 1.0}}
         made = other.messages.create(**asked, tools=tools, tool_choice={"type": "any", "disable_parallel_tool_use": True})
         assert (made.stop_reason, made.content[-1].type) == ("tool_use", "tool_use")
         told = other.messages.create(**asked, output_config={"format": {"type": "json_schema", "schema": SCHEMA}})
@@ -176,7 +179,6 @@ def test_responses_and_messages_follow_schemas_and_choices(server: Running) -> N
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
         ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs"),
-        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, None),
     ],
 )
 def test_forms_that_can_t_be_followed_are_refused(server: Running, change: dict[str, Any], param: str | None) -> None:

@@ -22,7 +22,7 @@ from gemcutter.text.grammar import Constraint
 
 WARNINGS = "x-gemcutter-warning"
 RawText = str | tuple[int, ...]  # a text, or its token ids
-OF_CONSTRAINT = "constraint:"  # how the messages of errors of constraints begin
+OF_CONSTRAINT = "constraint"  # how the messages of errors of constraints begin, before a colon
 SEALED = "gemcutter:"  # how reasoning that a client carries for us, unread, begins
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,10 @@ def naming_constraint(where: str) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        if not error.summary.startswith(OF_CONSTRAINT):
+        name, _, rest = error.summary.partition(": ")
+        if not name.startswith(OF_CONSTRAINT):
             raise
-        raise FieldError(where, error.summary.removeprefix(OF_CONSTRAINT).lstrip()) from error
+        raise FieldError(where, rest) from error
 
 
 def schema_constraint(schema: object, where: str, *, strict: bool) -> Constraint:

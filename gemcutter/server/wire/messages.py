@@ -26,8 +26,10 @@ from gemcutter.server.wire.fields import (
     image_part,
     joined,
     refuse,
+    schema_constraint,
     unseal,
 )
+from gemcutter.text.grammar import Constraint
 
 # Fields that would change what a client gets: refused by name where they ask for something.
 REFUSED = {
