@@ -94,7 +94,7 @@ def chat(
     """Hold one conversation until the input ends. Raises UsageError or GemcutterError."""
     sampling = options.check_sampling(choosing)
     declared = None if tools is None else read_tools(tools)
-    loaded = load_model(model, loading, context=context, kv=kv, prefix_cache_entries=4)
+    loaded = load_model(model, loading, context=context, kv=kv, prefix_cache_bytes=None)
     if loaded.template is None:
         raise RequestError(
             f"{model} has no chat template (a base model?); use `gemcutter run`, or an instruction-tuned checkpoint"

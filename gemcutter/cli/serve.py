@@ -131,7 +131,7 @@ def serve(
     adapters = dict(_read_module(each) for each in lora_modules or ())
     create_app = _find_app()
     with _take_port(host, port) as taken:
-        limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache_entries": max_num_seqs, "adapters": adapters}
+        limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache_bytes": None, "adapters": adapters}
         limits |= {"max_batched_tokens": max_num_batched_tokens, "max_stall_ms": max_stall_ms or None}
         loaded = load_model(model, loading, context=max_model_len, kv=kv, **limits)
         with loaded:
