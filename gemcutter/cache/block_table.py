@@ -51,7 +51,7 @@ class BlockTable:
         """Take pages for the next `rows` positions. Raises CapacityError, with nothing taken, if they are not to be had."""
         if (group := self.shortage(rows)) is not None:
             free, needed = self.cache.allocators[group].free, sum(self._missing(group, rows))
-            raise CapacityError(f"the cache has {free} free pages of {group}, {needed} are needed")
+            raise CapacityError(f"the cache has {free} free pages, {needed} are needed")
         for group in self._runs:
             self._grow(group, *self._missing(group, rows))
         self.reserved = rows

@@ -473,7 +473,7 @@ def test_checkpoints_give_way_before_anyone_is_preempted() -> None:
     watched = Watched(make_engine(checkpoints=4, spare=3))
     watched.submit(REQUESTS[6])
     watched.finish()
-    assert len(watched.engine.prefix) == 2
+    assert watched.engine.prefix.nbytes
     assert watched.engine.pool.allocators[group_of(None)].free < 5  # which is what each of the next two needs
     requests = [ask(prompt(9, seed), 9, seed=seed) for seed in (50, 51)]
     numbers = [watched.submit(request) for request in requests]
@@ -484,18 +484,92 @@ def test_checkpoints_give_way_before_anyone_is_preempted() -> None:
     assert_no_leaks(watched.engine)
 
 
-def test_a_checkpoint_found_by_a_prompt_that_must_wait_is_let_go() -> None:
-    watched = Watched(make_engine(checkpoints=2, spare=3))
+def test_a_prefix_found_by_a_prompt_that_must_wait_stays() -> None:
+    watched = Watched(make_engine(checkpoints=4, spare=3))
     watched.submit(ask(SHARED, 0))
     watched.finish()
     watched.submit(ask(prompt(32, 60), 8))
     for _ in range(5):
         watched.step()
-    waits = watched.submit(ask(SHARED + prompt(12, 61), 4))
+    request = ask(SHARED + prompt(12, 61), 4)
+    waits = watched.submit(request)
     watched.step()
     assert [sequence.number for sequence in watched.engine.scheduler.waiting] == [waits]
-    assert not len(watched.engine.prefix), "the test needs its checkpoint evicted in vain"
+    assert watched.engine.prefix.usable(request.prompt) == len(SHARED), "a prefix was evicted in vain"
     watched.finish()
+    assert_same(watched.answers[waits], alone(request))
+    assert_no_leaks(watched.engine)
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    """Requests that come together, or while the first is in its prompt, wait for what it computes, and no others do."""
+    long = prompt(30, 70)
+    requests = [ask(long + prompt(3, seed), 4, seed=seed) for seed in (71, 72, 73)]
+    other = ask(prompt(4, 75), 2)
+    watched = Watched(make_engine(max_rows=8, max_sequences=5, checkpoints=20))
+    numbers = [watched.submit(request) for request in requests[:2]]
+    passes = watched.submit(other)
+    watched.step()
+    assert watched.engine.scheduler.awaiting == {numbers[1]}
+    numbers.append(watched.submit(requests[2]))
+    watched.step()
+    assert watched.engine.scheduler.awaiting == set(numbers[1:])
+    assert watched.answers[passes].tokens, "who shares nothing does not wait"
+    watched.finish()
+    assert [watched.answers[number].cached for number in numbers] == [0, len(long), len(long)]
+    for number, request in zip(numbers, requests, strict=True):
+        assert_same(watched.answers[number], alone(request))
+    assert_no_leaks(watched.engine)
+
+
+@pytest.mark.parametrize("changed", [{"adapter": None, "cache_salt": "b"}, {"prompt_logprobs": 0}], ids=repr)
+def test_nobody_waits_for_what_is_not_shared(changed: dict[str, Any]) -> None:
+    request = ask(prompt(30, 70), 2, cache_salt="a")
+    watched = Watched(make_engine(max_rows=8, checkpoints=20))
+    numbers = [watched.submit(each) for each in (request, replace(request, **changed))]
+    watched.step()
+    assert not watched.engine.scheduler.awaiting
+    watched.finish()
+    assert [watched.answers[number].cached for number in numbers] == [0, 0]
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_beginning_whose_request_is_cancelled_is_computed_by_the_next(after: int) -> None:
+    long = prompt(30, 70)
+    requests = [ask(long + prompt(3, seed), 4, seed=seed) for seed in (71, 72, 73)]
+    watched = Watched(make_engine(max_rows=8, max_sequences=5, checkpoints=20))
+    first, second, third = (watched.submit(request) for request in requests)
+    for _ in range(after):
+        watched.step()
+    watched.cancel(first)
+    watched.finish()
+    assert watched.answers[second].cached == 8 * after  # what the first has left
+    assert watched.answers[third].cached == len(long)
+    for number, request in zip((second, third), requests[1:], strict=True):
+        assert_same(watched.answers[number], alone(request))
+    assert_no_leaks(watched.engine)
+
+
+def test_a_more_urgent_request_waits_for_nobody() -> None:
+    request = ask(prompt(30, 70), 2)
+    watched = make_engine(max_rows=8, checkpoints=20)
+    watched.submit(request)
+    watched.step()
+    watched.submit(replace(request, priority=-1))
+    watched.step()
+    assert not watched.scheduler.awaiting
+    assert len(watched.scheduler.running) == 2
+
+
+def test_preempted_prompts_find_what_they_had_computed() -> None:
+    watched = Watched(make_engine(max_rows=16, max_sequences=2, checkpoints=20, spare=2))
+    requests = [ask(prompt(12, 80), 20, seed=80), ask(prompt(30, 81), 4, seed=81)]
+    numbers = [watched.submit(request) for request in requests]
+    watched.finish()
+    assert watched.preempted
+    for number, request in zip(numbers, requests, strict=True):
+        assert watched.answers[number].cached == 0, "its own rows are no hit"
+        assert_same(watched.answers[number], alone(request))
     assert_no_leaks(watched.engine)
 
 
