@@ -229,7 +229,7 @@ class PrefixCache:
 
         Returns the last node that is there, and how many pages end with it.
         """
-        if mark.node is None or mark.node.is_gone:
+        if mark.node is None or mark.node.is_gone or mark.node.space != space:
             mark.pages, mark.node = 0, None
         node, count, size = mark.node or self._roots.setdefault(space, PageNode((), None, space)), mark.pages, self.page_tokens
         self._use([node])
