@@ -43,8 +43,8 @@ class GenerateOptions(TypedDict, total=False):
     tokens that end a turn; `TemplateOptions` are for conversations. Tools are declarations as OpenAI's API has them, or
     functions, which are declared by their signature; calls are read by them, and with `parallel_tool_calls` False the first
     call ends the reply. `stop_token_ids` end the reply as a turn's end does. With `watchdog` a reply that goes round in circles
-    ends early, with "repetition" as its reason; arrays of equal numbers, tables and code pass. `sampling` takes the place of
-    the single sampling fields (`SamplingParams`); the others are
+    ends early, with "repetition" as its reason; arrays of equal numbers, tables and code pass. What was computed for a prompt
+    is reused among requests of one `cache_salt` only. `sampling` takes the place of the single sampling fields (`SamplingParams`); the others are
     `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing
     then.
     """
@@ -70,6 +70,7 @@ class GenerateOptions(TypedDict, total=False):
     priority: int
     deadline_s: float | None
     watchdog: bool
+    cache_salt: str | None
     sampling: SamplingParams | None
     temperature: float
     top_k: int
@@ -95,6 +96,7 @@ OF_REQUEST = (
     "min_tokens",
     "priority",
     "deadline_s",
+    "cache_salt",
 )
 
 # What other engines call an option that there is here.

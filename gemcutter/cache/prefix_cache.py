@@ -97,6 +97,11 @@ class PrefixCache:
         """Count the bytes of the pages that are held, shared with sequences or not."""
         return sum(count * self.pool.page_bytes(group) for group, count in self.held.items())
 
+    @property
+    def most_bytes(self) -> int:
+        """Count the bytes of the pages that may be held."""
+        return sum(count * self.pool.page_bytes(group) for group, count in self.capacity.items())
+
     # ---- looking up ----
 
     def find(self, ids: tuple[int, ...], adapter: str | None = None, salt: str | None = None) -> BlockTable | None:

@@ -40,6 +40,7 @@ SAMPLING = (
     "stop_token_ids",
     "priority",
     "watchdog",
+    "cache_salt",
 )
 SWITCHES = ("text", "json_object", "json_schema")
 
@@ -77,6 +78,7 @@ class SamplingFields(BaseModel):
     stop_token_ids: list[int] | None = None
     priority: int | None = Field(default=None, description="lower ones first")
     watchdog: bool | None = Field(default=None, description="end replies that go round in circles")
+    cache_salt: str | None = Field(default=None, min_length=1, description="share cached prefixes under this word only")
 
     @property
     def wants_usage(self) -> bool:
