@@ -42,11 +42,11 @@ class GenerateOptions(TypedDict, total=False):
     `max_tokens` bounds the reply, 128 tokens by default. `stop` are strings that end the text, `ignore_eos` goes on after
     tokens that end a turn; `TemplateOptions` are for conversations. Tools are declarations as OpenAI's API has them, or
     functions, which are declared by their signature; calls are read by them, and with `parallel_tool_calls` False the first
-    call ends the reply. `stop_token_ids` end the reply as a turn's end does. With `watchdog` a reply that goes round in circles
-    ends early, with "repetition" as its reason; arrays of equal numbers, tables and code pass. What was computed for a prompt
-    is reused among requests of one `cache_salt` only. `sampling` takes the place of the single sampling fields (`SamplingParams`); the others are
-    `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing
-    then.
+    call ends the reply. `stop_token_ids` end the reply as a turn's end does. With `watchdog` a reply that goes round in
+    circles ends early, with "repetition" as its reason; arrays of equal numbers, tables and code pass. What was computed for
+    a prompt is reused among requests of one `cache_salt` only. `sampling` takes the place of the single sampling fields
+    (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`, `top_p`,
+    `min_p` and `seed` change nothing then.
     """
 
     max_tokens: int

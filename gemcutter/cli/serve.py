@@ -235,9 +235,8 @@ def announce(model: Model, taken: socket.socket, chosen: ServerOptions) -> None:
     weights = sum(each.nbytes for each in model.decoder.params.values())
     names = ", ".join((*chosen.names, *model.adapters))
     say(f"{name}: {spell_how(model)}, {engine.scheduler.max_num_seqs} requests at once")
-    cached = (
-        f"{spell_bytes(engine.prefix.most_bytes)} of it for prefixes that are reused" if engine.prefix.is_on else "none reused"
-    )
+    prefixes = engine.prefix
+    cached = f"{spell_bytes(prefixes.most_bytes)} of it for prefixes to reuse" if prefixes.is_on else "no prefix is reused"
     say(f"memory: {spell_bytes(weights)} of weights, {spell_bytes(engine.pool.nbytes)} of cache, {cached}")
     say(f"serving on {url} as {names}" + (f" (on all addresses, port {port})" if host in ("0.0.0.0", "::") else ""))
     key = f' -H "Authorization: Bearer ${KEY}"' if chosen.api_keys else ""

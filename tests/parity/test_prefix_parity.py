@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gemcutter.engine.engine import Engine
+from gemcutter.errors import RequestError
 from gemcutter.model.text import Decoder
 from tests.parity.batches import Answer, Job, dense, drive
 from tests.topologies import SIZES, TOLERANCE, build_decoder, build_oracle, plan_of, prompt, relative_error
@@ -19,13 +20,10 @@ from tests.topologies import SIZES, TOLERANCE, build_decoder, build_oracle, plan
 CONTEXT = 640
 ROOMY = 1 << 24
 LONG = prompt(500, 1)
-TURN = LONG[:200]
 
 # The first one is computed alone; what comes later parts from it everywhere, and from each other.
-LATER = tuple(
-    Job(LONG[:depth] + prompt(7, 40 + index), joins=joins)
-    for index, (depth, joins) in enumerate(((499, 0), (130, 0), (191, 0), (192, 3), (64, 3), (330, 4), (331, 9), (333, 9), (500, 9)))
-)
+DEPTHS = ((499, 0), (130, 0), (191, 0), (192, 3), (64, 3), (330, 4), (331, 9), (333, 9), (500, 9))  # and when they join
+LATER = tuple(Job(LONG[:depth] + prompt(7, 40 + index), joins=joins) for index, (depth, joins) in enumerate(DEPTHS))
 
 
 @functools.cache
@@ -72,16 +70,21 @@ def test_answers_are_the_same_with_the_cache(size: str, kernels: str, max_rows: 
         assert shared - 64 <= count <= shared, "at most one window, in whole pages, is computed again"
 
 
-@pytest.mark.parametrize("nbytes", [1, 2, 8])
-def test_answers_are_the_same_when_the_cache_is_too_small(nbytes: int) -> None:
+@functools.cache
+def least_bytes() -> int:
+    """Return the smallest budget that holds a prefix, as the error for a smaller one tells it."""
+    with pytest.raises(RequestError) as caught:
+        engine("E2B", prefix_cache_bytes=1)
+    return int(str(caught.value).partition("give ")[2].split()[0])
+
+
+@pytest.mark.parametrize("times", [1, 2, 8])
+def test_answers_are_the_same_when_the_cache_is_too_small(times: int) -> None:
     """So many times the least that is of any use; everything is evicted all the time."""
-    size = "E2B"
-    with pytest.raises(Exception, match="give ") as caught:
-        engine(size, prefix_cache_bytes=1)
-    least = int(str(caught.value).partition("give ")[2].split()[0])
-    running = engine(size, max_num_seqs=3, max_batched_tokens=50, prefix_cache_bytes=nbytes * least)
-    assert running.prefix.most_bytes <= nbytes * least
-    assert_same([*drive(running, [Job(LONG)]), *drive(running, LATER)], plain(size, "reference"))
+    nbytes = times * least_bytes()
+    running = engine("E2B", max_num_seqs=3, max_batched_tokens=50, prefix_cache_bytes=nbytes)
+    assert running.prefix.most_bytes <= nbytes
+    assert_same([*drive(running, [Job(LONG)]), *drive(running, LATER)], plain("E2B", "reference"))
     assert all(running.prefix.held[group] <= most for group, most in running.prefix.capacity.items())
 
 
@@ -104,13 +107,13 @@ def test_what_a_cancelled_request_computed_serves_the_next(tokens: int) -> None:
     assert cached([found])[0] >= 64
 
 
-def test_preempted_requests_go_on_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    running = engine("E2B", max_batched_tokens=64, max_num_seqs=2, prefix_cache_bytes=ROOMY)
-    running.scheduler.max_num_seqs = 6  # more than the pages are for
-    jobs = tuple(Job(TURN + prompt(150 + index, 20 + index), max_tokens=200) for index in range(6))
+def test_preempted_requests_go_on_from_the_cache() -> None:
+    running = engine("E2B", max_batched_tokens=128, max_num_seqs=1, prefix_cache_bytes=2 * least_bytes())
+    running.scheduler.max_num_seqs = 3  # more than the pages are for
+    jobs = tuple(Job(prompt(250 + index, 20 + index), max_tokens=60) for index in range(3))
     found = drive(running, jobs)
     assert running.scheduler.preemptions, "the test needs fewer pages or longer replies"
-    assert_same(found, drive(engine("E2B", max_batched_tokens=64, max_num_seqs=6), jobs))
+    assert_same(found, drive(engine("E2B", max_batched_tokens=128, max_num_seqs=3), jobs))
     while running.prefix.evict():
         pass
     assert all(book.free == len(book.ref_counts) for book in running.pool.allocators.values()), "pages were leaked"
