@@ -22,7 +22,8 @@ from tests.unit.test_run_tools import CALL, END, Q, Script
 from tests.unit.test_scheduler import TINY
 
 TURNS = 20
-THOUGHT = "<|channel>thought\nI should look that up, step by step, and then say what I found.<channel|>"
+OPENING = "<|channel>thought\n"  # which the prompt ends with after a tool's result
+THOUGHT = "I should look that up, step by step, and then say what I found.\n<channel|>"
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +56,19 @@ def look_up(word: str, page: int) -> str:
     return f"On page {page} the book says of the {word} that it is old, and that few have seen it. " * 2
 
 
-def reply(turn: int, thinks: bool) -> str:
-    thought = THOUGHT if thinks else ""
-    return f"{thought}{CALL}call:look_up{{page:{turn},word:{Q}lantern{Q}}}{END}"
+def call(turn: int) -> str:
+    return f"{CALL}call:look_up{{page:{turn},word:{Q}lantern{Q}}}{END}"
 
 
 def test_an_agent_computes_nearly_nothing_twice(model: Model, rows: list[int]) -> None:
     """20 rounds of calls after one message: the thoughts of a running loop stay in the prompt."""
-    script = Script(model, *[reply(turn, thinks=True) for turn in range(TURNS)], "It is old.")
+    script = Script(
+        model, *[(THOUGHT if turn else OPENING + THOUGHT) + call(turn) for turn in range(TURNS)], f"{THOUGHT}It is old."
+    )
     question = "What do you know of the lantern? " + "Here is what I have read myself. " * 4
     options: dict[str, Any] = {"enable_thinking": True, "logits_processors": [script], "max_tokens": 200}
     found = run_tools(model, question, [look_up], max_rounds=TURNS, **options)
-    assert not found.tool_calls
+    assert (found.text, found.tool_calls) == ("It is old.", ())
     assert len(script.prompts) == TURNS + 1
     computed, tokens = sum(rows), len(found.prompt_tokens) + len(found.tokens)
     assert tokens > 1500, "the test needs a conversation longer than windows"
@@ -75,7 +77,7 @@ def test_an_agent_computes_nearly_nothing_twice(model: Model, rows: list[int]) -
 
 def test_a_client_that_runs_the_tools_itself_computes_as_little(model: Model, rows: list[int]) -> None:
     """It sends the whole conversation again after each call."""
-    script = Script(model, *[reply(turn, thinks=False) for turn in range(TURNS)])
+    script = Script(model, *map(call, range(TURNS)))
     tools, history = declarations([look_up]), list[Mapping[str, object]]([{"role": "user", "content": "What of the lamp?"}])
     for _ in range(TURNS):
         found = model.chat(history, tools=tools, logits_processors=[script], max_tokens=100)
@@ -86,7 +88,7 @@ def test_a_client_that_runs_the_tools_itself_computes_as_little(model: Model, ro
 
 def test_only_the_turn_whose_thought_is_dropped_is_computed_twice(model: Model, rows: list[int]) -> None:
     """Templates drop the thought of a turn once the user speaks again, so that the ids part where that turn begins."""
-    script = Script(model, *[f"{THOUGHT}It is old." for _ in range(TURNS)])
+    script = Script(model, *[f"{OPENING}{THOUGHT}It is old." for _ in range(TURNS)])
     history = list[Mapping[str, object]]()
     for turn in range(TURNS):
         history.append({"role": "user", "content": f"And what of page {turn}? I have read it twice. " * 4})
