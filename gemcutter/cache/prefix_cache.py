@@ -4,8 +4,8 @@ A node is one page of tokens below the pages before it. It holds that page of ev
 an earlier one did shares pages to the token where the two part. Rows after such a hit also see the keys of the last window in
 every sliding layer, which only rows of the whole prefix can make again: a snapshot holds these pages for one boundary, and
 without one a prefix is of no use. Snapshots are taken at the ends of prompts and replies, where two prompts part, and inside long
-prompts once a window, so that a hit at any depth computes at most one window again while the budget lasts. The last kind goes
-first.
+prompts once a window (checkpoints), so that a hit at any depth computes at most one window again while the budget lasts. When it
+is short, checkpoints go first: those of older prompts, then every other one, so that the others lie twice as far apart.
 
 Nodes go leaf first, the longest unused before others; no page is taken away while a sequence holds it. Refuses to know text and
 requests; ids only. Read `block_table.py` for how pages are shared, `engine/memory.py` for how many there may be.
@@ -64,6 +64,7 @@ class Mark:
 
     pages: int = 0
     node: PageNode | None = None
+    born: int = 0  # the clock when it was first seen
     boundaries: set[int] = field(default_factory=set)  # positions whose windows are to be kept once they are computed
 
 
@@ -118,14 +119,14 @@ class PrefixCache:
         runs = {group: self._run(path, group, length) for group in self.pool.allocators}
         table = BlockTable.sharing(self.pool, length, runs)
         whole = length // size
-        self._marks[table] = Mark(whole, path[whole - 1] if whole else None)
+        self._marks[table] = Mark(whole, path[whole - 1] if whole else None, self._clock)
         self.ask(table, shared // size * size)
         return table
 
     def ask(self, table: BlockTable, boundary: int) -> None:
         """Let the windows at a position be kept once a table gets there, for prompts that go another way from it on."""
         if boundary > table.length:
-            self._marks.setdefault(table, Mark()).boundaries.add(boundary)
+            self._marks.setdefault(table, Mark(born=self._clock)).boundaries.add(boundary)
 
     def usable(self, ids: tuple[int, ...], adapter: str | None = None, salt: str | None = None) -> int:
         """Return how many leading tokens of a prompt `find` would share now."""
@@ -216,7 +217,7 @@ class PrefixCache:
         if not self.is_on or not end:
             return
         self._clock += 1
-        mark = self._marks.setdefault(table, Mark())
+        mark = self._marks.setdefault(table, Mark(born=self._clock))
         last, count = self._insert(ids, end, table, (adapter, salt), mark)
         if is_end:
             self._use(_upwards(last))
@@ -227,7 +228,7 @@ class PrefixCache:
         ends = sorted(asked.union(checkpoints))
         path = self._tail(last, count, ends[0]) if ends else {}
         for at in ends:
-            self._take_snapshot(path, table, at, computed, is_checkpoint=at not in asked)
+            self._take_snapshot(path, table, at, computed, is_checkpoint=at not in asked, born=mark.born)
 
     def _insert(self, ids: tuple[int, ...], end: int, table: BlockTable, space: Hashable, mark: Mark) -> tuple[PageNode, int]:
         """Add the nodes that are missing along the first `end` ids, as far as the capacity goes.
@@ -287,9 +288,12 @@ class PrefixCache:
         node.ids = ids
 
     def _take_snapshot(
-        self, path: Mapping[int, PageNode], table: BlockTable, end: int, computed: int, is_checkpoint: bool
+        self, path: Mapping[int, PageNode], table: BlockTable, end: int, computed: int, is_checkpoint: bool, born: int
     ) -> None:
-        """Keep the windows at `end` if they are there and fit; `computed` positions of the table hold keys and values."""
+        """Keep the windows at `end` if they are there and fit; `computed` positions of the table hold keys and values.
+
+        What is older than `born` has nothing to do with the prompt under way.
+        """
         last = path.get(-(-end // self.page_tokens) - 1)
         if last is None:
             return  # no windows, or no room for the nodes
@@ -299,7 +303,7 @@ class PrefixCache:
         while (wanted := self._snapshot_pages(path, table, end)) is not None:
             if all(self._fits(group, [path[index] for each, index in wanted if each == group]) for group in self._windows):
                 break
-            if not self._evict_snapshot(checkpoints_only=is_checkpoint):
+            if not self._evict_snapshot(born, level=self._level(end) if is_checkpoint else None):
                 return
         if wanted is None:
             return
@@ -362,7 +366,7 @@ class PrefixCache:
         """Let go of what is needed least, to free pages of a group or of any; return whether there was something."""
         self._clock += 1
         if group in self._windows:
-            return self._evict_snapshot(frees=group)
+            return self._evict_snapshot(self._clock, frees=group)
         return self._evict_leaf() or (self._has_unused() and self._evict_leaf(even_used=True))
 
     def _evict_leaf(self, even_used: bool = False) -> bool:
@@ -380,22 +384,32 @@ class PrefixCache:
     def _is_unused(self, node: PageNode) -> bool:
         return all(self.pool.allocators[group].ref_counts[page] == 1 for group, page in node.pages.items())
 
-    def _evict_snapshot(self, frees: GroupId | None = None, checkpoints_only: bool = False) -> bool:
-        """Drop the snapshot that is needed least; with `frees`, only one that holds a page of that group for nobody else."""
-        found = [
-            snapshot
-            for snapshot in self._snapshots
-            if (snapshot.is_checkpoint or not checkpoints_only) and (frees is None or self._frees(snapshot, frees))
-        ]
-        if not found:
+    def _evict_snapshot(self, born: int, frees: GroupId | None = None, level: int | None = None) -> bool:
+        """Drop the snapshot that is needed least; with `frees`, only one that holds a page of that group for nobody else.
+
+        With `level` it makes room for a checkpoint of that level: only for it are those dropped that matter no more than it does.
+        """
+
+        def need(snapshot: Snapshot) -> tuple[bool, bool, int, int]:
+            if not snapshot.is_checkpoint:
+                return True, False, 0, snapshot.used
+            return False, snapshot.last.used >= born, self._level(snapshot.end), snapshot.used
+
+        found = (each for each in self._snapshots if frees is None or self._frees(each, frees))
+        snapshot = min(found, key=need, default=None)
+        if snapshot is None or (level is not None and need(snapshot) > (False, True, level, self._clock)):
             return False
-        snapshot = min(found, key=lambda each: (not each.is_checkpoint, each.used))
         self._drop_snapshot(snapshot)
         node: PageNode | None = snapshot.last
         while node is not None and node.parent is not None and self._is_useless(node):
             self._remove(node)
             node = node.parent
         return True
+
+    def _level(self, end: int) -> int:
+        """Return how far apart the checkpoints lie among which one at `end` is still found, as a multiple of a window."""
+        number = end // self._spacing
+        return number & -number
 
     def _frees(self, snapshot: Snapshot, group: GroupId) -> bool:
         book = self.pool.allocators[group]

@@ -286,6 +286,29 @@ def test_windows_inside_prompts_go_before_those_at_their_ends() -> None:
     assert cache.held[group_of(4)] <= 10
 
 
+@pytest.mark.parametrize("windows", [2, 5, 9, 20])
+def test_a_short_budget_thins_windows_out_evenly(windows: int) -> None:
+    """Those of an older prompt go first; of a prompt's own every other one."""
+    pool = make_pool(tokens=2, window=4, pages=400)
+    cache = make_cache(pool, pages=400)
+    cache.capacity[group_of(4)] = 3 * (windows + 1)  # which is what each takes that has no neighbour, and the last one
+    older, ids = ((first, *(index * index % 7 % 4 for index in range(255))) for first in (1, 2))
+    for each in (older, ids):
+        table = BlockTable(pool)
+        for end in range(8, 257, 8):
+            table.reserve(8)
+            cache.keep(each, table, since=end - 8, computed=end, is_end=end == 256)
+            table.commit(8)
+        table.release()
+    lengths = [cache.usable((*ids[:depth], 9)) for depth in range(256)]
+    gaps = [depth - length for depth, length in enumerate(lengths)]
+    fair = 256 / windows
+    assert max(gaps) <= 2 * fair + 4
+    assert len(set(lengths)) > windows / 2
+    assert cache.held[group_of(4)] <= 3 * (windows + 1)
+    assert_all_goes(cache)
+
+
 def test_nothing_is_kept_without_capacity_or_ids() -> None:
     pool = make_pool(pages=10)
     none, some = make_cache(pool, 0), make_cache(pool)
