@@ -51,6 +51,7 @@ SAMPLING = (
     "stop_token_ids",
     "priority",
     "watchdog",
+    "cache_salt",
 )
 FORMATS = ("text", "json_object", "json_schema")  # of response_format
 FORMS = ("json", "regex", "choice", "grammar", "json_object")  # of structured_outputs
@@ -91,6 +92,7 @@ class SamplingFields(BaseModel):
     priority: int | None = Field(default=None, description="lower ones first")
     watchdog: bool | None = Field(default=None, description="end replies that go round in circles")
     structured_outputs: dict[str, Any] | None = Field(default=None, description=f"one of {', '.join(FORMS)}, as vLLM has it")
+    cache_salt: str | None = Field(default=None, min_length=1, description="share cached prefixes under this word only")
 
     @property
     def wants_usage(self) -> bool:
