@@ -13,7 +13,7 @@ from enum import Enum
 from torch import Tensor
 
 from gemcutter.cache.block_table import BlockTable
-from gemcutter.engine.sampler import LogitsProcessor
+from gemcutter.engine.sampler import LogitsProcessor, Observer
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.speculate.tally import Tally
@@ -41,7 +41,7 @@ class Request:
     `logits_processors` edit the logits of every sampled token, in this order, before bias and penalties. No stop id is sampled
     before the reply has `min_tokens`. Of requests that wait, and that compete for pages, the one with the lower `priority` comes
     first. `deadline_s` seconds after it was queued a request ends, however far it is. `watchdog` says how a reply that repeats
-    itself is recognised; it ends then.
+    itself is recognised; it ends then. Prefixes are shared among requests of one `cache_salt` only.
     """
 
     prompt: tuple[int, ...]
@@ -57,6 +57,7 @@ class Request:
     priority: int = 0
     deadline_s: float | None = None
     watchdog: TokenClasses | None = None
+    cache_salt: str | None = None
 
     @property
     def wants_all_rows(self) -> bool:
@@ -110,6 +111,8 @@ class SequenceState:
         self.tally = Tally()
         self.state_D: Tensor | None = None  # the target's, of the row that gave the last token; where somebody drafts from it
         self.expires_s: float | None = None  # on the engine's clock
+        self.processors = tuple(each.for_sequence() if isinstance(each, Observer) else each for each in request.logits_processors)
+        self.was_admitted = False  # its prompt was looked up in the prefix cache
         self._counts: dict[int, int] | None = None
 
     @property
@@ -129,6 +132,12 @@ class SequenceState:
         self.reply.append(token)
         if self._counts is not None:
             self._counts[token] = self._counts.get(token, 0) + 1
+
+    def observe(self) -> None:
+        """Let the processors that have a state take note of what the reply has become."""
+        for processor in self.processors:
+            if isinstance(processor, Observer):
+                processor.observe(self.reply)
 
     @property
     def counts(self) -> dict[int, int]:

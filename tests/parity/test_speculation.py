@@ -51,7 +51,7 @@ def speculator(mode: str, drafts: int | None) -> Speculator:
 
 
 def engine(batch: int, guesses: Speculator | None = None) -> Engine:
-    return Engine(pair()[0], CONTEXT, max_batched_tokens=48, max_num_seqs=batch, prefix_cache_entries=2, speculator=guesses)
+    return Engine(pair()[0], CONTEXT, max_batched_tokens=48, max_num_seqs=batch, prefix_cache_bytes=1 << 20, speculator=guesses)
 
 
 def ban_after_three(prompt: Sequence[int], reply: Sequence[int], logits_V: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def test_text_is_the_same_with_drafts(kind: str, good: int, batch: int) -> None:
         decoder(),
         64,
         max_num_seqs=batch,
-        prefix_cache_entries=2,
+        prefix_cache_bytes=1 << 20,
         speculator=guessing(answers, good),
     )
     found, fewer = run(engine, requests, stagger=2)
@@ -136,7 +136,7 @@ def test_a_stop_or_the_last_token_within_a_draft_ends_the_reply(stop_at: int) ->
         engine = Engine(
             decoder(),
             64,
-            prefix_cache_entries=2,
+            prefix_cache_bytes=1 << 20,
             speculator=guessing({request.prompt: answer}, K),
         )
         found, _ = run(engine, [changed])
@@ -151,7 +151,7 @@ def test_a_reply_may_be_continued_from_the_cache_after_drafts() -> None:
     engine = Engine(
         decoder(),
         64,
-        prefix_cache_entries=4,
+        prefix_cache_bytes=1 << 20,
         speculator=guessing({request.prompt: answer}, 2),
     )
     engine.submit(replace(request, max_tokens=6))
