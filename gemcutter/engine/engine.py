@@ -25,6 +25,7 @@ from gemcutter.engine.sampler import SampledToken
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk, Scheduler
 from gemcutter.engine.speculate.speculator import Speculator
+from gemcutter.engine.speculate.tally import NO_DRAFTS
 from gemcutter.engine.stats import EngineStats
 from gemcutter.engine.step_sizer import StepSizer
 from gemcutter.engine.watchdog import TokenClasses
@@ -119,6 +120,7 @@ class Engine:
             preemptions=scheduler.preemptions,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
+            tally=NO_DRAFTS if self.speculator is None else self.speculator.tally,
             steps=before.steps + bool(step),
             step_tokens=before.step_tokens if step is None else sum(chunk.rows for chunk in step),
         )
@@ -240,6 +242,7 @@ class Engine:
             if pending is None:
                 chunks = self.scheduler.schedule()
                 launched_s = self.clock()
+                _note_start(chunks, launched_s)
                 pending = self.runner.launch(chunks)
             if self.runner.can_run_ahead(pending) and (after := self.scheduler.schedule_after(chunks)):
                 following = self.runner.launch_after(pending, after)
@@ -336,7 +339,9 @@ class Engine:
             token = None if is_end and finish is FinishReason.STOP else sampled.token
             if token is not None:
                 sequence.append(token)
-            events.append(RequestEvent(sequence.number, token, sampled.logprobs, finish if is_end else None, given, time_s=now))
+            tally = sequence.tally if is_end else None
+            ended = finish if is_end else None
+            events.append(RequestEvent(sequence.number, token, sampled.logprobs, ended, given, tally=tally, time_s=now))
             given = None
         if not request.max_tokens:
             finish = FinishReason.LENGTH
@@ -378,7 +383,7 @@ class Engine:
             clear_frames(error.__traceback__)  # which hold the step's tensors as long as somebody holds the error
         self._forget(sequence)
         self._count()
-        return RequestEvent(sequence.number, finish=finish, error=error, time_s=now)
+        return RequestEvent(sequence.number, finish=finish, error=error, tally=sequence.tally, time_s=now)
 
     def _forget(self, sequence: SequenceState) -> None:
         """Take a sequence out; what it computed stays in the prefix cache."""
@@ -398,6 +403,13 @@ class Engine:
         if sequence is None:
             return None
         return self._end(sequence, FinishReason.CANCELLED, self.clock())
+
+
+def _note_start(chunks: Sequence[ScheduledChunk], now: float) -> None:
+    """Note of prompts that begin when they did."""
+    for chunk in chunks:
+        if chunk.in_prompt and not chunk.sequence.report.started_s:
+            chunk.sequence.report.started_s = now
 
 
 def _is_duration(value: Any) -> bool:

@@ -50,16 +50,16 @@ class Drafter:
         decoder = self.decoder
         with decoder.on_device():
             rows_ST = self.target.embed(ids_S)
-            x_SD = decoder.project(torch.cat((rows_ST, states_ST.to(rows_ST.dtype)), dim=1), "draft.in")
+            x_SD = decoder.multiply(torch.cat((rows_ST, states_ST.to(rows_ST.dtype)), dim=1), "draft.in")
             y_SD = decoder.run_layers(x_SD.contiguous(), step, cache)
-            return self._head(y_SD), decoder.project(y_SD, "draft.out")
+            return self._head(y_SD), decoder.multiply(y_SD, "draft.out")
 
     def _head(self, y_SD: Tensor) -> DraftLogits:
         """Return logits of all tokens, or where tokens are sorted under centroids of those under the nearest ones."""
         plan = self.decoder.plan
         if not plan.centroids:
             return DraftLogits(self.decoder.logits(y_SD))
-        near_SK = self.decoder.project(y_SD, "draft.centroids").float().topk(plan.centroid_top_k, dim=1).indices
+        near_SK = self.decoder.multiply(y_SD, "draft.centroids").float().topk(plan.centroid_top_k, dim=1).indices
         order = vector(self.decoder.params, "draft.order").view(plan.centroids, -1)
         ids_SC = order[near_SK].flatten(1).sort(dim=1).values  # ascending, as samplers draw from a whole vocabulary
         table = matrix(self.decoder.params, "embed.tokens" if plan.tied_head else "head")

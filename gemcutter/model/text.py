@@ -198,7 +198,7 @@ class Decoder:
         with self.on_device():
             return self.lm_head(h_RD)
 
-    def project(self, x_ND: Tensor, name: str) -> Tensor:
+    def multiply(self, x_ND: Tensor, name: str) -> Tensor:
         """Multiply rows with a matrix that belongs to no layer, such as a drafter's projections."""
         return self._ctx.linear(x_ND, matrix(self.params, name))
 

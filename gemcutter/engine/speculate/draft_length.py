@@ -93,7 +93,7 @@ class Candidate:
     is_free: bool = False
 
 
-def choose(candidates: Sequence[Candidate], others: int, room: int, costs: StepCosts) -> Mapping[int, int]:
+def count_drafts(candidates: Sequence[Candidate], others: int, room: int, costs: StepCosts) -> Mapping[int, int]:
     """Return how many drafts each sequence gets, by number, so that the step's tokens per second are the most to be expected.
 
     `others` rows are in the step beside the candidates' own; at most `room` drafts fit.

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from gemcutter.engine.request import SequenceState
 from gemcutter.engine.speculate.assistant import AssistantProposer
-from gemcutter.engine.speculate.draft_length import PROBE_TOKENS, Acceptance, Candidate, StepCosts, choose
-from gemcutter.engine.speculate.tally import MOST_DRAFTS, Tally
+from gemcutter.engine.speculate.draft_length import PROBE_TOKENS, Acceptance, Candidate, StepCosts, count_drafts
+from gemcutter.engine.speculate.tally import MOST_DRAFTS, NO_DRAFTS
 from gemcutter.errors import RequestError, spell_value
 
 Drafts = dict[int, tuple[int, ...]]  # by the numbers of their sequences
@@ -40,7 +40,7 @@ class Speculator:
         if draft_tokens is not None and not 0 <= draft_tokens <= MOST_DRAFTS:
             raise RequestError(f"draft_tokens: expected 0 to {MOST_DRAFTS}, found {spell_value(draft_tokens)}")
         self.ngram, self.assistant, self.draft_tokens = ngram, assistant, draft_tokens
-        self.costs, self.tally = StepCosts(), Tally()
+        self.costs, self.tally = StepCosts(), NO_DRAFTS
         self.clock = time.perf_counter
         self._usual = {NGRAM: Acceptance(), ASSISTANT: Acceptance()}  # of all sequences: what a new one begins with
         self._own: dict[tuple[int, str], Acceptance] = {}
@@ -97,7 +97,7 @@ class Speculator:
             Candidate(number, limits[number], self._acceptance(number, kinds[number]), is_free=number in found)
             for number in sequences
         ]
-        counts = dict(choose(candidates, others, room, self.costs))
+        counts = dict(count_drafts(candidates, others, room, self.costs))
         for each in candidates:  # one that never gets a draft would never be known to deserve one
             each.acceptance.idle_tokens = 0 if counts[each.number] else each.acceptance.idle_tokens + 1
             is_due = each.acceptance.idle_tokens > PROBE_TOKENS and self.costs(1) is not None
@@ -117,8 +117,8 @@ class Speculator:
         """Take note of how many tokens of a sequence's draft were right."""
         kind = self._asked.get(sequence.number)
         if kind is not None and drafted:
-            self.tally.add(drafted, right)
-            sequence.tally.add(drafted, right)
+            self.tally = self.tally.plus(drafted, right)
+            sequence.tally = sequence.tally.plus(drafted, right)
             for each in (self._acceptance(sequence.number, kind), self._usual[kind]):
                 each.observe(drafted, right)
 
