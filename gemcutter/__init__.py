@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gemcutter.engine.sampler import LogitsProcessor
     from gemcutter.engine.sampling_params import SamplingParams
     from gemcutter.generate_options import GenerateOptions
+    from gemcutter.text.grammar import Constraint
     from gemcutter.text.tool_calls import ToolCall
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _HOMES = {
     "FinishReason": "engine.request",
     "LogitsProcessor": "engine.sampler",
     "SamplingParams": "engine.sampling",
+    "Constraint": "text.grammar",
     "ToolCall": "text.tool_calls",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "Chunk",
     "Completion",
     "ConfigError",
+    "Constraint",
     "Engine",
     "FinishReason",
     "GemcutterError",

@@ -24,6 +24,7 @@ from gemcutter.checkpoint.container.lazy_tensor import MappedFile
 from gemcutter.checkpoint.load.load_params import Progress
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
+from gemcutter.constrained import ReplyTerms, constrain
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.loop import CLOSED, EngineLoop, Sink
 from gemcutter.engine.request import Request
@@ -47,6 +48,7 @@ from gemcutter.generate_options import (
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
 from gemcutter.model.text import Decoder
+from gemcutter.text.grammar_compiler import GrammarCompiler
 from gemcutter.text.reply import CHANNEL_CLOSE, ReplyParser
 from gemcutter.text.splice import ReplyStore
 from gemcutter.text.token_classes import blank_and_data_ids
@@ -112,6 +114,7 @@ class Model:
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes
         self.replies = ReplyStore(self.tokenizer)
+        self.grammars = GrammarCompiler(self.tokenizer, self.defaults.stop_ids)
         mapped = (tensor.mapped for tensor in checkpoint.source.tensors.values())
         self._files = tuple({id(file): file for file in mapped if isinstance(file, MappedFile)}.values())
         self._classes: TokenClasses | None = None
@@ -211,8 +214,12 @@ class Model:
         ids = self.encode(prompt, **cast(TemplateOptions, of_template))
         parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
         stop_ids = check_stop_ids(given.pop("stop_token_ids", None)) | (frozenset() if ignore_eos else self.defaults.stop_ids)
+        terms = ReplyTerms(given.pop("constraint", None), tuple(tools or ()), given.pop("tool_choice", "auto"), parallel)
         watchdog = self._token_classes() if check_flag("watchdog", given.pop("watchdog", False)) else None
         request = replace(self._request(ids, given, stop_ids), watchdog=watchdog)
+        request = constrain(
+            request, terms, self.tokenizer, self.grammars, _thinks(of_template) if is_conversation(prompt) else None
+        )
         for file in self._files:
             file.insist_unchanged()
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
@@ -327,6 +334,13 @@ class Model:
         elif options:
             raise RequestError(f"pass either `sampling` or {', '.join(sorted(options))}, not both")
         return Request(tuple(ids), sampling, stop_ids=stop_ids, **own)
+
+
+def _thinks(of_template: Mapping[str, object]) -> bool:
+    """Return whether the template lets a reply begin with a thought."""
+    more, is_inside = of_template.get("template_options"), bool(of_template.get("continue_final_message"))
+    asked = {**of_template, **more} if isinstance(more, Mapping) else of_template
+    return bool(asked.get("enable_thinking")) and not is_inside
 
 
 def _remember(replies: ReplyStore, found: Completion) -> None:

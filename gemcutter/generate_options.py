@@ -14,6 +14,7 @@ from typing import Any, TypedDict, TypeGuard
 from gemcutter.engine.sampler import LogitsProcessor
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.errors import RequestError, spell_value
+from gemcutter.text.grammar import Constraint
 
 Message = Mapping[str, object]
 
@@ -42,11 +43,12 @@ class GenerateOptions(TypedDict, total=False):
     `max_tokens` bounds the reply, 128 tokens by default. `stop` are strings that end the text, `ignore_eos` goes on after
     tokens that end a turn; `TemplateOptions` are for conversations. Tools are declarations as OpenAI's API has them, or
     functions, which are declared by their signature; calls are read by them, and with `parallel_tool_calls` False the first
-    call ends the reply. `stop_token_ids` end the reply as a turn's end does. With `watchdog` a reply that goes round in
-    circles ends early, with "repetition" as its reason; arrays of equal numbers, tables and code pass. What was computed for
-    a prompt is reused among requests of one `cache_salt` only. `sampling` takes the place of the single sampling fields
-    (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`, `top_p`,
-    `min_p` and `seed` change nothing then.
+    call ends the reply. `tool_choice` is "auto", "none", "required", {"name": N} or {"names": [...], "mode": "auto" or
+    "required"}. `constraint` is what the answer must be, thoughts aside. `stop_token_ids` end the reply as a turn's end does.
+    With `watchdog` a reply that goes round in circles ends early, with "repetition" as its reason; arrays of equal numbers,
+    tables and code pass. What was computed for a prompt is reused among requests of one `cache_salt` only. `sampling` takes the
+    place of the single sampling fields (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely
+    token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing then.
     """
 
     max_tokens: int
@@ -60,6 +62,8 @@ class GenerateOptions(TypedDict, total=False):
     add_generation_prompt: bool
     continue_final_message: bool
     parallel_tool_calls: bool
+    tool_choice: str | Mapping[str, object]
+    constraint: Constraint | None
     prompt_logprobs: int | None
     hidden_states: bool
     top_logits: int
@@ -127,6 +131,16 @@ ELSEWHERE = {
     "thinking": "enable_thinking",
     "think": "enable_thinking",
     "functions": "tools",
+    "function_call": "tool_choice",
+    "response_format": "constraint",
+    "structured_outputs": "constraint",
+    "guided_decoding": "constraint",
+    "guided_json": "constraint",
+    "guided_regex": "constraint",
+    "guided_choice": "constraint",
+    "guided_grammar": "constraint",
+    "grammar": "constraint",
+    "json_schema": "constraint",
     "chat_template_kwargs": "template_options",
     "lora": "adapter",
     "lora_request": "adapter",

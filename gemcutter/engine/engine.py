@@ -324,7 +324,17 @@ class Engine:
             events.append(RequestEvent(sequence.number, finish=finish, prompt=given, time_s=now))
         if finish is not None:
             self._forget(sequence)
+        elif taken:
+            events += self._observe(sequence, now)
         return events
+
+    def _observe(self, sequence: SequenceState, now: float) -> list[RequestEvent]:
+        """Let processors begin to work on the next token while the model computes; what one raises ends its own request."""
+        try:
+            sequence.observe()
+        except Exception as error:
+            return [self._end(sequence, FinishReason.ERROR, now, error)]
+        return []
 
     def _accepted(
         self, chunk: ScheduledChunk, sampled: Sequence[SampledToken]

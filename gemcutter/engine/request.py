@@ -13,7 +13,7 @@ from enum import Enum
 from torch import Tensor
 
 from gemcutter.cache.block_table import BlockTable
-from gemcutter.engine.sampler import LogitsProcessor
+from gemcutter.engine.sampler import LogitsProcessor, Observer
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.watchdog import TokenClasses, Watchdog
@@ -108,6 +108,7 @@ class SequenceState:
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         self.watchdog = None if request.watchdog is None else Watchdog(request.watchdog)
         self.expires_s: float | None = None  # on the engine's clock
+        self.processors = tuple(each.for_sequence() if isinstance(each, Observer) else each for each in request.logits_processors)
         self.was_admitted = False  # its prompt was looked up in the prefix cache
         self._counts: dict[int, int] | None = None
 
@@ -128,6 +129,12 @@ class SequenceState:
         self.reply.append(token)
         if self._counts is not None:
             self._counts[token] = self._counts.get(token, 0) + 1
+
+    def observe(self) -> None:
+        """Let the processors that have a state take note of what the reply has become."""
+        for processor in self.processors:
+            if isinstance(processor, Observer):
+                processor.observe(self.reply)
 
     @property
     def counts(self) -> dict[int, int]:

@@ -235,7 +235,7 @@ def sampling_row(chunk: ScheduledChunk, place: int) -> SamplingRow:
         request.prompt,
         reply,
         counts,
-        request.logits_processors,
+        sequence.processors,
         chunk.want_probs,
         banned,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,23 @@ class LogitsProcessor(Protocol):
         """
 
 
+@runtime_checkable
+class Observer(Protocol):
+    """A logits processor with a state, one for each sequence, that is told what was sampled before it is asked again."""
+
+    def __call__(self, prompt: Sequence[int], reply: Sequence[int], logits_V: Tensor) -> Tensor:
+        """Return the logits to sample from, as `LogitsProcessor` does."""
+
+    def for_sequence(self) -> Observer:
+        """Return a processor for a sequence that begins; that of a request is never asked itself."""
+
+    def observe(self, reply: Sequence[int]) -> None:
+        """Take note of a reply that has grown, so that work can begin while the model computes; the list may not be kept.
+
+        What was told stays: later replies begin with it.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
     """All that decides which token one row of logits gives.
@@ -52,7 +69,7 @@ class SamplingRow:
     counts: Mapping[int, int] = field(default_factory=dict)
     processors: tuple[LogitsProcessor, ...] = ()
     want_probs: bool = False
-    banned: frozenset[int] = frozenset()  # ids that this row may not give, whatever biases say
+    banned: frozenset[int] = frozenset()  # ids that this row may not give, whatever biases say, if there are others
 
     @property
     def is_edited(self) -> bool:
@@ -157,7 +174,7 @@ def edit(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, dict[i
     for index, row in enumerate(rows):
         try:
             _process(edited_RV[index], row)
-            edits += [(index, *each) for each in _edits_of(row)]
+            edits += [(index, *each) for each in _edits_of(row, _banned(edited_RV[index], row))]
         except Exception as error:
             errors[index] = error
     if edits:
@@ -178,12 +195,21 @@ def _process(logits_V: Tensor, row: SamplingRow) -> None:
             logits_V.copy_(found)
 
 
-def _edits_of(row: SamplingRow) -> Iterator[tuple[int, float, float, float]]:
-    """Yield id, bias, repetition penalty and summed penalties of every logit that a row's parameters change."""
+def _banned(logits_V: Tensor, row: SamplingRow) -> frozenset[int]:
+    """Return the ids that a row may not give: none where its processors leave nothing else, as a grammar does at its end."""
+    if not (row.banned and row.processors):
+        return row.banned
+    left_V = torch.isfinite(logits_V)
+    left_V[list(row.banned)] = False
+    return row.banned if bool(left_V.any()) else frozenset()
+
+
+def _edits_of(row: SamplingRow, banned: frozenset[int]) -> Iterator[tuple[int, float, float, float]]:
+    """Yield id, bias, repetition penalty and summed penalties of every logit that a row's parameters and bans change."""
     params = row.params
-    if not (params.alters_logits or row.banned):
+    if not (params.alters_logits or banned):
         return
-    bias: dict[int, float] = {**params.logit_bias, **dict.fromkeys((*params.suppress, *row.banned), -torch.inf)}
+    bias: dict[int, float] = {**params.logit_bias, **dict.fromkeys((*params.suppress, *banned), -torch.inf)}
     counts = row.counts if params.has_penalties else {}
     for token, count in counts.items():
         penalty = params.presence_penalty + params.frequency_penalty * count if count else 0.0

@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "text": {"sidecar"},
     "generation_config": {"config", "engine", "text"},
     "completion": {"engine", "text"},
-    "generate_options": {"engine"},
+    "generate_options": {"engine", "text"},
+    "constrained": {"engine", "text"},
     "api": {
         "load_options",
         "loading",
@@ -48,6 +49,7 @@ MAY_IMPORT = {
         "text",
         "text_assets",
         "completion",
+        "constrained",
         "gc_pause",
         "generate_options",
         "tools",

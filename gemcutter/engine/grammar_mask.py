@@ -1,0 +1,224 @@
+"""Holds a reply to a grammar, as a logits processor.
+
+Owns the place in the grammar at which a reply stands, where thoughts may interrupt it, and the mask there, which is made on
+threads of its own while the model computes. Refuses to know what the grammar says and how it was compiled. Read `sampler.py` for
+the hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemcutter.errors import RequestError
+
+POOL = ThreadPoolExecutor(2, thread_name_prefix="gemcutter-grammar")  # its threads start when they are needed
+
+
+class Thoughts(Enum):
+    """Whether a reply may think before its answer and between its calls."""
+
+    NEVER = "never"
+    EMPTY = "empty"  # a channel with its name alone, as some models write one where they do not think
+    FREE = "free"
+    OPEN = "open"  # the prompt ends in a thought; others may follow
+
+
+@dataclass(frozen=True, slots=True)
+class MarkerIds:
+    """What stands around a grammar. `opening` and `closing` are a thought's, None where the vocabulary has none.
+
+    `name` is what a channel begins with, `call_end` after what another thought may begin, `special` what thoughts may not hold.
+    """
+
+    opening: int | None = None
+    closing: int | None = None
+    name: tuple[int, ...] = ()
+    call_end: int | None = None
+    special: frozenset[int] = frozenset()
+
+
+class Phase(Enum):
+    """What the next token of a reply belongs to."""
+
+    WAITING = "waiting"  # for the trigger
+    THOUGHT = "thought"
+    EMPTY = "empty"  # a thought that holds its name alone
+    HELD = "held"  # by the grammar
+    LOST = "lost"  # the reply holds a token that was forbidden
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a reply stands: `named` ids of a channel's name and `consumed` ids of the grammar lie behind it."""
+
+    phase: Phase
+    consumed: int = 0
+    named: int = 0
+    may_think: bool = False
+
+
+class GrammarMask:
+    """Allows the tokens that a matcher allows; with `trigger` from the first such id of the reply on.
+
+    `matcher` stands at the grammar's start and is copied, never moved; `first` has a bit for every id, 1 where it may come there.
+    One mask serves one sequence: `for_sequence` gives others. It may be asked for any reply: tokens that were added are consumed,
+    those that are gone (drafts) are rolled back. A mask that `gives_way` lets go of a reply which the grammar can't hold; others
+    end it with an error.
+    """
+
+    def __init__(
+        self,
+        matcher: Any,
+        first: bytes,
+        name: str,
+        *,
+        markers: MarkerIds | None = None,
+        thoughts: Thoughts = Thoughts.NEVER,
+        trigger: int | None = None,
+        gives_way: bool = False,
+    ) -> None:
+        self._start_of, self._first, self._name, self._trigger = matcher, first, name, trigger
+        self._gives_way = gives_way
+        self._markers = markers = MarkerIds() if markers is None else markers
+        self._thoughts = thoughts if markers.opening is not None and markers.closing is not None else Thoughts.NEVER
+        is_open = self._thoughts is Thoughts.OPEN
+        start = Phase.WAITING if trigger is not None else Phase.THOUGHT if is_open else Phase.HELD
+        # These two are the business of the job that runs, else of the thread that asks; there is at most one job.
+        self._matcher: Any = None
+        self._places = [Place(start, may_think=self._thoughts is not Thoughts.NEVER)]
+        self._seen: list[int] = []  # the reply that the last job was made for; its first `_told` ids stay
+        self._told = 0
+        self._job: Future[Tensor | None] | None = None
+
+    def for_sequence(self) -> GrammarMask:
+        """Return a mask for another sequence."""
+        return GrammarMask(
+            self._start_of,
+            self._first,
+            self._name,
+            markers=self._markers,
+            thoughts=self._thoughts,
+            trigger=self._trigger,
+            gives_way=self._gives_way,
+        )
+
+    def observe(self, reply: Sequence[int]) -> None:
+        """Start to make the mask after a reply; what is wrong shows when it is asked for."""
+        self._start(reply)
+        self._told = len(reply)
+
+    def __call__(self, prompt: Sequence[int], reply: Sequence[int], logits_V: Tensor) -> Tensor:
+        """Return logits in which the tokens that the grammar forbids are -inf.
+
+        Raises RequestError, naming the grammar, where it can't go on.
+        """
+        banned_V = self._start(reply).result()
+        if self._places[self._told].phase is Phase.LOST and not self._gives_way:
+            raise RequestError(f"{self._name}: another logits processor, or a bias, made the reply leave it; leave that out")
+        if banned_V is None:
+            return logits_V
+        size = min(len(banned_V), len(logits_V))
+        banned_V = banned_V[:size].to(logits_V.device)
+        if self._gives_way and not bool((torch.isfinite(logits_V[:size]) & ~banned_V).any()):
+            return logits_V
+        logits_V[:size].masked_fill_(banned_V, -torch.inf)
+        logits_V[size:] = -torch.inf
+        return logits_V
+
+    def _start(self, reply: Sequence[int]) -> Future[Tensor | None]:
+        """Return the job whose result is the mask after a reply."""
+        told = self._told = self._told if self._told <= len(reply) else 0
+        kept = told + _common(self._seen[told:], reply[told:])
+        if self._job is not None and kept == len(self._seen) == len(reply):
+            return self._job
+        if self._job is not None:
+            self._job.exception()  # the matcher is in use until then
+        added = list(reply[kept:])
+        self._seen[kept:] = added
+        self._job = POOL.submit(self._move, kept, added)
+        return self._job
+
+    # ---- on a thread of the pool ----
+
+    def _move(self, kept: int, added: Sequence[int]) -> Tensor | None:
+        """Go back to the first `kept` ids, on by those that were added, and return which ids are banned there, None for none."""
+        gone = self._places[-1].consumed - self._places[kept].consumed
+        del self._places[kept + 1 :]
+        if gone:
+            self._matcher.rollback(gone)
+        for id in added:
+            self._places.append(self._next(self._places[-1], id))
+        return self._banned(self._places[-1])
+
+    def _next(self, place: Place, id: int) -> Place:
+        """Return the place after one more id; the matcher moves along."""
+        markers = self._markers
+        if place.phase is Phase.LOST or (place.phase is Phase.WAITING and id != self._trigger):
+            return place
+        if place.phase in (Phase.THOUGHT, Phase.EMPTY):
+            if id == markers.closing:
+                return replace(place, phase=Phase.HELD, may_think=False)
+            if place.phase is Phase.EMPTY:
+                is_name = markers.name[place.named : place.named + 1] == (id,)
+                return replace(place, named=place.named + 1) if is_name else replace(place, phase=Phase.LOST)
+            return replace(place, phase=Phase.LOST) if id in markers.special else place
+        if place.may_think and id == markers.opening:
+            is_empty = self._thoughts is Thoughts.EMPTY
+            return replace(place, phase=Phase.EMPTY if is_empty else Phase.THOUGHT, named=0)
+        if not self._consume(id):
+            return replace(place, phase=Phase.LOST)
+        may_think = self._thoughts is not Thoughts.NEVER and id == markers.call_end
+        return Place(Phase.HELD, place.consumed + 1, 0, may_think)
+
+    def _consume(self, id: int) -> bool:
+        if self._matcher is None:
+            self._matcher = self._start_of.deep_copy()
+        return self._matcher.validate_tokens([id]) == 1 and bool(self._matcher.consume_token(id))
+
+    def _banned(self, place: Place) -> Tensor | None:
+        """Return which ids may not come at a place. Raises RequestError where none may."""
+        markers = self._markers
+        if place.phase in (Phase.WAITING, Phase.LOST):  # what is sampled after a draft that is forbidden is never taken
+            return None
+        if place.phase is Phase.HELD:
+            try:
+                banned_V = self._banned_by_matcher()
+            except RequestError:
+                if self._gives_way:
+                    return None
+                raise
+            if place.may_think and markers.opening is not None:
+                banned_V[markers.opening] = False
+            return banned_V
+        banned_V = torch.full((len(self._first) * 8,), place.phase is Phase.EMPTY)
+        if place.phase is Phase.EMPTY:
+            banned_V[list(markers.name[place.named : place.named + 1])] = False
+        else:
+            banned_V[list(markers.special)] = True
+        banned_V[markers.closing] = False
+        return banned_V
+
+    def _banned_by_matcher(self) -> Tensor:
+        matcher = self._matcher  # None before the first id
+        bits = np.frombuffer(self._first if matcher is None else matcher.compute_bitmask(), np.uint8)
+        if matcher is not None and matcher.is_error():
+            problem = matcher.get_error().splitlines()[0]
+            raise RequestError(f"{self._name}: the reply can't go on ({problem}); simplify the grammar")
+        if not bits.any():
+            raise RequestError(f"{self._name}: the grammar allows no token here; is there a text that it accepts?")
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little") == 0)
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return the length of what two lists begin with."""
+    if right[: len(left)] == left:
+        return len(left)
+    return next(place for place, one in enumerate(left) if place >= len(right) or one != right[place])
