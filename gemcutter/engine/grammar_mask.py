@@ -181,7 +181,14 @@ class GrammarMask:
     def _consume(self, id: int) -> bool:
         if self._matcher is None:
             self._matcher = self._start_of.deep_copy()
-        return self._matcher.validate_tokens([id]) == 1 and bool(self._matcher.consume_token(id))
+        is_taken = self._matcher.validate_tokens([id]) == 1 and bool(self._matcher.consume_token(id))
+        if self._matcher.is_error() and not self._gives_way:
+            raise self._error()
+        return is_taken
+
+    def _error(self) -> RequestError:
+        problem = self._matcher.get_error().splitlines()[0]
+        return RequestError(f"{self._name}: the reply can't go on ({problem}); simplify the grammar")
 
     def _banned(self, place: Place) -> Tensor | None:
         """Return which ids may not come at a place. Raises RequestError where none may."""
@@ -210,8 +217,7 @@ class GrammarMask:
         matcher = self._matcher  # None before the first id
         bits = np.frombuffer(self._first if matcher is None else matcher.compute_bitmask(), np.uint8)
         if matcher is not None and matcher.is_error():
-            problem = matcher.get_error().splitlines()[0]
-            raise RequestError(f"{self._name}: the reply can't go on ({problem}); simplify the grammar")
+            raise self._error()
         if not bits.any():
             raise RequestError(f"{self._name}: the grammar allows no token here; is there a text that it accepts?")
         return torch.from_numpy(np.unpackbits(bits, bitorder="little") == 0)

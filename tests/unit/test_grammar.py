@@ -21,7 +21,7 @@ from gemcutter.text.grammar_compiler import CompiledGrammar
 
 pytest.importorskip("llguidance")
 QUESTION = [{"role": "user", "content": "Go on."}]
-NUM_SCHEMAS = int(os.environ.get("GEMCUTTER_SCHEMAS", "60"))
+NUM_SCHEMAS = int(os.environ.get("GEMCUTTER_CASES", "60"))
 
 
 @pytest.fixture(scope="module")
