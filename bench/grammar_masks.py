@@ -28,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.grammar_masks` has it
 
+from gemcutter.engine.grammar_mask import mask_of_bits
 from gemcutter.errors import GemcutterError
 from gemcutter.text.grammar import Constraint, Grammar, build_grammar
 from gemcutter.text.grammar_compiler import CompiledGrammar, GrammarCompiler
@@ -128,13 +129,13 @@ def walk(compiled: CompiledGrammar, ends: frozenset[int], steps: int, vocab: int
         marks.append(time.perf_counter())
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         marks.append(time.perf_counter())
-        banned_V = torch.from_numpy(np.unpackbits(bits, bitorder="little") == 0)
+        mask_V = mask_of_bits(bits)
         marks.append(time.perf_counter())
-        logits_V.masked_fill_(banned_V[:vocab], -torch.inf)
+        logits_V += mask_V
         marks.append(time.perf_counter())
         for name, start, stop in zip(PARTS, marks, marks[1:], strict=False):
             times.parts[name].append(stop - start)
-        allowed = np.flatnonzero(~banned_V.numpy())
+        allowed = np.flatnonzero(mask_V.numpy() == 0)
     return times
 
 

@@ -1,7 +1,7 @@
 """The options that say what form an answer must have, and which tools must or may be called.
 
-Owns their names and checks, and the reading of the files that they name. Refuses to know grammars. Read `gemcutter/text/grammar.py`
-for what constraints mean.
+Owns their names and checks, and the reading of the files that they name. Refuses to know grammars. Read
+`gemcutter/text/grammar.py` for what constraints mean.
 """
 
 from __future__ import annotations

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gemcutter.errors import RequestError
 
+ADDED = np.array([-np.inf, 0.0], np.float32)
 POOL = ThreadPoolExecutor(2, thread_name_prefix="gemcutter-grammar")  # its threads start when they are needed
 
 
@@ -120,16 +122,16 @@ class GrammarMask:
 
         Raises RequestError, naming the grammar, where it can't go on.
         """
-        banned_V = self._start(reply).result()
+        mask_V = self._start(reply).result()
         if self._places[self._told].phase is Phase.LOST and not self._gives_way:
             raise RequestError(f"{self._name}: another logits processor, or a bias, made the reply leave it; leave that out")
-        if banned_V is None:
+        if mask_V is None:
             return logits_V
-        size = min(len(banned_V), len(logits_V))
-        banned_V = banned_V[:size].to(logits_V.device)
-        if self._gives_way and not bool((torch.isfinite(logits_V[:size]) & ~banned_V).any()):
+        size = min(len(mask_V), len(logits_V))
+        mask_V = mask_V[:size].to(logits_V.device)
+        if self._gives_way and not bool(torch.isfinite(logits_V[:size] + mask_V).any()):
             return logits_V
-        logits_V[:size].masked_fill_(banned_V, -torch.inf)
+        logits_V[:size] += mask_V
         logits_V[size:] = -torch.inf
         return logits_V
 
@@ -149,14 +151,14 @@ class GrammarMask:
     # ---- on a thread of the pool ----
 
     def _move(self, kept: int, added: Sequence[int]) -> Tensor | None:
-        """Go back to the first `kept` ids, on by those that were added, and return which ids are banned there, None for none."""
+        """Go back to the first `kept` ids, on by those that were added, and return the mask there, None where all may come."""
         gone = self._places[-1].consumed - self._places[kept].consumed
         del self._places[kept + 1 :]
         if gone:
             self._matcher.rollback(gone)
         for id in added:
             self._places.append(self._next(self._places[-1], id))
-        return self._banned(self._places[-1])
+        return self._mask(self._places[-1])
 
     def _next(self, place: Place, id: int) -> Place:
         """Return the place after one more id; the matcher moves along."""
@@ -190,37 +192,43 @@ class GrammarMask:
         problem = self._matcher.get_error().splitlines()[0]
         return RequestError(f"{self._name}: the reply can't go on ({problem}); simplify the grammar")
 
-    def _banned(self, place: Place) -> Tensor | None:
-        """Return which ids may not come at a place. Raises RequestError where none may."""
+    def _mask(self, place: Place) -> Tensor | None:
+        """Return what is added to logits at a place: 0, or -inf where an id may not come. Raises RequestError where none may."""
         markers = self._markers
         if place.phase in (Phase.WAITING, Phase.LOST):  # what is sampled after a draft that is forbidden is never taken
             return None
         if place.phase is Phase.HELD:
             try:
-                banned_V = self._banned_by_matcher()
+                mask_V = self._mask_of_matcher()
             except RequestError:
                 if self._gives_way:
                     return None
                 raise
             if place.may_think and markers.opening is not None:
-                banned_V[markers.opening] = False
-            return banned_V
-        banned_V = torch.full((len(self._first) * 8,), place.phase is Phase.EMPTY)
-        if place.phase is Phase.EMPTY:
-            banned_V[list(markers.name[place.named : place.named + 1])] = False
+                mask_V[markers.opening] = 0.0
+            return mask_V
+        is_empty = place.phase is Phase.EMPTY
+        mask_V = torch.full((len(self._first) * 8,), -torch.inf if is_empty else 0.0)
+        if is_empty:
+            mask_V[list(markers.name[place.named : place.named + 1])] = 0.0
         else:
-            banned_V[list(markers.special)] = True
-        banned_V[markers.closing] = False
-        return banned_V
+            mask_V[list(markers.special)] = -torch.inf
+        mask_V[markers.closing] = 0.0
+        return mask_V
 
-    def _banned_by_matcher(self) -> Tensor:
+    def _mask_of_matcher(self) -> Tensor:
         matcher = self._matcher  # None before the first id
         bits = np.frombuffer(self._first if matcher is None else matcher.compute_bitmask(), np.uint8)
         if matcher is not None and matcher.is_error():
             raise self._error()
         if not bits.any():
             raise RequestError(f"{self._name}: the grammar allows no token here; is there a text that it accepts?")
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little") == 0)
+        return mask_of_bits(bits)
+
+
+def mask_of_bits(bits_B: NDArray[np.uint8]) -> Tensor:
+    """Return 0 for every bit that is 1, of each byte the lowest one first, and -inf for the others: a sum is the fastest mask."""
+    return torch.from_numpy(ADDED[np.unpackbits(bits_B, bitorder="little")])
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
