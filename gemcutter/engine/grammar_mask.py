@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gemcutter.errors import RequestError
 
-ADDED = np.array([-np.inf, 0.0], np.float32)
+# What each byte of a bit mask adds to eight logits: 0 for a bit that is 1, -inf for others.
+ADDED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") == 1, 0.0, -np.inf).astype(np.float32)
 POOL = ThreadPoolExecutor(2, thread_name_prefix="gemcutter-grammar")  # its threads start when they are needed
 
 
@@ -228,7 +229,7 @@ class GrammarMask:
 
 def mask_of_bits(bits_B: NDArray[np.uint8]) -> Tensor:
     """Return 0 for every bit that is 1, of each byte the lowest one first, and -inf for the others: a sum is the fastest mask."""
-    return torch.from_numpy(ADDED[np.unpackbits(bits_B, bitorder="little")])
+    return torch.from_numpy(ADDED[bits_B].reshape(-1))
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
