@@ -35,6 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.streams` has it
 
+from bench.ratios import spell_machine
 from bench.synthetic import FILE_TYPES, write_model
 from gemcutter.benchmark import hardware, roofline
 from gemcutter.benchmark.harness import BenchCase
@@ -245,7 +246,7 @@ def main() -> None:
             run = measure(options, model)
         except (GemcutterError, RuntimeError) as error:
             sys.exit(f"error: {error}")
-    path = options.results / f"streams-{date.today().isoformat()}.json"
+    path = options.results / f"streams-{date.today().isoformat()}-{spell_machine(run['machine'])}.json"
     path.write_text(json.dumps(run, indent=1) + "\n")
     print(table(run))
     print(path)

@@ -372,7 +372,7 @@ def load(
     context: int | None = None,
     max_batched_tokens: int = 512,
     max_num_seqs: int = 8,
-    prefix_cache_entries: int = 4,
+    prefix_cache_bytes: int | None = None,
     max_stall_ms: float | None = None,
     ignore: Sequence[str] = (),
     quant: str | None = None,
@@ -399,7 +399,7 @@ def load(
         context=context,
         max_batched_tokens=max_batched_tokens,
         max_num_seqs=max_num_seqs,
-        prefix_cache_entries=prefix_cache_entries,
+        prefix_cache_bytes=prefix_cache_bytes,
         max_stall_ms=max_stall_ms,
         ignore=tuple(ignore) if isinstance(ignore, list | set | frozenset) else ignore,  # type: ignore[arg-type]
         quant=quant,

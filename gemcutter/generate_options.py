@@ -46,9 +46,9 @@ class GenerateOptions(TypedDict, total=False):
     call ends the reply. `tool_choice` is "auto", "none", "required", {"name": N} or {"names": [...], "mode": "auto" or
     "required"}. `constraint` is what the answer must be, thoughts aside. `stop_token_ids` end the reply as a turn's end does.
     With `watchdog` a reply that goes round in circles ends early, with "repetition" as its reason; arrays of equal numbers,
-    tables and code pass. `sampling` takes the place of the single sampling fields (`SamplingParams`); the others are
-    `Request`'s. While `temperature` is 0 the most likely token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing
-    then.
+    tables and code pass. What was computed for a prompt is reused among requests of one `cache_salt` only. `sampling` takes the
+    place of the single sampling fields (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely
+    token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing then.
     """
 
     max_tokens: int
@@ -74,6 +74,7 @@ class GenerateOptions(TypedDict, total=False):
     priority: int
     deadline_s: float | None
     watchdog: bool
+    cache_salt: str | None
     sampling: SamplingParams | None
     temperature: float
     top_k: int
@@ -99,6 +100,7 @@ OF_REQUEST = (
     "min_tokens",
     "priority",
     "deadline_s",
+    "cache_salt",
 )
 
 # What other engines call an option that there is here.

@@ -71,7 +71,8 @@ CHECKS: Mapping[str, Callable[[str], str]] = {
 }
 NEEDED = ("model", "device", "kernels", "generation_config")  # texts that can't be None
 TEXTS = (*NEEDED, "dtype", "activations", "quant", "adapter", "ple", "kv", "chat_template")
-LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_entries": 0}
+LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_bytes": 0}
+MAY_BE_NONE = ("context", "prefix_cache_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +95,9 @@ class LoadOptions:
     generation_config.json, or the folder of one.
 
     The engine's limits: `context` bounds a sequence in tokens, `max_batched_tokens` the rows of a step (the chunk of a long
-    prompt), `max_num_seqs` the sequences that run at once; `prefix_cache_entries` finished prompts and replies are kept for
-    reuse. `max_stall_ms` bounds the time of a step in milliseconds, so that a long prompt does not keep others waiting (None:
+    prompt), `max_num_seqs` the sequences that run at once; `prefix_cache_bytes` is the memory for beginnings of prompts
+    that are kept for reuse (0: none is kept; None: half as many whole contexts as sequences, and as much again of windows).
+    `max_stall_ms` bounds the time of a step in milliseconds, so that a long prompt does not keep others waiting (None:
     its rows alone are bounded).
     """
 
@@ -116,7 +118,7 @@ class LoadOptions:
     context: int | None = None
     max_batched_tokens: int = 512
     max_num_seqs: int = 8
-    prefix_cache_entries: int = 4
+    prefix_cache_bytes: int | None = None
     max_stall_ms: float | None = None
 
     def __post_init__(self) -> None:
@@ -160,7 +162,7 @@ class LoadOptions:
 
     def _check_limits(self) -> None:
         """Raise RequestError, with every problem, unless the limits leave room for a request."""
-        limits = {name: value for name in LEAST if (value := getattr(self, name)) is not None or name != "context"}
+        limits = {name: value for name in LEAST if (value := getattr(self, name)) is not None or name not in MAY_BE_NONE}
         problems = [
             f"{name}: expected {LEAST[name]} or more, found {spell_value(value)}"
             for name, value in limits.items()

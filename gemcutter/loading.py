@@ -50,7 +50,7 @@ class OpenModel:
             DEFAULT_CONTEXT if how.context is None else how.context,
             how.max_batched_tokens,
             how.max_num_seqs,
-            how.prefix_cache_entries,
+            how.prefix_cache_bytes,
             kv_dtype=None if how.kv is None else torch.float8_e4m3fn,
             max_stall_ms=how.max_stall_ms,
         )

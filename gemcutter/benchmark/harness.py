@@ -70,7 +70,7 @@ class BenchEngine:
         assert all(test.depth == self.depth for test in tests)
         batch = max(test.batch for test in tests)
         self.engine = Engine(
-            decoder, max(test.context for test in tests), max_rows, batch, prefix_cache_entries=1, kv_dtype=kv_dtype
+            decoder, max(test.context for test in tests), max_rows, batch, prefix_cache_bytes=None, kv_dtype=kv_dtype
         )
         self._draw = torch.Generator().manual_seed(0)
         if self.depth:

@@ -8,6 +8,7 @@ query can see. A fork shares pages and copies one only when it is about to be wr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -35,15 +36,30 @@ class BlockTable:
         self.reserved = 0  # rows of the step under way
         self._runs: dict[GroupId, PageRun] = {group: PageRun() for group in cache.allocators}
 
+    @classmethod
+    def sharing(cls, cache: PagedKVCache, length: int, runs: Mapping[GroupId, PageRun]) -> BlockTable:
+        """Make a table of `length` committed positions over pages that others hold, too; the runs are its own from then on."""
+        table = cls(cache)
+        table.length = length
+        for group, run in runs.items():
+            for page in run.pages:
+                cache.allocators[group].share(page)
+            table._runs[group] = run
+        return table
+
     def reserve(self, rows: int) -> None:
         """Take pages for the next `rows` positions. Raises CapacityError, with nothing taken, if they are not to be had."""
-        wanted = {group: self._missing(group, rows) for group in self._runs}
-        for group, (pages, copies) in wanted.items():
-            if pages + copies > self.cache.allocators[group].free:
-                raise CapacityError(f"the cache has {self.cache.allocators[group].free} free pages, {pages + copies} are needed")
-        for group, (pages, copies) in wanted.items():
-            self._grow(group, pages, copies)
+        if (group := self.shortage(rows)) is not None:
+            free, needed = self.cache.allocators[group].free, sum(self._missing(group, rows))
+            raise CapacityError(f"the cache has {free} free pages, {needed} are needed")
+        for group in self._runs:
+            self._grow(group, *self._missing(group, rows))
         self.reserved = rows
+
+    def shortage(self, rows: int) -> GroupId | None:
+        """Return the first group that lacks free pages for the next `rows` positions; None where `reserve` will do."""
+        short = (group for group in self._runs if sum(self._missing(group, rows)) > self.cache.allocators[group].free)
+        return next(short, None)
 
     def _missing(self, group: GroupId, rows: int) -> tuple[int, int]:
         """Count the pages to add, and the shared page (0 or 1) to copy because this step writes into it."""

@@ -41,7 +41,7 @@ def check_books(counts: Mapping[GroupId, PoolSize]) -> None:
     if nbytes > machine_bytes() * LARGEST_BOOK:
         raise CapacityError(
             f"a cache of {spell_positions(counts)} positions needs {nbytes / 1e9:,.0f} GB for its lists of pages alone, and this "
-            f"machine has {machine_bytes() / 1e9:,.0f} GB; lower the context, the batch (max_num_seqs) or prefix_cache_entries"
+            f"machine has {machine_bytes() / 1e9:,.0f} GB; lower the context, the batch (max_num_seqs) or prefix_cache_bytes"
         )
 
 
@@ -143,6 +143,12 @@ class PagedKVCache:
     def nbytes(self) -> int:
         """Count the bytes of all storage, touched or not."""
         return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
+
+    def page_bytes(self, group: GroupId) -> int:
+        """Count the bytes of one page of a group in all its layers."""
+        layers = next(each.layers for each in self.groups if each.id == group)
+        tokens = self.allocators[group].tokens
+        return sum(tensor[:tokens].nbytes for layer in layers for tensor in (self.keys[layer], self.values[layer]))
 
     def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         """Store keys and values of a writing layer, one slot a row."""

@@ -90,11 +90,13 @@ def chat(
     loading: options.Loading,
     context: options.Context = None,
     kv: options.Kv = None,
+    prefix_cache_bytes: options.PrefixCacheBytes = None,
 ) -> None:
     """Hold one conversation until the input ends. Raises UsageError or GemcutterError."""
     sampling = options.check_sampling(choosing)
     declared = None if tools is None else read_tools(tools)
-    loaded = load_model(model, loading, context=context, kv=kv, prefix_cache_entries=4)
+    prefix_bytes = options.parse_bytes("--prefix-cache-bytes", prefix_cache_bytes)
+    loaded = load_model(model, loading, context=context, kv=kv, prefix_cache_bytes=prefix_bytes)
     if loaded.template is None:
         raise RequestError(
             f"{model} has no chat template (a base model?); use `gemcutter run`, or an instruction-tuned checkpoint"

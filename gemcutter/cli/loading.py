@@ -26,14 +26,14 @@ def load_model(
     context: int | None,
     kv: str | None = None,
     max_num_seqs: int = 1,
-    prefix_cache_entries: int = 0,
+    prefix_cache_bytes: int | None = 0,
     **more: Any,
 ) -> Model:
     """Load a model as the options say, and tell on stderr what was left out; `more` are other load options.
 
     Raises GemcutterError.
     """
-    limits = {"context": context, "max_num_seqs": max_num_seqs, "prefix_cache_entries": prefix_cache_entries}
+    limits = {"context": context, "max_num_seqs": max_num_seqs, "prefix_cache_bytes": prefix_cache_bytes}
     options = how.options(name, kv=kv, **limits, **more)
     from gemcutter import api
 

@@ -23,6 +23,8 @@ from gemcutter.cli.terminal import Volume, note, remark, set_volume
 from gemcutter.errors import GemcutterError, RequestError
 from gemcutter.load_options import CHECKS, LoadOptions
 
+BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
 
 def _checked(option: str) -> Callable[[typer.Context, str | None], str | None]:
     """Build the callback that checks a load option as `LoadOptions` does. It raises typer.BadParameter."""
@@ -44,6 +46,16 @@ def parse_integers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split(",")) if text.strip() else ()
     except ValueError:
         raise UsageError(f"{option}: expected integers with commas between them, found {text!r}") from None
+
+
+def parse_bytes(option: str, text: str | None) -> int | None:
+    """Read a size in bytes, or with K, M or G in powers of 1024; None for None. Raises UsageError that names the option."""
+    if text is None:
+        return None
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in BYTES else (text, "")
+    if not number.isascii() or not number.isdigit():
+        raise UsageError(f"{option}: expected bytes, such as 0, 200000000, 512M or 4G, found {text!r}")
+    return int(number) * BYTES[unit]
 
 
 def check_sampling(choosing: Choosing, **more: Any) -> dict[str, Any]:
@@ -219,6 +231,15 @@ Kv = Annotated[
     str | None,
     typer.Option(
         metavar="fp8", help="Keep keys and values in 8 bits on a GPU.  [default: as rows are computed]", callback=_checked("kv")
+    ),
+]
+
+PrefixCacheBytes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="Memory for beginnings of prompts that are kept for reuse, such as 4G; 0: none.  [default: by the context]",
+        show_default=False,
     ),
 ]
 

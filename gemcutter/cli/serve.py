@@ -108,6 +108,10 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(metavar="S", min=0, help="Time that running requests have after SIGTERM.")
     ] = DEFAULTS.shutdown_timeout_s,
+    prefix_cache_bytes: options.PrefixCacheBytes = None,
+    prefix_cache_salt_per_key: Annotated[
+        bool, typer.Option("--prefix-cache-salt-per-key", help="Reuse what was computed among requests of one API key only.")
+    ] = False,
     loading: options.Loading,
     kv: options.Kv = None,
 ) -> None:
@@ -127,11 +131,13 @@ def serve(
         max_body_bytes=max_body_mb * MIB,
         request_timeout_s=request_timeout,
         shutdown_timeout_s=shutdown_timeout,
+        prefix_cache_salt_per_key=prefix_cache_salt_per_key,
     )
+    prefix_bytes = options.parse_bytes("--prefix-cache-bytes", prefix_cache_bytes)
     adapters = dict(_read_module(each) for each in lora_modules or ())
     create_app = _find_app()
     with _take_port(host, port) as taken:
-        limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache_entries": max_num_seqs, "adapters": adapters}
+        limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache_bytes": prefix_bytes, "adapters": adapters}
         limits |= {"max_batched_tokens": max_num_batched_tokens, "max_stall_ms": max_stall_ms or None}
         loaded = load_model(model, loading, context=max_model_len, kv=kv, **limits)
         with loaded:
@@ -229,7 +235,9 @@ def announce(model: Model, taken: socket.socket, chosen: ServerOptions) -> None:
     weights = sum(each.nbytes for each in model.decoder.params.values())
     names = ", ".join((*chosen.names, *model.adapters))
     say(f"{name}: {spell_how(model)}, {engine.scheduler.max_num_seqs} requests at once")
-    say(f"memory: {spell_bytes(weights)} of weights, {spell_bytes(engine.pool.nbytes)} of cache")
+    prefixes = engine.prefix
+    cached = f"{spell_bytes(prefixes.most_bytes)} of it for prefixes to reuse" if prefixes.is_on else "no prefix is reused"
+    say(f"memory: {spell_bytes(weights)} of weights, {spell_bytes(engine.pool.nbytes)} of cache, {cached}")
     say(f"serving on {url} as {names}" + (f" (on all addresses, port {port})" if host in ("0.0.0.0", "::") else ""))
     key = f' -H "Authorization: Bearer ${KEY}"' if chosen.api_keys else ""
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is a lantern?"}], "max_tokens": 64})

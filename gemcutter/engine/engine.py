@@ -18,7 +18,7 @@ import torch
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.cache.prefix_cache import PrefixCache
 from gemcutter.engine.cuda_graphs import CapturedSteps
-from gemcutter.engine.memory import compact_weights, page_counts
+from gemcutter.engine.memory import compact_weights, page_counts, prefix_pages
 from gemcutter.engine.request import FinishReason, Request, RequestEvent, SequenceState
 from gemcutter.engine.runner import ChunkResult, ModelRunner, PendingStep
 from gemcutter.engine.sampler import SampledToken
@@ -35,9 +35,10 @@ class Engine:
     """Runs requests over a decoder.
 
     `context` is the longest sequence in tokens, `max_batched_tokens` the rows of one step (the chunk of a long prompt),
-    `max_num_seqs` how many sequences run at once, `prefix_cache_entries` how many finished prompts and replies stay in the cache
-    for reuse. `graphs` says whether decode steps run over static memory, as captured graphs on a GPU; by default wherever that is
-    possible. `kv_dtype` is that of the cache, by default the decoder's. `proposer` drafts tokens to be verified several a step.
+    `max_num_seqs` how many sequences run at once, `prefix_cache_bytes` the memory for what stays in the cache for reuse (None:
+    what serves so many sequences, see `prefix_pages`). `graphs` says whether decode steps run over static memory, as captured
+    graphs on a GPU; by default wherever that is possible. `kv_dtype` is that of the cache, by default the decoder's. `proposer`
+    drafts tokens to be verified several a step.
     `max_stall_ms` bounds how long a step may last, by giving it fewer prompt rows, as far as measured steps can tell; without it
     only their number is bounded. What is computed does not depend on it.
     """
@@ -48,7 +49,7 @@ class Engine:
         context: int,
         max_batched_tokens: int = 512,
         max_num_seqs: int = 1,
-        prefix_cache_entries: int = 0,
+        prefix_cache_bytes: int | None = 0,
         graphs: bool | None = None,
         kv_dtype: torch.dtype | None = None,
         proposer: Proposer | None = None,
@@ -56,9 +57,11 @@ class Engine:
     ) -> None:
         self.decoder = decoder
         self.context = min(context, decoder.plan.context)
-        counts = page_counts(decoder.plan, self.context, max_batched_tokens, max_num_seqs, prefix_cache_entries)
-        self.pool = PagedKVCache(decoder.plan, counts, kv_dtype or decoder.dtype, decoder.device, compact_weights(decoder))
-        self.prefix = PrefixCache(prefix_cache_entries)
+        dtype, compact = kv_dtype or decoder.dtype, compact_weights(decoder)
+        prefixes = prefix_pages(decoder.plan, self.context, max_num_seqs, prefix_cache_bytes, dtype.itemsize, compact)
+        counts = page_counts(decoder.plan, self.context, max_batched_tokens, max_num_seqs, prefixes)
+        self.pool = PagedKVCache(decoder.plan, counts, dtype, decoder.device, compact)
+        self.prefix = PrefixCache(self.pool, prefixes)
         sizer = None if max_stall_ms is None else StepSizer(max_stall_ms / 1000)
         self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, proposer, sizer)
         is_static = decoder.capture_refusal() is None if graphs is None else graphs
@@ -156,6 +159,9 @@ class Engine:
         processors: Any = request.logits_processors
         if not isinstance(processors, tuple) or not all(map(callable, processors)):
             yield f"request.logits_processors: expected a tuple of callables, found {spell_value(processors)}"
+        salt: Any = request.cache_salt
+        if not (salt is None or (isinstance(salt, str) and salt)):
+            yield f"request.cache_salt: expected a text or None, found {spell_value(salt)}"
         yield from self._adapter_problems(request)
         if not isinstance(sampling, SamplingParams):
             yield f"request.sampling: expected SamplingParams, found {spell_value(sampling)}"
@@ -284,6 +290,16 @@ class Engine:
         if result.error is not None:
             return [self._end(sequence, FinishReason.ERROR, now, result.error)]
         taken, finish = self._accepted(chunk, result.tokens)
+        if chunk.in_prompt:  # before windows that later rows don't see are let go
+            self.prefix.keep(
+                request.prompt,
+                table,
+                request.adapter,
+                request.cache_salt,
+                since=chunk.start,
+                computed=chunk.start + chunk.rows,
+                is_end=chunk.is_last,
+            )
         # The row after which a token that is taken was sampled holds: its own id was taken before it, or is no draft.
         table.commit(chunk.rows - max(chunk.num_sampled - max(len(taken), 1), 0), ahead)
         if chunk.reports:
@@ -294,7 +310,6 @@ class Engine:
             return []
         if chunk.in_prompt:
             report.top_logits = result.top_logits
-            self.prefix.keep(request.prompt, table, request.adapter)
         events = list[RequestEvent]()
         given = report if chunk.in_prompt else None
         for index, sampled in enumerate(taken):
@@ -351,7 +366,7 @@ class Engine:
         if sequence.table is not None:
             sequence.table.commit(0)  # a row may be launched already
             ids = sequence.ids(0, min(sequence.table.length, sequence.num_tokens))
-            self.prefix.keep(ids, sequence.table, sequence.request.adapter)
+            self.prefix.keep(ids, sequence.table, sequence.request.adapter, sequence.request.cache_salt)
         self.scheduler.leave(sequence)
         del self._sequences[sequence.number]
         self._timed.pop(sequence.number, None)

@@ -40,7 +40,7 @@ class Request:
     `logits_processors` edit the logits of every sampled token, in this order, before bias and penalties. No stop id is sampled
     before the reply has `min_tokens`. Of requests that wait, and that compete for pages, the one with the lower `priority` comes
     first. `deadline_s` seconds after it was queued a request ends, however far it is. `watchdog` says how a reply that repeats
-    itself is recognised; it ends then.
+    itself is recognised; it ends then. Prefixes are shared among requests of one `cache_salt` only.
     """
 
     prompt: tuple[int, ...]
@@ -56,6 +56,7 @@ class Request:
     priority: int = 0
     deadline_s: float | None = None
     watchdog: TokenClasses | None = None
+    cache_salt: str | None = None
 
     @property
     def wants_all_rows(self) -> bool:
@@ -108,6 +109,7 @@ class SequenceState:
         self.watchdog = None if request.watchdog is None else Watchdog(request.watchdog)
         self.expires_s: float | None = None  # on the engine's clock
         self.processors = tuple(each.for_sequence() if isinstance(each, Observer) else each for each in request.logits_processors)
+        self.was_admitted = False  # its prompt was looked up in the prefix cache
         self._counts: dict[int, int] | None = None
 
     @property

@@ -15,12 +15,11 @@ from bisect import insort
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Protocol
 
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache
-from gemcutter.cache.prefix_cache import PrefixCache
+from gemcutter.cache.prefix_cache import PrefixCache, common_length
 from gemcutter.engine.request import SequenceState
 from gemcutter.engine.step_sizer import StepSizer
 from gemcutter.errors import CapacityError
@@ -122,6 +121,20 @@ class RowPlan:
             self.give(prompt, self.wanted(prompt))
 
 
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """A beginning that another request computes: how many tokens of it, and into which table."""
+
+    other: SequenceState
+    table: BlockTable
+    shared: int
+
+    @property
+    def is_coming(self) -> bool:
+        """Return whether it still runs, and is not there yet."""
+        return self.other.table is self.table and self.table.length < self.shared
+
+
 class Scheduler:
     """Continuous admission over one pool; a `sizer` makes steps smaller than `max_batched_tokens` rows."""
 
@@ -142,6 +155,9 @@ class Scheduler:
         self.preemptions = self.prefix_queries = self.prefix_hits = 0  # since the start; the latter two in tokens
         self.waiting_tokens = 0  # of all who wait
         self._is_full = False  # the newcomer whose turn it is found no pages
+        self.awaiting: set[int] = set()  # who was not let in, because somebody computes its beginning
+        self._awaited: dict[int, Awaited] = {}  # by who waits for it
+        self._asked: dict[int, set[int]] = {}  # boundaries to ask of newcomers once they have tables, by their numbers
 
     def enqueue(self, sequence: SequenceState) -> None:
         """Let a sequence wait for its turn."""
@@ -151,7 +167,7 @@ class Scheduler:
     def schedule(self) -> list[ScheduledChunk]:
         """Reserve the rows of the next step; an empty list means there is nothing to do."""
         decoding = [sequence for sequence in self.running if sequence.decodes]
-        newcomers = list(islice(self.waiting, max(self.max_num_seqs - len(self.running), 0)))
+        newcomers = self._newcomers()
         plan = self._plan(decoding, newcomers)
         chunks, everyone = list[ScheduledChunk](), len(self.running)
         for sequence in list(self.running):  # in this order, so that nobody younger has pages for the step yet
@@ -191,11 +207,7 @@ class Scheduler:
             if admitted is None:
                 break
             chunks.append(admitted)
-            self.waiting_tokens -= sequence.num_tokens
             spare += planned - admitted.rows
-            if sequence.in_prompt:
-                self.prefix_queries += sequence.num_tokens
-                self.prefix_hits += admitted.start
         return chunks
 
     def schedule_after(self, chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
@@ -224,10 +236,56 @@ class Scheduler:
         limit = min(len(chunk.sequence.request.prompt) + chunk.sequence.request.max_tokens, self.context)
         return chunk.in_prompt or not chunk.is_last or after >= limit
 
+    def _newcomers(self) -> list[SequenceState]:
+        """Return whose turn it is to be let in; who waits for a beginning that others compute lets the next ones pass."""
+        places, found = max(self.max_num_seqs - len(self.running), 0), list[SequenceState]()
+        self._asked.clear()
+        self.awaiting.clear()
+        for sequence in self.waiting:
+            if len(found) == places:
+                break
+            if self._awaits_prefix(sequence, found):
+                self.awaiting.add(sequence.number)
+            else:
+                found.append(sequence)
+        return found
+
+    def _awaits_prefix(self, sequence: SequenceState, newcomers: Sequence[SequenceState]) -> bool:
+        """Return whether a more urgent prompt, running or about to, computes more of a request's beginning than is cached.
+
+        It is asked for the windows where the two part, and the request goes on from there. Whether it waits or runs, those rows
+        take the same time; so they are computed once. Nobody waits for a request that does not run: it may be cancelled.
+        """
+        known = self._awaited.pop(sequence.number, None)
+        if known is not None and known.is_coming:
+            self._awaited[sequence.number] = known
+            return True
+        request = sequence.request
+        if not self.prefix.is_on or not sequence.in_prompt or request.wants_all_rows:
+            return False
+        space, size, cached = (request.adapter, request.cache_salt), self.prefix.page_tokens, None
+        for other in (*self.running, *newcomers):
+            if not other.in_prompt or (other.request.adapter, other.request.cache_salt) != space:
+                continue
+            shared = min(common_length(request.prompt, other.request.prompt), len(request.prompt) - 1) // size * size
+            if shared < size or shared <= other.computed or urgency(sequence) < urgency(other):
+                continue
+            cached = self.prefix.usable(request.prompt, *space) if cached is None else cached
+            if shared < cached + size:
+                continue
+            if other.table is None:
+                self._asked.setdefault(other.number, set()).add(shared)
+            else:
+                self.prefix.ask(other.table, shared)
+                self._awaited[sequence.number] = Awaited(other, other.table, shared)
+            return True
+        return False
+
     def _admit(self, sequence: SequenceState, budget: int) -> ScheduledChunk | None:
-        fresh = sequence.in_prompt and not sequence.request.wants_all_rows
-        tokens = sequence.ids(0, sequence.num_tokens)
-        table = (self.prefix.find(tokens, sequence.request.adapter) if fresh else None) or BlockTable(self.pool)
+        request, found = sequence.request, None
+        if not (sequence.in_prompt and request.wants_all_rows):
+            found = self.prefix.find(sequence.ids(0, sequence.num_tokens), request.adapter, request.cache_salt)
+        table = BlockTable(self.pool) if found is None else found
         sequence.table = table
         rows = min(sequence.pending, budget)
         while True:
@@ -235,14 +293,27 @@ class Scheduler:
                 table.reserve(rows)
                 break
             except CapacityError:
-                if not self.prefix.evict():
+                if not self.prefix.evict(table.shortage(rows)):
                     table.release()
                     sequence.table = None
                     return None
-        if sequence.in_prompt:  # else the report has been given
-            sequence.report.cached_tokens = table.length
-        insort(self.running, self.waiting.popleft(), key=urgency)
+        for boundary in self._asked.pop(sequence.number, ()):
+            self.prefix.ask(table, boundary)
+        self._count_hit(sequence, table.length)
+        self.waiting.remove(sequence)
+        self.waiting_tokens -= sequence.num_tokens
+        insort(self.running, sequence, key=urgency)
         return ScheduledChunk.of(sequence, table, rows)
+
+    def _count_hit(self, sequence: SequenceState, cached: int) -> None:
+        """Note what a prompt was spared; what it finds of its own after a preemption does not count."""
+        report = sequence.report
+        if not sequence.was_admitted:
+            sequence.was_admitted, report.cached_tokens = True, cached
+            self.prefix_queries += sequence.num_tokens
+            self.prefix_hits += cached
+        elif sequence.in_prompt:  # else the report has been given
+            report.cached_tokens = min(report.cached_tokens, cached)
 
     def _reserve(self, sequence: SequenceState, rows: int, drafts: tuple[int, ...]) -> list[ScheduledChunk]:
         """Reserve rows of a running sequence, taking pages from cached prefixes and less urgent sequences if need be."""
@@ -255,7 +326,7 @@ class Scheduler:
             except CapacityError:
                 if drafts:
                     drafts = ()  # a guess is worth nobody's pages
-                elif not self.prefix.evict() and not self._preempt_younger(sequence):
+                elif not self.prefix.evict(table.shortage(rows)) and not self._preempt_younger(sequence):
                     return []  # more urgent sequences hold the pages; they will finish
 
     def _drafts(self, sequence: SequenceState, room: int) -> tuple[int, ...]:
@@ -287,6 +358,7 @@ class Scheduler:
 
     def leave(self, sequence: SequenceState) -> None:
         """Take a sequence out and free its pages."""
+        self._awaited.pop(sequence.number, None)
         if sequence in self.running:
             self._is_full = False
             self.running.remove(sequence)

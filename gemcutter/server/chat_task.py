@@ -6,7 +6,6 @@ wire. Refuses to know HTTP. Read `wire/fields.py` for `ChatInput`, `service.py` 
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from gemcutter.api import Model, PreparedRequest
 from gemcutter.engine.thinking_budget import ThinkingBudget
 from gemcutter.server.errors import too_long
 from gemcutter.server.options import ServerOptions
-from gemcutter.server.wire.fields import ChatInput, refuse
+from gemcutter.server.wire.fields import ChatInput, check_limit, naming_constraint
 from gemcutter.text.reply import CHANNEL_CLOSE, CHANNEL_OPEN
 
 TOOL_CALL = "<|tool_call>"
@@ -25,21 +24,23 @@ def prepare_chat(
     model: Model, chat: ChatInput, options: ServerOptions, *, adapter: str | None = None, anthropic: bool = False
 ) -> PreparedRequest:
     """Encode a conversation and check everything that it asks for; meant for a worker thread. Raises RequestError or ApiError."""
-    _check_form(chat)
+    check_limit("tools", chat.tools, options.max_tools)
+    check_limit(chat.stop_field, chat.stop, options.max_stop)
     wanted: dict[str, Any] = {**chat.sampling, **_template_options(chat, options)}
     if chat.stop:
         wanted["stop"] = list(chat.stop)
     if chat.tools:
-        wanted |= {"tools": chat.tools, "parallel_tool_calls": chat.parallel_tool_calls}
+        wanted |= {"tools": chat.tools, "tool_choice": chat.tool_choice, "parallel_tool_calls": chat.parallel_tool_calls}
     if adapter is not None:
         wanted["adapter"] = adapter
-    if chat.tool_choice == "none":
-        wanted["tool_choice"] = "none"
+    if chat.constraint is not None:
+        wanted["constraint"] = chat.constraint
     context = model.engine.context
     wanted["max_tokens"] = context if chat.max_tokens is None else chat.max_tokens
     if (budget := _thinking_budget(model, chat.thinking_budget)) is not None:
         wanted["logits_processors"] = (budget,)
-    prepared = model.prepare(chat.messages, **wanted)
+    with naming_constraint(chat.format_field):
+        prepared = model.prepare(chat.messages, **wanted)
     prompt = len(prepared.request.prompt)
     if chat.max_tokens is not None and prompt + chat.max_tokens > context:
         raise too_long(prompt, chat.max_tokens, context, anthropic)
@@ -78,12 +79,3 @@ def _template_options(chat: ChatInput, options: ServerOptions) -> dict[str, Any]
     if chat.continues:
         found["continue_final_message"] = True
     return found
-
-
-def _check_form(chat: ChatInput) -> None:
-    """Raise FieldError where a reply is to have a form that only a grammar could promise."""
-    if chat.tools and chat.tool_choice not in ("auto", "none"):
-        refuse("tool_choice", f"{json.dumps(chat.tool_choice)}: not supported by this version; auto and none are")
-    form = (chat.response_format or {}).get("type", "text")
-    if form != "text":
-        refuse(chat.format_field, f"{form!r} is not supported by this version; leave it out, or send text")

@@ -26,7 +26,7 @@ def prepare_input(model: Model, given: RawText, adapter: str | None) -> Prepared
     if ids[0] != bos:
         ids = [bos, *ids]
     if len(ids) > model.engine.context:
-        raise too_long(len(ids), 0, model.engine.context)
+        raise too_long(len(ids), 0, model.engine.context, field="input")
     named = {} if adapter is None else {"adapter": adapter}
     return model.prepare(ids, max_tokens=0, temperature=0.0, hidden_states=True, **named)  # type: ignore[arg-type]
 

@@ -81,15 +81,15 @@ def no_model(name: str, known: str) -> ApiError:
     return ApiError(404, f"the model {name!r} does not exist; this server has: {known}", param="model", code="model_not_found")
 
 
-def too_long(prompt: int, wanted: int, context: int, anthropic: bool = False) -> ApiError:
-    """Return the error for a prompt and reply that the context does not hold."""
+def too_long(prompt: int, wanted: int, context: int, anthropic: bool = False, field: str = "messages") -> ApiError:
+    """Return the error for a prompt, in the field `field`, and a reply that the context does not hold."""
     message = f"this model's maximum context length is {context} tokens, but the prompt has {prompt}"
     message += f" and {wanted} more are wanted: requested {prompt + wanted}; shorten the prompt or lower max_tokens"
     if anthropic:
         message = (
             f"prompt is too long: {prompt + wanted} tokens > {context} maximum ({prompt} of the prompt, {wanted} of the reply)"
         )
-    return ApiError(400, message, param="messages", code="context_length_exceeded")
+    return ApiError(400, message, param=field, code="context_length_exceeded")
 
 
 def as_api_error(error: BaseException) -> ApiError:

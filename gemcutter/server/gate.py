@@ -1,13 +1,16 @@
 """What every request passes before its route: the key, and the id that its answer carries.
 
-Owns one piece of ASGI middleware, plain, because wrapped responses hide that a client has left. Read `app.py` for its place.
+Owns one piece of ASGI middleware, plain, because wrapped responses hide that a client has left, and the name by which the rest
+of the server knows a key: never the key itself. Read `app.py` for its place.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import uuid
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gemcutter.server.errors import ApiError, is_anthropic
 
 REQUEST_ID = b"x-request-id"
+CALLER: ContextVar[str] = ContextVar("caller", default="")  # a digest of the key that the request under way was let in with
 
 
 class Gate:
@@ -38,7 +42,8 @@ class Gate:
                 message["headers"] = [*message["headers"], (REQUEST_ID, given[:200])]
             await send(message)
 
-        if self._keys and scope["path"] not in self._open and scope["method"] != "OPTIONS" and not self._has_key(headers):
+        key = self._find_key(headers)
+        if self._keys and scope["path"] not in self._open and scope["method"] != "OPTIONS" and key is None:
             error = ApiError(401, "no valid API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`")
             await error.response(is_anthropic(scope["path"]))(scope, receive, tell)
             return
@@ -46,7 +51,11 @@ class Gate:
         if self._most and length.isdigit() and int(length) > self._most:
             await self._too_large().response(is_anthropic(scope["path"]))(scope, receive, tell)
             return
-        await self._app(scope, self._counted(receive), tell)
+        before = CALLER.set("" if key is None else hashlib.blake2b(key, digest_size=16).hexdigest())
+        try:
+            await self._app(scope, self._counted(receive), tell)
+        finally:
+            CALLER.reset(before)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._most:,} bytes, the operator's limit (--max-body-mb)")
@@ -65,9 +74,10 @@ class Gate:
 
         return count
 
-    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+    def _find_key(self, headers: dict[bytes, bytes]) -> bytes | None:
+        """Return the key that a request brings if it is one of those that are let in, else None."""
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         found = [bearer.strip()] if scheme.lower() == b"bearer" else []
         found += [headers[b"x-api-key"]] if b"x-api-key" in headers else []
-        matches = [hmac.compare_digest(one, key) for one in found for key in self._keys]  # all, so that time tells nothing
-        return any(matches)
+        matches = [key for one in found for key in self._keys if hmac.compare_digest(one, key)]  # all, so that time tells nothing
+        return matches[0] if matches else None

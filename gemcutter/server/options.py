@@ -45,6 +45,7 @@ class ServerOptions:
     shutdown_timeout_s: float = 30.0
     store_bytes: int = 0  # of /v1/responses; 0: nothing is kept
     tokenizer_info: bool = False
+    prefix_cache_salt_per_key: bool = False  # cached prefixes are shared among requests of one key only
     lora_root: str | None = None  # folder whose folders may be loaded as adapters on request; None: none may
 
     def __post_init__(self) -> None:

@@ -17,8 +17,9 @@ from gemcutter.completion import Completion
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.server.errors import too_long
 from gemcutter.server.options import ServerOptions
+from gemcutter.server.wire.chat import OF_OUTPUTS, read_constraint
 from gemcutter.server.wire.completions import CompletionRequest
-from gemcutter.server.wire.fields import RawText
+from gemcutter.server.wire.fields import RawText, naming_constraint
 from gemcutter.text.tokenizer import Tokenizer
 
 NEVER = -9999.0  # what clients take for minus infinity, which JSON has not
@@ -59,9 +60,12 @@ def prepare_raw(
         if body.echo:
             wanted["prompt_logprobs"] = body.logprobs
     context, count = model.engine.context, 16 if body.max_tokens is None else body.max_tokens
-    prepared = model.prepare(ids, max_tokens=count, **wanted)  # which refuses ids outside the vocabulary
+    if (constraint := read_constraint(body)) is not None:
+        wanted["constraint"] = constraint
+    with naming_constraint(OF_OUTPUTS):
+        prepared = model.prepare(ids, max_tokens=count, **wanted)  # which refuses ids outside the vocabulary
     if len(ids) + count > context:
-        raise too_long(len(ids) - hidden, count, context)
+        raise too_long(len(ids) - hidden, count, context, field="prompt")
     return RawRequest(prepared, hidden, prompt if isinstance(prompt, str) else tokenizer.decode(prompt))
 
 

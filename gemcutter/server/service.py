@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -22,6 +23,7 @@ from gemcutter.engine.request import RequestEvent
 from gemcutter.server.admission import Admission, Ticket
 from gemcutter.server.bridge import Mailbox, Reply
 from gemcutter.server.errors import ApiError, ClientGone, no_model
+from gemcutter.server.gate import CALLER
 from gemcutter.server.metrics import Metrics
 from gemcutter.server.options import ServerOptions
 
@@ -98,6 +100,7 @@ class Service:
     def open(self, prepared: Sequence[PreparedRequest]) -> list[Reply]:
         """Submit requests together and return their replies. Raises ApiError (429) or RequestError."""
         assert self._mailbox is not None, "the service was not started"
+        prepared = [self._salted(each) for each in prepared]
         tickets = list[Ticket]()
         try:
             for each in prepared:
@@ -109,6 +112,13 @@ class Service:
             raise
         self._replies |= dict(zip(replies, tickets, strict=True))
         return replies
+
+    def _salted(self, prepared: PreparedRequest) -> PreparedRequest:
+        """Return a request that shares cached prefixes with those of its own key alone, where the operator wants that."""
+        if not self.options.prefix_cache_salt_per_key:
+            return prepared
+        request = prepared.request
+        return replace(prepared, request=replace(request, cache_salt=f"{CALLER.get()}:{request.cache_salt or ''}"))
 
     async def finish(self, replies: Sequence[Reply]) -> list[Completion]:
         """Read replies to their ends and close them. Raises the error of the first that fails."""

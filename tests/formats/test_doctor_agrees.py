@@ -38,7 +38,7 @@ def verdicts(folder: Path) -> tuple[bool, str, bool, str]:
     report = examine(model, read_text=read_text)
     words = "; ".join(f"{each['kind']} {each['text']}" for each in report["problems"])
     try:
-        gemcutter.load(model, context=32, max_num_seqs=1, max_batched_tokens=8, prefix_cache_entries=0).close()
+        gemcutter.load(model, context=32, max_num_seqs=1, max_batched_tokens=8, prefix_cache_bytes=0).close()
     except GemcutterError as error:
         return report["exit_code"] < 2, words, False, str(error)
     return report["exit_code"] < 2, words, True, ""

@@ -167,7 +167,7 @@ def test_requests_without_an_adapter_keep_every_bit(
 
 
 def test_a_prefix_is_reused_by_its_own_adapter_only(folders: dict[tuple[str, str], Path]) -> None:
-    running = Engine(decoder("E2B", folders), CONTEXT, max_batched_tokens=64, prefix_cache_entries=6)
+    running = Engine(decoder("E2B", folders), CONTEXT, max_batched_tokens=64, prefix_cache_bytes=1 << 20)
     ids = prompt(90, 12)
     jobs = tuple(Job(ids, adapter=adapter) for adapter in ("a", None, "b", "a", None, "b"))
     answers = [drive(running, [job])[0] for job in jobs]

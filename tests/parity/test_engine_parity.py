@@ -90,7 +90,7 @@ def test_rows_are_skipped_for_one_request_and_not_for_its_neighbour(size: str, m
 @pytest.mark.parametrize("max_rows", [7, 192])
 @pytest.mark.parametrize("size", ["E2B", "26B-A4B"])
 def test_reused_prefixes_equal_the_oracle(size: str, max_rows: int) -> None:
-    running = engine(size, max_batched_tokens=max_rows, prefix_cache_entries=4)
+    running = engine(size, max_batched_tokens=max_rows, prefix_cache_bytes=1 << 20)
     first = Job(prompt(90, 12))
     (answer,) = drive(running, [first])
     turn = first.prompt + tuple(answer.tokens)

@@ -83,7 +83,7 @@ def test_scores_are_cosines_of_vectors(server: Running) -> None:
         ("/v1/embeddings", {"input": "a", "pooling": "max"}, "pooling"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format"),
         ("/v1/embeddings", {"input": [10**9]}, "prompt"),
-        ("/v1/embeddings", {"input": "word " * 3000}, "messages"),
+        ("/v1/embeddings", {"input": "word " * 3000}, "input"),
         ("/v1/score", {"text_1": [], "text_2": "a"}, "text_1"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": "a"}, "text_2"),
     ],

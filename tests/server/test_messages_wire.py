@@ -13,6 +13,7 @@ from gemcutter.completion import Chunk, Completion, RequestMetrics
 from gemcutter.server.messages_events import MessageEvents
 from gemcutter.server.wire.fields import FieldError, seal, unseal
 from gemcutter.server.wire.messages import MessagesRequest, to_chat
+from gemcutter.text.grammar import Constraint
 from gemcutter.text.tool_calls import ToolCall
 
 WEATHER = {"name": "get_weather", "description": "Weather", "input_schema": {"type": "object", "properties": {"city": {}}}}
@@ -177,10 +178,7 @@ def test_a_schema_for_the_reply(fields: dict[str, Any]) -> None:
     format = {"type": "json_schema", "schema": {"type": "object"}}
     given = json.loads(json.dumps(fields).replace("1", json.dumps(format)))
     chat = to_chat(asked([{"role": "user", "content": "Hi"}], **given))
-    assert chat.response_format == {
-        "type": "json_schema",
-        "json_schema": {"name": "reply", "schema": {"type": "object"}, "strict": True},
-    }
+    assert chat.constraint == Constraint("json_schema", '{"type": "object"}', True)
 
 
 def test_documents_of_text_are_read() -> None:

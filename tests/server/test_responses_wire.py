@@ -16,6 +16,7 @@ from gemcutter.completion import Chunk, Completion, RequestMetrics
 from gemcutter.server.responses_events import FreeText, ResponseEvents
 from gemcutter.server.wire.fields import FieldError, seal
 from gemcutter.server.wire.responses import ResponsesRequest, to_chat
+from gemcutter.text.grammar import Constraint
 from gemcutter.text.tool_calls import ToolCall
 
 Events = list[tuple[str, dict[str, Any]]]
@@ -161,15 +162,13 @@ def test_effort_switches_thinking(effort: str | None, is_on: bool | None) -> Non
     assert to_chat(asked(reasoning={"effort": effort, "summary": "auto"})).thinking is is_on
 
 
-def test_formats_are_those_of_the_chat_api() -> None:
-    format = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}
-    chat = to_chat(asked(text={"format": format, "verbosity": "low"}))
-    assert chat.response_format == {
-        "type": "json_schema",
-        "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
-    }
-    assert to_chat(asked(text={"format": {"type": "json_object"}})).response_format == {"type": "json_object"}
-    assert to_chat(asked(text={"format": {"type": "text"}})).response_format is None
+def test_formats_are_constraints() -> None:
+    format = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+    for strict in (True, False):
+        chat = to_chat(asked(text={"format": {**format, "strict": strict}, "verbosity": "low"}))
+        assert chat.constraint == Constraint("json_schema", '{"type": "object"}', strict)
+    assert to_chat(asked(text={"format": {"type": "json_object"}})).constraint == Constraint("json_object")
+    assert to_chat(asked(text={"format": {"type": "text"}})).constraint is None
 
 
 BAD: list[tuple[str, object, dict[str, Any]]] = [

@@ -105,6 +105,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.C
         (["--default-chat-template-kwargs", "["], "--default-chat-template-kwargs: expected a JSON object"),
         (["--default-chat-template-kwargs", "[]"], "--default-chat-template-kwargs: expected a JSON object"),
         (["--lora-modules", "name"], "--lora-modules: expected NAME=PATH"),
+        (["--prefix-cache-bytes", "4X"], "--prefix-cache-bytes: expected bytes, such as 0, 200000000, 512M or 4G, found '4X'"),
         (["--bos-for-token-prompts", "maybe"], "--bos-for-token-prompts: expected one of auto, never"),
     ],
 )

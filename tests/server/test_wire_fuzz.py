@@ -34,7 +34,8 @@ objects = st.none() | st.dictionaries(st.sampled_from(KEYS), values, max_size=4)
 
 def check(chat: Any) -> None:
     """Fail unless a conversation is one that any later stage can read."""
-    json.dumps([chat.messages, chat.tools, chat.tool_choice, chat.response_format])
+    json.dumps([chat.messages, chat.tools, chat.tool_choice])
+    assert chat.constraint is None or isinstance(chat.constraint.value, str | tuple)
     assert chat.messages
     for message in chat.messages:
         assert message["role"] in ("system", "developer", "user", "assistant", "tool")

@@ -114,7 +114,7 @@ def test_a_few_rows_each_are_a_static_step_from_the_second_time_on(
     ]
     found: list[list[list[int | None]]] = []
     for graphs in (False, True):
-        small, tokens = engine("readers", device, graphs, max_num_seqs=2, prefix_cache_entries=8), []
+        small, tokens = engine("readers", device, graphs, max_num_seqs=2, prefix_cache_bytes=1 << 20), []
         replies(small, [Request(start, max_tokens=1)])
         with torch.inference_mode():
             for requests in rounds:
@@ -131,7 +131,7 @@ def test_a_stop_wastes_one_row_and_nothing_else(device: torch.device) -> None:
     plain = replies(engine("Gemma 3", device, graphs=False, max_num_seqs=2), [first, second])
     stop = plain[0][3]
     requests = [Request(first.prompt, max_tokens=6, stop_ids=frozenset({stop})), second]
-    found = engine("Gemma 3", device, graphs=True, max_num_seqs=2, prefix_cache_entries=4)
+    found = engine("Gemma 3", device, graphs=True, max_num_seqs=2, prefix_cache_bytes=1 << 20)
     short = plain[0][: plain[0].index(stop)]
     assert replies(found, requests) == {0: short, 1: plain[1]}
     again = Request((*first.prompt, *short, stop), max_tokens=2)

@@ -422,7 +422,7 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     "limits",
-    [{"context": 0}, {"context": -5}, {"max_batched_tokens": 0}, {"max_num_seqs": 0}, {"prefix_cache_entries": -1}],
+    [{"context": 0}, {"context": -5}, {"max_batched_tokens": 0}, {"max_num_seqs": 0}, {"prefix_cache_bytes": -1}],
     ids=repr,
 )
 def test_limits_that_leave_no_room_are_refused(limits: dict[str, Any]) -> None:

@@ -252,7 +252,7 @@ def test_paths_dtypes_and_devices_may_be_objects() -> None:
     assert LoadOptions(model="demo", adapter="x", adapters={"a": "b"}).adapters == {"a": "b"}
 
 
-@pytest.mark.parametrize("limits", [{"max_num_seqs": 10**9}, {"prefix_cache_entries": 10**9}, {"max_num_seqs": 10**15}], ids=repr)
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 10**9}, {"prefix_cache_bytes": 10**15}, {"max_num_seqs": 10**15}], ids=repr)
 def test_memory_is_computed_before_it_is_taken(limits: dict[str, Any], model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = list[object]()
     monkeypatch.setattr(kv_cache, "PageAllocator", taken.append)

@@ -279,9 +279,9 @@ def test_all_of_it_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemcutter.api.load_model", load)
     monkeypatch.setattr("torch.set_num_threads", lambda number: asked.update(threads=number))
     with pytest.raises(GemcutterError, match="enough"):
-        load_model("demo", Loading(**LOADING), context=99, kv="fp8", max_num_seqs=2, prefix_cache_entries=3)
+        load_model("demo", Loading(**LOADING), context=99, kv="fp8", max_num_seqs=2, prefix_cache_bytes=1 << 20)
     defaults = dataclasses.asdict(LoadOptions(model="demo"))
-    engine = {"context": 99, "kv": "fp8", "max_num_seqs": 2, "prefix_cache_entries": 3}
+    engine = {"context": 99, "kv": "fp8", "max_num_seqs": 2, "prefix_cache_bytes": 1 << 20}
     assert asked == {**defaults, "model": "demo", **LOADING, "ignore": ("a.*", "b.*"), **engine}
 
 

@@ -99,7 +99,7 @@ def test_text_is_the_same_with_drafts(kind: str, good: int, batch: int) -> None:
         request.prompt: [token for token in each if token is not None]
         for request, each in zip(requests, tokens(wanted), strict=True)
     }
-    engine = Engine(decoder(), 64, max_num_seqs=batch, prefix_cache_entries=2, proposer=Oracle(answers, good))
+    engine = Engine(decoder(), 64, max_num_seqs=batch, prefix_cache_bytes=1 << 20, proposer=Oracle(answers, good))
     found, fewer = run(engine, requests, stagger=2)
     assert tokens(found) == tokens(wanted)
     assert [each[-1].finish for each in found] == [each[-1].finish for each in wanted]
@@ -119,7 +119,7 @@ def test_a_stop_or_the_last_token_within_a_draft_ends_the_reply(stop_at: int) ->
     stop = answer[stop_at]
     for changed in (replace(request, stop_ids=frozenset({stop})), replace(request, max_tokens=stop_at + 1)):
         alone, _ = run(Engine(decoder(), 64), [changed])
-        engine = Engine(decoder(), 64, prefix_cache_entries=2, proposer=Oracle({request.prompt: answer}, K))
+        engine = Engine(decoder(), 64, prefix_cache_bytes=1 << 20, proposer=Oracle({request.prompt: answer}, K))
         found, _ = run(engine, [changed])
         assert tokens(found) == tokens(alone)
         assert found[0][-1].finish is alone[0][-1].finish
@@ -129,7 +129,7 @@ def test_a_stop_or_the_last_token_within_a_draft_ends_the_reply(stop_at: int) ->
 def test_a_reply_may_be_continued_from_the_cache_after_drafts() -> None:
     (request, *_), (wanted, *_), _ = plain("greedy")
     answer = [event.token for event in wanted if event.token is not None]
-    engine = Engine(decoder(), 64, prefix_cache_entries=4, proposer=Oracle({request.prompt: answer}, 2))
+    engine = Engine(decoder(), 64, prefix_cache_bytes=1 << 20, proposer=Oracle({request.prompt: answer}, 2))
     engine.submit(replace(request, max_tokens=6))
     while engine.has_work:
         engine.step()

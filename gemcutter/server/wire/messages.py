@@ -26,8 +26,10 @@ from gemcutter.server.wire.fields import (
     image_part,
     joined,
     refuse,
+    schema_constraint,
     unseal,
 )
+from gemcutter.text.grammar import Constraint
 
 # Fields that would change what a client gets: refused by name where they ask for something.
 REFUSED = {
@@ -36,7 +38,6 @@ REFUSED = {
 }
 SAMPLING = ("temperature", "top_p", "top_k")
 BILLING_HEADER = "x-anthropic-billing-header:"  # a line with a hash that differs in each request: no prefix would ever be reused
-FORMAT_NAME = "reply"  # of a schema, which this API does not name
 
 
 class MessagesRequest(BaseModel):
@@ -87,8 +88,9 @@ def to_chat(request: MessagesRequest) -> ChatInput:
         stop=tuple(request.stop_sequences or ()),
         sampling={name: value for name in SAMPLING if (value := getattr(request, name)) is not None},
         thinking=_thinking(request.thinking),
-        response_format=_response_format(request),
+        constraint=_constraint(request),
         format_field="output_config.format",
+        stop_field="stop_sequences",
         continues=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
         thinking_budget=_budget(request.thinking),
         warnings=tuple(warnings),
@@ -278,8 +280,8 @@ def _budget(thinking: Mapping[str, Any] | None) -> int | None:
     return budget
 
 
-def _response_format(request: MessagesRequest) -> dict[str, Any] | None:
-    """Return the schema that the reply must follow as the chat API's response_format."""
+def _constraint(request: MessagesRequest) -> Constraint | None:
+    """Return the schema that the answer must follow. Raises FieldError."""
     where, format = "output_config.format", (request.output_config or {}).get("format")
     if format is None:  # as it was called while it was in beta
         where, format = "output_format", (request.model_extra or {}).get("output_format")
@@ -288,5 +290,4 @@ def _response_format(request: MessagesRequest) -> dict[str, Any] | None:
     kind = as_object(format, where).get("type")
     if kind != "json_schema":
         refuse(f"{where}.type", f"expected json_schema, found {spell_value(kind)}")
-    schema = dict(as_object(format.get("schema"), f"{where}.schema"))
-    return {"type": "json_schema", "json_schema": {"name": FORMAT_NAME, "schema": schema, "strict": True}}
+    return schema_constraint(format.get("schema"), f"{where}.schema", strict=True)

@@ -28,8 +28,10 @@ from gemcutter.server.wire.fields import (
     image_part,
     joined,
     refuse,
+    schema_constraint,
     unseal,
 )
+from gemcutter.text.grammar import Constraint
 
 # Fields that would change what a client gets: refused by name where they ask for something.
 REFUSED = {
@@ -122,7 +124,7 @@ def to_chat(request: ResponsesRequest, earlier: Sequence[Mapping[str, Any]] = ()
         sampling={name: value for name in SAMPLING if (value := getattr(request, name)) is not None},
         thinking=None if effort is None else effort != "none",
         template_options=dict(request.chat_template_kwargs or {}),
-        response_format=_response_format(request.text or {}),
+        constraint=_constraint(request.text or {}),
         format_field="text.format",
         warnings=tuple(warnings),
     )
@@ -298,18 +300,14 @@ def _allowed(choice: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> l
     return found
 
 
-def _response_format(text: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return `text.format` as the chat API's response_format, None for plain text."""
+def _constraint(text: Mapping[str, Any]) -> Constraint | None:
+    """Return what `text.format` asks of the answer, None for plain text. Raises FieldError."""
     format = as_object(text.get("format") or {"type": "text"}, "text.format")
     kind = format.get("type")
     if kind == "text":
         return None
     if kind == "json_object":
-        return {"type": "json_object"}
+        return Constraint("json_object")
     if kind == "json_schema":
-        schema = as_object(format.get("schema"), "text.format.schema")
-        return {
-            "type": "json_schema",
-            "json_schema": {"name": format.get("name") or "schema", "schema": dict(schema), "strict": bool(format.get("strict"))},
-        }
+        return schema_constraint(format.get("schema"), "text.format.schema", strict=format.get("strict") is True)
     raise FieldError("text.format.type", f"expected text, json_object or json_schema, found {spell_value(kind)}")
