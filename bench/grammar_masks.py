@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.grammar_masks` has it
 
-from gemcutter.engine.grammar_mask import mask_of_bits
+from gemcutter.engine.grammar_mask import fill_mask
 from gemcutter.errors import GemcutterError
 from gemcutter.text.grammar import Constraint, Grammar, build_grammar
 from gemcutter.text.grammar_compiler import CompiledGrammar, GrammarCompiler
@@ -115,7 +115,7 @@ class Times:
 def walk(compiled: CompiledGrammar, ends: frozenset[int], steps: int, vocab: int) -> Times:
     """Return the times of so many masks along random replies, each from the grammar's start to its end."""
     chooser, times, logits_V = random.Random(0), Times(), torch.zeros(vocab)
-    matcher = compiled.matcher.deep_copy()
+    matcher, mask_V = compiled.matcher.deep_copy(), torch.empty(vocab)
     allowed = np.flatnonzero(np.unpackbits(np.frombuffer(compiled.first, np.uint8), bitorder="little"))
     while len(times.parts["mask"]) < steps:
         token = int(allowed[chooser.randrange(len(allowed))])
@@ -129,7 +129,7 @@ def walk(compiled: CompiledGrammar, ends: frozenset[int], steps: int, vocab: int
         marks.append(time.perf_counter())
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         marks.append(time.perf_counter())
-        mask_V = mask_of_bits(bits)
+        fill_mask(bits, mask_V)
         marks.append(time.perf_counter())
         logits_V += mask_V
         marks.append(time.perf_counter())
