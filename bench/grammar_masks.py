@@ -115,7 +115,7 @@ class Times:
 def walk(compiled: CompiledGrammar, ends: frozenset[int], steps: int, vocab: int) -> Times:
     """Return the times of so many masks along random replies, each from the grammar's start to its end."""
     chooser, times, logits_V = random.Random(0), Times(), torch.zeros(vocab)
-    matcher, mask_V = compiled.matcher.deep_copy(), torch.empty(vocab)
+    matcher, mask_V = compiled.matcher.deep_copy(), np.empty(vocab, np.float32)
     allowed = np.flatnonzero(np.unpackbits(np.frombuffer(compiled.first, np.uint8), bitorder="little"))
     while len(times.parts["mask"]) < steps:
         token = int(allowed[chooser.randrange(len(allowed))])
@@ -131,11 +131,11 @@ def walk(compiled: CompiledGrammar, ends: frozenset[int], steps: int, vocab: int
         marks.append(time.perf_counter())
         fill_mask(bits, mask_V)
         marks.append(time.perf_counter())
-        logits_V += mask_V
+        logits_V += torch.from_numpy(mask_V)
         marks.append(time.perf_counter())
         for name, start, stop in zip(PARTS, marks, marks[1:], strict=False):
             times.parts[name].append(stop - start)
-        allowed = np.flatnonzero(mask_V.numpy() == 0)
+        allowed = np.flatnonzero(mask_V == 0)
     return times
 
 

@@ -96,7 +96,7 @@ class GrammarMask:
         start = Phase.WAITING if trigger is not None else Phase.THOUGHT if is_open else Phase.HELD
         # These three are the business of the job that runs, else of the thread that asks; there is at most one job.
         self._matcher: Any = None
-        self._mask_V = torch.empty(len(first) * 8)  # what is in it counts until the next job
+        self._mask_V = np.empty(len(first) * 8, np.float32)  # what is in it counts until the next job
         self._places = [Place(start, may_think=self._thoughts is not Thoughts.NEVER)]
         self._seen: list[int] = []  # the reply that the last job was made for; its first `_told` ids stay
         self._told = 0
@@ -196,45 +196,46 @@ class GrammarMask:
 
     def _mask(self, place: Place) -> Tensor | None:
         """Return what is added to logits at a place: 0, or -inf where an id may not come. Raises RequestError where none may."""
-        markers = self._markers
+        markers, mask_V = self._markers, self._mask_V
         if place.phase in (Phase.WAITING, Phase.LOST):  # what is sampled after a draft that is forbidden is never taken
             return None
         if place.phase is Phase.HELD:
             try:
-                mask_V = self._mask_of_matcher()
+                self._fill_by_matcher(mask_V)
             except RequestError:
                 if self._gives_way:
                     return None
                 raise
-            if place.may_think and markers.opening is not None:
-                mask_V[markers.opening] = 0.0
-            return mask_V
-        is_empty = place.phase is Phase.EMPTY
-        mask_V = self._mask_V.fill_(-torch.inf if is_empty else 0.0)
-        if is_empty:
-            mask_V[list(markers.name[place.named : place.named + 1])] = 0.0
+            _allow(mask_V, markers.opening if place.may_think else None)
+        elif place.phase is Phase.EMPTY:
+            mask_V.fill(-np.inf)
+            _allow(mask_V, *markers.name[place.named : place.named + 1], markers.closing)
         else:
-            mask_V[list(markers.special)] = -torch.inf
-        mask_V[markers.closing] = 0.0
-        return mask_V
+            mask_V.fill(0.0)
+            mask_V[list(markers.special)] = -np.inf
+            _allow(mask_V, markers.closing)
+        return torch.from_numpy(mask_V)
 
-    def _mask_of_matcher(self) -> Tensor:
+    def _fill_by_matcher(self, mask_V: NDArray[np.float32]) -> None:
         matcher = self._matcher  # None before the first id
         bits = np.frombuffer(self._first if matcher is None else matcher.compute_bitmask(), np.uint8)
         if matcher is not None and matcher.is_error():
             raise self._error()
         if not bits.any():
             raise RequestError(f"{self._name}: the grammar allows no token here; is there a text that it accepts?")
-        return fill_mask(bits, self._mask_V)
+        fill_mask(bits, mask_V)
 
 
-def fill_mask(bits_B: NDArray[np.uint8], mask_V: Tensor) -> Tensor:
-    """Return `mask_V` with 0 for every bit that is 1, of each byte the lowest one first, and -inf for the others.
+def _allow(mask_V: NDArray[np.float32], *ids: int | None) -> None:
+    mask_V[[id for id in ids if id is not None]] = 0.0
+
+
+def fill_mask(bits_B: NDArray[np.uint8], mask_V: NDArray[np.float32]) -> None:
+    """Set `mask_V` to 0 for every bit that is 1, of each byte the lowest one first, and to -inf for the others.
 
     The memory is used again, since getting new pages from the system takes longer than all else; a sum is the fastest mask.
     """
-    np.take(ADDED, bits_B, axis=0, out=mask_V.numpy().reshape(-1, 8), mode="clip")
-    return mask_V
+    np.take(ADDED, bits_B, axis=0, out=mask_V.reshape(-1, 8), mode="clip")
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

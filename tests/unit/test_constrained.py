@@ -324,7 +324,8 @@ def test_a_prompt_that_ends_in_a_thought(untrained: Model) -> None:
 
 def test_no_reply_ends_within_a_thought(untrained: Model) -> None:
     forced = Forced(channel(untrained, "<|channel>"), 300, min(untrained.defaults.stop_ids))
-    found = ask(untrained, constraint=YES_NO, enable_thinking=True, logits_processors=[forced], max_tokens=6)
+    options = {"enable_thinking": True, "max_tokens": 6, "stop_token_ids": [1 << 20]}
+    found = ask(untrained, constraint=YES_NO, logits_processors=[forced], **options)
     assert len(found.tokens) == 6
 
 
