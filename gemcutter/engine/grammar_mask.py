@@ -147,10 +147,15 @@ class GrammarMask:
             self._job.exception()  # the matcher is in use until then
         added = list(reply[kept:])
         self._seen[kept:] = added
-        self._job = POOL.submit(self._move, kept, added)
+        place = self._places[kept]
+        if place.phase is Phase.WAITING and self._trigger not in added and self._places[-1].consumed == 0:
+            self._job = Future()  # nothing is held yet, and no thread is woken
+            self._job.set_result(self._move(kept, added))
+        else:
+            self._job = POOL.submit(self._move, kept, added)
         return self._job
 
-    # ---- on a thread of the pool ----
+    # ---- on a thread of the pool, where a grammar holds ----
 
     def _move(self, kept: int, added: Sequence[int]) -> Tensor | None:
         """Go back to the first `kept` ids, on by those that were added, and return the mask there, None where all may come."""

@@ -133,6 +133,13 @@ def test_white_space_is_bounded(model: gemcutter.Model) -> None:
     assert not accepts(model, found, "{" + " " * 9 + '"a":1}')
 
 
+def test_thousands_of_choices(model: gemcutter.Model) -> None:
+    found = compiled(model, Constraint("choice", tuple(f"{number:05d}" * 4 for number in range(10000))))
+    assert accepts(model, found, "01234" * 4)
+    assert not accepts(model, found, "1" + "01234" * 4)
+    assert not accepts(model, found, "01234" * 3)
+
+
 def test_limits() -> None:
     nested: dict[str, Any] = {"type": "string"}
     for _ in range(40):
