@@ -4,7 +4,7 @@ Owns the scenes (schemas, tools, a regex, a choice) and a walk through each: tok
 allowed, or a text is followed. Times are given part by part, since only the last one is on the engine's thread. Refuses to know
 models. Read `gemcutter/engine/grammar_mask.py` for what is timed.
 
-    python bench/grammar_masks.py ../shared/spec/fixtures --steps 2000
+    python bench/grammar_masks.py FOLDER --steps 2000
 
 FOLDER holds a checkpoint's tokenizer.json, or Gemma 4's gemma4_tokens.json.xz, gemma4_merges.u32le.xz and special_tokens.json.
 """
