@@ -100,7 +100,8 @@ def _without_calls(request: Request, call_id: int | None) -> Request:
 
 def _markers(tokenizer: Tokenizer, request: Request) -> MarkerIds:
     id_of = tokenizer.id_of
-    name, special = tuple(tokenizer.encode_plain(HEADER)), tokenizer.special_ids | request.stop_ids
+    ends = frozenset(id for id in request.stop_ids if id < tokenizer.num_ids)  # callers may give ids that there are not
+    name, special = tuple(tokenizer.encode_plain(HEADER)), tokenizer.special_ids | ends
     return MarkerIds(id_of(CHANNEL_OPEN), id_of(CHANNEL_CLOSE), name, id_of(CALL_CLOSE), special)
 
 

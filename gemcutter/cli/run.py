@@ -14,6 +14,7 @@ import typer
 
 from gemcutter.benchmark.memory import peak_rss_bytes
 from gemcutter.cli import options
+from gemcutter.cli.answer_form import AnswerForm, ToolChoice, read_tool_choice
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model
 from gemcutter.cli.measured import describe_model
@@ -39,6 +40,7 @@ Examples:
   gemcutter run demo "What is a lantern?"
   gemcutter run demo "In the beginning" --raw -n 64 --temperature 0.8 --top-p 0.95 --seed 7
   gemcutter run google/gemma-4-E2B-it - < question.txt
+  gemcutter run demo "Is a lantern a lamp?" --choice yes --choice no
   gemcutter run demo --tokens 2,1024,981 --top-logits 10 --json
 """
 
@@ -70,6 +72,8 @@ def run(
     system: options.System = None,
     think: options.Think = False,
     tools: Tools = None,
+    tool_choice: ToolChoice = None,
+    form: AnswerForm,
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     watchdog: Watchdog = False,
@@ -86,6 +90,7 @@ def run(
     if (raw or tokens is not None) and (system is not None or think or tools is not None):
         raise UsageError("--system, --think and --tools are parts of the chat template, which --raw and --tokens leave out")
     declared = None if tools is None else read_tools(tools).declarations
+    choice, constraint = read_tool_choice(tool_choice, declared), form.constraint()
     asked = read_prompt(prompt, tokens)
     sampling = options.check_sampling(choosing, logprobs=logprobs)
     loaded = load_model(model, loading, context=context, kv=kv, **speculating.given)
@@ -98,6 +103,8 @@ def run(
         watchdog=watchdog,
         enable_thinking=think,
         tools=declared,
+        tool_choice=choice,
+        constraint=constraint,
         top_logits=top_logits or 0,
         **sampling,
     )

@@ -128,7 +128,7 @@ def _body(constraint: Constraint) -> str:
     if kind == "choice":
         if not isinstance(value, tuple) or not value or not all(isinstance(each, str) and each for each in value):
             raise RequestError(f"constraint: a choice is of a tuple of texts that are not empty, found {spell_value(value)}")
-        return " | ".join(spell(each) for each in value)
+        return f"%lark {{\nstart: TEXT\nTEXT: {' | '.join(map(spell, value))}\n}}"  # one terminal: rules are limited to 2000
     if kind == "json_object":
         return _json({"type": "object"}, strict=True)
     if not isinstance(value, str) or not value:

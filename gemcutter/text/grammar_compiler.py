@@ -58,7 +58,7 @@ class GrammarCompiler:
             b"" if matcher.is_error() else matcher.compute_bitmask()
         )  # slow, as it builds states of the lexer, which copies have
         if matcher.is_error():
-            raise RequestError(f"{grammar.name}: {_first_line(matcher.get_error())}")
+            raise RequestError(f"{grammar.name}: {_problem(matcher.get_error())}")
         for warning in (*grammar.warnings, *(f"{grammar.name}: {each}" for each in matcher.get_grammar_warnings())):
             log.warning("%s", warning)
         with self._lock:
@@ -114,5 +114,9 @@ def has_llguidance() -> bool:
     return True
 
 
-def _first_line(error: str) -> str:
-    return PLACE.sub("", error.splitlines()[0] if error else "it can't be compiled")
+def _problem(error: str) -> str:
+    if error.startswith("NoExtension"):
+        return "there is no text that it accepts"
+    first, *more = error.splitlines() or ["it can't be compiled"]
+    cause = next((line.removeprefix("error: ") for line in more if line.startswith("error: ")), "")  # of a regular expression
+    return PLACE.sub("", f"{first} {cause}".rstrip())
