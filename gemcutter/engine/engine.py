@@ -339,8 +339,7 @@ class Engine:
             token = None if is_end and finish is FinishReason.STOP else sampled.token
             if token is not None:
                 sequence.append(token)
-            tally = sequence.tally if is_end else None
-            ended = finish if is_end else None
+            ended, tally = finish if is_end else None, sequence.tally
             events.append(RequestEvent(sequence.number, token, sampled.logprobs, ended, given, tally=tally, time_s=now))
             given = None
         if not request.max_tokens:

@@ -86,8 +86,8 @@ class PromptReport:
 class RequestEvent:
     """One token of one request, or its end; the first event of a request carries the prompt's report.
 
-    `finish` is None while the request goes on; the last event carries the `tally` of drafts. `error` says why a request ended
-    with FinishReason.ERROR. `time_s` is when the event came, on the clock of `time.perf_counter`.
+    `finish` is None while the request goes on; `tally` counts the request's drafts so far. `error` says why a request ended with
+    FinishReason.ERROR. `time_s` is when the event came, on the clock of `time.perf_counter`.
     """
 
     request: int

@@ -7,15 +7,18 @@ reference kernels, where a row never depends on its neighbours.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import gemcutter
+from gemcutter.completion import Completion
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
 from gemcutter.engine.sampling_params import SamplingParams
@@ -27,6 +30,7 @@ from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_drafter
 from gemcutter.model.drafter import Drafter
 from gemcutter.model.text import Decoder
+from gemcutter.text.grammar import Constraint
 from gemcutter.text.token_classes import blank_and_data_ids
 from tests.trained import golden, trained
 from tests.unit.test_drafts import no_repeats, run, tokens
@@ -136,3 +140,42 @@ class Parrot:
     def __call__(self, prompt: Sequence[int], reply: Sequence[int], logits_V: Tensor) -> Tensor:
         logits_V[self.text[len(reply) % len(self.text)]] += 1000.0
         return logits_V
+
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {
+            "kind": {"enum": ["lamp", "ship"]},
+            "sizes": {"type": "array", "items": {"type": "integer"}, "maxItems": 4},
+        },
+        "required": ["kind", "sizes"],
+    }
+)
+TOOL = {
+    "type": "function",
+    "function": {"name": "light", "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}}},
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "schema": {"constraint": Constraint("json_schema", SCHEMA)},
+    "regex": {"constraint": Constraint("regex", "([a-z]{2,5} ){3}[0-9]+")},
+    "call": {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+    "free": {"tools": [TOOL], "stop": ["the ", "of a"], "watchdog": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_grammars_calls_and_stops_hold_within_drafts(form: str, temperature: float) -> None:
+    """Text, calls, reasons and counts are those without speculation."""
+    asked: dict[str, Any] = {"max_tokens": 40, "temperature": temperature, "seed": 5, "logprobs": 1, **FORMS[form]}
+    found = list[Completion]()
+    for options in ({}, {"draft_model": trained("tiny-e-assistant"), "draft_tokens": 4}):
+        with gemcutter.load("demo", dtype="float32", kernels="reference", context=256, **options) as model:
+            found.append(model.chat([{"role": "user", "content": "What is a lantern?"}], **asked))
+    alone, guessed = found
+    assert (guessed.text, guessed.tokens, guessed.finish_reason) == (alone.text, alone.tokens, alone.finish_reason)
+    assert guessed.tool_calls == alone.tool_calls
+    assert [each.logprob for each in guessed.logprobs] == pytest.approx([each.logprob for each in alone.logprobs], abs=1e-4)
+    assert guessed.metrics.drafted_tokens > 0 == alone.metrics.drafted_tokens
+    assert 0 <= guessed.metrics.accepted_tokens <= guessed.metrics.drafted_tokens

@@ -34,7 +34,7 @@ class NgramProposer:
         length = sequence.num_tokens
         if length <= size:
             return ()
-        first = max(known.read - size + 1, 0)  # ids that runs not yet read begin with
+        first = max(min(known.read - size + 1, length - size), 0)  # ids that runs not yet read begin with
         ids = sequence.ids(first, length)
         for end in range(max(known.read, size), length):  # the run that ends with the sequence has nothing after it yet
             known.last[ids[end - size - first : end - first]] = end
