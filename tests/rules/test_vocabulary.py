@@ -21,6 +21,7 @@ HISTORY = {"CHANGELOG.md", "docs/log.md"}
 
 # Whole words; case counts. Each of the first column is what a reader of vLLM, llama.cpp or PyTorch would not have guessed.
 REPLACED = {
+    "prefix_cache_entries": "prefix_cache_bytes",
     "gauge": "benchmark",
     "lexicon": "text_assets",
     "PagedPool": "PagedKVCache",
