@@ -383,6 +383,9 @@ def load(
     kv: str | None = None,
     chat_template: str | Path | None = None,
     generation_config: str | Path = "auto",
+    speculate: str | None = None,
+    draft_model: str | Path | None = None,
+    draft_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
@@ -410,6 +413,9 @@ def load(
         kv=kv,
         chat_template=_as_name(chat_template),
         generation_config=_as_name(generation_config),
+        speculate=speculate,
+        draft_model=_as_name(draft_model),
+        draft_tokens=draft_tokens,
     )
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: expected a function of the bytes done and the bytes in all, found {spell_value(progress)}")

@@ -19,6 +19,7 @@ from typing import Literal
 from gemcutter.engine.loop import EngineLoop, failure
 from gemcutter.engine.request import FinishReason, PromptReport, Request, RequestEvent
 from gemcutter.engine.sampling import TokenLogprobs
+from gemcutter.engine.speculate.tally import NO_DRAFTS
 from gemcutter.text.reply import ReplyParser, ReplyPiece
 from gemcutter.text.tool_calls import ToolCall
 
@@ -32,7 +33,8 @@ class RequestMetrics:
     """Wall-clock seconds and tokens of one request.
 
     `prefill_tokens` counts computed prompt rows, `cached_tokens` those found in the prefix cache. `ttft_s` runs from submission
-    to the first token, waiting for other requests included; `decode_tokens` and `decode_s` are those after it.
+    to the first token, `queue_s` of it to the first prompt row; `decode_tokens` and `decode_s` are those after it.
+    `drafted_tokens` were guessed and verified, `accepted_tokens` of them right.
     """
 
     prefill_tokens: int = 0
@@ -40,6 +42,14 @@ class RequestMetrics:
     ttft_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    queue_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @property
+    def prefill_s(self) -> float:
+        """Return the time from the first prompt row to the first token."""
+        return max(self.ttft_s - self.queue_s, 0.0)
 
     @property
     def tpot_s(self) -> float:
@@ -57,9 +67,9 @@ class Completion:
     """What a request brought: `tokens` without the stop token, `text` without stop strings, markers, reasoning and tool calls.
 
     `tool_calls` holds the calls that are complete, `reasoning_tokens` counts the tokens of the reasoning, `stopped` is the stop
-    string that ended the text. The reason of the end is "timeout" where a deadline passed, and "repetition" where a watchdog saw
-    the reply go round in circles. `logprobs` has an entry for each of `tokens`, if that was asked for;
-    `model.tokenizer.piece(id)` spells its ids.
+    string that ended the text, `unreadable_calls` counts blocks that were no calls and became text. The reason of the end is
+    "timeout" where a deadline passed, and "repetition" where a watchdog saw the reply go round in circles. `logprobs` has an
+    entry for each of `tokens`, if that was asked for; `model.tokenizer.piece(id)` spells its ids.
     """
 
     text: str
@@ -73,6 +83,7 @@ class Completion:
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_tokens: int = 0
     stopped: str | None = None
+    unreadable_calls: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +116,7 @@ class Stream:
         self.sink = self._events.put
         self._ready: deque[Chunk] = deque()
         self._tokens, self._logprobs, self._report = list[int](), list[TokenLogprobs](), PromptReport()
+        self._tally = NO_DRAFTS
         self._submitted_s, self._first_s, self._last_s = time.perf_counter(), 0.0, 0.0
         self._completion: Completion | None = None
         self._error: Exception | None = None
@@ -178,6 +190,7 @@ class Stream:
             return
         self._first_s, self._last_s = self._first_s or event.time_s, event.time_s
         self._report = event.prompt or self._report
+        self._tally = event.tally or self._tally
         finish = event.finish
         if event.token is not None:
             self._tokens.append(event.token)
@@ -216,6 +229,9 @@ class Stream:
             ttft_s=max(self._first_s - self._submitted_s, 0.0),
             decode_tokens=max(len(self._tokens) - 1, 0),
             decode_s=self._last_s - self._first_s,
+            queue_s=max(report.started_s - self._submitted_s, 0.0) if report.started_s else 0.0,
+            drafted_tokens=self._tally.drafted,
+            accepted_tokens=self._tally.accepted,
         )
         return Completion(
             text.text,
@@ -229,6 +245,7 @@ class Stream:
             text.tool_calls,
             text.num_reasoning_tokens,
             text.stopped,
+            text.num_unreadable,
         )
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gemcutter.engine.speculate.tally import MOST_DRAFTS
 from gemcutter.errors import KernelError, RequestError, spell_value
 from gemcutter.ops.registry import ACTIVATIONS, CPU, KERNELS, TRITON
 from gemcutter.quant_names import RECIPE_NAMES, find_quant
@@ -19,6 +20,7 @@ HALVES = ("float16", "f16", "fp16", "half")
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 PLE_PLACES = ("gpu", "host", "mmap")
 KV_DTYPES = ("fp8",)
+SPECULATORS = ("auto", "mtp", "ngram", "off")
 DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
 
 
@@ -68,9 +70,10 @@ CHECKS: Mapping[str, Callable[[str], str]] = {
     "quant": lambda name: find_quant(name, RECIPE_NAMES),
     "ple": _one_of("ple", PLE_PLACES),
     "kv": _one_of("kv", KV_DTYPES),
+    "speculate": _one_of("speculate", SPECULATORS),
 }
 NEEDED = ("model", "device", "kernels", "generation_config")  # texts that can't be None
-TEXTS = (*NEEDED, "dtype", "activations", "quant", "adapter", "ple", "kv", "chat_template")
+TEXTS = (*NEEDED, "dtype", "activations", "quant", "adapter", "ple", "kv", "chat_template", "speculate", "draft_model")
 LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_bytes": 0}
 MAY_BE_NONE = ("context", "prefix_cache_bytes")
 
@@ -99,6 +102,11 @@ class LoadOptions:
     that are kept for reuse (0: none is kept; None: half as many whole contexts as sequences, and as much again of windows).
     `max_stall_ms` bounds the time of a step in milliseconds, so that a long prompt does not keep others waiting (None:
     its rows alone are bounded).
+
+    `speculate` says who guesses tokens that are then verified several a step, which changes no reply: "mtp" (the assistant
+    `draft_model`), "ngram" (what followed the same tokens before), "auto" (both) or "off"; None: "auto" with a `draft_model`,
+    else "off". `draft_tokens` is how many are guessed at a time, 0 to 8; None: as many as pay on this machine. An assistant is
+    quantized as `quant` says, or else in 4 bits beside a target that is.
     """
 
     model: str
@@ -120,6 +128,9 @@ class LoadOptions:
     max_num_seqs: int = 8
     prefix_cache_bytes: int | None = None
     max_stall_ms: float | None = None
+    speculate: str | None = None
+    draft_model: str | None = None
+    draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -139,6 +150,11 @@ class LoadOptions:
             raise KernelError(f"ple {self.ple}: a choice for models on a GPU; on a CPU the table stays mapped")
         if self.kv is not None and (reason := TRITON.refusal(place, self.kernels)):
             raise KernelError(f"kv {self.kv}: a choice of the Triton kernels, which are not used here: {reason}")
+
+    @property
+    def drafts_by_model(self) -> bool:
+        """Return whether a draft model is to be loaded."""
+        return self.draft_model is not None and self.speculate in (None, "auto", "mtp")
 
     def _check_kinds(self) -> None:
         """Raise RequestError, with every problem, for options of another type: callers are checked, not trusted."""
@@ -171,5 +187,10 @@ class LoadOptions:
         stall: object = self.max_stall_ms
         if stall is not None and not (isinstance(stall, int | float) and not isinstance(stall, bool) and stall > 0):
             problems.append(f"max_stall_ms: expected None or milliseconds above 0, found {spell_value(stall)}")
+        drafts: object = self.draft_tokens
+        if drafts is not None and not (type(drafts) is int and 0 <= drafts <= MOST_DRAFTS):
+            problems.append(f"draft_tokens: expected None or 0 to {MOST_DRAFTS}, found {spell_value(drafts)}")
+        if self.speculate == "mtp" and self.draft_model is None:
+            problems.append("speculate: mtp needs an assistant; name it with draft_model")
         if problems:
             raise RequestError("the limits leave no room", problems)

@@ -7,7 +7,7 @@ Refuses to know tokenizers, templates and requests. Read `load_options.py` for t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,16 +21,21 @@ from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.engine.engine import Engine
+from gemcutter.engine.speculate.assistant import AssistantProposer
+from gemcutter.engine.speculate.ngram import NgramProposer
+from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.errors import KernelError, RequestError
 from gemcutter.load_options import DEFAULT_CONTEXT, LoadOptions, check_dtype, own_dtype
+from gemcutter.model.drafter import Drafter
 from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.ops.types import AdapterDeltas, Param, matrix
-from gemcutter.plan import ModelPlan
+from gemcutter.plan import Access, ModelPlan, derive
 from gemcutter.quant import Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 FP8_CAPABILITY = (8, 9)
+QUANT_OF_DRAFTERS = "q4"  # beside a 4-bit target
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ class OpenModel:
     checkpoint: Checkpoint
     decoder: Decoder
     notes: list[str] = field(default_factory=list)
+    drafter: Drafter | None = None
 
     def engine(self) -> Engine:
         """Make an engine of the options' limits. Raises CapacityError if there is no memory for its cache."""
@@ -53,7 +59,16 @@ class OpenModel:
             how.prefix_cache_bytes,
             kv_dtype=None if how.kv is None else torch.float8_e4m3fn,
             max_stall_ms=how.max_stall_ms,
+            speculator=self.speculator(),
         )
+
+    def speculator(self) -> Speculator | None:
+        """Return what guesses tokens, None where nothing is to be guessed."""
+        how = self.options
+        mode = how.speculate or ("off" if how.draft_model is None else "auto")
+        ngram = NgramProposer() if mode in ("auto", "ngram") else None
+        assistant = None if self.drafter is None else AssistantProposer(self.drafter)
+        return Speculator(ngram, assistant, how.draft_tokens) if ngram or assistant else None
 
 
 def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenModel:
@@ -85,7 +100,35 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
         notes += each.notes()
     if backend is not CPU and device.type == "cpu" and options.kernels == "auto":
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
-    return OpenModel(options, checkpoint, make_decoder(checkpoint.plan, params, options, dtype, device), notes)
+    decoder = make_decoder(checkpoint.plan, params, options, dtype, device)
+    drafter = open_drafter(options, decoder, notes) if options.drafts_by_model else None
+    return OpenModel(options, checkpoint, decoder, notes, drafter)
+
+
+def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Drafter:
+    """Load the assistant that the options name for a decoder that is there already, and note what is special about it.
+
+    Raises GemcutterError with everything that is wrong, or does not fit the target.
+    """
+    assert options.draft_model is not None
+    found = open_checkpoint(locate(options.draft_model), options.ignore)
+    if not found.plan.is_drafter:
+        raise RequestError(f"draft_model: {options.draft_model} is no assistant; name the one that was made for {options.model}")
+    bound = replace(found, plan=derive(found.config, target.plan))
+    quant = options.quant
+    if quant is None and _has_four_bits(target):
+        quant = QUANT_OF_DRAFTERS
+        notes.append(f"the assistant is quantized to 4 bits ({quant}), as its target is")
+    packer = select_backend(target.device.type, options.kernels).packer(target.device, target.dtype)
+    params = load_params(bound, target.dtype, target.device, None, quant, packer)
+    return Drafter(make_decoder(bound.plan, params, options, target.dtype, target.device), target)
+
+
+def _has_four_bits(decoder: Decoder) -> bool:
+    """Return whether most of what a token reads is held in 5 bits an element or less, scales included."""
+    weights = [(spec, decoder.params[spec.name]) for spec in decoder.plan.params() if spec.access is Access.DENSE]
+    matrices = [(spec, param) for spec, param in weights if isinstance(param, Weight)]
+    return 8 * sum(param.nbytes for _, param in matrices) <= 5 * sum(spec.elements for spec, _ in matrices)
 
 
 def panel_notes(options: LoadOptions, params: Mapping[str, Param]) -> list[str]:

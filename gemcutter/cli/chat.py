@@ -24,7 +24,7 @@ from gemcutter.cli.failure import describe
 from gemcutter.cli.line_input import line_history, read_message
 from gemcutter.cli.loading import load_model, spell_how
 from gemcutter.cli.run import note_idle_options, spell_limit
-from gemcutter.cli.terminal import Answer, Volume, note, say, spell_rate, volume
+from gemcutter.cli.terminal import Answer, Volume, note, say, spell_drafts, spell_rate, volume
 from gemcutter.cli.tool_files import ToolFile, Tools, read_tools
 from gemcutter.errors import GemcutterError, RequestError
 from gemcutter.tools import run_call, turn_of
@@ -88,6 +88,7 @@ def chat(
     max_tokens: MaxTokens = MAX_TOKENS,
     choosing: options.Choosing,
     loading: options.Loading,
+    speculating: options.Speculating,
     context: options.Context = None,
     kv: options.Kv = None,
     prefix_cache_bytes: options.PrefixCacheBytes = None,
@@ -96,7 +97,7 @@ def chat(
     sampling = options.check_sampling(choosing)
     declared = None if tools is None else read_tools(tools)
     prefix_bytes = options.parse_bytes("--prefix-cache-bytes", prefix_cache_bytes)
-    loaded = load_model(model, loading, context=context, kv=kv, prefix_cache_bytes=prefix_bytes)
+    loaded = load_model(model, loading, context=context, kv=kv, **speculating.given, prefix_cache_bytes=prefix_bytes)
     if loaded.template is None:
         raise RequestError(
             f"{model} has no chat template (a base model?); use `gemcutter run`, or an instruction-tuned checkpoint"
@@ -305,8 +306,9 @@ class Session:
 def summary(completion: Completion) -> str:
     """Describe how long a turn was, how fast it came, and what of it was in the cache already."""
     spent = completion.metrics
+    drafts = spell_drafts(spent.drafted_tokens, spent.accepted_tokens)
     return (
-        f"({len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}; "
+        f"({len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}{drafts}; "
         f"prompt {len(completion.prompt_tokens)} tokens, {spent.cached_tokens} of them from the cache)"
     )
 

@@ -243,6 +243,39 @@ PrefixCacheBytes = Annotated[
     ),
 ]
 
+# ---- who guesses tokens ----
+
+
+@dataclass(frozen=True, slots=True)
+class Speculating:
+    """Who guesses tokens that are then verified several a step."""
+
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|mtp|ngram|off",
+            help="Guess tokens and verify several a step, which changes no reply: by --draft-model (mtp), by what followed the "
+            "same tokens before (ngram), or both (auto).  [default: auto with --draft-model, else off]",
+            callback=_checked("speculate"),
+            show_default=False,
+        ),
+    ] = None
+    draft_model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The assistant that was made for this model: a folder or a hub id.")
+    ] = None
+    draft_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Tokens to guess at a time, 8 at most.  [default: as many as pay]", show_default=False
+        ),
+    ] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Return the options as load options."""
+        return asdict(self)
+
+
 # ---- how tokens are chosen; the engine checks the ranges ----
 
 

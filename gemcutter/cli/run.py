@@ -18,7 +18,7 @@ from gemcutter.cli.answer_form import AnswerForm, ToolChoice, read_tool_choice
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model
 from gemcutter.cli.measured import describe_model
-from gemcutter.cli.terminal import Answer, note, print_json, remark, say, spell_rate
+from gemcutter.cli.terminal import Answer, note, print_json, remark, say, spell_drafts, spell_rate
 from gemcutter.cli.tool_files import Tools, read_tools
 from gemcutter.errors import RequestError
 
@@ -82,6 +82,7 @@ def run(
     top_logits: TopLogits = None,
     as_json: options.Json = False,
     loading: options.Loading,
+    speculating: options.Speculating,
     context: options.Context = None,
     kv: options.Kv = None,
 ) -> None:
@@ -92,7 +93,7 @@ def run(
     choice, constraint = read_tool_choice(tool_choice, declared), form.constraint()
     asked = read_prompt(prompt, tokens)
     sampling = options.check_sampling(choosing, logprobs=logprobs)
-    loaded = load_model(model, loading, context=context, kv=kv)
+    loaded = load_model(model, loading, context=context, kv=kv, **speculating.given)
     note_idle_options(loaded, sampling)
     chunks = loaded.stream(
         asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think),
@@ -219,6 +220,8 @@ def as_object(completion: Completion, load_s: float, *, wants_top_logits: bool) 
         "prefill_s": metrics.ttft_s,
         "decode_tokens": metrics.decode_tokens,
         "decode_s": metrics.decode_s,
+        "drafted_tokens": metrics.drafted_tokens,
+        "accepted_tokens": metrics.accepted_tokens,
         "peak_rss_bytes": peak_rss_bytes(),
     }
     return found
@@ -236,9 +239,10 @@ def show_details(completion: Completion, tokenizer: Tokenizer) -> None:
         best = ", ".join(f"{tokenizer.piece(token)!r} {value:.3f}" for token, value in one.top)
         say(f"  {one.logprob:8.3f}  {one.token:6}  {tokenizer.piece(one.token)!r}  {best}")
     spent = completion.metrics
+    drafts = spell_drafts(spent.drafted_tokens, spent.accepted_tokens)
     remark(
         f"prompt {len(completion.prompt_tokens)} tokens, {spell_rate(spent.prefill_tokens, spent.ttft_s)}; "
-        f"reply {len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}; "
+        f"reply {len(completion.tokens)} tokens, {spell_rate(spent.decode_tokens, spent.decode_s)}{drafts}; "
         f"end: {completion.finish_reason}",
         on_terminal=True,
     )

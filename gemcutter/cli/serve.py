@@ -44,6 +44,8 @@ Examples:
 KEY = "GEMCUTTER_API_KEY"
 KEEP_ALIVE_S = 120  # agents think longer than uvicorn's 5 s between two requests on one connection
 DEFAULTS = ServerOptions()
+SPECULATIVE_KEYS = {"method", "model", "num_speculative_tokens"}
+METHODS = {"mtp": "mtp", "ngram": "ngram", "draft_model": "mtp", "gemma4_mtp": "mtp"}  # vLLM's, and what they are here
 
 
 @options.spread
@@ -113,6 +115,10 @@ def serve(
         bool, typer.Option("--prefix-cache-salt-per-key", help="Reuse what was computed among requests of one API key only.")
     ] = False,
     loading: options.Loading,
+    speculating: options.Speculating,
+    speculative_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="The same as vLLM spells it: method, model, num_speculative_tokens.")
+    ] = None,
     kv: options.Kv = None,
 ) -> None:
     """Load a model and serve it until a signal ends the process. Raises UsageError or GemcutterError."""
@@ -134,12 +140,13 @@ def serve(
         prefix_cache_salt_per_key=prefix_cache_salt_per_key,
     )
     prefix_bytes = options.parse_bytes("--prefix-cache-bytes", prefix_cache_bytes)
+    drafts = speculating.given if speculative_config is None else _read_speculation(speculative_config, speculating)
     adapters = dict(_read_module(each) for each in lora_modules or ())
     create_app = _find_app()
     with _take_port(host, port) as taken:
         limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache_bytes": prefix_bytes, "adapters": adapters}
         limits |= {"max_batched_tokens": max_num_batched_tokens, "max_stall_ms": max_stall_ms or None}
-        loaded = load_model(model, loading, context=max_model_len, kv=kv, **limits)
+        loaded = load_model(model, loading, context=max_model_len, kv=kv, **limits, **drafts)
         with loaded:
             _run(create_app(loaded, chosen), loaded, taken, chosen)
 
@@ -173,6 +180,26 @@ def _read_kwargs(text: str | None) -> tuple[tuple[str, object], ...]:
     if not isinstance(found, dict):
         raise UsageError(f"--default-chat-template-kwargs: expected a JSON object, found {text!r}")
     return tuple(found.items())
+
+
+def _read_speculation(text: str, other: options.Speculating) -> dict[str, Any]:
+    """Return vLLM's object as load options. Raises UsageError, naming what is not known."""
+    where = "--speculative-config"
+    if any(value is not None for value in other.given.values()):
+        raise UsageError(f"{where}: give either it or --speculate, --draft-model and --draft-tokens")
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: expected a JSON object, found {text!r} ({error})") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{where}: expected a JSON object, found {text!r}")
+    if unknown := sorted(set(found) - SPECULATIVE_KEYS):
+        raise UsageError(f"{where}: {unknown[0]} is not known; there are: {', '.join(sorted(SPECULATIVE_KEYS))}")
+    method = found.get("method", "mtp" if "model" in found else "ngram")
+    if method not in METHODS:
+        raise UsageError(f"{where}: method: expected one of {', '.join(METHODS)}, found {method!r}")
+    count = found.get("num_speculative_tokens")
+    return {"speculate": METHODS[method], "draft_model": found.get("model"), "draft_tokens": count}
 
 
 def _read_module(text: str) -> tuple[str, str]:

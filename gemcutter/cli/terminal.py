@@ -176,3 +176,8 @@ def spell_work(flops: float) -> str:
 def spell_rate(tokens: int, seconds: float) -> str:
     """Format tokens a second."""
     return f"{tokens / seconds:.1f} tokens/s" if tokens and seconds else "- tokens/s"
+
+
+def spell_drafts(drafted: int, accepted: int) -> str:
+    """Format how many guessed tokens were right; nothing where none was guessed."""
+    return f", {accepted} of {drafted} guesses right" if drafted else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, takewhile
 from traceback import clear_frames
 from typing import Any
 
@@ -23,7 +23,9 @@ from gemcutter.engine.request import FinishReason, Request, RequestEvent, Sequen
 from gemcutter.engine.runner import ChunkResult, ModelRunner, PendingStep
 from gemcutter.engine.sampler import SampledToken
 from gemcutter.engine.sampling_params import SamplingParams
-from gemcutter.engine.scheduler import Proposer, ScheduledChunk, Scheduler
+from gemcutter.engine.scheduler import ScheduledChunk, Scheduler
+from gemcutter.engine.speculate.speculator import Speculator
+from gemcutter.engine.speculate.tally import NO_DRAFTS
 from gemcutter.engine.stats import EngineStats
 from gemcutter.engine.step_sizer import StepSizer
 from gemcutter.engine.watchdog import TokenClasses
@@ -37,7 +39,7 @@ class Engine:
     `context` is the longest sequence in tokens, `max_batched_tokens` the rows of one step (the chunk of a long prompt),
     `max_num_seqs` how many sequences run at once, `prefix_cache_bytes` the memory for what stays in the cache for reuse (None:
     what serves so many sequences, see `prefix_pages`). `graphs` says whether decode steps run over static memory, as captured
-    graphs on a GPU; by default wherever that is possible. `kv_dtype` is that of the cache, by default the decoder's. `proposer`
+    graphs on a GPU; by default wherever that is possible. `kv_dtype` is that of the cache, by default the decoder's. `speculator`
     drafts tokens to be verified several a step.
     `max_stall_ms` bounds how long a step may last, by giving it fewer prompt rows, as far as measured steps can tell; without it
     only their number is bounded. What is computed does not depend on it.
@@ -52,7 +54,7 @@ class Engine:
         prefix_cache_bytes: int | None = 0,
         graphs: bool | None = None,
         kv_dtype: torch.dtype | None = None,
-        proposer: Proposer | None = None,
+        speculator: Speculator | None = None,
         max_stall_ms: float | None = None,
     ) -> None:
         self.decoder = decoder
@@ -63,10 +65,12 @@ class Engine:
         self.pool = PagedKVCache(decoder.plan, counts, dtype, decoder.device, compact)
         self.prefix = PrefixCache(self.pool, prefixes)
         sizer = None if max_stall_ms is None else StepSizer(max_stall_ms / 1000)
-        self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, proposer, sizer)
+        self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, speculator, sizer)
         is_static = decoder.capture_refusal() is None if graphs is None else graphs
         captured = CapturedSteps(decoder, self.pool, self.context) if is_static else None
-        self.runner = ModelRunner(decoder, self.pool, captured)
+        keeps_states = speculator is not None and speculator.keeps_states
+        self.runner = ModelRunner(decoder, self.pool, captured, keeps_states=keeps_states)
+        self.speculator = speculator
         self._ahead: PendingStep | None = None  # launched before the tokens of the step before it were known
         self._sequences: dict[int, SequenceState] = {}
         self._timed: dict[int, SequenceState] = {}  # those that have a deadline
@@ -116,6 +120,7 @@ class Engine:
             preemptions=scheduler.preemptions,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
+            tally=NO_DRAFTS if self.speculator is None else self.speculator.tally,
             steps=before.steps + bool(step),
             step_tokens=before.step_tokens if step is None else sum(chunk.rows for chunk in step),
         )
@@ -228,6 +233,7 @@ class Engine:
         in that step end with it; a request whose own sampling or report fails ends alone.
         """
         expired, started_s = self._expire(), self.clock()
+        launched_s = started_s
         pending, self._ahead = self._ahead, None
         is_measured = pending is None  # else part of the step's time has passed already
         chunks: Sequence[ScheduledChunk] = () if pending is None else pending.chunks
@@ -235,6 +241,8 @@ class Engine:
         try:
             if pending is None:
                 chunks = self.scheduler.schedule()
+                launched_s = self.clock()
+                _note_start(chunks, launched_s)
                 pending = self.runner.launch(chunks)
             if self.runner.can_run_ahead(pending) and (after := self.scheduler.schedule_after(chunks)):
                 following = self.runner.launch_after(pending, after)
@@ -246,15 +254,23 @@ class Engine:
             self._withdraw()
             raise
         self._ahead = following
-        if is_measured and self.scheduler.sizer is not None:
-            decode_rows = sum(chunk.rows for chunk in chunks if chunk.sequence.decodes)
-            self.scheduler.sizer.observe(decode_rows, sum(chunk.rows for chunk in chunks) - decode_rows, now - started_s)
+        if is_measured:
+            self._measured(chunks, now - started_s, now - launched_s)
         events = expired
         for chunk, result in zip(chunks, results, strict=True):
             if chunk.sequence.table is chunk.table:  # else it ended while this row was computed
                 events += self._advance(chunk, result, now, ahead=int(following is not None))
         self._count(chunks)
         return events
+
+    def _measured(self, chunks: Sequence[ScheduledChunk], seconds: float, model_s: float) -> None:
+        """Take note of what a step took, and of the part that came after its rows were known."""
+        rows = sum(chunk.rows for chunk in chunks)
+        decode_rows = sum(chunk.rows for chunk in chunks if chunk.sequence.decodes)
+        if self.scheduler.sizer is not None:
+            self.scheduler.sizer.observe(decode_rows, rows - decode_rows, seconds)
+        if self.speculator is not None and rows == decode_rows > 0:
+            self.speculator.timed(rows, model_s)
 
     def _expire(self) -> list[RequestEvent]:
         """End the requests whose deadline has passed, those that still wait too."""
@@ -290,6 +306,12 @@ class Engine:
         if result.error is not None:
             return [self._end(sequence, FinishReason.ERROR, now, result.error)]
         taken, finish = self._accepted(chunk, result.tokens)
+        if chunk.drafts and self.speculator is not None:
+            pairs = zip(taken, chunk.drafts, strict=False)
+            right = sum(1 for _ in takewhile(lambda pair: pair[0].token == pair[1], pairs))
+            self.speculator.verified(sequence, min(len(chunk.drafts), len(taken)), right)
+        if taken and result.sampled_RD is not None:
+            sequence.state_D = result.sampled_RD[len(taken) - 1]
         if chunk.in_prompt:  # before windows that later rows don't see are let go
             self.prefix.keep(
                 request.prompt,
@@ -317,7 +339,8 @@ class Engine:
             token = None if is_end and finish is FinishReason.STOP else sampled.token
             if token is not None:
                 sequence.append(token)
-            events.append(RequestEvent(sequence.number, token, sampled.logprobs, finish if is_end else None, given, time_s=now))
+            ended, tally = finish if is_end else None, sequence.tally
+            events.append(RequestEvent(sequence.number, token, sampled.logprobs, ended, given, tally=tally, time_s=now))
             given = None
         if not request.max_tokens:
             finish = FinishReason.LENGTH
@@ -359,7 +382,7 @@ class Engine:
             clear_frames(error.__traceback__)  # which hold the step's tensors as long as somebody holds the error
         self._forget(sequence)
         self._count()
-        return RequestEvent(sequence.number, finish=finish, error=error, time_s=now)
+        return RequestEvent(sequence.number, finish=finish, error=error, tally=sequence.tally, time_s=now)
 
     def _forget(self, sequence: SequenceState) -> None:
         """Take a sequence out; what it computed stays in the prefix cache."""
@@ -368,6 +391,8 @@ class Engine:
             ids = sequence.ids(0, min(sequence.table.length, sequence.num_tokens))
             self.prefix.keep(ids, sequence.table, sequence.request.adapter, sequence.request.cache_salt)
         self.scheduler.leave(sequence)
+        if self.speculator is not None:
+            self.speculator.forget(sequence)
         del self._sequences[sequence.number]
         self._timed.pop(sequence.number, None)
 
@@ -377,6 +402,13 @@ class Engine:
         if sequence is None:
             return None
         return self._end(sequence, FinishReason.CANCELLED, self.clock())
+
+
+def _note_start(chunks: Sequence[ScheduledChunk], now: float) -> None:
+    """Note of prompts that begin when they did."""
+    for chunk in chunks:
+        if chunk.in_prompt and not chunk.sequence.report.started_s:
+            chunk.sequence.report.started_s = now
 
 
 def _is_duration(value: Any) -> bool:

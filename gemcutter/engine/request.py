@@ -16,6 +16,7 @@ from gemcutter.cache.block_table import BlockTable
 from gemcutter.engine.sampler import LogitsProcessor, Observer
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.engine.sampling_params import SamplingParams
+from gemcutter.engine.speculate.tally import NO_DRAFTS, Tally
 from gemcutter.engine.watchdog import TokenClasses, Watchdog
 
 
@@ -69,6 +70,7 @@ class PromptReport:
     """What was asked about the prompt itself."""
 
     cached_tokens: int = 0
+    started_s: float = 0.0  # when its first row was computed, on the engine's clock
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     top_logits: tuple[tuple[int, float], ...] = ()
     hidden_states: list[Tensor] = field(default_factory=list)  # chunks [rows, D], in order
@@ -84,8 +86,8 @@ class PromptReport:
 class RequestEvent:
     """One token of one request, or its end; the first event of a request carries the prompt's report.
 
-    `finish` is None while the request goes on. `error` says why a request ended with FinishReason.ERROR. `time_s` is when the
-    event came, on the clock of `time.perf_counter`.
+    `finish` is None while the request goes on; `tally` counts the request's drafts so far. `error` says why a request ended with
+    FinishReason.ERROR. `time_s` is when the event came, on the clock of `time.perf_counter`.
     """
 
     request: int
@@ -94,6 +96,7 @@ class RequestEvent:
     finish: FinishReason | None = None
     prompt: PromptReport | None = None
     error: Exception | None = field(default=None, compare=False)
+    tally: Tally | None = field(default=None, compare=False)
     time_s: float = field(default=0.0, compare=False)
 
 
@@ -107,6 +110,8 @@ class SequenceState:
         self.report = PromptReport()
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         self.watchdog = None if request.watchdog is None else Watchdog(request.watchdog)
+        self.tally = NO_DRAFTS
+        self.state_D: Tensor | None = None  # the target's, of the row that gave the last token; where somebody drafts from it
         self.expires_s: float | None = None  # on the engine's clock
         self.processors = tuple(each.for_sequence() if isinstance(each, Observer) else each for each in request.logits_processors)
         self.was_admitted = False  # its prompt was looked up in the prefix cache

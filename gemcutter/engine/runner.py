@@ -35,7 +35,8 @@ HEAD_ROWS = 32  # rows whose logits exist at one time: 32 MiB at 262,144 float32
 class ChunkResult:
     """What a step made of one chunk.
 
-    `tokens` has one entry for each sampled row. `logprobs`, `states_MD` and `top_logits` belong to the prompt's report.
+    `tokens` has one entry for each sampled row, as has `sampled_RD`, the rows' final states, where the runner keeps them.
+    `logprobs`, `states_MD` and `top_logits` belong to the prompt's report.
     `error` is what the chunk's own processing met: its tokens are not to be used then.
     """
 
@@ -44,6 +45,7 @@ class ChunkResult:
     states_MD: Tensor | None = None
     top_logits: tuple[tuple[int, float], ...] = ()
     error: Exception | None = None
+    sampled_RD: Tensor | None = None
 
 
 NOTHING = ChunkResult()
@@ -101,10 +103,12 @@ class EagerStep:
 
 
 class ModelRunner:
-    """Runs the steps of one engine; `captured` runs those that it accepts."""
+    """Runs the steps of one engine; `captured` runs those that it accepts. `keeps_states` keeps the states of sampled rows."""
 
-    def __init__(self, decoder: Decoder, pool: PagedKVCache, captured: StepLauncher | None = None) -> None:
-        self.decoder, self.pool, self.captured = decoder, pool, captured
+    def __init__(
+        self, decoder: Decoder, pool: PagedKVCache, captured: StepLauncher | None = None, *, keeps_states: bool = False
+    ) -> None:
+        self.decoder, self.pool, self.captured, self.keeps_states = decoder, pool, captured, keeps_states
         self.sampler = sampler_for(decoder)
 
     def launch(self, chunks: Sequence[ScheduledChunk]) -> PendingStep:
@@ -187,7 +191,8 @@ class ModelRunner:
         for index, result in zip(group, found, strict=True):
             report = results[index]
             error = report.error or result.error
-            results[index] = ChunkResult(result.tokens, report.logprobs, report.states_MD, result.top_logits, error)
+            kept = states_MD[rows[index].start : rows[index].stop].clone() if self.keeps_states else None
+            results[index] = ChunkResult(result.tokens, report.logprobs, report.states_MD, result.top_logits, error, kept)
 
 
 def sampler_for(decoder: Decoder) -> Sampler:

@@ -80,10 +80,13 @@ class ScheduledChunk:
 
 
 class Proposer(Protocol):
-    """Guesses the tokens that a sequence will sample next; they are verified in one step, so a wrong guess costs time alone."""
+    """Guesses the tokens that sequences will sample next; they are verified in one step, so a wrong guess costs time alone."""
 
-    def propose(self, sequence: SequenceState, limit: int) -> tuple[int, ...]:
-        """Return up to `limit` draft ids to follow the sequence's last token; none where there is nothing to guess."""
+    def propose(self, wanted: Sequence[tuple[SequenceState, int]], others: int, room: int) -> Mapping[int, tuple[int, ...]]:
+        """Return draft ids to follow the last tokens of some of the sequences, by their numbers.
+
+        Each may get as many as stand beside it, all together `room`; `others` rows of other sequences are in the step.
+        """
 
 
 def urgency(sequence: SequenceState) -> tuple[int, int]:
@@ -97,7 +100,7 @@ class RowPlan:
 
     left: int  # rows that nobody has
     rows: dict[int, int] = field(default_factory=dict)
-    drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    drafts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def give(self, sequence: SequenceState, rows: int) -> None:
         """Let a sequence have more rows, as far as there are some."""
@@ -189,10 +192,10 @@ class Scheduler:
         for sequence in everyone:
             if not plan.of(sequence):
                 plan.give(sequence, 1)
-        for sequence in decoding if self.proposer is not None else ():
-            if plan.of(sequence):
-                plan.drafts[sequence.number] = drafts = self._drafts(sequence, plan.left)
-                plan.left -= len(drafts)
+        if self.proposer is not None and decoding:
+            wanted = [(sequence, self._most_drafts(sequence)) for sequence in decoding if plan.of(sequence)]
+            plan.drafts = self.proposer.propose(wanted, rows - plan.left - len(wanted), plan.left)
+            plan.left -= sum(map(len, plan.drafts.values()))
         plan.share(prompts if self._is_full else [*prompts, *newcomers])
         return plan
 
@@ -329,12 +332,9 @@ class Scheduler:
                 elif not self.prefix.evict(table.shortage(rows)) and not self._preempt_younger(sequence):
                     return []  # more urgent sequences hold the pages; they will finish
 
-    def _drafts(self, sequence: SequenceState, room: int) -> tuple[int, ...]:
-        """Return drafts for a sequence that decodes, no more than its reply, the context and `room` rows allow."""
-        assert self.proposer is not None
-        left = min(sequence.request.max_tokens - len(sequence.reply), self.context - sequence.num_tokens) - 1
-        limit = min(left, room)
-        return self.proposer.propose(sequence, limit)[:limit] if limit > 0 else ()
+    def _most_drafts(self, sequence: SequenceState) -> int:
+        """Return how many drafts a sequence may get: its last token needs none."""
+        return max(min(sequence.request.max_tokens - len(sequence.reply), self.context - sequence.num_tokens) - 1, 0)
 
     def _preempt_younger(self, sequence: SequenceState) -> bool:
         """Send the least urgent sequence back to wait, unless it is this one, whose juniors have no rows in the step yet."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gemcutter.engine.speculate.tally import NO_DRAFTS, Tally
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -14,7 +16,8 @@ class EngineStats:
 
     `running` and `waiting` are requests; `kv_usage` is the share of pages that are held, cached prefixes among them, of the page
     group that is fullest. `queued_prompt_tokens` are rows to be computed before all requests decode. Of the tokens of prompts
-    that were admitted (`prefix_queries`), `prefix_hits` were found in the cache. `step_tokens` are the rows of the last step.
+    that were admitted (`prefix_queries`), `prefix_hits` were found in the cache. `step_tokens` are the rows of the last step,
+    `tally` counts drafts.
     """
 
     running: int = 0
@@ -26,3 +29,4 @@ class EngineStats:
     prefix_hits: int = 0
     steps: int = 0
     step_tokens: int = 0
+    tally: Tally = NO_DRAFTS

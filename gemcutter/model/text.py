@@ -19,7 +19,7 @@ from gemcutter.model.rope import Rope
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, select_backend, select_kernel
 from gemcutter.ops.step import KVCache, Rotation, Step, prepare
-from gemcutter.ops.types import AdapterDeltas, LayerOutput, Linear, OpContext, Param, Precision
+from gemcutter.ops.types import AdapterDeltas, LayerOutput, Linear, OpContext, Param, Precision, matrix
 from gemcutter.plan import LayerPlan, ModelPlan, RopeSpec
 from gemcutter.quant import Weight
 from gemcutter.quant.carried import adapters_of, carry, carrying_weights, without_adapter, without_deltas
@@ -197,6 +197,10 @@ class Decoder:
         """Return the soft-capped logits [R, V] of final-normed states, in float32."""
         with self.on_device():
             return self.lm_head(h_RD)
+
+    def multiply(self, x_ND: Tensor, name: str) -> Tensor:
+        """Multiply rows with a matrix that belongs to no layer, such as a drafter's projections."""
+        return self._ctx.linear(x_ND, matrix(self.params, name))
 
     def rope_tables(self, positions_N: Tensor) -> dict[RopeSpec, Rotation]:
         """Return the rotary tables of a step's positions, one pair a distinct spec."""

@@ -86,17 +86,24 @@ def usage(completions: Sequence[Completion]) -> dict[str, Any]:
         replies,
         cached=first.metrics.cached_tokens,
         reasoning=sum(each.reasoning_tokens for each in completions),
+        drafted=sum(each.metrics.drafted_tokens for each in completions),
+        accepted=sum(each.metrics.accepted_tokens for each in completions),
     )
 
 
-def counted(prompt: int, reply: int, *, cached: int = 0, reasoning: int = 0) -> dict[str, Any]:
+def counted(
+    prompt: int, reply: int, *, cached: int = 0, reasoning: int = 0, drafted: int = 0, accepted: int = 0
+) -> dict[str, Any]:
     """Return tokens as this API counts them."""
+    details = {"reasoning_tokens": reasoning}
+    if drafted:
+        details |= {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": reply,
         "total_tokens": prompt + reply,
         "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": reasoning},
+        "completion_tokens_details": details,
     }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from gemcutter.completion import Completion
+from gemcutter.engine.stats import EngineStats
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
@@ -30,6 +31,14 @@ class Metrics:
         self.generation_tokens = self._counter("generation_tokens", "Tokens of replies.")
         self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
+        self.preemptions = self._counter("num_preemptions", "Requests that gave their pages to others and began anew.")
+        self.unreadable = self._counter("unreadable_tool_calls", "Tool calls that could not be read and became text.")
+        self.drafts = self._counter("spec_decode_num_drafts", "Drafts that were verified.")
+        self.draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens of drafts that were verified.")
+        self.accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Tokens of drafts that were right.")
+        at = (*self._labels, "position")
+        help = "Drafts that were right up to a position."
+        self._accepted_at = Counter("vllm:spec_decode_num_accepted_tokens_per_pos", help, at, registry=self.registry)
         self.rejections = self._counter("admission_rejections", "Requests turned away because too much waited.")
         names = (*self._labels, "finished_reason")
         self._success = Counter("vllm:request_success", "Requests that ended.", names, registry=self.registry)
@@ -37,8 +46,12 @@ class Metrics:
         self.inter_token = self._seconds("inter_token_latency_seconds", "Between two tokens of a reply.")
         self.tpot = self._seconds("request_time_per_output_token_seconds", "Mean time between tokens of a reply.")
         self.e2e = self._seconds("e2e_request_latency_seconds", "From arrival to the last token.")
+        self.queue = self._seconds("request_queue_time_seconds", "From arrival to the first prompt row.")
+        self.prefill = self._seconds("request_prefill_time_seconds", "From the first prompt row to the first token.")
+        self.inference = self._seconds("request_inference_time_seconds", "From the first prompt row to the last token.")
         self.decode = self._seconds("request_decode_time_seconds", "From the first token to the last.")
         self.request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self.request_most = self._histogram("request_params_max_tokens", "Reply tokens that a request allowed.", TOKENS)
         self.request_generation = self._histogram("request_generation_tokens", "Reply tokens of a request.", TOKENS)
 
     def _gauge(self, name: str, text: str) -> Gauge:
@@ -65,9 +78,23 @@ class Metrics:
         self.request_prompt.observe(len(completion.prompt_tokens))
         self.request_generation.observe(len(completion.tokens))
         self.e2e.observe(spent.e2e_s)
+        self.queue.observe(spent.queue_s)
+        self.prefill.observe(spent.prefill_s)
         self.decode.observe(spent.decode_s)
+        self.inference.observe(spent.prefill_s + spent.decode_s)
+        self.unreadable.inc(completion.unreadable_calls)
         if spent.decode_tokens:
             self.tpot.observe(spent.tpot_s)
+
+    def worked(self, before: EngineStats, now: EngineStats) -> None:
+        """Count what an engine did between two snapshots."""
+        self.preemptions.inc(now.preemptions - before.preemptions)
+        self.drafts.inc(now.tally.bursts - before.tally.bursts)
+        self.draft_tokens.inc(now.tally.drafted - before.tally.drafted)
+        self.accepted_tokens.inc(now.tally.accepted - before.tally.accepted)
+        for place, (first, last) in enumerate(zip(before.tally.accepted_at, now.tally.accepted_at, strict=True)):
+            if now.tally.drafted:
+                self._accepted_at.labels(**self._labels, position=str(place)).inc(last - first)
 
     def aborted(self) -> None:
         """Count a request that was cancelled or failed."""

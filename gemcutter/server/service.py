@@ -20,6 +20,7 @@ from fastapi import Request
 from gemcutter.api import Model, PreparedRequest
 from gemcutter.completion import Completion
 from gemcutter.engine.request import RequestEvent
+from gemcutter.engine.stats import EngineStats
 from gemcutter.server.admission import Admission, Ticket
 from gemcutter.server.bridge import Mailbox, Reply
 from gemcutter.server.errors import ApiError, ClientGone, no_model
@@ -46,6 +47,7 @@ class Service:
         self._replies: dict[Reply, Ticket] = {}
         self._last_token_s: dict[Reply, float] = {}
         self._mailbox: Mailbox | None = None
+        self._stats = EngineStats()  # of the last look
         self._watch: asyncio.Task[None] | None = None
 
     # ---- life ----
@@ -101,6 +103,8 @@ class Service:
         """Submit requests together and return their replies. Raises ApiError (429) or RequestError."""
         assert self._mailbox is not None, "the service was not started"
         prepared = [self._salted(each) for each in prepared]
+        for each in prepared:
+            self.metrics.request_most.observe(each.request.max_tokens)
         tickets = list[Ticket]()
         try:
             for each in prepared:
@@ -173,6 +177,8 @@ class Service:
     def refresh(self, metrics: Metrics) -> None:
         """Bring the gauges up to date."""
         found = self.model.engine.stats()
+        metrics.worked(self._stats, found)
+        self._stats = found
         metrics.running.set(found.running)
         metrics.waiting.set(found.waiting)
         metrics.cache_usage.set(found.kv_usage)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "quant_names": set(),
     "quant": {"native", "quant_names"},
     "ops": {"plan", "quant", "native"},
-    "load_options": {"ops", "quant_names"},
+    "load_options": {"ops", "quant_names", "engine"},
     "loading": {"load_options", "plan", "checkpoint", "engine", "model", "ops", "quant"},
     "model": {"plan", "quant", "ops"},
     "cache": {"plan", "ops"},

@@ -1,7 +1,8 @@
 """Drafts are verified, several tokens a step, and change nothing but the number of steps: the seam for speculative decoding.
 
 Owns fake proposers that know the answer: right, wrong, right for a while. Runs the trained demo model on the reference kernels.
-Refuses to know how drafts are made. Read `gemcutter/engine/scheduler.py` for `Proposer`.
+Refuses to know how drafts are made. Read
+`gemcutter/engine/speculate/speculator.py` for who asks proposers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from gemcutter.engine.request import FinishReason, Request, RequestEvent, Sequen
 from gemcutter.engine.runner import ModelRunner
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
+from gemcutter.engine.speculate.speculator import Speculator
+from gemcutter.engine.speculate.tally import MOST_DRAFTS
 from gemcutter.model.text import Decoder
 
 K = 4
@@ -45,6 +48,11 @@ class Oracle:
         done = len(sequence.reply)
         known = self.answers[sequence.request.prompt][done : done + self.limit]
         return tuple(token if index < self.good else token ^ 1 for index, token in enumerate(known))[:limit]
+
+
+def guessing(answers: Answers, good: int) -> Speculator:
+    """Return what takes an oracle's word for as many drafts as it has."""
+    return Speculator(Oracle(answers, good), draft_tokens=MOST_DRAFTS)
 
 
 def run(engine: Engine, requests: Sequence[Request], stagger: int = 0) -> tuple[list[list[RequestEvent]], int]:
@@ -99,7 +107,13 @@ def test_text_is_the_same_with_drafts(kind: str, good: int, batch: int) -> None:
         request.prompt: [token for token in each if token is not None]
         for request, each in zip(requests, tokens(wanted), strict=True)
     }
-    engine = Engine(decoder(), 64, max_num_seqs=batch, prefix_cache_bytes=1 << 20, proposer=Oracle(answers, good))
+    engine = Engine(
+        decoder(),
+        64,
+        max_num_seqs=batch,
+        prefix_cache_bytes=1 << 20,
+        speculator=guessing(answers, good),
+    )
     found, fewer = run(engine, requests, stagger=2)
     assert tokens(found) == tokens(wanted)
     assert [each[-1].finish for each in found] == [each[-1].finish for each in wanted]
@@ -119,7 +133,12 @@ def test_a_stop_or_the_last_token_within_a_draft_ends_the_reply(stop_at: int) ->
     stop = answer[stop_at]
     for changed in (replace(request, stop_ids=frozenset({stop})), replace(request, max_tokens=stop_at + 1)):
         alone, _ = run(Engine(decoder(), 64), [changed])
-        engine = Engine(decoder(), 64, prefix_cache_bytes=1 << 20, proposer=Oracle({request.prompt: answer}, K))
+        engine = Engine(
+            decoder(),
+            64,
+            prefix_cache_bytes=1 << 20,
+            speculator=guessing({request.prompt: answer}, K),
+        )
         found, _ = run(engine, [changed])
         assert tokens(found) == tokens(alone)
         assert found[0][-1].finish is alone[0][-1].finish
@@ -129,7 +148,12 @@ def test_a_stop_or_the_last_token_within_a_draft_ends_the_reply(stop_at: int) ->
 def test_a_reply_may_be_continued_from_the_cache_after_drafts() -> None:
     (request, *_), (wanted, *_), _ = plain("greedy")
     answer = [event.token for event in wanted if event.token is not None]
-    engine = Engine(decoder(), 64, prefix_cache_bytes=1 << 20, proposer=Oracle({request.prompt: answer}, 2))
+    engine = Engine(
+        decoder(),
+        64,
+        prefix_cache_bytes=1 << 20,
+        speculator=guessing({request.prompt: answer}, 2),
+    )
     engine.submit(replace(request, max_tokens=6))
     while engine.has_work:
         engine.step()

@@ -1,0 +1,95 @@
+"""Drafts by an assistant, for all sequences of a step at once, a token after the other.
+
+Owns what a burst of drafts needs: the last token and the target's state behind it, the rows over the target's cache, and the
+choice of each draft with the very random number that its position has, which makes it the target's choice more often. Refuses to
+know how many drafts are worth it. Read `model/drafter.py` for the model, `speculator.py` for who asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gemcutter.cache.block_table import BlockTable
+from gemcutter.engine.request import SequenceState
+from gemcutter.engine.sampling import sample_token, uniform
+from gemcutter.engine.threads import one_thread
+from gemcutter.model.drafter import Drafter, DraftLogits
+from gemcutter.ops.step import Step, send
+
+Wanted = Sequence[tuple[SequenceState, int]]  # sequences, each with how many drafts it may get
+
+
+class AssistantProposer:
+    """Asks a drafter. `position_offset` says where queries stand: 0 at the last token, -1 at the last key."""
+
+    def __init__(self, drafter: Drafter, position_offset: int = 0) -> None:
+        self._drafter, self._offset = drafter, position_offset
+
+    def can_draft(self, sequence: SequenceState) -> bool:
+        """Return whether the target's state behind the last token is known."""
+        return sequence.state_D is not None
+
+    @torch.inference_mode()
+    def propose(self, wanted: Wanted) -> dict[int, tuple[int, ...]]:
+        """Return drafts by the sequences' numbers; all can be drafted for, and none has rows reserved."""
+        drafts: dict[int, list[int]] = {sequence.number: [] for sequence, _ in wanted}
+        if not wanted:
+            return {}
+        sequences = [sequence for sequence, _ in wanted]
+        step, cache = self._drafter.start(self._step(sequences)), _table(sequences[0]).cache
+        tokens = [sequence.ids(sequence.num_tokens - 1, sequence.num_tokens)[0] for sequence in sequences]
+        states_ST = torch.stack([_state(sequence) for sequence in sequences])
+        for place in range(max(limit for _, limit in wanted)):
+            (ids_S,) = send((tokens,), torch.long, states_ST.device)
+            found, states_ST = self._drafter.draft(ids_S, states_ST, step, cache)
+            tokens = _choose(found, sequences, place)
+            for (sequence, limit), token in zip(wanted, tokens, strict=True):
+                if place < limit:
+                    drafts[sequence.number].append(token)
+        return {number: tuple(each) for number, each in drafts.items()}
+
+    def _step(self, sequences: Sequence[SequenceState]) -> Step:
+        """Return one row a sequence, which sees every key that has been committed."""
+        decoder = self._drafter.decoder
+        tables = [_table(sequence) for sequence in sequences]
+        last_keys = [table.length - 1 for table in tables]  # the last token itself has no key yet
+        turned = [max(table.length + self._offset, 0) for table in tables]
+        positions_N, turned_N = send((last_keys, turned), torch.long, decoder.device)
+        return Step(
+            ids_N=positions_N,
+            ple_ids_N=positions_N,
+            positions_N=positions_N,
+            query_start=tuple(range(len(tables) + 1)),
+            kv_ranges={group: tuple(table.kv_range(group) for table in tables) for group in tables[0].cache.allocators},
+            slot_mapping={},
+            logit_rows=None,
+            rope=decoder.rope_tables(turned_N),
+        )
+
+
+def _table(sequence: SequenceState) -> BlockTable:
+    assert sequence.table is not None
+    return sequence.table
+
+
+def _state(sequence: SequenceState) -> Tensor:
+    assert sequence.state_D is not None
+    return sequence.state_D
+
+
+def _choose(found: DraftLogits, sequences: Sequence[SequenceState], place: int) -> list[int]:
+    """Return the draft of each row: what would be sampled there if these were the target's logits."""
+    logits_SC, ids_SC = found.logits_SC.cpu(), None if found.ids_SC is None else found.ids_SC.cpu()
+    tokens = list[int]()
+    with one_thread():
+        for row, sequence in enumerate(sequences):
+            params = sequence.request.sampling
+            if params.temperature == 0:
+                token = int(logits_SC[row].numpy().argmax())
+            else:
+                token = sample_token(logits_SC[row], params, uniform(sequence.seed, sequence.num_tokens + place))
+            tokens.append(token if ids_SC is None else int(ids_SC[row, token]))
+    return tokens

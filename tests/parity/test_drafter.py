@@ -1,0 +1,157 @@
+"""Assistants of all sizes compute what transformers' do, and the trained pair saves as many steps as it should.
+
+Owns the comparison of one draft after the other with `Gemma4AssistantForCausalLM` over the same keys and values. Prompts are
+shorter than the window here, where transformers shows an assistant one key more or less than a decoder sees.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import gemcutter
+from gemcutter import native
+from gemcutter.api import Model
+from gemcutter.engine.scheduler import ScheduledChunk
+from gemcutter.engine.speculate.assistant import AssistantProposer
+from gemcutter.engine.step import build_step
+from gemcutter.errors import ConfigError, RequestError
+from gemcutter.load_options import LoadOptions
+from gemcutter.loading import open_drafter
+from gemcutter.model.text import Decoder
+from gemcutter.plan import ModelPlan
+from tests.parity.test_rows import KERNELS, WIDE, decoder_of, filled
+from tests.topologies import SIZES, plan_of, relative_error
+from tests.trained import GOLDENS, golden, trained
+
+VOCAB = 64
+DRAFTS = 4
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def config_of(size: str, plan: ModelPlan) -> dict[str, Any]:
+    """Return the published config of a size's assistant, with widths that are small and fit the target."""
+    raw: dict[str, Any] = json.loads((GOLDENS / "configs" / f"gemma-4-{size}-it-assistant.json").read_text())
+    raw |= {"backbone_hidden_size": plan.hidden, "num_centroids": 16, "centroid_intermediate_top_k": 3, "dtype": "float32"}
+    text = raw["text_config"] | WIDE | {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "sliding_window": 512}
+    raw["text_config"] = text | {"num_attention_heads": 16, "max_position_embeddings": 4096, "dtype": "float32"}
+    raw["text_config"]["num_key_value_heads"] = SIZES[size]["num_key_value_heads"]
+    if raw["text_config"]["num_global_key_value_heads"]:
+        raw["text_config"]["num_global_key_value_heads"] = SIZES[size]["num_global_key_value_heads"]
+    return raw
+
+
+def assistant_of(size: str, target: Decoder, folder: Path) -> Any:
+    """Write an assistant with random weights as transformers does; return transformers' own."""
+    (folder / "config.json").write_text(json.dumps(config_of(size, target.plan)))
+    torch.manual_seed(5)
+    with torch.inference_mode(mode=False):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").float().eval()
+        with torch.no_grad():
+            for _, parameter in model.named_parameters():
+                size_in = parameter.shape[-1] if parameter.ndim > 1 else 16
+                parameter.copy_(torch.randn_like(parameter) * size_in**-0.5 + float(parameter.ndim == 1))
+                parameter.requires_grad_(requires_grad=False)
+            if model.masked_embedding is not None:
+                model.masked_embedding.token_ordering.copy_(torch.randperm(VOCAB))
+        model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("size", SIZES)
+def test_drafts_are_transformers(size: str, kernels: str, tmp_path: Path) -> None:
+    plan = plan_of(SIZES[size] | WIDE | {"vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB, "sliding_window": 512})
+    target = decoder_of(plan, kernels)
+    model = assistant_of(size, target, tmp_path)
+    options = LoadOptions(model="target", draft_model=str(tmp_path), dtype="float32", kernels=kernels)
+    drafter = open_drafter(options, target, [])
+    cache, sequence, table = filled(target)
+    target.forward(build_step(target, [ScheduledChunk.of(sequence, table, 12)]), cache)
+    table.commit(12)
+    keys = {}
+    for kind, layer in (
+        ("sliding_attention", drafter.decoder.plan.layers[0]),
+        ("full_attention", drafter.decoder.plan.layers[3]),
+    ):
+        found = cache.read(layer.kv_layer, table.kv_range(layer.group))
+        keys[kind] = tuple(each.transpose(0, 1)[None].float() for each in found)
+    step = drafter.start(AssistantProposer(drafter)._step([sequence]))
+    state = torch.randn(1, plan.hidden, generator=torch.Generator().manual_seed(9))
+    position = torch.tensor([[table.length]])
+    tolerance = 2e-5 if kernels == "reference" else 1e-4
+    for token in range(7, 7 + DRAFTS):
+        ids = torch.tensor([token])
+        rows = torch.cat((target.embed(ids).float(), state), dim=1)[None]
+        wanted = model(inputs_embeds=rows, position_ids=position, shared_kv_states=keys)
+        found, state = drafter.draft(ids, state, step, cache)
+        assert relative_error(state, wanted.last_hidden_state[0]) < tolerance
+        state = wanted.last_hidden_state[0]
+        logits = wanted.logits[0]
+        if found.ids_SC is None:
+            assert relative_error(found.logits_SC, logits) < tolerance
+            continue
+        assert len(set(found.ids_SC[0].tolist())) == 3 * VOCAB // 16
+        assert relative_error(found.logits_SC, logits.gather(1, found.ids_SC)) < tolerance
+        rest = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, found.ids_SC[0], value=False)
+        assert float(logits[0, rest].max()) < float(found.logits_SC.min())  # nothing else is drafted there either
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Model]:
+    with gemcutter.load("demo", dtype="float32", kernels="reference", context=1024) as model:
+        yield model
+
+
+@pytest.mark.parametrize("drafts", [2, 4])
+def test_the_trained_pair_saves_steps(drafts: int, plain: Model) -> None:
+    """As many as transformers measured, or more, and not one token is another."""
+    said, prompts = golden("assistant")[f"draft_{drafts}"], golden("prompts")["prompts"]
+    options: dict[str, Any] = {"draft_model": trained("tiny-e-assistant"), "speculate": "mtp", "draft_tokens": drafts}
+    tokens = steps = 0
+    with gemcutter.load("demo", dtype="float32", kernels="reference", context=1024, **options) as model:
+        for prompt in prompts:
+            before = model.engine.stats().steps
+            asked: dict[str, Any] = {"max_tokens": 64, "ignore_eos": True, "temperature": 0}
+            found, alone = (each.generate([prompt["token_ids"]], **asked)[0] for each in (model, plain))
+            assert found.tokens == alone.tokens
+            tokens += len(found.tokens)
+            steps += model.engine.stats().steps - before
+    assert tokens / steps >= said["tokens_per_target_forward"]
+
+
+def test_what_is_no_assistant_of_this_model_is_told(tmp_path: Path, plain: Model) -> None:
+    with pytest.raises(RequestError, match="is no assistant"):
+        gemcutter.load("demo", draft_model=GOLDENS / "tiny-a")
+    with pytest.raises(RequestError, match="name it with draft_model"):
+        gemcutter.load("demo", speculate="mtp")
+    with pytest.raises(RequestError, match="draft_tokens"):
+        gemcutter.load("demo", speculate="ngram", draft_tokens=9)
+    with pytest.raises(ConfigError, match="not a drafter of this target"):
+        open_drafter(
+            LoadOptions(model="x", draft_model=str(trained("tiny-e-assistant")), dtype="float32"),
+            decoder_of(plan_of(SIZES["E2B"] | WIDE), "reference"),
+            [],
+        )
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_an_assistant_is_quantized_beside_a_quantized_target() -> None:
+    options: dict[str, Any] = {"draft_model": trained("tiny-e-assistant"), "quant": "q4", "context": 256}
+    with gemcutter.load("demo", **options) as model:
+        assert model.engine.speculator is not None
+        assert model.engine.speculator.assistant is not None
+        weight = model.engine.speculator.assistant._drafter.decoder.params["layers.0.mlp.in"]
+        assert not weight.is_dense  # type: ignore[union-attr]
+        assert len(model.chat("What is a lantern?", max_tokens=24, temperature=0).tokens) > 4

@@ -1,0 +1,112 @@
+"""How many tokens are guessed follows from what steps cost and what was right, and is never more than pays."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.speculate.draft_length import PRIOR, Acceptance, Candidate, StepCosts, count_drafts
+from gemcutter.engine.speculate.ngram import NgramProposer
+from gemcutter.engine.speculate.speculator import Speculator
+from gemcutter.engine.speculate.tally import MOST_DRAFTS, NO_DRAFTS
+
+
+def costs(one: float, more: float, draft: float = 0.0) -> StepCosts:
+    """Return costs of a step of one row, and of each row more."""
+    found = StepCosts()
+    for rows in range(1, 40):
+        found.observe(rows, one + more * (rows - 1))
+    found.draft_s = draft
+    return found
+
+
+def rates(*values: float) -> Acceptance:
+    return Acceptance([*values, *[values[-1]] * (MOST_DRAFTS - len(values))])
+
+
+def test_rows_that_cost_nothing_are_all_taken() -> None:
+    assert count_drafts([Candidate(3, 9, rates(0.5))], 0, 99, costs(1, 0)) == {3: MOST_DRAFTS}
+    assert count_drafts([Candidate(3, 2, rates(0.5))], 0, 99, costs(1, 0)) == {3: 2}
+    assert count_drafts([Candidate(3, 9, rates(0.5))], 0, 4, costs(1, 0)) == {3: 4}
+
+
+def test_rows_that_cost_as_much_as_steps_are_not() -> None:
+    assert count_drafts([Candidate(3, 9, rates(0.9))], 0, 99, costs(1, 1)) == {3: 0}
+    assert count_drafts([Candidate(3, 9, rates(0.9))], 0, 99, costs(1, 0.1, draft=2.0)) == {3: 0}
+    assert count_drafts([Candidate(3, 9, rates(0.9), is_free=True)], 0, 99, costs(1, 0.1, draft=2.0))[3] > 0
+
+
+def test_nothing_is_guessed_before_a_step_was_measured() -> None:
+    assert count_drafts([Candidate(3, 9, rates(0.9))], 0, 99, StepCosts()) == {3: 0}
+
+
+@given(
+    st.lists(st.lists(st.floats(0.05, 0.99), min_size=MOST_DRAFTS, max_size=MOST_DRAFTS), min_size=1, max_size=3),
+    st.floats(0.01, 1.5),
+    st.floats(0, 0.5),
+    st.integers(0, 4),
+)
+def test_the_choice_is_the_best_there_is(many: list[list[float]], more: float, draft: float, others: int) -> None:
+    """Beside every other number for each sequence: none gives clearly more tokens a second."""
+    table, acceptances = costs(1, more, draft), [Acceptance(each) for each in many]
+    chosen = count_drafts([Candidate(number, MOST_DRAFTS, each) for number, each in enumerate(acceptances)], others, 99, table)
+
+    def speed(counts: list[int]) -> float:
+        expected = sum(1 + sum(each.survival(place) for place in range(n)) for each, n in zip(acceptances, counts, strict=True))
+        seconds = table(others + len(counts) + sum(counts))
+        assert seconds is not None
+        return expected / (seconds + draft * max(counts))
+
+    mine = [chosen[number] for number in range(len(many))]
+    plain = speed([0] * len(many))
+    assert speed(mine) >= plain
+    equal = [[n] * len(many) for n in range(MOST_DRAFTS + 1)]
+    assert all(speed(other) <= max(speed(mine), plain * 1.02) * 1.15 for other in equal)
+
+
+def test_acceptance_is_learnt_where_it_was_seen() -> None:
+    found = Acceptance()
+    for _ in range(100):
+        found.observe(4, 2)
+    assert found.rates[0] > 0.95
+    assert found.rates[1] > 0.95
+    assert found.rates[2] < 0.05
+    assert found.rates[3] == PRIOR  # never reached
+
+
+def test_other_work_on_the_machine_does_not_raise_costs_for_long() -> None:
+    found = StepCosts()
+    for seconds in (1.0, 1.0, 50.0, 1.0, 1.0, 1.0):
+        found.observe(1, seconds)
+    assert found(1) == pytest.approx(1.0, rel=0.05)
+    assert found(3) == pytest.approx(1.2, rel=0.1)  # nobody knows yet
+
+
+def sequence(ids: tuple[int, ...]) -> SequenceState:
+    return SequenceState(0, Request(ids, max_tokens=100))
+
+
+def test_lookups_go_on_as_the_last_place_did() -> None:
+    found = NgramProposer(3)
+    one = sequence((1, 2, 3, 4, 9, 9, 1, 2, 3, 5, 6, 7, 1, 2, 3))
+    assert found.propose(one, 4) == (5, 6, 7, 1)
+    for token in (5, 6):
+        one.append(token)
+    assert found.propose(one, 8) == (7, 1, 2, 3, 5, 6)
+    one.append(99)
+    assert found.propose(one, 8) == ()
+    assert found.propose(sequence((1, 2, 3)), 8) == ()
+
+
+def test_a_draft_that_never_pays_is_tried_now_and_then() -> None:
+    guesses = Speculator(NgramProposer(3))
+    one = sequence((1, 2, 3) * 20)
+    for rows in range(1, 10):
+        guesses.timed(rows, float(rows))
+    counts = [len(guesses.propose([(one, 50)], 0, 50).get(0, ())) for _ in range(200)]
+    assert max(counts) == 1
+    assert 1 < sum(counts) < 5
+    guesses.verified(one, 0, 0)
+    assert guesses.tally == NO_DRAFTS
