@@ -14,12 +14,12 @@
 namespace gemcutter {
 namespace {
 
-constexpr int KEY_BLOCK = 64;              // keys of one softmax update of `prefill`, aligned to absolute positions
-constexpr int64_t K_CHUNK = 256;           // head dims of one packed panel: 16 KB, half of an L1 cache
-constexpr int VALUE_KEYS = 16;             // values summed in registers before the output is updated, and keys scored in one go
+constexpr int KEY_BLOCK = 64;     // keys of one softmax update of `prefill`, aligned to absolute positions
+constexpr int64_t K_CHUNK = 256;  // head dims of one packed panel: 16 KB, half of an L1 cache
+constexpr int VALUE_KEYS = 16;    // values summed in registers before the output is updated, and keys scored in one go
 constexpr int64_t SCORES = DECODE_KEYS + 16;  // stride of scores: no power of two, which would crowd into few sets of the cache
-constexpr int64_t PREFETCH_KEYS = 8;       // keys prefetched ahead: the hardware prefetcher stops at the end of every row
-constexpr int64_t BLOCK_ELEMENTS = 49152;  // of a block of query rows: 384 KB with its output
+constexpr int64_t PREFETCH_KEYS = 8;          // keys prefetched ahead: the hardware prefetcher stops at the end of every row
+constexpr int64_t BLOCK_ELEMENTS = 49152;     // of a block of query rows: 384 KB with its output
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

@@ -148,9 +148,9 @@ void run_item(const AttentionPlan &plan, const AttentionItem &item, const float 
     int64_t at = item.row * stride + item.kv_head * group * dim;
     Keys keys = keys_of(plan, item);
     if (item.merge < 0)
-        return kernels().attention->prefill(
-            q + at, out + at, stride, item.rows, group, dim, plan.step->positions + item.row,
-            plan.step->last_visible ? plan.step->last_visible + item.row : nullptr, layer.window, &keys, scratch);
+        return kernels().attention->prefill(q + at, out + at, stride, item.rows, group, dim, plan.step->positions + item.row,
+                                            plan.step->last_visible ? plan.step->last_visible + item.row : nullptr, layer.window,
+                                            &keys, scratch);
     DecodeRow rows[FEW_ROWS];
     int64_t count = 0, base = 0;
     for (int64_t m = 0; m < item.rows; ++m) {
@@ -159,7 +159,7 @@ void run_item(const AttentionPlan &plan, const AttentionItem &item, const float 
         int64_t first = max_of(merge.first, base), last = min_of(merge.last, base + merge.size);
         int64_t piece = merge.piece + item.number - merge.first / merge.size;
         if (first < last)
-            rows[count++] = {q + at + m * stride, first, last, plan.partial + piece * group * dim, plan.top + piece * group,
+            rows[count++] = {q + at + m * stride,       first, last, plan.partial + piece * group * dim, plan.top + piece * group,
                              plan.total + piece * group};
     }
     if (count) kernels().attention->decode(rows, count, group, dim, &keys, base, scratch);

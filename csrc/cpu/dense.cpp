@@ -9,10 +9,10 @@
 namespace gemcutter {
 namespace {
 
-constexpr int64_t K_CHUNK = 256;     // columns of one converted chunk: 16 KB, half of an L1 cache
+constexpr int64_t K_CHUNK = 256;  // columns of one converted chunk: 16 KB, half of an L1 cache
 // Up to here a row's result must not depend on the rows beside it, and converting a panel costs about what it saves.
 constexpr int64_t GEMV_ROWS = 16;
-constexpr int TILE_GEMV = 4;  // activation rows of one pass over a panel
+constexpr int TILE_GEMV = 4;         // activation rows of one pass over a panel
 constexpr int64_t SHORT_ROW = 8192;  // bytes: prefetched by hand, since the hardware prefetcher stops at every row's end
 constexpr int64_t SPARE_ROWS = 64;   // activation rows at a time of a panel that lacks rows
 

@@ -11,7 +11,7 @@ namespace gemcutter {
 namespace {
 
 constexpr int64_t FEW_ROWS = 16;  // up to here unpacking to memory costs more than it saves
-constexpr int64_t RUN = 16;  // blocks unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
+constexpr int64_t RUN = 16;       // blocks unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
 
 // to = from * by for the blocks of a run; a whole run takes a few vectors, and nothing beyond `count` is read.
 GC_INLINE void scale_run(const float *from, float by, int64_t count, float *to) {
@@ -170,8 +170,8 @@ void int8_gemm(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t firs
 }
 
 template <class Code, int PIECES, int M>
-GC_INLINE void int8_gemv_of(int64_t count, const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out, int64_t ld,
-                            const void *next) {
+GC_INLINE void int8_gemv_of(int64_t count, const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out,
+                            int64_t ld, const void *next) {
     if (count == M) return int8_gemv<Code, PIECES, M>(m, panel, rows, row, out, ld, next);
     if constexpr (M > 1) int8_gemv_of<Code, PIECES, M - 1>(count, m, panel, rows, row, out, ld, next);
 }
@@ -190,8 +190,7 @@ void int8_few(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first
 template <class Code, int PIECES>
 void int8_panel(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
                 void *scratch, const void *next) {
-    if (STREAMS && last - first <= FEW_ROWS)
-        return int8_few<Code, PIECES>(m, panel, rows, first, last, out, ld, next);
+    if (STREAMS && last - first <= FEW_ROWS) return int8_few<Code, PIECES>(m, panel, rows, first, last, out, ld, next);
     int8_gemm<Code, PIECES>(m, panel, rows, first, last, out, ld, scratch);
 }
 
