@@ -147,4 +147,4 @@ def test_dense_decoders(name: str, stored: torch.dtype) -> None:
 @pytest.mark.usefixtures("level")
 def test_packed_decoders(folder: Path, quant: str) -> None:
     model = api.load(str(folder), dtype="bfloat16", quant=quant, context=512)
-    assert_steps_agree(model.decoder, prompt(50), (2, 3, 4, 7, 8, 9, 13, 16))
+    assert_steps_agree(model.decoder, prompt(33), (3, 8, 13, 16))
