@@ -1,4 +1,4 @@
-"""openai 1.x: a whole reply, a streamed one, log-probabilities of a prompt and a streamed call. Run as SCRIPT URL; prints JSON."""
+"""openai 1.x: a call whole and streamed, and log-probabilities of a prompt. Run as SCRIPT URL; prints JSON."""
 
 import json
 import sys

@@ -31,7 +31,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "/v1/score": {"text_1": "A lamp", "text_2": "A light"},
 }
 ROUTES = sorted(SERVED)
-DRAWN = 12  # bodies a route and way, so that the file takes seconds
+DRAWN = 12  # bodies a route, so that the file takes seconds
 quick = settings(
     max_examples=DRAWN, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
