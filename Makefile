@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
 # While you work, `make quick` takes less than a minute; CONTRIBUTING.md says which tests belong to which change.
-.PHONY: serve load demo quick check check-peers native sanitize fuzz soak kills wheel docs lint types test test-rest clean
+.PHONY: serve load clients demo quick check check-peers native sanitize fuzz soak kills wheel docs lint types test test-rest clean
 SOURCES := gemcutter tests bench examples tools
 CPP_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/kernels/*.cpp)
 
@@ -64,6 +64,11 @@ kills: native
 # Many clients on a server, some of which leave, read slowly or send nonsense, for so many minutes.
 load: native
 	OMP_NUM_THREADS=1 .venv/bin/python tools/load_test.py --minutes $(MINUTES)
+
+# Clients in environments of their own (made at the first time, about a gigabyte) against a server: openai 1.x, LangChain, and others.
+clients: native
+	tools/clients.sh
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/server/test_outside_clients.py tests/server/test_openapi.py
 
 # Serves the packaged model on loopback, and prints what to ask it with.
 serve: native

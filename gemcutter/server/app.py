@@ -59,7 +59,7 @@ def create_app(model: Model, options: ServerOptions | None = None) -> FastAPI:
     app.state.service = service
     errors.install(app)
     for make in ROUTERS:
-        app.include_router(make(service))
+        app.include_router(make(service), responses=errors.documented(anthropic=make is messages.router))
     app.include_router(chat_page.router)
     app.add_middleware(
         Gate, keys=service.options.api_keys, open_paths=(*health.OPEN_PATHS, "/"), most=service.options.max_body_bytes

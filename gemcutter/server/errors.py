@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from gemcutter.errors import CapacityError, GemcutterError, NumericError, RequestError
@@ -40,6 +41,42 @@ GONE = 499  # that a log shows of a client that left
 OVERLOADED = 529  # what Anthropic's API says for 503
 
 log = logging.getLogger(__name__)
+
+
+class OpenAIError(BaseModel):
+    """What went wrong, as OpenAI's API says it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorBody(BaseModel):
+    """The body of an error on every route but Anthropic's."""
+
+    error: OpenAIError
+
+
+class AnthropicError(BaseModel):
+    """What went wrong, as Anthropic's API says it."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(BaseModel):
+    """The body of an error on Anthropic's routes."""
+
+    type: Literal["error"]
+    error: AnthropicError
+    request_id: str
+
+
+def documented(anthropic: bool = False) -> dict[int | str, dict[str, Any]]:
+    """Return what the OpenAPI document says of a route's errors; FastAPI's own 422, which never leaves, goes away with it."""
+    body = {"model": AnthropicErrorBody if anthropic else OpenAIErrorBody}
+    return {"4XX": {**body, "description": "The request can't be served"}, "5XX": {**body, "description": "Not now"}}
 
 
 class ApiError(GemcutterError):

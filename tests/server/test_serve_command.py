@@ -91,6 +91,29 @@ def test_a_reply_that_outlives_the_grace_ends_with_an_error() -> None:
         assert server.wait(30) in (0, -signal.SIGTERM)
 
 
+def test_a_kill_ends_the_stream_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client sees its connection end, the port can be taken at once, and no temporary file or shared memory is left."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("only Linux tells what a process has mapped")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with process() as (server, lines):
+        port = httpx.URL(url_of(lines)).port
+        body = {"model": "demo", "messages": [{"role": "user", "content": "Go on."}], "stream": True}
+        body |= {"max_tokens": 30_000, "ignore_eos": True, "temperature": 0}
+        with httpx.stream("POST", f"{url_of(lines)}/chat/completions", json=body, timeout=60) as answer:
+            found = answer.iter_lines()
+            next(found)
+            assert "/dev/shm/" not in Path(f"/proc/{server.pid}/maps").read_text()  # which would outlive it
+            server.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(found)
+        assert server.wait(30) == -signal.SIGKILL
+        assert list(tmp_path.iterdir()) == []
+    with process("--port", str(port)) as (_, again):
+        assert httpx.URL(url_of(again)).port == port
+        assert httpx.get(f"{url_of(again)}/models").status_code == 200
+
+
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -22,7 +22,7 @@ def router(service: Service) -> APIRouter:
     """Return the routes over a service."""
     routes = APIRouter(tags=["operation"])
 
-    @routes.get("/health")
+    @routes.get("/health", response_class=Response)
     @routes.get("/ping", include_in_schema=False)
     async def health() -> Response:
         """Answer while the process lives."""
@@ -40,7 +40,7 @@ def router(service: Service) -> APIRouter:
         """Return the version of gemcutter."""
         return {"version": gemcutter.__version__}
 
-    @routes.get("/metrics", response_model=None)
+    @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Return everything that is counted, for Prometheus."""
         return Response(service.metrics.text(service.refresh), media_type=CONTENT_TYPE_LATEST)
