@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import gemcutter
+from gemcutter import native
 from gemcutter.completion import Completion
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
@@ -37,25 +38,28 @@ from tests.unit.test_drafts import no_repeats, run, tokens
 
 CASES = int(os.environ.get("GEMCUTTER_CASES", "40"))
 CONTEXT = 192  # three windows of the demo
+PLAIN = ("reference", "float32")
 MODES = {"mtp": (False, True), "ngram": (True, False), "both": (True, True)}
 
 
 @functools.cache
-def pair() -> tuple[Decoder, Drafter, TokenClasses]:
-    with gemcutter.load("demo", dtype="float32", kernels="reference", context=CONTEXT) as model:
+def pair(kernels: str = "reference", dtype: str = "float32") -> tuple[Decoder, Drafter, TokenClasses]:
+    with gemcutter.load("demo", dtype=dtype, kernels=kernels, context=CONTEXT) as model:
         blanks, data = blank_and_data_ids(model.tokenizer)
         decoder = model.decoder
-    options = LoadOptions(model="demo", draft_model=str(trained("tiny-e-assistant")), dtype="float32", kernels="reference")
+    options = LoadOptions(model="demo", draft_model=str(trained("tiny-e-assistant")), dtype=dtype, kernels=kernels)
     return decoder, open_drafter(options, decoder, []), TokenClasses(blanks, data)
 
 
-def speculator(mode: str, drafts: int | None) -> Speculator:
+def speculator(mode: str, drafts: int | None, how: tuple[str, str] = PLAIN) -> Speculator:
     looks, asks = MODES[mode]
-    return Speculator(NgramProposer(3) if looks else None, AssistantProposer(pair()[1]) if asks else None, drafts)
+    return Speculator(NgramProposer(3) if looks else None, AssistantProposer(pair(*how)[1]) if asks else None, drafts)
 
 
-def engine(batch: int, guesses: Speculator | None = None) -> Engine:
-    return Engine(pair()[0], CONTEXT, max_batched_tokens=48, max_num_seqs=batch, prefix_cache_bytes=1 << 20, speculator=guesses)
+def engine(batch: int, guesses: Speculator | None = None, how: tuple[str, str] = PLAIN) -> Engine:
+    return Engine(
+        pair(*how)[0], CONTEXT, max_batched_tokens=48, max_num_seqs=batch, prefix_cache_bytes=1 << 20, speculator=guesses
+    )
 
 
 def ban_after_three(prompt: Sequence[int], reply: Sequence[int], logits_V: Tensor) -> Tensor:
@@ -118,6 +122,19 @@ def test_replies_are_the_same(mode: str, drafts: int | None, batch: int) -> None
                 assert event.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-4)
                 assert [token for token, _ in event.logprobs.top] == [token for token, _ in other.logprobs.top]
     assert drafts != 0 or guesses.tally.drafted == 0
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("drafts", [2, 7])
+def test_native_kernels_give_a_row_the_same_in_any_step(drafts: int, dtype: str) -> None:
+    """Token for token, because no row depends on how many are beside it; fast attention and products included."""
+    requests, how = [draw(seed) for seed in range(1000, 1008)], ("auto", dtype)
+    wanted, _ = run(engine(1, how=how), requests)
+    guesses = speculator("both", drafts, how)
+    found, _ = run(engine(3, guesses, how), requests, stagger=1)
+    assert tokens(found) == tokens(wanted)
+    assert guesses.tally.drafted > 0
 
 
 def test_lookups_pay_where_a_text_repeats() -> None:
