@@ -21,10 +21,10 @@ NOTHING = Speculating()
 def test_a_server_with_an_assistant_counts_what_was_guessed(server: Running) -> None:
     wanted = server.post("/v1/chat/completions", server.chat("What is a lantern?", max_tokens=24)).json()
     options = ServerOptions(names=("demo",))
-    with gemcutter.load("demo", context=512, draft_model=trained("tiny-e-assistant"), draft_tokens=3) as model:
-        with running(model, options) as guessing:
-            found = guessing.post("/v1/chat/completions", guessing.chat("What is a lantern?", max_tokens=24)).json()
-            metrics = guessing.get("/metrics").text
+    model = gemcutter.load("demo", context=512, draft_model=trained("tiny-e-assistant"), draft_tokens=3)
+    with model, running(model, options) as guessing:
+        found = guessing.post("/v1/chat/completions", guessing.chat("What is a lantern?", max_tokens=24)).json()
+        metrics = guessing.get("/metrics").text
     assert found["usage"]["prompt_tokens"] == wanted["usage"]["prompt_tokens"]
     details = found["usage"]["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] > 0
