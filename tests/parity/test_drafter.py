@@ -26,6 +26,7 @@ from gemcutter.engine.request import Request
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.speculate.assistant import AssistantProposer
+from gemcutter.engine.speculate.draft_model import DraftModelProposer
 from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.engine.step import build_step
 from gemcutter.errors import ConfigError, RequestError
@@ -140,8 +141,9 @@ def test_the_trained_pair_saves_steps(drafts: int, plain: Model) -> None:
 
 
 def test_what_is_no_assistant_of_this_model_is_told(tmp_path: Path, plain: Model) -> None:
-    with pytest.raises(RequestError, match="is no assistant"):
-        gemcutter.load("demo", draft_model=GOLDENS / "tiny-a")
+    other = plan_of(SIZES["E2B"] | WIDE)
+    with pytest.raises(RequestError, match="name its assistant, or a smaller Gemma 4"):
+        open_drafter(LoadOptions(model="x", draft_model="demo", dtype="float32"), decoder_of(other, "reference"), [])
     with pytest.raises(RequestError, match="name it with draft_model"):
         gemcutter.load("demo", speculate="mtp")
     with pytest.raises(RequestError, match="draft_tokens"):
@@ -199,3 +201,20 @@ def test_drafts_change_nothing_in_any_geometry(size: str, kernels: str, tmp_path
         assert guesses is None or guesses.tally.drafted > 50
     assert kernels != "reference" or replies[0] == replies[1]
     assert all(len(each) == 24 for each in replies[1])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_model_that_drafts_for_itself_is_always_right(batch: int, plain: Model) -> None:
+    """Prompts of several windows, drafts of all lengths, rows taken back: its own cache never lags behind nor runs ahead."""
+    prompts = [prompt["token_ids"] for prompt in golden("prompts")["prompts"][: 2 * batch]]
+    prompts[0] = (prompts[0] * 40)[:500]
+    asked: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True, "temperature": 0.8, "seed": 3}
+    options: dict[str, Any] = {"draft_model": "demo", "speculate": "mtp", "draft_tokens": 5, "max_num_seqs": batch}
+    with gemcutter.load("demo", dtype="float32", kernels="reference", context=600, **options) as model:
+        found = model.generate(prompts, **asked)
+        assert [each.tokens for each in found] == [each.tokens for each in plain.generate(prompts, **asked)]
+        assert all(each.metrics.accepted_tokens == each.metrics.drafted_tokens > 10 for each in found)
+        assert model.engine.speculator is not None
+        kept = model.engine.speculator.assistant
+        assert isinstance(kept, DraftModelProposer)
+        assert all(book.free == len(book.ref_counts) for book in kept._cache.allocators.values()), "pages were leaked"
