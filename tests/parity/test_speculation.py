@@ -177,6 +177,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "schema": {"constraint": Constraint("json_schema", SCHEMA)},
     "regex": {"constraint": Constraint("regex", "([a-z]{2,5} ){3}[0-9]+")},
     "call": {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+    "adapter": {"adapter": "lora"},
     "free": {"tools": [TOOL], "stop": ["the ", "of a"], "watchdog": True},
 }
 
@@ -188,7 +189,8 @@ def test_grammars_calls_and_stops_hold_within_drafts(form: str, temperature: flo
     asked: dict[str, Any] = {"max_tokens": 40, "temperature": temperature, "seed": 5, "logprobs": 1, **FORMS[form]}
     found = list[Completion]()
     for options in ({}, {"draft_model": trained("tiny-e-assistant"), "draft_tokens": 4}):
-        with gemcutter.load("demo", dtype="float32", kernels="reference", context=256, **options) as model:
+        adapters = {"lora": trained("tiny-e-lora")} if form == "adapter" else {}
+        with gemcutter.load("demo", dtype="float32", kernels="reference", context=256, adapters=adapters, **options) as model:
             found.append(model.chat([{"role": "user", "content": "What is a lantern?"}], **asked))
     alone, guessed = found
     assert (guessed.text, guessed.tokens, guessed.finish_reason) == (alone.text, alone.tokens, alone.finish_reason)
