@@ -51,7 +51,7 @@ struct CodeReader : Code {
                    : j % 4 == 1 ? _mm512_slli_epi16(upper, 2)
                    : j % 4 == 2 ? upper
                                 : _mm512_srli_epi16(upper, 2);
-        return _mm512_or_si512(low, _mm512_and_si512(placed, mask));
+        return _mm512_ternarylogic_epi32(low, placed, mask, 0xf8);  // low | (placed & mask)
     }
 };
 
@@ -168,31 +168,6 @@ void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t str
 }
 
 #endif
-
-// The sums of the first and of the second 16 columns of each block of a row, times the block's scale: out[0..] and out[stride..].
-inline void sum_halves(const int8_t *q, const float *scale, int64_t blocks, float *out, int64_t stride) {
-    int64_t b = 0;
-#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2)
-    const __m256i bytes = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1);
-    for (; b + 4 <= blocks; b += 4) {
-        __m256i sums[4];
-        for (int i = 0; i < 4; ++i) {
-            const __m256i block = _mm256_loadu_si256((const __m256i *)(q + (b + i) * BLOCK));
-            sums[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, block), pairs);
-        }
-        const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
-        const __m128 a = _mm_loadu_ps(scale + b);
-        _mm_storeu_ps(out + b, _mm_mul_ps(a, _mm_cvtepi32_ps(_mm256_castsi256_si128(all))));
-        _mm_storeu_ps(out + stride + b, _mm_mul_ps(a, _mm_cvtepi32_ps(_mm256_extracti128_si256(all, 1))));
-    }
-#endif
-    for (; b < blocks; ++b)
-        for (int half = 0; half < 2; ++half) {
-            int32_t total = 0;
-            for (int i = 0; i < 16; ++i) total += q[b * BLOCK + half * 16 + i];
-            out[half * stride + b] = scale[b] * (float)total;
-        }
-}
 
 }  // namespace
 }  // namespace gemcutter

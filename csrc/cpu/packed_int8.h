@@ -39,15 +39,13 @@ struct RowRun {
     GC_INLINE RowRun(const Rows &rows, int64_t row, int64_t first, int64_t count, float offset, bool is_biased)
         : q(rows.q + row * rows.columns + first * BLOCK), columns(rows.columns) {
         const int64_t blocks = columns / BLOCK;
-        const float *scales = rows.scale + row * blocks + first, *sums = rows.sum + row * blocks + first;
+        const float *scales = rows.scale + row * blocks + first;
+        const float *sums = (PIECES == 1 ? rows.sum : rows.halves) + row * PIECES * blocks + first;
         for (int m = 0; m < M; ++m) {
             scale_run(scales + m * blocks, 1.0f, count, scale[m]);
-            if (PIECES == 2) {
-                sum_halves(q + m * columns, scale[m], count, sum[m][0], RUN);
-                for (int i = 0; i < PIECES; ++i) scale_run(sum[m][i], offset, count, shift[m][i]);
-            } else {
-                scale_run(sums + m * blocks, offset, count, shift[m][0]);
-                if (is_biased) scale_run(sums + m * blocks, 1.0f, count, sum[m][0]);
+            for (int i = 0; i < PIECES; ++i) {
+                scale_run(sums + (m * PIECES + i) * blocks, offset, count, shift[m][i]);
+                if (is_biased) scale_run(sums + (m * PIECES + i) * blocks, 1.0f, count, sum[m][i]);
             }
         }
     }
