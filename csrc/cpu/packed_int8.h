@@ -60,9 +60,11 @@ GC_INLINE void add_block(const uint8_t *codes, int part, const Scales<PIECES> &s
     for (int piece = 0; piece < PIECES; ++piece) {
         N sums[M][H];
         dot<CodeReader, COUNT, M, H>(codes, part, piece * COUNT, rows.q + b * BLOCK, rows.columns, sums);
+        int64_t at = b;
+        if (piece > 0) __asm__("" : "+r"(at));  // both pieces' row scales, were they known to be equal, would crowd out the sums
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-            const V a = set1(rows.scale[m][b]), shift = set1(rows.shift[m][piece][b]);
+            const V a = set1(rows.scale[m][at]), shift = set1(rows.shift[m][piece][b]);
 #pragma GCC unroll 2
             for (int h = 0; h < H; ++h) {
                 V &t = total[m][part + h];
