@@ -23,6 +23,9 @@ struct Code8 {
     static constexpr bool IS_SIGNED = true;
 };
 
+// Each level has ROWS_AT_ONCE, which its registers hold, and STREAM_ROWS, up to which rows are multiplied while codes are unpacked
+// in registers: with AVX-512 always, since unpacking is cheap and a panel's packed codes fit the L1 cache where unpacked ones do not.
+
 inline int32_t four_bytes(const int8_t *p) {
     int32_t all;
     memcpy(&all, p, 4);
@@ -32,7 +35,7 @@ inline int32_t four_bytes(const int8_t *p) {
 #if defined(GC_LEVEL_AVX512)
 
 constexpr int ROWS_AT_ONCE = 8;
-constexpr bool STREAMS = true;  // a few rows are multiplied while their codes are unpacked
+constexpr int64_t STREAM_ROWS = INT64_MAX;
 
 template <class Code, bool IS_UNPACKED>
 struct CodeReader : Code {
@@ -72,7 +75,7 @@ GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, i
 #elif defined(GC_LEVEL_AVX2)
 
 constexpr int ROWS_AT_ONCE = 4;
-constexpr bool STREAMS = true;  // a few rows are multiplied while their codes are unpacked
+constexpr int64_t STREAM_ROWS = 16;
 
 template <class Code, bool IS_UNPACKED>
 struct CodeReader : Code {
@@ -138,7 +141,7 @@ GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, i
 #else
 
 constexpr int ROWS_AT_ONCE = 2;
-constexpr bool STREAMS = false;
+constexpr int64_t STREAM_ROWS = 0;
 
 template <class Code, bool>
 struct CodeReader : Code {

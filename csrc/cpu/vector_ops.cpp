@@ -237,7 +237,7 @@ void scale_by(const float *x, float factor, int64_t n, float *out) {
 
 }  // namespace
 
-extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm,  gelu_mul, rope,       softcap,
-                                              to_bf16,  from_bf16, quantize, sum_halves, add_scaled, scale_by};
+extern const VectorOps GC_NAME(vector_ops) = {rms_norm,  add_norm, gelu_mul,   rope,       softcap, to_bf16,
+                                              from_bf16, quantize, sum_halves, add_scaled, scale_by};
 
 }  // namespace gemcutter
