@@ -1,6 +1,6 @@
 """What a step of several rows costs, over a step of one: the price of verifying drafts, and of a batch.
 
-Owns the table of ratios; `gemcutter bench --batch` measures. Beside each ratio stands what it would be if only bytes counted: a
+Owns the table of ratios; `gemcutter bench --batch` measures. Next to each ratio stands what it would be if only bytes counted: a
 dense model reads the same for all rows, of experts those that the rows are expected to choose. With --processor-time a single
 thread is measured by the time that it ran, for machines that others use too.
 
