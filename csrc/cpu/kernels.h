@@ -14,7 +14,8 @@
 namespace gemcutter {
 
 // The formats in which a matmul kernel may read activations; `MatmulKernels::formats` returns which ones it needs.
-enum ActivationFormat { FORMAT_FLOAT = 1, FORMAT_INT8 = 2, FORMAT_BF16 = 4 };
+// FORMAT_HALVES are sums beside FORMAT_INT8, for matrices with scales for 16 columns.
+enum ActivationFormat { FORMAT_FLOAT = 1, FORMAT_INT8 = 2, FORMAT_BF16 = 4, FORMAT_HALVES = 8 };
 
 // M activation rows [M, columns]; formats that no kernel needs are null. All are contiguous: row m begins at m * columns.
 struct Rows {
@@ -24,6 +25,7 @@ struct Rows {
     const int8_t *q;       // -127..127, one scale for every 32 columns
     const float *scale;    // [M, columns / 32]
     const float *sum;      // [M, columns / 32]: scale * the sum of the 32 q
+    const float *halves;   // [M, 2, columns / 32]: the same of the first 16 q of each block, then of the second
     const uint16_t *bf16;  // bfloat16
 };
 
@@ -44,6 +46,8 @@ struct VectorOps {
     void (*from_bf16)(const uint16_t *x, int64_t n, float *out);
     // Quantize a row to int8, one scale for every 32 columns; a block of zeros has scale 0.
     void (*quantize)(const float *x, int64_t n, int8_t *q, float *scale, float *sum);
+    // halves [2, n / 32]: scale * the sum of the first, and of the second, 16 columns of each quantized block.
+    void (*sum_halves)(const int8_t *q, const float *scale, int64_t n, float *halves);
     // out += x * factor
     void (*add_scaled)(const float *x, float factor, int64_t n, float *out);
     // out = x * factor

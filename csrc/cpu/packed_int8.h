@@ -1,5 +1,5 @@
-// Products of a panel with int8 activations: GEMV-like straight from the packed codes for a few rows, GEMM-like from unpacked
-// runs of columns for many.
+// Products of a panel with int8 activations: straight from the packed codes, in passes of a few rows, or from unpacked runs of
+// columns where a level has too few registers to unpack for many rows.
 //
 // Owns the float side: the sum over blocks of scale * (a * dot(code, q) + offset * sum) + bias * sum. Both do the
 // same operations in the same order, so a row's result does not depend on how many rows there are. Included by level sources
@@ -10,8 +10,7 @@
 namespace gemcutter {
 namespace {
 
-constexpr int64_t FEW_ROWS = 16;  // up to here unpacking to memory costs more than it saves
-constexpr int64_t RUN = 16;       // blocks unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
+constexpr int64_t RUN = 16;  // blocks unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
 
 // to = from * by for the blocks of a run; a whole run takes a few vectors, and nothing beyond `count` is read.
 GC_INLINE void scale_run(const float *from, float by, int64_t count, float *to) {
@@ -39,15 +38,13 @@ struct RowRun {
     GC_INLINE RowRun(const Rows &rows, int64_t row, int64_t first, int64_t count, float offset, bool is_biased)
         : q(rows.q + row * rows.columns + first * BLOCK), columns(rows.columns) {
         const int64_t blocks = columns / BLOCK;
-        const float *scales = rows.scale + row * blocks + first, *sums = rows.sum + row * blocks + first;
+        const float *scales = rows.scale + row * blocks + first;
+        const float *sums = (PIECES == 1 ? rows.sum : rows.halves) + row * PIECES * blocks + first;
         for (int m = 0; m < M; ++m) {
             scale_run(scales + m * blocks, 1.0f, count, scale[m]);
-            if (PIECES == 2) {
-                sum_halves(q + m * columns, scale[m], count, sum[m][0], RUN);
-                for (int i = 0; i < PIECES; ++i) scale_run(sum[m][i], offset, count, shift[m][i]);
-            } else {
-                scale_run(sums + m * blocks, offset, count, shift[m][0]);
-                if (is_biased) scale_run(sums + m * blocks, 1.0f, count, sum[m][0]);
+            for (int i = 0; i < PIECES; ++i) {
+                scale_run(sums + (m * PIECES + i) * blocks, offset, count, shift[m][i]);
+                if (is_biased) scale_run(sums + (m * PIECES + i) * blocks, 1.0f, count, sum[m][i]);
             }
         }
     }
@@ -62,9 +59,11 @@ GC_INLINE void add_block(const uint8_t *codes, int part, const Scales<PIECES> &s
     for (int piece = 0; piece < PIECES; ++piece) {
         N sums[M][H];
         dot<CodeReader, COUNT, M, H>(codes, part, piece * COUNT, rows.q + b * BLOCK, rows.columns, sums);
+        int64_t at = b;
+        if (piece > 0) __asm__("" : "+r"(at));  // both pieces' row scales, were they known to be equal, would crowd out the sums
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-            const V a = set1(rows.scale[m][b]), shift = set1(rows.shift[m][piece][b]);
+            const V a = set1(rows.scale[m][at]), shift = set1(rows.shift[m][piece][b]);
 #pragma GCC unroll 2
             for (int h = 0; h < H; ++h) {
                 V &t = total[m][part + h];
@@ -162,8 +161,6 @@ void int8_gemm(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t firs
         float *to = out;
         for (; row + ROWS_AT_ONCE <= last; row += ROWS_AT_ONCE, to += ROWS_AT_ONCE * ld)
             tile<Code, PIECES, ROWS_AT_ONCE>(m, run, start, blocks, rows, row, to, ld, width);
-        for (; row + 4 <= last && ROWS_AT_ONCE > 4; row += 4, to += 4 * ld)
-            tile<Code, PIECES, 4>(m, run, start, blocks, rows, row, to, ld, width);
         for (; row + 2 <= last; row += 2, to += 2 * ld) tile<Code, PIECES, 2>(m, run, start, blocks, rows, row, to, ld, width);
         for (; row < last; ++row, to += ld) tile<Code, PIECES, 1>(m, run, start, blocks, rows, row, to, ld, width);
     }
@@ -178,8 +175,8 @@ GC_INLINE void int8_gemv_of(int64_t count, const gc_matrix &m, int64_t panel, co
 
 // GEMV-like, in equal passes of as many rows as the registers hold; after the first pass the panel is in the cache.
 template <class Code, int PIECES>
-void int8_few(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
-              const void *next) {
+void int8_stream(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
+                 const void *next) {
     for (int64_t passes = (last - first + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; passes > 0; --passes) {
         const int64_t count = (last - first + passes - 1) / passes;
         int8_gemv_of<Code, PIECES, ROWS_AT_ONCE>(count, m, panel, rows, first, out, ld, next);
@@ -190,8 +187,8 @@ void int8_few(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first
 template <class Code, int PIECES>
 void int8_panel(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
                 void *scratch, const void *next) {
-    if (STREAMS && last - first <= FEW_ROWS) return int8_few<Code, PIECES>(m, panel, rows, first, last, out, ld, next);
-    int8_gemm<Code, PIECES>(m, panel, rows, first, last, out, ld, scratch);
+    if (last - first <= STREAM_ROWS) int8_stream<Code, PIECES>(m, panel, rows, first, last, out, ld, next);
+    else if constexpr (STREAM_ROWS < INT64_MAX) int8_gemm<Code, PIECES>(m, panel, rows, first, last, out, ld, scratch);
 }
 
 }  // namespace
