@@ -22,6 +22,7 @@ from gemcutter.checkpoint.load.ple_placement import place_table
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.speculate.assistant import AssistantProposer
+from gemcutter.engine.speculate.draft_model import DraftModelProposer
 from gemcutter.engine.speculate.ngram import NgramProposer
 from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.errors import KernelError, RequestError
@@ -46,7 +47,7 @@ class OpenModel:
     checkpoint: Checkpoint
     decoder: Decoder
     notes: list[str] = field(default_factory=list)
-    drafter: Drafter | None = None
+    drafter: Drafter | Decoder | None = None
 
     def engine(self) -> Engine:
         """Make an engine of the options' limits. Raises CapacityError if there is no memory for its cache."""
@@ -67,8 +68,13 @@ class OpenModel:
         how = self.options
         mode = how.speculate or ("off" if how.draft_model is None else "auto")
         ngram = NgramProposer() if mode in ("auto", "ngram") else None
-        assistant = None if self.drafter is None else AssistantProposer(self.drafter)
-        return Speculator(ngram, assistant, how.draft_tokens) if ngram or assistant else None
+        drafting: AssistantProposer | DraftModelProposer | None = None
+        if isinstance(self.drafter, Drafter):
+            drafting = AssistantProposer(self.drafter)
+        elif self.drafter is not None:
+            context = DEFAULT_CONTEXT if how.context is None else how.context
+            drafting = DraftModelProposer(self.drafter, context, how.max_num_seqs)
+        return Speculator(ngram, drafting, how.draft_tokens) if ngram or drafting else None
 
 
 def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenModel:
@@ -105,23 +111,27 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     return OpenModel(options, checkpoint, decoder, notes, drafter)
 
 
-def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Drafter:
-    """Load the assistant that the options name for a decoder that is there already, and note what is special about it.
+def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Drafter | Decoder:
+    """Load the assistant, or smaller model, that the options name for a decoder that is there, and note what is special about it.
 
     Raises GemcutterError with everything that is wrong, or does not fit the target.
     """
     assert options.draft_model is not None
     found = open_checkpoint(locate(options.draft_model), options.ignore)
-    if not found.plan.is_drafter:
-        raise RequestError(f"draft_model: {options.draft_model} is no assistant; name the one that was made for {options.model}")
-    bound = replace(found, plan=derive(found.config, target.plan))
+    if not found.plan.is_drafter and found.plan.vocab != target.plan.vocab:
+        vocabs = f"{found.plan.vocab:,} tokens, {options.model} has {target.plan.vocab:,}"
+        raise RequestError(f"draft_model: {options.draft_model} knows {vocabs}; name its assistant, or a smaller Gemma 4")
+    bound = replace(found, plan=derive(found.config, target.plan)) if found.plan.is_drafter else found
     quant = options.quant
     if quant is None and _has_four_bits(target):
         quant = QUANT_OF_DRAFTERS
-        notes.append(f"the assistant is quantized to 4 bits ({quant}), as its target is")
+        notes.append(f"the draft model is quantized to 4 bits ({quant}), as its target is")
     packer = select_backend(target.device.type, options.kernels).packer(target.device, target.dtype)
     params = load_params(bound, target.dtype, target.device, None, quant, packer)
-    return Drafter(make_decoder(bound.plan, params, options, target.dtype, target.device), target)
+    if bound.plan.ple_dim:
+        params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, target.device)
+    decoder = make_decoder(bound.plan, params, options, target.dtype, target.device)
+    return Drafter(decoder, target) if found.plan.is_drafter else decoder
 
 
 def _has_four_bits(decoder: Decoder) -> bool:

@@ -544,6 +544,7 @@ def _layer(
                 f"layer {index}: has {kv_heads} key heads of {head_dim}, its target's layer {source.index} writes "
                 f"{source.kv_heads} of {source.head_dim}: not a drafter of this target"
             )
+        layer = replace(layer, window=source.window)  # whatever its own config says: older keys are not there
     return layer
 
 

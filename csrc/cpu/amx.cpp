@@ -15,9 +15,10 @@
 namespace gemcutter {
 namespace {
 
-constexpr int64_t LEAST_ROWS = 16;  // a tile of rows; below that most of a tile's work would be thrown away
-constexpr int TILES = 4;            // tiles of rows that share one load of the matrix
-constexpr int64_t STEP = 32;        // columns of one tile multiplication
+// Up to 16 rows, which would fill one tile, a row's result must not depend on the rows beside it: AVX-512 computes those.
+constexpr int64_t LEAST_ROWS = 17;
+constexpr int TILES = 4;      // tiles of rows that share one load of the matrix
+constexpr int64_t STEP = 32;  // columns of one tile multiplication
 constexpr int TILE_FLOATS = PANEL * PANEL;
 
 struct alignas(64) TileShapes {

@@ -14,11 +14,12 @@
 namespace gemcutter {
 namespace {
 
-constexpr int KEY_BLOCK = 64;              // keys of one softmax update of `prefill`, aligned to absolute positions
-constexpr int64_t K_CHUNK = 256;           // head dims of one packed panel: 16 KB, half of an L1 cache
-constexpr int VALUE_KEYS = 16;             // values summed in registers before the output is updated
-constexpr int64_t PREFETCH_KEYS = 8;       // keys prefetched ahead: the hardware prefetcher stops at the end of every row
-constexpr int64_t BLOCK_ELEMENTS = 49152;  // of a block of query rows: 384 KB with its output
+constexpr int KEY_BLOCK = 64;     // keys of one softmax update of `prefill`, aligned to absolute positions
+constexpr int64_t K_CHUNK = 256;  // head dims of one packed panel: 16 KB, half of an L1 cache
+constexpr int VALUE_KEYS = 16;    // values summed in registers before the output is updated, and keys scored in one go
+constexpr int64_t SCORES = DECODE_KEYS + 16;  // stride of scores: no power of two, which would crowd into few sets of the cache
+constexpr int64_t PREFETCH_KEYS = 8;          // keys prefetched ahead: the hardware prefetcher stops at the end of every row
+constexpr int64_t BLOCK_ELEMENTS = 49152;     // of a block of query rows: 384 KB with its output
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -95,13 +96,21 @@ void score_tile(const float *q, int64_t dim, const typename Type::Element *const
         for (int t = 0; t < T; ++t) scores[h * ld + t] = sum(acc[h][t]);
 }
 
-template <typename Type, int T>
-void score_keys(const float *q, int64_t heads, int64_t dim, const typename Type::Element *const *rows, float *scores,
-                int64_t ld) {
+// Scores of all heads and some keys, which stay in the L1 cache with the heads of a tile.
+template <typename Type, int H>
+void score_heads(const float *q, int64_t dim, const typename Type::Element *const *rows, int64_t count, float *scores) {
+    int64_t t = 0;
+    for (; t + 2 <= count; t += 2) score_tile<Type, H, 2>(q, dim, rows + t, scores + t, SCORES);
+    if (t < count) score_tile<Type, H, 1>(q, dim, rows + t, scores + t, SCORES);
+}
+
+template <typename Type>
+void score_keys(const float *q, int64_t heads, int64_t dim, const typename Type::Element *const *rows, int64_t count,
+                float *scores) {
     int64_t h = 0;
-    for (; h + 4 <= heads; h += 4) score_tile<Type, 4, T>(q + h * dim, dim, rows, scores + h * ld, ld);
-    for (; h + 2 <= heads; h += 2) score_tile<Type, 2, T>(q + h * dim, dim, rows, scores + h * ld, ld);
-    if (h < heads) score_tile<Type, 1, T>(q + h * dim, dim, rows, scores + h * ld, ld);
+    for (; h + 4 <= heads; h += 4) score_heads<Type, 4>(q + h * dim, dim, rows, count, scores + h * SCORES);
+    for (; h + 2 <= heads; h += 2) score_heads<Type, 2>(q + h * dim, dim, rows, count, scores + h * SCORES);
+    if (h < heads) score_heads<Type, 1>(q + h * dim, dim, rows, count, scores + h * SCORES);
 }
 
 // out[h] += sum over t of weights[h * ld + t] * row t, for H heads and P pairs of vectors.
@@ -166,69 +175,91 @@ float highest(float *scores, int64_t n) {
     return top(best);
 }
 
-// Scores of positions first..last-1; also prefetches the first values. Where rows are padded, `spare` holds two of them.
+// Scores of positions first..last-1; also prefetches the first values. Where rows are padded, `spare` holds VALUE_KEYS of them.
 template <typename Type, bool Pads>
 void score_range(const float *q, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *scores,
                  typename Type::Element *spare) {
     int64_t width = Pads ? padded(dim) : dim;
-    for (int64_t t = first; t < last; t += 2) {
-        const typename Type::Element *rows[2];
-        int64_t count = t + 2 <= last ? 2 : 1;
+    for (int64_t t = first; t < last; t += VALUE_KEYS) {
+        const typename Type::Element *rows[VALUE_KEYS];
+        int64_t count = last - t < VALUE_KEYS ? last - t : VALUE_KEYS;
         for (int64_t i = 0; i < count; ++i) {
-            int64_t later = t + i + PREFETCH_KEYS;
+            int64_t later = t + i + VALUE_KEYS;
             rows[i] = row_of<Type>(keys.k, keys, t + i);
             if constexpr (Pads) rows[i] = pad(rows[i], dim, width, spare + i * width);
             if (later < last) prefetch<Type>(row_of<Type>(keys.k, keys, later), dim);
             else if (first + later - last < last) prefetch<Type>(row_of<Type>(keys.v, keys, first + later - last), dim);
         }
-        auto *score = count == 2 ? score_keys<Type, 2> : score_keys<Type, 1>;
-        score(q, heads, width, rows, scores + t - first, DECODE_KEYS);
+        score_keys<Type>(q, heads, width, rows, count, scores + t - first);
     }
 }
 
-// sums [G, padded E] = values of positions first..last-1 by their weights. Where rows are padded, `spare` holds VALUE_KEYS.
+// sums [count * G, padded E] = values by their weights, each only for the rows that see it: what a row does not see may hold
+// anything. Where rows are padded, `spare` holds VALUE_KEYS.
 template <typename Type, bool Pads>
-void value_range(const float *weights, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *sums,
-                 typename Type::Element *spare) {
-    int64_t width = Pads ? padded(dim) : dim;
-    memset(sums, 0, sizeof(float) * (size_t)(heads * width));
-    for (int64_t t = first; t < last; t += VALUE_KEYS) {
+void value_range(const DecodeRow *queries, int64_t num, const float *weights, int64_t heads, int64_t dim, const Keys &keys,
+                 int64_t base, float *sums, typename Type::Element *spare) {
+    int64_t width = Pads ? padded(dim) : dim, lo = 0, hi = 0, last = queries[num - 1].last;
+    memset(sums, 0, sizeof(float) * (size_t)(num * heads * width));
+    for (int64_t t = queries[0].first; t < last;) {
+        while (lo < num && queries[lo].last <= t) ++lo;
+        while (hi < num && queries[hi].first <= t) ++hi;
+        if (lo >= hi) {
+            t = queries[lo].first;
+            continue;
+        }
+        int64_t until = hi < num && queries[hi].first < queries[lo].last ? queries[hi].first : queries[lo].last;
+        int64_t count = until - t < VALUE_KEYS ? until - t : VALUE_KEYS;
         const typename Type::Element *rows[VALUE_KEYS], *next[VALUE_KEYS];
-        int64_t count = last - t < VALUE_KEYS ? last - t : VALUE_KEYS;
         for (int64_t i = 0; i < count; ++i) {
             int64_t later = t + i + VALUE_KEYS;
             rows[i] = row_of<Type>(keys.v, keys, t + i);
             if constexpr (Pads) rows[i] = pad(rows[i], dim, width, spare + i * width);
             next[i] = row_of<Type>(keys.v, keys, later < last ? later : last - 1);
         }
-        value_keys<Type>(weights + t - first, DECODE_KEYS, heads, count, rows, next, sums, width);
+        value_keys<Type>(weights + lo * heads * SCORES + t - base, SCORES, (hi - lo) * heads, count, rows, next,
+                         sums + lo * heads * width, width);
+        t += count;
+    }
+}
+
+// Turns the scores of a row's heads into softmax weights: columns count from `base`, and those that the row does not see are 0.
+void weigh_row(const DecodeRow &row, int64_t heads, int64_t base, float *scores) {
+    for (int64_t h = 0; h < heads; ++h, scores += SCORES) {
+        for (int64_t t = 0; t < row.first - base; ++t) scores[t] = -INFINITY;
+        row.top[h] = highest(scores, row.last - base);
+        row.total[h] = exponentiate(scores, row.last - base, row.top[h]);
     }
 }
 
 template <typename Type, bool Pads>
-void decode_type(const float *q, int64_t q_stride, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last,
-                 float *out, float *tops, float *totals, float *scratch) {
-    int64_t width = Pads ? padded(dim) : dim;
-    float *ordered = scratch, *sums = ordered + heads * width, *scores = sums + heads * width;
-    auto *spare = reinterpret_cast<typename Type::Element *>(scores + heads * DECODE_KEYS);
-    for (int64_t h = 0; h < heads; ++h) order(pad(q + h * q_stride, dim, width, sums), width, ordered + h * width, Type());
-    score_range<Type, Pads>(ordered, heads, dim, keys, first, last, scores, spare);
-    for (int64_t h = 0; h < heads; ++h) {
-        tops[h] = highest(scores + h * DECODE_KEYS, last - first);
-        totals[h] = exponentiate(scores + h * DECODE_KEYS, last - first, tops[h]);
+void decode_type(const DecodeRow *rows, int64_t count, int64_t heads, int64_t dim, const Keys &keys, int64_t base,
+                 float *scratch) {
+    int64_t width = Pads ? padded(dim) : dim, size = heads * width, all = count * heads;
+    float *ordered = scratch, *sums = ordered + all * width, *scores = sums + all * width;
+    auto *spare = reinterpret_cast<typename Type::Element *>(scores + all * SCORES);
+    for (int64_t m = 0; m < count; ++m)
+        for (int64_t h = 0; h < heads; ++h)
+            order(pad(rows[m].q + h * dim, dim, width, sums), width, ordered + m * size + h * width, Type());
+    int64_t first = rows[0].first;
+    score_range<Type, Pads>(ordered, all, dim, keys, first, rows[count - 1].last, scores + first - base, spare);
+    for (int64_t m = 0; m < count; ++m) weigh_row(rows[m], heads, base, scores + m * heads * SCORES);
+    value_range<Type, Pads>(rows, count, scores, heads, dim, keys, base, sums, spare);
+    for (int64_t m = 0; m < count; ++m) {
+        if constexpr (!Pads) {
+            unorder(sums + m * size, size, rows[m].out, Type());
+            continue;
+        }
+        unorder(sums + m * size, size, ordered, Type());
+        for (int64_t h = 0; h < heads; ++h) memcpy(rows[m].out + h * dim, ordered + h * width, sizeof(float) * (size_t)dim);
     }
-    value_range<Type, Pads>(scores, heads, dim, keys, first, last, sums, spare);
-    if constexpr (!Pads) return unorder(sums, heads * dim, out, Type());
-    unorder(sums, heads * width, ordered, Type());
-    for (int64_t h = 0; h < heads; ++h) memcpy(out + h * dim, ordered + h * width, sizeof(float) * (size_t)dim);
 }
 
-void decode(const float *q, int64_t q_stride, int64_t heads, int64_t dim, const Keys *keys, int64_t first, int64_t last,
-            float *out, float *tops, float *totals, void *scratch) {
+void decode(const DecodeRow *rows, int64_t count, int64_t heads, int64_t dim, const Keys *keys, int64_t base, void *scratch) {
     auto *run = padded(dim) == dim      ? keys->dtype == GC_F32 ? decode_type<F32, false> : decode_type<Bf16, false>
                 : keys->dtype == GC_F32 ? decode_type<F32, true>
                                         : decode_type<Bf16, true>;
-    run(q, q_stride, heads, dim, *keys, first, last, out, tops, totals, static_cast<float *>(scratch));
+    run(rows, count, heads, dim, *keys, base, static_cast<float *>(scratch));
 }
 
 // The running softmax state of one block of query rows. The output is stored as [E / 16][M][16], E rounded up, so that both
@@ -387,7 +418,8 @@ int64_t prefill_rows(int64_t heads, int64_t dim) {
 size_t scratch_bytes(int64_t heads, int64_t dim) {
     int64_t queries = prefill_rows(heads, dim) * heads;
     int64_t blocks = K_CHUNK * PANEL + queries * (dim + up(dim, PANEL) + KEY_BLOCK + 3);
-    int64_t streams = heads * (2 * padded(dim) + DECODE_KEYS) + VALUE_KEYS * padded(dim);  // the last for padded copies of rows
+    int64_t vectors = heads > DECODE_QUERIES ? heads : DECODE_QUERIES;
+    int64_t streams = vectors * (2 * padded(dim) + SCORES) + VALUE_KEYS * padded(dim);  // the last for padded copies of rows
     return sizeof(float) * (size_t)(blocks > streams ? blocks : streams);
 }
 

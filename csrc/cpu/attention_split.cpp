@@ -12,21 +12,22 @@
 
 namespace gemcutter {
 
-// Work on one key head of one sequence: a block of query rows with all their keys, or a range of keys of a single query row.
+// Work on one key head of one sequence: a block of query rows with all their keys, or one piece of the keys of a few query rows.
 struct AttentionItem {
     int64_t sequence, kv_head, row, rows;
-    int64_t first, last;  // key positions of a split-KV item
-    int64_t piece;        // index of its partial result; -1 for a block of rows
+    int64_t number;  // of the piece: positions number * size up to (number + 1) * size
+    int64_t merge;   // index of the first row's AttentionMerge, that of the next is kv_heads later; -1 for a block of rows
 };
 
 // The partial results of one query row and one key head; none where the row sees no key.
 struct AttentionMerge {
-    int64_t row, kv_head, piece, pieces;
+    int64_t row, kv_head, piece, pieces;  // indices of partial results: one for each piece of the keys, in order
+    int64_t first, last, size;            // the positions that the row sees, and of a piece
 };
 
 namespace {
 
-constexpr int64_t FEW_ROWS = 8;      // a sequence with at most so many rows is split along the keys, row by row
+constexpr int64_t FEW_ROWS = 16;     // a sequence with at most so many rows is split along the keys
 constexpr int64_t MIN_PIECE = 128;   // keys: fewer would cost more to merge than the split gains
 constexpr int64_t MAX_PIECES = 32;   // of one row, unless the kernel's limit on keys asks for more
 constexpr int64_t MIN_QUERIES = 48;  // query vectors (rows times heads) of a block, below which packing its keys does not pay
@@ -50,8 +51,7 @@ struct WorkSplitter {
         for (int64_t s = 0; s < step.sequences; ++s)
             if (rows_of(s) > FEW_ROWS) split_rows(s);
         for (int64_t s = 0; s < step.sequences; ++s)
-            if (rows_of(s) <= FEW_ROWS)
-                for (int64_t row = step.query_start[s]; row < step.query_start[s + 1]; ++row) split_keys(s, row);
+            if (rows_of(s) <= FEW_ROWS) split_keys(s);
     }
 
     int64_t rows_of(int64_t s) const { return step.query_start[s + 1] - step.query_start[s]; }
@@ -61,22 +61,56 @@ struct WorkSplitter {
         for (int64_t end = step.query_start[s + 1]; end > step.query_start[s];) {
             int64_t rows = min_of(block, end - step.query_start[s]);
             end -= rows;
-            for (int64_t head = 0; head < layer.kv_heads; ++head) add({s, head, end, rows, 0, 0, -1});
+            for (int64_t head = 0; head < layer.kv_heads; ++head) add({s, head, end, rows, 0, -1});
         }
     }
 
-    void split_keys(int64_t s, int64_t row) {
+    // Rows that see some of the same keys share items. Pieces lie on a grid of positions whose size depends on the row alone.
+    void split_keys(int64_t s) {
+        for (int64_t row = step.query_start[s]; row < step.query_start[s + 1];) {
+            AttentionMerge oldest = pieces_of(s, row), newest = oldest;
+            int64_t end = row + 1;
+            for (; end < step.query_start[s + 1]; ++end) {
+                AttentionMerge next = pieces_of(s, end);
+                if (next.size != oldest.size || next.first >= newest.last) break;
+                newest = next;
+            }
+            split_group(s, row, end, oldest, newest);
+            row = end;
+        }
+    }
+
+    // Heads of one slot are adjacent in memory, so they are adjacent items.
+    void split_group(int64_t s, int64_t row, int64_t end, const AttentionMerge &oldest, const AttentionMerge &newest) {
+        int64_t first_merge = num_merges, low = oldest.first / oldest.size, high = ceil_div(newest.last, oldest.size);
+        for (int64_t each = row; each < end; ++each) add_merges(pieces_of(s, each));
+        int64_t most = rows_at_once(end - row, max_of(high - low, 1) * layer.kv_heads);
+        for (int64_t number = low; number < high; ++number)
+            for (int64_t first = row; first < end; first += most)
+                for (int64_t head = 0; head < layer.kv_heads; ++head)
+                    add({s, head, first, min_of(most, end - first), number, first_merge + (first - row) * layer.kv_heads + head});
+    }
+
+    // As many rows as the kernel takes, or fewer where that would leave threads idle.
+    int64_t rows_at_once(int64_t rows, int64_t pieces) const {
+        int64_t most = min_of(rows, max_of(DECODE_QUERIES / group_of(layer), 1));
+        while (most > 1 && ceil_div(rows, most) * pieces < 2 * threads()) most = (most + 1) / 2;
+        return most;
+    }
+
+    AttentionMerge pieces_of(int64_t s, int64_t row) const {
         int64_t last = newest_of(step, row) + 1, first = step.kv_start[s];
         if (layer.window) first = max_of(first, step.positions[row] + 1 - layer.window);
         int64_t size = max_of(MIN_PIECE, ceil_div(ceil_div(last - first, MAX_PIECES), 16) * 16);
         size = min_of(size, DECODE_KEYS);
-        int64_t pieces = last > first ? ceil_div(last - first, size) : 0;
-        for (int64_t head = 0; head < layer.kv_heads; ++head, ++num_merges)
-            if (merges) merges[num_merges] = {row, head, num_pieces + head * pieces, pieces};
-        for (int64_t i = 0; i < pieces; ++i)  // heads of one slot are adjacent in memory, so they are adjacent items
-            for (int64_t head = 0; head < layer.kv_heads; ++head)
-                add({s, head, row, 1, first + i * size, min_of(first + (i + 1) * size, last), num_pieces + head * pieces + i});
-        num_pieces += layer.kv_heads * pieces;
+        return {row, 0, 0, last > first ? ceil_div(last, size) - first / size : 0, first, last, size};
+    }
+
+    void add_merges(AttentionMerge merge) {
+        for (; merge.kv_head < layer.kv_heads; ++merge.kv_head, ++num_merges, num_pieces += merge.pieces) {
+            merge.piece = num_pieces;
+            if (merges) merges[num_merges] = merge;
+        }
     }
 
     void add(const AttentionItem &item) {
@@ -113,14 +147,22 @@ void run_item(const AttentionPlan &plan, const AttentionItem &item, const float 
     int64_t group = group_of(layer), dim = layer.head_dim, stride = layer.heads * dim;
     int64_t at = item.row * stride + item.kv_head * group * dim;
     Keys keys = keys_of(plan, item);
-    if (item.piece < 0)
-        kernels().attention->prefill(q + at, out + at, stride, item.rows, group, dim, plan.step->positions + item.row,
-                                     plan.step->last_visible ? plan.step->last_visible + item.row : nullptr, layer.window, &keys,
-                                     scratch);
-    else
-        kernels().attention->decode(q + at, dim, group, dim, &keys, item.first, item.last,
-                                    plan.partial + item.piece * group * dim, plan.top + item.piece * group,
-                                    plan.total + item.piece * group, scratch);
+    if (item.merge < 0)
+        return kernels().attention->prefill(q + at, out + at, stride, item.rows, group, dim, plan.step->positions + item.row,
+                                            plan.step->last_visible ? plan.step->last_visible + item.row : nullptr, layer.window,
+                                            &keys, scratch);
+    DecodeRow rows[FEW_ROWS];
+    int64_t count = 0, base = 0;
+    for (int64_t m = 0; m < item.rows; ++m) {
+        const AttentionMerge &merge = plan.merges[item.merge + m * layer.kv_heads];
+        base = item.number * merge.size;
+        int64_t first = max_of(merge.first, base), last = min_of(merge.last, base + merge.size);
+        int64_t piece = merge.piece + item.number - merge.first / merge.size;
+        if (first < last)
+            rows[count++] = {q + at + m * stride,       first, last, plan.partial + piece * group * dim, plan.top + piece * group,
+                             plan.total + piece * group};
+    }
+    if (count) kernels().attention->decode(rows, count, group, dim, &keys, base, scratch);
 }
 
 // Combines the partial results of one head of a row: each is weighted by exp(its maximum - the largest maximum).

@@ -2,7 +2,7 @@
 //
 // Owns the split into work items, each for one key head: a sequence with few rows is split along its keys (flash-decoding), and
 // the partial softmaxes are merged; one with many rows is split into blocks of rows. How keys are split depends on a row's own
-// keys alone, never on the number of threads. Refuses to know vector instructions; read `attention.cpp` for the two kernels.
+// keys alone, never on the number of threads or on the rows beside it, which share a piece's keys with it. Refuses to know vector instructions; read `attention.cpp` for the two kernels.
 #pragma once
 #include "parallel_gemm.h"
 

@@ -9,8 +9,10 @@
 namespace gemcutter {
 namespace {
 
-constexpr int64_t K_CHUNK = 256;     // columns of one converted chunk: 16 KB, half of an L1 cache
-constexpr int64_t GEMV_ROWS = 8;     // up to here converting a panel costs more than it saves
+constexpr int64_t K_CHUNK = 256;  // columns of one converted chunk: 16 KB, half of an L1 cache
+// Up to here a row's result must not depend on the rows beside it, and converting a panel costs about what it saves.
+constexpr int64_t GEMV_ROWS = 16;
+constexpr int TILE_GEMV = 4;         // activation rows of one pass over a panel
 constexpr int64_t SHORT_ROW = 8192;  // bytes: prefetched by hand, since the hardware prefetcher stops at every row's end
 constexpr int64_t SPARE_ROWS = 64;   // activation rows at a time of a panel that lacks rows
 
@@ -49,18 +51,24 @@ void gemv_tile(const gc_matrix &matrix, int64_t row, const float *x, float *out,
 
 template <typename Type, int M>
 void gemv_rows(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, float *out, int64_t ld) {
-    constexpr int R = M > 2 ? 2 : 4;
+    constexpr int R = M > 2 && W < 16 ? 2 : 4;  // sums that fit the registers
     int64_t row = first;
     for (; row + R <= last; row += R) gemv_tile<Type, M, R>(matrix, row, x, out + row - first, ld);
     for (; row < last; ++row) gemv_tile<Type, M, 1>(matrix, row, x, out + row - first, ld);
 }
 
+// In equal passes; after the first one the panel is in the cache.
 template <typename Type>
 void gemv(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld) {
-    for (; count >= 4; count -= 4, x += 4 * matrix.columns, out += 4 * ld) gemv_rows<Type, 4>(matrix, first, last, x, out, ld);
-    if (count == 3) gemv_rows<Type, 3>(matrix, first, last, x, out, ld);
-    if (count == 2) gemv_rows<Type, 2>(matrix, first, last, x, out, ld);
-    if (count == 1) gemv_rows<Type, 1>(matrix, first, last, x, out, ld);
+    for (int64_t passes = (count + TILE_GEMV - 1) / TILE_GEMV; passes > 0; --passes) {
+        const int64_t some = (count + passes - 1) / passes;
+        auto *run = some == 1   ? gemv_rows<Type, 1>
+                    : some == 2 ? gemv_rows<Type, 2>
+                    : some == 3 ? gemv_rows<Type, 3>
+                                : gemv_rows<Type, TILE_GEMV>;
+        run(matrix, first, last, x, out, ld);
+        count -= some, x += some * matrix.columns, out += some * ld;
+    }
 }
 
 // out [count, 16] = activation rows times matrix rows first..first+15; those from `last` on repeat the one before.

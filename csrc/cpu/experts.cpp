@@ -117,6 +117,7 @@ Rows Experts::rows_of(const Rows &all, const Group &group) const {
     rows.count = group.count;
     if (rows.x) rows.x += first * all.columns;
     if (rows.q) rows.q += first * all.columns, rows.scale += first * blocks, rows.sum += first * blocks;
+    if (rows.halves) rows.halves += first * 2 * blocks;
     if (rows.bf16) rows.bf16 += first * all.columns;
     return rows;
 }

@@ -14,7 +14,8 @@
 namespace gemcutter {
 
 // The formats in which a matmul kernel may read activations; `MatmulKernels::formats` returns which ones it needs.
-enum ActivationFormat { FORMAT_FLOAT = 1, FORMAT_INT8 = 2, FORMAT_BF16 = 4 };
+// FORMAT_HALVES are sums beside FORMAT_INT8, for matrices with scales for 16 columns.
+enum ActivationFormat { FORMAT_FLOAT = 1, FORMAT_INT8 = 2, FORMAT_BF16 = 4, FORMAT_HALVES = 8 };
 
 // M activation rows [M, columns]; formats that no kernel needs are null. All are contiguous: row m begins at m * columns.
 struct Rows {
@@ -24,6 +25,7 @@ struct Rows {
     const int8_t *q;       // -127..127, one scale for every 32 columns
     const float *scale;    // [M, columns / 32]
     const float *sum;      // [M, columns / 32]: scale * the sum of the 32 q
+    const float *halves;   // [M, 2, columns / 32]: the same of the first 16 q of each block, then of the second
     const uint16_t *bf16;  // bfloat16
 };
 
@@ -44,6 +46,8 @@ struct VectorOps {
     void (*from_bf16)(const uint16_t *x, int64_t n, float *out);
     // Quantize a row to int8, one scale for every 32 columns; a block of zeros has scale 0.
     void (*quantize)(const float *x, int64_t n, int8_t *q, float *scale, float *sum);
+    // halves [2, n / 32]: scale * the sum of the first, and of the second, 16 columns of each quantized block.
+    void (*sum_halves)(const int8_t *q, const float *scale, int64_t n, float *halves);
     // out += x * factor
     void (*add_scaled)(const float *x, float factor, int64_t n, float *out);
     // out = x * factor
@@ -77,14 +81,23 @@ struct Keys {
 constexpr int64_t CHUNK_ELEMENTS = 96 * 1024;  // a part of the L2 cache, which also holds a panel's codes
 constexpr int64_t CHUNK_ROWS = 256;
 
-constexpr int64_t DECODE_KEYS = 512;  // the most keys of one call of `decode`
+constexpr int64_t DECODE_KEYS = 512;    // the most keys of one call of `decode`
+constexpr int64_t DECODE_QUERIES = 64;  // and the most query vectors, unless one row has more heads
+
+// One query row in a call of `decode`: G query heads (q [G, E], float32), the positions first..last-1 that it sees, and where its
+// results go: unnormalised out [G, E], and per head the maximum score and the sum of exp(score - maximum).
+struct DecodeRow {
+    const float *q;
+    int64_t first, last;
+    float *out, *top, *total;
+};
 
 // Attention over one key head.
 struct AttentionKernels {
-    // Partial attention of G query heads (q [G, E], float32) of one row over positions first..last-1 of one key head: writes
-    // unnormalised out [G, E], and per head the maximum score and the sum of exp(score - maximum).
-    void (*decode)(const float *q, int64_t q_stride, int64_t heads, int64_t head_dim, const Keys *keys, int64_t first,
-                   int64_t last, float *out, float *top, float *total, void *scratch);
+    // Partial attention of some query rows of one sequence over one key head; `first` and `last` of rows never descend, and all
+    // lie between `base` and base + DECODE_KEYS. A row's result depends on itself and on `base`, not on the rows beside it.
+    void (*decode)(const DecodeRow *rows, int64_t count, int64_t heads, int64_t head_dim, const Keys *keys, int64_t base,
+                   void *scratch);
     // Attention of `rows` query rows at `positions` (ascending) times G heads over one key head: q and out [rows, G, E] with
     // row stride `stride` elements, head stride E. window 0 means all keys up to the row's own position;
     // `last_visible` (never descending, or null) extends what a row sees beyond its own position.

@@ -29,7 +29,7 @@ constexpr int PANEL = 16;   // rows of a panel
 constexpr int BLOCK = 32;   // columns of a code block, and of one activation scale
 constexpr int SUPER = 256;  // columns of a super-block
 // Prefetch distance: without it a core does not use its share of memory bandwidth.
-constexpr int64_t PREFETCH_BYTES = 2048;
+constexpr int64_t PREFETCH_BYTES = 6144;
 
 inline bool is_dense(const gc_matrix &m) { return m.codes >= GC_BF16; }
 

@@ -8,7 +8,10 @@
 namespace gemcutter {
 namespace {
 
-int formats(const gc_matrix *, int64_t, int activations) { return activations == GC_INT8 ? FORMAT_INT8 : FORMAT_FLOAT; }
+int formats(const gc_matrix *m, int64_t, int activations) {
+    if (activations != GC_INT8) return FORMAT_FLOAT;
+    return pieces_of(*m) == 2 ? FORMAT_INT8 | FORMAT_HALVES : FORMAT_INT8;
+}
 
 template <int PIECES>
 void panel_in_pieces(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,

@@ -23,6 +23,9 @@ struct Code8 {
     static constexpr bool IS_SIGNED = true;
 };
 
+// Each level has ROWS_AT_ONCE, which its registers hold, and STREAM_ROWS, up to which rows are multiplied while codes are unpacked
+// in registers: with AVX-512 always, since unpacking is cheap and a panel's packed codes fit the L1 cache where unpacked ones do not.
+
 inline int32_t four_bytes(const int8_t *p) {
     int32_t all;
     memcpy(&all, p, 4);
@@ -32,7 +35,7 @@ inline int32_t four_bytes(const int8_t *p) {
 #if defined(GC_LEVEL_AVX512)
 
 constexpr int ROWS_AT_ONCE = 8;
-constexpr bool STREAMS = true;  // a few rows are multiplied while their codes are unpacked
+constexpr int64_t STREAM_ROWS = INT64_MAX;
 
 template <class Code, bool IS_UNPACKED>
 struct CodeReader : Code {
@@ -51,7 +54,7 @@ struct CodeReader : Code {
                    : j % 4 == 1 ? _mm512_slli_epi16(upper, 2)
                    : j % 4 == 2 ? upper
                                 : _mm512_srli_epi16(upper, 2);
-        return _mm512_or_si512(low, _mm512_and_si512(placed, mask));
+        return _mm512_ternarylogic_epi32(low, placed, mask, 0xf8);  // low | (placed & mask)
     }
 };
 
@@ -72,7 +75,7 @@ GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, i
 #elif defined(GC_LEVEL_AVX2)
 
 constexpr int ROWS_AT_ONCE = 4;
-constexpr bool STREAMS = true;  // a few rows are multiplied while their codes are unpacked
+constexpr int64_t STREAM_ROWS = 16;
 
 template <class Code, bool IS_UNPACKED>
 struct CodeReader : Code {
@@ -138,7 +141,7 @@ GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, i
 #else
 
 constexpr int ROWS_AT_ONCE = 2;
-constexpr bool STREAMS = false;
+constexpr int64_t STREAM_ROWS = 0;
 
 template <class Code, bool>
 struct CodeReader : Code {
@@ -168,31 +171,6 @@ void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t str
 }
 
 #endif
-
-// The sums of the first and of the second 16 columns of each block of a row, times the block's scale: out[0..] and out[stride..].
-inline void sum_halves(const int8_t *q, const float *scale, int64_t blocks, float *out, int64_t stride) {
-    int64_t b = 0;
-#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2)
-    const __m256i bytes = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1);
-    for (; b + 4 <= blocks; b += 4) {
-        __m256i sums[4];
-        for (int i = 0; i < 4; ++i) {
-            const __m256i block = _mm256_loadu_si256((const __m256i *)(q + (b + i) * BLOCK));
-            sums[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, block), pairs);
-        }
-        const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
-        const __m128 a = _mm_loadu_ps(scale + b);
-        _mm_storeu_ps(out + b, _mm_mul_ps(a, _mm_cvtepi32_ps(_mm256_castsi256_si128(all))));
-        _mm_storeu_ps(out + stride + b, _mm_mul_ps(a, _mm_cvtepi32_ps(_mm256_extracti128_si256(all, 1))));
-    }
-#endif
-    for (; b < blocks; ++b)
-        for (int half = 0; half < 2; ++half) {
-            int32_t total = 0;
-            for (int i = 0; i < 16; ++i) total += q[b * BLOCK + half * 16 + i];
-            out[half * stride + b] = scale[b] * (float)total;
-        }
-}
 
 }  // namespace
 }  // namespace gemcutter

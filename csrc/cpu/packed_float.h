@@ -67,7 +67,7 @@ void float_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row
 template <int PIECES>
 void float_panel(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
                  void *scratch) {
-    if constexpr (STREAMS) {
+    if constexpr (STREAM_ROWS > 0) {
         if (last - first == 1) return float_gemv<PIECES, 1>(m, panel, rows, first, out, ld);
         if (last - first == 2) return float_gemv<PIECES, 2>(m, panel, rows, first, out, ld);
     }

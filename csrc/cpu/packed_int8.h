@@ -1,5 +1,5 @@
-// Products of a panel with int8 activations: GEMV-like straight from the packed codes for a few rows, GEMM-like from unpacked
-// runs of columns for many.
+// Products of a panel with int8 activations: straight from the packed codes, in passes of a few rows, or from unpacked runs of
+// columns where a level has too few registers to unpack for many rows.
 //
 // Owns the float side: the sum over blocks of scale * (a * dot(code, q) + offset * sum) + bias * sum. Both do the
 // same operations in the same order, so a row's result does not depend on how many rows there are. Included by level sources
@@ -12,44 +12,63 @@ namespace {
 
 constexpr int64_t RUN = 16;  // blocks unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
 
-// M neighbouring rows, some blocks of them. Rows are reached by strides: arrays of pointers would live in memory.
+// to = from * by for the blocks of a run; a whole run takes a few vectors, and nothing beyond `count` is read.
+GC_INLINE void scale_run(const float *from, float by, int64_t count, float *to) {
+    if (count == RUN) {
+#pragma GCC unroll 2
+        for (int i = 0; i < RUN; i += W) store(to + i, load(from + i) * set1(by));
+        return;
+    }
+#if defined(GC_LEVEL_AVX512) && !defined(GC_EMULATE)
+    _mm512_storeu_ps(to, _mm512_maskz_loadu_ps((__mmask16)((1 << count) - 1), from) * set1(by));
+#else
+    for (int64_t b = 0; b < count; ++b) to[b] = from[b] * by;
+#endif
+}
+
+// M neighbouring rows, some blocks of them. Rows of codes are reached by strides: arrays of pointers would live in memory. Scales
+// and what follows from them are copied, so that the loops broadcast them from one place on the stack.
 template <int PIECES, int M>
 struct RowRun {
     const int8_t *q;
-    const float *scale, *sum;
-    int64_t columns, blocks;                    // strides
-    float halves[PIECES == 2 ? M : 1][2][RUN];  // with scales for 16 columns: `sum` of each half block
+    int64_t columns;                             // stride of q
+    float scale[M][RUN], shift[M][PIECES][RUN];  // shift: `sum` times the offset of the matrix' codes
+    float sum[M][PIECES][RUN];                   // of the columns of each of the matrix' scales; unless it has no biases
 
-    GC_INLINE RowRun(const Rows &rows, int64_t row, int64_t first, int64_t count)
-        : q(rows.q + row * rows.columns + first * BLOCK),
-          scale(rows.scale + row * (rows.columns / BLOCK) + first),
-          sum(rows.sum + row * (rows.columns / BLOCK) + first),
-          columns(rows.columns),
-          blocks(rows.columns / BLOCK) {
-        if (PIECES == 2)
-            for (int m = 0; m < M; ++m) sum_halves(q + m * columns, scale + m * blocks, count, halves[m][0], RUN);
+    GC_INLINE RowRun(const Rows &rows, int64_t row, int64_t first, int64_t count, float offset, bool is_biased)
+        : q(rows.q + row * rows.columns + first * BLOCK), columns(rows.columns) {
+        const int64_t blocks = columns / BLOCK;
+        const float *scales = rows.scale + row * blocks + first;
+        const float *sums = (PIECES == 1 ? rows.sum : rows.halves) + row * PIECES * blocks + first;
+        for (int m = 0; m < M; ++m) {
+            scale_run(scales + m * blocks, 1.0f, count, scale[m]);
+            for (int i = 0; i < PIECES; ++i) {
+                scale_run(sums + (m * PIECES + i) * blocks, offset, count, shift[m][i]);
+                if (is_biased) scale_run(sums + (m * PIECES + i) * blocks, 1.0f, count, sum[m][i]);
+            }
+        }
     }
 };
 
 // Adds the products of block b to the totals of H parts of the panel from `part` on: all columns of one scale at a time.
 template <class CodeReader, int PIECES, int M, int H>
-GC_INLINE void add_block(const uint8_t *codes, int part, const Scales<PIECES> &scales, bool is_biased, float offset,
+GC_INLINE void add_block(const uint8_t *codes, int part, const Scales<PIECES> &scales, bool is_biased,
                          const RowRun<PIECES, M> &rows, int64_t b, V (*total)[PARTS]) {
     constexpr int COUNT = QUADS / PIECES;
 #pragma GCC unroll 2
     for (int piece = 0; piece < PIECES; ++piece) {
         N sums[M][H];
         dot<CodeReader, COUNT, M, H>(codes, part, piece * COUNT, rows.q + b * BLOCK, rows.columns, sums);
+        int64_t at = b;
+        if (piece > 0) __asm__("" : "+r"(at));  // both pieces' row scales, were they known to be equal, would crowd out the sums
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-            const float a = rows.scale[m * rows.blocks + b];
-            const float sum = PIECES == 1 ? rows.sum[m * rows.blocks + b] : rows.halves[m][piece][b];
-            const V shift = set1(sum * offset);
+            const V a = set1(rows.scale[m][at]), shift = set1(rows.shift[m][piece][b]);
 #pragma GCC unroll 2
             for (int h = 0; h < H; ++h) {
                 V &t = total[m][part + h];
-                t = fma(scales.scale[piece][part + h], fma(to_float(sums[m][h]), set1(a), shift), t);
-                if (is_biased) t = fma(scales.bias[piece][part + h], set1(sum), t);
+                t = fma(scales.scale[piece][part + h], fma(to_float(sums[m][h]), a, shift), t);
+                if (is_biased) t = fma(scales.bias[piece][part + h], set1(rows.sum[m][piece][b]), t);
             }
         }
     }
@@ -87,7 +106,7 @@ void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row,
     const int64_t jump = next ? static_cast<const uint8_t *>(next) - end : 0;
     for (int64_t start = 0; start < all; start += RUN) {
         const int64_t blocks = all - start < RUN ? all - start : RUN;
-        const RowRun<PIECES, M> own(rows, row, start, blocks);
+        const RowRun<PIECES, M> own(rows, row, start, blocks, offset, decoder.is_biased);
         for (int64_t b = 0; b < blocks; ++b) {
             const uint8_t *codes = decoder.next();
             const uint8_t *ahead = codes + PREFETCH_BYTES < end ? codes + PREFETCH_BYTES : codes + PREFETCH_BYTES + jump;
@@ -95,7 +114,7 @@ void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row,
             for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(ahead + i);
 #pragma GCC unroll 2
             for (int part = 0; part < PARTS; ++part)
-                add_block<From, PIECES, M, 1>(codes, part, decoder.scales, decoder.is_biased, offset, own, b, total);
+                add_block<From, PIECES, M, 1>(codes, part, decoder.scales, decoder.is_biased, own, b, total);
         }
     }
     for (int i = 0; i < M; ++i) store_row(out + i * ld, width_of(m, panel), total[i]);
@@ -113,16 +132,15 @@ template <class Code, int PIECES, int M>
 void tile(const gc_matrix &m, const Run<PIECES> &run, int64_t first_block, int64_t blocks, const Rows &rows, int64_t row,
           float *out, int64_t ld, int width) {
     using From = CodeReader<Code, true>;
-    const RowRun<PIECES, M> own(rows, row, first_block, blocks);
+    const bool is_biased = has_bias(m);
+    const RowRun<PIECES, M> own(rows, row, first_block, blocks, (float)(m.offset - From::SHIFT), is_biased);
     V total[M][PARTS];
     for (int i = 0; i < M; ++i)
         for (int h = 0; h < PARTS; ++h) total[i][h] = zero();
     if (first_block)
         for (int i = 0; i < M; ++i) load_row(out + i * ld, width, total[i]);
-    const float offset = (float)(m.offset - From::SHIFT);
-    const bool is_biased = has_bias(m);
     for (int64_t b = 0; b < blocks; ++b)
-        add_block<From, PIECES, M, PARTS>(run.codes[b], 0, run.scales[b], is_biased, offset, own, b, total);
+        add_block<From, PIECES, M, PARTS>(run.codes[b], 0, run.scales[b], is_biased, own, b, total);
     for (int i = 0; i < M; ++i) store_row(out + i * ld, width, total[i]);
 }
 
@@ -143,26 +161,34 @@ void int8_gemm(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t firs
         float *to = out;
         for (; row + ROWS_AT_ONCE <= last; row += ROWS_AT_ONCE, to += ROWS_AT_ONCE * ld)
             tile<Code, PIECES, ROWS_AT_ONCE>(m, run, start, blocks, rows, row, to, ld, width);
-        for (; row + 4 <= last && ROWS_AT_ONCE > 4; row += 4, to += 4 * ld)
-            tile<Code, PIECES, 4>(m, run, start, blocks, rows, row, to, ld, width);
         for (; row + 2 <= last; row += 2, to += 2 * ld) tile<Code, PIECES, 2>(m, run, start, blocks, rows, row, to, ld, width);
         for (; row < last; ++row, to += ld) tile<Code, PIECES, 1>(m, run, start, blocks, rows, row, to, ld, width);
+    }
+}
+
+template <class Code, int PIECES, int M>
+GC_INLINE void int8_gemv_of(int64_t count, const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out,
+                            int64_t ld, const void *next) {
+    if (count == M) return int8_gemv<Code, PIECES, M>(m, panel, rows, row, out, ld, next);
+    if constexpr (M > 1) int8_gemv_of<Code, PIECES, M - 1>(count, m, panel, rows, row, out, ld, next);
+}
+
+// GEMV-like, in equal passes of as many rows as the registers hold; after the first pass the panel is in the cache.
+template <class Code, int PIECES>
+void int8_stream(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
+                 const void *next) {
+    for (int64_t passes = (last - first + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; passes > 0; --passes) {
+        const int64_t count = (last - first + passes - 1) / passes;
+        int8_gemv_of<Code, PIECES, ROWS_AT_ONCE>(count, m, panel, rows, first, out, ld, next);
+        first += count, out += count * ld;
     }
 }
 
 template <class Code, int PIECES>
 void int8_panel(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
                 void *scratch, const void *next) {
-    if constexpr (STREAMS) {
-        switch (last - first) {
-            case 1: return int8_gemv<Code, PIECES, 1>(m, panel, rows, first, out, ld, next);
-            case 2: return int8_gemv<Code, PIECES, 2>(m, panel, rows, first, out, ld, next);
-            case 3: return int8_gemv<Code, PIECES, 3>(m, panel, rows, first, out, ld, next);
-            case 4: return int8_gemv<Code, PIECES, 4>(m, panel, rows, first, out, ld, next);
-            default: break;  // enough rows to make unpacking worth it
-        }
-    }
-    int8_gemm<Code, PIECES>(m, panel, rows, first, last, out, ld, scratch);
+    if (last - first <= STREAM_ROWS) int8_stream<Code, PIECES>(m, panel, rows, first, last, out, ld, next);
+    else if constexpr (STREAM_ROWS < INT64_MAX) int8_gemm<Code, PIECES>(m, panel, rows, first, last, out, ld, scratch);
 }
 
 }  // namespace

@@ -107,12 +107,13 @@ int formats_of(const gc_matrix *parts, int num_parts, int64_t count, int activat
 }
 
 ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations) {
-    Rows rows = {count, columns, activations, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Rows rows = {count, columns, activations, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     if (formats & FORMAT_INT8) {
         rows.q = arena.array<int8_t>(count * columns);
         rows.scale = arena.array<float>(count * (columns / BLOCK));
         rows.sum = arena.array<float>(count * (columns / BLOCK));
     }
+    if (formats & FORMAT_HALVES) rows.halves = arena.array<float>(count * 2 * (columns / BLOCK));
     if (formats & FORMAT_BF16) rows.bf16 = arena.array<uint16_t>(count * columns);
     if (formats & FORMAT_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);
     return {formats, rows};
@@ -125,6 +126,8 @@ void convert_row(ConvertedRows &converted, int64_t row, const float *x_row) {
     if (converted.formats & FORMAT_INT8)
         ops.quantize(x_row, columns, const_cast<int8_t *>(rows.q) + at, const_cast<float *>(rows.scale) + block,
                      const_cast<float *>(rows.sum) + block);
+    if (converted.formats & FORMAT_HALVES)
+        ops.sum_halves(rows.q + at, rows.scale + block, columns, const_cast<float *>(rows.halves) + 2 * block);
     uint16_t *bf16 = converted.formats & FORMAT_BF16 ? const_cast<uint16_t *>(rows.bf16) + at : nullptr;
     if (bf16) ops.to_bf16(x_row, columns, bf16);
     if (!(converted.formats & FORMAT_FLOAT) || rows.activations != GC_BF16_ROWS) return;

@@ -196,6 +196,31 @@ void quantize(const float *x, int64_t n, int8_t *q, float *scale, float *sum_of)
     *first += sum(poison);  // so that NaN or infinity in a row stays visible
 }
 
+void sum_halves(const int8_t *q, const float *scale, int64_t n, float *out) {
+    const int64_t blocks = n / BLOCK, stride = blocks;
+    int64_t b = 0;
+#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2)
+    const __m256i bytes = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1);
+    for (; b + 4 <= blocks; b += 4) {
+        __m256i sums[4];
+        for (int i = 0; i < 4; ++i) {
+            const __m256i block = _mm256_loadu_si256((const __m256i *)(q + (b + i) * BLOCK));
+            sums[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, block), pairs);
+        }
+        const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+        const __m128 a = _mm_loadu_ps(scale + b);
+        _mm_storeu_ps(out + b, _mm_mul_ps(a, _mm_cvtepi32_ps(_mm256_castsi256_si128(all))));
+        _mm_storeu_ps(out + stride + b, _mm_mul_ps(a, _mm_cvtepi32_ps(_mm256_extracti128_si256(all, 1))));
+    }
+#endif
+    for (; b < blocks; ++b)
+        for (int half = 0; half < 2; ++half) {
+            int32_t total = 0;
+            for (int i = 0; i < 16; ++i) total += q[b * BLOCK + half * 16 + i];
+            out[half * stride + b] = scale[b] * (float)total;
+        }
+}
+
 void add_scaled(const float *x, float factor, int64_t n, float *out) {
     V by = set1(factor);
     int64_t i = 0;
@@ -212,7 +237,7 @@ void scale_by(const float *x, float factor, int64_t n, float *out) {
 
 }  // namespace
 
-extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm,  gelu_mul, rope,       softcap,
-                                              to_bf16,  from_bf16, quantize, add_scaled, scale_by};
+extern const VectorOps GC_NAME(vector_ops) = {rms_norm,  add_norm, gelu_mul,   rope,       softcap, to_bf16,
+                                              from_bf16, quantize, sum_halves, add_scaled, scale_by};
 
 }  // namespace gemcutter

@@ -157,6 +157,12 @@ INTRINSIC __m512 _mm512_cvtph_ps(__m256i a) {
 INTRINSIC __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 INTRINSIC __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 INTRINSIC __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
+INTRINSIC __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
+    __m512i out = a ^ a;
+    for (int i = 0; i < 8; ++i)
+        if (table >> i & 1) out = out | ((i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c));
+    return out;
+}
 INTRINSIC __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((U32)a + (U32)b); }
 INTRINSIC __m512i _mm512_slli_epi16(__m512i a, unsigned n) { return n > 15 ? __m512i{} : (__m512i)((U16)a << (int)n); }
 INTRINSIC __m512i _mm512_srli_epi16(__m512i a, unsigned n) { return n > 15 ? __m512i{} : (__m512i)((U16)a >> (int)n); }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -108,6 +108,7 @@ class GraphBuffers:
         self.found_2N = torch.zeros(2, len(self._at("ids")), dtype=torch.long, device=decoder.device)
         self._graphs: dict[TokenSource, torch.cuda.CUDAGraph] = {}
         self._logits_NV: Tensor | None = None  # of a step whose tokens the sampler chooses
+        self._states_ND: dict[TokenSource, Tensor] = {}  # of each graph's last run
 
     def _at(self, name: Any) -> Tensor:
         return self._places[name].of(self._numbers)
@@ -204,7 +205,8 @@ class GraphBuffers:
         """Run the decoder, and put each row's next token where the next step's ids are read."""
         step = self.step
         step.rope.update(self.decoder.rope_tables(step.positions_N))
-        logits_NV = self.decoder.logits(self.decoder.forward(step, self.pool))
+        self._states_ND[source] = states_ND = self.decoder.forward(step, self.pool)
+        logits_NV = self.decoder.logits(states_ND)
         if source is TokenSource.SAMPLER:
             self._logits_NV = logits_NV
             return
@@ -226,16 +228,21 @@ class GraphBuffers:
         assert self._logits_NV is not None
         return self._logits_NV[torch.tensor(rows, device=self._logits_NV.device)]
 
+    def states(self, source: TokenSource, rows: range) -> Tensor:
+        """Return copies of the final states [R, D] of neighbouring rows of the last step that had its tokens from `source`."""
+        return self._states_ND[source][rows.start : rows.stop].clone()
+
 
 @dataclass(slots=True)
 class CapturedStep:
-    """A launched step over static memory."""
+    """A launched step over static memory; with `keeps_states` the states of sampled rows are part of its result."""
 
     chunks: Sequence[ScheduledChunk]
     buffers: GraphBuffers
     source: TokenSource
     pinned: PinnedBuffers
     is_followed: bool = False  # the step after it is launched
+    keeps_states: bool = False
 
     @property
     def is_on_device(self) -> bool:
@@ -244,18 +251,26 @@ class CapturedStep:
 
     def result(self) -> StepResult:
         """Wait for the tokens."""
+        found = self._tokens()
+        return (
+            StepResult(tuple(map(self._with_states, range(len(self.chunks)), found))) if self.keeps_states else StepResult(found)
+        )
+
+    def _with_states(self, index: int, result: ChunkResult) -> ChunkResult:
+        chunk = self.chunks[index]
+        return replace(result, sampled_RD=self.buffers.states(self.source, self._rows(index, chunk, chunk.num_sampled)))
+
+    def _tokens(self) -> tuple[ChunkResult, ...]:
         if self.source is TokenSource.SAMPLER:
             rows = [row for index, chunk in enumerate(self.chunks) for row in self._rows(index, chunk, rows_for_logits(chunk))]
             sampler = sampler_for(self.buffers.decoder)
-            return StepResult(tuple(sample_chunks(sampler, self.chunks, self.buffers.logits(rows))))
+            return tuple(sample_chunks(sampler, self.chunks, self.buffers.logits(rows)))
         if self.pinned.arrived is not None:
             self.pinned.arrived.synchronize()
         tokens, best = self.pinned.found_2N[0].tolist(), self.pinned.found_2N[1].view(torch.double).tolist()
-        return StepResult(
-            tuple(
-                _result([(tokens[row], best[row]) for row in self._rows(index, chunk, chunk.num_sampled)])
-                for index, chunk in enumerate(self.chunks)
-            )
+        return tuple(
+            _result([(tokens[row], best[row]) for row in self._rows(index, chunk, chunk.num_sampled)])
+            for index, chunk in enumerate(self.chunks)
         )
 
     def _rows(self, index: int, chunk: ScheduledChunk, count: int) -> range:
@@ -267,8 +282,8 @@ class CapturedStep:
 class CapturedSteps:
     """The static steps of an engine, made when first needed."""
 
-    def __init__(self, decoder: Decoder, pool: PagedKVCache, context: int) -> None:
-        self.decoder, self.pool, self.context = decoder, pool, context
+    def __init__(self, decoder: Decoder, pool: PagedKVCache, context: int, *, keeps_states: bool = False) -> None:
+        self.decoder, self.pool, self.context, self.keeps_states = decoder, pool, context, keeps_states
         self.is_captured = decoder.device.type == "cuda"
         self._buffers: dict[tuple[int, int], GraphBuffers] = {}
         self._seen = set[tuple[int, int]]()  # of several rows each
@@ -320,7 +335,7 @@ class CapturedSteps:
             pinned.found_2N.copy_(buffers.found_2N, non_blocking=True)
             if pinned.arrived is not None:
                 pinned.arrived.record()
-        return CapturedStep(chunks, buffers, source, pinned)
+        return CapturedStep(chunks, buffers, source, pinned, keeps_states=self.keeps_states)
 
     def buffers(self, sequences: int, each: int) -> GraphBuffers:
         """Return the static step of a bucket of sequences with up to `each` rows."""

@@ -67,8 +67,8 @@ class Engine:
         sizer = None if max_stall_ms is None else StepSizer(max_stall_ms / 1000)
         self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, speculator, sizer)
         is_static = decoder.capture_refusal() is None if graphs is None else graphs
-        captured = CapturedSteps(decoder, self.pool, self.context) if is_static else None
         keeps_states = speculator is not None and speculator.keeps_states
+        captured = CapturedSteps(decoder, self.pool, self.context, keeps_states=keeps_states) if is_static else None
         self.runner = ModelRunner(decoder, self.pool, captured, keeps_states=keeps_states)
         self.speculator = speculator
         self._ahead: PendingStep | None = None  # launched before the tokens of the step before it were known

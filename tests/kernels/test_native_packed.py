@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native
 U4, U6, S8 = 0, 1, 2
 F16, BF16, F32, SUPER32, SUPER16 = range(5)
 INT8, BF16_ROWS, FLOAT_ROWS = range(3)
-TILE_ROWS = 16  # from so many on, AMX takes rows as bfloat16
+TILE_ROWS = 17  # from so many on, AMX takes rows as bfloat16
 Array = np.ndarray[Any, Any]
 
 

@@ -7,6 +7,7 @@ shorter than the window here, where transformers shows an assistant one key more
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import gemcutter
 from gemcutter import native
 from gemcutter.api import Model
+from gemcutter.checkpoint.convert.convert import convert
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.engine.engine import Engine
+from gemcutter.engine.request import Request
+from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.speculate.assistant import AssistantProposer
+from gemcutter.engine.speculate.draft_model import DraftModelProposer
+from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.engine.step import build_step
 from gemcutter.errors import ConfigError, RequestError
 from gemcutter.load_options import LoadOptions
@@ -29,6 +37,7 @@ from gemcutter.plan import ModelPlan
 from tests.parity.test_rows import KERNELS, WIDE, decoder_of, filled
 from tests.topologies import SIZES, plan_of, relative_error
 from tests.trained import GOLDENS, golden, trained
+from tests.unit.test_drafts import run, tokens
 
 VOCAB = 64
 DRAFTS = 4
@@ -132,8 +141,9 @@ def test_the_trained_pair_saves_steps(drafts: int, plain: Model) -> None:
 
 
 def test_what_is_no_assistant_of_this_model_is_told(tmp_path: Path, plain: Model) -> None:
-    with pytest.raises(RequestError, match="is no assistant"):
-        gemcutter.load("demo", draft_model=GOLDENS / "tiny-a")
+    other = plan_of(SIZES["E2B"] | WIDE)
+    with pytest.raises(RequestError, match="name its assistant, or a smaller Gemma 4"):
+        open_drafter(LoadOptions(model="x", draft_model="demo", dtype="float32"), decoder_of(other, "reference"), [])
     with pytest.raises(RequestError, match="name it with draft_model"):
         gemcutter.load("demo", speculate="mtp")
     with pytest.raises(RequestError, match="draft_tokens"):
@@ -155,3 +165,56 @@ def test_an_assistant_is_quantized_beside_a_quantized_target() -> None:
         weight = model.engine.speculator.assistant._drafter.decoder.params["layers.0.mlp.in"]
         assert not weight.is_dense  # type: ignore[union-attr]
         assert len(model.chat("What is a lantern?", max_tokens=24, temperature=0).tokens) > 4
+
+
+@pytest.mark.parametrize(("to", "quant"), [("gguf", "none"), ("gguf", "Q8_0"), ("mlx", "mlx4"), ("hf", "none")])
+def test_assistants_are_converted_and_loaded_from_every_format(to: str, quant: str, tmp_path: Path, plain: Model) -> None:
+    """As they are they draft the same tokens; quantized ones draft nearly as well."""
+    whole, other = tmp_path / "whole", tmp_path / ("other.gguf" if to == "gguf" else "other")
+    shutil.copytree(trained("tiny-e-assistant"), whole)
+    shutil.copy(DEMO_FOLDER / "tokenizer.json", whole)
+    convert(whole, other, to, quant)
+    asked: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True, "temperature": 0}
+    found = []
+    for folder in (whole, other):
+        options: dict[str, Any] = {"draft_model": folder, "speculate": "mtp", "draft_tokens": 3}
+        with gemcutter.load("demo", dtype="float32", kernels="reference", context=256, **options) as model:
+            found.append(model.chat("What is a lantern?", **asked))
+    assert found[0].tokens == found[1].tokens == plain.chat("What is a lantern?", **asked).tokens
+    same, mine = found[0].metrics, found[1].metrics
+    assert mine.accepted_tokens >= (same.accepted_tokens if quant == "none" else same.accepted_tokens * 0.8)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("size", SIZES)
+def test_drafts_change_nothing_in_any_geometry(size: str, kernels: str, tmp_path: Path) -> None:
+    """Random assistants are nearly always wrong: windows that wrap, compact layers and rows taken back leave no trace."""
+    plan = plan_of(SIZES[size] | WIDE | {"vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB})
+    target = decoder_of(plan, kernels)
+    assistant_of(size, target, tmp_path)
+    drafter = open_drafter(LoadOptions(model="target", draft_model=str(tmp_path), dtype="float32", kernels=kernels), target, [])
+    requests = [Request(tuple(range(3 + seed, 33 + seed)), SamplingParams(1.0, seed=seed), 24) for seed in range(3)]
+    replies = []
+    for guesses in (None, Speculator(assistant=AssistantProposer(drafter), draft_tokens=5)):
+        engine = Engine(target, 96, max_batched_tokens=20, max_num_seqs=3, speculator=guesses)
+        replies.append(tokens(run(engine, requests, stagger=2)[0]))
+        assert guesses is None or guesses.tally.drafted > 50
+    assert kernels != "reference" or replies[0] == replies[1]
+    assert all(len(each) == 24 for each in replies[1])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_model_that_drafts_for_itself_is_always_right(batch: int, plain: Model) -> None:
+    """Prompts of several windows, drafts of all lengths, rows taken back: its own cache never lags behind nor runs ahead."""
+    prompts = [prompt["token_ids"] for prompt in golden("prompts")["prompts"][: 2 * batch]]
+    prompts[0] = (prompts[0] * 40)[:500]
+    asked: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True, "temperature": 0.8, "seed": 3}
+    options: dict[str, Any] = {"draft_model": "demo", "speculate": "mtp", "draft_tokens": 5, "max_num_seqs": batch}
+    with gemcutter.load("demo", dtype="float32", kernels="reference", context=600, **options) as model:
+        found = model.generate(prompts, **asked)
+        assert [each.tokens for each in found] == [each.tokens for each in plain.generate(prompts, **asked)]
+        assert all(each.metrics.accepted_tokens == each.metrics.drafted_tokens > 10 for each in found)
+        assert model.engine.speculator is not None
+        kept = model.engine.speculator.assistant
+        assert isinstance(kept, DraftModelProposer)
+        assert all(book.free == len(book.ref_counts) for book in kept._cache.allocators.values()), "pages were leaked"

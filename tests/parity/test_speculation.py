@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import gemcutter
+from gemcutter import native
 from gemcutter.completion import Completion
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
@@ -37,25 +38,28 @@ from tests.unit.test_drafts import no_repeats, run, tokens
 
 CASES = int(os.environ.get("GEMCUTTER_CASES", "40"))
 CONTEXT = 192  # three windows of the demo
+PLAIN = ("reference", "float32")
 MODES = {"mtp": (False, True), "ngram": (True, False), "both": (True, True)}
 
 
 @functools.cache
-def pair() -> tuple[Decoder, Drafter, TokenClasses]:
-    with gemcutter.load("demo", dtype="float32", kernels="reference", context=CONTEXT) as model:
+def pair(kernels: str = "reference", dtype: str = "float32") -> tuple[Decoder, Drafter, TokenClasses]:
+    with gemcutter.load("demo", dtype=dtype, kernels=kernels, context=CONTEXT) as model:
         blanks, data = blank_and_data_ids(model.tokenizer)
         decoder = model.decoder
-    options = LoadOptions(model="demo", draft_model=str(trained("tiny-e-assistant")), dtype="float32", kernels="reference")
+    options = LoadOptions(model="demo", draft_model=str(trained("tiny-e-assistant")), dtype=dtype, kernels=kernels)
     return decoder, open_drafter(options, decoder, []), TokenClasses(blanks, data)
 
 
-def speculator(mode: str, drafts: int | None) -> Speculator:
+def speculator(mode: str, drafts: int | None, how: tuple[str, str] = PLAIN) -> Speculator:
     looks, asks = MODES[mode]
-    return Speculator(NgramProposer(3) if looks else None, AssistantProposer(pair()[1]) if asks else None, drafts)
+    return Speculator(NgramProposer(3) if looks else None, AssistantProposer(pair(*how)[1]) if asks else None, drafts)
 
 
-def engine(batch: int, guesses: Speculator | None = None) -> Engine:
-    return Engine(pair()[0], CONTEXT, max_batched_tokens=48, max_num_seqs=batch, prefix_cache_bytes=1 << 20, speculator=guesses)
+def engine(batch: int, guesses: Speculator | None = None, how: tuple[str, str] = PLAIN) -> Engine:
+    return Engine(
+        pair(*how)[0], CONTEXT, max_batched_tokens=48, max_num_seqs=batch, prefix_cache_bytes=1 << 20, speculator=guesses
+    )
 
 
 def ban_after_three(prompt: Sequence[int], reply: Sequence[int], logits_V: Tensor) -> Tensor:
@@ -120,6 +124,19 @@ def test_replies_are_the_same(mode: str, drafts: int | None, batch: int) -> None
     assert drafts != 0 or guesses.tally.drafted == 0
 
 
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("drafts", [2, 7])
+def test_native_kernels_give_a_row_the_same_in_any_step(drafts: int, dtype: str) -> None:
+    """Token for token, because no row depends on how many are beside it; fast attention and products included."""
+    requests, how = [draw(seed) for seed in range(1000, 1008)], ("auto", dtype)
+    wanted, _ = run(engine(1, how=how), requests)
+    guesses = speculator("both", drafts, how)
+    found, _ = run(engine(3, guesses, how), requests, stagger=1)
+    assert tokens(found) == tokens(wanted)
+    assert guesses.tally.drafted > 0
+
+
 def test_lookups_pay_where_a_text_repeats() -> None:
     repeated = tuple(golden("prompts")["prompts"][0]["token_ids"][:20]) * 4
     request = Request(repeated, SamplingParams(), max_tokens=30, logits_processors=(Parrot(repeated),))
@@ -160,6 +177,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "schema": {"constraint": Constraint("json_schema", SCHEMA)},
     "regex": {"constraint": Constraint("regex", "([a-z]{2,5} ){3}[0-9]+")},
     "call": {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+    "adapter": {"adapter": "lora"},
     "free": {"tools": [TOOL], "stop": ["the ", "of a"], "watchdog": True},
 }
 
@@ -171,7 +189,8 @@ def test_grammars_calls_and_stops_hold_within_drafts(form: str, temperature: flo
     asked: dict[str, Any] = {"max_tokens": 40, "temperature": temperature, "seed": 5, "logprobs": 1, **FORMS[form]}
     found = list[Completion]()
     for options in ({}, {"draft_model": trained("tiny-e-assistant"), "draft_tokens": 4}):
-        with gemcutter.load("demo", dtype="float32", kernels="reference", context=256, **options) as model:
+        adapters = {"lora": trained("tiny-e-lora")} if form == "adapter" else {}
+        with gemcutter.load("demo", dtype="float32", kernels="reference", context=256, adapters=adapters, **options) as model:
             found.append(model.chat([{"role": "user", "content": "What is a lantern?"}], **asked))
     alone, guessed = found
     assert (guessed.text, guessed.tokens, guessed.finish_reason) == (alone.text, alone.tokens, alone.finish_reason)

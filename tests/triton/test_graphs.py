@@ -11,10 +11,11 @@ from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import FinishReason, Request, RequestEvent
 from gemcutter.engine.runner import StepResult
 from gemcutter.engine.sampling_params import SamplingParams
+from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.ops import reference
 from gemcutter.quant import Weight, dequantize
 from tests.triton.decoders import decode_with, prompt
-from tests.unit.test_drafts import guessing
+from tests.unit.test_drafts import Oracle
 
 triton_linear = pytest.importorskip("gemcutter.ops.triton.linear")
 
@@ -205,7 +206,7 @@ def test_drafts_are_verified_over_static_memory(device: torch.device, results: l
     answers = {request.prompt: wanted[number] for number, request in enumerate(requests)}
     for good in (2, 1):
         drafted = engine("readers", device, graphs=True, max_num_seqs=2)
-        drafted.scheduler.proposer = guessing(answers, good)
+        drafted.scheduler.proposer = Speculator(Oracle(answers, good, limit=2), draft_tokens=2)
         assert replies(drafted, requests) == wanted
     assert max(rows for _, rows, _ in results) == 6
     assert not any(is_followed for _, _, is_followed in results)

@@ -23,6 +23,7 @@ from gemcutter.engine.engine import Engine
 from gemcutter.engine.grammar_mask import GrammarMask, MarkerIds, Thoughts
 from gemcutter.engine.memory import page_counts
 from gemcutter.engine.request import Request, SequenceState
+from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.errors import RequestError
 from gemcutter.text.grammar import Constraint, build_grammar
 from gemcutter.text.grammar_compiler import CompiledGrammar, GrammarCompiler
@@ -250,7 +251,7 @@ def test_drafts_change_nothing_but_the_number_of_steps(model: gemcutter.Model) -
     answer = list[int]()
     plain, plain_steps = run(Engine(model.decoder, 128), request)
     answer = plain
-    drafted, steps = run(Engine(model.decoder, 128, proposer=Oracle()), request)
+    drafted, steps = run(Engine(model.decoder, 128, speculator=Speculator(Oracle(), draft_tokens=3)), request)
     assert drafted == plain
     assert len(plain) > 10
     assert steps < plain_steps

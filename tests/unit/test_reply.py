@@ -118,15 +118,14 @@ def test_overlapping_stop_strings(text: str, stops: list[str], is_bytes: bool) -
 def test_channels_keep_both_texts_apart(segments: list[tuple[bool, list[int]]], is_last_open: bool) -> None:
     ids: list[int] = []
     content, thoughts = "", list[str]()
+    segments = [each for place, each in enumerate(segments) if each[0] or not place or segments[place - 1][0]]
     for place, (is_channel, inner) in enumerate(segments):
         text = TOKENIZER.decode(inner, special=False)
         if is_channel:
             ids += [id_of(OPEN), *inner, id_of(CLOSE)]
             thoughts.append(text.removeprefix("thought\n").strip(SPACE) if text != "thought" else "")
             continue
-        ids += inner if not place or segments[place - 1][0] else []
-        if place and not segments[place - 1][0]:
-            continue
+        ids += inner
         text = text.lstrip(SPACE) if place else text
         content += text.rstrip(SPACE) if place + 1 < len(segments) and segments[place + 1][0] else text
     if is_last_open and segments and segments[-1][0]:

@@ -182,8 +182,6 @@ def _insist_on_family(checkpoint: Checkpoint, to: str) -> None:
         raise CheckpointError(
             f"{checkpoint.source.path} is a {kind} model; only Gemma 4 checkpoints are converted, Gemma 3 ones run as they are"
         )
-    if checkpoint.plan.is_drafter and to == "gguf":
-        raise CheckpointError(f"{checkpoint.source.path} is an assistant, which is not written as GGUF; convert it to hf or mlx")
 
 
 # ---- folders of safetensors ----

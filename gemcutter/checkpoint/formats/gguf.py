@@ -31,7 +31,8 @@ if TYPE_CHECKING:  # headers are read without torch
 
 NAME = "GGUF"
 
-ARCHITECTURE = "general.architecture"
+ARCHITECTURE, ASSISTANT = "general.architecture", "gemma4-assistant"
+CENTROIDS = 32  # nearest ones whose tokens an assistant may draft, as in all that are published; no key says so
 DENSE = ("F32", "F16", "BF16")
 # Those that `quant/gguf_blocks.py` decodes, listed here so that a header can be judged without torch.
 BLOCKS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split()  # noqa: SIM905
@@ -50,6 +51,10 @@ GLOBALS: dict[str, tuple[str, str | None]] = {
     "per_layer_proj_norm.weight": ("ple.norm", None),
     "output_norm.weight": ("norm", None),
     "output.weight": ("head", None),
+    "nextn.pre_projection.weight": ("draft.in", None),
+    "nextn.post_projection.weight": ("draft.out", None),
+    "masked_embd_centroids.weight": ("draft.centroids", None),
+    "masked_embd_ordering": ("draft.order", None),
 }
 LAYERED: dict[str, tuple[str, str | None]] = {
     "attn_norm.weight": ("attn.norm", None),
@@ -204,7 +209,9 @@ class _Keys:
 def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
     """Read the config from the metadata. Raises CheckpointError for another architecture, ConfigError with all bad keys."""
     architecture = source.metadata[ARCHITECTURE]
-    describe = {"gemma4": _gemma4, "gemma3": _gemma3}.get(architecture) if isinstance(architecture, str) else None
+    describe = (
+        {"gemma4": _gemma4, ASSISTANT: _gemma4, "gemma3": _gemma3}.get(architecture) if isinstance(architecture, str) else None
+    )
     where = source.files[0].name
     if describe is None:
         kind = KINDS.get(architecture) if isinstance(architecture, str) else None
@@ -214,6 +221,8 @@ def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
     if not 0 < layers <= MAX_LAYERS:
         raise ConfigError(f"{where} does not describe a Gemma model", [f"{architecture}.block_count: {layers} layers"])
     raw = _shape(keys, source, layers) | describe(keys, source, layers)
+    if architecture == ASSISTANT:
+        raw = _assistant(keys, source, raw)
     keys.refuse_rest(ignore)
     if keys.problems:
         count = f"{len(keys.problems)} problem{'s' if len(keys.problems) > 1 else ''}"
@@ -223,9 +232,8 @@ def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
 
 KINDS = {
     "clip": "a projector for images and audio, which runs beside a model",
-    "gemma4-assistant": "an assistant, which drafts for its target",
 }
-_REMEDY = "this version reads the text models gemma4 and gemma3: pass the file of one"
+_REMEDY = "this version reads the text models gemma4 and gemma3, and gemma4-assistant: pass the file of one"
 
 
 def _shape(keys: _Keys, source: Source, layers: int) -> dict[str, Any]:
@@ -301,6 +309,22 @@ def _gemma4(keys: _Keys, source: Source, layers: int) -> dict[str, Any]:
             },
         },
     } | _experts(keys)
+
+
+def _assistant(keys: _Keys, source: Source, text: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of an assistant around that of its layers, all of which read their target's keys and values."""
+    keys.integer("nextn_predict_layers", 0)  # the number of layers once more
+    centroids = _rows(source, "masked_embd_centroids.weight")  # llama.cpp's converter leaves them out
+    found: dict[str, Any] = {
+        "model_type": "gemma4_assistant",
+        "backbone_hidden_size": keys.integer("embedding_length_out"),
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "use_ordered_embeddings": centroids is not None,
+        "text_config": {**text, "num_kv_shared_layers": text["num_hidden_layers"], "use_double_wide_mlp": False},
+    }
+    if centroids is not None:
+        found |= {"num_centroids": centroids, "centroid_intermediate_top_k": CENTROIDS}
+    return found
 
 
 def _has_no_values(source: Source, index: int) -> bool:

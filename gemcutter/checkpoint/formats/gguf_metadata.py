@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemcutter.checkpoint.container.gguf_file import Array
+from gemcutter.checkpoint.formats.gguf import ASSISTANT
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import Attn, ModelPlan
@@ -59,41 +60,44 @@ SAMPLING = {"top_k": "i32", "top_p": "f32", "temperature": "f32"}
 
 def describe(config: ModelConfig, plan: ModelPlan, name: str, usual_type: str) -> list[Entry]:
     """Return what the decoder is; `usual_type` is how most of its bytes are stored."""
-    layers = plan.layers
+    own, layers = ASSISTANT if plan.is_drafter else "gemma4", plan.layers
     widest = next(layer for layer in layers if layer.attn is Attn.GLOBAL)
     narrow = next((layer for layer in layers if layer.attn is Attn.SLIDING), widest)
     found: list[Entry] = [
-        ("general.architecture", "str", "gemma4"),
+        ("general.architecture", "str", own),
         ("general.type", "str", "model"),
         ("general.name", "str", name),
         ("general.file_type", "u32", FILE_TYPES.get(usual_type, UNKNOWN_TYPE)),
         ("general.quantization_version", "u32", 2),
-        ("gemma4.block_count", "u32", len(layers)),
-        ("gemma4.context_length", "u32", plan.context),
-        ("gemma4.embedding_length", "u32", plan.hidden),
-        _one_or_each("gemma4.feed_forward_length", [layer.mlp_width for layer in layers]),
-        ("gemma4.attention.head_count", "u32", widest.heads),
-        _one_or_each("gemma4.attention.head_count_kv", [layer.kv_heads for layer in layers]),
-        ("gemma4.attention.layer_norm_rms_epsilon", "f32", plan.eps),
-        ("gemma4.attention.key_length", "u32", widest.head_dim),
-        ("gemma4.attention.value_length", "u32", widest.head_dim),
-        ("gemma4.attention.key_length_swa", "u32", narrow.head_dim),
-        ("gemma4.attention.value_length_swa", "u32", narrow.head_dim),
-        ("gemma4.attention.sliding_window", "u32", config.text.sliding_window),
-        ("gemma4.attention.sliding_window_pattern", "[bool]", [layer.attn is Attn.SLIDING for layer in layers]),
-        ("gemma4.attention.shared_kv_layers", "u32", sum(not layer.writes for layer in layers)),
-        ("gemma4.rope.freq_base", "f32", widest.rope.theta),
-        ("gemma4.rope.freq_base_swa", "f32", narrow.rope.theta),
-        ("gemma4.rope.dimension_count", "u32", widest.head_dim),
-        ("gemma4.rope.dimension_count_swa", "u32", narrow.head_dim),
-        ("gemma4.embedding_length_per_layer_input", "u32", plan.ple_dim),
+        (f"{own}.block_count", "u32", len(layers)),
+        (f"{own}.context_length", "u32", plan.context),
+        (f"{own}.embedding_length", "u32", plan.hidden),
+        _one_or_each(f"{own}.feed_forward_length", [layer.mlp_width for layer in layers]),
+        (f"{own}.attention.head_count", "u32", widest.heads),
+        _one_or_each(f"{own}.attention.head_count_kv", [layer.kv_heads for layer in layers]),
+        (f"{own}.attention.layer_norm_rms_epsilon", "f32", plan.eps),
+        (f"{own}.attention.key_length", "u32", widest.head_dim),
+        (f"{own}.attention.value_length", "u32", widest.head_dim),
+        (f"{own}.attention.key_length_swa", "u32", narrow.head_dim),
+        (f"{own}.attention.value_length_swa", "u32", narrow.head_dim),
+        (f"{own}.attention.sliding_window", "u32", config.text.sliding_window),
+        (f"{own}.attention.sliding_window_pattern", "[bool]", [layer.attn is Attn.SLIDING for layer in layers]),
+        (f"{own}.attention.shared_kv_layers", "u32", sum(not layer.writes for layer in layers)),
+        (f"{own}.rope.freq_base", "f32", widest.rope.theta),
+        (f"{own}.rope.freq_base_swa", "f32", narrow.rope.theta),
+        (f"{own}.rope.dimension_count", "u32", widest.head_dim),
+        (f"{own}.rope.dimension_count_swa", "u32", narrow.head_dim),
+        (f"{own}.embedding_length_per_layer_input", "u32", plan.ple_dim),
     ]
+    if plan.backbone is not None:
+        found.append((f"{own}.embedding_length_out", "u32", plan.backbone))
+        found.append((f"{own}.nextn_predict_layers", "u32", len(layers)))
     if plan.softcap is not None:
-        found.append(("gemma4.final_logit_softcapping", "f32", plan.softcap))
+        found.append((f"{own}.final_logit_softcapping", "f32", plan.softcap))
     if widest.moe:
-        found.append(("gemma4.expert_count", "u32", widest.moe.experts))
-        found.append(("gemma4.expert_used_count", "u32", widest.moe.top_k))
-        found.append(("gemma4.expert_feed_forward_length", "u32", widest.moe.width))
+        found.append((f"{own}.expert_count", "u32", widest.moe.experts))
+        found.append((f"{own}.expert_used_count", "u32", widest.moe.top_k))
+        found.append((f"{own}.expert_feed_forward_length", "u32", widest.moe.width))
     return found
 
 

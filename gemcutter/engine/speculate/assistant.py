@@ -28,6 +28,11 @@ class AssistantProposer:
     def __init__(self, drafter: Drafter, position_offset: int = 0) -> None:
         self._drafter, self._offset = drafter, position_offset
 
+    needs_states = True
+
+    def forget(self, sequence: SequenceState) -> None:
+        """Do nothing: what is known of a sequence is part of it."""
+
     def can_draft(self, sequence: SequenceState) -> bool:
         """Return whether the target's state behind the last token is known."""
         return sequence.state_D is not None
@@ -45,7 +50,7 @@ class AssistantProposer:
         for place in range(max(limit for _, limit in wanted)):
             (ids_S,) = send((tokens,), torch.long, states_ST.device)
             found, states_ST = self._drafter.draft(ids_S, states_ST, step, cache)
-            tokens = _choose(found, sequences, place)
+            tokens = choose_drafts(found, sequences, place)
             for (sequence, limit), token in zip(wanted, tokens, strict=True):
                 if place < limit:
                     drafts[sequence.number].append(token)
@@ -80,7 +85,7 @@ def _state(sequence: SequenceState) -> Tensor:
     return sequence.state_D
 
 
-def _choose(found: DraftLogits, sequences: Sequence[SequenceState], place: int) -> list[int]:
+def choose_drafts(found: DraftLogits, sequences: Sequence[SequenceState], place: int) -> list[int]:
     """Return the draft of each row: what would be sampled there if these were the target's logits."""
     logits_SC, ids_SC = found.logits_SC.cpu(), None if found.ids_SC is None else found.ids_SC.cpu()
     tokens = list[int]()

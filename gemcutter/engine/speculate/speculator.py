@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from gemcutter.engine.request import SequenceState
-from gemcutter.engine.speculate.assistant import AssistantProposer
 from gemcutter.engine.speculate.draft_length import PROBE_TOKENS, Acceptance, Candidate, StepCosts, count_drafts
 from gemcutter.engine.speculate.tally import MOST_DRAFTS, NO_DRAFTS
 from gemcutter.errors import RequestError, spell_value
@@ -28,15 +27,30 @@ class Lookup(Protocol):
         """Return up to `limit` ids to follow a sequence's last token; none where there is nothing to guess."""
 
 
+class Drafting(Protocol):
+    """A proposer whose drafts take time: a model."""
+
+    @property
+    def needs_states(self) -> bool:
+        """Return whether it drafts from the target's final states, which sequences must keep for it."""
+
+    def can_draft(self, sequence: SequenceState) -> bool:
+        """Return whether there is all that a draft for a sequence needs."""
+
+    def propose(self, wanted: Sequence[tuple[SequenceState, int]]) -> Drafts:
+        """Return up to as many drafts as stand beside each sequence; all can be drafted for, and none has rows reserved."""
+
+    def forget(self, sequence: SequenceState) -> None:
+        """Let go of what is kept for a sequence that has ended."""
+
+
 class Speculator:
     """Asks proposers for drafts. `draft_tokens` is how many for each sequence, None: as many as pay.
 
     Raises RequestError for a number that can't be used.
     """
 
-    def __init__(
-        self, ngram: Lookup | None = None, assistant: AssistantProposer | None = None, draft_tokens: int | None = None
-    ) -> None:
+    def __init__(self, ngram: Lookup | None = None, assistant: Drafting | None = None, draft_tokens: int | None = None) -> None:
         if draft_tokens is not None and not 0 <= draft_tokens <= MOST_DRAFTS:
             raise RequestError(f"draft_tokens: expected 0 to {MOST_DRAFTS}, found {spell_value(draft_tokens)}")
         self.ngram, self.assistant, self.draft_tokens = ngram, assistant, draft_tokens
@@ -49,7 +63,7 @@ class Speculator:
     @property
     def keeps_states(self) -> bool:
         """Return whether somebody drafts from the target's states."""
-        return self.assistant is not None
+        return self.assistant is not None and self.assistant.needs_states
 
     # ---- before a step ----
 
@@ -68,8 +82,9 @@ class Speculator:
         bursts = [(sequence, counts[sequence.number]) for sequence, _ in asking if counts[sequence.number]]
         if bursts and self.assistant is not None:
             started_s = self.clock()
-            drafts |= self.assistant.propose(bursts)
-            self.costs.observe_drafts(max(count for _, count in bursts), self.clock() - started_s)
+            if made := self.assistant.propose(bursts):
+                self.costs.observe_drafts(max(map(len, made.values())), self.clock() - started_s)
+            drafts |= made
         self._asked |= {number: NGRAM if number in found else ASSISTANT for number in drafts}
         return drafts
 
@@ -130,3 +145,5 @@ class Speculator:
         """Let go of what is known of a sequence that has ended."""
         for kind in (NGRAM, ASSISTANT):
             self._own.pop((sequence.number, kind), None)
+        if self.assistant is not None:
+            self.assistant.forget(sequence)
