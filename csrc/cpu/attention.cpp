@@ -179,12 +179,13 @@ float highest(float *scores, int64_t n) {
 template <typename Type, bool Pads>
 void score_range(const float *q, int64_t heads, int64_t dim, const Keys &keys, int64_t first, int64_t last, float *scores,
                  typename Type::Element *spare) {
-    int64_t width = Pads ? padded(dim) : dim;
-    for (int64_t t = first; t < last; t += VALUE_KEYS) {
+    // The heads of one row stay in the L1 cache, and memory is asked for most evenly in small blocks; those of several do not.
+    int64_t width = Pads ? padded(dim) : dim, block = heads > 8 ? VALUE_KEYS : 2, ahead = heads > 8 ? VALUE_KEYS : PREFETCH_KEYS;
+    for (int64_t t = first; t < last; t += block) {
         const typename Type::Element *rows[VALUE_KEYS];
-        int64_t count = last - t < VALUE_KEYS ? last - t : VALUE_KEYS;
+        int64_t count = last - t < block ? last - t : block;
         for (int64_t i = 0; i < count; ++i) {
-            int64_t later = t + i + VALUE_KEYS;
+            int64_t later = t + i + ahead;
             rows[i] = row_of<Type>(keys.k, keys, t + i);
             if constexpr (Pads) rows[i] = pad(rows[i], dim, width, spare + i * width);
             if (later < last) prefetch<Type>(row_of<Type>(keys.k, keys, later), dim);
