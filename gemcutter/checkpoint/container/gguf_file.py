@@ -63,6 +63,7 @@ TENSOR_TYPES = {
 }
 _SCALARS = {number: struct.Struct("<" + code) for number, code in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True)}
 _STRING, _ARRAY = 8, 9
+ASSISTANT = "gemma4-assistant"  # the architecture of drafters
 
 _HEAD = struct.Struct("<4sIQQ")  # magic, version, numbers of tensors and of metadata entries
 _KIND = struct.Struct("<I")

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gemcutter import config as configs
-from gemcutter.checkpoint.container.gguf_file import TENSOR_TYPES, Array
+from gemcutter.checkpoint.container.gguf_file import ASSISTANT, TENSOR_TYPES, Array
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # headers are read without torch
 
 NAME = "GGUF"
 
-ARCHITECTURE, ASSISTANT = "general.architecture", "gemma4-assistant"
+ARCHITECTURE = "general.architecture"
 CENTROIDS = 32  # nearest ones whose tokens an assistant may draft, as in all that are published; no key says so
 DENSE = ("F32", "F16", "BF16")
 # Those that `quant/gguf_blocks.py` decodes, listed here so that a header can be judged without torch.

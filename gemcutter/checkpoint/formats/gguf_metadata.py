@@ -10,8 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gemcutter.checkpoint.container.gguf_file import Array
-from gemcutter.checkpoint.formats.gguf import ASSISTANT
+from gemcutter.checkpoint.container.gguf_file import ASSISTANT, Array
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import Attn, ModelPlan
