@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from gemcutter.engine.speculate.tally import MOST_DRAFTS
 
-PRIOR = 0.6  # of a draft to be right, before any was verified
+PRIOR = 0.8  # of a draft to be right, before any was verified: too high rather than too low, as what is tried is learnt
 WEIGHT = 0.1  # of a new outcome in an estimate
 FASTER_WEIGHT, SLOWER_WEIGHT = 0.3, 0.05  # of a new time in an estimate: other work on the machine only ever adds to it
 PRIOR_ROW = 0.1  # of the time of a step, that one more row is thought to take until it was measured

@@ -18,6 +18,7 @@ from gemcutter.errors import RequestError, spell_value
 
 Drafts = dict[int, tuple[int, ...]]  # by the numbers of their sequences
 NGRAM, ASSISTANT = "ngram", "assistant"
+MOST_ROWS = 16  # of a step with drafts: so far CPU kernels give a row the same bits whatever is beside it, and rows are cheap
 
 
 class Lookup(Protocol):
@@ -73,6 +74,9 @@ class Speculator:
         `others` are the rows of the step beside these sequences'. None of the sequences has rows reserved.
         """
         self._asked.clear()
+        room = min(room, MOST_ROWS - others - len(wanted))
+        if room <= 0:
+            return {}
         found = self._look_up(wanted)
         asking = [pair for pair in wanted if self._can_ask(pair[0]) and pair[0].number not in found]
         limits = {sequence.number: limit for sequence, limit in asking} | {number: len(ids) for number, ids in found.items()}
