@@ -47,7 +47,7 @@ sanitize: .venv/.installed-dev
 	tools/sanitize.sh
 
 # Mutated files against every parser, in forked workers with limits; FUZZ="--headers 1000000 --texts 20000" takes half an hour.
-FUZZ ?= --headers 20000 --texts 1000 --values 60
+FUZZ ?= --headers 12000 --texts 600 --values 60
 fuzz: native
 	OMP_NUM_THREADS=1 .venv/bin/python tools/fuzz.py $(FUZZ)
 
