@@ -301,13 +301,17 @@ def test_all_bad_keys_come_at_once_and_some_can_be_ignored(tmp_path: Path) -> No
     ("architecture", "expected"),
     [
         ("clip", "a projector for images and audio"),
-        ("gemma4-assistant", "an assistant"),
         ("llama", "of the architecture 'llama'"),
     ],
 )
 def test_other_architectures_are_refused(architecture: str, expected: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=expected):
         open_checkpoint(make(tmp_path, architecture=architecture))
+
+
+def test_an_assistant_must_say_how_wide_its_target_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gemma4-assistant\.embedding_length_out: missing"):
+        open_checkpoint(make(tmp_path, architecture="gemma4-assistant"))
 
 
 def test_divisors_that_are_no_gemma_s_are_refused(tmp_path: Path) -> None:
