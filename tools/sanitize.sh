@@ -19,6 +19,6 @@ tools/native.sh build/sanitized -DGC_EMULATE=ON -DGC_SANITIZE=address,undefined
 # texts are left out: slow.
 export LD_PRELOAD="$("$CXX" -print-file-name=libasan.so):$("$CXX" -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
 export GEMCUTTER_NATIVE="$PWD/build/sanitized/_cpu.so" OMP_NUM_THREADS=1
-.venv/bin/python -m pytest -q -n 2 tests/kernels/test_native_*.py tests/unit/test_native.py -k "not nll and not continues and not packed_decoders and not 20000"
+.venv/bin/python -m pytest -q -n 2 tests/kernels/test_native_*.py tests/unit/test_native.py -k "not nll and not continues and not decoders and not 20000"
 # And whole models whose packed weights are random in places.
 .venv/bin/python tools/fuzz.py --values 25 --unlimited
