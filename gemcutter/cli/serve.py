@@ -171,15 +171,18 @@ def _server_options(**chosen: Any) -> ServerOptions:
 
 
 def _read_kwargs(text: str | None) -> tuple[tuple[str, object], ...]:
-    if text is None:
-        return ()
+    return () if text is None else tuple(_read_object("--default-chat-template-kwargs", text).items())
+
+
+def _read_object(option: str, text: str) -> dict[str, Any]:
+    """Return a JSON object. Raises UsageError, naming the option, for anything else."""
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"--default-chat-template-kwargs: expected a JSON object, found {text!r} ({error})") from None
+        raise UsageError(f"{option}: expected a JSON object, found {text!r} ({error})") from None
     if not isinstance(found, dict):
-        raise UsageError(f"--default-chat-template-kwargs: expected a JSON object, found {text!r}")
-    return tuple(found.items())
+        raise UsageError(f"{option}: expected a JSON object, found {text!r}")
+    return found
 
 
 def _read_speculation(text: str, other: options.Speculating) -> dict[str, Any]:
@@ -187,12 +190,7 @@ def _read_speculation(text: str, other: options.Speculating) -> dict[str, Any]:
     where = "--speculative-config"
     if any(value is not None for value in other.given.values()):
         raise UsageError(f"{where}: give either it or --speculate, --draft-model and --draft-tokens")
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{where}: expected a JSON object, found {text!r} ({error})") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{where}: expected a JSON object, found {text!r}")
+    found = _read_object(where, text)
     if unknown := sorted(set(found) - SPECULATIVE_KEYS):
         raise UsageError(f"{where}: {unknown[0]} is not known; there are: {', '.join(sorted(SPECULATIVE_KEYS))}")
     method = found.get("method", "mtp" if "model" in found else "ngram")

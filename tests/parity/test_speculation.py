@@ -34,7 +34,7 @@ from gemcutter.model.text import Decoder
 from gemcutter.text.grammar import Constraint
 from gemcutter.text.token_classes import blank_and_data_ids
 from tests.trained import golden, trained
-from tests.unit.test_drafts import no_repeats, run, tokens
+from tests.unit.test_drafts import assert_same, no_repeats, run, tokens
 
 CASES = int(os.environ.get("GEMCUTTER_CASES", "40"))
 CONTEXT = 192  # three windows of the demo
@@ -113,14 +113,7 @@ def test_replies_are_the_same(mode: str, drafts: int | None, batch: int) -> None
     requests, wanted, _ = plain(first, count)
     guesses = speculator(mode, drafts)
     found, _ = run(engine(batch, guesses), requests, stagger=1)
-    assert tokens(found) == tokens(wanted)
-    assert [each[-1].finish for each in found] == [each[-1].finish for each in wanted]
-    for mine, theirs in zip(found, wanted, strict=True):
-        for event, other in zip(mine, theirs, strict=True):
-            assert (event.logprobs is None) == (other.logprobs is None)
-            if event.logprobs is not None and other.logprobs is not None:
-                assert event.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-4)
-                assert [token for token, _ in event.logprobs.top] == [token for token, _ in other.logprobs.top]
+    assert_same(found, wanted)
     assert drafts != 0 or guesses.tally.drafted == 0
 
 

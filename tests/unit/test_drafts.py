@@ -98,6 +98,18 @@ def tokens(events: Sequence[Sequence[RequestEvent]]) -> list[list[int | None]]:
     return [[event.token for event in each] for each in events]
 
 
+def assert_same(found: Sequence[Sequence[RequestEvent]], wanted: Sequence[Sequence[RequestEvent]]) -> None:
+    """See that requests brought the same tokens, ends and log-probabilities."""
+    assert tokens(found) == tokens(wanted)
+    assert [each[-1].finish for each in found] == [each[-1].finish for each in wanted]
+    for mine, theirs in zip(found, wanted, strict=True):
+        for event, other in zip(mine, theirs, strict=True):
+            assert (event.logprobs is None) == (other.logprobs is None)
+            if event.logprobs is not None and other.logprobs is not None:
+                assert event.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-4)
+                assert [token for token, _ in event.logprobs.top] == [token for token, _ in other.logprobs.top]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("good", [K, 2, 0], ids=["right", "half right", "wrong"])
 @pytest.mark.parametrize("batch", [1, 4])
@@ -115,13 +127,7 @@ def test_text_is_the_same_with_drafts(kind: str, good: int, batch: int) -> None:
         speculator=guessing(answers, good),
     )
     found, fewer = run(engine, requests, stagger=2)
-    assert tokens(found) == tokens(wanted)
-    assert [each[-1].finish for each in found] == [each[-1].finish for each in wanted]
-    for mine, theirs in zip(found, wanted, strict=True):
-        for event, other in zip(mine, theirs, strict=True):
-            assert (event.logprobs is None) == (other.logprobs is None)
-            if event.logprobs is not None and other.logprobs is not None:
-                assert event.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-4)
+    assert_same(found, wanted)
     if good == K and batch == 4:
         assert fewer < steps
 

@@ -16,7 +16,7 @@ from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import FinishReason, SequenceState
 from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.engine.speculate.tally import MOST_DRAFTS
-from tests.unit.test_scheduler import JOBS, REQUESTS, Job, Watched, assert_same, drive, make_engine, wanted
+from tests.unit.test_scheduler import REQUESTS, SCENES, Job, Watched, assert_same, drive, make_engine, wanted
 
 
 class Guesser:
@@ -49,14 +49,7 @@ def windows_are_whole(engine: Engine) -> bool:
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
-@given(
-    jobs=st.lists(JOBS, min_size=4, max_size=7).map(lambda jobs: sorted(jobs, key=lambda job: job.joins)),
-    max_rows=st.sampled_from((16, 7, 4)),
-    max_sequences=st.integers(2, 4),
-    checkpoints=st.integers(0, 6),
-    spare=st.integers(0, 9),
-    seed=st.integers(0, 99),
-)
+@given(**SCENES, seed=st.integers(0, 99))
 def test_every_request_ends_with_what_it_gets_alone(
     jobs: list[Job], max_rows: int, max_sequences: int, checkpoints: int, spare: int, seed: int
 ) -> None:

@@ -276,14 +276,18 @@ JOBS = st.builds(
 )
 
 
+# Requests that come and go, and an engine with few rows, places and pages.
+SCENES: dict[str, st.SearchStrategy[Any]] = {
+    "jobs": st.lists(JOBS, min_size=4, max_size=7).map(lambda jobs: sorted(jobs, key=lambda job: job.joins)),
+    "max_rows": st.sampled_from((16, 7, 4)),
+    "max_sequences": st.integers(2, 4),
+    "checkpoints": st.integers(0, 6),
+    "spare": st.integers(0, 9),
+}
+
+
 @settings(derandomize=True, deadline=None, max_examples=20)
-@given(
-    jobs=st.lists(JOBS, min_size=4, max_size=7).map(lambda jobs: sorted(jobs, key=lambda job: job.joins)),
-    max_rows=st.sampled_from((16, 7, 4)),
-    max_sequences=st.integers(2, 4),
-    checkpoints=st.integers(0, 6),
-    spare=st.integers(0, 9),
-)
+@given(**SCENES)
 def test_every_request_ends_with_what_it_gets_alone(
     jobs: list[Job], max_rows: int, max_sequences: int, checkpoints: int, spare: int
 ) -> None:
