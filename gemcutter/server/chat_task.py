@@ -14,10 +14,9 @@ from gemcutter.engine.thinking_budget import ThinkingBudget
 from gemcutter.server.errors import too_long
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.wire.fields import ChatInput, check_limit, naming_constraint
-from gemcutter.text.reply import CHANNEL_CLOSE, CHANNEL_OPEN
+from gemcutter.text.reply import CALL_OPEN, CHANNEL_CLOSE, CHANNEL_OPEN, RESPONSE_OPEN, TURN_OPEN
 
-TOOL_CALL = "<|tool_call>"
-ENDING = (TOOL_CALL, "<|turn>", "<|tool_response>")  # what no thought goes on after
+ENDING = (CALL_OPEN, TURN_OPEN, RESPONSE_OPEN)  # what no thought goes on after
 
 
 def prepare_chat(

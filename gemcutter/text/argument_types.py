@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gemcutter.text.schema_reference import find_part
+
 MOST_ALTERNATIVES = 32  # of a schema, counted through `anyOf` and references; more of them allow everything
 MOST_REFERENCES = 8  # followed one after the other: a schema may refer to itself
 NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
@@ -90,7 +92,7 @@ def _add_alternatives(schema: object, root: object, found: list[Mapping[str, Any
     if not isinstance(schema, Mapping) or not depth or len(found) > MOST_ALTERNATIVES:
         return False
     if isinstance(schema.get("$ref"), str):
-        return _add_alternatives(_referred(root, schema["$ref"]), root, found, depth - 1)
+        return _add_alternatives(find_part(root, schema["$ref"]), root, found, depth - 1)
     for name in ("anyOf", "oneOf"):
         if isinstance(schema.get(name), list) and schema[name]:
             return all(_add_alternatives(each, root, found, depth - 1) for each in schema[name][: MOST_ALTERNATIVES + 1])
@@ -111,16 +113,6 @@ def _merged(schemas: list[Mapping[str, Any]]) -> dict[str, Any]:
         properties = {**(own if isinstance(own, Mapping) else {}), **properties}
         merged = {**{name: value for name, value in each.items() if name != "allOf"}, **merged}
     return merged | ({"properties": properties} if properties else {})
-
-
-def _referred(root: object, reference: str) -> object:
-    """Return the part of a schema that a local reference (`#/$defs/Name`) means; None for others, which are never fetched."""
-    if not reference.startswith("#"):
-        return None
-    found = root
-    for step in reference[1:].split("/")[1:]:
-        found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
-    return found
 
 
 def _of_property(schema: Mapping[str, Any], key: str) -> object:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from gemcutter.errors import RequestError, spell_value
 from gemcutter.text.grammar_values import Rules, in_slashes, spell
+from gemcutter.text.reply import CALL_CLOSE, CALL_OPEN
 
 KINDS = ("json_schema", "json_object", "regex", "choice", "lark")
 MOST_CHARACTERS = 1 << 19  # of a constraint's value, and of a grammar
@@ -117,7 +118,7 @@ def _calls(rules: Rules, tools: Sequence[Mapping[str, Any]], *, parallel: bool) 
         calls.append(f"{spell('call:' + name)} {arguments}")
     if not calls:
         return []
-    return [f"call: <|tool_call> ({' | '.join(calls)}) <tool_call|>", "calls: call+" if parallel else "calls: call"]
+    return [f"call: {CALL_OPEN} ({' | '.join(calls)}) {CALL_CLOSE}", "calls: call+" if parallel else "calls: call"]
 
 
 def _body(constraint: Constraint) -> str:

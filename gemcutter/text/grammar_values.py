@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemcutter.errors import RequestError, spell_value
+from gemcutter.text.reply import DELIMITER
+from gemcutter.text.schema_reference import find_part
 
 TEXT, ANYTHING = r"/(.|\n)+/", r"(.|\n)*"
 MOST_LEVELS, MOST_PROPERTIES, LONGEST_BOUND = 32, 4000, 4096
@@ -47,7 +49,6 @@ FORMATS = {
 # Patterns that mean the same to every engine of regular expressions: no look-around, no anchors but at the ends.
 PLAIN_PATTERN = re.compile(r"\^?(?:[^\\^$(]|\\[dws.\-/+*?()\[\]{}|$^]|\((?!\?)|\(\?:|(?<=\[)\^)*\$?")
 PLAIN_KEY = re.compile(r"[\w.\-]+")
-QUOTE = '<|"|>'
 
 
 def spell(text: str) -> str:
@@ -73,7 +74,7 @@ class Rules:
     def __init__(self) -> None:
         self.lines = [
             f"TEXT: {TEXT}",
-            f"string: {QUOTE} TEXT? {QUOTE}",
+            f"string: {DELIMITER} TEXT? {DELIMITER}",
             r"KEY: /[\p{L}_][\p{L}\p{N}_.\-]{0,63}/",
             f"any: string | {' | '.join(LITERALS[kind] for kind in ('number', 'boolean', 'null'))} | any_list | any_object",
             'any_list: "[" (any ("," any)*)? "]"',
@@ -170,7 +171,7 @@ class _Reader:
         if pattern := self._pattern(schema):
             if low or high is not None:
                 self._unread("a length beside a pattern or format")
-            return self._rules.add(f"{QUOTE} /{pattern}/ {QUOTE}")
+            return self._rules.add(f"{DELIMITER} /{pattern}/ {DELIMITER}")
         if high is not None and high > LONGEST_BOUND:
             self._unread(f"maxLength {high} (beyond {LONGEST_BOUND})")
             high = None
@@ -178,11 +179,11 @@ class _Reader:
             self._unread(f"minLength {low} (beyond {LONGEST_BOUND})")
             low = 0
         if high == 0:
-            return f"({QUOTE} {QUOTE})"
+            return f"({DELIMITER} {DELIMITER})"
         if not low and high is None:
             return "string"
         bounded = f"/(.|\\n){{{low or 1},{'' if high is None else high}}}/"
-        return self._rules.add(f"{QUOTE} {bounded if low else f'({bounded})?'} {QUOTE}")
+        return self._rules.add(f"{DELIMITER} {bounded if low else f'({bounded})?'} {DELIMITER}")
 
     def _pattern(self, schema: Mapping[str, Any]) -> str:
         """Return the regular expression of a string's pattern or format as it is written between slashes, "" without one."""
@@ -233,7 +234,7 @@ class _Reader:
 
     def _literal(self, value: object) -> str:
         if isinstance(value, str):
-            return f"({QUOTE} {spell(value)} {QUOTE})" if value else f"({QUOTE} {QUOTE})"
+            return f"({DELIMITER} {spell(value)} {DELIMITER})" if value else f"({DELIMITER} {DELIMITER})"
         return spell(json.dumps(value)) if not isinstance(value, dict | list) else self._unread("enum of objects or lists")
 
     def _reference(self, pointer: object, level: int) -> str:
@@ -248,12 +249,8 @@ class _Reader:
         return self._of_reference[pointer]
 
     def _resolve(self, pointer: str) -> object:
-        found: Any = self._root
-        parts = pointer.split("/")
-        for part in parts[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            found = found.get(name) if isinstance(found, Mapping) else None
-        if parts[0] != "#" or not isinstance(found, Mapping | bool):
+        found: object = find_part(self._root, pointer)
+        if pointer.partition("/")[0] != "#" or not isinstance(found, Mapping | bool):
             raise RequestError(f"{self._place}: $ref {pointer!r} names nothing in the schema; only its own parts can be named")
         return found
 
@@ -296,7 +293,7 @@ def _kinds(schema: Mapping[str, Any]) -> list[str]:
 
 def _key(name: str) -> str:
     """Return a key and its colon: as it is, or as a string where it could be taken for something else."""
-    return spell(f"{name}:") if PLAIN_KEY.fullmatch(name) else f'{QUOTE} {spell(name)} {QUOTE} ":"'
+    return spell(f"{name}:") if PLAIN_KEY.fullmatch(name) else f'{DELIMITER} {spell(name)} {DELIMITER} ":"'
 
 
 def _alternatives(options: Sequence[str]) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
+
+from gemcutter.text.schema_reference import find_part
 
 MAX_DEPTH = 20  # of objects and arrays in each other; deeper ones are printed without what they hold
 MAX_REFERENCES = 8  # that are resolved within each other, so that a schema which holds itself ends
@@ -116,7 +118,7 @@ class _Reader:
             return {}, 0
         schema = {str(name): value for name, value in raw.items()}
         while isinstance(pointer := schema.pop("$ref", None), str):
-            target = self._find(pointer) if references > 0 else None
+            target = find_part(self._root, pointer) if references > 0 else None
             references -= 1
             if not isinstance(target, Mapping):
                 schema.setdefault("type", "object")
@@ -130,21 +132,6 @@ class _Reader:
                 alternatives = [self._merged(each, references - 1)[0] for each in _schemas(schema.pop(name))]
                 schema = _either(schema, alternatives)
         return schema, references
-
-    def _find(self, pointer: str) -> Any:
-        """Return what a local reference points to; None for others, which nobody fetches."""
-        path, target = pointer.removeprefix("#"), cast(Any, self._root)
-        if not pointer.startswith("#"):
-            return None
-        for step in path.split("/")[1:]:
-            name = step.replace("~1", "/").replace("~0", "~")
-            if isinstance(target, list) and name.isdecimal() and len(name) < 6 and int(name) < len(target):
-                target = target[int(name)]
-            elif isinstance(target, Mapping) and name in target:
-                target = target[name]
-            else:
-                return None
-        return target
 
 
 def _both(left: dict[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
