@@ -36,12 +36,13 @@ from gemcutter.benchmark.target import from_preset
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request, SequenceState
 from gemcutter.engine.speculate.assistant import AssistantProposer, Wanted
+from gemcutter.engine.speculate.confidence import Guess
 from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.engine.speculate.tally import MOST_DRAFTS
 from gemcutter.errors import GemcutterError
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import make_decoder
-from gemcutter.model.drafter import Drafter
+from gemcutter.model.drafter import Drafter, sort_under_centroids
 from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import select_backend
 from gemcutter.plan import derive
@@ -60,10 +61,10 @@ class Replay(AssistantProposer):
         self._given = [now / before if before else 0.0 for before, now in zip([1.0, *places], places, strict=False)]
         self._random = random.Random(5)
 
-    def propose(self, wanted: Wanted) -> dict[int, tuple[int, ...]]:
+    def propose(self, wanted: Wanted) -> dict[int, Guess]:
         """Draft, and return what the replay says in place of the drafts."""
         found = super().propose(wanted)
-        return {sequence.number: self._known(sequence, len(found[sequence.number])) for sequence, _ in wanted}
+        return {sequence.number: Guess(self._known(sequence, len(found[sequence.number].tokens))) for sequence, _ in wanted}
 
     def _known(self, sequence: SequenceState, count: int) -> tuple[int, ...]:
         reply, done = self.replies[sequence.request.prompt], len(sequence.reply)
@@ -80,6 +81,7 @@ def assistant_of(preset: str, target: Decoder, quant: str) -> Drafter:
     params = synthetic.make_params(plan, quant, packer)
     if plan.centroids:
         params["draft.order"] = torch.randperm(plan.vocab)
+    params = sort_under_centroids(plan, params)
     return Drafter(make_decoder(plan, params, LoadOptions(model=preset), target.dtype, torch.device("cpu")), target)
 
 

@@ -27,7 +27,7 @@ from gemcutter.engine.speculate.ngram import NgramProposer
 from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.errors import KernelError, RequestError
 from gemcutter.load_options import DEFAULT_CONTEXT, LoadOptions, check_dtype, own_dtype
-from gemcutter.model.drafter import Drafter
+from gemcutter.model.drafter import Drafter, sort_under_centroids
 from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.ops.types import AdapterDeltas, Param, matrix
@@ -130,6 +130,7 @@ def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Dra
     params = load_params(bound, target.dtype, target.device, None, quant, packer)
     if bound.plan.ple_dim:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, target.device)
+    params = sort_under_centroids(bound.plan, params)
     decoder = make_decoder(bound.plan, params, options, target.dtype, target.device)
     return Drafter(decoder, target) if found.plan.is_drafter else decoder
 

@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 3  # of the interface, gc_version()
+VERSION = 4  # of the interface, gc_version()
 OFF = ("off", "0", "no", "false")  # what GEMCUTTER_NATIVE may say to do without the library
 LEVELS = ("portable", "avx2", "avx512", "amx")
 
@@ -128,6 +128,20 @@ class PleView(ctypes.Structure):
         ("eps", c_float),
         ("token_scale", c_float),
         ("context_scale", c_float),
+        ("activations", c_int32),
+    )
+
+
+class DrafterView(ctypes.Structure):
+    """`gc_drafter`: an assistant with its target's token table."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("embed", "into", "out", "centroids", "head")),
+        ("layers", c_void_p),
+        ("norm", c_void_p),
+        ("order", c_void_p),
+        *((name, c_int64) for name in ("num_layers", "hidden", "target_hidden", "top_k")),
+        *((name, c_float) for name in ("embed_scale", "eps", "softcap")),
         ("activations", c_int32),
     )
 

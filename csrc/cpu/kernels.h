@@ -52,6 +52,8 @@ struct VectorOps {
     void (*add_scaled)(const float *x, float factor, int64_t n, float *out);
     // out = x * factor
     void (*scale)(const float *x, float factor, int64_t n, float *out);
+    // The largest of n > 0 numbers, and the sum of exp(x - largest): the softmax of the largest is 1 / sum.
+    void (*softmax_top)(const float *x, int64_t n, float *largest, float *sum);
 };
 
 // Products of activation rows with one panel of a matrix.

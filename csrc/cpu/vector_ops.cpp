@@ -235,9 +235,23 @@ void scale_by(const float *x, float factor, int64_t n, float *out) {
     for (; i < n; ++i) out[i] = x[i] * factor;
 }
 
+void softmax_top(const float *x, int64_t n, float *largest, float *sum_of) {
+    V most = set1(x[0]);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) most = vmax(most, load(x + i));
+    float best = top(most);
+    for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+    V total = set1(0.0f);
+    for (i = 0; i + W <= n; i += W) total = total + exp(load(x + i) - set1(best));
+    alignas(64) float rest[W];  // what is missing to a whole vector becomes exp(-infinity)
+    for (int j = 0; j < W; ++j) rest[j] = i + j < n ? x[i + j] - best : -1e30f;
+    *largest = best;
+    *sum_of = sum(total + exp(load(rest)));
+}
+
 }  // namespace
 
 extern const VectorOps GC_NAME(vector_ops) = {rms_norm,  add_norm, gelu_mul,   rope,       softcap, to_bf16,
-                                              from_bf16, quantize, sum_halves, add_scaled, scale_by};
+                                              from_bf16, quantize, sum_halves, add_scaled, scale_by, softmax_top};
 
 }  // namespace gemcutter

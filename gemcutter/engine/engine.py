@@ -270,7 +270,7 @@ class Engine:
         if self.scheduler.sizer is not None:
             self.scheduler.sizer.observe(decode_rows, rows - decode_rows, seconds)
         if self.speculator is not None and rows == decode_rows > 0:
-            self.speculator.timed(rows, model_s)
+            self.speculator.timed(rows, sum(chunk.sequence.num_tokens for chunk in chunks), model_s)
 
     def _expire(self) -> list[RequestEvent]:
         """End the requests whose deadline has passed, those that still wait too."""

@@ -118,7 +118,7 @@ class Decoder:
 
         site = KernelSite("linear", None, self.device.type, dtype_name(rows), compute, kernels)
         self.kernel_plan = KernelPlan(plan, site, self._stored)
-        self._ctx = ctx = OpContext(self._bind_linear(site), self.precision)
+        self.op_context = ctx = OpContext(self._bind_linear(site), self.precision)
         self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
         self.embed, self.final_norm, self.lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
         self._next_norms = self._following_norms()
@@ -200,7 +200,7 @@ class Decoder:
 
     def multiply(self, x_ND: Tensor, name: str) -> Tensor:
         """Multiply rows with a matrix that belongs to no layer, such as a drafter's projections."""
-        return self._ctx.linear(x_ND, matrix(self.params, name))
+        return self.op_context.linear(x_ND, matrix(self.params, name))
 
     def rope_tables(self, positions_N: Tensor) -> dict[RopeSpec, Rotation]:
         """Return the rotary tables of a step's positions, one pair a distinct spec."""
@@ -247,7 +247,7 @@ class Decoder:
         if adapters := adapters_of(params):
             site, changed = self.kernel_plan.site, {name for name, _ in carrying_weights(params)}
             low_rank = select_kernel(replace(site, op="linear", dtype="float32", stored="float32")).impl.load()
-            ctx = replace(self._ctx, low_rank=low_rank)
+            ctx = replace(self.op_context, low_rank=low_rank)
             kernels = replace(self.kernel_plan, site=replace(site, adapted=True), adapted=changed.__contains__)
             indices = {int(name.split(".")[1]) for name in changed if name.startswith("layers.")}
             with self.on_stream():

@@ -1,9 +1,9 @@
 """The vocabulary of kernels: which ops there are, and where an implementation would run.
 
 Primitive ops (`linear`) compose into layer ops (`qkv, attention, attn_out, mlp, ple_gate`) and model ops (`embed, ple_embed,
-final_norm, lm_head`). A kernel may implement any of them, or a whole layer at once (`layer`). This module imports no torch, so
-that the selection can be explained from headers alone. Read `registry.py` for the table of implementations, `reference.py` for
-what each op computes.
+final_norm, lm_head`). A kernel may implement any of them, a whole layer at once (`layer`), or a drafter's bursts (`draft`). This
+module imports no torch, so that the selection can be explained from headers alone. Read `registry.py` for the table of
+implementations, `reference.py` for what each op computes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PRIMITIVE_OPS = ("linear",)
 LAYER_OPS = ("qkv", "attention", "attn_out", "mlp", "ple_gate")
 MODEL_OPS = ("embed", "ple_embed", "final_norm", "lm_head")
+DRAFTER_OPS = ("draft",)  # beside those of its decoder
 OPS = (*PRIMITIVE_OPS, "embed", "ple_embed", *LAYER_OPS, "layer", "final_norm", "lm_head")  # in the order of a step
 
 # The matrices that an op multiplies with or gathers from, by canonical name within its layer or model. The LM head's depends on
@@ -29,6 +30,7 @@ MATRICES: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp.in", "mlp.out", "moe.router", "moe.in", "moe.out"),
     "ple_gate": ("ple.gate", "ple.out"),
 }
+DRAFT_MATRICES = ("draft.in", "draft.out", "draft.centroids")  # beside those of a drafter's layers and its head
 MATRICES["layer"] = tuple(name for op in LAYER_OPS for name in MATRICES.get(op, ()))
 
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gemcutter.errors import KernelError
-from gemcutter.ops import OPS, KernelSite
+from gemcutter.ops import DRAFTER_OPS, OPS, KernelSite
 from gemcutter.ops.devices import cpu_features
 
 if TYPE_CHECKING:  # what follows imports torch
@@ -170,8 +170,8 @@ def _chunked_linear(site: KernelSite) -> str | None:
 
 
 def _reference(site: KernelSite) -> str | None:
-    """Accept all, but where Triton was asked for: only for whole layers, which may have to be computed op by op."""
-    return ASKED if site.kernels == "triton" and site.op != "layer" else None
+    """Accept all, but where Triton was asked for: only what may have to be computed op by op."""
+    return ASKED if site.kernels == "triton" and site.op not in ("layer", "draft") else None
 
 
 TORCH = PlainBackend(
@@ -185,6 +185,9 @@ TORCH = PlainBackend(
 )
 REFERENCE = PlainBackend(
     "reference",
-    tuple(KernelImpl(op, "reference", f"reference:{'linear' if op == 'linear' else f'build_{op}'}", _reference) for op in OPS),
+    tuple(
+        KernelImpl(op, "reference", f"reference:{'linear' if op == 'linear' else f'build_{op}'}", _reference)
+        for op in (*OPS, *DRAFTER_OPS)
+    ),
     {"triton": ASKED},
 )

@@ -291,6 +291,10 @@ def build_layer(
     """Return nothing: a layer is computed op by op, as `model/text.py` spells it."""
 
 
+def build_draft(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext, embed: Weight, scale: float) -> None:
+    """Return nothing: a drafter is computed op by op, as `model/drafter.py` spells it."""
+
+
 def build_final_norm(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[[Tensor], Tensor]:
     """Build the norm after the last layer."""
     norm = vector(params, "norm")

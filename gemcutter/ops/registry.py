@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gemcutter.errors import KernelError
-from gemcutter.ops import LAYER_OPS, MATRICES, OPS, KernelSite
+from gemcutter.ops import DRAFT_MATRICES, LAYER_OPS, MATRICES, OPS, KernelSite
 from gemcutter.ops.backend import REFERENCE, TORCH, Backend, KernelImpl
 from gemcutter.ops.cpu.backend import ACTIVATIONS, CPU
 from gemcutter.ops.triton.backend import TRITON
@@ -85,8 +85,11 @@ class KernelPlan:
         return replace(self.site, op=op, layer=layer, stored="+".join(kinds) or self.site.stored, adapted=adapted)
 
     def _matrices(self, op: str) -> tuple[str, ...]:
+        head = "embed.tokens" if self.plan.tied_head else "head"
         if op == "lm_head":
-            return ("embed.tokens" if self.plan.tied_head else "head",)
+            return (head,)
+        if op == "draft":
+            return (*DRAFT_MATRICES, head)
         return MATRICES.get(op, ())
 
     def selections(self) -> Iterator[tuple[Selection, tuple[int, ...]]]:

@@ -24,7 +24,23 @@ Param = Weight | Tensor
 AdapterDeltas = Mapping[str, Sequence[Delta]]  # what an adapter adds to weights, by parameter
 Linear = Callable[[Tensor, Weight], Tensor]  # rows [N, D] and a matrix [F, D] to [N, F]
 Attention = Callable[[Tensor, Step, KVCache], Tensor]  # queries [N, H, E] to outputs [N, H, E]
+Draft = Callable[[Tensor, Tensor, Step, KVCache, int, bool], "Drafts"]  # ids [S], states [S, T], how many tokens, with logits?
 LayerOutput = tuple[Tensor, Tensor | None]  # rows [M, D], and their norm under the next layer's first weight if it was made
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """K tokens in a row for S sequences, each the likeliest, how likely each was, and the states behind the last one.
+
+    Logits are those of the last token, over the candidates `ids_SC`, in any order, or where that is None over the whole
+    vocabulary; None where nobody asked for them.
+    """
+
+    tokens_KS: Tensor  # int64
+    chances_KS: Tensor  # float32
+    states_ST: Tensor
+    logits_SC: Tensor | None = None  # float32
+    ids_SC: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,12 @@ class Weight:
             return table.index_select(0, ids_N.to(table.device)).to(ids_N.device, dtype)
         return table.gather(ids_N.cpu()).dequantize().to(ids_N.device, dtype)
 
+    def take(self, ids_N: Tensor) -> Weight:
+        """Copy the rows that ids name, stored as they are. Only for matrices in one part."""
+        (table,) = self.parts
+        ids_N = ids_N.to(table.device) if isinstance(table, Tensor) else ids_N.cpu()
+        return Weight((table.index_select(0, ids_N) if isinstance(table, Tensor) else table.gather(ids_N),))
+
     def row_chunks(self, elements: int) -> Iterator[Part]:
         """Cut a matrix into views of at most `elements` elements (one row at least), in row order."""
         rows = max(1, elements // self.columns)

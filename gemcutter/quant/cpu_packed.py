@@ -73,8 +73,9 @@ class CpuPackedWeight:
         if self.data.ndim == 3:
             each = [self.expert(index).gather(ids_N) for index in range(len(self.data))]
             return replace(each[0], data=torch.stack([one.data for one in each]))
-        grid = from_panels(self.data.index_select(0, ids_N // PANEL), self.layout, self.num_columns)
-        chosen = torch.arange(len(ids_N)) * PANEL + ids_N % PANEL
+        panels, places = torch.unique(ids_N // PANEL, return_inverse=True)
+        grid = from_panels(self.data.index_select(0, panels), self.layout, self.num_columns)
+        chosen = places * PANEL + ids_N % PANEL
         picked = UnpackedWeight(self.layout, grid.codes[chosen], tuple(array[chosen] for array in grid.arrays))
         return replace(self, data=to_panels(picked), num_rows=len(ids_N))
 

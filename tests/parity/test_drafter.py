@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gemcutter
@@ -22,16 +23,17 @@ from gemcutter.api import Model
 from gemcutter.checkpoint.convert.convert import convert
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.engine.engine import Engine
-from gemcutter.engine.request import Request
+from gemcutter.engine.request import Request, SequenceState
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.speculate.assistant import AssistantProposer
 from gemcutter.engine.speculate.draft_model import DraftModelProposer
 from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.engine.step import build_step
-from gemcutter.errors import ConfigError, RequestError
+from gemcutter.errors import CheckpointError, ConfigError, RequestError
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_drafter
+from gemcutter.model.drafter import Drafter, DraftLogits, likeliest
 from gemcutter.model.text import Decoder
 from gemcutter.plan import ModelPlan
 from tests.parity.test_rows import KERNELS, WIDE, decoder_of, filled
@@ -50,11 +52,11 @@ def inference() -> Iterator[None]:
         yield
 
 
-def config_of(size: str, plan: ModelPlan) -> dict[str, Any]:
+def config_of(size: str, plan: ModelPlan, vocab: int = VOCAB) -> dict[str, Any]:
     """Return the published config of a size's assistant, with widths that are small and fit the target."""
     raw: dict[str, Any] = json.loads((GOLDENS / "configs" / f"gemma-4-{size}-it-assistant.json").read_text())
     raw |= {"backbone_hidden_size": plan.hidden, "num_centroids": 16, "centroid_intermediate_top_k": 3, "dtype": "float32"}
-    text = raw["text_config"] | WIDE | {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "sliding_window": 512}
+    text = raw["text_config"] | WIDE | {"vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48, "sliding_window": 512}
     raw["text_config"] = text | {"num_attention_heads": 16, "max_position_embeddings": 4096, "dtype": "float32"}
     raw["text_config"]["num_key_value_heads"] = SIZES[size]["num_key_value_heads"]
     if raw["text_config"]["num_global_key_value_heads"]:
@@ -64,7 +66,8 @@ def config_of(size: str, plan: ModelPlan) -> dict[str, Any]:
 
 def assistant_of(size: str, target: Decoder, folder: Path) -> Any:
     """Write an assistant with random weights as transformers does; return transformers' own."""
-    (folder / "config.json").write_text(json.dumps(config_of(size, target.plan)))
+    vocab = target.plan.vocab
+    (folder / "config.json").write_text(json.dumps(config_of(size, target.plan, vocab)))
     torch.manual_seed(5)
     with torch.inference_mode(mode=False):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").float().eval()
@@ -74,7 +77,7 @@ def assistant_of(size: str, target: Decoder, folder: Path) -> Any:
                 parameter.copy_(torch.randn_like(parameter) * size_in**-0.5 + float(parameter.ndim == 1))
                 parameter.requires_grad_(requires_grad=False)
             if model.masked_embedding is not None:
-                model.masked_embedding.token_ordering.copy_(torch.randperm(VOCAB))
+                model.masked_embedding.token_ordering.copy_(torch.randperm(vocab))
         model.save_pretrained(folder)
     return model
 
@@ -116,6 +119,64 @@ def test_drafts_are_transformers(size: str, kernels: str, tmp_path: Path) -> Non
         assert relative_error(found.logits_SC, logits.gather(1, found.ids_SC)) < tolerance
         rest = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, found.ids_SC[0], value=False)
         assert float(logits[0, rest].max()) < float(found.logits_SC.min())  # nothing else is drafted there either
+
+
+PANELS = {"vocab_size": 512, "vocab_size_per_layer_input": 512}  # two panels of the head under each of 16 centroids
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="the native library is not built")
+@pytest.mark.parametrize("quant", [None, "q4"])
+@pytest.mark.parametrize("size", SIZES)
+def test_bursts_of_one_call_are_those_op_by_op(size: str, quant: str | None, tmp_path: Path) -> None:
+    """Tokens, probabilities, states and logits of a batch, over one draft and over several in a row."""
+    target = decoder_of(plan_of(SIZES[size] | WIDE | PANELS), "auto")
+    assistant_of(size, target, tmp_path)
+    options = LoadOptions(model="target", draft_model=str(tmp_path), dtype="float32", quant=quant)
+    drafter = open_drafter(options, target, [])
+    assert isinstance(drafter, Drafter)
+    assert drafter._fused is not None
+    cache, first, _ = filled(target)
+    second = SequenceState(1, first.request)
+    second.table = first.table
+    step = drafter.start(AssistantProposer(drafter)._step([first, second]))
+    ids = torch.tensor([7, 300])
+    states = torch.randn(2, target.plan.hidden, generator=torch.Generator().manual_seed(9))
+    before = states.clone()
+    burst, single = drafter.draft_likeliest(ids, states, step, cache, 5), drafter.draft(ids, states, step, cache)
+    assert torch.equal(states, before)
+    drafter._fused = None
+    slow, alone = drafter.draft_likeliest(ids, states, step, cache, 5), drafter.draft(ids, states, step, cache)
+    assert torch.equal(burst.tokens_KS, slow.tokens_KS)
+    assert len({*burst.tokens_KS.flatten().tolist()}) > 2
+    assert relative_error(burst.chances_KS, slow.chances_KS) < 1e-4
+    assert relative_error(burst.states_ST, slow.states_ST) < 1e-4
+    assert relative_error(single[1], alone[1]) < 1e-4
+    mine, other = single[0].in_order(), alone[0].in_order()
+    assert relative_error(mine.logits_SC, other.logits_SC) < 1e-4
+    assert (mine.ids_SC is None) == (other.ids_SC is None) == (size not in ("E2B", "E4B"))
+    if mine.ids_SC is not None and other.ids_SC is not None:
+        assert torch.equal(mine.ids_SC, other.ids_SC)
+        assert mine.ids_SC.shape == (2, 3 * 32)
+
+
+def test_the_lowest_of_equal_tokens_is_the_likeliest() -> None:
+    logits, nan = torch.tensor([[1.0, 3.0, 3.0, 2.0], [4.0, 0.0, 0.0, 4.0]]), torch.full((1, 3), torch.nan)
+    ids = torch.tensor([[5, 9, 2, 1], [8, 7, 6, 3]])
+    assert likeliest(DraftLogits(logits, ids))[0].tolist() == [2, 3]
+    assert likeliest(DraftLogits(logits))[0].tolist() == [1, 0]
+    torch.testing.assert_close(likeliest(DraftLogits(logits, ids))[1], logits.softmax(1).amax(1))
+    assert likeliest(DraftLogits(nan, ids[:1, :3]))[0].tolist() == [0]
+
+
+def test_an_order_that_lacks_a_token_is_told(tmp_path: Path) -> None:
+    target = decoder_of(plan_of(SIZES["E2B"] | WIDE | PANELS), "reference")
+    assistant_of("E2B", target, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["masked_embedding.token_ordering"][3] = tensors["masked_embedding.token_ordering"][4]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    options = LoadOptions(model="target", draft_model=str(tmp_path), dtype="float32", kernels="reference")
+    with pytest.raises(CheckpointError, match="does not name each of its 512 tokens once"):
+        open_drafter(options, target, [])
 
 
 @pytest.fixture(scope="module")

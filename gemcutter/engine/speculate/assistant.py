@@ -15,9 +15,10 @@ from torch import Tensor
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.engine.request import SequenceState
 from gemcutter.engine.sampling import sample_token, uniform
+from gemcutter.engine.speculate.confidence import Guess
 from gemcutter.engine.threads import one_thread
 from gemcutter.model.drafter import Drafter, DraftLogits
-from gemcutter.ops.step import Step, send
+from gemcutter.ops.step import KVCache, Step, send
 
 Wanted = Sequence[tuple[SequenceState, int]]  # sequences, each with how many drafts it may get
 
@@ -38,24 +39,40 @@ class AssistantProposer:
         return sequence.state_D is not None
 
     @torch.inference_mode()
-    def propose(self, wanted: Wanted) -> dict[int, tuple[int, ...]]:
+    def propose(self, wanted: Wanted) -> dict[int, Guess]:
         """Return drafts by the sequences' numbers; all can be drafted for, and none has rows reserved."""
-        drafts: dict[int, list[int]] = {sequence.number: [] for sequence, _ in wanted}
         if not wanted:
             return {}
-        sequences = [sequence for sequence, _ in wanted]
+        sequences, count = [sequence for sequence, _ in wanted], max(limit for _, limit in wanted)
         step, cache = self._drafter.start(self._step(sequences)), _table(sequences[0]).cache
-        tokens = [sequence.ids(sequence.num_tokens - 1, sequence.num_tokens)[0] for sequence in sequences]
+        ids = [sequence.ids(sequence.num_tokens - 1, sequence.num_tokens)[0] for sequence in sequences]
         states_ST = torch.stack([_state(sequence) for sequence in sequences])
-        for place in range(max(limit for _, limit in wanted)):
-            (ids_S,) = send((tokens,), torch.long, states_ST.device)
-            found, states_ST = self._drafter.draft(ids_S, states_ST, step, cache)
-            tokens = choose_drafts(found, sequences, place)
-            for (sequence, limit), token in zip(wanted, tokens, strict=True):
-                if place < limit:
-                    drafts[sequence.number].append(token)
-        return {number: tuple(each) for number, each in drafts.items()}
+        (ids_S,) = send((ids,), torch.long, states_ST.device)
+        if all(sequence.request.sampling.temperature == 0 for sequence in sequences):
+            found = self._drafter.draft_likeliest(ids_S, states_ST, step, cache, count)
+            tokens, chances = found.tokens_KS.tolist(), found.chances_KS.tolist()
+        else:
+            tokens, chances = self._sampled(sequences, ids_S, states_ST, step, cache, count)
+        guesses = dict[int, Guess]()
+        for column, (sequence, limit) in enumerate(wanted):
+            columns = [tuple(row[column] for row in rows[:limit]) for rows in (tokens, chances)]
+            guesses[sequence.number] = Guess(*columns)
+        return guesses
 
+    def _sampled(
+        self, sequences: Sequence[SequenceState], ids_S: Tensor, states_ST: Tensor, step: Step, cache: KVCache, count: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Return `count` drafts in a row of each sequence, one list a place, and how likely each was."""
+        tokens, chances = list[list[int]](), list[list[float]]()
+        for place in range(count):
+            found, states_ST = self._drafter.draft(ids_S, states_ST, step, cache)
+            chosen, likely = choose_drafts(found, sequences, place)
+            (ids_S,) = send((chosen,), torch.long, states_ST.device)
+            tokens.append(chosen)
+            chances.append(likely)
+        return tokens, chances
+
+    @one_thread()
     def _step(self, sequences: Sequence[SequenceState]) -> Step:
         """Return one row a sequence, which sees every key that has been committed."""
         decoder = self._drafter.decoder
@@ -85,16 +102,17 @@ def _state(sequence: SequenceState) -> Tensor:
     return sequence.state_D
 
 
-def choose_drafts(found: DraftLogits, sequences: Sequence[SequenceState], place: int) -> list[int]:
-    """Return the draft of each row: what would be sampled there if these were the target's logits."""
-    logits_SC, ids_SC = found.logits_SC.cpu(), None if found.ids_SC is None else found.ids_SC.cpu()
-    tokens = list[int]()
-    with one_thread():
-        for row, sequence in enumerate(sequences):
-            params = sequence.request.sampling
-            if params.temperature == 0:
-                token = int(logits_SC[row].numpy().argmax())
-            else:
-                token = sample_token(logits_SC[row], params, uniform(sequence.seed, sequence.num_tokens + place))
-            tokens.append(token if ids_SC is None else int(ids_SC[row, token]))
-    return tokens
+@one_thread()
+def choose_drafts(found: DraftLogits, sequences: Sequence[SequenceState], place: int) -> tuple[list[int], list[float]]:
+    """Return the draft of each row, what would be sampled there if these were the target's logits, and how likely it was."""
+    found = found.in_order()
+    tokens, chances = list[int](), list[float]()
+    for row, sequence in enumerate(sequences):
+        logits_C, params = found.logits_SC[row], sequence.request.sampling
+        if params.temperature == 0:
+            token = int(logits_C.numpy().argmax())
+        else:
+            token = sample_token(logits_C, params, uniform(sequence.seed, sequence.num_tokens + place))
+        chances.append(float((logits_C[token] - logits_C.logsumexp(0)).exp()))
+        tokens.append(token if found.ids_SC is None else int(found.ids_SC[row, token]))
+    return tokens, chances

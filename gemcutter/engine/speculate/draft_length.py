@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 
 from gemcutter.engine.speculate.tally import MOST_DRAFTS
 
@@ -16,6 +18,7 @@ PRIOR = 0.8  # of a draft to be right, before any was verified: too high rather 
 WEIGHT = 0.1  # of a new outcome in an estimate
 FASTER_WEIGHT, SLOWER_WEIGHT = 0.3, 0.05  # of a new time in an estimate: other work on the machine only ever adds to it
 PRIOR_ROW = 0.1  # of the time of a step, that one more row is thought to take until it was measured
+SHORT_CONTEXT = 4096  # keys up to which all steps of so many rows take about the same time
 PROBE_TOKENS = 64  # that a sequence gets without drafts until one is tried again
 CHEAPER = 1.02  # how much faster drafts must promise to be, since estimates are noisy
 
@@ -32,49 +35,63 @@ class Acceptance:
         for place in range(min(drafts, right + 1, MOST_DRAFTS)):
             self.rates[place] += WEIGHT * (float(place < right) - self.rates[place])
 
-    def survival(self, place: int) -> float:
-        """Return how likely a draft is right up to and including this place."""
-        found = 1.0
-        for rate in self.rates[: place + 1]:
-            found *= rate
-        return found
+    def survivals(self, limit: int) -> tuple[float, ...]:
+        """Return for each of the first `limit` places how likely a draft is right there together with all before it."""
+        return tuple(accumulate(self.rates[: max(limit, 0)], mul))
 
 
 class StepCosts:
-    """What steps take that only decode, in seconds, by their rows; and what one more token of a draft takes."""
+    """What steps take that only decode, in seconds, by their rows and the keys that these see; and one more token of a draft.
+
+    Longer contexts make every step longer, so each class of them has a table of its own; what was not measured there follows
+    from a neighbouring class, as far as one number of rows was measured in both.
+    """
 
     def __init__(self) -> None:
-        self._by_rows: dict[int, float] = {}
+        self._tables: dict[int, dict[int, float]] = {}
         self.draft_s = 0.0
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Take note of a step."""
-        known = self._by_rows.get(rows)
-        if known is None:
-            self._by_rows[rows] = seconds
-        else:
-            self._by_rows[rows] = _moved(known, seconds)
+    def observe(self, rows: int, seconds: float, keys: int = 0) -> None:
+        """Take note of a step whose sequences held so many keys."""
+        table = self._tables.setdefault(_class_of(keys), {})
+        table[rows] = _moved(table[rows], seconds) if rows in table else seconds
 
     def observe_drafts(self, tokens: int, seconds: float) -> None:
         """Take note of a burst of drafts, `tokens` long."""
         each = seconds / tokens
         self.draft_s = _moved(self.draft_s, each) if self.draft_s else each
 
-    def __call__(self, rows: int) -> float | None:
+    def __call__(self, rows: int, keys: int = 0) -> float | None:
         """Return what a step of so many rows should take; None while no step was measured."""
-        if not self._by_rows:
+        if not self._tables:
             return None
-        if rows in self._by_rows:
-            return self._by_rows[rows]
-        below = max((known for known in self._by_rows if known < rows), default=None)
-        above = min((known for known in self._by_rows if known > rows), default=None)
-        if below is not None and above is not None:
-            low, high = self._by_rows[below], self._by_rows[above]
-            return low + (high - low) * (rows - below) / (above - below)
-        if below is not None:
-            return self._by_rows[below] * (1 + PRIOR_ROW * (rows - below))
-        assert above is not None
-        return self._by_rows[above] / (1 + PRIOR_ROW * (above - rows))
+        wanted = _class_of(keys)
+        near = sorted(self._tables, key=lambda each: abs(each - wanted))
+        own = self._tables[near[0]]
+        for other in map(self._tables.__getitem__, near[1:]):
+            if rows not in own and rows in other and (common := own.keys() & other.keys()):
+                most = max(common, key=lambda each: (-abs(each - rows), each))
+                return other[rows] * own[most] / other[most]
+        return _between(own, rows)
+
+
+def _class_of(keys: int) -> int:
+    """Return the class of a number of keys: all below `SHORT_CONTEXT`, then one for each doubling."""
+    return (keys // SHORT_CONTEXT).bit_length()
+
+
+def _between(table: Mapping[int, float], rows: int) -> float:
+    """Return a step's time between those of fewer and of more rows, or beyond them."""
+    if rows in table:
+        return table[rows]
+    below = max((known for known in table if known < rows), default=None)
+    above = min((known for known in table if known > rows), default=None)
+    if below is not None and above is not None:
+        return table[below] + (table[above] - table[below]) * (rows - below) / (above - below)
+    if below is not None:
+        return table[below] * (1 + PRIOR_ROW * (rows - below))
+    assert above is not None
+    return table[above] / (1 + PRIOR_ROW * (above - rows))
 
 
 def _moved(known: float, seconds: float) -> float:
@@ -85,36 +102,41 @@ def _moved(known: float, seconds: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sequence that may get up to `limit` drafts, which `acceptance` is the estimate for; `is_free` drafts cost no time."""
+    """A sequence that may get drafts, and how likely each place's is right together with all before it.
+
+    `is_free` drafts cost no time: they are there already.
+    """
 
     number: int
-    limit: int
-    acceptance: Acceptance
+    survivals: Sequence[float]
     is_free: bool = False
 
 
-def count_drafts(candidates: Sequence[Candidate], others: int, room: int, costs: StepCosts) -> Mapping[int, int]:
+def count_drafts(
+    candidates: Sequence[Candidate], others: int, room: int, costs: StepCosts, keys: int = 0, cheaper: float = CHEAPER
+) -> dict[int, int]:
     """Return how many drafts each sequence gets, by number, so that the step's tokens per second are the most to be expected.
 
-    `others` rows are in the step beside the candidates' own; at most `room` drafts fit.
+    `others` rows are in the step beside the candidates' own; at most `room` drafts fit; all sequences together hold `keys`. By
+    `cheaper` times drafts must beat none.
     """
     places = sorted(
-        ((each.acceptance.survival(place), -place, each) for each in candidates for place in range(min(each.limit, MOST_DRAFTS))),
+        ((chance, -place, each) for each in candidates for place, chance in enumerate(each.survivals[:MOST_DRAFTS])),
         key=lambda found: found[:2],
         reverse=True,
     )
     rows = others + len(candidates)
-    plain_s = costs(rows)
+    plain_s = costs(rows, keys)
     chosen = dict.fromkeys((each.number for each in candidates), 0)
     if plain_s is None:  # measure a step without drafts first
         return chosen
-    best, best_rate = dict(chosen), len(candidates) / plain_s * CHEAPER
+    best, best_rate = dict(chosen), len(candidates) / plain_s * cheaper
     expected, asked = float(len(candidates)), 0
     for count, (chance, place, each) in enumerate(places[:room], start=1):
         chosen[each.number] += 1
         expected += chance
         asked = asked if each.is_free else max(asked, 1 - place)
-        seconds = costs(rows + count)
+        seconds = costs(rows + count, keys)
         assert seconds is not None
         rate = expected / (seconds + asked * costs.draft_s)
         if rate > best_rate:

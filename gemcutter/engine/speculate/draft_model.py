@@ -19,6 +19,7 @@ from gemcutter.engine.memory import compact_weights, page_counts
 from gemcutter.engine.request import Request, SequenceState
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.speculate.assistant import Wanted, choose_drafts
+from gemcutter.engine.speculate.confidence import Guess
 from gemcutter.engine.speculate.tally import MOST_DRAFTS
 from gemcutter.engine.step import build_step
 from gemcutter.errors import CapacityError
@@ -59,7 +60,7 @@ class DraftModelProposer:
             shadow.table.release()
 
     @torch.inference_mode()
-    def propose(self, wanted: Wanted) -> dict[int, tuple[int, ...]]:
+    def propose(self, wanted: Wanted) -> dict[int, Guess]:
         """Return drafts by the sequences' numbers; none for those whose prompts are not computed here yet."""
         ready = list[tuple[SequenceState, int]]()
         for sequence, limit in wanted:
@@ -89,23 +90,25 @@ class DraftModelProposer:
             table.commit(rows)
         return is_last
 
-    def _drafts(self, ready: Wanted) -> dict[int, tuple[int, ...]]:
+    def _drafts(self, ready: Wanted) -> dict[int, Guess]:
         sequences = [sequence for sequence, _ in ready]
         tables = [self._shadows[sequence.number].table for sequence in sequences]
         starts = [table.length for table in tables]
         counts = [sequence.num_tokens - start for sequence, start in zip(sequences, starts, strict=True)]
         found: dict[int, list[int]] = {sequence.number: [] for sequence in sequences}
+        sure: dict[int, list[float]] = {sequence.number: [] for sequence in sequences}
         active, logits = list(range(len(ready))), self._run(sequences, starts, counts)
         for place in range(max(limit for _, limit in ready)):
             asking = [sequences[index] for index in active]
-            for index, token in zip(active, choose_drafts(DraftLogits(logits), asking, place), strict=True):
+            for index, token, chance in zip(active, *choose_drafts(DraftLogits(logits), asking, place), strict=True):
                 found[sequences[index].number].append(token)
+                sure[sequences[index].number].append(chance)
             active = [index for index in active if len(found[sequences[index].number]) < ready[index][1]]
             if not active:
                 break
             rows = [(sequences[index].number, sequences[index].num_tokens + place) for index in active]
             logits = self._run_drafts([(number, at, found[number][-1]) for number, at in rows])
-        return {number: tuple(drafts) for number, drafts in found.items()}
+        return {number: Guess(tuple(drafts), tuple(sure[number])) for number, drafts in found.items()}
 
     def _run(
         self, sequences: Sequence[SequenceState], starts: Sequence[int], counts: Sequence[int], *, wants_logits: bool = True

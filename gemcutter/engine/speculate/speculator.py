@@ -1,17 +1,20 @@
 """Speculation as the scheduler and the engine see it: drafts for a step's sequences, and what became of them.
 
-Owns who is asked for a draft (the first proposer that has one), the number of drafts, the estimates that it follows from, and the
-tallies. Verification is exact whatever is guessed, so nothing here changes a reply. Refuses to know rows and pages. Read
-`draft_length.py` for the number, `ngram.py` and `assistant.py` for the guesses.
+Owns who is asked for a draft (a lookup, if it has one and is right as often as the model), the number of drafts, the estimates
+that it follows from, and the tallies. Verification is exact whatever is guessed, so nothing here changes a reply. Refuses to know
+rows and pages. Read `draft_length.py` for the number, `confidence.py` for how sure a model is, `ngram.py` and `assistant.py` for
+the guesses.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from gemcutter.engine.request import SequenceState
+from gemcutter.engine.speculate.confidence import Calibration, Guess
 from gemcutter.engine.speculate.draft_length import PROBE_TOKENS, Acceptance, Candidate, StepCosts, count_drafts
 from gemcutter.engine.speculate.tally import MOST_DRAFTS, NO_DRAFTS
 from gemcutter.errors import RequestError, spell_value
@@ -38,11 +41,24 @@ class Drafting(Protocol):
     def can_draft(self, sequence: SequenceState) -> bool:
         """Return whether there is all that a draft for a sequence needs."""
 
-    def propose(self, wanted: Sequence[tuple[SequenceState, int]]) -> Drafts:
+    def propose(self, wanted: Sequence[tuple[SequenceState, int]]) -> dict[int, Guess]:
         """Return up to as many drafts as stand beside each sequence; all can be drafted for, and none has rows reserved."""
 
     def forget(self, sequence: SequenceState) -> None:
         """Let go of what is kept for a sequence that has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step before it has drafts: its rows, how many drafts fit, and how many keys those that may get some hold."""
+
+    rows: int
+    room: int
+    keys: int
+
+
+def _kind(number: int, found: Collection[int]) -> str:
+    return NGRAM if number in found else ASSISTANT
 
 
 class Speculator:
@@ -59,7 +75,9 @@ class Speculator:
         self.clock = time.perf_counter
         self._usual = {NGRAM: Acceptance(), ASSISTANT: Acceptance()}  # of all sequences: what a new one begins with
         self._own: dict[tuple[int, str], Acceptance] = {}
-        self._asked: dict[int, str] = {}  # who made the draft that a sequence has in the step under way
+        self.calibration = Calibration()
+        self._asked: dict[int, tuple[str, Guess]] = {}  # who guessed what in the step under way, by sequence
+        self._probing: set[int] = set()  # who gets a draft in it only to learn whether drafts have come to pay
 
     @property
     def keeps_states(self) -> bool:
@@ -74,56 +92,86 @@ class Speculator:
         `others` are the rows of the step beside these sequences'. None of the sequences has rows reserved.
         """
         self._asked.clear()
+        self._probing.clear()
         room = min(room, MOST_ROWS - others - len(wanted))
         if room <= 0:
             return {}
         found = self._look_up(wanted)
-        asking = [pair for pair in wanted if self._can_ask(pair[0]) and pair[0].number not in found]
-        limits = {sequence.number: limit for sequence, limit in asking} | {number: len(ids) for number, ids in found.items()}
-        sequences = {sequence.number: sequence for sequence, _ in wanted if sequence.number in limits}
-        counts = self._counts(sequences, limits, found, others + len(wanted) - len(sequences), room)
-        drafts = {number: ids[: counts[number]] for number, ids in found.items() if counts[number]}
-        bursts = [(sequence, counts[sequence.number]) for sequence, _ in asking if counts[sequence.number]]
-        if bursts and self.assistant is not None:
-            started_s = self.clock()
-            if made := self.assistant.propose(bursts):
-                self.costs.observe_drafts(max(map(len, made.values())), self.clock() - started_s)
-            drafts |= made
-        self._asked |= {number: NGRAM if number in found else ASSISTANT for number in drafts}
-        return drafts
+        if self.draft_tokens is None:
+            found = {number: guess for number, guess in found.items() if not self._asks_rather(number, guess, wanted)}
+        limits = {sequence.number: limit for sequence, limit in wanted if sequence.number in found or self._can_ask(sequence)}
+        limits |= {number: len(guess.tokens) for number, guess in found.items()}
+        step = _Step(others + len(wanted), room, sum(sequence.num_tokens for sequence, _ in wanted))
+        counts = self._counts(limits, found, step)
+        bursts = [(one, counts[one.number]) for one, _ in wanted if one.number not in found and counts.get(one.number)]
+        guesses = {number: guess.first(counts[number]) for number, guess in found.items() if counts[number]}
+        guesses |= self._ask(bursts)
+        if bursts and self.draft_tokens is None:
+            guesses = self._shorten(guesses, set(found), step)
+        self._asked |= {number: (_kind(number, found), guess) for number, guess in guesses.items()}
+        return {number: guess.tokens for number, guess in guesses.items()}
 
-    def _look_up(self, wanted: Sequence[tuple[SequenceState, int]]) -> Drafts:
+    def _look_up(self, wanted: Sequence[tuple[SequenceState, int]]) -> dict[int, Guess]:
         if self.ngram is None:
             return {}
         found = ((sequence, self.ngram.propose(sequence, min(limit, MOST_DRAFTS))) for sequence, limit in wanted if limit > 0)
-        return {sequence.number: ids for sequence, ids in found if ids}
+        return {sequence.number: Guess(ids) for sequence, ids in found if ids}
+
+    def _asks_rather(self, number: int, guess: Guess, wanted: Sequence[tuple[SequenceState, int]]) -> bool:
+        """Return whether the model can be asked and is expected to be right more often than what was looked up."""
+        limit = next((limit for sequence, limit in wanted if sequence.number == number and self._can_ask(sequence)), 0)
+        looked_up = self._acceptance(number, NGRAM).survivals(len(guess.tokens))
+        return sum(self._acceptance(number, ASSISTANT).survivals(min(limit, MOST_DRAFTS))) > sum(looked_up)
 
     def _can_ask(self, sequence: SequenceState) -> bool:
         return self.assistant is not None and self.assistant.can_draft(sequence)
 
-    def _counts(
-        self, sequences: dict[int, SequenceState], limits: dict[int, int], found: Drafts, others: int, room: int
-    ) -> dict[int, int]:
-        """Return how many drafts each sequence gets."""
+    def _ask(self, bursts: Sequence[tuple[SequenceState, int]]) -> dict[int, Guess]:
+        """Return the model's guesses, and note what they took."""
+        if not bursts or self.assistant is None:
+            return {}
+        started_s = self.clock()
+        made = self.assistant.propose(bursts)
+        if made:
+            self.costs.observe_drafts(max(len(guess.tokens) for guess in made.values()), self.clock() - started_s)
+        return made
+
+    def _counts(self, limits: Mapping[int, int], found: Mapping[int, Guess], step: _Step) -> dict[int, int]:
+        """Return how many drafts each sequence gets, before any model was asked."""
+        room = step.room
         if self.draft_tokens is not None:
             counts = dict[int, int]()
             for number, limit in limits.items():
                 counts[number] = min(limit, self.draft_tokens, room)
                 room -= counts[number]
             return counts
-        kinds = {number: NGRAM if number in found else ASSISTANT for number in sequences}
-        candidates = [
-            Candidate(number, limits[number], self._acceptance(number, kinds[number]), is_free=number in found)
-            for number in sequences
-        ]
-        counts = dict(count_drafts(candidates, others, room, self.costs))
-        for each in candidates:  # one that never gets a draft would never be known to deserve one
-            each.acceptance.idle_tokens = 0 if counts[each.number] else each.acceptance.idle_tokens + 1
-            is_due = each.acceptance.idle_tokens > PROBE_TOKENS and self.costs(1) is not None
-            if is_due and min(each.limit, room - sum(counts.values())) > 0:
-                counts[each.number] = 1
-                each.acceptance.idle_tokens = 0
+        acceptances = {number: self._acceptance(number, _kind(number, found)) for number in limits}
+        candidates = [Candidate(each, acceptances[each].survivals(limits[each]), is_free=each in found) for each in limits]
+        counts = count_drafts(candidates, step.rows - len(candidates), room, self.costs, step.keys)
+        for number, each in acceptances.items():  # one that never gets a draft would never be known to deserve one
+            each.idle_tokens = 0 if counts[number] else each.idle_tokens + 1
+            is_due = each.idle_tokens > PROBE_TOKENS and self.costs(1) is not None
+            if is_due and min(limits[number], room - sum(counts.values())) > 0:
+                counts[number] = 1
+                each.idle_tokens = 0
+                self._probing.add(number)
         return counts
+
+    def _shorten(self, guesses: Mapping[int, Guess], found: Collection[int], step: _Step) -> dict[int, Guess]:
+        """Return the drafts that pay now that it is known how sure the model is of each."""
+        candidates = [
+            Candidate(number, self._survivals(number, guess, _kind(number, found)), is_free=True)
+            for number, guess in guesses.items()
+        ]
+        others = step.rows - len(candidates)
+        counts = count_drafts(candidates, others, step.room, self.costs, step.keys, cheaper=1.0)
+        counts |= dict.fromkeys(self._probing & guesses.keys(), 1)
+        return {number: guess.first(counts[number]) for number, guess in guesses.items() if counts[number]}
+
+    def _survivals(self, number: int, guess: Guess, kind: str) -> Sequence[float]:
+        if guess.chances is None:
+            return self._acceptance(number, kind).survivals(len(guess.tokens))
+        return self.calibration.survivals(guess.chances)
 
     def _acceptance(self, number: int, kind: str) -> Acceptance:
         if (number, kind) not in self._own:
@@ -134,16 +182,18 @@ class Speculator:
 
     def verified(self, sequence: SequenceState, drafted: int, right: int) -> None:
         """Take note of how many tokens of a sequence's draft were right."""
-        kind = self._asked.get(sequence.number)
-        if kind is not None and drafted:
+        kind, guess = self._asked.get(sequence.number, (None, None))
+        if kind is not None and guess is not None and drafted:
+            if guess.chances is not None:
+                self.calibration.observe(guess.chances[:drafted], right)
             self.tally = self.tally.plus(drafted, right)
             sequence.tally = sequence.tally.plus(drafted, right)
             for each in (self._acceptance(sequence.number, kind), self._usual[kind]):
                 each.observe(drafted, right)
 
-    def timed(self, rows: int, seconds: float) -> None:
-        """Take note of what a step took that only decoded, without the time of its drafts."""
-        self.costs.observe(rows, seconds)
+    def timed(self, rows: int, keys: int, seconds: float) -> None:
+        """Take note of what a step took that only decoded, without the time of its drafts; its sequences hold `keys` tokens."""
+        self.costs.observe(rows, seconds, keys)
 
     def forget(self, sequence: SequenceState) -> None:
         """Let go of what is known of a sequence that has ended."""

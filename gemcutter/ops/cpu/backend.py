@@ -45,6 +45,7 @@ class CpuBackend:
                 KernelImpl(op, "native", f"cpu.layer_ops:build_{op}", accepts.get(op, self._accepts_op))
                 for op in (*LAYER_OPS, "layer")
             ),
+            KernelImpl("draft", "native", "cpu.draft_ops:build_draft", self._accepts_op),
         )
 
     def refusal(self, device: str, kernels: str) -> str | None:

@@ -57,7 +57,7 @@ def attention_view(layer: LayerPlan) -> AttentionView:
     return AttentionView(heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim, window=layer.window or 0)
 
 
-class _BoundLayer:
+class BoundLayer:
     """One layer's `gc_layer`, filled with what some of its ops need."""
 
     def __init__(
@@ -160,7 +160,7 @@ class _BoundLayer:
 
 def build_qkv(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[..., Tensor]:
     """Build norm, in-projection, q/k/v norms, RoPE and cache write."""
-    bound, call = _BoundLayer(plan, layer, params, ctx, ("qkv",)), entry("gc_qkv")
+    bound, call = BoundLayer(plan, layer, params, ctx, ("qkv",)), entry("gc_qkv")
     binding = KVBinding(layer.index) if layer.writes else None
 
     def qkv(x_ND: Tensor, step: Step, cache: KVCache) -> Tensor:
@@ -177,7 +177,7 @@ def build_qkv(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ct
 
 def build_attn_out(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[..., Tensor]:
     """Build the out-projection of the attention, its norm and the residual."""
-    bound, call = _BoundLayer(plan, layer, params, ctx, ("attn_out",)), entry("gc_attn_out")
+    bound, call = BoundLayer(plan, layer, params, ctx, ("attn_out",)), entry("gc_attn_out")
 
     def attn_out(x_MD: Tensor, o_MHE: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         x, o = rows_of(x_MD), rows_of(o_MHE)
@@ -190,7 +190,7 @@ def build_attn_out(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param
 
 def build_mlp(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[..., Tensor]:
     """Build the MLP, dense or dense and experts."""
-    bound, call = _BoundLayer(plan, layer, params, ctx, ("mlp",)), entry("gc_mlp")
+    bound, call = BoundLayer(plan, layer, params, ctx, ("mlp",)), entry("gc_mlp")
 
     def mlp(x_MD: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         x = rows_of(x_MD)
@@ -203,7 +203,7 @@ def build_mlp(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ct
 
 def build_ple_gate(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[..., Tensor]:
     """Build the per-layer-embedding gate."""
-    bound, call = _BoundLayer(plan, layer, params, ctx, ("ple_gate",)), entry("gc_ple_gate")
+    bound, call = BoundLayer(plan, layer, params, ctx, ("ple_gate",)), entry("gc_ple_gate")
 
     def ple_gate(x_MD: Tensor, ple_MP: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         x, ple = rows_of(x_MD), _strided(ple_MP)
@@ -224,7 +224,7 @@ def build_layer(
 ) -> Callable[..., LayerOutput]:
     """Build all ops of a layer as one call: [N, D] to [M, D], M the rows that go on. The next layer norms its rows itself."""
     ops = ("qkv", "attention", "attn_out", "mlp", *(["ple_gate"] if layer.ple_dim else []))
-    bound, call = _BoundLayer(plan, layer, params, ctx, ops), entry("gc_layer_forward")
+    bound, call = BoundLayer(plan, layer, params, ctx, ops), entry("gc_layer_forward")
     group, rope, binding, hidden = layer.group, layer.rope, KVBinding(layer.kv_layer), plan.hidden
 
     def forward(x_ND: Tensor, step: Step, cache: KVCache, ple_MP: Tensor | None, normed_ND: Tensor | None = None) -> LayerOutput:
