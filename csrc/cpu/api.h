@@ -110,9 +110,9 @@ typedef struct {
 // An assistant. Where it has centroids, the head's rows are sorted under them: head.rows / centroids.rows neighbouring rows, whole
 // panels of 16, belong to each, and only those under the `top_k` nearest centroids are drafted from.
 typedef struct {
-    gc_matrix embed;             // the target's token table [V, T]
-    gc_matrix in, out;           // [D, 2T], [T, D]
-    gc_matrix centroids, head;   // [C, D], or 0 rows; [V, D]
+    gc_matrix embed;            // the target's token table [V, T]
+    gc_matrix in, out;          // [D, 2T], [T, D]
+    gc_matrix centroids, head;  // [C, D], or 0 rows; [V, D]
     const gc_layer *const *layers;
     const float *norm;     // [D]
     const int64_t *order;  // [V] the tokens that rows of the head stand for; null: their own numbers

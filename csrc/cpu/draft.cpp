@@ -69,14 +69,15 @@ class Chain {
         }
         if (int code = gc_linear(&drafter_.in, 1, joined_, rows_, GC_FLOAT_ROWS, x_)) return code;
         for (int64_t i = 0; i < drafter_.num_layers; ++i, std::swap(x_, y_))
-            if (int code = gc_layer_forward(drafter_.layers[i], steps[i], steps[i], kv[i], nullptr, x_, nullptr, 0, y_)) return code;
+            if (int code = gc_layer_forward(drafter_.layers[i], steps[i], steps[i], kv[i], nullptr, x_, nullptr, 0, y_))
+                return code;
         if (int code = gc_final_norm(x_, drafter_.norm, drafter_.eps, rows_, drafter_.hidden, y_)) return code;
         if (int code = gc_linear(&drafter_.out, 1, y_, rows_, GC_FLOAT_ROWS, states)) return code;
         return head();
     }
 
     // Writes the likeliest token of each row, the lowest among equals, and how likely it is among the row's choices.
-    void choose(int64_t *drafts, float *chances) const {
+    void take_likeliest(int64_t *drafts, float *chances) const {
         parallel_region([&](ThreadPool &pool, int index) {
             Range own = share(rows_, 1, index, pool.size);
             for (int64_t row = own.first; row < own.last; ++row) {
@@ -98,10 +99,10 @@ class Chain {
     }
 
   private:
-    int64_t token(int64_t row, int64_t choice) const {
-        if (!drafter_.centroids.rows) return choice;
+    int64_t token(int64_t row, int64_t place) const {
+        if (!drafter_.centroids.rows) return place;
         int64_t each = choices_ / drafter_.top_k;
-        return drafter_.order[nearest_[row * drafter_.top_k + choice / each] * each + choice % each];
+        return drafter_.order[nearest_[row * drafter_.top_k + place / each] * each + place % each];
     }
 
     int head() {
@@ -109,7 +110,8 @@ class Chain {
         if (!centroids.rows) return gc_lm_head(&drafter_.head, y_, rows_, drafter_.activations, drafter_.softcap, logits_);
         if (int code = gc_linear(&centroids, 1, y_, rows_, GC_FLOAT_ROWS, scores_)) return code;
         for (int64_t row = 0; row < rows_; ++row)
-            find_nearest(scores_ + row * centroids.rows, centroids.rows, drafter_.top_k, places_, nearest_ + row * drafter_.top_k);
+            find_nearest(scores_ + row * centroids.rows, centroids.rows, drafter_.top_k, places_,
+                         nearest_ + row * drafter_.top_k);
         return multiply_nearest();
     }
 
@@ -130,8 +132,8 @@ class Chain {
                 for (int64_t item = own.first; item < own.last; ++item) {
                     int64_t row = item / panels / drafter_.top_k;
                     const void *next = item + 1 < own.last ? panel_at(table, panel_of(item + 1)) : nullptr;
-                    matmul_kernels(table).gemm_panel(&table, panel_of(item), &converted.rows, row, row + 1, logits_ + item * PANEL,
-                                                     PANEL, scratch.of(index), next);
+                    matmul_kernels(table).gemm_panel(&table, panel_of(item), &converted.rows, row, row + 1,
+                                                     logits_ + item * PANEL, PANEL, scratch.of(index), next);
                 }
             });
         });
@@ -149,8 +151,9 @@ class Chain {
 // drafts [count, rows]: `count` tokens in a row after `ids` [rows], each the likeliest, and how likely each was, chances
 // [count, rows]. `steps` and `kv` have an entry for each layer. states [rows, T] come from the target and become those behind
 // the last draft. `logits` [rows, choices] are the last draft's, over the tokens `candidates`; either may be null.
-GC_EXPORT int gc_draft(const gc_drafter *drafter, const gc_step *const *steps, const gc_kv *const *kv, int64_t rows, int64_t count,
-                       const int64_t *ids, float *states, int64_t *drafts, float *chances, float *logits, int64_t *candidates) {
+GC_EXPORT int gc_draft(const gc_drafter *drafter, const gc_step *const *steps, const gc_kv *const *kv, int64_t rows,
+                       int64_t count, const int64_t *ids, float *states, int64_t *drafts, float *chances, float *logits,
+                       int64_t *candidates) {
     using namespace gemcutter;
     Arena &arena = draft_arena();
     try {
@@ -158,7 +161,7 @@ GC_EXPORT int gc_draft(const gc_drafter *drafter, const gc_step *const *steps, c
         Chain chain(arena, *drafter, rows, logits);
         for (int64_t i = 0; i < count; ++i) {
             if (int code = chain.forward(steps, kv, i ? drafts + (i - 1) * rows : ids, states)) return code;
-            chain.choose(drafts + i * rows, chances + i * rows);
+            chain.take_likeliest(drafts + i * rows, chances + i * rows);
         }
         if (candidates) chain.list_candidates(candidates);
         return 0;

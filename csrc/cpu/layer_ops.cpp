@@ -302,7 +302,7 @@ GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const
 
 // Size in bytes of the structs of api.h in their order there, checked against the ctypes structs; 0 beyond the last.
 GC_EXPORT int64_t gc_bytes_of(int which) {
-    constexpr int64_t BYTES[] = {sizeof(gc_matrix),  sizeof(gc_step),  sizeof(gc_kv), sizeof(gc_attention),
+    constexpr int64_t BYTES[] = {sizeof(gc_matrix),  sizeof(gc_step),  sizeof(gc_kv),  sizeof(gc_attention),
                                  sizeof(gc_experts), sizeof(gc_layer), sizeof(gc_ple), sizeof(gc_drafter)};
     constexpr int COUNT = sizeof BYTES / sizeof *BYTES;
     return which >= 0 && which < COUNT ? BYTES[which] : 0;

@@ -251,7 +251,7 @@ void softmax_top(const float *x, int64_t n, float *largest, float *sum_of) {
 
 }  // namespace
 
-extern const VectorOps GC_NAME(vector_ops) = {rms_norm,  add_norm, gelu_mul,   rope,       softcap, to_bf16,
+extern const VectorOps GC_NAME(vector_ops) = {rms_norm,  add_norm, gelu_mul,   rope,       softcap,  to_bf16,
                                               from_bf16, quantize, sum_halves, add_scaled, scale_by, softmax_top};
 
 }  // namespace gemcutter

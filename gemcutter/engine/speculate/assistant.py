@@ -15,10 +15,12 @@ from torch import Tensor
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.engine.request import SequenceState
 from gemcutter.engine.sampling import sample_token, uniform
+from gemcutter.engine.speculate.captured_drafts import CapturedBursts
 from gemcutter.engine.speculate.confidence import Guess
 from gemcutter.engine.threads import one_thread
 from gemcutter.model.drafter import Drafter, DraftLogits
-from gemcutter.ops.step import KVCache, Step, send
+from gemcutter.ops.step import Step, send
+from gemcutter.ops.types import Drafts
 
 Wanted = Sequence[tuple[SequenceState, int]]  # sequences, each with how many drafts it may get
 
@@ -28,6 +30,8 @@ class AssistantProposer:
 
     def __init__(self, drafter: Drafter, position_offset: int = 0) -> None:
         self._drafter, self._offset = drafter, position_offset
+        refusals = (each.capture_refusal() for each in (drafter.decoder, drafter.target))
+        self._captured = CapturedBursts(drafter) if not any(refusals) else None
 
     needs_states = True
 
@@ -44,25 +48,37 @@ class AssistantProposer:
         if not wanted:
             return {}
         sequences, count = [sequence for sequence, _ in wanted], max(limit for _, limit in wanted)
-        step, cache = self._drafter.start(self._step(sequences)), _table(sequences[0]).cache
+        step = self._step(sequences)
         ids = [sequence.ids(sequence.num_tokens - 1, sequence.num_tokens)[0] for sequence in sequences]
         states_ST = torch.stack([_state(sequence) for sequence in sequences])
         (ids_S,) = send((ids,), torch.long, states_ST.device)
         if all(sequence.request.sampling.temperature == 0 for sequence in sequences):
-            found = self._drafter.draft_likeliest(ids_S, states_ST, step, cache, count)
+            found = self._likeliest(sequences, ids_S, states_ST, step, count)
             tokens, chances = found.tokens_KS.tolist(), found.chances_KS.tolist()
         else:
-            tokens, chances = self._sampled(sequences, ids_S, states_ST, step, cache, count)
+            tokens, chances = self._sampled(sequences, ids_S, states_ST, step, count)
         guesses = dict[int, Guess]()
         for column, (sequence, limit) in enumerate(wanted):
             columns = [tuple(row[column] for row in rows[:limit]) for rows in (tokens, chances)]
             guesses[sequence.number] = Guess(*columns)
         return guesses
 
+    def _likeliest(self, sequences: Sequence[SequenceState], ids_S: Tensor, states_ST: Tensor, step: Step, count: int) -> Drafts:
+        tables = [_table(sequence) for sequence in sequences]
+        if self._captured is not None and self._captured.accepts(tables, count):
+            turned = [self._turned(table) for table in tables]
+            return self._captured.draft(ids_S, states_ST, step, tables, turned, count)
+        return self._drafter.draft_likeliest(ids_S, states_ST, self._drafter.start(step), tables[0].cache, count)
+
+    def _turned(self, table: BlockTable) -> int:
+        """Return the position that a sequence's queries are turned to."""
+        return max(table.length + self._offset, 0)
+
     def _sampled(
-        self, sequences: Sequence[SequenceState], ids_S: Tensor, states_ST: Tensor, step: Step, cache: KVCache, count: int
+        self, sequences: Sequence[SequenceState], ids_S: Tensor, states_ST: Tensor, step: Step, count: int
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Return `count` drafts in a row of each sequence, one list a place, and how likely each was."""
+        step, cache = self._drafter.start(step), _table(sequences[0]).cache
         tokens, chances = list[list[int]](), list[list[float]]()
         for place in range(count):
             found, states_ST = self._drafter.draft(ids_S, states_ST, step, cache)
@@ -78,7 +94,7 @@ class AssistantProposer:
         decoder = self._drafter.decoder
         tables = [_table(sequence) for sequence in sequences]
         last_keys = [table.length - 1 for table in tables]  # the last token itself has no key yet
-        turned = [max(table.length + self._offset, 0) for table in tables]
+        turned = [self._turned(table) for table in tables]
         positions_N, turned_N = send((last_keys, turned), torch.long, decoder.device)
         return Step(
             ids_N=positions_N,
