@@ -8,7 +8,7 @@ earlier turn. Refuses to know ceilings. Read `engine/engine.py` for what is time
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import Request
+from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.model.text import Decoder
 from gemcutter.ops.reference import rms_norm
 
@@ -60,67 +61,130 @@ def list_cases(
     return [BenchCase(kind, size, depth, batch) for depth in depths for kind, size, batch in sizes]
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Replies, all of which had begun when the clock did: `tokens` came in `seconds` and `steps` after that."""
+
+    replies: tuple[tuple[int, ...], ...]
+    tokens: int
+    steps: int
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Return the tokens a second."""
+        return self.tokens / self.seconds
+
+
 class BenchEngine:
-    """An engine whose context is filled up to `depth`, for tests of that depth; sequences of a batch share it."""
+    """An engine whose context is filled up to `depth`, for tests of that depth; sequences of a batch share it.
+
+    Replies may follow prompts of `prompt_rows` rows. With a `speculator`, others of its kind may draft for some runs.
+    """
 
     def __init__(
-        self, decoder: Decoder, tests: Sequence[BenchCase], max_rows: int = MAX_ROWS, kv_dtype: torch.dtype | None = None
+        self,
+        decoder: Decoder,
+        tests: Sequence[BenchCase],
+        max_rows: int = MAX_ROWS,
+        kv_dtype: torch.dtype | None = None,
+        prompt_rows: int = 1,
+        speculator: Speculator | None = None,
     ) -> None:
         self.decoder, self.depth = decoder, tests[0].depth
         assert all(test.depth == self.depth for test in tests)
-        batch = max(test.batch for test in tests)
-        self.engine = Engine(
-            decoder, max(test.context for test in tests), max_rows, batch, prefix_cache_bytes=None, kv_dtype=kv_dtype
-        )
+        batch, context = max(test.batch for test in tests), max(test.context for test in tests) + prompt_rows - 1
+        self.engine = Engine(decoder, context, max_rows, batch, prefix_cache_bytes=None, kv_dtype=kv_dtype, speculator=speculator)
         self._draw = torch.Generator().manual_seed(0)
+        self._held: tuple[tuple[int, ...], BlockTable] | None = None  # the context that prompts begin with
         if self.depth:
             fill(self.engine.pool, decoder, self._draw)
 
     def warm_up(self) -> None:
         """Run a few rows through everything, so that no test pays for what happens once."""
-        self._submit(min(WARM_UP_ROWS, self.engine.context - self.depth - 2), 2)
-        while self.engine.has_work:
-            self.engine.step()
+        self.decode(self.draw(min(WARM_UP_ROWS, self.engine.context - self.depth - 2), 1), 2)
 
     def run(self, test: BenchCase, at_start: Callable[[], None] = lambda: None) -> float:
         """Run one test and give its seconds; `at_start` is called when they begin.
 
         Of a prompt they last until its first token is chosen, of a reply from then on, so that all of its steps have one row.
         """
-        if test.kind == "pp":
-            self._submit(test.tokens, 1)
-        else:
-            self._submit(1, test.tokens + 1, test.batch)
-            self._step_to_first(test.batch)
+        if test.kind == "tg":
+            return self.decode(self.draw(1, test.batch), test.tokens + 1, at_start=at_start).seconds
+        self._submit(self.draw(test.tokens, 1), 1, None)
         at_start()
         started = time.perf_counter()
         while self.engine.has_work:
-            self.engine.step()
+            self._step({})
         return time.perf_counter() - started
 
-    def _step_to_first(self, batch: int) -> None:
-        begun = set[int]()
-        while len(begun) < batch:
-            begun.update(event.request for event in self.engine.step())
-
-    def _submit(self, rows: int, max_tokens: int, batch: int = 1) -> None:
+    def draw(self, rows: int, batch: int) -> list[tuple[int, ...]]:
+        """Draw prompts of so many rows behind the same context, which the engine takes for computed from now on."""
         held = tuple(torch.randint(self.decoder.plan.vocab, (self.depth,), generator=self._draw).tolist())
-        hold(self.engine, held)
-        for _ in range(batch):
-            own = torch.randint(self.decoder.plan.vocab, (rows,), generator=self._draw)
-            self.engine.submit(Request((*held, *own.tolist()), max_tokens=max_tokens))
+        if self._held is not None:
+            self._held[1].release()
+        self._held = held, hold(self.engine, held)
+        owns = (torch.randint(self.decoder.plan.vocab, (rows,), generator=self._draw).tolist() for _ in range(batch))
+        return [(*held, *own) for own in owns]
+
+    def decode(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        max_tokens: int,
+        speculator: Speculator | None = None,
+        at_start: Callable[[], None] = lambda: None,
+    ) -> Decoded:
+        """Decode the replies to some prompts side by side, greedily and past any end, with drafts by `speculator`.
+
+        `at_start` is called when all have begun, and the clock starts.
+        """
+        replies = self._submit(prompts, max_tokens, speculator)
+        while not all(replies.values()):
+            self._step(replies)
+        begun, steps = sum(map(len, replies.values())), self.engine.stats().steps
+        at_start()
+        started = time.perf_counter()
+        while self.engine.has_work:
+            self._step(replies)
+        seconds = time.perf_counter() - started
+        found = tuple(map(tuple, replies.values()))
+        return Decoded(found, sum(map(len, found)) - begun, self.engine.stats().steps - steps, seconds)
+
+    def _submit(self, prompts: Sequence[tuple[int, ...]], max_tokens: int, speculator: Speculator | None) -> dict[int, list[int]]:
+        """Queue prompts, and return a list for the tokens of each; what is left of earlier runs is forgotten first."""
+        if self._held is not None:
+            remember(self.engine, *self._held)
+        self.engine.speculator = self.engine.scheduler.proposer = speculator
+        return {self.engine.submit(Request(ids, max_tokens=max_tokens)): [] for ids in prompts}
+
+    def _step(self, replies: Mapping[int, list[int]]) -> None:
+        for event in self.engine.step():
+            if event.error is not None:
+                raise event.error
+            if event.token is not None and replies:
+                replies[event.request].append(event.token)
 
 
-def hold(engine: Engine, ids: tuple[int, ...]) -> None:
-    """Make the engine remember `ids` as computed, and nothing else: a prompt that begins with them continues from there."""
+def hold(engine: Engine, ids: tuple[int, ...]) -> BlockTable:
+    """Make the engine remember `ids` as computed, and nothing else: a prompt that begins with them continues from there.
+
+    Returns the table that holds their pages, so that `remember` can do so again later, with the same keys and values.
+    """
     while engine.prefix.evict():
         pass
     table = BlockTable(engine.pool)
     while table.length < len(ids):
         table.reserve(min(engine.scheduler.max_batched_tokens, len(ids) - table.length))
         table.commit(table.reserved)
+    remember(engine, ids, table)
+    return table
+
+
+def remember(engine: Engine, ids: tuple[int, ...], table: BlockTable) -> None:
+    """Make the engine remember `ids`, whose pages a table holds, and nothing else."""
+    while engine.prefix.evict():
+        pass
     engine.prefix.keep(ids, table)
-    table.release()
 
 
 def fill(pool: PagedKVCache, decoder: Decoder, draw: torch.Generator) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from gemcutter.benchmark import breakdown, hardware, roofline
+from gemcutter.benchmark.drafts import REPLAY
+from gemcutter.benchmark.drafts import measure as measure_drafts
 from gemcutter.benchmark.harness import MAX_ROWS, BenchCase, BenchEngine
 from gemcutter.benchmark.target import BenchTarget
 from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
@@ -77,26 +79,34 @@ def _run(
     target: BenchTarget, tests: Sequence[BenchCase], repeats: int, max_rows: int, with_breakdown: bool
 ) -> Iterator[dict[str, Any]]:
     """Run tests of one depth, whose cache goes when they are done."""
-    engine = BenchEngine(target.decoder, tests, max_rows, target.kv_dtype)
+    drafts = target.drafts
+    prompt_rows, speculator = (1, None) if drafts is None else (drafts.longest, drafts.make())
+    engine = BenchEngine(target.decoder, tests, max_rows, target.kv_dtype, prompt_rows, speculator)
     engine.warm_up()
     for test in tests:
-        seconds = [engine.run(test) for _ in range(repeats)]
-        speeds = [test.total / each for each in seconds]
-        latency = statistics.median(seconds) if test.kind == "pp" else statistics.median(seconds) / test.tokens
-        row: dict[str, Any] = {
-            "test": test.name,
-            "tokens": test.tokens,
-            "depth": test.depth,
-            "batch": test.batch,
-            "tok_s": statistics.median(speeds),
-            "tok_s_min": min(speeds),
-            "tok_s_max": max(speeds),
-            "ttft_s" if test.kind == "pp" else "tpot_s": latency,
-            "repeats": repeats,
-        }
+        row: dict[str, Any] = {"test": test.name, "tokens": test.tokens, "depth": test.depth, "batch": test.batch}
+        if drafts is not None and test.kind == "tg":
+            runs = measure_drafts(engine, test, drafts, repeats)
+            row |= _speeds(test, [(each.tokens, each.seconds) for each in runs.drafted]) | {"speculation": runs.as_object()}
+        else:
+            row |= _speeds(test, [(test.total, engine.run(test)) for _ in range(repeats)])
         if with_breakdown:
             row["breakdown_s"] = breakdown.measure(target.decoder, partial(engine.run, test))
         yield row | {"peak_bytes": hardware.peak_bytes(target.decoder.device)}
+
+
+def _speeds(test: BenchCase, runs: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """Return the speeds of runs of so many tokens in so many seconds each."""
+    speeds = [tokens / seconds for tokens, seconds in runs]
+    is_prompt = test.kind == "pp"
+    latency = statistics.median(seconds if is_prompt else seconds * test.batch / tokens for tokens, seconds in runs)
+    return {
+        "tok_s": statistics.median(speeds),
+        "tok_s_min": min(speeds),
+        "tok_s_max": max(speeds),
+        "ttft_s" if is_prompt else "tpot_s": latency,
+        "repeats": len(runs),
+    }
 
 
 def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: BenchCase, rates: Mapping[str, float]) -> dict[str, Any]:
@@ -128,6 +138,7 @@ def describe(target: BenchTarget, max_rows: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "max_rows": max_rows,
         "load_s": target.load_s,
+        "speculation": None if target.drafts is None else dict(target.drafts.about),
     }
 
 
@@ -143,9 +154,10 @@ def fallbacks(decoder: Decoder) -> list[dict[str, Any]]:
 
 
 def memory(target: BenchTarget, peak: int) -> dict[str, int]:
-    """Put the peak beside what must be held: the weights, but for tables that are only gathered from."""
+    """Put the peak beside what must be held: the weights, but for tables that are only gathered from, and a draft model."""
     held = roofline.held_bytes(target.plan, target.decoder.params)
-    return {"peak_bytes": peak, "weight_bytes": held, "over_weights_bytes": peak - held}
+    drafter = 0 if target.drafts is None else target.drafts.nbytes
+    return {"peak_bytes": peak, "weight_bytes": held, "draft_model_bytes": drafter, "over_weights_bytes": peak - held - drafter}
 
 
 # ---- what a reader sees ----
@@ -175,9 +187,11 @@ def show(found: dict[str, Any]) -> str:
         f"this machine reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s; GFLOP/s of products: {', '.join(speeds)}",
         "",
         *_table(found["rows"]),
+        *spell_speculation(found),
         "",
         f"peak memory {memory['peak_bytes'] / 1e6:,.0f} MB: weights {memory['weight_bytes'] / 1e6:,.0f} MB, "
-        f"all else {memory['over_weights_bytes'] / 1e6:,.0f} MB (cache, buffers, Python, torch)",
+        + (f"the draft model {memory['draft_model_bytes'] / 1e6:,.0f} MB, " if memory["draft_model_bytes"] else "")
+        + f"all else {memory['over_weights_bytes'] / 1e6:,.0f} MB (cache, buffers, Python, torch)",
     ]
     if found["load_s"] is not None:
         lines.append(f"load {found['load_s']:.2f} s")
@@ -209,6 +223,29 @@ def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         speeds = (f"{row[name]:.2f}" for name in ("tok_s", "tok_s_min", "tok_s_max", "ceiling_tok_s"))
         cells.append((row["test"], *speeds, f"{row['share']:.1%}", first, each, CEILINGS[row["ceiling"]]))
     return _aligned(cells)
+
+
+def spell_speculation(found: dict[str, Any]) -> Iterator[str]:
+    """Yield what became of drafts in each test of replies: a title that says whose they were, and a table."""
+    about, rows = found["speculation"], [row for row in found["rows"] if "speculation" in row]
+    if not rows:
+        return
+    count = "as many as pay" if about["draft_tokens"] is None else str(about["draft_tokens"])
+    if about["kind"] == REPLAY:
+        shares = " ".join(f"{share:.2f}" for share in about["acceptance"])
+        title = f"replay: drafts are right at each place as often as was asked for ({shares}), and take the assistant's time"
+    else:
+        who = about["draft_model"] and f"by {about['draft_model']}"
+        title = f"drafts {who or 'looked up in the text'}; greedy replies to {about['text']}"
+    yield from ("", f"{title}; {count} at a time", "")
+    cells = [("test", "plain tok/s", "times as fast", "steps", "tokens/step", "drafted", "right", "right at each place, of all")]
+    for row in rows:
+        own = row["speculation"]
+        shares = " ".join(f"{right / own['bursts']:.2f}" for right in own["accepted_at"] if right) or "none"
+        numbers = (f"{own['plain_tok_s']:.2f}", f"{own['to_plain']:.2f}", str(own["steps"]), f"{own['tokens_per_step']:.2f}")
+        counts = (str(own["drafted"]), str(own["accepted"]))
+        cells.append((row["test"], *numbers, *counts, shares + ("" if own["same_replies"] else "; some replies differ")))
+    yield from _aligned(cells)
 
 
 def _breakdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

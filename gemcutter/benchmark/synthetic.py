@@ -2,8 +2,8 @@
 
 Owns which scheme each weight gets under a quantization's name, and the values: a piece is drawn for each kind of matrix and
 repeated, since speed does not depend on values. Refuses to know layers: the plan says what is needed. Tables that are only
-gathered from are zeros that the system provides when they are read, so they cost no memory. Read `checkpoint/synth.py` for the
-sizes.
+gathered from are zeros that the system provides when they are read, so they cost no memory. Read `checkpoint/write/synth.py`
+for the sizes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.write.synth import SIZES, Size, distribution, find_size, shrink, spell_config
+from gemcutter.checkpoint.write.synth_assistant import ASSISTANTS, shrink_assistant, spell_assistant
 from gemcutter.errors import ConfigError
 from gemcutter.ops.types import Param
 from gemcutter.plan import Access, ModelPlan, ParamSpec, derive
@@ -63,6 +64,13 @@ def plan_of(preset: str, layers: int | None = None) -> ModelPlan:
     return replace(plan, layers=plan.layers[:layers])
 
 
+def assistant_plan_of(preset: str, target: ModelPlan) -> ModelPlan:
+    """Derive the plan of a size's assistant, whose layers read a target of the same preset. Raises ConfigError."""
+    own = ASSISTANTS[find_size(preset.lower().removeprefix(SMALL))]
+    own = shrink_assistant(own) if preset.lower().startswith(SMALL) else own
+    return derive(configs.read(spell_assistant(own, size_of(preset))), target)
+
+
 def make_params(plan: ModelPlan, quant: str, packer: Packer | None = None, device: torch.device = CPU) -> dict[str, Param]:
     """Make every parameter of a plan; `packer` brings packed matrices into the form that a backend reads.
 
@@ -75,6 +83,8 @@ def make_params(plan: ModelPlan, quant: str, packer: Packer | None = None, devic
 
 
 def _param(spec: ParamSpec, plan: ModelPlan, recipe: Recipe, workshop: _Workshop) -> Param:
+    if spec.integer:  # the order of an assistant's tokens
+        return torch.randperm(spec.elements, generator=workshop.generator).to(workshop.device)
     center, spread = distribution(spec, plan)
     if len(spec.shape) == 1:
         return (torch.randn(spec.shape, generator=workshop.generator) * spread + center).to(workshop.device)

@@ -1,7 +1,7 @@
 """What is measured: a decoder from a file, or one of a released geometry with synthetic weights.
 
-Owns how long it took to load; the way there is `loading.py`'s, the same as for every other use of a model. Refuses to know tests.
-Read `synthetic.py` for synthetic weights.
+Owns how long it took to load, and who drafts for it; the way there is `loading.py`'s, the same as for every other use of a model.
+Refuses to know tests. Read `synthetic.py` for synthetic weights, `drafts.py` for what drafts are worth.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from gemcutter.benchmark import synthetic
+from gemcutter.benchmark.drafts import MEASURED, DraftSetup
 from gemcutter.benchmark.memory import forget_peak
 from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.load.match import Checkpoint
+from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.load_options import LoadOptions, check_dtype
-from gemcutter.loading import find_device, make_decoder, open_model
+from gemcutter.loading import OpenModel, find_device, make_decoder, open_model
+from gemcutter.model.drafter import Drafter
 from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.plan import ModelPlan
@@ -31,13 +35,19 @@ class BenchTarget:
     how: LoadOptions
     decoder: Decoder
     load_s: float | None
-    source: Source | None = None
+    checkpoint: Checkpoint | None = None
+    drafts: DraftSetup | None = None  # who drafts in tests of replies, if somebody does
     notes: tuple[str, ...] = ()  # what loading left out, and what an option costs
 
     @property
     def plan(self) -> ModelPlan:
         """Return the decoder's plan."""
         return self.decoder.plan
+
+    @property
+    def source(self) -> Source | None:
+        """Return the files that the model was loaded from."""
+        return None if self.checkpoint is None else self.checkpoint.source
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -64,5 +74,27 @@ def from_file(how: LoadOptions) -> BenchTarget:
     kinds = {Weight((part,)).stored for weight in weights for part in weight.parts}
     stored = sorted({CPU.unpacked(kind) for kind in kinds})  # as the file has it, not as kernels want it
     took_s = time.perf_counter() - started
-    source = opened.checkpoint.source
-    return BenchTarget(how.model, ", ".join(stored), how, opened.decoder, took_s, source, tuple(opened.notes))
+    return BenchTarget(
+        how.model, ", ".join(stored), how, opened.decoder, took_s, opened.checkpoint, _drafts(opened), tuple(opened.notes)
+    )
+
+
+def _drafts(opened: OpenModel) -> DraftSetup | None:
+    """Return who drafts as the options say, None where nobody does."""
+    speculator, how = opened.speculator(), opened.options
+    if speculator is None:
+        return None
+    drafter = opened.drafter.decoder if isinstance(opened.drafter, Drafter) else opened.drafter
+    about = {
+        "kind": MEASURED,
+        "speculate": how.speculate or "auto",
+        "draft_model": how.draft_model if drafter is not None else None,
+        "draft_tokens": how.draft_tokens,
+    }
+
+    def make() -> Speculator:
+        found = opened.speculator()
+        assert found is not None
+        return found
+
+    return DraftSetup(make, about, nbytes=0 if drafter is None else sum(param.nbytes for param in drafter.params.values()))

@@ -7,7 +7,7 @@ read `benchmark/report.py` for that.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,8 +15,11 @@ from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import use_threads
 from gemcutter.cli.terminal import note, print_json, progress
-from gemcutter.errors import GemcutterError
+from gemcutter.errors import GemcutterError, RequestError
 from gemcutter.quant_names import RECIPE_NAMES, find_quant
+
+if TYPE_CHECKING:
+    from gemcutter.benchmark.target import BenchTarget
 
 HELP = """
 Measure speed and memory on this machine, each beside its physical limit.
@@ -32,22 +35,31 @@ are held, of experts the chosen ones, and visible keys and values. The ceiling o
 products over the operations that it needs; a share above 100 % means that the model's own kernels are faster than what the
 ceiling was measured with. Speeds are medians. TTFT is the time to the first token of a prompt, TPOT the time per
 output token of a reply.
+
+With --speculate or --draft-model, replies are decoded with drafts, and the same ones without, in turns; the ceiling stays that
+of one token a step. Of a MODEL, what is decoded is real: greedy replies to questions that the tokenizer and chat template make
+prompts of, past their ends, other questions in each run. The text of a --preset is noise, of which nobody guesses anything: its
+drafts take the time of its size's assistant with synthetic weights, and are replaced by known tokens that are right at each
+place as often as --acceptance says. That is a replay, and tells nothing of how often a real assistant is right.
 """
 EXAMPLES = """\b
 Examples:
   gemcutter bench --preset E2B --quant q4_0 -p 512 2048 -n 128
   gemcutter bench --preset 26B-A4B --layers 6 -p 512 -n 32 --breakdown
   gemcutter bench gemma-4-E2B-it-Q4_0.gguf -p 512 -n 64 --depth 0 16384 --json
+  gemcutter bench --preset E2B -p 0 -n 128 --batch 1 4 8 --acceptance .80 .65 .50 .40
+  gemcutter bench ./gemma-4-E2B-it --quant q4 -p 0 -n 128 --draft-model ./gemma-4-E2B-it-assistant
 """
-LISTS = ("-p", "--prompt", "-n", "--tokens", "--depth", "--batch")
+LISTS = ("-p", "--prompt", "-n", "--tokens", "--depth", "--batch", "--acceptance")
+PRESET_QUANT = "q4_0"
 QUANTS = ("q4_0", "mlx4", "q8_0", "bf16", "q4", "q8", "mlx8")
 
 
 def join_values(words: list[str]) -> list[str]:
-    """Join the integers after each list option with commas (-p 512 2048): no model is called by digits alone."""
+    """Join the numbers after each list option with commas (-p 512 2048): no model is called by digits alone."""
     joined, in_list = list[str](), False
     for word in words:
-        is_value = word.replace(",", "").isdecimal()
+        is_value = word.replace(",", "").replace(".", "").isdecimal()
         if is_value and in_list and joined[-1] not in LISTS:
             joined[-1] += f",{word}"
             continue
@@ -79,6 +91,15 @@ Level = Annotated[
     ),
 ]
 Rows = Annotated[int, typer.Option(metavar="N", min=1, help="Rows of one step, the chunk of a long prompt.")]
+Acceptance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE...",
+        help="Of a --preset: replay drafts that are right at the first, second, ... place in such shares of all bursts, given "
+        "nothing about the places before.",
+        show_default=False,
+    ),
+]
 Breakdown = Annotated[bool, typer.Option("--breakdown", help="Also show how long each op takes.")]
 
 
@@ -96,6 +117,8 @@ def bench(
     batch: Batch = "1",
     loading: options.Loading,
     kv: options.Kv = None,
+    speculating: options.Speculating,
+    acceptance: Acceptance = None,
     level: Level = None,
     rows: Rows = 512,
     breakdown: Breakdown = False,
@@ -114,10 +137,16 @@ def bench(
         loading = replace(loading, quant=None)
         if ignored := [name for name in ("adapter", "repack_cache", "ignore") if getattr(loading, name)]:
             raise UsageError(f"--{ignored[0].replace('_', '-')} is about a MODEL; a --preset has no files")
-    how = loading.options(model or str(preset), kv=kv)
+        check_replay(speculating, acceptance)
+    elif acceptance is not None:
+        raise UsageError("--acceptance replays drafts on a --preset; those of a MODEL are its assistant's own: leave it out")
+    shares = None if acceptance is None else read_shares(acceptance)
+    guessing = {} if model is None else speculating.given | {"max_num_seqs": max((1, *sizes[3]))}
+    how = loading.options(model or str(preset), kv=kv, **guessing)
 
     from gemcutter import native
     from gemcutter.benchmark.cold_start import first_token_s
+    from gemcutter.benchmark.drafts import set_up_replay
     from gemcutter.benchmark.harness import list_cases
     from gemcutter.benchmark.report import measure, show
     from gemcutter.benchmark.target import from_file, from_preset
@@ -126,7 +155,13 @@ def bench(
         native.set_level(level.lower())
     use_threads(loading.threads)
     tests = list_cases(*sizes)
-    subject = from_file(how) if preset is None else from_preset(preset, quant or "q4_0", layers, how)
+    if preset is None:
+        subject = with_questions(from_file(how), any(test.depth for test in tests))
+    else:
+        subject = from_preset(preset, quant or PRESET_QUANT, layers, how)
+        if shares is not None:
+            replay = set_up_replay(preset, subject.quant, subject.decoder, how, shares, speculating.draft_tokens)
+            subject = replace(subject, drafts=replay)
     for line in subject.notes:
         note(line)
     with progress("measuring") as advance:
@@ -140,6 +175,52 @@ def bench(
         print_json(found)
     else:
         print(show(found))
+
+
+def check_replay(speculating: options.Speculating, acceptance: str | None) -> None:
+    """Raise UsageError for options of drafts that a preset can't carry out."""
+    mode = speculating.speculate
+    if speculating.draft_model is not None:
+        raise UsageError("--draft-model is about a MODEL; a --preset gets its size's assistant, with synthetic weights")
+    if mode in ("auto", "ngram"):
+        raise UsageError(f"--speculate {mode}: the text of a --preset is noise, in which lookups find nothing; use mtp")
+    if mode == "off" and acceptance is not None:
+        raise UsageError("give either --speculate off or --acceptance")
+    if acceptance is None and (mode == "mtp" or speculating.draft_tokens is not None):
+        raise UsageError(
+            "of synthetic weights no draft is right: say with --acceptance how often drafts are to be right at each place, "
+            "such as --acceptance .80 .65 .50 .40"
+        )
+
+
+def with_questions(subject: BenchTarget, is_deep: bool) -> BenchTarget:
+    """Let a model whose drafts are measured answer questions, since drafts depend on the text.
+
+    Raises UsageError for tests behind a context that is no text, GemcutterError for a model without a tokenizer.
+    """
+    if subject.drafts is None or subject.checkpoint is None:
+        return subject
+    if is_deep:
+        raise UsageError("--depth fills contexts with no text, on which drafts depend: leave out --depth, or --speculate")
+    from gemcutter.cli.bench_questions import QUESTIONS, encode_questions
+
+    about = {**subject.drafts.about, "text": f"{len(QUESTIONS)} questions, past their ends"}
+    prompts = encode_questions(subject.checkpoint, subject.how.chat_template)
+    return replace(subject, drafts=replace(subject.drafts, prompts=prompts, about=about))
+
+
+def read_shares(text: str) -> tuple[float, ...]:
+    """Read how often drafts are right at each place. Raises UsageError."""
+    from gemcutter.benchmark.replay import check_acceptance
+
+    try:
+        shares = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--acceptance: expected shares with commas between them, found {text!r}") from None
+    try:
+        return check_acceptance(shares)
+    except RequestError as error:
+        raise UsageError(f"--{error}") from None
 
 
 def check_quant(name: str | None, *, is_preset: bool) -> str | None:

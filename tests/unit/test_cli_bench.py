@@ -34,6 +34,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-p", "1", "-p", "2", "3"], ["-p", "1", "-p", "2,3"]),
         (["-t", "2", "-r", "3"], ["-t", "2", "-r", "3"]),
         (["-p", "8", "--preset", "E2B"], ["-p", "8", "--preset", "E2B"]),
+        (["--acceptance", ".8", "0.65", "1", "-n", "8"], ["--acceptance", ".8,0.65,1", "-n", "8"]),
         (["-p"], ["-p"]),
     ],
 )
@@ -115,6 +116,16 @@ def test_a_reader_gets_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--preset", "E2B", "-p", "-5"], "-p: expected 0 or more"),
         (["--preset", "E2B", "--depth", "8", "-r", "0"], "--repeats"),
         (["--preset", "E2B", "--activations", "int4"], "expected int8 or bf16"),
+        (["--preset", "E2B", "--speculate", "mtp"], "of synthetic weights no draft is right: say with --acceptance"),
+        (["--preset", "E2B", "--draft-tokens", "4"], "of synthetic weights no draft is right: say with --acceptance"),
+        (["--preset", "E2B", "--speculate", "ngram"], "the text of a --preset is noise"),
+        (["--preset", "E2B", "--speculate", "auto", "--acceptance", ".5"], "the text of a --preset is noise"),
+        (["--preset", "E2B", "--speculate", "off", "--acceptance", ".5"], "either --speculate off or --acceptance"),
+        (["--preset", "E2B", "--draft-model", "demo"], "--draft-model is about a MODEL"),
+        (["--preset", "E2B", "--acceptance", ".5", ".6"], "--acceptance: expected 1 to 8 shares from 1 to 0, none above"),
+        (["--preset", "E2B", "--acceptance", "half"], "--acceptance: expected shares with commas"),
+        (["demo", "--acceptance", ".5"], "those of a MODEL are its assistant's own"),
+        (["demo", "--speculate", "ngram", "--depth", "64"], "--depth fills contexts with no text"),
     ],
 )
 def test_bad_usage_is_told(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +142,8 @@ def test_bad_usage_is_told(words: list[str], expected: str, capsys: pytest.Captu
         (["--preset", "tiny:E2B", "--layers", "1", "-p", "0", "-n", "0"], "no test is asked for"),
         (["--preset", "tiny:E2B", "--layers", "1", "--level", "sse9"], "sse9"),
         (["--preset", "tiny:E2B", "--activations", "bf16", "--kernels", "reference"], "activations bf16"),
+        (["--preset", "tiny:E2B", "--layers", "2", "--acceptance", ".5"], "no global layer writes keys and values"),
+        (["demo", "--speculate", "mtp"], "name it with draft_model"),
         (["--model", "./not-there"], "./not-there"),
     ],
 )

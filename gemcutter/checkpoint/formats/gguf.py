@@ -315,12 +315,14 @@ def _assistant(keys: _Keys, source: Source, text: dict[str, Any]) -> dict[str, A
     """Return the config of an assistant around that of its layers, all of which read their target's keys and values."""
     keys.integer("nextn_predict_layers", 0)  # the number of layers once more
     centroids = _rows(source, "masked_embd_centroids.weight")  # llama.cpp's converter leaves them out
+    layers = {"num_kv_shared_layers": text["num_hidden_layers"], "use_double_wide_mlp": False}
+    layers["attention_k_eq_v"] = bool(text["per_layer_config"])  # only such targets have fewer key heads in global layers
     found: dict[str, Any] = {
         "model_type": "gemma4_assistant",
         "backbone_hidden_size": keys.integer("embedding_length_out"),
         "tie_word_embeddings": text["tie_word_embeddings"],
         "use_ordered_embeddings": centroids is not None,
-        "text_config": {**text, "num_kv_shared_layers": text["num_hidden_layers"], "use_double_wide_mlp": False},
+        "text_config": text | layers,
     }
     if centroids is not None:
         found |= {"num_centroids": centroids, "centroid_intermediate_top_k": CENTROIDS}

@@ -50,8 +50,25 @@ def for_mlx(
 
 
 def spell(config: ModelConfig, plan: ModelPlan) -> dict[str, Any]:
-    """Return the config of a text model, from the typed one alone."""
-    kind = config.model_type if config.model_type in CLASSES else "gemma4_text"
+    """Return the config of a text model, or of an assistant, from the typed one alone."""
+    unified = config.model_type.startswith("gemma4_unified")
+    kind = "gemma4_unified_text" if unified else "gemma4_text"
+    text = _spell_text(config, plan, kind)
+    if not config.is_drafter:
+        return text
+    centroids = {"num_centroids": config.num_centroids, "centroid_intermediate_top_k": config.centroid_top_k}
+    return {
+        "architectures": [f"Gemma4{'Unified' if unified else ''}AssistantForCausalLM"],
+        "model_type": config.model_type,
+        "backbone_hidden_size": config.backbone_hidden_size,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "use_ordered_embeddings": config.num_centroids > 0,
+        **(centroids if config.num_centroids else {}),
+        "text_config": {key: value for key, value in text.items() if key != "architectures"},
+    }
+
+
+def _spell_text(config: ModelConfig, plan: ModelPlan, kind: str) -> dict[str, Any]:
     return {
         "architectures": [CLASSES[kind]],
         "model_type": kind,

@@ -3,7 +3,7 @@
 Owns the table of released sizes, the rule that makes one small, and the random values. The layout is the one that transformers'
 `save_pretrained` writes, so both engines load the result; tokenizer and template are the packaged demo's. Refuses to know which
 layer needs which tensor: it writes a config, and the plan derived from that config says so. Imports no torch.
-Read `write_safetensors.py` for how a file comes to be, `formats/hf.py` for the names in it.
+Read `write_safetensors.py` for how a file comes to be, `formats/hf.py` for the names in it, `synth_assistant.py` for assistants.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from gemcutter.plan import ModelPlan, ParamSpec, derive
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BLOCK_ELEMENTS = 1_048_583  # drawn once a tensor and repeated; a prime, so that no two rows of a table are the same
-BYTES = 2  # of a bfloat16, the dtype of all tensors
+BYTES = 2  # of a bfloat16, the dtype of all tensors but indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +76,22 @@ def shrink(size: Size) -> Size:
     readers = size.period if size.readers else 0
     return replace(
         size,
-        hidden=_narrow(size.hidden),
-        mlp=_narrow(size.mlp),
+        hidden=narrow(size.hidden),
+        mlp=narrow(size.mlp),
         layers=2 * size.period + readers,
         head_dim=size.head_dim // 16,
         window=size.window // 16,
         readers=readers,
-        ple=_narrow(size.ple),
+        ple=narrow(size.ple),
         experts=size.experts // 8,
         top_k=size.top_k // 2,
-        expert_width=_narrow(size.expert_width),
+        expert_width=narrow(size.expert_width),
         vocab=_demo_config()["vocab_size"],
     )
 
 
-def _narrow(width: int) -> int:
+def narrow(width: int) -> int:
+    """Return a small multiple of 64 for a width."""
     return -(-width // 2048) * 64
 
 
@@ -122,17 +124,32 @@ def write_size(size: Size, out: Path, *, seed: int = 0) -> tuple[Path, ...]:
     The same size and seed give the same bytes. The folder gets its name once it is complete. Raises ConfigError for a geometry
     that contradicts itself or a negative seed, CheckpointError if `out` is not empty or can't be written.
     """
+    return write_config(spell_config(size), out, COPIED, seed=seed)
+
+
+def write_config(
+    raw: dict[str, Any],
+    out: Path,
+    copied: Sequence[str],
+    beside: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    *,
+    seed: int = 0,
+) -> tuple[Path, ...]:
+    """Write a random checkpoint of a config.json; return the files written. Raises as `write_size`.
+
+    `copied` are files of the demo that it gets, `beside` further JSON files by name.
+    """
     if seed < 0:
         raise ConfigError(f"seed: expected 0 or more, found {seed}")
-    raw = spell_config(size)
     plan = derive(configs.read(raw, "the config to write"))
     _check_empty(out)
     with put_in_place(out, is_folder=True, force=False) as partial:
-        written = [*write_sharded(partial, _specs(plan), _data(plan, seed)), *(partial / name for name in COPIED)]
-        for name in COPIED:
+        written = [*write_sharded(partial, _specs(plan), _data(plan, seed)), *(partial / name for name in copied)]
+        for name in copied:
             _copy(name, partial)
-        written.append(partial / "config.json")
-        write_json(written[-1], raw)
+        for name, content in (*beside.items(), ("config.json", raw)):
+            written.append(partial / name)
+            write_json(written[-1], content)
     return tuple(out / path.name for path in written)
 
 
@@ -178,13 +195,18 @@ def _demo_config() -> dict[str, Any]:
     return found
 
 
+def special_tokens() -> dict[str, Any]:
+    """Return the ids of the demo's tokenizer that a config names."""
+    return {key: ids for key, ids in _demo_config().items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
 # ---- tensors ----
 
 
 def _specs(plan: ModelPlan) -> Iterator[Spec]:
     for spec in plan.params():
         for name, shape in _stored(spec):
-            yield name, "BF16", shape
+            yield name, "I64" if spec.integer else "BF16", shape
 
 
 def _stored(spec: ParamSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -199,9 +221,12 @@ def _stored(spec: ParamSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _data(plan: ModelPlan, seed: int) -> Iterator[memoryview]:
     """Yield the bytes of all tensors in the order of `_specs`, no chunk larger than a block."""
     for spec in plan.params():
-        center, spread = distribution(spec, plan)
         for name, shape in _stored(spec):
-            yield from _random_bytes([seed, zlib.crc32(name.encode())], math.prod(shape), center, spread)
+            key = [seed, zlib.crc32(name.encode())]
+            if spec.integer:
+                yield _permutation(key, math.prod(shape))
+            else:
+                yield from _random_bytes(key, math.prod(shape), *distribution(spec, plan))
 
 
 def distribution(spec: ParamSpec, plan: ModelPlan) -> tuple[float, float]:
@@ -215,6 +240,11 @@ def distribution(spec: ParamSpec, plan: ModelPlan) -> tuple[float, float]:
         return 0.0, 1.0  # it divides by sqrt(hidden) itself
     columns = plan.ple_dim if spec.name == "embed.ple" else spec.shape[-1]  # a layer's share of a row is scaled on its own
     return 0.0, float(columns**-0.5)
+
+
+def _permutation(key: list[int], elements: int) -> memoryview:
+    """Return the numbers below `elements` in an order drawn from `key`: each token under one centroid."""
+    return np.random.default_rng(key).permutation(elements).astype("<i8").data.cast("B")
 
 
 def _random_bytes(key: list[int], elements: int, center: float, spread: float) -> Iterator[memoryview]:
