@@ -79,7 +79,8 @@ class Decoded:
 class BenchEngine:
     """An engine whose context is filled up to `depth`, for tests of that depth; sequences of a batch share it.
 
-    Replies may follow prompts of `prompt_rows` rows. With a `speculator`, others of its kind may draft for some runs.
+    Replies may follow prompts of `prompt_rows` rows. With a `speculator`, others of its kind may draft for some runs, and prompts
+    may be run several times over the same context, which takes memory of its own.
     """
 
     def __init__(
@@ -94,9 +95,13 @@ class BenchEngine:
         self.decoder, self.depth = decoder, tests[0].depth
         assert all(test.depth == self.depth for test in tests)
         batch, context = max(test.batch for test in tests), max(test.context for test in tests) + prompt_rows - 1
-        self.engine = Engine(decoder, context, max_rows, batch, prefix_cache_bytes=None, kv_dtype=kv_dtype, speculator=speculator)
+        self._keeps_context = bool(speculator is not None and self.depth)  # for prompts to be run again, over the same keys
+        sequences = batch + self._keeps_context  # one more, which does not run
+        self.engine = Engine(
+            decoder, context, max_rows, sequences, prefix_cache_bytes=None, kv_dtype=kv_dtype, speculator=speculator
+        )
         self._draw = torch.Generator().manual_seed(0)
-        self._held: tuple[tuple[int, ...], BlockTable] | None = None  # the context that prompts begin with
+        self._held: tuple[tuple[int, ...], BlockTable] | None = None  # the context that prompts begin with, and its pages
         if self.depth:
             fill(self.engine.pool, decoder, self._draw)
 
@@ -123,7 +128,11 @@ class BenchEngine:
         held = tuple(torch.randint(self.decoder.plan.vocab, (self.depth,), generator=self._draw).tolist())
         if self._held is not None:
             self._held[1].release()
-        self._held = held, hold(self.engine, held)
+        table = hold(self.engine, held)
+        if self._keeps_context:
+            self._held = held, table
+        else:
+            table.release()
         owns = (torch.randint(self.decoder.plan.vocab, (rows,), generator=self._draw).tolist() for _ in range(batch))
         return [(*held, *own) for own in owns]
 
@@ -151,7 +160,7 @@ class BenchEngine:
         return Decoded(found, sum(map(len, found)) - begun, self.engine.stats().steps - steps, seconds)
 
     def _submit(self, prompts: Sequence[tuple[int, ...]], max_tokens: int, speculator: Speculator | None) -> dict[int, list[int]]:
-        """Queue prompts, and return a list for the tokens of each; what is left of earlier runs is forgotten first."""
+        """Queue prompts, and return a list for the tokens of each."""
         if self._held is not None:
             remember(self.engine, *self._held)
         self.engine.speculator = self.engine.scheduler.proposer = speculator

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.engine.step import build_step
 from gemcutter.errors import CheckpointError, ConfigError, RequestError
 from gemcutter.load_options import LoadOptions
-from gemcutter.loading import open_drafter
+from gemcutter.loading import make_decoder, open_drafter
 from gemcutter.model.drafter import Drafter, DraftLogits, likeliest
 from gemcutter.model.text import Decoder
 from gemcutter.plan import ModelPlan
@@ -200,6 +201,46 @@ def test_the_trained_pair_saves_steps(drafts: int, plain: Model) -> None:
             tokens += len(found.tokens)
             steps += model.engine.stats().steps - before
     assert tokens / steps >= said["tokens_per_target_forward"]
+
+
+@pytest.mark.parametrize("drafts", [2, 4])
+@pytest.mark.parametrize("offset", [0, -1])
+def test_queries_may_stand_at_the_last_token_or_at_the_last_key(offset: int, drafts: int, plain: Model) -> None:
+    """Engines differ here; of the trained pair either is accepted as often as transformers measured, or more."""
+    said, prompts = golden("assistant")[f"draft_{drafts}"], golden("prompts")["prompts"]
+    target, options = plain.decoder, LoadOptions(model="demo", draft_model=str(trained("tiny-e-assistant")), kernels=EXACT)
+    published = open_drafter(options, target, [])
+    assert isinstance(published, Drafter)
+    assert published.decoder.plan.query_offset == 0
+    moved = replace(published.decoder.plan, query_offset=offset)
+    drafter = Drafter(make_decoder(moved, published.decoder.params, options, target.dtype, target.device), target)
+    engine = Engine(target, 1024, speculator=Speculator(assistant=AssistantProposer(drafter), draft_tokens=drafts))
+    count = 0
+    for prompt in prompts:
+        engine.submit(Request(tuple(prompt["token_ids"]), max_tokens=64))
+        while engine.has_work:
+            count += sum(event.token is not None for event in engine.step())
+    assert count == 64 * len(prompts)
+    assert count / engine.stats().steps >= said["tokens_per_target_forward"]
+
+
+@pytest.mark.parametrize("offset", [0, -1])
+def test_the_plan_says_where_queries_are_turned_to(offset: int, tmp_path: Path) -> None:
+    target = decoder_of(plan_of(SIZES["E2B"] | WIDE | PANELS), "reference")
+    assistant_of("E2B", target, tmp_path)
+    options = LoadOptions(model="target", draft_model=str(tmp_path), dtype="float32", kernels="reference")
+    published = open_drafter(options, target, [])
+    assert isinstance(published, Drafter)
+    moved = replace(published.decoder.plan, query_offset=offset)
+    drafter = Drafter(make_decoder(moved, published.decoder.params, options, target.dtype, target.device), target)
+    _, sequence, table = filled(target)
+    step = AssistantProposer(drafter)._step([sequence])
+    wanted = drafter.decoder.rope_tables(torch.tensor([table.length + offset]))
+    assert step.rope.keys() == wanted.keys()
+    assert all(
+        torch.equal(mine, other) for spec, pair in wanted.items() for mine, other in zip(step.rope[spec], pair, strict=True)
+    )
+    assert step.positions_N.tolist() == [table.length - 1]
 
 
 def test_what_is_no_assistant_of_this_model_is_told(tmp_path: Path, plain: Model) -> None:

@@ -26,10 +26,10 @@ Wanted = Sequence[tuple[SequenceState, int]]  # sequences, each with how many dr
 
 
 class AssistantProposer:
-    """Asks a drafter. `position_offset` says where queries stand: 0 at the last token, -1 at the last key."""
+    """Asks a drafter, whose plan says where its queries stand."""
 
-    def __init__(self, drafter: Drafter, position_offset: int = 0) -> None:
-        self._drafter, self._offset = drafter, position_offset
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter, self._offset = drafter, drafter.decoder.plan.query_offset
         refusals = (each.capture_refusal() for each in (drafter.decoder, drafter.target))
         self._captured = CapturedBursts(drafter) if not any(refusals) else None
 
