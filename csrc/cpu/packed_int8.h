@@ -111,7 +111,7 @@ void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row,
             const uint8_t *codes = decoder.next();
             const uint8_t *ahead = codes + PREFETCH_BYTES < end ? codes + PREFETCH_BYTES : codes + PREFETCH_BYTES + jump;
 #pragma GCC unroll 9
-            for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(ahead + i);
+            for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(ahead + i, 0, IN_L2);
 #pragma GCC unroll 2
             for (int part = 0; part < PARTS; ++part)
                 add_block<From, PIECES, M, 1>(codes, part, decoder.scales, decoder.is_biased, own, b, total);
