@@ -30,8 +30,8 @@ constexpr int BLOCK = 32;   // columns of a code block, and of one activation sc
 constexpr int SUPER = 256;  // columns of a super-block
 // Prefetch distance: without it a core does not use its share of memory bandwidth.
 constexpr int64_t PREFETCH_BYTES = 6144;
-constexpr int IN_L2 =
-    2;  // where prefetched codes wait: with several rows a core's few L1 misses at a time hold up its arithmetic
+// Where prefetched codes wait: in the L1 cache they would take its few misses at a time from the rows' own loads.
+constexpr int IN_L2 = 2;
 
 inline bool is_dense(const gc_matrix &m) { return m.codes >= GC_BF16; }
 
