@@ -27,6 +27,7 @@ from gemcutter.completion import Chunk, Completion, RequestMetrics, Stream
 from gemcutter.constrained import ReplyTerms, constrain
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.loop import CLOSED, EngineLoop, Sink
+from gemcutter.engine.media import MediaSpan
 from gemcutter.engine.request import Request
 from gemcutter.engine.watchdog import TokenClasses
 from gemcutter.errors import RequestError, spell_value
@@ -34,6 +35,7 @@ from gemcutter.gc_pause import collector_paused
 from gemcutter.generate_options import (
     OF_REQUEST,
     OF_TEMPLATE,
+    PARTS,
     GenerateOptions,
     Message,
     TemplateOptions,
@@ -45,9 +47,12 @@ from gemcutter.generate_options import (
     check_template_options,
     is_conversation,
 )
+from gemcutter.images import ImageReader, NamedImage, take_images
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
+from gemcutter.media.budgets import check_budget
 from gemcutter.model.text import Decoder
+from gemcutter.model.vision import VisionTower
 from gemcutter.text.grammar_compiler import GrammarCompiler
 from gemcutter.text.reply import CHANNEL_CLOSE, ReplyParser
 from gemcutter.text.splice import ReplyStore
@@ -80,7 +85,8 @@ class PreparedRequest:
     """A request that was encoded and checked, and how its reply is read; it may be submitted any number of times.
 
     `stop` are strings that end the text, `tools` the declarations that calls are read by; without `parallel_tool_calls` the first
-    call ends the reply. The reply to a conversation is remembered by its ids, for when it comes back as history.
+    call ends the reply. The reply to a conversation is remembered by its ids, for when it comes back as history; `written` is the
+    conversation's prompt before images took their rows.
     """
 
     request: Request
@@ -88,6 +94,7 @@ class PreparedRequest:
     tools: tuple[Message, ...] = ()
     parallel_tool_calls: bool = True
     is_conversation: bool = False
+    written: tuple[int, ...] = ()
 
 
 class Model:
@@ -105,14 +112,16 @@ class Model:
         ignore: tuple[str, ...] = (),
         chat_template: str | None = None,
         generation_config: str = "auto",
+        vision: VisionTower | None = None,
     ) -> None:
         self.checkpoint, self.decoder, self.engine, self.load_s = checkpoint, decoder, engine, load_s
         self._ignore = ignore  # patterns of config keys and tensor names that adapters may have, too
         self.plan = checkpoint.plan
-        self.notes = checkpoint.notes()  # what was left out, and what an option costs
+        self.notes = checkpoint.notes(() if vision is None else ("vision tower",))  # what was left out, and what an option costs
         text = read_text_assets(checkpoint, chat_template, generation_config)
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes
+        self.images = None if vision is None else ImageReader(vision, self.tokenizer)
         self.replies = ReplyStore(self.tokenizer)
         self.grammars = GrammarCompiler(self.tokenizer, self.defaults.stop_ids)
         mapped = (tensor.mapped for tensor in checkpoint.source.tensors.values())
@@ -211,19 +220,39 @@ class Model:
         ignore_eos = check_flag("ignore_eos", given.pop("ignore_eos", False))
         of_template = {name: given.pop(name) for name in OF_TEMPLATE if name in given}
         of_template["tools"] = tools = check_tools(of_template.get("tools"))
-        ids = self.encode(prompt, **cast(TemplateOptions, of_template))
+        images, budget = self._images(prompt, given.pop("images", None)), given.pop("max_soft_tokens", None)
+        ids = written = self.encode(prompt, **cast(TemplateOptions, of_template))
+        media: tuple[MediaSpan, ...] = ()
+        if budget is not None:
+            check_budget(budget)
+        if self.images is not None and images:
+            ids, media = self.images.place(written, images, budget)
         parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
         stop_ids = check_stop_ids(given.pop("stop_token_ids", None)) | (frozenset() if ignore_eos else self.defaults.stop_ids)
         terms = ReplyTerms(given.pop("constraint", None), tuple(tools or ()), given.pop("tool_choice", "auto"), parallel)
         watchdog = self._token_classes() if check_flag("watchdog", given.pop("watchdog", False)) else None
-        request = replace(self._request(ids, given, stop_ids), watchdog=watchdog)
+        request = replace(self._request(ids, given, stop_ids), watchdog=watchdog, media=media)
         request = constrain(
             request, terms, self.tokenizer, self.grammars, _thinks(of_template) if is_conversation(prompt) else None
         )
         for file in self._files:
             file.insist_unchanged()
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
-        return PreparedRequest(request, stop, tuple(tools or ()), parallel, is_conversation(prompt))
+        return PreparedRequest(request, stop, tuple(tools or ()), parallel, is_conversation(prompt), tuple(written))
+
+    def _images(self, prompt: Prompt, given: object) -> list[NamedImage]:
+        """Return the images of a prompt: a conversation's own, or those given beside a text or ids. Raises RequestError."""
+        if is_conversation(prompt):
+            if given:
+                raise RequestError("images: in a conversation they are parts of messages; leave the option out")
+            return [] if self.images is None else take_images(prompt)[1]
+        if given is None:
+            return []
+        if not isinstance(given, list | tuple):
+            raise RequestError(f"images: expected a list of paths, bytes, PIL images or arrays, found {type(given).__name__}")
+        if given and self.images is None:
+            raise RequestError("images: the model was loaded without its vision tower; load it with media 'image'")
+        return [(f"images[{index}]", image) for index, image in enumerate(given)]
 
     def _token_classes(self) -> TokenClasses:
         """Return what a watchdog must know of the vocabulary; made when it is first asked for."""
@@ -243,7 +272,7 @@ class Model:
         streams = [Stream(each.request, self._parser(each)) for each in prepared]
         for each, stream in zip(prepared, streams, strict=True):
             if each.is_conversation:
-                stream.on_end = partial(_remember, self.replies)
+                stream.on_end = partial(_remember, self.replies, each.written)
         taken = sinks or [stream.sink for stream in streams]
         requests = [(each.request, sink) for each, sink in zip(prepared, taken, strict=True)]
         for stream, number in zip(streams, self.loop.submit_many(requests, is_checked=True), strict=True):
@@ -253,8 +282,8 @@ class Model:
     def encode(self, prompt: Prompt, **options: Unpack[TemplateOptions]) -> list[int]:
         """Return the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template.
 
-        Ids may be integers of NumPy, too. Raises RequestError for anything else, for parts of messages that can't be read, and
-        for options of the template without a conversation.
+        Ids may be integers of NumPy, too; an image is one id still. Raises RequestError for anything else, for parts of messages
+        that can't be read, and for options of the template without a conversation.
         """
         check_names(options)
         asked = check_template_options(options, self.tokenizer.special_tokens)
@@ -265,8 +294,8 @@ class Model:
         if is_conversation(prompt):
             if self.template is None:
                 raise RequestError("this checkpoint has no chat template (a base model?); pass raw text instead of messages")
-            check_parts(prompt)
-            return self.template.encode(prompt, replies=self.replies, **asked)
+            check_parts(prompt, PARTS if self.images is None else (*PARTS, "image"))
+            return self.template.encode(take_images(prompt)[0], replies=self.replies, **asked)
         values: dict[str, object] = dict(options)
         of_prompts = [name for name in OF_TEMPLATE if name not in ("trusted", "lenient_options")]  # the others change nothing
         given = [name for name in of_prompts if values.get(name) not in (None, OF_TEMPLATE[name])]
@@ -343,8 +372,8 @@ def _thinks(of_template: Mapping[str, object]) -> bool:
     return bool(asked.get("enable_thinking")) and not is_inside
 
 
-def _remember(replies: ReplyStore, found: Completion) -> None:
-    replies.remember(found.prompt_tokens, found.tokens)
+def _remember(replies: ReplyStore, prompt: Sequence[int], found: Completion) -> None:
+    replies.remember(prompt, found.tokens)
 
 
 def _by_prompt(bad: Mapping[str, Sequence[int]], count: int) -> Iterator[str]:
@@ -386,6 +415,7 @@ def load(
     speculate: str | None = None,
     draft_model: str | Path | None = None,
     draft_tokens: int | None = None,
+    media: str | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
@@ -416,6 +446,7 @@ def load(
         speculate=speculate,
         draft_model=_as_name(draft_model),
         draft_tokens=draft_tokens,
+        media=(media,) if isinstance(media, str) else tuple(media) if isinstance(media, list) else media,  # type: ignore[arg-type]
     )
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: expected a function of the bytes done and the bytes in all, found {spell_value(progress)}")
@@ -440,7 +471,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Model:
     started = time.perf_counter()
     opened = open_model(options, progress)
     texts = (options.chat_template, options.generation_config)
-    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore, *texts)
+    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore, *texts, vision=opened.vision)
     built.notes += opened.notes
     built.load_s = time.perf_counter() - started
     for note in built.notes:

@@ -8,12 +8,13 @@ asks, `engine/sampling.py` for the ranges of the sampling options.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, TypeGuard
 
 from gemcutter.engine.sampler import LogitsProcessor
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.errors import RequestError, spell_value
+from gemcutter.media.decode import ImageSource
 from gemcutter.text.grammar import Constraint
 
 Message = Mapping[str, object]
@@ -48,7 +49,9 @@ class GenerateOptions(TypedDict, total=False):
     With `watchdog` a reply that goes round in circles ends early, with "repetition" as its reason; arrays of equal numbers,
     tables and code pass. What was computed for a prompt is reused among requests of one `cache_salt` only. `sampling` takes the
     place of the single sampling fields (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely
-    token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing then.
+    token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing then. `images` (paths, bytes, PIL images or arrays) take
+    the places of <|image|> in raw text or ids; in conversations they are parts {"type": "image", "image": ...} of messages.
+    `max_soft_tokens` is what an image may become at most: 70, 140, 280, 560 or 1120.
     """
 
     max_tokens: int
@@ -87,6 +90,8 @@ class GenerateOptions(TypedDict, total=False):
     suppress: tuple[int, ...]
     seed: int | None
     logprobs: int | None
+    images: Sequence[ImageSource]
+    max_soft_tokens: int | None
 
 
 NAMES = tuple(GenerateOptions.__annotations__)
@@ -168,7 +173,7 @@ OF_TEMPLATE: Mapping[str, object] = {
     "add_generation_prompt": True,
     "continue_final_message": False,
 }
-PARTS = ("text",)  # types of a message's parts that can be read; images and sound are to come
+PARTS = ("text",)  # types of a message's parts that every model can read
 
 
 def check_names(options: Iterable[str]) -> None:
@@ -254,8 +259,8 @@ def is_conversation(prompt: object) -> TypeGuard[Sequence[Message]]:
     return isinstance(prompt, list | tuple) and bool(prompt) and all(issubclass(kind, Mapping) for kind in set(map(type, prompt)))
 
 
-def check_parts(messages: Iterable[object]) -> None:
-    """Raise RequestError, naming each part, where a message holds something that can't be read, such as an image.
+def check_parts(messages: Iterable[object], readable: Collection[str] = PARTS) -> None:
+    """Raise RequestError, naming each part, where a message holds something else than parts of the types that are `readable`.
 
     What else may be wrong with messages is left to the chat template's own check.
     """
@@ -264,7 +269,11 @@ def check_parts(messages: Iterable[object]) -> None:
         content = message.get("content") if isinstance(message, Mapping) else None
         for index, part in enumerate(content if isinstance(content, list | tuple) else ()):
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if isinstance(kind, str) and kind not in PARTS:
-                problems.append(f"messages[{place}].content[{index}].type: a part of type {kind!r}; only text can be read")
+            if isinstance(kind, str) and kind not in readable:
+                remedy = "; load the model with media 'image' for it" if kind == "image" else ""
+                problems.append(
+                    f"messages[{place}].content[{index}].type: a part of type {kind!r}; only {' and '.join(readable)} can be "
+                    f"read{remedy}"
+                )
     if problems:
         raise RequestError("the conversation holds parts that can't be read yet", problems)

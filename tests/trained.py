@@ -9,16 +9,21 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from gemcutter.checkpoint.convert.convert import convert
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.checkpoint.write.synth import COPIED
 
 GOLDENS = Path(__file__).parent / "goldens"
+SHARDS = 3
 MORE = Path(os.environ.get("GEMCUTTER_MODELS", Path(__file__).parents[2] / "shared" / "models"))
 # mlx-lm's own files are these, which `test_convert.py` shows where both are there.
 MADE = {
@@ -63,3 +68,26 @@ def _made(name: str) -> Path:
     target = Path(_scratch().name) / name
     convert(source, target, "mlx", quant)
     return target
+
+
+@functools.cache
+def release_folder() -> Path:
+    """Write the published layout over the demo's weights: nested config, towers, redundant tensors, three shards, an index."""
+    folder = Path(_scratch().name) / "tiny-e-release"
+    folder.mkdir()
+    for name in COPIED:
+        shutil.copy(DEMO_FOLDER / name, folder / name)
+    shutil.copy(GOLDENS / "tiny-e-release-config.json", folder / "config.json")
+    demo = load_file(DEMO_FOLDER / "model.safetensors")
+    tensors = {f"model.language_model.{name.removeprefix('model.')}": tensor for name, tensor in demo.items()}
+    tensors |= load_file(GOLDENS / "tiny-e-release-extra.safetensors")
+    shards: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
+    for index, name in enumerate(sorted(tensors)):
+        shards[index * SHARDS // len(tensors)][name] = tensors[name]
+    places = dict[str, str]()
+    for index, shard in enumerate(shards):
+        file = f"model-{index + 1:05}-of-{SHARDS:05}.safetensors"
+        save_file(shard, folder / file)
+        places |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder

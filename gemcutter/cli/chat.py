@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +23,7 @@ from gemcutter.cli.conversation import Conversation
 from gemcutter.cli.failure import describe
 from gemcutter.cli.line_input import line_history, read_message
 from gemcutter.cli.loading import load_model, spell_how
-from gemcutter.cli.run import note_idle_options, spell_limit
+from gemcutter.cli.run import note_idle_options, spell_limit, with_images
 from gemcutter.cli.terminal import Answer, Volume, note, say, spell_drafts, spell_rate, volume
 from gemcutter.cli.tool_files import ToolFile, Tools, read_tools
 from gemcutter.errors import GemcutterError, RequestError
@@ -52,6 +52,7 @@ In the conversation:
   /show            show the model, the options and how full the context is
   /system [TEXT]   set the system prompt; without TEXT, remove it
   /think on|off    let the model reason before it answers
+  /image FILE      show an image with the next message; needs --media image
   /retry           answer the last question anew
   /undo            forget the last question and its reply
   /clear           forget all turns, but not the system prompt
@@ -66,12 +67,13 @@ EXAMPLES = """\b
 Examples:
   gemcutter chat demo
   gemcutter chat google/gemma-4-E2B-it --system "Answer in one sentence." --think
+  gemcutter chat google/gemma-4-E2B-it --media image --max-soft-tokens 560
   printf 'What is a lantern?\\nAnd a lamp?\\n' | gemcutter chat demo -n 64
 """
 COMMANDS = HELP.partition("\b\n")[2]
 FAREWELLS = ("exit", "quit", "bye")  # what leaves other programs
-SETTABLE = ("max_tokens", *(field.name for field in fields(options.Choosing)))
-NEED_AN_ARGUMENT = {"/save": "FILE", "/load": "FILE", "/think": "on|off", "/set": "NAME VALUE"}
+SETTABLE = ("max_tokens", *(each.name for each in fields(options.Choosing)))
+NEED_AN_ARGUMENT = {"/save": "FILE", "/load": "FILE", "/image": "FILE", "/think": "on|off", "/set": "NAME VALUE"}
 
 MAX_TOKENS = 1024
 MOST_ROUNDS = 8  # of tool calls, after one message
@@ -85,6 +87,8 @@ def chat(
     system: options.System = None,
     think: options.Think = False,
     tools: Tools = None,
+    media: options.Media = None,
+    max_soft_tokens: options.Soft = None,
     max_tokens: MaxTokens = MAX_TOKENS,
     choosing: options.Choosing,
     loading: options.Loading,
@@ -97,13 +101,16 @@ def chat(
     sampling = options.check_sampling(choosing)
     declared = None if tools is None else read_tools(tools)
     prefix_bytes = options.parse_bytes("--prefix-cache-bytes", prefix_cache_bytes)
-    loaded = load_model(model, loading, context=context, kv=kv, **speculating.given, prefix_cache_bytes=prefix_bytes)
+    more: dict[str, Any] = {**speculating.given, "media": tuple(media or ())}
+    loaded = load_model(model, loading, context=context, kv=kv, prefix_cache_bytes=prefix_bytes, **more)
     if loaded.template is None:
         raise RequestError(
             f"{model} has no chat template (a base model?); use `gemcutter run`, or an instruction-tuned checkpoint"
         )
     note_idle_options(loaded, sampling)
-    session = Session(model, loaded, Conversation(system), {"max_tokens": max_tokens, **sampling}, tools=declared)
+    session = Session(
+        model, loaded, Conversation(system), {"max_tokens": max_tokens, **sampling}, tools=declared, soft_tokens=max_soft_tokens
+    )
     session.set_thinking(think)
     with line_history():
         if sys.stdin.isatty() and volume() is not Volume.QUIET:
@@ -123,6 +130,8 @@ class Session:
     think: bool = False
     retries: int = 0
     tools: ToolFile | None = None
+    soft_tokens: int | None = None  # that an image may become at most
+    images: list[str] = field(default_factory=list)  # files that the next message will show
 
     def hold(self) -> None:
         """Take lines until the input ends or /exit; errors and interrupts end a line, never the session."""
@@ -146,7 +155,8 @@ class Session:
             return True
         if not line.startswith("/"):
             if line.strip():
-                self.conversation.ask(line.strip())
+                self.conversation.ask(with_images(line.strip(), self.images))
+                self.images = []
                 self.reply(before)
             return True
         word, _, rest = line.strip().partition(" ")
@@ -174,6 +184,8 @@ class Session:
             case "/system", _:
                 self.conversation.system = rest or None
                 return "system prompt set" if rest else "no system prompt"
+            case "/image", file if file:
+                return self.attach(str(Path(file).expanduser().absolute()))
             case "/think", "on" | "off":
                 self.set_thinking(rest == "on")
                 return f"thinking {rest}"
@@ -188,11 +200,21 @@ class Session:
                 self.conversation.save(Path(file).expanduser())
                 return f"saved {len(self.conversation.messages)} messages to {file}"
             case "/load", file if file:
-                self.conversation = Conversation.load(Path(file).expanduser())
+                self.conversation = Conversation.load(Path(file).expanduser(), has_images=self.model.images is not None)
                 return f"loaded {len(self.conversation.messages)} messages"
             case command, argument if command in NEED_AN_ARGUMENT and (not argument or command == "/set"):
                 return f"{command} needs more: {command} {NEED_AN_ARGUMENT[command]}"
         return f"{word} {rest}".strip() + " is no command; /help lists them, and a line that begins with a space is never one"
+
+    def attach(self, file: str) -> str:
+        """Keep an image for the next message, and say so. Raises RequestError if it can't be read."""
+        if self.model.images is None:
+            raise RequestError("/image: the vision tower is not loaded; start with --media image")
+        from gemcutter.media.decode import read_pixels
+
+        height, width, _ = read_pixels(file, file).shape
+        self.images.append(file)
+        return f"{file}, {width} x {height} pixels, goes with the next message"
 
     @property
     def sampling(self) -> SamplingParams:
@@ -220,13 +242,20 @@ class Session:
 
     def describe(self) -> str:
         """Return the model, the options and how full the context is."""
-        held = self.model.encode(self.conversation.messages) if self.conversation.turns else []
+        held = self._prompt_tokens() if self.conversation.turns else 0
         lines = [f"{self.name}: {spell_how(self.model)}"]
         lines += [f"{name:<19} {self.value_of(name)}" for name in SETTABLE]
         lines.append(f"{'thinking':<19} {'on' if self.think else 'off'}")
         lines.append(f"{'system prompt':<19} {self.conversation.system or 'none'}")
-        lines.append(f"{'messages':<19} {len(self.conversation.messages)}, {len(held)} of {self.model.engine.context} tokens")
+        lines.append(f"{'messages':<19} {len(self.conversation.messages)}, {held} of {self.model.engine.context} tokens")
         return "\n".join(lines)
+
+    def _prompt_tokens(self) -> int:
+        """Count the tokens of the conversation, the rows of images among them."""
+        if self.model.images is None:
+            return len(self.model.encode(self.conversation.messages))
+        prepared = self.model.prepare(self.conversation.messages, max_soft_tokens=self.soft_tokens, max_tokens=0)
+        return len(prepared.request.prompt)
 
     def set_thinking(self, think: bool) -> None:
         """Switch reasoning on or off. Raises RequestError if the template has no such switch."""
@@ -299,6 +328,7 @@ class Session:
             self.conversation.messages,
             enable_thinking=self.think,
             tools=None if self.tools is None else self.tools.declarations,
+            max_soft_tokens=self.soft_tokens,
             **(self.options | again),
         )
 

@@ -7,7 +7,7 @@ terminals. Read `chat.py` for who asks.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ class Conversation:
         opening = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*opening, *self.turns]
 
-    def ask(self, text: str) -> None:
-        """Add what the user says."""
-        self.turns.append({"role": "user", "content": text})
+    def ask(self, content: str | Sequence[Mapping[str, str]]) -> None:
+        """Add what the user says: a text, or parts."""
+        self.turns.append({"role": "user", "content": content})
 
     def answer(self, text: str, reasoning: str = "") -> None:
         """Add what the model said; templates decide which reasoning the model sees again."""
@@ -54,9 +54,12 @@ class Conversation:
         file.write_text(json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, file: Path) -> Conversation:
-        """Read what `save` wrote, or any such list of messages. Raises OSError or RequestError."""
-        from gemcutter.generate_options import check_parts
+    def load(cls, file: Path, has_images: bool = False) -> Conversation:
+        """Read what `save` wrote, or any such list of messages, of images too if they can be shown.
+
+        Raises OSError or RequestError.
+        """
+        from gemcutter.generate_options import PARTS, check_parts
         from gemcutter.text.history import check_messages
 
         try:
@@ -64,7 +67,7 @@ class Conversation:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{file} is not JSON: {error}") from None
         messages = check_messages(found) if found != [] else []
-        check_parts(messages)
+        check_parts(messages, (*PARTS, "image") if has_images else PARTS)
         system = _system_text(messages[0]) if messages else None
         return cls(system, messages[system is not None :])
 

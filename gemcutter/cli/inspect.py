@@ -19,8 +19,8 @@ from gemcutter.checkpoint.container.lazy_tensor import DTYPES
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.doctor.doctor import spell_ranges
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
-from gemcutter.checkpoint.load.held import ITEM_BYTES, Piece, changed_pieces, held_as
-from gemcutter.checkpoint.load.match import Checkpoint, read_checkpoint
+from gemcutter.checkpoint.load.held import ITEM_BYTES, changed_pieces, held_as
+from gemcutter.checkpoint.load.match import Checkpoint, Piece, read_checkpoint
 from gemcutter.checkpoint.load.memory_needs import (
     WeightMemory,
     other_memory,

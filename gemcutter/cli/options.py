@@ -21,7 +21,8 @@ from gemcutter.checkpoint.remote.hub import DEMO
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import Volume, note, remark, set_volume
 from gemcutter.errors import GemcutterError, RequestError
-from gemcutter.load_options import CHECKS, LoadOptions
+from gemcutter.load_options import CHECKS, MEDIA, LoadOptions
+from gemcutter.media.budgets import check_budget
 
 BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -38,6 +39,19 @@ def _checked(option: str) -> Callable[[typer.Context, str | None], str | None]:
             raise typer.BadParameter(str(error).removeprefix(f"{option}: ")) from None
 
     return check
+
+
+def _checked_media(context: typer.Context, value: list[str] | None) -> list[str] | None:
+    if unknown := [name for name in value or () if name not in MEDIA]:
+        raise typer.BadParameter(f"expected {' or '.join(MEDIA)}, found {', '.join(unknown)}")
+    return value
+
+
+def _checked_budget(context: typer.Context, value: int | None) -> int | None:
+    try:
+        return None if value is None else check_budget(value)
+    except RequestError as error:
+        raise typer.BadParameter(str(error).partition(": ")[2]) from None
 
 
 def parse_integers(option: str, text: str) -> tuple[int, ...]:
@@ -305,6 +319,28 @@ class Choosing:
     ] = None
     seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None
 
+
+# ---- images ----
+
+Media = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="image",
+        help="What messages may hold beside text; image loads the vision tower.",
+        callback=_checked_media,
+        show_default=False,
+    ),
+]
+Soft = Annotated[
+    int | None,
+    typer.Option(
+        "--max-soft-tokens",
+        metavar="70|140|280|560|1120",
+        help="What an image may become at most.  [default: what the model was made for]",
+        callback=_checked_budget,
+        show_default=False,
+    ),
+]
 
 # ---- what to say ----
 

@@ -7,7 +7,7 @@ to know how text is generated. Read `gemcutter/api.py` next.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,9 +41,16 @@ Examples:
   gemcutter run demo "In the beginning" --raw -n 64 --temperature 0.8 --top-p 0.95 --seed 7
   gemcutter run google/gemma-4-E2B-it - < question.txt
   gemcutter run demo "Is a lantern a lamp?" --choice yes --choice no
+  gemcutter run google/gemma-4-E2B-it --image receipt.jpg "What was the total?" --max-soft-tokens 1120
   gemcutter run demo --tokens 2,1024,981 --top-logits 10 --json
 """
 
+Images = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image", metavar="FILE", help="An image before the prompt, or in place of <|image|> in --raw text; repeatable."
+    ),
+]
 PromptText = Annotated[str | None, typer.Argument(metavar="PROMPT", help='Text; "-" is stdin.', show_default=False)]
 MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", metavar="N", min=0, help="Tokens to generate at most.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Leave the chat template out: <bos> and the text as it is.")]
@@ -69,6 +76,8 @@ def run(
     max_tokens: MaxTokens = 256,
     raw: Raw = False,
     tokens: Tokens = None,
+    image: Images = None,
+    max_soft_tokens: options.Soft = None,
     system: options.System = None,
     think: options.Think = False,
     tools: Tools = None,
@@ -93,10 +102,14 @@ def run(
     choice, constraint = read_tool_choice(tool_choice, declared), form.constraint()
     asked = read_prompt(prompt, tokens)
     sampling = options.check_sampling(choosing, logprobs=logprobs)
-    loaded = load_model(model, loading, context=context, kv=kv, **speculating.given)
+    files, media = image or [], ("image",) if image else ()
+    loaded = load_model(model, loading, context=context, kv=kv, media=media, **speculating.given)
     note_idle_options(loaded, sampling)
+    given = asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think, files)
     chunks = loaded.stream(
-        asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think),
+        given,
+        images=() if isinstance(given, list) else files,
+        max_soft_tokens=max_soft_tokens,
         max_tokens=max_tokens,
         stop=stop or (),
         ignore_eos=ignore_eos,
@@ -157,10 +170,10 @@ def read_stdin() -> str:
         raise RequestError(f"stdin is not valid UTF-8 (byte {error.start}); convert it first") from None
 
 
-def as_message(model: Model, text: str, system: str | None, think: bool) -> Prompt:
+def as_message(model: Model, text: str, system: str | None, think: bool, images: Sequence[str] = ()) -> Prompt:
     """Make a conversation of a text where the model has a chat template. Raises RequestError if options need one it lacks."""
     if model.template is not None:
-        return conversation(text, system)
+        return conversation(text, system, images)
     if system is not None or think:
         raise RequestError("this checkpoint has no chat template (a base model?), which --system and --think need")
     note("the checkpoint has no chat template (a base model?): the text is continued as it is, as with --raw")
@@ -193,10 +206,15 @@ def spell_limit(completion: Completion, max_tokens: int) -> str:
     return f"the end of the context, {len(completion.prompt_tokens) + len(completion.tokens)} tokens (--context)"
 
 
-def conversation(text: str, system: str | None) -> list[dict[str, str]]:
-    """Return the messages of a first turn."""
+def conversation(text: str, system: str | None, images: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the messages of a first turn, image files before its text."""
     opening = [] if system is None else [{"role": "system", "content": system}]
-    return [*opening, {"role": "user", "content": text}]
+    return [*opening, {"role": "user", "content": with_images(text, images)}]
+
+
+def with_images(text: str, images: Sequence[str]) -> str | list[dict[str, str]]:
+    """Return a message's content: a text, or parts where there are image files before it."""
+    return [*({"type": "image", "path": file} for file in images), {"type": "text", "text": text}] if images else text
 
 
 def as_object(completion: Completion, load_s: float, *, wants_top_logits: bool) -> dict[str, Any]:

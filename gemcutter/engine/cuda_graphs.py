@@ -359,7 +359,9 @@ def _shape(chunks: Sequence[ScheduledChunk]) -> tuple[int, int]:
 
 def _is_plain(chunk: ScheduledChunk) -> bool:
     is_short = chunk.rows <= MOST_ROWS and chunk.is_last
-    return is_short and rows_for_logits(chunk) > 0 and not chunk.reports and chunk.sequence.request.adapter is None
+    request = chunk.sequence.request
+    has_media = any(span.stop > chunk.start for span in request.media)
+    return is_short and rows_for_logits(chunk) > 0 and not (chunk.reports or has_media) and request.adapter is None
 
 
 def _is_sampled_by_graph(chunk: ScheduledChunk) -> bool:

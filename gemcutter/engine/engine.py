@@ -18,6 +18,7 @@ import torch
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.cache.prefix_cache import PrefixCache
 from gemcutter.engine.cuda_graphs import CapturedSteps
+from gemcutter.engine.media import problems_of
 from gemcutter.engine.memory import compact_weights, page_counts, prefix_pages
 from gemcutter.engine.request import FinishReason, Request, RequestEvent, SequenceState
 from gemcutter.engine.runner import ChunkResult, ModelRunner, PendingStep
@@ -42,7 +43,8 @@ class Engine:
     graphs on a GPU; by default wherever that is possible. `kv_dtype` is that of the cache, by default the decoder's. `speculator`
     drafts tokens to be verified several a step.
     `max_stall_ms` bounds how long a step may last, by giving it fewer prompt rows, as far as measured steps can tell; without it
-    only their number is bounded. What is computed does not depend on it.
+    only their number is bounded. What is computed does not depend on it. `largest_block` is how many rows an image may have whose
+    rows see each other: a step is as large if need be.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Engine:
         kv_dtype: torch.dtype | None = None,
         speculator: Speculator | None = None,
         max_stall_ms: float | None = None,
+        largest_block: int = 0,
     ) -> None:
         self.decoder = decoder
         self.context = min(context, decoder.plan.context)
         dtype, compact = kv_dtype or decoder.dtype, compact_weights(decoder)
+        self._most_rows = max(max_batched_tokens, largest_block)
         prefixes = prefix_pages(decoder.plan, self.context, max_num_seqs, prefix_cache_bytes, dtype.itemsize, compact)
-        counts = page_counts(decoder.plan, self.context, max_batched_tokens, max_num_seqs, prefixes)
+        counts = page_counts(decoder.plan, self.context, self._most_rows, max_num_seqs, prefixes)
         self.pool = PagedKVCache(decoder.plan, counts, dtype, decoder.device, compact)
         self.prefix = PrefixCache(self.pool, prefixes)
         sizer = None if max_stall_ms is None else StepSizer(max_stall_ms / 1000)
@@ -94,7 +98,7 @@ class Engine:
         """
         if problems := list(self._adapter_problems(request)):
             raise RequestError("the request can't be served", problems)
-        sequence = SequenceState(number, request)
+        sequence = SequenceState(number, request, self.decoder.plan.bidirectional)
         if request.deadline_s is not None:
             sequence.expires_s = self.clock() + request.deadline_s
             self._timed[number] = sequence
@@ -155,6 +159,8 @@ class Engine:
             if not (_is_count(number) or (number is None and name == "prompt_logprobs")):
                 yield f"request.{name}: expected 0 or more, found {spell_value(number)}"
         yield from self._limit_problems(request)
+        plan = self.decoder.plan
+        yield from problems_of(request.media, len(request.prompt), plan.hidden, self._most_rows if plan.bidirectional else None)
         flag: Any = request.hidden_states
         if not isinstance(flag, bool):
             yield f"request.hidden_states: expected True or False, found {spell_value(flag)}; it gives the last layer's, normed"
@@ -314,7 +320,7 @@ class Engine:
             sequence.state_D = result.sampled_RD[len(taken) - 1]
         if chunk.in_prompt:  # before windows that later rows don't see are let go
             self.prefix.keep(
-                request.prompt,
+                sequence.prompt_key,
                 table,
                 request.adapter,
                 request.cache_salt,
@@ -388,7 +394,7 @@ class Engine:
         """Take a sequence out; what it computed stays in the prefix cache."""
         if sequence.table is not None:
             sequence.table.commit(0)  # a row may be launched already
-            ids = sequence.ids(0, min(sequence.table.length, sequence.num_tokens))
+            ids = sequence.key_ids(0, min(sequence.table.length, sequence.num_tokens))
             self.prefix.keep(ids, sequence.table, sequence.request.adapter, sequence.request.cache_salt)
         self.scheduler.leave(sequence)
         if self.speculator is not None:

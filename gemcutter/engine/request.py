@@ -13,6 +13,7 @@ from enum import Enum
 from torch import Tensor
 
 from gemcutter.cache.block_table import BlockTable
+from gemcutter.engine.media import MediaSpan, key_ids
 from gemcutter.engine.sampler import LogitsProcessor, Observer
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.engine.sampling_params import SamplingParams
@@ -41,7 +42,8 @@ class Request:
     `logits_processors` edit the logits of every sampled token, in this order, before bias and penalties. No stop id is sampled
     before the reply has `min_tokens`. Of requests that wait, and that compete for pages, the one with the lower `priority` comes
     first. `deadline_s` seconds after it was queued a request ends, however far it is. `watchdog` says how a reply that repeats
-    itself is recognised; it ends then. Prefixes are shared among requests of one `cache_salt` only.
+    itself is recognised; it ends then. Prefixes are shared among requests of one `cache_salt` only. `media` are the rows of the
+    prompt that are no tokens, in order.
     """
 
     prompt: tuple[int, ...]
@@ -58,6 +60,7 @@ class Request:
     deadline_s: float | None = None
     watchdog: TokenClasses | None = None
     cache_salt: str | None = None
+    media: tuple[MediaSpan, ...] = ()
 
     @property
     def wants_all_rows(self) -> bool:
@@ -103,8 +106,11 @@ class RequestEvent:
 class SequenceState:
     """A running or waiting request: its reply so far, its block tables and its seed. Only the engine changes it."""
 
-    def __init__(self, number: int, request: Request) -> None:
+    def __init__(self, number: int, request: Request, has_blocks: bool = False) -> None:
+        """Begin with nothing computed; `has_blocks` says that the rows of an image see each other."""
         self.number, self.request = number, request
+        self.prompt_key = key_ids(request.prompt, request.media)  # by which prefixes are told apart
+        self.blocks = tuple((span.start, span.stop) for span in request.media if span.is_block) if has_blocks else ()
         self.reply: list[int] = []  # a preempted sequence computes prompt and reply anew
         self.table: BlockTable | None = None
         self.report = PromptReport()
@@ -128,6 +134,13 @@ class SequenceState:
         if start >= prompt:
             return tuple(self.reply[start - prompt : stop - prompt])
         return (*self.request.prompt[start:stop], *self.reply[: max(stop - prompt, 0)])
+
+    def key_ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Return what `ids` does, with media told apart by their contents."""
+        prompt = len(self.prompt_key)
+        if start >= prompt:
+            return self.ids(start, stop)
+        return (*self.prompt_key[start:stop], *self.reply[: max(stop - prompt, 0)])
 
     def append(self, token: int) -> None:
         """Add a sampled token to the reply."""

@@ -20,6 +20,7 @@ from typing import Protocol
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.cache.prefix_cache import PrefixCache, common_length
+from gemcutter.engine.media import whole_blocks
 from gemcutter.engine.request import SequenceState
 from gemcutter.engine.step_sizer import StepSizer
 from gemcutter.errors import CapacityError
@@ -157,6 +158,7 @@ class Scheduler:
         self.running: list[SequenceState] = []  # the most urgent first
         self.preemptions = self.prefix_queries = self.prefix_hits = 0  # since the start; the latter two in tokens
         self.waiting_tokens = 0  # of all who wait
+        self._has_large_block = False  # a block of media goes beyond the step's rows
         self._is_full = False  # the newcomer whose turn it is found no pages
         self.awaiting: set[int] = set()  # who was not let in, because somebody computes its beginning
         self._awaited: dict[int, Awaited] = {}  # by who waits for it
@@ -171,6 +173,7 @@ class Scheduler:
         """Reserve the rows of the next step; an empty list means there is nothing to do."""
         decoding = [sequence for sequence in self.running if sequence.decodes]
         newcomers = self._newcomers()
+        self._has_large_block = False
         plan = self._plan(decoding, newcomers)
         chunks, everyone = list[ScheduledChunk](), len(self.running)
         for sequence in list(self.running):  # in this order, so that nobody younger has pages for the step yet
@@ -270,10 +273,10 @@ class Scheduler:
         for other in (*self.running, *newcomers):
             if not other.in_prompt or (other.request.adapter, other.request.cache_salt) != space:
                 continue
-            shared = min(common_length(request.prompt, other.request.prompt), len(request.prompt) - 1) // size * size
+            shared = min(common_length(sequence.prompt_key, other.prompt_key), len(request.prompt) - 1) // size * size
             if shared < size or shared <= other.computed or urgency(sequence) < urgency(other):
                 continue
-            cached = self.prefix.usable(request.prompt, *space) if cached is None else cached
+            cached = self.prefix.usable(sequence.prompt_key, *space) if cached is None else cached
             if shared < cached + size:
                 continue
             if other.table is None:
@@ -287,10 +290,13 @@ class Scheduler:
     def _admit(self, sequence: SequenceState, budget: int) -> ScheduledChunk | None:
         request, found = sequence.request, None
         if not (sequence.in_prompt and request.wants_all_rows):
-            found = self.prefix.find(sequence.ids(0, sequence.num_tokens), request.adapter, request.cache_salt)
+            found = self.prefix.find(sequence.key_ids(0, sequence.num_tokens), request.adapter, request.cache_salt)
         table = BlockTable(self.pool) if found is None else found
         sequence.table = table
-        rows = min(sequence.pending, budget)
+        if not (rows := self._uncut(sequence, min(sequence.pending, budget), budget)):
+            table.release()
+            sequence.table = None
+            return None
         while True:
             try:
                 table.reserve(rows)
@@ -322,6 +328,8 @@ class Scheduler:
         """Reserve rows of a running sequence, taking pages from cached prefixes and less urgent sequences if need be."""
         table = sequence.table
         assert table is not None
+        if not (rows := self._uncut(sequence, rows, rows)):
+            return []  # another block has the step
         while True:
             try:
                 table.reserve(rows + len(drafts))
@@ -331,6 +339,20 @@ class Scheduler:
                     drafts = ()  # a guess is worth nobody's pages
                 elif not self.prefix.evict(table.shortage(rows)) and not self._preempt_younger(sequence):
                     return []  # more urgent sequences hold the pages; they will finish
+
+    def _uncut(self, sequence: SequenceState, rows: int, planned: int) -> int:
+        """Return how many of its next rows a sequence gets instead of `rows`, so that no block of media is cut.
+
+        A block may be larger than what is `planned`; one of a step's is computed all the same, the others wait: none there.
+        """
+        start = sequence.computed
+        found = whole_blocks(sequence.blocks, start, rows)
+        if found <= planned:
+            return found
+        if self._has_large_block:
+            return 0
+        self._has_large_block = True
+        return found
 
     def _most_drafts(self, sequence: SequenceState) -> int:
         """Return how many drafts a sequence may get: its last token needs none."""

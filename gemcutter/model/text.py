@@ -7,7 +7,7 @@ for the head, D hidden, H heads, E head dim, V vocabulary, P per-layer-embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -118,7 +118,7 @@ class Decoder:
 
         site = KernelSite("linear", None, self.device.type, dtype_name(rows), compute, kernels)
         self.kernel_plan = KernelPlan(plan, site, self._stored)
-        self.op_context = ctx = OpContext(self._bind_linear(site), self.precision)
+        self.op_context = ctx = OpContext(bind_linear(self.params.values(), site), self.precision)
         self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
         self.embed, self.final_norm, self.lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
         self._next_norms = self._following_norms()
@@ -258,20 +258,21 @@ class Decoder:
                     ple_embed = self._bind("ple_embed", params, ctx, kernels)
         return AdaptedBody(params, adapters, layers, ple_embed, version)
 
-    def _bind_linear(self, site: KernelSite) -> Linear:
-        """Select the kernel of every kind of stored weight once; a call then only looks it up."""
-        weights = [param for param in self.params.values() if isinstance(param, Weight)]
-        kinds = {part.stored for weight in weights for part in (weight, *(Weight((each,)) for each in weight.parts))}
-        table = {stored: select_kernel(replace(site, stored=stored)).impl.load() for stored in kinds}
-        if len(table) == 1:
-            (only,) = table.values()
-            return only
-        return lambda x_ND, weight: table[weight.stored](x_ND, weight)
-
     def _stored(self, name: str) -> Sequence[str]:
         """List how the parts of a weight are held, each alone, as some ops multiply with them: q without k and v, say."""
         weight = self.params.get(name)
         return [Weight((part,)).stored for part in weight.parts] if isinstance(weight, Weight) else []
+
+
+def bind_linear(params: Iterable[Param], site: KernelSite) -> Linear:
+    """Select the kernel of every kind of stored weight once; a call then only looks it up."""
+    weights = [param for param in params if isinstance(param, Weight)]
+    kinds = {part.stored for weight in weights for part in (weight, *(Weight((each,)) for each in weight.parts))}
+    table = {stored: select_kernel(replace(site, stored=stored)).impl.load() for stored in kinds}
+    if len(table) == 1:
+        (only,) = table.values()
+        return only
+    return lambda x_ND, weight: table[weight.stored](x_ND, weight)
 
 
 def _embed_ple(

@@ -88,7 +88,7 @@ def build_attention(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Para
     """
 
     def attention(q_NHE: Tensor, step: Step, cache: KVCache) -> Tensor:
-        out, last_N = torch.empty_like(q_NHE), step.last_visible_N
+        out, last_N = torch.empty_like(q_NHE), step.last_visible.get(layer.group)
         for index, kv_range in enumerate(step.kv_ranges[layer.group]):
             low, high = step.query_start[index], step.query_start[index + 1]
             if low == high:

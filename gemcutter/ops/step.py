@@ -115,8 +115,9 @@ class Step:
 
     `positions_N` are absolute, ascending within a sequence. `kv_ranges` says what each sequence may read of a group, this step's
     rows included, `slot_mapping` where each row's keys and values go. `logit_rows` lists the rows whose final states are wanted,
-    ascending; None: all. `last_visible_N` is the last position that each row may see, its own where it is less, never descending
-    within a sequence; None: its own for all rows. What follows `adapters` is made by `prepare`.
+    ascending; None: all. `last_visible` is, by group, the last position that each row may see there, [N], its own where it is
+    less, never descending within a sequence; in groups that it does not name rows see up to themselves. What follows `adapters`
+    is made by `prepare`.
     """
 
     ids_N: Tensor
@@ -127,7 +128,7 @@ class Step:
     slot_mapping: dict[GroupId, Tensor]
     logit_rows: tuple[int, ...] | None
     rope: dict[RopeSpec, Rotation]  # for these rows, in the rows' dtype
-    last_visible_N: Tensor | None = None
+    last_visible: Mapping[GroupId, Tensor] = field(default_factory=dict)
     media: MediaRows | None = None
     adapters: tuple[str | None, ...] = ()  # whose changes each sequence's rows get; () where no sequence wants any
     adapter_rows: AdapterRows = field(default_factory=lambda: NO_ADAPTERS)
@@ -161,7 +162,7 @@ class Step:
             slot_mapping={},
             logit_rows=None,
             rope={spec: (cos[rows_M], sin[rows_M]) for spec, (cos, sin) in self.rope.items()},
-            last_visible_N=None if self.last_visible_N is None else self.last_visible_N[rows_M],
+            last_visible={group: last_N[rows_M] for group, last_N in self.last_visible.items()},
             media=None,
             adapter_rows=NO_ADAPTERS,
             attn_metadata={},

@@ -80,7 +80,7 @@ CASES: dict[str, Callable[[Step, int], Step]] = {
     "listed slot": lambda step, size: with_ranges(step, torch.tensor([0, 1, size])),
     "position beyond the range": lambda step, size: with_ranges(step, slice(0, 2)),
     "negative position": lambda step, size: replace(step, positions_N=torch.tensor([-1, 1, 2])),
-    "last visible": lambda step, size: replace(step, last_visible_N=torch.tensor([0, 1, 3])),
+    "last visible": lambda step, size: replace(step, last_visible=dict.fromkeys(step.slot_mapping, torch.tensor([0, 1, 3]))),
 }
 
 

@@ -220,7 +220,8 @@ def naive_attention(q_NHE: Tensor, step: Step, pool: Cache, window: int | None) 
         keys, values = (x[span.where].double().repeat_interleave(group, dim=1) for x in (pool.keys, pool.values))
         for row in range(step.query_start[index], step.query_start[index + 1]):
             own = int(step.positions_N[row])
-            last = own if step.last_visible_N is None else int(step.last_visible_N[row])
+            last_N = step.last_visible.get(group_of(window))
+            last = own if last_N is None else int(last_N[row])
             oldest = 0 if window is None else max(0, own - window + 1)
             assert oldest >= span.start, "the test released a key that is seen"
             seen = slice(oldest - span.start, last + 1 - span.start)
@@ -281,7 +282,7 @@ def test_attention_sees_up_to_the_last_visible_position(impl: KernelImpl, window
         for position in part.positions
     ]
     pool, spans = make_cache(parts, layer, F32, scattered=True, poison=torch.nan)
-    step = make_step(parts, spans, layer, last_visible_N=torch.tensor(last))
+    step = make_step(parts, spans, layer, last_visible={layer.group: torch.tensor(last)})
     q_NHE = randn(len(last), 4, 64, seed=6) / 8
     found, wanted = attention_of(impl, layer)(q_NHE, step, pool), naive_attention(q_NHE, step, pool, window)
     assert_close(found, wanted, TOLERANCE[F32])

@@ -10,26 +10,28 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemcutter.checkpoint.load.load_params import load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
-from gemcutter.checkpoint.write.synth import COPIED
 from gemcutter.engine.engine import Engine
+from gemcutter.engine.media import MediaSpan
 from gemcutter.engine.request import PromptReport, Request, RequestEvent
+from gemcutter.load_options import LoadOptions
+from gemcutter.loading import open_model
+from gemcutter.media.image import grid_positions
 from gemcutter.model.text import Decoder
+from tests.trained import release_folder
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 MODELS = ["tiny-e", "tiny-e-release", "tiny-a"]
-SHARDS = 3
 
 
 @functools.cache
@@ -39,25 +41,9 @@ def read(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the published layout over the demo's weights: nested config, towers, redundant tensors, three shards, an index."""
-    folder = tmp_path_factory.mktemp("tiny-e-release")
-    for name in COPIED:
-        shutil.copy(DEMO_FOLDER / name, folder / name)
-    shutil.copy(GOLDENS / "tiny-e-release-config.json", folder / "config.json")
-    demo = load_file(DEMO_FOLDER / "model.safetensors")
-    tensors = {f"model.language_model.{name.removeprefix('model.')}": tensor for name, tensor in demo.items()}
-    tensors |= load_file(GOLDENS / "tiny-e-release-extra.safetensors")
-    shards: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
-    for index, name in enumerate(sorted(tensors)):
-        shards[index * SHARDS // len(tensors)][name] = tensors[name]
-    places = dict[str, str]()
-    for index, shard in enumerate(shards):
-        file = f"model-{index + 1:05}-of-{SHARDS:05}.safetensors"
-        save_file(shard, folder / file)
-        places |= dict.fromkeys(shard, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return folder
+def release() -> Path:
+    """Return the published layout over the demo's weights."""
+    return release_folder()
 
 
 @functools.cache
@@ -130,3 +116,38 @@ def test_a_release_is_the_demo_and_more(release: Path) -> None:
     }
     assert set(mine.matched.other_modules) == {"audio tower", "vision tower"}
     assert not bare.matched.notes(bare.plan)
+
+
+@dataclass(frozen=True)
+class Waves:
+    """The golden's image: its values are a formula's, no pixels."""
+
+    rows: int = 6
+    columns: int = 9
+
+    def values(self) -> Tensor:
+        patches, channels = torch.arange(54.0, dtype=torch.float64)[:, None], torch.arange(768.0, dtype=torch.float64)
+        return (0.5 + 0.5 * torch.sin(0.37 * patches + 0.011 * channels)).float()
+
+    def positions(self) -> Tensor:
+        return grid_positions(self.rows, self.columns)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_an_images_rows_and_logits(kernels: str, release: Path) -> None:
+    golden = read("tiny-e-release-image")
+    opened = open_model(LoadOptions(model=str(release), dtype="float32", kernels=kernels, media=("image",)))
+    assert opened.vision is not None
+    (rows_KD,) = opened.vision.encode([Waves()])
+    wanted = torch.tensor(golden["soft_tokens"])
+    assert (rows_KD - wanted).abs().max() / wanted.abs().max() < 2e-5
+    ids = golden["image_prompt"]["token_ids"]
+    image = 18
+    span = MediaSpan(ids.index(image), "0" * 64, rows_KD)
+    assert ids.count(image) == span.rows
+    for chunk in (1, 7, 64):
+        engine = Engine(opened.decoder, 1024, max_batched_tokens=chunk)
+        (events,) = run(engine, [Request(tuple(ids), max_tokens=1, top_logits=10, media=(span,))])
+        found, values = zip(*report(events).top_logits, strict=True)
+        assert list(found) == golden["image_prompt"]["top10_ids"]
+        assert list(values) == pytest.approx(golden["image_prompt"]["top10_logits"], rel=2e-5)

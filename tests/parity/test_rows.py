@@ -169,7 +169,8 @@ def states_with(decoder: Decoder, last: Tensor | None, wanted: tuple[int, ...] |
     """Run the last 12 rows of a sequence, and give the states of all or of the wanted ones."""
     cache, sequence, table = filled(decoder)
     step = build_step(decoder, [ScheduledChunk.of(sequence, table, 12)])
-    return decoder.forward(decoder.prepare(bare(step, last_visible_N=last, logit_rows=wanted)), cache)
+    ahead = {} if last is None else dict.fromkeys(step.kv_ranges, last)
+    return decoder.forward(decoder.prepare(bare(step, last_visible=ahead, logit_rows=wanted)), cache)
 
 
 @pytest.mark.parametrize("size", ["E2B", "12B", "26B-A4B"])

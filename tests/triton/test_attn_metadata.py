@@ -80,7 +80,7 @@ def test_it_is_made_once_a_step_for_its_groups_alone(device: torch.device) -> No
 def test_last_visible_positions_come_along(device: torch.device) -> None:
     step, _ = make_step(None, device)
     last = torch.arange(9, device=device) + 20
-    step = prepare(replace(step, last_visible_N=last, logit_rows=(1, 8)), build)
+    step = prepare(replace(step, last_visible={GLOBAL_GROUP: last}, logit_rows=(1, 8)), build)
     whole, kept = of_group(step, GLOBAL_GROUP), of_group(step.remaining, GLOBAL_GROUP)
     assert whole.last_visible_N is not None
     assert kept.last_visible_N is not None

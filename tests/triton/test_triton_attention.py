@@ -203,7 +203,7 @@ def test_media_rows_see_all_of_their_block(parts: tuple[Part, ...], window: int 
     ends = [start + rows - 1 for start, rows in parts]  # of the last block of every sequence
     last = [ends[0] if 41 <= p <= 44 or 5 <= p <= 25 else p for p in positions[: parts[0][1]]]
     last += [min(p + 2, ends[1]) for p in positions[parts[0][1] :]]
-    step = replace(world.step, last_visible_N=torch.tensor(last, device=device))
+    step = replace(world.step, last_visible=dict.fromkeys(world.step.kv_ranges, torch.tensor(last, device=device)))
     assert_close(world.attend(prepare(step, attn_metadata.build)), world.expected(last))
 
 

@@ -30,13 +30,12 @@ def test_no_numbers_at_all() -> None:
 
 def test_kept_rows_are_narrowed_once() -> None:
     ids = torch.arange(10, 16)
-    bare = Step(ids, ids, ids, (0, 4, 6), {}, {GLOBAL_GROUP: ids}, (1, 3, 5), {}, last_visible_N=ids)
+    bare = Step(ids, ids, ids, (0, 4, 6), {}, {GLOBAL_GROUP: ids}, (1, 3, 5), {}, last_visible={GLOBAL_GROUP: ids})
     step = prepare(bare)
     kept = step.kept
     assert kept is step.remaining is not None
     assert kept.ids_N.tolist() == [11, 13, 15]
-    assert kept.last_visible_N is not None
-    assert kept.last_visible_N.tolist() == [11, 13, 15]
+    assert {group: last_N.tolist() for group, last_N in kept.last_visible.items()} == {GLOBAL_GROUP: [11, 13, 15]}
     assert (kept.query_start, kept.slot_mapping, kept.logit_rows, kept.kept) == ((0, 2, 3), {}, None, None)
     assert step.logit_rows_M is not None
     assert step.logit_rows_M.tolist() == [1, 3, 5]

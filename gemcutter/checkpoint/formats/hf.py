@@ -33,7 +33,6 @@ TOWER_PREFIXES = {
 }
 # Leftovers that carry no weights of the decoder: vestiges of an older design, generated tables, scales of a quantised cache.
 VESTIGES = re.compile(r"rotary_emb\.|\.inv_freq$|_embedding_norm\.|\.softcap$|\.(?:[kv]_cache_scale|[kv]_scale)$")
-
 GLOBALS: dict[str, tuple[str, str | None]] = {
     "embed_tokens.weight": ("embed.tokens", None),
     "embed_tokens_per_layer.weight": ("embed.ple", None),
@@ -123,9 +122,8 @@ def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
 def translate(tensor: LazyTensor) -> StoredTensor:
     """Name one tensor canonically; `name` stays None for what the format does not know."""
     bare = strip(tensor.name)
-    for prefix, kind in TOWER_PREFIXES.items():
-        if bare.startswith(prefix):
-            return StoredTensor(kind, None, tensor)
+    if (kind := tower_kind(bare)) is not None:
+        return StoredTensor(kind, None, tensor)
     if VESTIGES.search(bare):
         return StoredTensor("(leftovers of other engines)", None, tensor)
     if bare in GLOBALS:
@@ -135,6 +133,11 @@ def translate(tensor: LazyTensor) -> StoredTensor:
         name, part = LAYERED[layer[2]]
         return StoredTensor(f"layers.{int(layer[1])}.{name}", part, tensor)
     return StoredTensor(None, None, tensor)
+
+
+def tower_kind(bare: str) -> str | None:
+    """Return which tower a tensor is of, such as "(vision tower)", by its name after its prefix; None for the decoder's."""
+    return next((kind for prefix, kind in TOWER_PREFIXES.items() if bare.startswith(prefix)), None)
 
 
 def strip(name: str) -> str:

@@ -8,6 +8,11 @@ read.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.container.stored_tensor import StoredTensor
+from gemcutter.checkpoint.formats import hf
 
 Name = tuple[str, str | None]  # canonical, and the part of it that is stored under the name
 
@@ -79,8 +84,18 @@ LAYERED: dict[str, dict[str, str]] = {
         **{f"feed_forward{n}.post_layer_norm.weight": f"ff{n}.post_norm" for n in (1, 2)},
     },
 }
+VESTIGES = re.compile(r"embed_(?:vision|audio)\.embedding\.")  # of an older design
 LAYER = re.compile(r"(vision|audio)_tower\.(?:encoder\.)?layers\.([0-9]{1,9})\.(.+)")
 LINEAR = re.compile(r"(.+?)\.(?:linear\.weight|((?:input|output)_(?:min|max)))")
+
+
+def pieces(source: Source, tower: str) -> Iterator[StoredTensor]:
+    """Yield the stored tensors of a tower, "vision" or "audio", under their canonical names; `name` None for unknown ones."""
+    for tensor in source.tensors.values():
+        bare = hf.strip(tensor.name)
+        if hf.tower_kind(bare) == f"({tower} tower)" and not hf.VESTIGES.search(bare) and not VESTIGES.match(bare):
+            name, part = translate(bare) or (None, None)
+            yield StoredTensor(name, part, tensor)
 
 
 def translate(bare: str) -> Name | None:
@@ -102,3 +117,23 @@ def translate(bare: str) -> Name | None:
     if linear[2]:
         return ".".join([prefix + name, *([part] if part else []), linear[2]]), None
     return prefix + name, part
+
+
+def spell(name: str, part: str | None) -> str:
+    """Return the name that `save_pretrained` writes for a tower's canonical parameter or part; the inverse of `translate`."""
+    owned = [own for own, canonical in GLOBALS.items() if canonical == name]
+    if owned:
+        return f"model.{owned[0]}"
+    tower, _, rest = name.partition(".layers.")
+    index, _, rest = rest.partition(".")
+    prefix = f"model.vision_tower.encoder.layers.{index}." if tower == "vision" else f"model.audio_tower.layers.{index}."
+    for own, canonical in LAYERED[tower].items():
+        if canonical == rest:
+            return prefix + own
+    for own, linear in LINEARS[tower].items():
+        if linear == (rest, part):
+            return f"{prefix}{own}.linear.weight"
+        stem, _, bound = rest.rpartition(".")
+        if ".".join(filter(None, linear)) == stem:
+            return f"{prefix}{own}.{bound}"
+    raise KeyError(name)

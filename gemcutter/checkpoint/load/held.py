@@ -11,11 +11,9 @@ from collections.abc import Callable, Sequence
 from gemcutter.checkpoint.container.lazy_tensor import DTYPES
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.formats.lora import Adapter
-from gemcutter.checkpoint.load.match import Checkpoint
+from gemcutter.checkpoint.load.match import Checkpoint, Piece
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # of the compute dtypes
-
-Piece = tuple[str, str | None]  # a parameter, and the part of it that is stored; None where it is stored whole
 
 
 def stays_mapped(dtypes: Sequence[str], stored: str, compute: str, device: str) -> bool:

@@ -8,7 +8,7 @@ goes out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
-from gemcutter.checkpoint.load.held import Piece, stays_mapped
-from gemcutter.checkpoint.load.match import Checkpoint
+from gemcutter.checkpoint.load.held import stays_mapped
+from gemcutter.checkpoint.load.match import Checkpoint, Piece
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.row_chunks import dense, row_chunks, unpack, whole
 from gemcutter.errors import CheckpointError
@@ -68,6 +68,18 @@ def load_params(
     if panels.made and cache is not None:
         cache.write({**panels.kept, **panels.made})
     return params
+
+
+def load_tower(
+    specs: Iterable[ParamSpec],
+    pieces: Mapping[str, tuple[StoredTensor, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+    packer: Packer | None = None,
+) -> dict[str, Weight | Tensor]:
+    """Return every parameter of a tower from its matched pieces, as `load_params` does; nothing is quantized."""
+    loader = _Loader(dtype, device, packer or PlainPacker(device), None, PackedWeights({}), 0.0)
+    return {spec.name: loader.load(spec, pieces[spec.name]) for spec in specs}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from gemcutter.checkpoint.formats import FORMATS, Format, hf
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan, ParamSpec, derive
 
+Piece = tuple[str, str | None]  # a parameter, and the part of it that is stored; None where it is stored whole
 Spell = Callable[[str, str | None], str]  # a parameter and its part to the name of a tensor in a file
 
 FLOATS = ("BF16", "F16", "F32")
@@ -55,15 +56,17 @@ class Matched:
             return ""
         return f": nearly all have {found} where config.json's hidden_size is {expected}; are both of one model?"
 
-    def notes(self, plan: ModelPlan) -> list[str]:
-        """Return notes on what was left out and why."""
+    def notes(self, plan: ModelPlan, loaded: Collection[str] = ()) -> list[str]:
+        """Return notes on what was left out and why; `loaded` are kinds of other modules that were not."""
         notes = []
         if self.redundant:
             readers = {piece.name.split(".")[1] for piece in self.redundant if piece.name and piece.name.startswith("layers.")}
             size = sum(piece.data.nbytes for piece in self.redundant) / 1e6
             place = f"{len(readers)} layers that do not use them" if readers else "a tied head"
             notes.append(f"{len(self.redundant)} tensors of {place} skipped, as planned ({size:.1f} MB)")
-        notes += [f"{len(pieces)} tensors of the {kind} not loaded" for kind, pieces in self.other_modules.items()]
+        notes += [
+            f"{len(pieces)} tensors of the {kind} not loaded" for kind, pieces in self.other_modules.items() if kind not in loaded
+        ]
         return [*notes, *table_notes(plan)]
 
 
@@ -86,11 +89,11 @@ class Checkpoint:
     matched: Matched
     format: str
 
-    def notes(self) -> list[str]:
-        """Return notes on what was passed over, and what does not fit together."""
+    def notes(self, loaded: Collection[str] = ()) -> list[str]:
+        """Return notes on what was passed over, and what does not fit together; `loaded` are towers that were not, by kind."""
         wrapped = next((prefix for prefix in hf.WRAPPERS if all(name.startswith(prefix) for name in self.source.tensors)), None)
         carried = [] if wrapped is None else [f"all tensors' names begin with {wrapped!r}, which a training script left there"]
-        return [*self.config.notes, *carried, *self.matched.notes(self.plan)]
+        return [*self.config.notes, *carried, *self.matched.notes(self.plan, loaded)]
 
 
 def open_checkpoint(path: Path, ignore: Sequence[str] = ()) -> Checkpoint:
@@ -122,10 +125,14 @@ def match(
     problems: list[str] = []
     matched = compare(plan, pieces, problems, ignore, spell)
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        summary = f"{source} does not match the plan ({count}, nothing was allocated){matched.common_mistake(plan)}"
-        raise CheckpointError(summary, sorted(problems))
+        raise mismatch(source, problems, matched.common_mistake(plan))
     return matched
+
+
+def mismatch(source: str, problems: Sequence[str], hint: str = "") -> CheckpointError:
+    """Return the error of a checkpoint that does not hold what a plan needs."""
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return CheckpointError(f"{source} does not match the plan ({count}, nothing was allocated){hint}", sorted(problems))
 
 
 def compare(
@@ -139,8 +146,19 @@ def compare(
 
     `spell` says how the format names a parameter or a part of one, for what is missing.
     """
-    specs = {spec.name: spec for spec in plan.params()}
-    redundant = plan.redundant()
+    return compare_specs(plan.params(), plan.redundant(), pieces, problems, ignore, spell)
+
+
+def compare_specs(
+    wanted: Iterable[ParamSpec],
+    redundant: Collection[Piece],
+    pieces: Iterable[StoredTensor],
+    problems: list[str],
+    ignore: Sequence[str] = (),
+    spell: Spell | None = None,
+) -> Matched:
+    """Do what `compare` does for any parameters; `redundant` are pieces that the model has, though not in this place."""
+    specs = {spec.name: spec for spec in wanted}
     matched, found = Matched(), dict[tuple[str, str | None], StoredTensor]()
     for piece in pieces:
         if any(fnmatch.fnmatchcase(piece.data.name, pattern) for pattern in ignore):
@@ -159,15 +177,16 @@ def compare(
     names = _file_names(found.values(), spell)
     for spec in specs.values():
         matched.pieces[spec.name] = tuple(_take(spec, found, matched, problems, names))
-    _check_defaults(plan, matched, problems)
+    _check_defaults(specs.values(), matched, problems)
     return matched
 
 
-def _check_defaults(plan: ModelPlan, matched: Matched, problems: list[str]) -> None:
+def _check_defaults(specs: Iterable[ParamSpec], matched: Matched, problems: list[str]) -> None:
     """Report parameters that some layers have and others lack: their absence means something only where all are absent."""
+    optional = Counter(spec.name.rpartition(".")[2] for spec in specs if spec.default is not None)
     for name in {spec.name.rpartition(".")[2] for spec in matched.defaults}:
         absent = [spec for spec in matched.defaults if spec.name.endswith(f".{name}")]
-        if len(absent) < len(plan.layers):
+        if len(absent) < optional[name]:
             for spec in absent:
                 matched.missing.append((spec.name, spec.shape))
                 problems.append(f"missing    {spec.name} {spec.shape}: other layers have one; a checkpoint has all or none")

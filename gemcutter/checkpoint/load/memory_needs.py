@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
-from gemcutter.checkpoint.load.held import ITEM_BYTES, Piece, stays_mapped
-from gemcutter.checkpoint.load.match import Checkpoint
+from gemcutter.checkpoint.load.held import ITEM_BYTES, stays_mapped
+from gemcutter.checkpoint.load.match import Checkpoint, Piece
 from gemcutter.plan import Access, ModelPlan, ParamSpec
 
 # Bits of a value in the panels of the CPU kernels, its scales included; `quant/cpu_layout.py` is the definition.

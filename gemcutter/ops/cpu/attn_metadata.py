@@ -62,7 +62,8 @@ def _build(step: Step, group: GroupId, ropes: list[RopeSpec]) -> CpuAttnMetadata
     slots_of = (c_void_p * len(ranges))(*(None if slots is None else slots.data_ptr() for slots in listed))
     positions, slots = _longs(step.positions_N), step.slot_mapping.get(group)
     slots = None if slots is None else _longs(slots)
-    last = None if step.last_visible_N is None else _longs(step.last_visible_N)
+    last = step.last_visible.get(group)
+    last = None if last is None else _longs(last)
     alive: list[Any] = [query_start, kv_start, kv_length, first_slot, slots_of, listed, positions, slots, last]
     addresses = list[tuple[RopeSpec, int]]()
     for rope in ropes:

@@ -24,7 +24,7 @@ def build_attention(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Para
     """Build fused attention: a call for a few rows of a sequence at a time, over the keys that they see and no others."""
 
     def attention(q_NHE: Tensor, step: Step, cache: KVCache) -> Tensor:
-        out, last_N = torch.empty_like(q_NHE), step.last_visible_N
+        out, last_N = torch.empty_like(q_NHE), step.last_visible.get(layer.group)
         for index, kv_range in enumerate(step.kv_ranges[layer.group]):
             first, last = step.query_start[index], step.query_start[index + 1]
             if first == last:

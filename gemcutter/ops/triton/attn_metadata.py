@@ -75,7 +75,7 @@ def _build(step: Step, group: GroupId) -> TritonAttnMetadata:
         chain.from_iterable(_padded(each, width) for each in ranges),
         (each.start // page_tokens for each in ranges),
     )
-    device = step.positions_N.device
+    device, last_N = step.positions_N.device, step.last_visible.get(group)
     row_sequence, query_start, pages, first = send(fields, torch.int32, device)
     return TritonAttnMetadata(
         positions_N=step.positions_N.to(torch.int32),
@@ -86,7 +86,7 @@ def _build(step: Step, group: GroupId) -> TritonAttnMetadata:
         page_tokens=page_tokens,
         slot_mapping_N=step.slot_mapping.get(group),
         max_rows=max(counts),
-        last_visible_N=None if step.last_visible_N is None else step.last_visible_N.to(torch.int32),
+        last_visible_N=None if last_N is None else last_N.to(torch.int32),
     )
 
 

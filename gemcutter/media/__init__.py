@@ -1,0 +1,5 @@
+"""What a request brings beside text, made ready for the towers: images as patches.
+
+Owns the decoding of files and what the official processors do to them; refuses to know models, weights and prompts. Read
+`image.py`.
+"""

@@ -1,0 +1,164 @@
+"""Towers are matched as strictly as the decoder, and only where they are asked for: else none of their bytes is read.
+
+Owns release names and `save_pretrained`'s, written from random wrappers. Read `test_load.py` for the decoder's own loading,
+`parity/test_vision.py` for what the towers compute.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.formats import hf, hf_towers
+from gemcutter.errors import CheckpointError, ConfigError, RequestError
+from gemcutter.load_options import LoadOptions
+from gemcutter.loading import open_model
+from tests.topologies import TOLERANCE, relative_error
+from tests.wrappers import VISION, build_wrapper, cut_drawings, official_rows, vision_plan
+
+UNEQUAL = [(60, 90, 70), (30, 300, 70)]
+MODELS = {size: build_wrapper(size) for size in VISION}
+PUBLISHED = {  # of the 12B, whose names inside transformers are others
+    "model.embed_vision.multimodal_embedder.": "model.embed_vision.",
+    "model.embed_vision.p": "model.vision_embedder.p",
+}
+
+
+def published(name: str) -> str:
+    for inside, outside in PUBLISHED.items():
+        if name.startswith(inside):
+            return name.replace(inside, outside, 1)
+    return name
+
+
+def save(folder: Path, size: str, change: Callable[[dict[str, Tensor]], None] = lambda tensors: None) -> Path:
+    """Write a wrapper with its config, its tensors changed."""
+    folder.mkdir()
+    model = MODELS[size]
+    (folder / "config.json").write_text(model.config.to_json_string())
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def options(folder: Path, **more: object) -> LoadOptions:
+    return LoadOptions(model=str(folder), dtype="float32", media=("image",), **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", VISION)
+def test_saved_towers_compute_what_transformers_does(size: str, tmp_path: Path) -> None:
+    model = MODELS[size]
+    images = cut_drawings(model, UNEQUAL)
+    wanted = official_rows(model, images)
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            if size == "12B":
+                tensors[published(name)] = tensors.pop(name)
+        tensors["model.embed_vision.embedding.weight"] = torch.ones(3, 3)  # of an older design
+
+    for folder in (save(tmp_path / "inside", size), save(tmp_path / "published", size, rename)):
+        opened = open_model(options(folder))
+        assert opened.vision is not None
+        for each, other in zip(opened.vision.encode(images), wanted, strict=True):
+            assert relative_error(each, other) < TOLERANCE
+    MODELS[size].save_pretrained(tmp_path / "official")
+    opened = open_model(options(tmp_path / "official"))
+    assert opened.vision is not None
+    assert relative_error(opened.vision.encode(images)[0], wanted[0]) < TOLERANCE
+
+
+def test_text_alone_reads_no_byte_of_a_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, original = set[str](), LazyTensor.torch
+
+    def torch_of(self: LazyTensor) -> Tensor:
+        read.add(self.name)
+        return original(self)
+
+    monkeypatch.setattr(LazyTensor, "torch", torch_of)
+    folder = save(tmp_path / "model", "E2B")
+    stored = {name for name in load_file(folder / "model.safetensors") if hf.tower_kind(hf.strip(name)) is not None}
+    without = open_model(LoadOptions(model=str(folder)))
+    assert without.vision is None
+    assert read
+    assert not read & stored
+    assert any("vision tower not loaded" in note for note in without.checkpoint.notes())
+    read.clear()
+    opened = open_model(options(folder))
+    assert read >= stored
+    assert not any("vision tower" in note for note in opened.checkpoint.notes(loaded=("vision tower",)))
+
+
+def test_what_does_not_fit_is_one_error_with_the_files_own_names(tmp_path: Path) -> None:
+    def damage(tensors: dict[str, Tensor]) -> None:
+        layer = "model.vision_tower.encoder.layers."
+        del tensors[f"{layer}0.self_attn.q_proj.linear.weight"]
+        del tensors[f"{layer}1.mlp.down_proj.input_max"]
+        tensors[f"{layer}2.self_attn.q_norm.weight"] = torch.ones(7)
+        tensors[f"{layer}1.self_attn.o_proj.weight"] = torch.ones(2, 2)
+        tensors["model.embed_vision.embedding_projection.weight"] = torch.ones(4, 4, dtype=torch.long)[:, :2].contiguous()
+
+    with pytest.raises(CheckpointError) as raised:
+        open_model(options(save(tmp_path / "model", "E2B", damage)))
+    text = "\n".join(raised.value.problems)
+    assert "the vision tower does not match the plan (5 problems, nothing was allocated)" in str(raised.value)
+    for expected in (
+        r"missing    vision.layers.0.attn.in\[q\] \(32, 32\): model.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight",
+        r"missing    vision.layers.1.mlp.out.input_max \(\): other layers have one",
+        r"shape      vision.layers.2.attn.q_norm \(16,\) expected, .* has \(7,\)",
+        r"unknown    .*o_proj.weight: not part of this model; --ignore",
+        r"shape      vision.out \(48, 32\) expected",
+    ):
+        assert re.search(expected, text), text
+
+
+def test_a_checkpoint_without_bounds_clips_nothing(tmp_path: Path) -> None:
+    def unclip(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("_min", "_max"))]:
+            del tensors[name]
+
+    opened = open_model(options(save(tmp_path / "model", "E4B", unclip)))
+    assert opened.vision is not None
+    images = cut_drawings(MODELS["E4B"], UNEQUAL[:1])
+    assert relative_error(opened.vision.encode(images)[0], official_rows(MODELS["E4B"], images)[0]) > 1e-2
+
+
+def test_models_without_a_tower_say_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="this model has no vision tower"):
+        open_model(LoadOptions(model="demo", media=("image",)))
+
+    def drop(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if hf.tower_kind(hf.strip(name)) is not None]:
+            del tensors[name]
+
+    bare = save(tmp_path / "bare", "31B", drop)
+    with pytest.raises(CheckpointError, match="the files hold no vision tower, only its config"):
+        open_model(options(bare))
+    assert open_model(LoadOptions(model=str(bare))).vision is None
+    raw = json.loads((bare / "config.json").read_text())
+    raw["vision_config"]["use_bidirectional_magic"] = True
+    (bare / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match="vision_config"):
+        open_model(options(bare))
+
+
+@pytest.mark.parametrize("size", VISION)
+def test_every_name_can_be_spelled(size: str) -> None:
+    for spec in vision_plan(MODELS[size]).params():
+        for part in [name for name, _ in spec.parts] or [None]:
+            assert hf_towers.translate(hf.strip(hf_towers.spell(spec.name, part))) == (spec.name, part)
+
+
+@pytest.mark.parametrize("media", ["image", ["image"], ("sound",), (1,), ("image", None)])
+def test_media_is_a_tuple_of_names(media: object) -> None:
+    with pytest.raises(RequestError, match="media: expected some of image"):
+        LoadOptions(model="demo", media=media)  # type: ignore[arg-type]

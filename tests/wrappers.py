@@ -1,0 +1,213 @@
+"""Gemma 4 wrappers in miniature: a decoder of `topologies.SIZES` beside a vision tower with the traits of its size.
+
+Owns random models of transformers, the oracle, under which every norm, bound and position matters; their towers over the same
+weights; and images as batches of the official processors. Refuses to judge. Read `parity/test_vision.py` for the towers alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.gemma4 import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4VisionConfig
+from transformers.models.gemma4_unified import (
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedForConditionalGeneration,
+    Gemma4UnifiedTextConfig,
+    Gemma4UnifiedVisionConfig,
+    modeling_gemma4_unified,
+)
+
+from gemcutter import config as configs
+from gemcutter.checkpoint.formats import hf, hf_towers
+from gemcutter.engine.media import MediaSpan
+from gemcutter.engine.request import Request
+from gemcutter.media.image import ImagePatches, PatchShape, cut_image
+from gemcutter.model.text import Decoder
+from gemcutter.model.vision import VisionTower
+from gemcutter.ops.types import Param
+from gemcutter.plan import ParamKind
+from gemcutter.quant import Weight
+from gemcutter.tower_plan import UnifiedVisionPlan, VisionPlan, derive_towers
+from tests.images import drawing
+from tests.topologies import SIZES, Raw, build_decoder, plan_of, prompt
+
+IMAGE, BOI, EOI, AUDIO, VIDEO, BOA, EOA = range(50, 57)  # ids of media, within the vocabulary
+MEDIA_IDS = {
+    "image_token_id": IMAGE,
+    "boi_token_id": BOI,
+    "eoi_token_id": EOI,
+    "audio_token_id": AUDIO,
+    "video_token_id": VIDEO,
+    "boa_token_id": BOA,
+    "eoa_token_index": EOA,
+}
+SMALL: Raw = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "position_embedding_size": 4096}
+VISION: dict[str, Raw] = {
+    "E2B": SMALL | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "use_clipped_linears": True},
+    "E4B": SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "use_clipped_linears": True},
+    "26B-A4B": SMALL | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 24, "standardize": True},
+    "31B": SMALL | {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 12, "standardize": True},
+    "12B": {"mm_embed_dim": 40, "output_proj_dims": 40, "mm_posemb_size": 1120},
+}
+
+
+def build_wrapper(size: str, seed: int = 0, **of_vision: Any) -> PreTrainedModel:
+    """Build the transformers model of a size with its vision tower, with random weights in float32."""
+    text = {key: value for key, value in SIZES[size].items() if key != "model_type"}
+    vision = VISION[size] | of_vision
+    if size == "12B":
+        text_config = Gemma4UnifiedTextConfig(**text)
+        config = Gemma4UnifiedConfig(
+            text_config=text_config, vision_config=Gemma4UnifiedVisionConfig(**vision), audio_config=None, **MEDIA_IDS
+        )
+        config._attn_implementation = "eager"
+        model: PreTrainedModel = Gemma4UnifiedForConditionalGeneration(config)
+    else:
+        text_config = Gemma4TextConfig(**text, experts_implementation="eager")
+        config = Gemma4Config(text_config=text_config, vision_config=Gemma4VisionConfig(**vision), audio_config=None, **MEDIA_IDS)
+        config._attn_implementation = "eager"
+        model = Gemma4ForConditionalGeneration(config)
+    _randomise(model, torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+@torch.no_grad()
+def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Draw matrices that keep the size of what they multiply, vectors around 1, and bounds that cut some values off."""
+    text = model.config.text_config
+    sizes = {
+        "embed_tokens.weight": 5.0,
+        "embedding_projection.weight": 5.0,  # soft tokens are as large as others
+        "router.proj.weight": 2 * text.hidden_size**0.5,
+        "per_layer_input_gate.weight": 0.2,
+    }
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        if name.endswith(("inv_freq", "embed_scale")):
+            continue
+        if name.endswith(("_min", "_max")):
+            bound = (2.0 if "input" in name else 1.5) * float(torch.empty(()).uniform_(0.7, 1.3, generator=generator))
+            tensor.fill_(bound if name.endswith("_max") else -bound)
+        elif tensor.dim() < 2:
+            tensor.uniform_(0.5, 1.5, generator=generator)
+            if "vision" in name and name.endswith(("q_norm.weight", "k_norm.weight")):
+                tensor.mul_(0.4)  # sharper attention would blow up rounding
+        else:
+            fan_in = text.hidden_size_per_layer_input if "embed_tokens_per_layer" in name else tensor.shape[-1]
+            size = next((size for suffix, size in sizes.items() if name.endswith(suffix)), 1.0)
+            tensor.normal_(0.0, size * fan_in**-0.5, generator=generator)
+
+
+def raw_config(model: PreTrainedModel) -> Raw:
+    """Return the config as `save_pretrained` spells it."""
+    raw: Raw = json.loads(model.config.to_json_string())
+    return raw
+
+
+def vision_plan(model: PreTrainedModel) -> VisionPlan | UnifiedVisionPlan:
+    """Return the plan of a model's vision tower."""
+    plan = derive_towers(configs.read(raw_config(model))).vision
+    assert plan is not None
+    return plan
+
+
+def build_tower(model: PreTrainedModel, dtype: torch.dtype = torch.float32, kernels: str = "auto") -> VisionTower:
+    """Build the tower over a model's weights; every tensor of the plan must be there, and none may be left over."""
+    stored = {name: tensor for name, tensor in model.state_dict().items() if hf.tower_kind(hf.strip(name)) is not None}
+    found = {hf_towers.translate(hf.strip(name)): tensor for name, tensor in stored.items()}
+    params = dict[str, Param]()
+    for spec in (plan := vision_plan(model)).params():
+        parts = tuple(part for part, _ in spec.parts)
+        tensors = tuple(found.pop((spec.name, part)) for part in parts or (None,))
+        is_matrix = spec.kind is ParamKind.MATRIX
+        params[spec.name] = Weight(tuple(each.to(dtype) for each in tensors), parts) if is_matrix else tensors[0].float()
+    assert not found, sorted(map(str, found))
+    return VisionTower(plan, params, dtype, "cpu", kernels)
+
+
+def patch_shape(plan: VisionPlan | UnifiedVisionPlan) -> PatchShape:
+    """Return how a tower's images are cut."""
+    return PatchShape(plan.patch, plan.pool, isinstance(plan, UnifiedVisionPlan))
+
+
+def cut_drawings(model: PreTrainedModel, sizes: Sequence[tuple[int, int, int]]) -> list[ImagePatches]:
+    """Return images, each given by height, width and budget, as a model's tower reads them."""
+    shape = patch_shape(vision_plan(model))
+    return [cut_image(drawing(height, width), budget, shape) for height, width, budget in sizes]
+
+
+def padded(images: Sequence[ImagePatches]) -> dict[str, Tensor]:
+    """Return images as one batch of the official processors: zeros, at position -1, after each that is not the longest.
+
+    The length is a multiple of nine, and of two patches side by side, as official batches have it.
+    """
+    longest = max(len(image.levels_PC) for image in images)
+    values = torch.zeros(len(images), longest, images[0].levels_PC.shape[1])
+    positions = torch.full((len(images), longest, 2), -1)
+    for index, image in enumerate(images):
+        count = len(image.levels_PC)
+        values[index, :count], positions[index, :count] = image.levels_PC / 255, image.positions()
+    return {"pixel_values": values, "image_position_ids": positions}
+
+
+@torch.no_grad()
+def official_rows(model: PreTrainedModel, images: Sequence[ImagePatches]) -> list[Tensor]:
+    """Return what transformers makes of a batch of images: the rows of each."""
+    return list(model.model.get_image_features(**padded(images), return_dict=True).pooler_output)
+
+
+# ---- whole prompts ----
+
+
+def build_text(model: PreTrainedModel, kernels: str = "auto") -> Decoder:
+    """Build the decoder over a model's weights."""
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if not hf.strip(name).startswith(tuple(hf.TOWER_PREFIXES))
+    }
+    renamed = {name.replace("model.language_model.", "model."): tensor for name, tensor in state.items()}
+    source = cast(PreTrainedModel, SimpleNamespace(state_dict=lambda: renamed))
+    return build_decoder(source, plan_of(raw_config(model)), kernels=kernels)
+
+
+def media_request(tower: VisionTower, parts: Sequence[int | ImagePatches], seed: int = 0, **fields: Any) -> Request:
+    """Make a request of so many random tokens here, and an image there, between its markers."""
+    ids, spans = list[int](), list[MediaSpan]()
+    for index, part in enumerate(parts):
+        if isinstance(part, int):
+            ids += [2 + token % 40 for token in prompt(part, seed=100 * seed + index)]
+            continue
+        (rows,) = tower.encode([part])
+        spans.append(MediaSpan(len(ids) + 1, part.digest, rows))
+        ids += [BOI, *[IMAGE] * part.soft_tokens, EOI]
+    return Request(tuple(ids), media=tuple(spans), **fields)
+
+
+@torch.no_grad()
+def official_logits(model: PreTrainedModel, request: Request, images: Sequence[ImagePatches]) -> Tensor:
+    """Return transformers' logits [N, V] of all rows of a prompt with images.
+
+    For the 12B the masks are made as for the other sizes: its own class lets rows of an image see each other in global layers,
+    too, and beyond the window.
+    """
+    ids = torch.tensor([request.prompt])
+    kinds = (ids == IMAGE).long()
+    given: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds, **padded(images)}
+    if isinstance(model, Gemma4UnifiedForConditionalGeneration):
+        text = model.config.text_config
+        masks = modeling_gemma4_unified.create_masks_for_vision_model(
+            config=text,
+            inputs_embeds=torch.zeros(1, ids.shape[1], text.hidden_size),
+            attention_mask=None,
+            cache=None,
+            position_ids=torch.arange(ids.shape[1])[None],
+            block_sequence_ids=modeling_gemma4_unified.get_block_sequence_ids_for_mask(kinds, device=ids.device),
+        )
+        given["attention_mask"] = masks
+    logits: Tensor = model(**given, use_cache=False).logits[0]
+    return logits
