@@ -315,7 +315,7 @@ class Engine:
         if chunk.drafts and self.speculator is not None:
             pairs = zip(taken, chunk.drafts, strict=False)
             right = sum(1 for _ in takewhile(lambda pair: pair[0].token == pair[1], pairs))
-            self.speculator.verified(sequence, min(len(chunk.drafts), len(taken)), right)
+            self.speculator.verified(sequence, len(chunk.drafts), min(len(chunk.drafts), len(taken)), right)
         if taken and result.sampled_RD is not None:
             sequence.state_D = result.sampled_RD[len(taken) - 1]
         if chunk.in_prompt:  # before windows that later rows don't see are let go

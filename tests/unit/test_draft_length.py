@@ -152,7 +152,7 @@ def test_a_lookup_that_is_wrong_leaves_the_word_to_the_model() -> None:
     assert not model.asked
     for _ in range(20):
         made = guesses.propose([(one, 5)], 0, 50)[0]
-        guesses.verified(one, len(made), 0 if made[0] == 1 else len(made))
+        guesses.verified(one, len(made), len(made), 0 if made[0] == 1 else len(made))
     assert guesses.propose([(one, 5)], 0, 50)[0] == (7,)
 
 
@@ -180,5 +180,5 @@ def test_a_draft_that_never_pays_is_tried_now_and_then() -> None:
     counts = [len(guesses.propose([(one, 50)], 0, 50).get(0, ())) for _ in range(200)]
     assert max(counts) == 1
     assert 1 < sum(counts) < 5
-    guesses.verified(one, 0, 0)
+    guesses.verified(one, 0, 0, 0)
     assert guesses.tally == NO_DRAFTS

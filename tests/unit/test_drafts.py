@@ -128,6 +128,11 @@ def test_text_is_the_same_with_drafts(kind: str, good: int, batch: int) -> None:
     )
     found, fewer = run(engine, requests, stagger=2)
     assert_same(found, wanted)
+    assert engine.speculator is not None
+    counts = engine.speculator.tally
+    assert counts.drafted > 2 * counts.bursts  # all that was proposed, whatever was compared
+    assert counts.accepted == sum(counts.accepted_at)
+    assert all((share > 0) == (place < good) for place, share in enumerate(counts.accepted_at[:K]))
     if good == K and batch == 4:
         assert fewer < steps
 

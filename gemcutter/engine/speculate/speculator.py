@@ -180,16 +180,16 @@ class Speculator:
 
     # ---- after a step ----
 
-    def verified(self, sequence: SequenceState, drafted: int, right: int) -> None:
-        """Take note of how many tokens of a sequence's draft were right."""
+    def verified(self, sequence: SequenceState, drafted: int, compared: int, right: int) -> None:
+        """Take note of a draft: its tokens, and how many of them were compared, up to the first wrong one or the reply's end."""
         kind, guess = self._asked.get(sequence.number, (None, None))
         if kind is not None and guess is not None and drafted:
             if guess.chances is not None:
-                self.calibration.observe(guess.chances[:drafted], right)
+                self.calibration.observe(guess.chances[:compared], right)
             self.tally = self.tally.plus(drafted, right)
             sequence.tally = sequence.tally.plus(drafted, right)
             for each in (self._acceptance(sequence.number, kind), self._usual[kind]):
-                each.observe(drafted, right)
+                each.observe(compared, right)
 
     def timed(self, rows: int, keys: int, seconds: float) -> None:
         """Take note of what a step took that only decoded, without the time of its drafts; its sequences hold `keys` tokens."""
