@@ -47,7 +47,7 @@ sanitize: .venv/.installed-dev
 	tools/sanitize.sh
 
 # Mutated files against every parser, in forked workers with limits; FUZZ="--headers 1000000 --texts 20000" takes half an hour.
-FUZZ ?= --headers 6000 --texts 300 --values 30
+FUZZ ?= --headers 4000 --texts 300 --values 30
 fuzz: native
 	OMP_NUM_THREADS=1 .venv/bin/python tools/fuzz.py $(FUZZ)
 
@@ -57,7 +57,7 @@ soak: native
 	OMP_NUM_THREADS=1 .venv/bin/python tools/soak.py --minutes $(MINUTES)
 
 # Everything that writes files, killed at random instants: what is left must be absent or whole.
-KILLS ?= 100
+KILLS ?= 60
 kills: native
 	OMP_NUM_THREADS=1 .venv/bin/python tools/kill_writers.py --kills $(KILLS)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from gemcutter.engine.cuda_graphs import CapturedStep
 from gemcutter.engine.engine import Engine
@@ -12,40 +11,14 @@ from gemcutter.engine.request import FinishReason, Request, RequestEvent
 from gemcutter.engine.runner import StepResult
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.engine.speculate.speculator import Speculator
-from gemcutter.ops import reference
-from gemcutter.quant import Weight, dequantize
 from tests.triton.decoders import decode_with, prompt
 from tests.unit.test_drafts import Oracle
 
-triton_linear = pytest.importorskip("gemcutter.ops.triton.linear")
+pytest.importorskip("gemcutter.ops.triton.linear")
 
 CONTEXT = 40
+pytestmark = pytest.mark.usefixtures("plain_products")
 DRAWN = SamplingParams(temperature=1.0, top_k=8, top_p=0.9, seed=5)
-
-
-@pytest.fixture(autouse=True)
-def plain_products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the library multiply where Triton's interpreter would take seconds for a step; the kernels have tests of their own."""
-    if device.type == "cuda":
-        return
-
-    def linear(x_ND: Tensor, weight: Weight) -> Tensor:
-        return torch.cat([x_ND @ dequantize(part).t() for part in weight.parts], dim=1)
-
-    def gated(x_ND: Tensor, weight: Weight) -> Tensor:
-        return reference.gelu_mul(*linear(x_ND, weight).chunk(2, dim=1))
-
-    monkeypatch.setattr(triton_linear, "linear", linear)
-
-    def gate_mul(x_ND: Tensor, gate: Weight, times_NF: Tensor) -> Tensor:
-        return reference.gelu_mul(linear(x_ND, gate), times_NF)
-
-    def logits_of(x_RD: Tensor, weight: Weight, cap: float | None) -> Tensor:
-        return reference.softcap(linear(x_RD, weight), cap)
-
-    monkeypatch.setattr(triton_linear, "logits_of", logits_of)
-    monkeypatch.setattr(triton_linear, "gated", gated)
-    monkeypatch.setattr(triton_linear, "gate_mul", gate_mul)
 
 
 def engine(name: str, device: torch.device, graphs: bool, **limits: int) -> Engine:
