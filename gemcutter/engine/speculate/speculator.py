@@ -21,6 +21,7 @@ from gemcutter.errors import RequestError, spell_value
 
 Drafts = dict[int, tuple[int, ...]]  # by the numbers of their sequences
 NGRAM, ASSISTANT = "ngram", "assistant"
+REST_STEPS = 8  # without a thought of drafts after one in which none paid: on small models thinking is a twentieth of a step
 MOST_ROWS = 16  # of a step with drafts: so far CPU kernels give a row the same bits whatever is beside it, and rows are cheap
 
 
@@ -77,6 +78,8 @@ class Speculator:
         self._own: dict[tuple[int, str], Acceptance] = {}
         self.calibration = Calibration()
         self._asked: dict[int, tuple[str, Guess]] = {}  # who guessed what in the step under way, by sequence
+        self._resting: tuple[int, ...] = ()  # for whom no draft paid when it was last considered
+        self._rested = 0  # steps since then
         self._probing: set[int] = set()  # who gets a draft in it only to learn whether drafts have come to pay
 
     @property
@@ -97,12 +100,16 @@ class Speculator:
         if room <= 0:
             return {}
         found = self._look_up(wanted)
+        if self._rests(wanted, found):
+            return {}
         if self.draft_tokens is None:
             found = {number: guess for number, guess in found.items() if not self._asks_rather(number, guess, wanted)}
         limits = {sequence.number: limit for sequence, limit in wanted if sequence.number in found or self._can_ask(sequence)}
         limits |= {number: len(guess.tokens) for number, guess in found.items()}
         step = _Step(others + len(wanted), room, sum(sequence.num_tokens for sequence, _ in wanted))
         counts = self._counts(limits, found, step)
+        self._resting = () if any(counts.values()) else tuple(sequence.number for sequence, _ in wanted)
+        self._rested = 0
         bursts = [(one, counts[one.number]) for one, _ in wanted if one.number not in found and counts.get(one.number)]
         guesses = {number: guess.first(counts[number]) for number, guess in found.items() if counts[number]}
         guesses |= self._ask(bursts)
@@ -110,6 +117,15 @@ class Speculator:
             guesses = self._shorten(guesses, set(found), step)
         self._asked |= {number: (_kind(number, found), guess) for number, guess in guesses.items()}
         return {number: guess.tokens for number, guess in guesses.items()}
+
+    def _rests(self, wanted: Sequence[tuple[SequenceState, int]], found: Mapping[int, Guess]) -> bool:
+        """Return whether no draft paid for the same sequences a few steps ago, and nothing new was looked up."""
+        if found or self.draft_tokens is not None or self._rested >= REST_STEPS or not self._resting:
+            return False
+        if self._resting != tuple(sequence.number for sequence, _ in wanted):
+            return False
+        self._rested += 1
+        return True
 
     def _look_up(self, wanted: Sequence[tuple[SequenceState, int]]) -> dict[int, Guess]:
         if self.ngram is None:
@@ -149,7 +165,7 @@ class Speculator:
         candidates = [Candidate(each, acceptances[each].survivals(limits[each]), is_free=each in found) for each in limits]
         counts = count_drafts(candidates, step.rows - len(candidates), room, self.costs, step.keys)
         for number, each in acceptances.items():  # one that never gets a draft would never be known to deserve one
-            each.idle_tokens = 0 if counts[number] else each.idle_tokens + 1
+            each.idle_tokens = 0 if counts[number] else each.idle_tokens + 1 + self._rested
             is_due = each.idle_tokens > PROBE_TOKENS and self.costs(1) is not None
             if is_due and min(limits[number], room - sum(counts.values())) > 0:
                 counts[number] = 1
