@@ -447,7 +447,7 @@ def load(
         speculate=speculate,
         draft_model=_as_name(draft_model),
         draft_tokens=draft_tokens,
-        media=(media,) if isinstance(media, str) else tuple(media) if isinstance(media, list) else media,  # type: ignore[arg-type]
+        media=tuple(_names(media)) if isinstance(media, str | list) else media,  # type: ignore[arg-type]
         mmproj=_as_name(mmproj),
     )
     if progress is not None and not callable(progress):
@@ -460,6 +460,11 @@ def _as_name(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return str(value) if isinstance(value, torch.device | Path) else value
+
+
+def _names(media: str | Sequence[str]) -> Sequence[str]:
+    """Return the names of a list, or of a text with commas between them."""
+    return [name.strip() for name in media.split(",")] if isinstance(media, str) else media
 
 
 def _as_names(adapters: Any) -> Any:

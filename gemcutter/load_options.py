@@ -21,7 +21,7 @@ DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 PLE_PLACES = ("gpu", "host", "mmap")
 KV_DTYPES = ("fp8",)
 SPECULATORS = ("auto", "mtp", "ngram", "off")
-MEDIA = ("image",)  # what requests may bring beside text, where the model was loaded for it
+MEDIA = ("image", "audio")  # what requests may bring beside text, where the model was loaded for it
 DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
 
 
@@ -109,7 +109,8 @@ class LoadOptions:
     else "off". `draft_tokens` is how many are guessed at a time, 0 to 8; None: as many as pay on this machine. An assistant is
     quantized as `quant` says, or else in 4 bits beside a target that is.
 
-    `media` names what prompts may hold beside text: "image" loads the vision tower, of which nothing is read otherwise.
+    `media` names what prompts may hold beside text: "image" loads the vision tower, "audio" the audio tower, "image,audio" or a
+    list of both loads both; nothing is read of a tower that is not asked for.
     `mmproj` is a file or folder that holds the towers; None: the model's own files, or else the mmproj file beside a GGUF model.
     """
 

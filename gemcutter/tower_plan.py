@@ -155,7 +155,8 @@ class UnifiedVisionPlan:
 class AudioPlan:
     """The audio encoder of E2B and E4B with its projector: two convolutions, then `num_layers` conformer layers.
 
-    A query sees `past` keys before itself, itself, and `future` keys after it, in chunks of `chunk` queries.
+    A query sees itself and the `past` - 1 keys before it, and the `future` - 1 keys after it if any, in chunks of `chunk`
+    queries.
     """
 
     num_layers: int

@@ -1,18 +1,16 @@
 """Towers in other files than a release's: llama.cpp's projectors, Ollama's models, MLX's and compressed-tensors' folders.
 
-Owns `goldens/projectors`: random wrappers, and what llama.cpp's own converter made of their towers. Read `test_load_towers.py` for
-Hugging Face's layouts.
+Owns `goldens/projectors`: random wrappers, and what llama.cpp's own converter made of their towers. Read `test_load_towers.py`
+for Hugging Face's layouts.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from gemcutter.errors import CheckpointError
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import OpenModel, open_model
 from gemcutter.media.image import PatchShape, cut_image

@@ -1,4 +1,4 @@
-"""GGUF projectors: the vision and audio towers in files beside a model, as llama.cpp's converter writes them, and Ollama's towers.
+"""GGUF projectors: the towers in files beside a model, as llama.cpp's converter writes them, and those in Ollama's models.
 
 Owns the names of towers in both dialects, what their metadata says of them, and how their values are laid out otherwise than in
 Hugging Face's files. Ollama keeps towers in the model's own file; some of its names mean another tensor than llama.cpp's, which
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor, RearrangedTensor, StoredTensor
+from gemcutter.checkpoint.container.stored_tensor import RearrangedTensor, StoredTensor
 from gemcutter.checkpoint.formats import gguf
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ParamKind

@@ -20,7 +20,7 @@ from gemcutter.tower_config import AudioConfig, UnifiedAudioConfig, UnifiedVisio
 from gemcutter.tower_plan import AudioPlan, UnifiedAudioPlan, UnifiedVisionPlan, VisionPlan, plan_audio, plan_vision
 
 BRINGS = {"vision": "images", "audio": "sounds"}  # what a tower reads
-# Which of several projectors beside a model is taken: the first of these that a name holds, since towers lose most when quantized.
+# Which of several projectors beside a model is taken: the first of these that a name holds.
 PREFERRED = ("bf16", "f16", "f32", "q8_0")
 
 AnyPlan = TypeVar("AnyPlan", VisionPlan | UnifiedVisionPlan, AudioPlan | UnifiedAudioPlan)
