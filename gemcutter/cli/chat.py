@@ -200,7 +200,7 @@ class Session:
                 self.conversation.save(Path(file).expanduser())
                 return f"saved {len(self.conversation.messages)} messages to {file}"
             case "/load", file if file:
-                self.conversation = Conversation.load(Path(file).expanduser(), has_images=self.model.images is not None)
+                self.conversation = Conversation.load(Path(file).expanduser(), self.model.kinds)
                 return f"loaded {len(self.conversation.messages)} messages"
             case command, argument if command in NEED_AN_ARGUMENT and (not argument or command == "/set"):
                 return f"{command} needs more: {command} {NEED_AN_ARGUMENT[command]}"
@@ -208,7 +208,7 @@ class Session:
 
     def attach(self, file: str) -> str:
         """Keep an image for the next message, and say so. Raises RequestError if it can't be read."""
-        if self.model.images is None:
+        if "image" not in self.model.kinds:
             raise RequestError("/image: the vision tower is not loaded; start with --media image")
         from gemcutter.media.decode import read_pixels
 
@@ -252,7 +252,7 @@ class Session:
 
     def _prompt_tokens(self) -> int:
         """Count the tokens of the conversation, the rows of images among them."""
-        if self.model.images is None:
+        if not self.model.kinds:
             return len(self.model.encode(self.conversation.messages))
         prepared = self.model.prepare(self.conversation.messages, max_soft_tokens=self.soft_tokens, max_tokens=0)
         return len(prepared.request.prompt)
