@@ -50,7 +50,7 @@ from gemcutter.generate_options import (
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
 from gemcutter.media.budgets import check_budget
-from gemcutter.media_parts import KINDS, MediaItem, media_beside, take_media
+from gemcutter.media_parts import KINDS, TOWERS, MediaItem, media_beside, take_media
 from gemcutter.media_reader import MediaReader
 from gemcutter.model.audio import AudioTower
 from gemcutter.model.text import Decoder
@@ -79,7 +79,6 @@ log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Message]  # raw text, token ids, or a conversation
 SHOWN_PROBLEMS, SHOWN_PROMPTS = 20, 5  # of a batch, in an error
-TOWERS = {"image": "vision tower", "audio": "audio tower"}
 OF_OPTIONS = ("sampling.", *(f"request.{name}:" for name in OF_REQUEST))  # how problems of no prompt's own begin
 
 

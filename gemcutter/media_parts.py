@@ -8,18 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemcutter.errors import RequestError
-from gemcutter.media.decode import ImageSource
-from gemcutter.media.decode_sound import SoundSource
 
-MediaSource = ImageSource | SoundSource
+if TYPE_CHECKING:
+    from gemcutter.media.decode import ImageSource
+    from gemcutter.media.decode_sound import SoundSource
+
+    MediaSource = ImageSource | SoundSource
+else:
+    MediaSource = object  # checked, not trusted; and a command line starts without numpy
+
 # The option that holds media of a kind beside raw text, how such things are called, and what may be given.
 KINDS = {
     "image": ("images", "images", "paths, bytes, PIL images or arrays"),
     "audio": ("audio", "sounds", "paths, bytes, or pairs of an array and its rate"),
 }
+TOWERS = {"image": "vision tower", "audio": "audio tower"}  # that read a kind
 
 
 @dataclass(frozen=True, slots=True)

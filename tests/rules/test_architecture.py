@@ -92,6 +92,7 @@ MAY_IMPORT = {
         "gc_pause",
         "generate_options",
         "media",
+        "media_parts",
         "native",
         "server",
         "tools",

@@ -7,12 +7,15 @@ Owns where rows stand in a prompt, what is encoded how often, and the errors. Wh
 from __future__ import annotations
 
 import io
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 import gemcutter
@@ -245,6 +248,21 @@ def test_the_next_turn_finds_what_was_computed_for_the_image(model: Model) -> No
     conversation += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And then?"}]
     second = model.chat(conversation, max_soft_tokens=SMALL, max_tokens=1)
     assert second.metrics.cached_tokens > ROWS
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng (a Debian package) is not installed: no speech is made")
+def test_speech_becomes_as_many_rows_as_its_time_has(model: Model, tmp_path: Path) -> None:
+    rows = list[int]()
+    for words in ("A lantern.", "A lantern stands in the window of the old house by the sea."):
+        file = tmp_path / f"{len(words)}.wav"
+        subprocess.run(["espeak-ng", "-w", str(file), words], check=True)
+        samples, rate = soundfile.read(file)
+        (span,) = model.prepare(heard(file, "Transcribe it.")).request.media
+        at_16k = -(-len(samples) * RATE // rate)
+        assert span.rows == -(-((at_16k - 1) // 160) // 4)
+        assert len(model.chat(heard(file, "Transcribe it."), max_tokens=4).tokens) > 0
+        rows.append(span.rows)
+    assert 2 * rows[0] < rows[1]
 
 
 # ---- errors ----
