@@ -426,6 +426,7 @@ def load(
     draft_model: str | Path | None = None,
     draft_tokens: int | None = None,
     media: str | Sequence[str] = (),
+    mmproj: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
@@ -457,6 +458,7 @@ def load(
         draft_model=_as_name(draft_model),
         draft_tokens=draft_tokens,
         media=tuple(_names(media)) if isinstance(media, str | list) else media,  # type: ignore[arg-type]
+        mmproj=_as_name(mmproj),
     )
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: expected a function of the bytes done and the bytes in all, found {spell_value(progress)}")

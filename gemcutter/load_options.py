@@ -74,7 +74,7 @@ CHECKS: Mapping[str, Callable[[str], str]] = {
     "speculate": _one_of("speculate", SPECULATORS),
 }
 NEEDED = ("model", "device", "kernels", "generation_config")  # texts that can't be None
-TEXTS = (*NEEDED, "dtype", "activations", "quant", "adapter", "ple", "kv", "chat_template", "speculate", "draft_model")
+TEXTS = (*NEEDED, "dtype", "activations", "quant", "adapter", "ple", "kv", "chat_template", "speculate", "draft_model", "mmproj")
 LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_bytes": 0}
 MAY_BE_NONE = ("context", "prefix_cache_bytes")
 
@@ -111,6 +111,7 @@ class LoadOptions:
 
     `media` names what prompts may hold beside text: "image" loads the vision tower, "audio" the audio tower, "image,audio" or a
     list of both loads both; nothing is read of a tower that is not asked for.
+    `mmproj` is a file or folder that holds the towers; None: the model's own files, or else the mmproj file beside a GGUF model.
     """
 
     model: str
@@ -136,6 +137,7 @@ class LoadOptions:
     draft_model: str | None = None
     draft_tokens: int | None = None
     media: tuple[str, ...] = ()
+    mmproj: str | None = None
 
     def __post_init__(self) -> None:
         self._check_kinds()

@@ -220,6 +220,12 @@ class Loading:
         ),
     ] = None
 
+    mmproj: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="What holds the towers for images and sounds.  [default: the model, or what is beside it]"
+        ),
+    ] = None
     chat_template: Annotated[
         str | None,
         typer.Option(
