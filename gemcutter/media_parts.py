@@ -15,8 +15,9 @@ from gemcutter.errors import RequestError
 if TYPE_CHECKING:
     from gemcutter.media.decode import ImageSource
     from gemcutter.media.decode_sound import SoundSource
+    from gemcutter.media.video import VideoSource
 
-    MediaSource = ImageSource | SoundSource
+    MediaSource = ImageSource | SoundSource | VideoSource
 else:
     MediaSource = object  # checked, not trusted; and a command line starts without numpy
 
@@ -24,13 +25,14 @@ else:
 KINDS = {
     "image": ("images", "images", "paths, bytes, PIL images or arrays"),
     "audio": ("audio", "sounds", "paths, bytes, or pairs of an array and its rate"),
+    "video": ("videos", "videos", "paths, bytes, or frames as images, alone or in pairs with their rate"),
 }
-TOWERS = {"image": "vision tower", "audio": "audio tower"}  # that read a kind
+TOWERS = {"image": "vision tower", "audio": "audio tower", "video": "vision tower"}  # that read a kind
 
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """One image or sound: its kind, where it was found, for messages, and what it is read from."""
+    """One image, sound or video: its kind, where it was found, for messages, and what it is read from."""
 
     kind: str
     name: str
@@ -40,7 +42,8 @@ class MediaItem:
 def take_media(messages: Sequence[Mapping[str, object]]) -> tuple[list[Mapping[str, object]], list[MediaItem]]:
     """Return messages whose parts hold no media any more, and the media, in order.
 
-    A part is {"type": "image", "image": I} or {"type": "image", "path": P}, and alike for "audio". Raises RequestError, with
+    A part is {"type": "image", "image": I} or {"type": "image", "path": P}, and alike for "audio" and
+    "video". Raises RequestError, with
     every problem, for parts without anything, and for media in messages that are not the user's.
     """
     left, items, problems = list[Mapping[str, object]](), list[MediaItem](), list[str]()

@@ -332,8 +332,8 @@ class Choosing:
 Media = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="image|audio",
-        help="What messages may hold beside text: image loads the vision tower, audio the audio tower; repeatable.",
+        metavar="image|audio|video",
+        help="What messages may hold beside text: image or video loads the vision tower, audio the audio tower; repeatable.",
         callback=_checked_media,
         show_default=False,
     ),
