@@ -21,7 +21,7 @@ DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 PLE_PLACES = ("gpu", "host", "mmap")
 KV_DTYPES = ("fp8",)
 SPECULATORS = ("auto", "mtp", "ngram", "off")
-MEDIA = ("image", "audio")  # what requests may bring beside text, where the model was loaded for it
+MEDIA = ("image", "audio", "video")  # what requests may bring beside text, where the model was loaded for it
 DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
 
 
@@ -109,8 +109,8 @@ class LoadOptions:
     else "off". `draft_tokens` is how many are guessed at a time, 0 to 8; None: as many as pay on this machine. An assistant is
     quantized as `quant` says, or else in 4 bits beside a target that is.
 
-    `media` names what prompts may hold beside text: "image" loads the vision tower, "audio" the audio tower, "image,audio" or a
-    list of both loads both; nothing is read of a tower that is not asked for.
+    `media` names what prompts may hold beside text: "image" or "video" loads the vision tower, which reads both, "audio" the
+    audio tower, "image,audio" or a list both towers; nothing is read of a tower that is not asked for.
     `mmproj` is a file or folder that holds the towers; None: the model's own files, or else the mmproj file beside a GGUF model.
     """
 
@@ -157,6 +157,11 @@ class LoadOptions:
             raise KernelError(f"ple {self.ple}: a choice for models on a GPU; on a CPU the table stays mapped")
         if self.kv is not None and (reason := TRITON.refusal(place, self.kernels)):
             raise KernelError(f"kv {self.kv}: a choice of the Triton kernels, which are not used here: {reason}")
+
+    @property
+    def sees(self) -> bool:
+        """Return whether the vision tower is to be loaded."""
+        return not {"image", "video"}.isdisjoint(self.media)
 
     @property
     def drafts_by_model(self) -> bool:

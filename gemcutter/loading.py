@@ -95,7 +95,7 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
         model = options.model
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
     projector = None if options.mmproj is None else locate(options.mmproj)
-    seen = match_vision(checkpoint, options.ignore, projector) if "image" in options.media else None
+    seen = match_vision(checkpoint, options.ignore, projector) if options.sees else None
     heard = match_audio(checkpoint, options.ignore, projector) if "audio" in options.media else None
     merged = None if options.adapter is None else find_adapter(options.adapter, checkpoint, options.ignore)
     apart = {name: find_adapter(path, checkpoint, options.ignore) for name, path in options.adapters.items()}

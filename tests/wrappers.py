@@ -48,12 +48,12 @@ from tests.images import drawing
 from tests.sounds import RATE, tones
 from tests.topologies import SIZES, Raw, build_decoder, plan_of, prompt
 
-IMAGE, BOI, EOI, AUDIO, VIDEO, BOA, EOA = range(50, 57)  # ids of media, within the vocabulary
+IMAGE, BOI, EOI, SOUND, VIDEO, BOA, EOA = range(50, 57)  # ids of media, within the vocabulary
 MEDIA_IDS = {
     "image_token_id": IMAGE,
     "boi_token_id": BOI,
     "eoi_token_id": EOI,
-    "audio_token_id": AUDIO,
+    "audio_token_id": SOUND,
     "video_token_id": VIDEO,
     "boa_token_id": BOA,
     "eoa_token_index": EOA,
@@ -250,29 +250,48 @@ def build_text(model: PreTrainedModel, kernels: str = "auto") -> Decoder:
     return build_decoder(source, plan_of(raw_config(model)), kernels=kernels)
 
 
-def media_request(tower: VisionTower, parts: Sequence[int | ImagePatches], seed: int = 0, **fields: Any) -> Request:
-    """Make a request of so many random tokens here, and an image there, between its markers."""
+Media = ImagePatches | SoundFrames | tuple[ImagePatches, ...]  # a tuple holds the frames of a video
+MARKERS = {ImagePatches: (BOI, IMAGE, EOI), SoundFrames: (BOA, SOUND, EOA), tuple: (BOI, VIDEO, EOI)}
+TIME = (7, 11, 8)  # ids that stand before a frame
+
+
+def media_request(
+    towers: Sequence[VisionTower | AudioTower], parts: Sequence[int | Media], seed: int = 0, **fields: Any
+) -> Request:
+    """Make a request of so many random tokens here, and an image, a sound or the frames of a video there, between markers."""
     ids, spans = list[int](), list[MediaSpan]()
     for index, part in enumerate(parts):
         if isinstance(part, int):
             ids += [2 + token % 40 for token in prompt(part, seed=100 * seed + index)]
             continue
-        (rows,) = tower.encode([part])
-        spans.append(MediaSpan(len(ids) + 1, part.digest, rows))
-        ids += [BOI, *[IMAGE] * part.soft_tokens, EOI]
+        is_sound = isinstance(part, SoundFrames)
+        encode: Any = next(tower.encode for tower in towers if isinstance(tower, AudioTower if is_sound else VisionTower))
+        begin, placeholder, end = MARKERS[type(part)]
+        for each in part if isinstance(part, tuple) else (part,):
+            ids += [*(TIME if isinstance(part, tuple) else ()), begin]
+            spans.append(MediaSpan(len(ids), each.digest, encode([each])[0], is_block=not is_sound))
+            ids += [*[placeholder] * each.soft_tokens, end]
     return Request(tuple(ids), media=tuple(spans), **fields)
 
 
 @torch.no_grad()
-def official_logits(model: PreTrainedModel, request: Request, images: Sequence[ImagePatches]) -> Tensor:
-    """Return transformers' logits [N, V] of all rows of a prompt with images.
+def official_logits(model: PreTrainedModel, request: Request, media: Sequence[Media] = ()) -> Tensor:
+    """Return transformers' logits [N, V] of all rows of a prompt with images, videos and sounds.
 
     For the 12B the masks are made as for the other sizes: its own class lets rows of an image see each other in global layers,
     too, and beyond the window.
     """
     ids = torch.tensor([request.prompt])
-    kinds = (ids == IMAGE).long()
-    given: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds, **padded(images)}
+    kinds = (ids == IMAGE) + 2 * (ids == VIDEO) + 3 * (ids == SOUND)
+    given: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds}
+    if images := [each for each in media if isinstance(each, ImagePatches)]:
+        given |= padded(images)
+    if videos := [each for each in media if isinstance(each, tuple)]:
+        frames = padded([frame for video in videos for frame in video])
+        given |= {"pixel_values_videos": frames["pixel_values"], "video_position_ids": frames["image_position_ids"]}
+        given["num_frames_per_video"] = torch.tensor([len(video) for video in videos])
+    if sounds := [each for each in media if isinstance(each, SoundFrames)]:
+        given |= padded_sounds(sounds)
     if isinstance(model, Gemma4UnifiedForConditionalGeneration):
         text = model.config.text_config
         masks = modeling_gemma4_unified.create_masks_for_vision_model(

@@ -42,9 +42,10 @@ def _checked(option: str) -> Callable[[typer.Context, str | None], str | None]:
 
 
 def _checked_media(context: typer.Context, value: list[str] | None) -> list[str] | None:
-    if unknown := [name for name in value or () if name not in MEDIA]:
+    names = [name.strip() for text in value or () for name in text.split(",")]
+    if unknown := [name for name in names if name not in MEDIA]:
         raise typer.BadParameter(f"expected {' or '.join(MEDIA)}, found {', '.join(unknown)}")
-    return value
+    return names
 
 
 def _checked_budget(context: typer.Context, value: int | None) -> int | None:
@@ -326,13 +327,13 @@ class Choosing:
     seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None
 
 
-# ---- images ----
+# ---- images and sounds ----
 
 Media = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="image",
-        help="What messages may hold beside text; image loads the vision tower.",
+        metavar="image|audio|video",
+        help="What messages may hold beside text: image or video loads the vision tower, audio the audio tower; repeatable.",
         callback=_checked_media,
         show_default=False,
     ),

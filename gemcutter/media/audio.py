@@ -57,7 +57,7 @@ def cut_sound(source: SoundSource, shape: SoundShape, name: str = "audio") -> So
     else:
         values = np.pad(samples, (0, -len(samples) % shape.raw_samples)).reshape(-1, shape.raw_samples)
         soft_tokens = len(values)
-    content = hashlib.sha256(f"{shape.raw_samples} {values.shape}".encode())
+    content = hashlib.sha256(f"sound {shape.raw_samples} {values.shape}".encode())
     content.update(np.ascontiguousarray(values).data)
     return SoundFrames(torch.from_numpy(values), soft_tokens, content.hexdigest())
 
