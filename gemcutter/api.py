@@ -252,7 +252,7 @@ class Model:
             raise RequestError(f"images: expected a list of paths, bytes, PIL images or arrays, found {type(given).__name__}")
         if given and self.images is None:
             raise RequestError("images: the model was loaded without its vision tower; load it with media 'image'")
-        return [(f"images[{index}]", image) for index, image in enumerate(given)]
+        return [NamedImage(f"images[{index}]", image) for index, image in enumerate(given)]
 
     def _token_classes(self) -> TokenClasses:
         """Return what a watchdog must know of the vocabulary; made when it is first asked for."""

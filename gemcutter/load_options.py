@@ -22,6 +22,7 @@ PLE_PLACES = ("gpu", "host", "mmap")
 KV_DTYPES = ("fp8",)
 SPECULATORS = ("auto", "mtp", "ngram", "off")
 MEDIA = ("image",)  # what requests may bring beside text, where the model was loaded for it
+ALL_MEDIA = ("auto",)  # whatever the checkpoint has a tower for
 DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
 
 
@@ -109,7 +110,8 @@ class LoadOptions:
     else "off". `draft_tokens` is how many are guessed at a time, 0 to 8; None: as many as pay on this machine. An assistant is
     quantized as `quant` says, or else in 4 bits beside a target that is.
 
-    `media` names what prompts may hold beside text: "image" loads the vision tower, of which nothing is read otherwise.
+    `media` names what prompts may hold beside text: "image" loads the vision tower, of which nothing is read otherwise; "auto"
+    alone loads what the checkpoint has and can be read here.
     """
 
     model: str
@@ -172,8 +174,8 @@ class LoadOptions:
         if not isinstance(ignore, tuple) or not all(isinstance(each, str) for each in ignore):
             problems.append(f"ignore: expected a list of patterns, such as ['*.foo'], found {spell_value(ignore)}")
         media: object = self.media
-        if not isinstance(media, tuple) or not set(map(repr, media)) <= set(map(repr, MEDIA)):
-            problems.append(f"media: expected some of {', '.join(MEDIA)}, such as ['image'], found {spell_value(media)}")
+        if media != ALL_MEDIA and (not isinstance(media, tuple) or not set(map(repr, media)) <= set(map(repr, MEDIA))):
+            problems.append(f"media: expected auto, or some of {', '.join(MEDIA)}, such as ['image'], found {spell_value(media)}")
         adapters: object = self.adapters
         if not isinstance(adapters, Mapping) or not all(isinstance(each, str) for pair in adapters.items() for each in pair):
             problems.append(f"adapters: expected paths by name, such as {{'lamp': 'path/to/it'}}, found {spell_value(adapters)}")

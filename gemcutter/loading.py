@@ -16,7 +16,7 @@ from gemcutter.checkpoint.load.adapters import attach, fold, read_deltas
 from gemcutter.checkpoint.load.held import changed_pieces
 from gemcutter.checkpoint.load.load_params import Progress, load_params, load_tower
 from gemcutter.checkpoint.load.match import Checkpoint, Matched, open_checkpoint
-from gemcutter.checkpoint.load.match_towers import match_vision
+from gemcutter.checkpoint.load.match_towers import match_vision, readable_media
 from gemcutter.checkpoint.load.memory_needs import quant_notes
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
@@ -27,7 +27,7 @@ from gemcutter.engine.speculate.draft_model import DraftModelProposer
 from gemcutter.engine.speculate.ngram import NgramProposer
 from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.errors import KernelError, RequestError
-from gemcutter.load_options import DEFAULT_CONTEXT, LoadOptions, check_dtype, own_dtype
+from gemcutter.load_options import ALL_MEDIA, DEFAULT_CONTEXT, LoadOptions, check_dtype, own_dtype
 from gemcutter.media.budgets import BUDGETS
 from gemcutter.model.drafter import Drafter, sort_under_centroids
 from gemcutter.model.text import Decoder
@@ -92,7 +92,8 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     if checkpoint.plan.is_drafter:
         model = options.model
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
-    seen = match_vision(checkpoint, options.ignore) if "image" in options.media else None
+    media = readable_media(checkpoint) if options.media == ALL_MEDIA else options.media
+    seen = match_vision(checkpoint, options.ignore) if "image" in media else None
     merged = None if options.adapter is None else find_adapter(options.adapter, checkpoint, options.ignore)
     apart = {name: find_adapter(path, checkpoint, options.ignore) for name, path in options.adapters.items()}
     backend = select_backend(device.type, options.kernels)

@@ -21,9 +21,10 @@ from gemcutter.checkpoint.remote.hub import DEMO
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import Volume, note, remark, set_volume
 from gemcutter.errors import GemcutterError, RequestError
-from gemcutter.load_options import CHECKS, MEDIA, LoadOptions
+from gemcutter.load_options import ALL_MEDIA, CHECKS, MEDIA, LoadOptions
 from gemcutter.media.budgets import check_budget
 
+NO_MEDIA = "none"  # of what a server may read
 BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -44,6 +45,15 @@ def _checked(option: str) -> Callable[[typer.Context, str | None], str | None]:
 def _checked_media(context: typer.Context, value: list[str] | None) -> list[str] | None:
     if unknown := [name for name in value or () if name not in MEDIA]:
         raise typer.BadParameter(f"expected {' or '.join(MEDIA)}, found {', '.join(unknown)}")
+    return value
+
+
+def _checked_media_of_server(context: typer.Context, value: list[str] | None) -> list[str] | None:
+    if len(value or ()) == 1 and value[0] in (*ALL_MEDIA, NO_MEDIA):  # type: ignore[index]
+        return value
+    if unknown := [name for name in value or () if name not in MEDIA]:
+        words = ", ".join((*ALL_MEDIA, NO_MEDIA))
+        raise typer.BadParameter(f"expected {words}, or {' and '.join(MEDIA)}, found {', '.join(unknown)}")
     return value
 
 
@@ -328,6 +338,16 @@ Media = Annotated[
         metavar="image",
         help="What messages may hold beside text; image loads the vision tower.",
         callback=_checked_media,
+        show_default=False,
+    ),
+]
+MediaOfServer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--media",
+        metavar="auto|none|image",
+        help="What messages may hold beside text; auto: what the model has a tower for.  [default: auto]",
+        callback=_checked_media_of_server,
         show_default=False,
     ),
 ]

@@ -19,6 +19,7 @@ from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model, spell_how
 from gemcutter.cli.terminal import Volume, say, spell_bytes, volume
 from gemcutter.errors import CapacityError, RequestError
+from gemcutter.load_options import ALL_MEDIA
 from gemcutter.server.options import MIB, ServerOptions
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ KEY = "GEMCUTTER_API_KEY"
 KEEP_ALIVE_S = 120  # agents think longer than uvicorn's 5 s between two requests on one connection
 DEFAULTS = ServerOptions()
 SPECULATIVE_KEYS = {"method", "model", "num_speculative_tokens"}
+LIMITED = {"image": "max_images"}  # kinds of --limit-mm-per-prompt
 METHODS = {"mtp": "mtp", "ngram": "ngram", "draft_model": "mtp", "gemma4_mtp": "mtp"}  # vLLM's, and what they are here
 
 
@@ -103,6 +105,13 @@ def serve(
     responses_store_mb: Annotated[
         int, typer.Option(metavar="MB", min=0, help="Keep responses for previous_response_id, so much of them; 0: none.")
     ] = 0,
+    media: options.MediaOfServer = None,
+    language_model_only: Annotated[bool, typer.Option("--language-model-only", help="The same as --media none.")] = False,
+    limit_mm_per_prompt: Annotated[
+        str | None,
+        typer.Option(metavar="image=N", help=f"Images that a request may hold; 0: none.  [default: {DEFAULTS.max_images}]"),
+    ] = None,
+    max_soft_tokens: options.Soft = None,
     max_body_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Largest body of a request.")] = (
         DEFAULTS.max_body_bytes // MIB
     ),
@@ -122,6 +131,7 @@ def serve(
     kv: options.Kv = None,
 ) -> None:
     """Load a model and serve it until a signal ends the process. Raises UsageError or GemcutterError."""
+    most = _read_most(limit_mm_per_prompt)
     chosen = _server_options(
         names=tuple(served_model_name or [model]),
         api_keys=tuple(api_key or ()),
@@ -135,6 +145,8 @@ def serve(
         max_queued_tokens=max_queued_tokens,
         store_bytes=responses_store_mb * MIB,
         max_body_bytes=max_body_mb * MIB,
+        max_soft_tokens=max_soft_tokens,
+        **most,
         request_timeout_s=request_timeout,
         shutdown_timeout_s=shutdown_timeout,
         prefix_cache_salt_per_key=prefix_cache_salt_per_key,
@@ -145,6 +157,7 @@ def serve(
     create_app = _find_app()
     with _take_port(host, port) as taken:
         limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache_bytes": prefix_bytes, "adapters": adapters}
+        limits["media"] = _read_media(media, language_model_only, chosen)
         limits |= {"max_batched_tokens": max_num_batched_tokens, "max_stall_ms": max_stall_ms or None}
         loaded = load_model(model, loading, context=max_model_len, kv=kv, **limits, **drafts)
         with loaded:
@@ -168,6 +181,37 @@ def _server_options(**chosen: Any) -> ServerOptions:
     except RequestError as error:
         named = (problem.split(":", 1) for problem in error.problems)
         raise UsageError("; ".join(f"--{name.replace('_', '-')}:{rest}" for name, rest in named)) from None
+
+
+def _read_most(text: str | None) -> dict[str, int]:
+    """Return how much of each kind a request may hold, as server options; in words or as JSON, as vLLM has it."""
+    if text is None:
+        return {}
+    where, found = "--limit-mm-per-prompt", dict[str, int]()
+    words = _read_object(where, text) if text.lstrip().startswith("{") else dict(map(_split_count, text.split(",")))
+    for kind, count in words.items():
+        if kind not in LIMITED:
+            raise UsageError(f"{where}: expected {', '.join(f'{name}=N' for name in LIMITED)}, found {kind!r}")
+        if isinstance(count, str) and count.isascii() and count.isdecimal():
+            count = int(count)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise UsageError(f"{where}: {kind}: expected a number, 0 or more, found {count!r}")
+        found[LIMITED[kind]] = count
+    return found
+
+
+def _split_count(word: str) -> tuple[str, str]:
+    kind, _, count = word.partition("=")
+    return kind.strip(), count.strip()
+
+
+def _read_media(media: list[str] | None, is_text_only: bool, chosen: ServerOptions) -> tuple[str, ...]:
+    """Return which towers to load, as the load option says it."""
+    if is_text_only and media not in (None, [options.NO_MEDIA]):
+        raise UsageError("--language-model-only: the same as --media none; leave one of them out")
+    if is_text_only or media == [options.NO_MEDIA] or not chosen.max_images:
+        return ()
+    return tuple(media or ALL_MEDIA)
 
 
 def _read_kwargs(text: str | None) -> tuple[tuple[str, object], ...]:
@@ -258,11 +302,13 @@ def announce(model: Model, taken: socket.socket, chosen: ServerOptions) -> None:
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else shown}:{port}/v1"
     name, engine = chosen.name, model.engine
     weights = sum(each.nbytes for each in model.decoder.params.values())
+    weights += 0 if model.images is None else model.images.weight_bytes
     names = ", ".join((*chosen.names, *model.adapters))
     say(f"{name}: {spell_how(model)}, {engine.scheduler.max_num_seqs} requests at once")
     prefixes = engine.prefix
     cached = f"{spell_bytes(prefixes.most_bytes)} of it for prefixes to reuse" if prefixes.is_on else "no prefix is reused"
     say(f"memory: {spell_bytes(weights)} of weights, {spell_bytes(engine.pool.nbytes)} of cache, {cached}")
+    say("reads text alone" if model.images is None else f"reads text and images, at most {chosen.max_images} in a request")
     say(f"serving on {url} as {names}" + (f" (on all addresses, port {port})" if host in ("0.0.0.0", "::") else ""))
     key = f' -H "Authorization: Bearer ${KEY}"' if chosen.api_keys else ""
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is a lantern?"}], "max_tokens": 64})

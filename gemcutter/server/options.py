@@ -21,6 +21,7 @@ class ServerOptions:
 
     `names` are those that requests may use for the model, the first one is its own; "*" among them answers any. `max_queue`
     bounds the requests that wait beside those that run, `max_queued_tokens` the prompt tokens that are not computed yet.
+    `max_soft_tokens` is what an image may become unless its request says so, None: what the model was made for.
     `reader_patience_s` is how long a reader may leave its reply unread before the request is cancelled, 0 for ever. Raises
     RequestError with every field that is out of range.
     """
@@ -38,6 +39,8 @@ class ServerOptions:
     max_stop: int = 16
     max_logit_bias: int = 1024
     max_tools: int = 256
+    max_images: int = 32  # of one request
+    max_soft_tokens: int | None = None
     max_batch: int = 128  # prompts of one request to /v1/completions
     request_timeout_s: float = 0.0  # 0: none
     ping_s: float = 10.0

@@ -94,7 +94,7 @@ MAY_IMPORT = {
         "server",
         "tools",
     },
-    "server": {"api", "completion", "engine", "generate_options", "text"},
+    "server": {"api", "completion", "engine", "generate_options", "media", "text"},
     "__main__": {"cli"},
     "__init__": {"api", "engine", "completion", "gc_pause", "generate_options", "text"},
 }

@@ -185,7 +185,7 @@ def test_the_next_turn_finds_what_was_computed_for_the_image(model: Model) -> No
         (asked(PICTURE), {"images": [PICTURE]}, "in a conversation they are parts of messages"),
         (asked(None), {}, r"messages\[0\].content\[0\]: an image part without an image"),
         (asked(b""), {}, r"messages\[0\].content\[0\]: an empty file"),
-        ([{**asked(PICTURE)[0], "role": "system"}], {}, "in messages of the user only"),
+        ([{**asked(PICTURE)[0], "role": "system"}], {}, "in messages of the user and of tools only"),
         ([{"role": "user", "content": [{"type": "video"}]}], {}, "a part of type 'video'; only text and image can be read"),
     ],
     ids=str,
@@ -216,4 +216,4 @@ def test_messages_are_left_as_they_were() -> None:
     left, images = take_images(conversation)
     assert conversation[0]["content"][0]["image"] is PICTURE  # type: ignore[index]
     assert left[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    assert [name for name, _ in images] == ["messages[0].content[0]"]
+    assert [image.name for image in images] == ["messages[0].content[0]"]

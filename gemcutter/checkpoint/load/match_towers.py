@@ -14,6 +14,12 @@ from gemcutter.errors import CheckpointError
 from gemcutter.tower_plan import UnifiedVisionPlan, VisionPlan, derive_vision
 
 
+def readable_media(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what a checkpoint's towers can read, as load options name it; of damaged towers, too: `match_vision` tells."""
+    has_vision = checkpoint.format == hf.NAME and checkpoint.config.tower_keys.get("vision") is not None
+    return ("image",) if has_vision and any(hf_towers.pieces(checkpoint.source, "vision")) else ()
+
+
 def match_vision(checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> tuple[VisionPlan | UnifiedVisionPlan, Matched]:
     """Return the plan of a checkpoint's vision tower and the tensors of each parameter.
 
