@@ -47,10 +47,12 @@ from gemcutter.generate_options import (
     check_template_options,
     is_conversation,
 )
-from gemcutter.images import ImageReader, NamedImage, take_images
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_model, read_adapter
 from gemcutter.media.budgets import check_budget
+from gemcutter.media_parts import KINDS, TOWERS, MediaItem, media_beside, take_media
+from gemcutter.media_reader import MediaReader
+from gemcutter.model.audio import AudioTower
 from gemcutter.model.text import Decoder
 from gemcutter.model.vision import VisionTower
 from gemcutter.text.grammar_compiler import GrammarCompiler
@@ -86,7 +88,7 @@ class PreparedRequest:
 
     `stop` are strings that end the text, `tools` the declarations that calls are read by; without `parallel_tool_calls` the first
     call ends the reply. The reply to a conversation is remembered by its ids, for when it comes back as history; `written` is the
-    conversation's prompt before images took their rows.
+    conversation's prompt before media took their rows.
     """
 
     request: Request
@@ -113,15 +115,17 @@ class Model:
         chat_template: str | None = None,
         generation_config: str = "auto",
         vision: VisionTower | None = None,
+        audio: AudioTower | None = None,
     ) -> None:
         self.checkpoint, self.decoder, self.engine, self.load_s = checkpoint, decoder, engine, load_s
         self._ignore = ignore  # patterns of config keys and tensor names that adapters may have, too
         self.plan = checkpoint.plan
-        self.notes = checkpoint.notes(() if vision is None else ("vision tower",))  # what was left out, and what an option costs
+        towers = {"vision tower": vision, "audio tower": audio}
+        self.notes = checkpoint.notes([name for name, tower in towers.items() if tower is not None])
         text = read_text_assets(checkpoint, chat_template, generation_config)
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes
-        self.images = None if vision is None else ImageReader(vision, self.tokenizer)
+        self.media = None if vision is None and audio is None else MediaReader(self.tokenizer, vision, audio)
         self.replies = ReplyStore(self.tokenizer)
         self.grammars = GrammarCompiler(self.tokenizer, self.defaults.stop_ids)
         mapped = (tensor.mapped for tensor in checkpoint.source.tensors.values())
@@ -220,13 +224,14 @@ class Model:
         ignore_eos = check_flag("ignore_eos", given.pop("ignore_eos", False))
         of_template = {name: given.pop(name) for name in OF_TEMPLATE if name in given}
         of_template["tools"] = tools = check_tools(of_template.get("tools"))
-        images, budget = self._images(prompt, given.pop("images", None)), given.pop("max_soft_tokens", None)
+        items = self._items(prompt, {option: given.pop(option, None) for option, *_ in KINDS.values()})
+        budget = given.pop("max_soft_tokens", None)
         ids = written = self.encode(prompt, **cast(TemplateOptions, of_template))
         media: tuple[MediaSpan, ...] = ()
         if budget is not None:
             check_budget(budget)
-        if self.images is not None and images:
-            ids, media = self.images.place(written, images, budget)
+        if self.media is not None and items:
+            ids, media = self.media.place(written, items, budget)
         parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
         stop_ids = check_stop_ids(given.pop("stop_token_ids", None)) | (frozenset() if ignore_eos else self.defaults.stop_ids)
         terms = ReplyTerms(given.pop("constraint", None), tuple(tools or ()), given.pop("tool_choice", "auto"), parallel)
@@ -240,19 +245,24 @@ class Model:
         self.engine.check(request)  # before the tokenizer meets ids that are none of its own
         return PreparedRequest(request, stop, tuple(tools or ()), parallel, is_conversation(prompt), tuple(written))
 
-    def _images(self, prompt: Prompt, given: object) -> list[NamedImage]:
-        """Return the images of a prompt: a conversation's own, or those given beside a text or ids. Raises RequestError."""
+    def _items(self, prompt: Prompt, given: Mapping[str, object]) -> list[MediaItem]:
+        """Return the media of a prompt: a conversation's own, or those given beside a text or ids. Raises RequestError."""
         if is_conversation(prompt):
-            if given:
-                raise RequestError("images: in a conversation they are parts of messages; leave the option out")
-            return [] if self.images is None else take_images(prompt)[1]
-        if given is None:
-            return []
-        if not isinstance(given, list | tuple):
-            raise RequestError(f"images: expected a list of paths, bytes, PIL images or arrays, found {type(given).__name__}")
-        if given and self.images is None:
-            raise RequestError("images: the model was loaded without its vision tower; load it with media 'image'")
-        return [NamedImage(f"images[{index}]", image) for index, image in enumerate(given)]
+            for option, sources in given.items():
+                if sources:
+                    raise RequestError(f"{option}: in a conversation they are parts of messages; leave the option out")
+            return [] if self.media is None else take_media(prompt)[1]
+        items = media_beside(given)
+        for item in items:
+            if item.kind not in self.kinds:
+                option, tower, name = KINDS[item.kind][0], TOWERS[item.kind], item.kind
+                raise RequestError(f"{option}: the model was loaded without its {tower}; load it with media '{name}'")
+        return items
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Return which media prompts may hold, as parts of messages name them."""
+        return () if self.media is None else self.media.kinds
 
     def _token_classes(self) -> TokenClasses:
         """Return what a watchdog must know of the vocabulary; made when it is first asked for."""
@@ -282,8 +292,8 @@ class Model:
     def encode(self, prompt: Prompt, **options: Unpack[TemplateOptions]) -> list[int]:
         """Return the token ids of a prompt: raw text gets <bos>, a conversation goes through the chat template.
 
-        Ids may be integers of NumPy, too; an image is one id still. Raises RequestError for anything else, for parts of messages
-        that can't be read, and for options of the template without a conversation.
+        Ids may be integers of NumPy, too; an image or a sound is one id still. Raises RequestError for anything else, for parts
+        of messages that can't be read, and for options of the template without a conversation.
         """
         check_names(options)
         asked = check_template_options(options, self.tokenizer.special_tokens)
@@ -294,8 +304,8 @@ class Model:
         if is_conversation(prompt):
             if self.template is None:
                 raise RequestError("this checkpoint has no chat template (a base model?); pass raw text instead of messages")
-            check_parts(prompt, PARTS if self.images is None else (*PARTS, "image"))
-            return self.template.encode(take_images(prompt)[0], replies=self.replies, **asked)
+            check_parts(prompt, (*PARTS, *self.kinds))
+            return self.template.encode(take_media(prompt)[0], replies=self.replies, **asked)
         values: dict[str, object] = dict(options)
         of_prompts = [name for name in OF_TEMPLATE if name not in ("trusted", "lenient_options")]  # the others change nothing
         given = [name for name in of_prompts if values.get(name) not in (None, OF_TEMPLATE[name])]
@@ -416,6 +426,7 @@ def load(
     draft_model: str | Path | None = None,
     draft_tokens: int | None = None,
     media: str | Sequence[str] = (),
+    mmproj: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
@@ -446,7 +457,8 @@ def load(
         speculate=speculate,
         draft_model=_as_name(draft_model),
         draft_tokens=draft_tokens,
-        media=(media,) if isinstance(media, str) else tuple(media) if isinstance(media, list) else media,  # type: ignore[arg-type]
+        media=tuple(_names(media)) if isinstance(media, str | list) else media,  # type: ignore[arg-type]
+        mmproj=_as_name(mmproj),
     )
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: expected a function of the bytes done and the bytes in all, found {spell_value(progress)}")
@@ -460,6 +472,11 @@ def _as_name(value: Any) -> Any:
     return str(value) if isinstance(value, torch.device | Path) else value
 
 
+def _names(media: str | Sequence[str]) -> Sequence[str]:
+    """Return the names of a list, or of a text with commas between them."""
+    return [name.strip() for name in media.split(",")] if isinstance(media, str) else media
+
+
 def _as_names(adapters: Any) -> Any:
     """Return adapters whose paths are texts."""
     return {name: _as_name(path) for name, path in adapters.items()} if isinstance(adapters, Mapping) else adapters
@@ -471,7 +488,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Model:
     started = time.perf_counter()
     opened = open_model(options, progress)
     texts = (options.chat_template, options.generation_config)
-    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore, *texts, vision=opened.vision)
+    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore, *texts, opened.vision, opened.audio)
     built.notes += opened.notes
     built.load_s = time.perf_counter() - started
     for note in built.notes:

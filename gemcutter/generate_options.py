@@ -15,6 +15,7 @@ from gemcutter.engine.sampler import LogitsProcessor
 from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.errors import RequestError, spell_value
 from gemcutter.media.decode import ImageSource
+from gemcutter.media.decode_sound import SoundSource
 from gemcutter.text.grammar import Constraint
 
 Message = Mapping[str, object]
@@ -50,7 +51,8 @@ class GenerateOptions(TypedDict, total=False):
     tables and code pass. What was computed for a prompt is reused among requests of one `cache_salt` only. `sampling` takes the
     place of the single sampling fields (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely
     token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing then. `images` (paths, bytes, PIL images or arrays) take
-    the places of <|image|> in raw text or ids; in conversations they are parts {"type": "image", "image": ...} of messages.
+    the places of <|image|> in raw text or ids, and `audio` (paths, bytes, or pairs of an array and its rate) those of <|audio|>;
+    in conversations they are parts {"type": "image", "image": ...} and {"type": "audio", "audio": ...} of messages.
     `max_soft_tokens` is what an image may become at most: 70, 140, 280, 560 or 1120.
     """
 
@@ -91,6 +93,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     logprobs: int | None
     images: Sequence[ImageSource]
+    audio: Sequence[SoundSource]
     max_soft_tokens: int | None
 
 
@@ -174,6 +177,7 @@ OF_TEMPLATE: Mapping[str, object] = {
     "continue_final_message": False,
 }
 PARTS = ("text",)  # types of a message's parts that every model can read
+LOADABLE = ("image", "audio")  # types that a model can read which was loaded for them
 
 
 def check_names(options: Iterable[str]) -> None:
@@ -270,7 +274,7 @@ def check_parts(messages: Iterable[object], readable: Collection[str] = PARTS) -
         for index, part in enumerate(content if isinstance(content, list | tuple) else ()):
             kind = part.get("type") if isinstance(part, Mapping) else None
             if isinstance(kind, str) and kind not in readable:
-                remedy = "; load the model with media 'image' for it" if kind == "image" else ""
+                remedy = f"; load the model with media '{kind}' for it" if kind in LOADABLE else ""
                 problems.append(
                     f"messages[{place}].content[{index}].type: a part of type {kind!r}; only {' and '.join(readable)} can be "
                     f"read{remedy}"

@@ -21,8 +21,8 @@ DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 PLE_PLACES = ("gpu", "host", "mmap")
 KV_DTYPES = ("fp8",)
 SPECULATORS = ("auto", "mtp", "ngram", "off")
-MEDIA = ("image",)  # what requests may bring beside text, where the model was loaded for it
-ALL_MEDIA = ("auto",)  # whatever the checkpoint has a tower for
+MEDIA = ("image", "audio")  # what requests may bring beside text, where the model was loaded for it
+AUTO_MEDIA = "auto"  # whatever the checkpoint has a tower for; of other names beside it, those
 DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
 
 
@@ -75,7 +75,7 @@ CHECKS: Mapping[str, Callable[[str], str]] = {
     "speculate": _one_of("speculate", SPECULATORS),
 }
 NEEDED = ("model", "device", "kernels", "generation_config")  # texts that can't be None
-TEXTS = (*NEEDED, "dtype", "activations", "quant", "adapter", "ple", "kv", "chat_template", "speculate", "draft_model")
+TEXTS = (*NEEDED, "dtype", "activations", "quant", "adapter", "ple", "kv", "chat_template", "speculate", "draft_model", "mmproj")
 LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_bytes": 0}
 MAY_BE_NONE = ("context", "prefix_cache_bytes")
 
@@ -110,8 +110,10 @@ class LoadOptions:
     else "off". `draft_tokens` is how many are guessed at a time, 0 to 8; None: as many as pay on this machine. An assistant is
     quantized as `quant` says, or else in 4 bits beside a target that is.
 
-    `media` names what prompts may hold beside text: "image" loads the vision tower, of which nothing is read otherwise; "auto"
-    alone loads what the checkpoint has and can be read here.
+    `media` names what prompts may hold beside text: "image" loads the vision tower, "audio" the audio tower, "image,audio" or a
+    list of both loads both; "auto" loads what the checkpoint has, beside names what it has of them. Nothing is read of other
+    towers.
+    `mmproj` is a file or folder that holds the towers; None: the model's own files, or else the mmproj file beside a GGUF model.
     """
 
     model: str
@@ -137,6 +139,7 @@ class LoadOptions:
     draft_model: str | None = None
     draft_tokens: int | None = None
     media: tuple[str, ...] = ()
+    mmproj: str | None = None
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -174,8 +177,9 @@ class LoadOptions:
         if not isinstance(ignore, tuple) or not all(isinstance(each, str) for each in ignore):
             problems.append(f"ignore: expected a list of patterns, such as ['*.foo'], found {spell_value(ignore)}")
         media: object = self.media
-        if media != ALL_MEDIA and (not isinstance(media, tuple) or not set(map(repr, media)) <= set(map(repr, MEDIA))):
-            problems.append(f"media: expected auto, or some of {', '.join(MEDIA)}, such as ['image'], found {spell_value(media)}")
+        if not isinstance(media, tuple) or not set(map(repr, media)) <= set(map(repr, (AUTO_MEDIA, *MEDIA))):
+            known = ", ".join((AUTO_MEDIA, *MEDIA))
+            problems.append(f"media: expected some of {known}, such as ['image'], found {spell_value(media)}")
         adapters: object = self.adapters
         if not isinstance(adapters, Mapping) or not all(isinstance(each, str) for pair in adapters.items() for each in pair):
             problems.append(f"adapters: expected paths by name, such as {{'lamp': 'path/to/it'}}, found {spell_value(adapters)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,7 @@ from gemcutter.checkpoint.load.adapters import attach, fold, read_deltas
 from gemcutter.checkpoint.load.held import changed_pieces
 from gemcutter.checkpoint.load.load_params import Progress, load_params, load_tower
 from gemcutter.checkpoint.load.match import Checkpoint, Matched, open_checkpoint
-from gemcutter.checkpoint.load.match_towers import match_vision, readable_media
+from gemcutter.checkpoint.load.match_towers import match_audio, match_vision, readable_media
 from gemcutter.checkpoint.load.memory_needs import quant_notes
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
@@ -27,8 +28,9 @@ from gemcutter.engine.speculate.draft_model import DraftModelProposer
 from gemcutter.engine.speculate.ngram import NgramProposer
 from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.errors import KernelError, RequestError
-from gemcutter.load_options import ALL_MEDIA, DEFAULT_CONTEXT, LoadOptions, check_dtype, own_dtype
+from gemcutter.load_options import AUTO_MEDIA, DEFAULT_CONTEXT, LoadOptions, check_dtype, own_dtype
 from gemcutter.media.budgets import BUDGETS
+from gemcutter.model.audio import AudioTower
 from gemcutter.model.drafter import Drafter, sort_under_centroids
 from gemcutter.model.text import Decoder
 from gemcutter.model.vision import VisionTower
@@ -37,7 +39,7 @@ from gemcutter.ops.types import AdapterDeltas, Param, matrix
 from gemcutter.plan import Access, ModelPlan, derive
 from gemcutter.quant import Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
-from gemcutter.tower_plan import UnifiedVisionPlan, VisionPlan
+from gemcutter.tower_plan import AudioPlan, UnifiedAudioPlan, UnifiedVisionPlan, VisionPlan
 
 FP8_CAPABILITY = (8, 9)
 QUANT_OF_DRAFTERS = "q4"  # beside a 4-bit target
@@ -53,6 +55,7 @@ class OpenModel:
     notes: list[str] = field(default_factory=list)
     drafter: Drafter | Decoder | None = None
     vision: VisionTower | None = None
+    audio: AudioTower | None = None
 
     def engine(self) -> Engine:
         """Make an engine of the options' limits. Raises CapacityError if there is no memory for its cache."""
@@ -92,8 +95,10 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     if checkpoint.plan.is_drafter:
         model = options.model
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
-    media = readable_media(checkpoint) if options.media == ALL_MEDIA else options.media
-    seen = match_vision(checkpoint, options.ignore) if "image" in media else None
+    projector = None if options.mmproj is None else locate(options.mmproj)
+    media = find_media(options, checkpoint, projector)
+    seen = match_vision(checkpoint, options.ignore, projector) if "image" in media else None
+    heard = match_audio(checkpoint, options.ignore, projector) if "audio" in media else None
     merged = None if options.adapter is None else find_adapter(options.adapter, checkpoint, options.ignore)
     apart = {name: find_adapter(path, checkpoint, options.ignore) for name, path in options.adapters.items()}
     backend = select_backend(device.type, options.kernels)
@@ -116,17 +121,28 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
     decoder = make_decoder(checkpoint.plan, params, options, dtype, device)
     drafter = open_drafter(options, decoder, notes) if options.drafts_by_model else None
-    vision = None if seen is None else make_vision_tower(*seen, options, decoder)
-    return OpenModel(options, checkpoint, decoder, notes, drafter, vision)
+    vision, audio = None, None
+    if seen is not None:
+        vision = VisionTower(seen[0], tower_params(*seen, options, decoder), dtype, device, options.kernels)
+    if heard is not None:
+        audio = AudioTower(heard[0], tower_params(*heard, options, decoder), dtype, device, options.kernels)
+    return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio)
 
 
-def make_vision_tower(
-    plan: VisionPlan | UnifiedVisionPlan, matched: Matched, options: LoadOptions, decoder: Decoder
-) -> VisionTower:
-    """Load a matched vision tower, to be computed as the decoder is."""
+def find_media(options: LoadOptions, checkpoint: Checkpoint, projector: Path | None) -> Sequence[str]:
+    """Return the media whose towers are to be loaded. Raises CheckpointError for a projector without towers."""
+    if AUTO_MEDIA not in options.media:
+        return options.media
+    named = set(options.media) - {AUTO_MEDIA}
+    return [medium for medium in readable_media(checkpoint, projector) if not named or medium in named]
+
+
+def tower_params(
+    plan: VisionPlan | UnifiedVisionPlan | AudioPlan | UnifiedAudioPlan, matched: Matched, options: LoadOptions, decoder: Decoder
+) -> Mapping[str, Param]:
+    """Return the parameters of a matched tower, which is computed as the decoder is."""
     packer = select_backend(decoder.device.type, options.kernels).packer(decoder.device, decoder.dtype)
-    params = load_tower(plan.params(), matched.pieces, decoder.dtype, decoder.device, packer)
-    return VisionTower(plan, params, decoder.dtype, decoder.device, options.kernels)
+    return load_tower(plan.params(), matched.pieces, decoder.dtype, decoder.device, packer)
 
 
 def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Drafter | Decoder:

@@ -78,28 +78,28 @@ class UnifiedAudioConfig:
 
 
 def read_vision(
-    raw: Mapping[str, Any], model_type: str = "gemma4", ignore: Sequence[str] = ()
+    raw: Mapping[str, Any], model_type: str = "gemma4", ignore: Sequence[str] = (), where: str = "vision_config"
 ) -> VisionConfig | UnifiedVisionConfig:
-    """Return the typed `vision_config` of a model of `model_type`.
+    """Return the typed `vision_config` of a model of `model_type`, which messages call `where`.
 
     `ignore` holds patterns of unknown keys to pass over. Raises ConfigError with every problem found.
     """
-    keys = _open(raw, "vision", model_type)
+    keys = _open(raw, "vision", model_type, where)
     found = _unified_vision(keys) if _is_unified(model_type) else _vision(keys)
-    _close(keys, "vision", ignore)
+    _close(keys, where, ignore)
     return found
 
 
 def read_audio(
-    raw: Mapping[str, Any], model_type: str = "gemma4", ignore: Sequence[str] = ()
+    raw: Mapping[str, Any], model_type: str = "gemma4", ignore: Sequence[str] = (), where: str = "audio_config"
 ) -> AudioConfig | UnifiedAudioConfig:
-    """Return the typed `audio_config` of a model of `model_type`.
+    """Return the typed `audio_config` of a model of `model_type`, which messages call `where`.
 
     `ignore` holds patterns of unknown keys to pass over. Raises ConfigError with every problem found.
     """
-    keys = _open(raw, "audio", model_type)
+    keys = _open(raw, "audio", model_type, where)
     found = _unified_audio(keys) if _is_unified(model_type) else _audio(keys)
-    _close(keys, "audio", ignore)
+    _close(keys, where, ignore)
     return found
 
 
@@ -107,23 +107,23 @@ def _is_unified(model_type: str) -> bool:
     return model_type.startswith("gemma4_unified")
 
 
-def _open(raw: Mapping[str, Any], tower: str, model_type: str) -> Keys:
+def _open(raw: Mapping[str, Any], tower: str, model_type: str, where: str) -> Keys:
     if model_type.startswith("gemma3"):
         raise ConfigError(f"{tower}_config: the towers of Gemma 3 are not supported; its text decoder loads without them")
-    keys = Keys(raw, f"{tower}_config.", [])
+    keys = Keys(raw, f"{where}.", [])
     kind = f"gemma4_unified_{tower}" if _is_unified(model_type) else f"gemma4_{tower}"
     keys.text("model_type", (kind,), kind)
     keys.seen.update(("dtype", "torch_dtype"))
     return keys
 
 
-def _close(keys: Keys, tower: str, ignore: Sequence[str]) -> None:
+def _close(keys: Keys, where: str, ignore: Sequence[str]) -> None:
     """Raise ConfigError for all that was wrong; the remedy is the same for every key."""
     keys.refuse_rest(ignore)
     if keys.problems:
         count = f"{len(keys.problems)} problem{'s' if len(keys.problems) > 1 else ''}"
         raise ConfigError(
-            f"{tower}_config does not describe a tower of Gemma 4 ({count}); take it from the original checkpoint's config.json, "
+            f"{where} does not describe a tower of Gemma 4 ({count}); take it from the original checkpoint's config.json, "
             "or load the text decoder alone",
             keys.problems,
         )

@@ -155,7 +155,8 @@ class UnifiedVisionPlan:
 class AudioPlan:
     """The audio encoder of E2B and E4B with its projector: two convolutions, then `num_layers` conformer layers.
 
-    A query sees `past` keys before itself, itself, and `future` keys after it, in chunks of `chunk` queries.
+    A query sees itself and the `past` - 1 keys before it, and the `future` - 1 keys after it if any, in chunks of `chunk`
+    queries.
     """
 
     num_layers: int
@@ -269,6 +270,9 @@ class UnifiedAudioPlan:
         return _num_params(self.params())
 
 
+TowerPlan = VisionPlan | UnifiedVisionPlan | AudioPlan | UnifiedAudioPlan
+
+
 @dataclass(frozen=True, slots=True)
 class TowerPlans:
     """All towers of a model; None for one that it does not have."""
@@ -328,7 +332,12 @@ def derive_towers(config: ModelConfig) -> TowerPlans:
 
 def derive_vision(config: ModelConfig) -> VisionPlan | UnifiedVisionPlan | None:
     """Return the plan of the vision tower, None without one. Raises ConfigError for bad keys of `vision_config`."""
-    match config.vision:
+    return None if (found := config.vision) is None else plan_vision(found, config.text.hidden_size)
+
+
+def plan_vision(config: VisionConfig | UnifiedVisionConfig, out: int) -> VisionPlan | UnifiedVisionPlan:
+    """Return the plan of a vision tower that makes rows of `out` columns."""
+    match config:
         case VisionConfig() as vision:
             return VisionPlan(
                 num_layers=vision.num_hidden_layers,
@@ -345,7 +354,7 @@ def derive_vision(config: ModelConfig) -> VisionPlan | UnifiedVisionPlan | None:
                 eps=vision.rms_norm_eps,
                 clipped=vision.use_clipped_linears,
                 standardized=vision.standardize,
-                out=config.text.hidden_size,
+                out=out,
             )
         case UnifiedVisionConfig() as unified:
             return UnifiedVisionPlan(
@@ -355,14 +364,18 @@ def derive_vision(config: ModelConfig) -> VisionPlan | UnifiedVisionPlan | None:
                 positions=unified.mm_posemb_size,
                 soft_tokens=unified.num_soft_tokens,
                 eps=unified.rms_norm_eps,
-                out=config.text.hidden_size,
+                out=out,
             )
-    return None
 
 
 def derive_audio(config: ModelConfig) -> AudioPlan | UnifiedAudioPlan | None:
     """Return the plan of the audio tower, None without one. Raises ConfigError for bad keys of `audio_config`."""
-    match config.audio:
+    return None if (found := config.audio) is None else plan_audio(found, config.text.hidden_size)
+
+
+def plan_audio(config: AudioConfig | UnifiedAudioConfig, out: int) -> AudioPlan | UnifiedAudioPlan:
+    """Return the plan of an audio tower that makes rows of `out` columns."""
+    match config:
         case AudioConfig() as audio:
             return AudioPlan(
                 num_layers=audio.num_hidden_layers,
@@ -381,8 +394,7 @@ def derive_audio(config: ModelConfig) -> AudioPlan | UnifiedAudioPlan | None:
                 eps=audio.rms_norm_eps,
                 clipped=audio.use_clipped_linears,
                 width=audio.output_proj_dims,
-                out=config.text.hidden_size,
+                out=out,
             )
         case UnifiedAudioConfig() as unified:
-            return UnifiedAudioPlan(unified.audio_embed_dim, unified.rms_norm_eps, config.text.hidden_size)
-    return None
+            return UnifiedAudioPlan(unified.audio_embed_dim, unified.rms_norm_eps, out)

@@ -80,7 +80,8 @@ def release_folder() -> Path:
     shutil.copy(GOLDENS / "tiny-e-release-config.json", folder / "config.json")
     demo = load_file(DEMO_FOLDER / "model.safetensors")
     tensors = {f"model.language_model.{name.removeprefix('model.')}": tensor for name, tensor in demo.items()}
-    tensors |= load_file(GOLDENS / "tiny-e-release-extra.safetensors")
+    for more in ("extra", "audio"):  # what publishers add
+        tensors |= load_file(GOLDENS / f"tiny-e-release-{more}.safetensors")
     shards: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
     for index, name in enumerate(sorted(tensors)):
         shards[index * SHARDS // len(tensors)][name] = tensors[name]

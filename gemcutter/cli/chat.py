@@ -23,10 +23,12 @@ from gemcutter.cli.conversation import Conversation
 from gemcutter.cli.failure import describe
 from gemcutter.cli.line_input import line_history, read_message
 from gemcutter.cli.loading import load_model, spell_how
-from gemcutter.cli.run import note_idle_options, spell_limit, with_images
+from gemcutter.cli.media_files import Part, describe_file, with_media
+from gemcutter.cli.run import note_idle_options, spell_limit
 from gemcutter.cli.terminal import Answer, Volume, note, say, spell_drafts, spell_rate, volume
 from gemcutter.cli.tool_files import ToolFile, Tools, read_tools
 from gemcutter.errors import GemcutterError, RequestError
+from gemcutter.media_parts import TOWERS
 from gemcutter.tools import run_call, turn_of
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ In the conversation:
   /system [TEXT]   set the system prompt; without TEXT, remove it
   /think on|off    let the model reason before it answers
   /image FILE      show an image with the next message; needs --media image
+  /audio FILE      play a sound with the next message; needs --media audio
   /retry           answer the last question anew
   /undo            forget the last question and its reply
   /clear           forget all turns, but not the system prompt
@@ -73,7 +76,14 @@ Examples:
 COMMANDS = HELP.partition("\b\n")[2]
 FAREWELLS = ("exit", "quit", "bye")  # what leaves other programs
 SETTABLE = ("max_tokens", *(each.name for each in fields(options.Choosing)))
-NEED_AN_ARGUMENT = {"/save": "FILE", "/load": "FILE", "/image": "FILE", "/think": "on|off", "/set": "NAME VALUE"}
+NEED_AN_ARGUMENT = {
+    "/save": "FILE",
+    "/load": "FILE",
+    "/image": "FILE",
+    "/audio": "FILE",
+    "/think": "on|off",
+    "/set": "NAME VALUE",
+}
 
 MAX_TOKENS = 1024
 MOST_ROUNDS = 8  # of tool calls, after one message
@@ -131,7 +141,7 @@ class Session:
     retries: int = 0
     tools: ToolFile | None = None
     soft_tokens: int | None = None  # that an image may become at most
-    images: list[str] = field(default_factory=list)  # files that the next message will show
+    files: list[Part] = field(default_factory=list)  # that come with the next message
 
     def hold(self) -> None:
         """Take lines until the input ends or /exit; errors and interrupts end a line, never the session."""
@@ -155,8 +165,8 @@ class Session:
             return True
         if not line.startswith("/"):
             if line.strip():
-                self.conversation.ask(with_images(line.strip(), self.images))
-                self.images = []
+                self.conversation.ask(with_media(line.strip(), self.files))
+                self.files = []
                 self.reply(before)
             return True
         word, _, rest = line.strip().partition(" ")
@@ -184,8 +194,8 @@ class Session:
             case "/system", _:
                 self.conversation.system = rest or None
                 return "system prompt set" if rest else "no system prompt"
-            case "/image", file if file:
-                return self.attach(str(Path(file).expanduser().absolute()))
+            case (("/image" | "/audio"), file) if file:
+                return self.attach(word[1:], str(Path(file).expanduser().absolute()))
             case "/think", "on" | "off":
                 self.set_thinking(rest == "on")
                 return f"thinking {rest}"
@@ -200,21 +210,19 @@ class Session:
                 self.conversation.save(Path(file).expanduser())
                 return f"saved {len(self.conversation.messages)} messages to {file}"
             case "/load", file if file:
-                self.conversation = Conversation.load(Path(file).expanduser(), has_images=self.model.images is not None)
+                self.conversation = Conversation.load(Path(file).expanduser(), self.model.kinds)
                 return f"loaded {len(self.conversation.messages)} messages"
             case command, argument if command in NEED_AN_ARGUMENT and (not argument or command == "/set"):
                 return f"{command} needs more: {command} {NEED_AN_ARGUMENT[command]}"
         return f"{word} {rest}".strip() + " is no command; /help lists them, and a line that begins with a space is never one"
 
-    def attach(self, file: str) -> str:
-        """Keep an image for the next message, and say so. Raises RequestError if it can't be read."""
-        if self.model.images is None:
-            raise RequestError("/image: the vision tower is not loaded; start with --media image")
-        from gemcutter.media.decode import read_pixels
-
-        height, width, _ = read_pixels(file, file).shape
-        self.images.append(file)
-        return f"{file}, {width} x {height} pixels, goes with the next message"
+    def attach(self, kind: str, file: str) -> str:
+        """Keep a file for the next message, and say so. Raises RequestError if it can't be read."""
+        if kind not in self.model.kinds:
+            raise RequestError(f"/{kind}: the {TOWERS[kind]} is not loaded; start with --media {kind}")
+        size = describe_file(kind, file)
+        self.files.append({"type": kind, "path": file})
+        return f"{file}, {size}, goes with the next message"
 
     @property
     def sampling(self) -> SamplingParams:
@@ -251,8 +259,8 @@ class Session:
         return "\n".join(lines)
 
     def _prompt_tokens(self) -> int:
-        """Count the tokens of the conversation, the rows of images among them."""
-        if self.model.images is None:
+        """Count the tokens of the conversation, the rows of media among them."""
+        if not self.model.kinds:
             return len(self.model.encode(self.conversation.messages))
         prepared = self.model.prepare(self.conversation.messages, max_soft_tokens=self.soft_tokens, max_tokens=0)
         return len(prepared.request.prompt)

@@ -54,8 +54,8 @@ class Conversation:
         file.write_text(json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, file: Path, has_images: bool = False) -> Conversation:
-        """Read what `save` wrote, or any such list of messages, of images too if they can be shown.
+    def load(cls, file: Path, kinds: Sequence[str] = ()) -> Conversation:
+        """Read what `save` wrote, or any such list of messages, whose parts may be text or of these kinds.
 
         Raises OSError or RequestError.
         """
@@ -67,7 +67,7 @@ class Conversation:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{file} is not JSON: {error}") from None
         messages = check_messages(found) if found != [] else []
-        check_parts(messages, (*PARTS, "image") if has_images else PARTS)
+        check_parts(messages, (*PARTS, *kinds))
         system = _system_text(messages[0]) if messages else None
         return cls(system, messages[system is not None :])
 

@@ -21,7 +21,7 @@ from gemcutter.checkpoint.remote.hub import DEMO
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import Volume, note, remark, set_volume
 from gemcutter.errors import GemcutterError, RequestError
-from gemcutter.load_options import ALL_MEDIA, CHECKS, MEDIA, LoadOptions
+from gemcutter.load_options import AUTO_MEDIA, CHECKS, MEDIA, LoadOptions
 from gemcutter.media.budgets import check_budget
 
 NO_MEDIA = "none"  # of what a server may read
@@ -43,18 +43,20 @@ def _checked(option: str) -> Callable[[typer.Context, str | None], str | None]:
 
 
 def _checked_media(context: typer.Context, value: list[str] | None) -> list[str] | None:
-    if unknown := [name for name in value or () if name not in MEDIA]:
+    names = [name.strip() for text in value or () for name in text.split(",")]
+    if unknown := [name for name in names if name not in MEDIA]:
         raise typer.BadParameter(f"expected {' or '.join(MEDIA)}, found {', '.join(unknown)}")
-    return value
+    return names
 
 
 def _checked_media_of_server(context: typer.Context, value: list[str] | None) -> list[str] | None:
-    if len(value or ()) == 1 and value[0] in (*ALL_MEDIA, NO_MEDIA):  # type: ignore[index]
-        return value
-    if unknown := [name for name in value or () if name not in MEDIA]:
-        words = ", ".join((*ALL_MEDIA, NO_MEDIA))
+    names = [name.strip() for text in value or () for name in text.split(",")]
+    if names in ([AUTO_MEDIA], [NO_MEDIA]):
+        return names
+    if unknown := [name for name in names if name not in MEDIA]:
+        words = ", ".join((AUTO_MEDIA, NO_MEDIA))
         raise typer.BadParameter(f"expected {words}, or {' and '.join(MEDIA)}, found {', '.join(unknown)}")
-    return value
+    return names
 
 
 def _checked_budget(context: typer.Context, value: int | None) -> int | None:
@@ -229,6 +231,12 @@ class Loading:
         ),
     ] = None
 
+    mmproj: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="What holds the towers for images and sounds.  [default: the model, or what is beside it]"
+        ),
+    ] = None
     chat_template: Annotated[
         str | None,
         typer.Option(
@@ -330,13 +338,13 @@ class Choosing:
     seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None
 
 
-# ---- images ----
+# ---- images and sounds ----
 
 Media = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="image",
-        help="What messages may hold beside text; image loads the vision tower.",
+        metavar="image|audio",
+        help="What messages may hold beside text: image loads the vision tower, audio the audio tower; repeatable.",
         callback=_checked_media,
         show_default=False,
     ),
@@ -345,8 +353,8 @@ MediaOfServer = Annotated[
     list[str] | None,
     typer.Option(
         "--media",
-        metavar="auto|none|image",
-        help="What messages may hold beside text; auto: what the model has a tower for.  [default: auto]",
+        metavar="auto|none|image|audio",
+        help="What messages may hold beside text; auto: what the model has a tower for; repeatable.  [default: auto]",
         callback=_checked_media_of_server,
         show_default=False,
     ),

@@ -18,6 +18,7 @@ from gemcutter.cli.answer_form import AnswerForm, ToolChoice, read_tool_choice
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model
 from gemcutter.cli.measured import describe_model
+from gemcutter.cli.media_files import MediaFiles, Part, with_media
 from gemcutter.cli.terminal import Answer, note, print_json, remark, say, spell_drafts, spell_rate
 from gemcutter.cli.tool_files import Tools, read_tools
 from gemcutter.errors import RequestError
@@ -42,15 +43,10 @@ Examples:
   gemcutter run google/gemma-4-E2B-it - < question.txt
   gemcutter run demo "Is a lantern a lamp?" --choice yes --choice no
   gemcutter run google/gemma-4-E2B-it --image receipt.jpg "What was the total?" --max-soft-tokens 1120
+  gemcutter run google/gemma-4-E2B-it --audio memo.mp3 "Transcribe the following speech segment in its original language."
   gemcutter run demo --tokens 2,1024,981 --top-logits 10 --json
 """
 
-Images = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--image", metavar="FILE", help="An image before the prompt, or in place of <|image|> in --raw text; repeatable."
-    ),
-]
 PromptText = Annotated[str | None, typer.Argument(metavar="PROMPT", help='Text; "-" is stdin.', show_default=False)]
 MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", metavar="N", min=0, help="Tokens to generate at most.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Leave the chat template out: <bos> and the text as it is.")]
@@ -76,7 +72,7 @@ def run(
     max_tokens: MaxTokens = 256,
     raw: Raw = False,
     tokens: Tokens = None,
-    image: Images = None,
+    files: MediaFiles,
     max_soft_tokens: options.Soft = None,
     system: options.System = None,
     think: options.Think = False,
@@ -102,13 +98,12 @@ def run(
     choice, constraint = read_tool_choice(tool_choice, declared), form.constraint()
     asked = read_prompt(prompt, tokens)
     sampling = options.check_sampling(choosing, logprobs=logprobs)
-    files, media = image or [], ("image",) if image else ()
-    loaded = load_model(model, loading, context=context, kv=kv, media=media, **speculating.given)
+    loaded = load_model(model, loading, context=context, kv=kv, media=files.kinds, **speculating.given)
     note_idle_options(loaded, sampling)
-    given = asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think, files)
+    given = asked if raw or isinstance(asked, tuple) else as_message(loaded, asked, system, think, files.parts)
     chunks = loaded.stream(
         given,
-        images=() if isinstance(given, list) else files,
+        **({} if isinstance(given, list) else files.options),  # type: ignore[arg-type]
         max_soft_tokens=max_soft_tokens,
         max_tokens=max_tokens,
         stop=stop or (),
@@ -170,10 +165,10 @@ def read_stdin() -> str:
         raise RequestError(f"stdin is not valid UTF-8 (byte {error.start}); convert it first") from None
 
 
-def as_message(model: Model, text: str, system: str | None, think: bool, images: Sequence[str] = ()) -> Prompt:
+def as_message(model: Model, text: str, system: str | None, think: bool, parts: Sequence[Part] = ()) -> Prompt:
     """Make a conversation of a text where the model has a chat template. Raises RequestError if options need one it lacks."""
     if model.template is not None:
-        return conversation(text, system, images)
+        return conversation(text, system, parts)
     if system is not None or think:
         raise RequestError("this checkpoint has no chat template (a base model?), which --system and --think need")
     note("the checkpoint has no chat template (a base model?): the text is continued as it is, as with --raw")
@@ -206,15 +201,10 @@ def spell_limit(completion: Completion, max_tokens: int) -> str:
     return f"the end of the context, {len(completion.prompt_tokens) + len(completion.tokens)} tokens (--context)"
 
 
-def conversation(text: str, system: str | None, images: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return the messages of a first turn, image files before its text."""
+def conversation(text: str, system: str | None, parts: Sequence[Part] = ()) -> list[dict[str, Any]]:
+    """Return the messages of a first turn, files before its text."""
     opening = [] if system is None else [{"role": "system", "content": system}]
-    return [*opening, {"role": "user", "content": with_images(text, images)}]
-
-
-def with_images(text: str, images: Sequence[str]) -> str | list[dict[str, str]]:
-    """Return a message's content: a text, or parts where there are image files before it."""
-    return [*({"type": "image", "path": file} for file in images), {"type": "text", "text": text}] if images else text
+    return [*opening, {"role": "user", "content": with_media(text, parts)}]
 
 
 def as_object(completion: Completion, load_s: float, *, wants_top_logits: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model, spell_how
 from gemcutter.cli.terminal import Volume, say, spell_bytes, volume
 from gemcutter.errors import CapacityError, RequestError
-from gemcutter.load_options import ALL_MEDIA
+from gemcutter.load_options import AUTO_MEDIA
 from gemcutter.server.options import MIB, ServerOptions
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ KEY = "GEMCUTTER_API_KEY"
 KEEP_ALIVE_S = 120  # agents think longer than uvicorn's 5 s between two requests on one connection
 DEFAULTS = ServerOptions()
 SPECULATIVE_KEYS = {"method", "model", "num_speculative_tokens"}
-LIMITED = {"image": "max_images"}  # kinds of --limit-mm-per-prompt
+LIMITED = {"image": "max_images", "audio": "max_sounds"}  # kinds of --limit-mm-per-prompt
 METHODS = {"mtp": "mtp", "ngram": "ngram", "draft_model": "mtp", "gemma4_mtp": "mtp"}  # vLLM's, and what they are here
 
 
@@ -209,9 +209,11 @@ def _read_media(media: list[str] | None, is_text_only: bool, chosen: ServerOptio
     """Return which towers to load, as the load option says it."""
     if is_text_only and media not in (None, [options.NO_MEDIA]):
         raise UsageError("--language-model-only: the same as --media none; leave one of them out")
-    if is_text_only or media == [options.NO_MEDIA] or not chosen.max_images:
+    if is_text_only or media == [options.NO_MEDIA]:
         return ()
-    return tuple(media or ALL_MEDIA)
+    is_auto = media in (None, [], [AUTO_MEDIA])
+    kinds = tuple(kind for kind, name in LIMITED.items() if getattr(chosen, name) and (is_auto or kind in (media or ())))
+    return (AUTO_MEDIA, *kinds) if kinds and is_auto else kinds
 
 
 def _read_kwargs(text: str | None) -> tuple[tuple[str, object], ...]:
@@ -302,13 +304,15 @@ def announce(model: Model, taken: socket.socket, chosen: ServerOptions) -> None:
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else shown}:{port}/v1"
     name, engine = chosen.name, model.engine
     weights = sum(each.nbytes for each in model.decoder.params.values())
-    weights += 0 if model.images is None else model.images.weight_bytes
+    weights += 0 if model.media is None else model.media.weight_bytes
     names = ", ".join((*chosen.names, *model.adapters))
     say(f"{name}: {spell_how(model)}, {engine.scheduler.max_num_seqs} requests at once")
     prefixes = engine.prefix
     cached = f"{spell_bytes(prefixes.most_bytes)} of it for prefixes to reuse" if prefixes.is_on else "no prefix is reused"
     say(f"memory: {spell_bytes(weights)} of weights, {spell_bytes(engine.pool.nbytes)} of cache, {cached}")
-    say("reads text alone" if model.images is None else f"reads text and images, at most {chosen.max_images} in a request")
+    counts = {"image": f"{chosen.max_images} images", "audio": f"{chosen.max_sounds} sounds"}
+    read = " and ".join(counts[kind] for kind in model.kinds if kind in counts)
+    say(f"reads text, and at most {read} in a request" if read else "reads text alone")
     say(f"serving on {url} as {names}" + (f" (on all addresses, port {port})" if host in ("0.0.0.0", "::") else ""))
     key = f' -H "Authorization: Bearer ${KEY}"' if chosen.api_keys else ""
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is a lantern?"}], "max_tokens": 64})

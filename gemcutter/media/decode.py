@@ -8,13 +8,13 @@ taken. Refuses to know sizes and patches. Pillow is imported when the first imag
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemcutter.errors import RequestError, spell_value
+from gemcutter.errors import RequestError
+from gemcutter.media.source_bytes import read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +43,7 @@ def read_pixels(source: ImageSource, name: str = "image") -> np.ndarray:
 
     if isinstance(source, Image.Image):
         return _decode(source, name)
-    data = _file_bytes(source, name)
+    data = read_bytes(source, name, "a PIL image or a numpy array", MAX_FILE_BYTES)
     _refuse_by_name(data, name)
     Image.init()
     try:
@@ -54,36 +54,6 @@ def read_pixels(source: ImageSource, name: str = "image") -> np.ndarray:
         raise _damaged(name, error) from error
     with found:
         return _decode(found, name)
-
-
-def _file_bytes(source: object, name: str) -> bytes:
-    """Return a file's bytes, given them or its path."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source)
-    elif isinstance(source, str | Path):
-        if str(source).startswith(("http://", "https://", "data:")):
-            raise RequestError(f"{name}: addresses are not followed; give a file's path or its bytes")
-        data = _read_file(Path(source), name)
-    else:
-        found = spell_value(source)
-        raise RequestError(f"{name}: expected a path, a file's bytes, a PIL image or a numpy array, found {found}")
-    if len(data) > MAX_FILE_BYTES:
-        raise RequestError(f"{name}: more than {MAX_FILE_BYTES >> 20} MiB; save it smaller")
-    if not data:
-        raise RequestError(f"{name}: an empty file")
-    return data
-
-
-def _read_file(path: Path, name: str) -> bytes:
-    try:
-        if not os.path.isfile(path):  # opening a pipe would wait forever
-            raise RequestError(f"{name}: there is no file {path}")
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"{name}: {path} can't be read ({error})") from error
 
 
 def _refuse_by_name(data: bytes, name: str) -> None:

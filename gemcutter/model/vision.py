@@ -8,8 +8,7 @@ Read `media/image.py` for where patches come from, `tower_plan.py` for the param
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -18,22 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcutter.errors import NumericError, RequestError
+from gemcutter.errors import RequestError
 from gemcutter.model.rope import Rope
-from gemcutter.model.text import bind_linear
-from gemcutter.ops import KernelSite
+from gemcutter.model.tower import Params, TowerContext, build_linear, check_finite, on_device, open_context, passes, within
 from gemcutter.ops.reference import rms_norm, rope
-from gemcutter.ops.registry import select_backend
 from gemcutter.ops.step import Rotation
-from gemcutter.ops.types import Linear, Param, matrix, vector
+from gemcutter.ops.types import matrix, vector
 from gemcutter.plan import RopeSpec
-from gemcutter.quant.packed import dtype_name
 from gemcutter.tower_plan import UnifiedVisionPlan, VisionPlan
 
 PASS_PATCHES = 20_000  # that pass the layers together: about two images of the largest budget
-
-Module = Callable[[Tensor], Tensor]
-Params = Mapping[str, Param]
 
 
 class Patches(Protocol):
@@ -52,15 +45,6 @@ class Patches(Protocol):
 
     def positions(self) -> Tensor:
         """Return the column and the row of every patch, [P, 2]."""
-
-
-@dataclass(frozen=True, slots=True)
-class TowerContext:
-    """What a tower's modules are built from: the product, the dtype of rows, and the device."""
-
-    linear: Linear
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +71,7 @@ class VisionTower:
         device: torch.device | str = "cpu",
         kernels: str = "auto",
     ) -> None:
-        self.plan, device = plan, torch.device(device)
-        compute = dtype_name(dtype)
-        rows = select_backend(device.type, kernels).row_dtype(compute)
-        linear = bind_linear(params.values(), KernelSite("linear", None, device.type, rows, compute, kernels))
-        self._ctx = TowerContext(linear, getattr(torch, rows), device)
+        self.plan, self._ctx = plan, open_context(params, dtype, device, kernels)
         self._encode = (
             _build_embedder(plan, params, self._ctx)
             if isinstance(plan, UnifiedVisionPlan)
@@ -108,9 +88,8 @@ class VisionTower:
         """
         for image in images:
             self._check(image)
-        is_on_gpu = self._ctx.device.type == "cuda"  # where Triton launches on the current device
-        with torch.inference_mode(), torch.cuda.device(self._ctx.device) if is_on_gpu else nullcontext():
-            return [rows for group in _passes(images) for rows in self._pass(group)]
+        with on_device(self._ctx):
+            return [rows for group in passes(images, _count, PASS_PATCHES) for rows in self._pass(group)]
 
     def _check(self, image: Patches) -> None:
         if max(image.rows, image.columns) > self.plan.positions:
@@ -122,27 +101,13 @@ class VisionTower:
         values_PC = torch.cat([image.values() for image in images]).to(ctx.device, ctx.dtype)
         positions_P2 = torch.cat([image.positions() for image in images]).to(ctx.device)
         soft_KD = self._encode(Images(values_PC, positions_P2, images))
-        rows = ctx.linear(rms_norm(soft_KD, None, self.plan.eps), self._projector).float()
-        if not torch.isfinite(rows).all():
-            raise NumericError(
-                "image: the vision tower's rows are not finite; `gemcutter doctor MODEL --data` looks at its weights"
-            )
+        rows = check_finite(ctx.linear(rms_norm(soft_KD, None, self.plan.eps), self._projector).float(), "image")
         squeeze = 1 if isinstance(self.plan, UnifiedVisionPlan) else self.plan.pool**2
         return torch.split(rows, [image.rows * image.columns // squeeze for image in images])
 
 
-def _passes(images: Sequence[Patches]) -> Iterator[list[Patches]]:
-    """Yield images in order, as many at a time as PASS_PATCHES allows, one at least."""
-    group, size = list[Patches](), 0
-    for image in images:
-        count = image.rows * image.columns
-        if group and size + count > PASS_PATCHES:
-            yield group
-            group, size = [], 0
-        group.append(image)
-        size += count
-    if group:
-        yield group
+def _count(image: Patches) -> int:
+    return image.rows * image.columns
 
 
 # ---- E2B, E4B, 26B-A4B, 31B ----
@@ -150,7 +115,7 @@ def _passes(images: Sequence[Patches]) -> Iterator[list[Patches]]:
 
 def _build_encoder(plan: VisionPlan, params: Params, ctx: TowerContext) -> Callable[[Images], Tensor]:
     """Build the encoder: patches are embedded, pass the layers, and are pooled to soft tokens [K, D]."""
-    layers = [_build_layer(plan, _within(params, f"vision.layers.{index}."), ctx) for index in range(plan.num_layers)]
+    layers = [_build_layer(plan, within(params, f"vision.layers.{index}."), ctx) for index in range(plan.num_layers)]
     patch, table = matrix(params, "vision.patch"), _table(params, ctx)
     spec = RopeSpec(plan.theta, plan.head_dim // 2, plan.head_dim // 4)
     axial = Rope(spec, ctx.device, ctx.dtype)
@@ -173,9 +138,9 @@ def _build_layer(
 ) -> Callable[[Tensor, tuple[Rotation, Rotation], list[tuple[int, int]]], Tensor]:
     """Build one layer: attention of each image to itself, then the MLP, each between norms and beside the residual."""
     norms = {name: vector(params, f"{name}norm") for name in ("attn.", "attn.q_", "attn.k_", "attn.post_", "mlp.", "mlp.post_")}
-    q, k, v = (_build_linear(params, "attn.in", ctx, part) for part in ("q", "k", "v"))
-    gate, up = (_build_linear(params, "mlp.in", ctx, part) for part in ("gate", "up"))
-    attn_out, mlp_out, eps = _build_linear(params, "attn.out", ctx), _build_linear(params, "mlp.out", ctx), plan.eps
+    q, k, v = (build_linear(params, "attn.in", ctx, part) for part in ("q", "k", "v"))
+    gate, up = (build_linear(params, "mlp.in", ctx, part) for part in ("gate", "up"))
+    attn_out, mlp_out, eps = build_linear(params, "attn.out", ctx), build_linear(params, "mlp.out", ctx), plan.eps
 
     def layer(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: list[tuple[int, int]]) -> Tensor:
         normed = rms_norm(x_PD, norms["attn."], eps)
@@ -206,18 +171,6 @@ def _attend(q_PHE: Tensor, k_PHE: Tensor, v_PHE: Tensor, edges: list[tuple[int, 
         q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (q_PHE, k_PHE, v_PHE))
         found.append(F.scaled_dot_product_attention(q, k, v, scale=1.0)[0].transpose(0, 1).flatten(1))
     return torch.cat(found)
-
-
-def _build_linear(params: Params, name: str, ctx: TowerContext, part: str | None = None) -> Module:
-    """Build a product whose input and output are clamped where the checkpoint says how far their values reach."""
-    weight = matrix(params, name) if part is None else matrix(params, name).part(part)
-    prefix = name if part is None else f"{name}.{part}"
-    if f"{prefix}.input_min" not in params:
-        return lambda x_PD: ctx.linear(x_PD, weight)
-    low, high, least, most = (
-        float(vector(params, f"{prefix}.{bound}")) for bound in ("input_min", "input_max", "output_min", "output_max")
-    )
-    return lambda x_PD: ctx.linear(x_PD.clamp(low, high), weight).clamp(least, most)
 
 
 def _build_pool(plan: VisionPlan, params: Params) -> Callable[[Tensor, Patches], Tensor]:
@@ -258,10 +211,6 @@ def _build_embedder(plan: UnifiedVisionPlan, params: Params, ctx: TowerContext) 
 
 
 # ---- parameters ----
-
-
-def _within(params: Params, prefix: str) -> dict[str, Param]:
-    return {name.removeprefix(prefix): param for name, param in params.items() if name.startswith(prefix)}
 
 
 def _table(params: Params, ctx: TowerContext) -> Tensor:

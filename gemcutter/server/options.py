@@ -40,6 +40,7 @@ class ServerOptions:
     max_logit_bias: int = 1024
     max_tools: int = 256
     max_images: int = 32  # of one request
+    max_sounds: int = 8
     max_soft_tokens: int | None = None
     max_batch: int = 128  # prompts of one request to /v1/completions
     request_timeout_s: float = 0.0  # 0: none

@@ -14,11 +14,12 @@ from fastapi import Request
 
 from gemcutter.api import Model, PreparedRequest
 from gemcutter.errors import RequestError
+from gemcutter.media_parts import KINDS, TOWERS
 from gemcutter.server.chat_task import prepare_chat
-from gemcutter.server.media_sources import check_sources, read_data_url
+from gemcutter.server.media_sources import check_urls, read_data_url
 from gemcutter.server.service import Service, unless_gone
 from gemcutter.server.wire.fields import ChatInput, refuse
-from gemcutter.server.wire.media import MediaSource, sources_of, with_contents
+from gemcutter.server.wire.media import MediaUrl, urls_of, with_contents
 
 
 async def prepare(
@@ -29,17 +30,18 @@ async def prepare(
     Raises ApiError where there is no room, FieldError or RequestError for what can't be served, ClientGone.
     """
     model, options = service.model, service.options
-    places = dict(sources_of(chat.messages))
-    service.check_room(request, count, sum(len(source.url) for source in places.values()))
-    if not places:
+    places = dict(urls_of(chat.messages))
+    urls = list(places.values())
+    service.check_room(request, count, sum(len(each.url) for each in urls))
+    if not urls:
         return await service.work(lambda: prepare_chat(model, chat, options, adapter=adapter, anthropic=anthropic))
-    sources = list(places.values())
-    if model.images is None:
-        refuse(sources[0].where, missing_tower(model))
-    check_sources(sources, options)
+    for url in urls:
+        if url.kind not in model.kinds:
+            refuse(url.where, missing_tower(model, url.kind))
+    check_urls(urls, options)
 
     def read() -> PreparedRequest:
-        contents = {source: read_data_url(source) for source in sources}
+        contents = {url: read_data_url(url) for url in urls}
         shown = replace(chat, messages=with_contents(chat.messages, contents))
         try:
             return prepare_chat(model, shown, options, adapter=adapter, anthropic=anthropic)
@@ -50,20 +52,23 @@ async def prepare(
         return await unless_gone(request, service.work_on_media(read))
 
 
-def missing_tower(model: Model) -> str:
-    """Return why a model's images can't be read, with the remedy."""
-    if model.checkpoint.config.tower_keys.get("vision") is None:
-        return "images can't be read: this model has no vision tower; ask one that has"
-    return "images can't be read: this server runs without its vision tower; its operator can start it with --media image"
+def missing_tower(model: Model, kind: str) -> str:
+    """Return why a model can't read media of a kind, with the remedy."""
+    called, tower = KINDS[kind][1], TOWERS[kind]
+    if model.checkpoint.config.tower_keys.get(tower.partition(" ")[0]) is None:
+        return f"{called} can't be read: this model has no {tower}; ask one that has"
+    return f"{called} can't be read: this server runs without its {tower}; its operator can start it with --media {kind}"
 
 
 def media_tokens(prepared: PreparedRequest) -> dict[str, int]:
-    """Return how many tokens of a prompt are rows of images, as usage names them; nothing where there are none."""
-    count = sum(span.rows for span in prepared.request.media)
-    return {"image_tokens": count} if count else {}
+    """Return how many tokens of a prompt are rows of images and of sounds, as usage names them; nothing where there are none."""
+    counts = {"image_tokens": 0, "audio_tokens": 0}
+    for span in prepared.request.media:
+        counts["image_tokens" if span.is_block else "audio_tokens"] += span.rows
+    return {name: count for name, count in counts.items() if count}
 
 
-def in_its_fields(error: RequestError, places: Mapping[str, MediaSource]) -> RequestError:
+def in_its_fields(error: RequestError, places: Mapping[str, MediaUrl]) -> RequestError:
     """Return an error that names the fields of the body in which images came, instead of their places in the conversation."""
     named = [_named(problem, places) for problem in error.problems]
     if error.problems == (error.summary,):
@@ -71,6 +76,6 @@ def in_its_fields(error: RequestError, places: Mapping[str, MediaSource]) -> Req
     return RequestError(error.summary, named)
 
 
-def _named(problem: str, places: Mapping[str, MediaSource]) -> str:
+def _named(problem: str, places: Mapping[str, MediaUrl]) -> str:
     place, colon, rest = problem.partition(": ")
     return f"{places[place].where}{colon}{rest}" if place in places else problem

@@ -151,3 +151,34 @@ def test_an_images_rows_and_logits(kernels: str, release: Path) -> None:
         found, values = zip(*report(events).top_logits, strict=True)
         assert list(found) == golden["image_prompt"]["top10_ids"]
         assert list(values) == pytest.approx(golden["image_prompt"]["top10_logits"], rel=2e-5)
+
+
+@dataclass(frozen=True)
+class Swings:
+    """The golden's sound: its frames are a formula's, no samples."""
+
+    soft_tokens: int = 16
+
+    @property
+    def values_FC(self) -> Tensor:
+        frames, bins = torch.arange(64.0, dtype=torch.float64)[:, None], torch.arange(128.0, dtype=torch.float64)
+        return (0.8 * torch.sin(0.05 * frames * (1 + bins % 7) + 0.1 * bins)).float()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_sounds_rows_and_logits(kernels: str, release: Path) -> None:
+    golden = read("tiny-e-release-sound")
+    opened = open_model(LoadOptions(model=str(release), dtype="float32", kernels=kernels, media=("audio",)))
+    assert opened.audio is not None
+    (rows_KD,) = opened.audio.encode([Swings()])
+    wanted = torch.tensor(golden["soft_tokens"])
+    assert (rows_KD - wanted).abs().max() / wanted.abs().max() < 2e-5
+    ids, sound = golden["audio_prompt"]["token_ids"], 21
+    span = MediaSpan(ids.index(sound), "0" * 64, rows_KD, is_block=False)
+    assert ids.count(sound) == span.rows
+    for chunk in (1, 7, 64):
+        engine = Engine(opened.decoder, 1024, max_batched_tokens=chunk)
+        (events,) = run(engine, [Request(tuple(ids), max_tokens=1, top_logits=10, media=(span,))])
+        found, values = zip(*report(events).top_logits, strict=True)
+        assert list(found) == golden["audio_prompt"]["top10_ids"]
+        assert list(values) == pytest.approx(golden["audio_prompt"]["top10_logits"], rel=2e-5)

@@ -1,7 +1,7 @@
-"""Prompts with images against transformers, in float32: all logits, whatever the chunks and whoever runs beside.
+"""Prompts with images and sounds against transformers, in float32: all logits, whatever the chunks and whoever runs beside.
 
-Owns whole decoders with their towers, run by the engine. Read `test_vision.py` for the towers alone, `tests/wrappers.py` for the
-models and for how transformers is asked.
+Owns whole decoders with their towers, run by the engine. Read `test_vision.py` and `test_audio_tower.py` for the towers alone,
+`tests/wrappers.py` for the models and for how transformers is asked.
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from gemcutter.engine.request import PromptReport, Request
 from gemcutter.engine.runner import PendingStep
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.errors import RequestError
+from gemcutter.media.audio import SoundFrames
 from gemcutter.media.image import ImagePatches, cut_image
+from gemcutter.model.audio import AudioTower
 from gemcutter.model.text import Decoder
 from gemcutter.model.vision import VisionTower
 from tests.images import drawing
 from tests.topologies import TOLERANCE, relative_error
 from tests.wrappers import (
+    AUDIO,
     VISION,
+    Media,
+    build_audio_tower,
     build_text,
     build_tower,
     build_wrapper,
     cut_drawings,
+    cut_tones,
     media_request,
     official_logits,
     patch_shape,
@@ -45,10 +51,19 @@ KERNELS = [
 ]
 
 
+LENGTHS = (6000, 17_000, 161)  # samples of the sounds: 10, 27 and 1 soft tokens
+
+
 @cache
 def model_of(size: str) -> tuple[PreTrainedModel, VisionTower, tuple[ImagePatches, ...]]:
-    model = build_wrapper(size)
+    model = build_wrapper(size, hears=size in AUDIO)
     return model, build_tower(model), tuple(cut_drawings(model, [(60, 90, LARGEST), (200, 30, LARGEST), (48, 48, LARGEST)]))
+
+
+@cache
+def hearing_of(size: str) -> tuple[AudioTower, tuple[SoundFrames, ...]]:
+    model = model_of(size)[0]
+    return build_audio_tower(model), tuple(cut_tones(model, LENGTHS))
 
 
 @cache
@@ -58,17 +73,24 @@ def decoder_of(size: str, kernels: str = "reference") -> Decoder:
 
 @cache
 def case(size: str, name: str) -> tuple[Request, Tensor]:
-    """Return a prompt with images, and transformers' logits of all its rows."""
-    model, tower, (first, second, third) = model_of(size)
-    parts: dict[str, Sequence[int | ImagePatches]] = {
+    """Return a prompt with images or sounds, and transformers' logits of all its rows."""
+    model, vision, (first, second, third) = model_of(size)
+    parts: dict[str, Sequence[int | Media]] = {
         "between texts": (5, first, 9),
         "side by side": (3, first, second, 4),
         "at both ends": (third, 20, first),
         "text": (30,),
     }
-    images = [part for part in parts[name] if isinstance(part, ImagePatches)]
-    request = media_request(tower, parts[name], hidden_states=True, max_tokens=0)
-    return request, official_logits(model, request, images or [first]) if images else official_text(model, request)
+    towers: list[VisionTower | AudioTower] = [vision]
+    if size in AUDIO:
+        audio, (low, high, short) = hearing_of(size)
+        towers.append(audio)
+        parts["a sound"] = (5, high, 9)
+        parts["sounds"] = (low, short, 3, high)
+        parts["sounds and images"] = (2, low, first, 7, third, high, 4)
+    media = [part for part in parts[name] if not isinstance(part, int)]
+    request = media_request(towers, parts[name], hidden_states=True, max_tokens=0)
+    return request, official_logits(model, request, media) if media else official_text(model, request)
 
 
 def official_text(model: PreTrainedModel, request: Request) -> Tensor:
@@ -110,6 +132,27 @@ def test_logits_are_those_of_transformers(size: str, chunk: int, kernels: str) -
         request, wanted = case(size, name)
         (report,) = run(engine, [request])
         assert relative_error(logits_of(engine, report), wanted) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("size", AUDIO)
+def test_logits_behind_sounds_are_those_of_transformers(size: str, chunk: int, kernels: str) -> None:
+    engine = engine_of(size, chunk, kernels)
+    names = ("sounds and images", "a sound", "sounds")
+    for name in names[:1] if (chunk, kernels) == (1, "reference") else names:
+        request, wanted = case(size, name)
+        (report,) = run(engine, [request])
+        assert relative_error(logits_of(engine, report), wanted) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("joining", [0, 2])
+@pytest.mark.parametrize("size", AUDIO)
+def test_batches_of_text_images_and_sounds_that_join_and_leave(size: str, joining: int) -> None:
+    engine = engine_of(size, 24, max_num_seqs=3)
+    cases = [case(size, name) for name in ("text", "sounds and images", "a sound", "between texts", "sounds", "text")]
+    for report, (_, wanted) in zip(run(engine, [request for request, _ in cases], joining), cases, strict=True):
+        assert relative_error(logits_of(engine, report), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("joining", [0, 1, 3])
@@ -180,7 +223,7 @@ def test_prefixes_with_images_are_told_apart_by_content(size: str) -> None:
     same_size = cut_image(255 - drawing(60, 90), LARGEST, patch_shape(tower.plan))
     assert same_size.soft_tokens == first.soft_tokens
     engine = engine_of(size, 64, prefix_cache_bytes=None)
-    requests = [media_request(tower, (70, image, 20), max_tokens=0, top_logits=5) for image in (first, same_size, first)]
+    requests = [media_request([tower], (70, image, 20), max_tokens=0, top_logits=5) for image in (first, same_size, first)]
     assert requests[0].prompt == requests[1].prompt
     reports = [run(engine, [request])[0] for request in requests]
     fresh = [run(engine_of(size, 64), [request])[0] for request in requests]
@@ -192,11 +235,25 @@ def test_prefixes_with_images_are_told_apart_by_content(size: str) -> None:
     assert reports[0].top_logits != reports[1].top_logits
 
 
+@pytest.mark.parametrize("size", ["E4B", "12B"])
+def test_prefixes_with_sounds_are_told_apart_by_content(size: str) -> None:
+    tower, (_, sound, _) = hearing_of(size)
+    other = SoundFrames(-sound.values_FC, sound.soft_tokens, "f" * 64)
+    engine = engine_of(size, 64, prefix_cache_bytes=None)
+    requests = [media_request([tower], (70, each, 20), max_tokens=0, top_logits=5) for each in (sound, other, sound)]
+    assert requests[0].prompt == requests[1].prompt
+    reports = [run(engine, [request])[0] for request in requests]
+    assert [report.cached_tokens for report in reports[:1]] == [0]
+    assert reports[1].cached_tokens <= 71
+    assert reports[2].cached_tokens > 71 + sound.soft_tokens // 2
+    assert reports[1].top_logits == run(engine_of(size, 64), [requests[1]])[0].top_logits != reports[0].top_logits
+
+
 @pytest.mark.parametrize("size", ["E2B", "26B-A4B"])
 def test_sequences_that_lose_their_pages_compute_images_anew(size: str) -> None:
     """A pool for one sequence is shared by three: the less urgent ones start again, within or after their images."""
     _, tower, images = model_of(size)
-    requests = [media_request(tower, (8 * n, image, 6), seed=n, max_tokens=6) for n, image in enumerate(images)]
+    requests = [media_request([tower], (8 * n, image, 6), seed=n, max_tokens=6) for n, image in enumerate(images)]
     alone = [tokens(engine_of(size, 16), [request])[0] for request in requests]
     small = Engine(decoder_of(size), 128, 16, 1, largest_block=LARGEST)
     small.scheduler.max_num_seqs = 3

@@ -20,7 +20,7 @@ import pytest
 
 import gemcutter
 from gemcutter.api import Model
-from gemcutter.model.vision import VisionTower
+from gemcutter.media.image import ImagePatches
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.wire.fields import FieldError
 from gemcutter.server.wire.media import image_part, of_request
@@ -302,16 +302,17 @@ def test_a_server_without_a_tower_says_what_helps(demo: Model) -> None:
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+def held(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
     """Hold the tower: an event that is set when it was called, and one that lets it go on."""
-    called, go, encode = threading.Event(), threading.Event(), VisionTower.encode
+    assert model.media is not None
+    called, go, encode = threading.Event(), threading.Event(), model.media._encoders[ImagePatches]
 
-    def holds(self: VisionTower, images: Any) -> Any:
+    def holds(images: Any) -> Any:
         called.set()
         assert go.wait(60)
-        return encode(self, images)
+        return encode(images)
 
-    monkeypatch.setattr(VisionTower, "encode", holds)
+    monkeypatch.setitem(model.media._encoders, ImagePatches, holds)
     yield called, go
     go.set()
 

@@ -131,10 +131,10 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.C
         (["--lora-modules", "name"], "--lora-modules: expected NAME=PATH"),
         (["--prefix-cache-bytes", "4X"], "--prefix-cache-bytes: expected bytes, such as 0, 200000000, 512M or 4G, found '4X'"),
         (["--bos-for-token-prompts", "maybe"], "--bos-for-token-prompts: expected one of auto, never"),
-        (["--media", "sound"], "expected auto, none, or image, found sound"),
+        (["--media", "sound"], "expected auto, none, or image and audio, found sound"),
         (["--media", "image", "--language-model-only"], "--language-model-only: the same as --media none"),
         (["--max-soft-tokens", "100"], "expected one of 70, 140"),
-        (["--limit-mm-per-prompt", "smell=2"], "--limit-mm-per-prompt: expected image=N, found 'smell'"),
+        (["--limit-mm-per-prompt", "smell=2"], "--limit-mm-per-prompt: expected image=N, audio=N, found 'smell'"),
         (["--limit-mm-per-prompt", "image=-1"], "--limit-mm-per-prompt: image: expected a number, 0 or more, found '-1'"),
         (["--limit-mm-per-prompt", '{"image": true}'], "--limit-mm-per-prompt: image: expected a number, 0 or more, found True"),
     ],
@@ -147,14 +147,16 @@ def test_bad_options_are_named(words: list[str], expected: str, capsys: pytest.C
 @pytest.mark.parametrize(
     ("words", "media"),
     [
-        ([], ("auto",)),
-        (["--media", "auto"], ("auto",)),
+        ([], ("auto", "image", "audio")),
+        (["--media", "auto"], ("auto", "image", "audio")),
+        (["--media", "image,audio"], ("image", "audio")),
         (["--media", "image"], ("image",)),
         (["--media", "none"], ()),
         (["--language-model-only"], ()),
         (["--language-model-only", "--media", "none"], ()),
-        (["--limit-mm-per-prompt", "image=0"], ()),
-        (["--limit-mm-per-prompt", '{"image": 3}'], ("auto",)),
+        (["--limit-mm-per-prompt", "image=0,audio=0"], ()),
+        (["--limit-mm-per-prompt", "image=0"], ("auto", "audio")),
+        (["--limit-mm-per-prompt", '{"image": 3}'], ("auto", "image", "audio")),
     ],
 )
 def test_towers_are_loaded_where_images_may_come(

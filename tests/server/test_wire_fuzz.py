@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from gemcutter.server.wire import messages, responses
 from gemcutter.server.wire.fields import FieldError
-from gemcutter.server.wire.media import MediaSource
+from gemcutter.server.wire.media import MediaUrl
 
 WORDS = [
     *("message", "reasoning", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output"),
@@ -37,7 +37,7 @@ objects = st.none() | st.dictionaries(st.sampled_from(KEYS), values, max_size=4)
 
 def spell(source: object) -> str:
     """Return an image's address, the one thing in a conversation that is no JSON."""
-    assert isinstance(source, MediaSource)
+    assert isinstance(source, MediaUrl)
     return source.url
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 
 if TYPE_CHECKING:  # headers are read without torch
+    from torch import Tensor
+
     from gemcutter.quant.packed import Packed
 
 
@@ -44,6 +46,35 @@ class PackedTensor:
         """Let the kernel drop the pages of all stored tensors, once they have been copied elsewhere."""
         for tensor in self.stored:
             tensor.release()
+
+
+@dataclass(frozen=True, slots=True)
+class RearrangedTensor(LazyTensor):
+    """A tensor that a file lays out otherwise than the plan does: `shape` is the plan's, `arranged` makes the values.
+
+    It is read whole. What is packed in the file comes in float32.
+    """
+
+    arranged: Callable[[], Tensor] = field(repr=False)
+
+    @classmethod
+    def of(cls, data: LazyTensor | PackedTensor, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a stored tensor in the shape into which `change` brings its values."""
+        if isinstance(data, LazyTensor):
+            first, dtype = data, data.dtype
+            return cls(first.name, dtype, shape, data.nbytes, first.offset, first.mapped, lambda: change(data.torch()))
+        first = data.stored[0]
+        return cls(first.name, "F32", shape, data.nbytes, first.offset, first.mapped, lambda: change(data.build().dequantize()))
+
+    def torch(self) -> Tensor:
+        """Return the tensor in the plan's shape: a view of the mapped file where strides can express it."""
+        return self.arranged()
+
+    def raw(self) -> Tensor:
+        """Return the bytes of the rearranged values, uint8."""
+        import torch
+
+        return self.arranged().contiguous().flatten().view(torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)

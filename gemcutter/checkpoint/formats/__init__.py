@@ -5,14 +5,15 @@ Owns the order in which they are asked: the first whose `sniff` says yes reads t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import StoredTensor
-from gemcutter.checkpoint.formats import compressed, gguf, hf, mlx
+from gemcutter.checkpoint.formats import compressed, gguf, gguf_towers, hf, hf_towers, mlx
 from gemcutter.config import ModelConfig
 from gemcutter.plan import ModelPlan
+from gemcutter.tower_plan import TowerPlan
 
 
 class Format(Protocol):
@@ -41,3 +42,11 @@ class Format(Protocol):
 
 
 FORMATS: tuple[Format, ...] = (gguf, mlx, compressed, hf)
+
+# What yields the stored tensors of a tower, "vision" or "audio", by the name of the format.
+TOWER_PIECES: dict[str, Callable[[Source, str, TowerPlan], Iterator[StoredTensor]]] = {
+    gguf.NAME: gguf_towers.pieces,
+    mlx.NAME: mlx.tower_pieces,
+    compressed.NAME: compressed.tower_pieces,
+    hf.NAME: hf_towers.pieces,
+}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from gemcutter.checkpoint.container.lazy_tensor import DTYPES, LazyTensor
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
-from gemcutter.checkpoint.formats import hf
+from gemcutter.checkpoint.formats import hf, hf_towers
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ModelPlan
 from gemcutter.sidecar.small_file import shown
+from gemcutter.tower_plan import TowerPlan
 
 if TYPE_CHECKING:  # headers are read without torch
     from torch import Tensor
@@ -93,6 +94,7 @@ SHOWN = 8  # experts that a message lists
 Key = tuple[str, str | None]  # of a weight: canonical name and part
 Data = LazyTensor | PackedTensor
 Tensors = Mapping[str, LazyTensor]  # of one module, by role
+Translate = Callable[[LazyTensor], StoredTensor]  # names a tensor canonically
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +147,24 @@ def config(source: Source, ignore: Sequence[str] = ()) -> ModelConfig:
 def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
     """Yield every stored tensor under its canonical name, the tensors of a packed module, or of all experts, as one piece."""
     shapes = {spec.name: spec.shape for spec in plan.params()}
+    yield from _pieces(source, source.tensors.values(), shapes, hf.translate)
+
+
+def tower_pieces(source: Source, tower: str, plan: TowerPlan) -> Iterator[StoredTensor]:
+    """Yield the stored tensors of a tower as `pieces` does."""
+    shapes = {spec.name: spec.shape for spec in plan.params()}
+    yield from _pieces(source, hf_towers.tensors_of(source, tower), shapes, hf_towers.piece)
+
+
+def _pieces(
+    source: Source, tensors: Iterable[LazyTensor], shapes: Mapping[str, tuple[int, ...]], translate: Translate
+) -> Iterator[StoredTensor]:
     whole = dict[Key, dict[str, LazyTensor]]()
     apart = dict[Key, dict[int, dict[str, LazyTensor]]]()
-    for tensor in source.tensors.values():
-        place = _place(tensor)
+    for tensor in tensors:
+        place = _place(tensor, translate)
         if place is None:
-            piece = hf.translate(tensor)
+            piece = translate(tensor)
             is_aside = piece.name is None and ACTIVATIONS.fullmatch(tensor.name)
             yield StoredTensor("(scales of activations)", None, tensor) if is_aside else piece
             continue
@@ -162,8 +176,8 @@ def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
         if found.setdefault(role, tensor) is not tensor:
             yield StoredTensor(*key, tensor)  # which the first of this role makes a duplicate
     claims = _claims(_quantization(source))
-    for key, tensors in whole.items():
-        yield _piece(key, tensors, partial(_read, tensors, shapes[key[0]][-1], claims))
+    for key, roles in whole.items():
+        yield _piece(key, roles, partial(_read, roles, shapes[key[0]][-1], claims))
     for key, experts in apart.items():
         if (key[0], None) in whole:
             key = (key[0], None)  # stored both ways: a duplicate
@@ -173,7 +187,7 @@ def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
 # ---- names ----
 
 
-def _place(tensor: LazyTensor) -> tuple[Key, int | None, str] | None:
+def _place(tensor: LazyTensor, translate: Translate) -> tuple[Key, int | None, str] | None:
     """Return the weight a tensor belongs to, and as what: key, expert if stored apart, and role; None for those of no weight."""
     bare = hf.strip(tensor.name)
     expert = EXPERT.fullmatch(bare)
@@ -185,7 +199,7 @@ def _place(tensor: LazyTensor) -> tuple[Key, int | None, str] | None:
     module, _, ending = bare.rpartition(".")
     if ending not in ROLES:
         return None
-    piece = hf.translate(replace(tensor, name=f"{module}.weight"))
+    piece = translate(replace(tensor, name=f"{module}.weight"))
     if piece.name is None or piece.name.startswith("("):
         return None
     return (piece.name, piece.part), None, ROLES[ending]

@@ -123,10 +123,19 @@ def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
     """Yield every stored tensor under its canonical name, but for the rope's divisors, which `config` has read."""
     for tensor in source.tensors.values():
         if tensor.name != ROPE_DIVISORS:
-            yield _piece(tensor, *translate(tensor.name), plan)
+            yield _decoder_piece(tensor, *translate(tensor.name), plan)
 
 
-def _piece(tensor: LazyTensor, name: str | None, part: str | None, plan: ModelPlan) -> StoredTensor:
+def _decoder_piece(tensor: LazyTensor, name: str | None, part: str | None, plan: ModelPlan) -> StoredTensor:
+    found = piece(tensor, name, part)
+    if name == "embed.ple" and tensor.dtype in BLOCKS and plan.ple_dim % BLOCK_VALUES[tensor.dtype]:
+        blocks = f"{tensor.dtype}'s blocks of {BLOCK_VALUES[tensor.dtype]}"
+        return replace(found, fault=f"{blocks} span several layers of {plan.ple_dim} values each")
+    return found
+
+
+def piece(tensor: LazyTensor, name: str | None, part: str | None) -> StoredTensor:
+    """Return a stored tensor under its canonical name, packed where it is stored in blocks."""
     if name is None or name.startswith("(") or tensor.dtype in DENSE or len(tensor.shape) < 2:
         return StoredTensor(name, part, tensor)
     if tensor.dtype not in BLOCKS:
@@ -134,12 +143,7 @@ def _piece(tensor: LazyTensor, name: str | None, part: str | None, plan: ModelPl
         return StoredTensor(
             name, part, tensor, f"{tensor.dtype} is not read, only {able}; take another quantization of this model"
         )
-    fault = None
-    if name == "embed.ple" and plan.ple_dim % BLOCK_VALUES[tensor.dtype]:
-        fault = f"{tensor.dtype}'s blocks of {BLOCK_VALUES[tensor.dtype]} span several layers of {plan.ple_dim} values each"
-    return StoredTensor(
-        name, part, PackedTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,), partial(_unpack, tensor)), fault
-    )
+    return StoredTensor(name, part, PackedTensor(tensor.name, tensor.dtype, tensor.shape, (tensor,), partial(_unpack, tensor)))
 
 
 def _unpack(tensor: LazyTensor) -> Packed:
@@ -151,7 +155,7 @@ def _unpack(tensor: LazyTensor) -> Packed:
 # ---- metadata as a config ----
 
 
-class _Keys:
+class MetadataKeys:
     """The metadata of one architecture: hands out typed values, and reports what was wrong or never asked for."""
 
     def __init__(self, metadata: Mapping[str, Any], prefix: str) -> None:
@@ -216,7 +220,7 @@ def config(source: Source, ignore: Sequence[str] = ()) -> configs.ModelConfig:
     if describe is None:
         kind = KINDS.get(architecture) if isinstance(architecture, str) else None
         raise CheckpointError(f"{where} is {kind or f'of the architecture {shown(architecture)}'}; {_REMEDY}")
-    keys = _Keys(source.metadata, f"{architecture}.")
+    keys = MetadataKeys(source.metadata, f"{architecture}.")
     layers = keys.integer("block_count")
     if not 0 < layers <= MAX_LAYERS:
         raise ConfigError(f"{where} does not describe a Gemma model", [f"{architecture}.block_count: {layers} layers"])
@@ -236,7 +240,7 @@ KINDS = {
 _REMEDY = "this version reads the text models gemma4 and gemma3, and gemma4-assistant: pass the file of one"
 
 
-def _shape(keys: _Keys, source: Source, layers: int) -> dict[str, Any]:
+def _shape(keys: MetadataKeys, source: Source, layers: int) -> dict[str, Any]:
     """Format what both families have."""
     stops = [source.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     raw = {
@@ -260,7 +264,7 @@ def _rows(source: Source, name: str) -> int | None:
     return source.tensors[name].shape[0] if name in source.tensors else None
 
 
-def _layer_types(keys: _Keys, layers: int) -> list[str]:
+def _layer_types(keys: MetadataKeys, layers: int) -> list[str]:
     """Read which layers see a window only: a flag for each, or the period of those that see all."""
     found = keys.get("attention.sliding_window_pattern")
     if isinstance(found, Array) and len(found) == layers:
@@ -271,7 +275,7 @@ def _layer_types(keys: _Keys, layers: int) -> list[str]:
     return [configs.SLIDING if flag else configs.FULL for flag in flags]
 
 
-def _gemma4(keys: _Keys, source: Source, layers: int) -> dict[str, Any]:
+def _gemma4(keys: MetadataKeys, source: Source, layers: int) -> dict[str, Any]:
     kinds, shared = _layer_types(keys, layers), keys.integer("attention.shared_kv_layers", 0)
     kv_heads, widths = keys.each("attention.head_count_kv", layers), keys.each("feed_forward_length", layers)
     first_shared = layers - min(max(shared, 0), layers)
@@ -299,6 +303,8 @@ def _gemma4(keys: _Keys, source: Source, layers: int) -> dict[str, Any]:
         "global_head_dim": keys.integer("attention.key_length"),
         "attention_k_eq_v": bool(writers) and all(_has_no_values(source, index) for index in writers),
         "hidden_size_per_layer_input": ple,
+        # No key says so: models without per-layer embeddings were trained with blocks of images that see themselves.
+        "use_bidirectional_attention": None if ple else "vision",
         "vocab_size_per_layer_input": _rows(source, "per_layer_token_embd.weight") if ple else None,
         "rope_parameters": {
             configs.SLIDING: {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 1e4)},
@@ -311,7 +317,7 @@ def _gemma4(keys: _Keys, source: Source, layers: int) -> dict[str, Any]:
     } | _experts(keys)
 
 
-def _assistant(keys: _Keys, source: Source, text: dict[str, Any]) -> dict[str, Any]:
+def _assistant(keys: MetadataKeys, source: Source, text: dict[str, Any]) -> dict[str, Any]:
     """Return the config of an assistant around that of its layers, all of which read their target's keys and values."""
     keys.integer("nextn_predict_layers", 0)  # the number of layers once more
     centroids = _rows(source, "masked_embd_centroids.weight")  # llama.cpp's converter leaves them out
@@ -333,13 +339,13 @@ def _has_no_values(source: Source, index: int) -> bool:
     return f"blk.{index}.attn_k.weight" in source.tensors and f"blk.{index}.attn_v.weight" not in source.tensors
 
 
-def _experts(keys: _Keys) -> dict[str, Any]:
+def _experts(keys: MetadataKeys) -> dict[str, Any]:
     experts, used, width = (keys.integer(key, 0) for key in ("expert_count", "expert_used_count", "expert_feed_forward_length"))
     moe = {"enable_moe_block": True, "num_experts": experts, "top_k_experts": used, "moe_intermediate_size": width}
     return moe if experts else {}
 
 
-def _partial_rotary(keys: _Keys, source: Source) -> float:
+def _partial_rotary(keys: MetadataKeys, source: Source) -> float:
     """Return the part of the pairs that rotate in global layers: the divisors of all others are huge."""
     usual, divisors = 0.25, source.tensors.get(ROPE_DIVISORS)
     if divisors is None:
@@ -354,7 +360,7 @@ def _partial_rotary(keys: _Keys, source: Source) -> float:
     return rotating / len(values)
 
 
-def _gemma3(keys: _Keys, source: Source, layers: int) -> dict[str, Any]:
+def _gemma3(keys: MetadataKeys, source: Source, layers: int) -> dict[str, Any]:
     heads, head_dim = keys.integer("attention.head_count"), keys.integer("attention.key_length", 256)
     for name in ("value_length", "key_length_swa", "value_length_swa"):
         keys.insist(f"attention.{name}", head_dim)

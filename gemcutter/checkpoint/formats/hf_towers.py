@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import StoredTensor
 from gemcutter.checkpoint.formats import hf
+from gemcutter.tower_plan import TowerPlan
 
 Name = tuple[str, str | None]  # canonical, and the part of it that is stored under the name
 
@@ -89,13 +91,24 @@ LAYER = re.compile(r"(vision|audio)_tower\.(?:encoder\.)?layers\.([0-9]{1,9})\.(
 LINEAR = re.compile(r"(.+?)\.(?:linear\.weight|((?:input|output)_(?:min|max)))")
 
 
-def pieces(source: Source, tower: str) -> Iterator[StoredTensor]:
+def pieces(source: Source, tower: str, plan: TowerPlan) -> Iterator[StoredTensor]:
     """Yield the stored tensors of a tower, "vision" or "audio", under their canonical names; `name` None for unknown ones."""
+    for tensor in tensors_of(source, tower):
+        yield piece(tensor)
+
+
+def tensors_of(source: Source, tower: str) -> Iterator[LazyTensor]:
+    """Yield the tensors of a tower and its projector, without leftovers of other designs and engines."""
     for tensor in source.tensors.values():
         bare = hf.strip(tensor.name)
         if hf.tower_kind(bare) == f"({tower} tower)" and not hf.VESTIGES.search(bare) and not VESTIGES.match(bare):
-            name, part = translate(bare) or (None, None)
-            yield StoredTensor(name, part, tensor)
+            yield tensor
+
+
+def piece(tensor: LazyTensor) -> StoredTensor:
+    """Name one tensor of a tower canonically; `name` stays None for what the format does not know."""
+    name, part = translate(hf.strip(tensor.name)) or (None, None)
+    return StoredTensor(name, part, tensor)
 
 
 def translate(bare: str) -> Name | None:

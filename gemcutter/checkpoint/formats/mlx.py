@@ -9,19 +9,20 @@ override; entries that do name a module are checked against them. Refuses to kno
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
-from gemcutter.checkpoint.formats import hf
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, RearrangedTensor, StoredTensor
+from gemcutter.checkpoint.formats import hf, hf_towers
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
-from gemcutter.plan import ModelPlan
+from gemcutter.plan import ModelPlan, ParamKind
 from gemcutter.sidecar.small_file import shown
+from gemcutter.tower_plan import TowerPlan
 
 if TYPE_CHECKING:  # headers are read without torch
     from torch import Tensor
@@ -88,16 +89,44 @@ def config(source: Source, ignore: Sequence[str] = ()) -> ModelConfig:
 def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
     """Yield every stored tensor under its canonical name, the arrays of a packed module as one piece."""
     columns = {spec.name: spec.shape[-1] for spec in plan.params()} | {"head": plan.hidden}
-    claims = {hf.strip(module): claim for module, claim in _claims(source).items()}
+    yield from _pieces(source.tensors.values(), columns, _claims(source), translate)
+
+
+def tower_pieces(source: Source, tower: str, plan: TowerPlan) -> Iterator[StoredTensor]:
+    """Yield the stored tensors of a tower as `pieces` does; convolutions, whose channels MLX keeps last, as the plan has them."""
+    specs = {spec.name: spec for spec in plan.params()}
+    columns = {spec.name: spec.shape[-1] for spec in specs.values() if spec.kind is ParamKind.MATRIX}
+    for piece in _pieces(hf_towers.tensors_of(source, tower), columns, _claims(source), hf_towers.piece):
+        spec, data = specs.get(piece.name or ""), piece.data
+        if spec is None or spec.kind is not ParamKind.CONV or not isinstance(data, LazyTensor) or data.shape == spec.shape:
+            yield piece
+        elif len(data.shape) == len(spec.shape) and (data.shape[0], data.shape[-1], *data.shape[1:-1]) == spec.shape:
+            yield replace(piece, data=RearrangedTensor.of(data, spec.shape, _channels_first))
+        else:
+            yield piece
+
+
+def _channels_first(stored: Tensor) -> Tensor:
+    return stored.movedim(-1, 1)
+
+
+def _pieces(
+    tensors: Iterable[LazyTensor],
+    columns: Mapping[str, int],
+    claims: Mapping[str, Any],
+    translate: Callable[[LazyTensor], StoredTensor],
+) -> Iterator[StoredTensor]:
+    """Yield tensors under the names that `translate` gives them; `columns` are those of every weight that may be packed."""
+    claims = {hf.strip(module): claim for module, claim in claims.items()}
     modules: dict[str, dict[str, LazyTensor]] = {}
-    for tensor in source.tensors.values():
+    for tensor in tensors:
         module, _, array = tensor.name.rpartition(".")
         if array in ARRAYS:
             modules.setdefault(module, {})[array] = tensor
         else:
             yield translate(tensor)
     for module, arrays in modules.items():
-        yield from _module(module, arrays, columns, claims.get(hf.strip(module)))
+        yield from _module(module, arrays, columns, claims.get(hf.strip(module)), translate)
 
 
 def translate(tensor: LazyTensor) -> StoredTensor:
@@ -124,8 +153,14 @@ def spell(name: str, part: str | None) -> str:
 # ---- one module ----
 
 
-def _module(module: str, arrays: dict[str, LazyTensor], columns: Mapping[str, int], claim: object) -> Iterator[StoredTensor]:
-    """Yield a module of the decoder as one piece, packed or dense; of others, which need no unpacking, every array."""
+def _module(
+    module: str,
+    arrays: dict[str, LazyTensor],
+    columns: Mapping[str, int],
+    claim: object,
+    translate: Callable[[LazyTensor], StoredTensor],
+) -> Iterator[StoredTensor]:
+    """Yield a module as one piece, packed or dense; of those without `columns`, which need no unpacking, every array."""
     stored = tuple(arrays[name] for name in ARRAYS if name in arrays)
     codes = stored[0]
     place = translate(replace(codes, name=f"{module}.weight"))

@@ -1,46 +1,142 @@
 """Matches what a checkpoint holds of a tower against its plan, from headers alone, and only where the tower is asked for.
 
-Owns which formats' towers can be read, and the one error that lists every missing, misshaped and unknown tensor of a tower.
-Refuses to know foreign names, and to allocate. Read `match.py` for the decoder's, `load_params.py:load_tower` next.
+Owns where a model's towers lie (in its own files, in a projector beside them, or in a file that is given) and the one error that
+lists every missing, misshaped and unknown tensor of a tower. Refuses to know foreign names, and to allocate. Read `match.py` for
+the decoder's, `load_params.py:load_tower` next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
 
-from gemcutter.checkpoint.formats import hf, hf_towers
-from gemcutter.checkpoint.load.match import Checkpoint, Matched, compare_specs, mismatch
+from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.formats import TOWER_PIECES, gguf, gguf_towers, hf, hf_towers
+from gemcutter.checkpoint.load.match import Checkpoint, Matched, compare_specs, format_of, mismatch
 from gemcutter.errors import CheckpointError
-from gemcutter.tower_plan import UnifiedVisionPlan, VisionPlan, derive_vision
+from gemcutter.tower_config import AudioConfig, UnifiedAudioConfig, UnifiedVisionConfig, VisionConfig
+from gemcutter.tower_plan import AudioPlan, UnifiedAudioPlan, UnifiedVisionPlan, VisionPlan, plan_audio, plan_vision
+
+MEDIA_TOWERS = {"image": "vision", "audio": "audio"}
+BRINGS = {"vision": "images", "audio": "sounds"}  # what a tower reads
+# Which of several projectors beside a model is taken: the first of these that a name holds.
+PREFERRED = ("bf16", "f16", "f32", "q8_0")
+
+AnyPlan = TypeVar("AnyPlan", VisionPlan | UnifiedVisionPlan, AudioPlan | UnifiedAudioPlan)
 
 
-def readable_media(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return what a checkpoint's towers can read, as load options name it; of damaged towers, too: `match_vision` tells."""
-    has_vision = checkpoint.format == hf.NAME and checkpoint.config.tower_keys.get("vision") is not None
-    return ("image",) if has_vision and any(hf_towers.pieces(checkpoint.source, "vision")) else ()
+def readable_media(checkpoint: Checkpoint, projector: Path | None = None) -> tuple[str, ...]:
+    """Return which media the towers of a model read, as load options name them: none where there are no towers.
 
-
-def match_vision(checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> tuple[VisionPlan | UnifiedVisionPlan, Matched]:
-    """Return the plan of a checkpoint's vision tower and the tensors of each parameter.
-
-    Raises ConfigError for bad keys of its config, CheckpointError where it has no vision tower, where the format's towers
-    can't be read, and with every problem where tensors do not fit.
+    Whether they are whole is told by `match_vision` and `match_audio`. Raises CheckpointError for a projector without towers.
     """
-    path = checkpoint.source.path
-    if checkpoint.format != hf.NAME:
-        raise CheckpointError(
-            f"{path}: images can't be read with {checkpoint.format} files; load the checkpoint that they were made from"
-        )
-    plan = derive_vision(checkpoint.config)
+    if projector is None and _needs_projector(checkpoint) and not _projectors(checkpoint):
+        return ()
+    source = _tower_source(checkpoint, projector)
+    return tuple(medium for medium, tower in MEDIA_TOWERS.items() if _holds(source, tower, checkpoint))
+
+
+def _holds(source: Source, tower: str, checkpoint: Checkpoint) -> bool:
+    """Return whether the files hold tensors of a tower, and say what it is."""
+    if format_of(source).NAME == gguf.NAME:
+        return any(gguf.translate(name)[0] == f"({tower} tower)" for name in source.tensors)
+    is_told = source is not checkpoint.source or bool(checkpoint.config.tower_keys.get(tower))
+    return is_told and next(iter(hf_towers.tensors_of(source, tower)), None) is not None
+
+
+def match_vision(
+    checkpoint: Checkpoint, ignore: Sequence[str] = (), projector: Path | None = None
+) -> tuple[VisionPlan | UnifiedVisionPlan, Matched]:
+    """Return the plan of a model's vision tower and the tensors of each parameter.
+
+    `projector` is a file or folder that holds the towers; None: the model's own files, or the projector beside a GGUF file.
+    Raises ConfigError for bad keys of its config, CheckpointError where there is no vision tower, and with every problem where
+    tensors do not fit.
+    """
+
+    def plan(source: Source) -> VisionPlan | UnifiedVisionPlan | None:
+        config: VisionConfig | UnifiedVisionConfig | None
+        if format_of(source).NAME == gguf.NAME:
+            config = gguf_towers.vision_config(source, ignore)
+        else:
+            config = (checkpoint.config if source is checkpoint.source else hf.read_config(source, ignore)).vision
+        return None if config is None else plan_vision(config, checkpoint.plan.hidden)
+
+    return _match("vision", plan, checkpoint, ignore, projector)
+
+
+def match_audio(
+    checkpoint: Checkpoint, ignore: Sequence[str] = (), projector: Path | None = None
+) -> tuple[AudioPlan | UnifiedAudioPlan, Matched]:
+    """Return the plan of a model's audio tower and the tensors of each parameter. Takes and raises what `match_vision` does."""
+
+    def plan(source: Source) -> AudioPlan | UnifiedAudioPlan | None:
+        config: AudioConfig | UnifiedAudioConfig | None
+        if format_of(source).NAME == gguf.NAME:
+            config = gguf_towers.audio_config(source, ignore)
+        else:
+            config = (checkpoint.config if source is checkpoint.source else hf.read_config(source, ignore)).audio
+        return None if config is None else plan_audio(config, checkpoint.plan.hidden)
+
+    return _match("audio", plan, checkpoint, ignore, projector)
+
+
+def _match(
+    tower: str,
+    plan_of: Callable[[Source], AnyPlan | None],
+    checkpoint: Checkpoint,
+    ignore: Sequence[str],
+    projector: Path | None,
+) -> tuple[AnyPlan, Matched]:
+    source = _tower_source(checkpoint, projector)
+    path, brings, format_name = source.path, BRINGS[tower], format_of(source).NAME
+    plan = plan_of(source)
     if plan is None:
-        raise CheckpointError(
-            f"{path}: this model has no vision tower (config.json has no vision_config); load it without images"
-        )
+        without = "it has no tensors of one" if format_name == gguf.NAME else f"config.json has no {tower}_config"
+        raise CheckpointError(f"{path}: this model has no {tower} tower ({without}); load it without {brings}")
     problems = list[str]()
-    pieces = list(hf_towers.pieces(checkpoint.source, "vision"))
+    pieces = list(TOWER_PIECES[format_name](source, tower, plan))
     if not pieces:
-        raise CheckpointError(f"{path}: the files hold no vision tower, only its config; load the original checkpoint")
-    matched = compare_specs(plan.params(), (), pieces, problems, ignore, hf_towers.spell)
+        remedy = f"load the original checkpoint, or pass its {tower} tower as --mmproj"
+        raise CheckpointError(f"{path}: the files hold no {tower} tower, only its config; {remedy}")
+    spell = gguf_towers.spell if format_name == gguf.NAME else hf_towers.spell
+    matched = compare_specs(plan.params(), (), pieces, problems, ignore, spell)
     if problems:
-        raise mismatch(f"{path}: the vision tower", problems)
+        is_other = any(shape[:1] != found[:1] for shape, found in matched.misshapen) and source is not checkpoint.source
+        hint = ": is it the projector of this model?" if is_other else ""
+        raise mismatch(f"{path}: the {tower} tower", problems, hint)
     return plan, matched
+
+
+def _tower_source(checkpoint: Checkpoint, projector: Path | None) -> Source:
+    """Open what holds the towers of a model. Raises CheckpointError where a GGUF file has no projector beside it."""
+    if projector is not None:
+        source = Source.open(projector)
+        if format_of(source).NAME == gguf.NAME and not gguf_towers.has_towers(source):
+            raise CheckpointError(f"{projector} holds no towers; pass the mmproj file of this model")
+        return source
+    if not _needs_projector(checkpoint):
+        return checkpoint.source
+    names = _projectors(checkpoint)
+    if not names:
+        raise CheckpointError(
+            f"{checkpoint.source.path}: a GGUF model has its towers in a file of its own, and there is none beside it; put its "
+            "mmproj file there, or pass it as --mmproj"
+        )
+    return Source.open(checkpoint.source.folder / min(names, key=_rank))
+
+
+def _needs_projector(checkpoint: Checkpoint) -> bool:
+    return checkpoint.format == gguf.NAME and not gguf_towers.has_towers(checkpoint.source)
+
+
+def _projectors(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the projectors beside a model."""
+    names = os.listdir(checkpoint.source.folder)
+    return sorted(name for name in names if "mmproj" in name.lower() and name.endswith(".gguf"))
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return next((rank for rank, kind in enumerate(PREFERRED) if kind in name.lower()), len(PREFERRED)), name

@@ -26,7 +26,7 @@ from gemcutter.server.wire.fields import (
     refuse,
     schema_constraint,
 )
-from gemcutter.server.wire.media import of_request, with_sources
+from gemcutter.server.wire.media import of_request, with_urls
 from gemcutter.text.grammar import Constraint
 
 # Fields that would change what a client gets: refused by name where they ask for something.
@@ -173,7 +173,7 @@ def to_chat(request: ChatRequest, options: ServerOptions) -> ChatInput:
     elif request.top_logprobs:
         refuse("top_logprobs", "needs logprobs: true")
     return ChatInput(
-        messages=[with_sources(each, f"messages[{index}]") for index, each in enumerate(request.messages)],
+        messages=[with_urls(each, f"messages[{index}]") for index, each in enumerate(request.messages)],
         tools=tools,
         tool_choice=read_tool_choice(request.tool_choice, tools),
         parallel_tool_calls=request.parallel_tool_calls is not False,

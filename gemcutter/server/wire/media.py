@@ -1,6 +1,6 @@
 """Images in bodies of requests: the forms in which the three APIs bring them, and how many soft tokens each may become.
 
-Owns `MediaSource`, an address that nobody has followed yet, the mapping of `detail` to budgets, and the refusal of everything
+Owns `MediaUrl`, an address that nobody has followed yet, the mapping of `detail` to budgets, and the refusal of everything
 that is no address: what a server would find under a path is none of a client's business. Refuses to know HTTP and what an image
 is. Read `server/media_sources.py` for what is found at an address, `chat.py`, `messages.py` and `responses.py` for who asks.
 """
@@ -26,9 +26,10 @@ NO_MEDIA: Mapping[str, int] = MappingProxyType({})  # tokens of a prompt that ar
 
 
 @dataclass(frozen=True, slots=True)
-class MediaSource:
-    """Where an image, or something else that is no text, can be found: a URL; `where` is the field that says so."""
+class MediaUrl:
+    """Where an image, or another thing that is no text, can be found; `where` is the field that says so."""
 
+    kind: str  # as parts of the Python API name it
     where: str
     url: str = field(repr=False)
 
@@ -44,7 +45,7 @@ def image_part(url: object, where: str, detail: object = None, soft_tokens: obje
     scheme, colon, _ = text[:16].partition(":")
     if not colon or scheme.lower() not in SCHEMES:
         refuse(where, f"expected a URL, such as data:image/png;base64,..., found {spell_value(text[:40])}")
-    part: dict[str, Any] = {"type": IMAGE, "image": MediaSource(where, text)}
+    part: dict[str, Any] = {"type": IMAGE, "image": MediaUrl(IMAGE, where, text)}
     if (most := _budget(detail, soft_tokens, where)) is not None:
         part[SOFT_TOKENS] = most
     return part
@@ -80,17 +81,17 @@ def of_request(soft_tokens: object, of_processor: Mapping[str, Any] | None) -> i
     return read_budget(given[SOFT_TOKENS], f"{OF_PROCESSOR}.{SOFT_TOKENS}") if SOFT_TOKENS in given else None
 
 
-def with_sources(message: Any, where: str) -> Any:
-    """Return a message in the chat API's layout whose images are sources; what else is in it stays as it is."""
+def with_urls(message: Any, where: str) -> Any:
+    """Return a message in the chat API's layout whose images are `MediaUrl`s; what else is in it stays as it is."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):
         return message
-    parts = [_with_source(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
+    parts = [_with_url(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
     return {**message, "content": parts}
 
 
-def _with_source(part: Any, where: str) -> Any:
-    """Return a part of a message; one that shows an image in OpenAI's spelling, or in Hugging Face's, as a source."""
+def _with_url(part: Any, where: str) -> Any:
+    """Return a part of a message; one with an image, as OpenAI or Hugging Face spell it, with a `MediaUrl`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in ("image_url", "input_image"):
         return read_image_url(part, where)
@@ -101,7 +102,7 @@ def _with_source(part: Any, where: str) -> Any:
 
 
 def read_image_url(part: Mapping[str, Any], where: str, name: str = "image_url") -> dict[str, Any]:
-    """Return a part whose `image_url` is a URL or an object with one, as a source; `name` is what messages call the field."""
+    """Return the image of a part whose `image_url` is a URL or an object with one; `name` is what the field is called there."""
     given = part.get("image_url")
     if given is None and part.get("file_id") is not None:
         refuse(f"{where}.file_id", "files are not kept here; send the image itself as image_url")
@@ -110,27 +111,30 @@ def read_image_url(part: Mapping[str, Any], where: str, name: str = "image_url")
     return image_part(told.get("url"), f"{where}.{name}", detail, own)
 
 
-def sources_of(messages: Sequence[Any]) -> Iterator[tuple[str, MediaSource]]:
-    """Yield the sources of messages in order, each with its place there: messages[1].content[0]."""
+def urls_of(messages: Sequence[Any]) -> Iterator[tuple[str, MediaUrl]]:
+    """Yield the addresses in messages in order, each with its place there: messages[1].content[0]."""
     for index, message in enumerate(messages):
         content = message.get("content") if isinstance(message, Mapping) else None
         for place, part in enumerate(content if isinstance(content, list) else ()):
-            source = part.get(IMAGE) if isinstance(part, Mapping) else None
-            if isinstance(source, MediaSource):
-                yield f"messages[{index}].content[{place}]", source
+            if (url := _url_of(part)) is not None:
+                yield f"messages[{index}].content[{place}]", url
 
 
-def with_contents(messages: Sequence[Any], contents: Mapping[MediaSource, bytes]) -> list[Any]:
-    """Return messages with what was found in the places of their sources."""
+def with_contents(messages: Sequence[Any], contents: Mapping[MediaUrl, bytes]) -> list[Any]:
+    """Return messages with what was found in the places of its addresses."""
     return [_filled(message, contents) for message in messages]
 
 
-def _filled(message: Any, contents: Mapping[MediaSource, bytes]) -> Any:
+def _filled(message: Any, contents: Mapping[MediaUrl, bytes]) -> Any:
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):
         return message
-    parts = [
-        {**part, IMAGE: contents[part[IMAGE]]} if isinstance(part, Mapping) and isinstance(part.get(IMAGE), MediaSource) else part
-        for part in content
-    ]
+    urls = [_url_of(part) for part in content]
+    parts = [part if url is None else {**part, url.kind: contents[url]} for part, url in zip(content, urls, strict=True)]
     return {**message, "content": parts}
+
+
+def _url_of(part: Any) -> MediaUrl | None:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    found = part.get(kind) if isinstance(kind, str) else None
+    return found if isinstance(found, MediaUrl) else None

@@ -1,4 +1,4 @@
-"""`run --image` and chat's `/image`: the same tokens as the Python API gives, and errors before or after a load."""
+"""`run --image` and `--audio`, chat's `/image` and `/audio`: the tokens of the Python API, and errors before or after a load."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from PIL import Image
 import gemcutter
 from gemcutter.cli import main
 from tests.images import drawing
+from tests.sounds import saved, tones
 from tests.trained import release_folder
 
 SMALL = ("--max-soft-tokens", "70")
@@ -27,6 +28,13 @@ def file(tmp_path: Path) -> Path:
     """Write an image that becomes 60 rows at most."""
     Image.fromarray(drawing(60, 90)).save(tmp_path / "a b.png")
     return tmp_path / "a b.png"
+
+
+@pytest.fixture
+def tune(tmp_path: Path) -> Path:
+    """Write a sound of a second, which becomes 25 rows."""
+    (tmp_path / "tune.flac").write_bytes(saved(tones(16_000), form="FLAC"))
+    return tmp_path / "tune.flac"
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -45,6 +53,31 @@ def test_run_shows_images_before_the_prompt(file: Path, tmp_path: Path, capsys: 
     assert tuple(found["prompt_tokens"]) == wanted.prompt_tokens
     assert tuple(found["tokens"]) == wanted.tokens
     assert found["prompt_tokens"].count(18) == 120
+
+
+@pytest.mark.parametrize("order", [("--image", "--audio", "--image"), ("--audio", "--image"), ("--audio", "--audio")], ids=str)
+def test_run_keeps_the_order_in_which_files_are_given(
+    order: tuple[str, ...], file: Path, tune: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(file if option == "--image" else tune) for option in order]
+    words = [word for pair in zip(order, paths, strict=True) for word in pair]
+    found = run_json(capsys, words[0], *words[1:], "--system", "--audio", QUESTION, *SMALL)  # --audio is a text there
+    content = [{"type": option[2:], "path": path} for option, path in zip(order, paths, strict=True)]
+    messages = [
+        {"role": "system", "content": "--audio"},
+        {"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]},
+    ]
+    with gemcutter.load(release_folder(), media="image,audio", dtype="float32") as model:
+        wanted = model.chat(messages, max_soft_tokens=70, max_tokens=6)
+    assert tuple(found["prompt_tokens"]) == wanted.prompt_tokens
+    assert tuple(found["tokens"]) == wanted.tokens
+    assert found["prompt_tokens"].count(21) == 25 * order.count("--audio")
+
+
+def test_run_puts_sounds_into_raw_text(tune: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"<|turn>user\n<|audio|>{QUESTION}<turn|>\n<|turn>model\n"
+    found = run_json(capsys, text, "--raw", f"--audio={tune}")
+    assert found["tokens"] == run_json(capsys, QUESTION, "--audio", str(tune))["tokens"]
 
 
 def test_run_puts_images_into_raw_text(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +123,25 @@ def test_chat_shows_an_image_with_the_next_message(
     assert again == replies[1:]
 
 
+def test_chat_plays_a_sound_with_the_next_message(
+    file: Path, tune: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, kept = ("--media", "image,audio", *SMALL), tmp_path / "talk.json"
+    lines = (f"/audio {tune}", f"/image {file}", QUESTION, "And now?", f"/save {kept}")
+    replies, notes = talk(monkeypatch, capsys, words, *lines)
+    assert "tune.flac, 1.0 s, goes with the next message" in notes
+    first, second = re.findall(r"prompt (\d+) tokens, (\d+) of them from the cache", notes)
+    assert int(first[0]) > 85
+    assert int(second[1]) > 85
+    messages = json.loads(kept.read_text())
+    assert [part["type"] for part in messages[0]["content"]] == ["audio", "image", "text"]
+    again, _ = talk(monkeypatch, capsys, words, f"/load {kept}", "/undo", "And now?")
+    assert again == replies[1:]
+    _, notes = talk(monkeypatch, capsys, ("--media", "image"), f"/audio {tune}", f"/load {kept}")
+    assert "the audio tower is not loaded; start with --media audio" in notes
+    assert "a part of type 'audio'; only text and image can be read" in notes
+
+
 def test_chat_refuses_images_it_cannot_read(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,4 +152,4 @@ def test_chat_refuses_images_it_cannot_read(
     _, notes = talk(monkeypatch, capsys, ("--media", "image"), "/image no/such.png")
     assert re.search(r"error: /.*no/such.png: there is no file", notes)
     assert main(["chat", "demo", "--media", "sound"]) == 2
-    assert "expected image, found sound" in capsys.readouterr().err
+    assert "expected image or audio, found sound" in capsys.readouterr().err

@@ -1,0 +1,173 @@
+"""Media in prompts: cut, encoded once by content, and put where a prompt has their placeholders.
+
+Owns the rows of images and sounds that were seen lately, and the order marker, rows, marker that the models were trained on.
+Refuses to know templates and how text is encoded. Read `media_parts.py` for where items come from, `media/` for how they are cut,
+`model/vision.py` and `model/audio.py` for their rows, `engine/media.py` for what the engine is given.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gemcutter.engine.media import MediaSpan
+from gemcutter.errors import CheckpointError, RequestError
+from gemcutter.media.audio import SoundFrames, SoundShape, cut_sound
+from gemcutter.media.budgets import BUDGETS, check_budget
+from gemcutter.media.image import ImagePatches, PatchShape, cut_image
+from gemcutter.media_parts import KINDS, MediaItem
+from gemcutter.model.audio import AudioTower
+from gemcutter.model.vision import VisionTower
+from gemcutter.text.tokenizer import Tokenizer
+from gemcutter.tower_plan import UnifiedAudioPlan, UnifiedVisionPlan
+
+MARKERS = {"image": ("<|image>", "<|image|>", "<image|>"), "audio": ("<|audio>", "<|audio|>", "<audio|>")}
+DEFAULT_BUDGET = 280  # soft tokens an image
+CACHE_BYTES = 256 << 20  # of rows that stay for media that come again
+
+Content = ImagePatches | SoundFrames  # what a tower makes rows of
+
+
+@dataclass(frozen=True, slots=True)
+class _Markers:
+    """The ids of a kind: before its rows, in place of each, and after them. A prompt has the second in the item's place."""
+
+    begin: int
+    placeholder: int
+    end: int
+
+
+class MediaReader:
+    """Makes rows of images and sounds for one model; safe to share between threads, which encode one after the other."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vision: VisionTower | None = None,
+        audio: AudioTower | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Prepare to read what the towers do. Raises CheckpointError for a tokenizer without the markers of such media."""
+        towers = {"image": vision, "audio": audio}
+        self._markers = {kind: _find_markers(tokenizer, kind) for kind, tower in towers.items() if tower is not None}
+        self._encoders: dict[type[Content], Callable[[Any], list[Tensor]]] = {}
+        self._budget, self._patches, self._frames = DEFAULT_BUDGET, PatchShape(), SoundShape()
+        if vision is not None:
+            plan = vision.plan
+            self._encoders[ImagePatches] = vision.encode
+            self._patches = PatchShape(plan.patch, plan.pool, isinstance(plan, UnifiedVisionPlan))
+            self._budget = plan.soft_tokens if plan.soft_tokens in BUDGETS else DEFAULT_BUDGET
+        if audio is not None:
+            self._encoders[SoundFrames] = audio.encode
+            self._frames = SoundShape(audio.plan.hidden if isinstance(audio.plan, UnifiedAudioPlan) else None)
+        self._rows: OrderedDict[str, Tensor] = OrderedDict()  # by digest, the longest unused first
+        self._capacity, self._size, self._lock = cache_bytes, 0, threading.Lock()
+        self.weight_bytes = sum(tower.nbytes for tower in (vision, audio) if tower is not None)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Return the kinds that can be read, as parts of messages name them."""
+        return tuple(self._markers)
+
+    def place(
+        self, ids: Sequence[int], items: Sequence[MediaItem], budget: object = None
+    ) -> tuple[list[int], tuple[MediaSpan, ...]]:
+        """Return a prompt whose placeholders are markers around as many ids as an item has rows, and these rows.
+
+        Items of a kind take the placeholders of this kind in order. A sound of less than a frame has no row: only its markers
+        stand in the prompt, as the official processor has it. `budget` bounds the soft tokens of each image that has none of its
+        own; None: what the model was made for. Raises RequestError for items that can't be read, and unless there is one
+        placeholder an item.
+        """
+        most = self._budget if budget is None else check_budget(budget)
+        self._check_counts(ids, items)
+        cut = self._cut(items, most)
+        following = {kind: iter(_of_kind(kind, items, cut, self._encode(cut))) for kind in self._markers}
+        kind_of = {markers.placeholder: kind for kind, markers in self._markers.items()}
+        placed, spans = list[int](), list[MediaSpan]()
+        for token in ids:
+            if (kind := kind_of.get(token)) is None:
+                placed.append(token)
+                continue
+            markers, (content, rows_KD) = self._markers[kind], next(following[kind])
+            placed.append(markers.begin)
+            if content.soft_tokens:
+                spans.append(MediaSpan(len(placed), content.digest, rows_KD, is_block=kind != "audio"))
+            placed += [*[markers.placeholder] * content.soft_tokens, markers.end]
+        return placed, tuple(spans)
+
+    def _check_counts(self, ids: Sequence[int], items: Sequence[MediaItem]) -> None:
+        """Raise RequestError, with every problem, unless every kind has as many items as placeholders."""
+        problems = list[str]()
+        for kind, markers in self._markers.items():
+            given, count = sum(item.kind == kind for item in items), sum(token == markers.placeholder for token in ids)
+            if count != given:
+                called, piece = KINDS[kind][1], MARKERS[kind][1]
+                problems.append(
+                    f"{called}: {given} were given, and the prompt has {count} times {piece}; it needs one for each of them"
+                )
+        if problems:
+            raise RequestError(problems[0] if len(problems) == 1 else "media and their places do not match", problems)
+
+    def _cut(self, items: Iterable[MediaItem], budget: int) -> list[Content]:
+        """Return what a tower reads of every item. Raises RequestError with every problem."""
+        found, problems, kinds = list[Content](), list[str](), dict[str, None]()
+        for item in items:
+            source: Any = item.source
+            try:
+                if item.kind == "audio":
+                    found.append(cut_sound(source, self._frames, item.name))
+                else:
+                    most = budget if item.budget is None else item.budget
+                    found.append(cut_image(source, most, self._patches, item.name))
+            except RequestError as error:
+                problems += error.problems
+                kinds[KINDS[item.kind][1]] = None
+        if problems:
+            raise RequestError(f"{' and '.join(kinds)} can't be read", problems)
+        return found
+
+    def _encode(self, contents: Sequence[Content]) -> Mapping[str, Tensor]:
+        """Return the rows of contents by digest; those that are not known are encoded together, each once."""
+        with self._lock:
+            known = {each.digest: self._rows[each.digest] for each in contents if each.digest in self._rows}
+            new = {each.digest: each for each in contents if each.digest not in known}
+            for kind, encode in self._encoders.items():
+                alike = {digest: each for digest, each in new.items() if isinstance(each, kind)}
+                known |= zip(alike, encode(list(alike.values())) if alike else (), strict=True)
+            for each in contents:
+                self._keep(each.digest, known[each.digest])
+            return known
+
+    def _keep(self, digest: str, rows_KD: Tensor) -> None:
+        """Remember an item's rows as the latest, and forget the oldest beyond the capacity."""
+        if digest not in self._rows:
+            rows_KD = rows_KD.clone()  # not a view of all items that were encoded with it
+            self._size += rows_KD.nbytes
+        self._rows[digest] = rows_KD
+        self._rows.move_to_end(digest)
+        while self._size > self._capacity:
+            self._size -= self._rows.popitem(last=False)[1].nbytes
+
+
+def _find_markers(tokenizer: Tokenizer, kind: str) -> _Markers:
+    """Return the ids of a kind's markers. Raises CheckpointError for a tokenizer without them."""
+    found = {piece: tokenizer.id_of(piece) for piece in MARKERS[kind]}
+    if lacking := [piece for piece, token in found.items() if token is None]:
+        called = KINDS[kind][1]
+        raise CheckpointError(f"the tokenizer has no {' and no '.join(lacking)}; take the original's, or load without {called}")
+    return _Markers(*(token for token in found.values() if token is not None))
+
+
+def _of_kind(
+    kind: str, items: Sequence[MediaItem], cut: Sequence[Content], rows: Mapping[str, Tensor]
+) -> Iterator[tuple[Content, Tensor]]:
+    """Yield the contents of one kind with their rows, in order."""
+    for item, content in zip(items, cut, strict=True):
+        if item.kind == kind:
+            yield content, rows[content.digest]

@@ -1,0 +1,238 @@
+"""The audio towers: frames of sound to rows of the decoder. A page to read aloud.
+
+Owns both kinds: the conformer of E2B and E4B, which reads log-mel frames, and the 12B's projector of raw samples. Sounds of any
+lengths pass the products together, as flat rows; convolutions and attention keep to one sound each, so nothing is padded. Refuses
+to know files and spectra. Shape letters: F frames, C values of a frame, T positions of 40 ms of some sounds, D hidden, H heads,
+E head dim, B chunks of queries, Q queries of a chunk, W keys that a chunk reads, P distances. Read `media/audio.py` for where
+frames come from, `tower_plan.py` for the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemcutter.model.tower import (
+    Module,
+    Params,
+    TowerContext,
+    build_linear,
+    check_finite,
+    on_device,
+    open_context,
+    passes,
+    within,
+)
+from gemcutter.ops.reference import rms_norm
+from gemcutter.ops.types import matrix, vector
+from gemcutter.tower_plan import CONV_STRIDE, AudioPlan, UnifiedAudioPlan
+
+PASS_TOKENS = 3000  # that pass the layers together: four sounds of 30 s
+SLOWEST = 1e4  # the longest wavelength of the distances' sinusoids, over that of the shortest
+KEY_SCALE = math.log(1 + math.e) / math.log(2)  # as if keys had a scale of softplus(1)
+
+
+class Frames(Protocol):
+    """The frames of one sound, in order."""
+
+    @property
+    def values_FC(self) -> Tensor:
+        """Return the frames, float32."""
+
+    @property
+    def soft_tokens(self) -> int:
+        """Count the rows of the decoder that they become."""
+
+
+class AudioTower:
+    """An audio tower over a plan and its parameters (canonical names); `dtype` and `kernels` are the decoder's."""
+
+    def __init__(
+        self,
+        plan: AudioPlan | UnifiedAudioPlan,
+        params: Params,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kernels: str = "auto",
+    ) -> None:
+        self.plan, self._ctx = plan, open_context(params, dtype, device, kernels)
+        self._encode = torch.cat if isinstance(plan, UnifiedAudioPlan) else _build_encoder(plan, params, self._ctx)
+        self._projector = matrix(params, "audio.out")
+        self.nbytes = sum(param.nbytes for param in params.values())  # of weights
+
+    def encode(self, sounds: Sequence[Frames]) -> list[Tensor]:
+        """Return the rows [soft_tokens, out] that each sound becomes in the decoder, float32.
+
+        Raises NumericError for what is not finite.
+        """
+        audible = [sound for sound in sounds if sound.soft_tokens]
+        with on_device(self._ctx):
+            groups = passes(audible, lambda sound: sound.soft_tokens, PASS_TOKENS)
+            rows = (each for group in groups for each in self._pass(group))
+            silence = torch.empty(0, self.plan.out, device=self._ctx.device)
+            return [next(rows) if sound.soft_tokens else silence for sound in sounds]
+
+    def _pass(self, sounds: Sequence[Frames]) -> Sequence[Tensor]:
+        ctx = self._ctx
+        rows_TD = self._encode([sound.values_FC.to(ctx.device, ctx.dtype) for sound in sounds])
+        rows = check_finite(ctx.linear(rms_norm(rows_TD, None, self.plan.eps), self._projector).float(), "audio")
+        return torch.split(rows, [sound.soft_tokens for sound in sounds])
+
+
+# ---- E2B, E4B ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """Which rows attend to which, in chunks of queries; -1 stands for a place before or after a sound.
+
+    `is_apart_BQW` says which keys a query does not see. `edges` are the first row of each sound and the one after its last.
+    """
+
+    edges: list[tuple[int, int]]
+    queries_BQ: Tensor
+    keys_BW: Tensor
+    is_apart_BQW: Tensor
+
+
+def _build_encoder(plan: AudioPlan, params: Params, ctx: TowerContext) -> Callable[[list[Tensor]], Tensor]:
+    """Build the encoder: convolutions make a position of four frames, which pass the layers."""
+    layers = [_build_layer(plan, within(params, f"audio.layers.{index}."), ctx) for index in range(plan.num_layers)]
+    convolve, enter = _build_convolutions(plan, params, ctx), build_linear(params, "audio.in", ctx)
+    last, bias = matrix(params, "audio.last"), vector(params, "audio.last.bias")
+
+    def encode(sounds: list[Tensor]) -> Tensor:
+        positions = [convolve(values_FC) for values_FC in sounds]
+        chunks = _cut_chunks(plan, [len(each) for each in positions], ctx.device)
+        x_TD = enter(torch.cat(positions))
+        for layer in layers:
+            x_TD = layer(x_TD, chunks)
+        return (ctx.linear(x_TD, last).float() + bias).to(ctx.dtype)
+
+    return encode
+
+
+def _build_convolutions(plan: AudioPlan, params: Params, ctx: TowerContext) -> Module:
+    """Build what makes of one sound's frames [F, C] a quarter as many positions, their values in the order bin, channel."""
+    stages = [
+        (vector(params, f"audio.conv.{index}").to(ctx.dtype), vector(params, f"audio.conv.{index}.norm"))
+        for index in range(len(plan.conv_channels))
+    ]
+
+    def convolve(values_FC: Tensor) -> Tensor:
+        x = values_FC[None, None]
+        for weight, norm in stages:
+            made = F.conv2d(x, weight, stride=CONV_STRIDE, padding=1).permute(0, 2, 3, 1)
+            x = F.layer_norm(made.float(), norm.shape, norm, None, plan.eps).relu().to(ctx.dtype).permute(0, 3, 1, 2)
+        return x[0].permute(1, 2, 0).flatten(1)
+
+    return convolve
+
+
+def _cut_chunks(plan: AudioPlan, lengths: Sequence[int], device: torch.device) -> _Chunks:
+    """Cut rows of sounds of these lengths into chunks of queries, and say which keys each chunk reads."""
+    edges, queries, keys = list(pairwise(accumulate(lengths, initial=0))), list[Tensor](), list[Tensor]()
+    for start, stop in edges:
+        first_B1 = torch.arange(start, stop, plan.chunk)[:, None]
+        for found, reach in ((queries, range(plan.chunk)), (keys, range(-plan.past, plan.chunk + plan.future))):
+            place = first_B1 + torch.tensor(reach)
+            found.append(place.where((place >= start) & (place < stop), -1))
+    queries_BQ, keys_BW = torch.cat(queries), torch.cat(keys)
+    distance_QW = torch.arange(plan.chunk)[:, None] + plan.past - torch.arange(plan.context)
+    is_near_QW = (distance_QW < plan.past) & (distance_QW > -max(plan.future, 1))
+    is_apart_BQW = ~is_near_QW | (keys_BW == -1)[:, None]
+    return _Chunks(edges, queries_BQ.to(device), keys_BW.to(device), is_apart_BQW.to(device))
+
+
+def _build_layer(plan: AudioPlan, params: Params, ctx: TowerContext) -> Callable[[Tensor, _Chunks], Tensor]:
+    """Build one layer: half a feed-forward, attention, a convolution over time, the other half, and a norm."""
+    bound = min(plan.clamp, torch.finfo(ctx.dtype).max)
+    ff1, ff2 = (_build_ff(plan, within(params, f"{name}."), ctx, bound) for name in ("ff1", "ff2"))
+    attention = _build_attention(plan, within(params, "attn."), ctx)
+    convolve = _build_time_convolution(plan, within(params, "conv."), ctx, bound)
+    before, after, end = (vector(params, name) for name in ("attn.norm", "attn.post_norm", "norm"))
+    eps = plan.eps
+
+    def layer(x_TD: Tensor, chunks: _Chunks) -> Tensor:
+        x_TD = ff1(x_TD)
+        heard = attention(rms_norm(x_TD.clamp(-bound, bound), before, eps), chunks)
+        x_TD = x_TD + rms_norm(heard.clamp(-bound, bound), after, eps)
+        x_TD = x_TD + convolve(x_TD, chunks)
+        return rms_norm(ff2(x_TD).clamp(-bound, bound), end, eps)
+
+    return layer
+
+
+def _build_ff(plan: AudioPlan, params: Params, ctx: TowerContext, bound: float) -> Module:
+    """Build a feed-forward branch, added to what it reads with the plan's weight."""
+    open_, close = build_linear(params, "in", ctx), build_linear(params, "out", ctx)
+    before, after = vector(params, "norm"), vector(params, "post_norm")
+
+    def ff(x_TD: Tensor) -> Tensor:
+        opened = F.silu(open_(rms_norm(x_TD.clamp(-bound, bound), before, plan.eps)))
+        return x_TD + plan.residual_weight * rms_norm(close(opened).clamp(-bound, bound), after, plan.eps)
+
+    return ff
+
+
+def _build_attention(plan: AudioPlan, params: Params, ctx: TowerContext) -> Callable[[Tensor, _Chunks], Tensor]:
+    """Build attention to the near past, whose scores have a part of the distance and are softly capped; float32 within."""
+    q, k, v = (build_linear(params, "in", ctx, part) for part in ("q", "k", "v"))
+    out = build_linear(params, "out", ctx)
+    scale_E = F.softplus(vector(params, "q_scale")) * (plan.head_dim**-0.5 / math.log(2))
+    distances_PHE = ctx.linear(_sinusoids(plan, ctx), matrix(params, "relative")).float().view(-1, plan.heads, plan.head_dim)
+    # A key in place w of a chunk's context stands w - q places after the first that query q may be told the distance of.
+    place_QW = torch.arange(plan.context, device=ctx.device) - torch.arange(plan.chunk, device=ctx.device)[:, None]
+    has_place_QW = (place_QW >= 0) & (place_QW < len(distances_PHE))
+    place_QW = place_QW.clamp(0, len(distances_PHE) - 1)
+
+    def attention(x_TD: Tensor, chunks: _Chunks) -> Tensor:
+        q_THE, k_THE, v_THE = (module(x_TD).float().view(-1, plan.heads, plan.head_dim) for module in (q, k, v))
+        q_BHQE = _gather(q_THE * scale_E, chunks.queries_BQ)
+        k_BHWE, v_BHWE = (_gather(each, chunks.keys_BW) for each in (k_THE * KEY_SCALE, v_THE))
+        far_BHQP = q_BHQE @ distances_PHE.permute(1, 2, 0)
+        far_BHQW = far_BHQP.gather(-1, place_QW.expand(*far_BHQP.shape[:2], -1, -1)) * has_place_QW
+        scores = plan.logit_cap * torch.tanh((q_BHQE @ k_BHWE.transpose(-1, -2) + far_BHQW) / plan.logit_cap)
+        weights = scores.masked_fill(chunks.is_apart_BQW[:, None], plan.masked_logit).softmax(-1)
+        found_BQD = (weights @ v_BHWE).transpose(1, 2).flatten(2)
+        return out(found_BQD[chunks.queries_BQ >= 0].to(x_TD.dtype))
+
+    return attention
+
+
+def _gather(x_THE: Tensor, places_BN: Tensor) -> Tensor:
+    """Return the rows in these places, zeros for -1, heads first: [B, H, N, E]."""
+    return F.pad(x_THE, (0, 0, 0, 0, 0, 1))[places_BN].transpose(1, 2)
+
+
+def _sinusoids(plan: AudioPlan, ctx: TowerContext) -> Tensor:
+    """Return what distances are called [P, D], the largest first: half of the context down to none."""
+    half = plan.hidden // 2
+    waves = torch.exp(torch.arange(half) * (-math.log(SLOWEST) / max(half - 1, 1)))
+    angles = torch.arange(plan.context // 2, -1, -1)[:, None] * waves
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(ctx.device, ctx.dtype)
+
+
+def _build_time_convolution(
+    plan: AudioPlan, params: Params, ctx: TowerContext, bound: float
+) -> Callable[[Tensor, _Chunks], Tensor]:
+    """Build the gated convolution of each channel over a position and those before it."""
+    open_, close = build_linear(params, "in", ctx), build_linear(params, "out", ctx)
+    before, inner = vector(params, "norm"), vector(params, "inner_norm")
+    kernel = vector(params, "depthwise").to(ctx.dtype)
+
+    def convolve(x_TD: Tensor, chunks: _Chunks) -> Tensor:
+        gated_DT = F.glu(open_(rms_norm(x_TD, before, plan.eps)), dim=-1).T
+        past = plan.conv_kernel - 1
+        made = [F.conv1d(F.pad(gated_DT[:, a:b], (past, 0)), kernel, groups=plan.hidden) for a, b in chunks.edges]
+        mixed_TD = torch.cat(made, dim=1).T.contiguous().clamp(-bound, bound)
+        return close(F.silu(rms_norm(mixed_TD, inner, plan.eps)))
+
+    return convolve

@@ -1,0 +1,86 @@
+"""What vision and audio towers are built from: clipped products, and passes of bounded size.
+
+Owns `TowerContext` and what towers have in common. Refuses to know what a tower reads. Read `vision.py` and `audio.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gemcutter.errors import NumericError
+from gemcutter.model.text import bind_linear
+from gemcutter.ops import KernelSite
+from gemcutter.ops.registry import select_backend
+from gemcutter.ops.types import Linear, Param, matrix, vector
+from gemcutter.quant.packed import dtype_name
+
+Module = Callable[[Tensor], Tensor]
+Params = Mapping[str, Param]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TowerContext:
+    """What a tower's modules are built from: the product, the dtype of rows, and the device."""
+
+    linear: Linear
+    dtype: torch.dtype
+    device: torch.device
+
+
+def open_context(params: Params, dtype: torch.dtype, device: torch.device | str, kernels: str) -> TowerContext:
+    """Return the context of a tower over these parameters; `dtype` and `kernels` are the decoder's."""
+    place, compute = torch.device(device), dtype_name(dtype)
+    rows = select_backend(place.type, kernels).row_dtype(compute)
+    linear = bind_linear(params.values(), KernelSite("linear", None, place.type, rows, compute, kernels))
+    return TowerContext(linear, getattr(torch, rows), place)
+
+
+@contextmanager
+def on_device(ctx: TowerContext) -> Iterator[None]:
+    """Compute without gradients on the context's device, which Triton launches on only where it is the current one."""
+    with torch.inference_mode(), torch.cuda.device(ctx.device) if ctx.device.type == "cuda" else nullcontext():
+        yield
+
+
+def build_linear(params: Params, name: str, ctx: TowerContext, part: str | None = None) -> Module:
+    """Build a product whose input and output are clamped where the checkpoint says how far their values reach."""
+    weight = matrix(params, name) if part is None else matrix(params, name).part(part)
+    prefix = name if part is None else f"{name}.{part}"
+    if f"{prefix}.input_min" not in params:
+        return lambda x_ND: ctx.linear(x_ND, weight)
+    low, high, least, most = (
+        float(vector(params, f"{prefix}.{bound}")) for bound in ("input_min", "input_max", "output_min", "output_max")
+    )
+    return lambda x_ND: ctx.linear(x_ND.clamp(low, high), weight).clamp(least, most)
+
+
+def within(params: Params, prefix: str) -> dict[str, Param]:
+    """Return the parameters under a prefix, without it."""
+    return {name.removeprefix(prefix): param for name, param in params.items() if name.startswith(prefix)}
+
+
+def passes(items: Sequence[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Yield items in order, as many at a time as have `most` together, one at least."""
+    group, total = list[T](), 0
+    for item in items:
+        if group and total + size(item) > most:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
+    if group:
+        yield group
+
+
+def check_finite(rows: Tensor, what: str) -> Tensor:
+    """Return a tower's rows. Raises NumericError, which begins with `what` they were made of, unless all are finite."""
+    if not torch.isfinite(rows).all():
+        raise NumericError(f"{what}: the tower's rows are not finite; `gemcutter doctor MODEL --data` looks at its weights")
+    return rows
