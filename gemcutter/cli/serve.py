@@ -112,9 +112,22 @@ def serve(
         typer.Option(metavar="image=N", help=f"Images that a request may hold; 0: none.  [default: {DEFAULTS.max_images}]"),
     ] = None,
     max_soft_tokens: options.Soft = None,
-    max_body_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Largest body of a request.")] = (
-        DEFAULTS.max_body_bytes // MIB
+    allowed_media_domains: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="Follow addresses of images on this host, *.example.org on those below; repeatable.",
+        ),
+    ] = None,
+    allowed_local_media_path: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Let requests name images in this folder as file: URLs.")
+    ] = None,
+    media_timeout: Annotated[float, typer.Option(metavar="S", min=0.1, help="Time to fetch one of them.")] = (
+        DEFAULTS.media_timeout_s
     ),
+    max_body_mb: Annotated[
+        int, typer.Option(metavar="MB", min=1, help="Largest body, and most that is fetched for a request.")
+    ] = (DEFAULTS.max_body_bytes // MIB),
     request_timeout: Annotated[float, typer.Option(metavar="S", min=0, help="End requests after so long; 0: never.")] = 0.0,
     shutdown_timeout: Annotated[
         float, typer.Option(metavar="S", min=0, help="Time that running requests have after SIGTERM.")
@@ -146,6 +159,9 @@ def serve(
         store_bytes=responses_store_mb * MIB,
         max_body_bytes=max_body_mb * MIB,
         max_soft_tokens=max_soft_tokens,
+        allowed_media_domains=_read_hosts(allowed_media_domains),
+        allowed_local_media_path=allowed_local_media_path,
+        media_timeout_s=media_timeout,
         **most,
         request_timeout_s=request_timeout,
         shutdown_timeout_s=shutdown_timeout,
@@ -198,6 +214,14 @@ def _read_most(text: str | None) -> dict[str, int]:
             raise UsageError(f"{where}: {kind}: expected a number, 0 or more, found {count!r}")
         found[LIMITED[kind]] = count
     return found
+
+
+def _read_hosts(given: list[str] | None) -> tuple[str, ...]:
+    """Return hosts, which may also come in one word with commas. Raises UsageError for what is an address, and not a host."""
+    hosts = tuple(word for text in given or () for word in text.replace(",", " ").split())
+    if bad := [host for host in hosts if "/" in host or "@" in host or (":" in host and not host.startswith("["))]:
+        raise UsageError(f"--allowed-media-domains: expected hosts, such as images.example.org, found {bad[0]!r}")
+    return tuple(host.strip("[]") for host in hosts)
 
 
 def _split_count(word: str) -> tuple[str, str]:

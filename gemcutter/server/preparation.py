@@ -16,7 +16,7 @@ from gemcutter.api import Model, PreparedRequest
 from gemcutter.errors import RequestError
 from gemcutter.media_parts import KINDS, TOWERS
 from gemcutter.server.chat_task import prepare_chat
-from gemcutter.server.media_sources import check_urls, read_data_url
+from gemcutter.server.media_sources import REMOTE, check_urls, read_here
 from gemcutter.server.service import Service, unless_gone
 from gemcutter.server.wire.fields import ChatInput, refuse
 from gemcutter.server.wire.media import MediaUrl, urls_of, with_contents
@@ -40,16 +40,20 @@ async def prepare(
             refuse(url.where, missing_tower(model, url.kind))
     check_urls(urls, options)
 
-    def read() -> PreparedRequest:
-        contents = {url: read_data_url(url) for url in urls}
+    def read(fetched: Mapping[MediaUrl, bytes]) -> PreparedRequest:
+        contents = {url: fetched[url] if url in fetched else read_here(url, options) for url in urls}
         shown = replace(chat, messages=with_contents(chat.messages, contents))
         try:
             return prepare_chat(model, shown, options, adapter=adapter, anthropic=anthropic)
         except RequestError as error:
             raise in_its_fields(error, places) from error
 
+    async def find() -> PreparedRequest:
+        fetched = await service.fetch([url for url in urls if url.scheme in REMOTE])
+        return await service.work_on_media(lambda: read(fetched))
+
     with service.admission.preparing():
-        return await unless_gone(request, service.work_on_media(read))
+        return await unless_gone(request, find())
 
 
 def missing_tower(model: Model, kind: str) -> str:

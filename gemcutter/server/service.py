@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
@@ -27,6 +27,10 @@ from gemcutter.server.errors import ApiError, ClientGone, no_model
 from gemcutter.server.gate import CALLER
 from gemcutter.server.metrics import Metrics
 from gemcutter.server.options import ServerOptions
+from gemcutter.server.wire.media import MediaUrl
+
+if TYPE_CHECKING:
+    from gemcutter.server.media_fetch import MediaFetcher
 
 Found = TypeVar("Found")
 WORKERS = 2  # threads that encode prompts
@@ -46,6 +50,7 @@ class Service:
         self.metrics = Metrics(options.name)
         self._workers = ThreadPoolExecutor(WORKERS, "gemcutter-encode")
         self._media_workers = ThreadPoolExecutor(MEDIA_WORKERS, "gemcutter-media")
+        self._fetcher: MediaFetcher | None = None  # once an address is to be followed
         self._replies: dict[Reply, Ticket] = {}
         self._last_token_s: dict[Reply, float] = {}
         self._mailbox: Mailbox | None = None
@@ -100,6 +105,16 @@ class Service:
     async def work_on_media(self, function: Callable[[], Found]) -> Found:
         """Run a function that reads images or sounds, which may take seconds, on a thread for these."""
         return await asyncio.get_running_loop().run_in_executor(self._media_workers, function)
+
+    async def fetch(self, urls: Sequence[MediaUrl]) -> dict[MediaUrl, bytes]:
+        """Return what is found at addresses that the operator allows. Raises FieldError for what can't be had."""
+        if not urls:
+            return {}
+        if self._fetcher is None:
+            from gemcutter.server.media_fetch import MediaFetcher
+
+            self._fetcher = MediaFetcher(self.options)
+        return await self._fetcher.fetch_all(urls)
 
     def check_room(self, request: Request, count: int = 1, media_bytes: int = 0) -> None:
         """Raise ApiError (429, 503) where a request can't be let in, before its prompt is encoded.

@@ -108,6 +108,7 @@ VAGUE_CLASSES = ("Manager", "Handler", "Helper", "Impl", "Wrapper", "Base")
 BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure", "TypedDict"}  # a Structure is a C struct
 BASES |= {"TemplateError", "Extension", "ImmutableSandboxedEnvironment"}  # how jinja2 is extended
 BASES |= {"BaseModel", "SamplingFields", "StreamingResponse", "Server"}  # bodies of requests; starlette's and uvicorn's
+BASES |= {"AsyncNetworkBackend"}  # how httpcore is told what to connect to
 BASES |= {"ValueError"}  # what callers expect of a bad argument
 
 
