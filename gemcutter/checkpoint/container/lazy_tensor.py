@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -159,7 +160,8 @@ class LazyTensor:
     """Describe one stored tensor, and read it when asked.
 
     `dtype` has the safetensors spelling; containers with block formats put their own name there and offer only `raw()`.
-    `offset` is absolute in the file; `nbytes` is the stored size.
+    `offset` is absolute in the file; `nbytes` is the stored size. `arranged` makes the values of a tensor whose `shape` is not
+    that of the stored one.
     """
 
     name: str
@@ -168,6 +170,7 @@ class LazyTensor:
     nbytes: int
     offset: int
     mapped: StoredFile = field(repr=False)
+    arranged: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @property
     def file(self) -> Path:
@@ -187,6 +190,8 @@ class LazyTensor:
         """
         import torch
 
+        if self.arranged is not None:
+            return self.arranged()
         if self.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.origin} is stored as {self.dtype}, which torch has no dtype for; unpack its raw() bytes"
@@ -207,6 +212,8 @@ class LazyTensor:
         """
         import torch
 
+        if self.arranged is not None:
+            return self.arranged().contiguous().flatten().view(torch.uint8)
         if self.nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         mapping = self.mapped.mapping()

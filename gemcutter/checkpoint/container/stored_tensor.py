@@ -7,8 +7,8 @@ the other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 
@@ -49,35 +49,6 @@ class PackedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class RearrangedTensor(LazyTensor):
-    """A tensor that a file lays out otherwise than the plan does: `shape` is the plan's, `arranged` makes the values.
-
-    It is read whole. What is packed in the file comes in float32.
-    """
-
-    arranged: Callable[[], Tensor] = field(repr=False)
-
-    @classmethod
-    def of(cls, data: LazyTensor | PackedTensor, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> Self:
-        """Return a stored tensor in the shape into which `change` brings its values."""
-        if isinstance(data, LazyTensor):
-            first, dtype = data, data.dtype
-            return cls(first.name, dtype, shape, data.nbytes, first.offset, first.mapped, lambda: change(data.torch()))
-        first = data.stored[0]
-        return cls(first.name, "F32", shape, data.nbytes, first.offset, first.mapped, lambda: change(data.build().dequantize()))
-
-    def torch(self) -> Tensor:
-        """Return the tensor in the plan's shape: a view of the mapped file where strides can express it."""
-        return self.arranged()
-
-    def raw(self) -> Tensor:
-        """Return the bytes of the rearranged values, uint8."""
-        import torch
-
-        return self.arranged().contiguous().flatten().view(torch.uint8)
-
-
-@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One stored tensor: which part of which parameter it is, or that it is none of the decoder's.
 
@@ -94,3 +65,15 @@ class StoredTensor:
     def label(self) -> str:
         """Name the parameter and part for a message."""
         return f"{self.name}[{self.part}]" if self.part else str(self.name)
+
+
+def rearranged(data: LazyTensor | PackedTensor, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> LazyTensor:
+    """Return a tensor that a file lays out otherwise than the plan, in the shape into which `change` brings its values.
+
+    It is read whole. What is packed in the file comes in float32.
+    """
+    if isinstance(data, LazyTensor):
+        return replace(data, shape=shape, arranged=lambda: change(data.torch()))
+    first = data.stored[0]
+    arranged = lambda: change(data.build().dequantize())  # noqa: E731 - read when it is loaded
+    return LazyTensor(first.name, "F32", shape, data.nbytes, first.offset, first.mapped, arranged)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
-from gemcutter.checkpoint.container.stored_tensor import RearrangedTensor, StoredTensor
+from gemcutter.checkpoint.container.stored_tensor import StoredTensor, rearranged
 from gemcutter.checkpoint.formats import gguf
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.plan import ParamKind
@@ -220,7 +220,7 @@ def _arranged(piece: StoredTensor, shape: tuple[int, ...], change: Any, axes: in
         wanted *= size
     if count != wanted or (axes is not None and len(data.shape) != axes):
         return piece  # which the match reports
-    return replace(piece, data=RearrangedTensor.of(data, shape, change))
+    return replace(piece, data=rearranged(data, shape, change))
 
 
 def _swap_axes(stored: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
-from gemcutter.checkpoint.container.stored_tensor import StoredTensor
+from gemcutter.checkpoint.container.stored_tensor import StoredTensor, rearranged
 from gemcutter.checkpoint.formats import hf
+from gemcutter.plan import ParamKind, ParamSpec
 from gemcutter.tower_plan import TowerPlan
 
 Name = tuple[str, str | None]  # canonical, and the part of it that is stored under the name
@@ -93,8 +95,9 @@ LINEAR = re.compile(r"(.+?)\.(?:linear\.weight|((?:input|output)_(?:min|max)))")
 
 def pieces(source: Source, tower: str, plan: TowerPlan) -> Iterator[StoredTensor]:
     """Yield the stored tensors of a tower, "vision" or "audio", under their canonical names; `name` None for unknown ones."""
+    specs = {spec.name: spec for spec in plan.params()}
     for tensor in tensors_of(source, tower):
-        yield piece(tensor)
+        yield channels_first(piece(tensor), specs)
 
 
 def tensors_of(source: Source, tower: str) -> Iterator[LazyTensor]:
@@ -109,6 +112,16 @@ def piece(tensor: LazyTensor) -> StoredTensor:
     """Name one tensor of a tower canonically; `name` stays None for what the format does not know."""
     name, part = translate(hf.strip(tensor.name)) or (None, None)
     return StoredTensor(name, part, tensor)
+
+
+def channels_first(piece: StoredTensor, specs: Mapping[str, ParamSpec]) -> StoredTensor:
+    """Return a convolution with its channels where the plan has them; MLX keeps them last, whatever else a file looks like."""
+    spec, data = specs.get(piece.name or ""), piece.data
+    if spec is None or spec.kind is not ParamKind.CONV or not isinstance(data, LazyTensor) or data.shape == spec.shape:
+        return piece
+    if len(data.shape) != len(spec.shape) or (data.shape[0], data.shape[-1], *data.shape[1:-1]) != spec.shape:
+        return piece  # which the match reports
+    return replace(piece, data=rearranged(data, spec.shape, lambda stored: stored.movedim(-1, 1)))
 
 
 def translate(bare: str) -> Name | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor, RearrangedTensor, StoredTensor
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.formats import hf, hf_towers
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
@@ -93,21 +93,11 @@ def pieces(source: Source, plan: ModelPlan) -> Iterator[StoredTensor]:
 
 
 def tower_pieces(source: Source, tower: str, plan: TowerPlan) -> Iterator[StoredTensor]:
-    """Yield the stored tensors of a tower as `pieces` does; convolutions, whose channels MLX keeps last, as the plan has them."""
+    """Yield the stored tensors of a tower as `pieces` does; convolutions as the plan has them."""
     specs = {spec.name: spec for spec in plan.params()}
     columns = {spec.name: spec.shape[-1] for spec in specs.values() if spec.kind is ParamKind.MATRIX}
     for piece in _pieces(hf_towers.tensors_of(source, tower), columns, _claims(source), hf_towers.piece):
-        spec, data = specs.get(piece.name or ""), piece.data
-        if spec is None or spec.kind is not ParamKind.CONV or not isinstance(data, LazyTensor) or data.shape == spec.shape:
-            yield piece
-        elif len(data.shape) == len(spec.shape) and (data.shape[0], data.shape[-1], *data.shape[1:-1]) == spec.shape:
-            yield replace(piece, data=RearrangedTensor.of(data, spec.shape, _channels_first))
-        else:
-            yield piece
-
-
-def _channels_first(stored: Tensor) -> Tensor:
-    return stored.movedim(-1, 1)
+        yield hf_towers.channels_first(piece, specs)
 
 
 def _pieces(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor, RearrangedTensor, StoredTensor
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.load.held import stays_mapped
 from gemcutter.checkpoint.load.match import Checkpoint, Piece
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
@@ -173,7 +173,7 @@ def _view(data: LazyTensor | PackedTensor) -> Part:
 def _copy(data: LazyTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Convert a mapped tensor into memory of its own, giving its pages back on the way."""
     mapped = data.torch()
-    if isinstance(data, RearrangedTensor):
+    if data.arranged is not None:
         found = mapped.to(device, dtype, copy=True).contiguous()
         data.release()
         return found
