@@ -47,7 +47,7 @@ sanitize: .venv/.installed-dev
 	tools/sanitize.sh
 
 # Mutated files against every parser, in forked workers with limits; FUZZ="--headers 1000000 --texts 20000" takes half an hour.
-FUZZ ?= --headers 4000 --texts 300 --values 30
+FUZZ ?= --headers 4000 --texts 300 --values 30 --media 3000
 fuzz: native
 	OMP_NUM_THREADS=1 .venv/bin/python tools/fuzz.py $(FUZZ)
 

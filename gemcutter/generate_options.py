@@ -16,6 +16,7 @@ from gemcutter.engine.sampling_params import SamplingParams
 from gemcutter.errors import RequestError, spell_value
 from gemcutter.media.decode import ImageSource
 from gemcutter.media.decode_sound import SoundSource
+from gemcutter.media.video import VideoSource
 from gemcutter.text.grammar import Constraint
 
 Message = Mapping[str, object]
@@ -51,8 +52,9 @@ class GenerateOptions(TypedDict, total=False):
     tables and code pass. What was computed for a prompt is reused among requests of one `cache_salt` only. `sampling` takes the
     place of the single sampling fields (`SamplingParams`); the others are `Request`'s. While `temperature` is 0 the most likely
     token is taken: `top_k`, `top_p`, `min_p` and `seed` change nothing then. `images` (paths, bytes, PIL images or arrays) take
-    the places of <|image|> in raw text or ids, and `audio` (paths, bytes, or pairs of an array and its rate) those of <|audio|>;
-    in conversations they are parts {"type": "image", "image": ...} and {"type": "audio", "audio": ...} of messages.
+    the places of <|image|> in raw text or ids, `audio` (paths, bytes, or pairs of an array and its rate) those of <|audio|>, and
+    `videos` (paths, bytes, or frames as images, alone or in pairs with their rate) those of <|video|>. In conversations they
+    are parts of messages: {"type": "image", "image": ...}, {"type": "audio", "audio": ...}, {"type": "video", "video": ...}.
     `max_soft_tokens` is what an image may become at most: 70, 140, 280, 560 or 1120.
     """
 
@@ -94,6 +96,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     images: Sequence[ImageSource]
     audio: Sequence[SoundSource]
+    videos: Sequence[VideoSource]
     max_soft_tokens: int | None
 
 
@@ -177,7 +180,7 @@ OF_TEMPLATE: Mapping[str, object] = {
     "continue_final_message": False,
 }
 PARTS = ("text",)  # types of a message's parts that every model can read
-LOADABLE = ("image", "audio")  # types that a model can read which was loaded for them
+LOADABLE = ("image", "audio", "video")  # types that a model can read which was loaded for them
 
 
 def check_names(options: Iterable[str]) -> None:

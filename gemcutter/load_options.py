@@ -21,7 +21,7 @@ DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 PLE_PLACES = ("gpu", "host", "mmap")
 KV_DTYPES = ("fp8",)
 SPECULATORS = ("auto", "mtp", "ngram", "off")
-MEDIA = ("image", "audio")  # what requests may bring beside text, where the model was loaded for it
+MEDIA = ("image", "audio", "video")  # what requests may bring beside text, where the model was loaded for it
 AUTO_MEDIA = "auto"  # whatever the checkpoint has a tower for; of other names beside it, those
 DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
 
@@ -110,9 +110,9 @@ class LoadOptions:
     else "off". `draft_tokens` is how many are guessed at a time, 0 to 8; None: as many as pay on this machine. An assistant is
     quantized as `quant` says, or else in 4 bits beside a target that is.
 
-    `media` names what prompts may hold beside text: "image" loads the vision tower, "audio" the audio tower, "image,audio" or a
-    list of both loads both; "auto" loads what the checkpoint has, beside names what it has of them. Nothing is read of other
-    towers.
+    `media` names what prompts may hold beside text: "image" or "video" loads the vision tower, which reads both, "audio" the
+    audio tower, "image,audio" or a list both towers; "auto" loads those that the checkpoint has, beside names those of them that
+    they are read by. Nothing is read of other towers.
     `mmproj` is a file or folder that holds the towers; None: the model's own files, or else the mmproj file beside a GGUF model.
     """
 

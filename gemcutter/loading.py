@@ -97,7 +97,7 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
     projector = None if options.mmproj is None else locate(options.mmproj)
     media = find_media(options, checkpoint, projector)
-    seen = match_vision(checkpoint, options.ignore, projector) if "image" in media else None
+    seen = match_vision(checkpoint, options.ignore, projector) if {"image", "video"} & set(media) else None
     heard = match_audio(checkpoint, options.ignore, projector) if "audio" in media else None
     merged = None if options.adapter is None else find_adapter(options.adapter, checkpoint, options.ignore)
     apart = {name: find_adapter(path, checkpoint, options.ignore) for name, path in options.adapters.items()}
@@ -133,7 +133,7 @@ def find_media(options: LoadOptions, checkpoint: Checkpoint, projector: Path | N
     """Return the media whose towers are to be loaded. Raises CheckpointError for a projector without towers."""
     if AUTO_MEDIA not in options.media:
         return options.media
-    named = set(options.media) - {AUTO_MEDIA}
+    named = {"image" if name == "video" else name for name in options.media if name != AUTO_MEDIA}
     return [medium for medium in readable_media(checkpoint, projector) if not named or medium in named]
 
 

@@ -17,8 +17,9 @@ from gemcutter.text.history import check_messages, in_order
 if TYPE_CHECKING:
     from gemcutter.media.decode import ImageSource
     from gemcutter.media.decode_sound import SoundSource
+    from gemcutter.media.video import VideoSource
 
-    MediaSource = ImageSource | SoundSource
+    MediaSource = ImageSource | SoundSource | VideoSource
 else:
     MediaSource = object  # checked, not trusted; and a command line starts without numpy
 
@@ -26,16 +27,17 @@ else:
 KINDS = {
     "image": ("images", "images", "paths, bytes, PIL images or arrays"),
     "audio": ("audio", "sounds", "paths, bytes, or pairs of an array and its rate"),
+    "video": ("videos", "videos", "paths, bytes, or frames as images, alone or in pairs with their rate"),
 }
 SHOWN_BY = ("user", "tool", "function")  # roles whose messages may hold media
-TOWERS = {"image": "vision tower", "audio": "audio tower"}  # that read a kind
+TOWERS = {"image": "vision tower", "audio": "audio tower", "video": "vision tower"}  # that read a kind
 
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """One image or sound: its kind, where it was found, for messages, and what it is read from.
+    """One image, sound or video: its kind, where it was found, for messages, and what it is read from.
 
-    `budget` is how many soft tokens it may become; None: as many as the request says.
+    `budget` is how many soft tokens an image may become; None: as many as the request says.
     """
 
     kind: str
@@ -48,8 +50,8 @@ def take_media(messages: Sequence[Mapping[str, object]]) -> tuple[list[Mapping[s
     """Return messages whose parts hold no media any more, and the media in the order in which a template prints them.
 
     A part is {"type": "image", "image": I} or {"type": "image", "path": P}, with a `max_soft_tokens` of its own if need be, and
-    alike for "audio". Raises RequestError, with every problem, for parts without anything, and for media in messages that are
-    neither the user's nor a tool's.
+    alike for "audio" and "video". Raises RequestError, with every problem, for parts without anything, and for media in messages
+    that are neither the user's nor a tool's.
     """
     left, items, problems = list[Mapping[str, object]](), list[MediaItem](), list[str]()
     for index, message in enumerate(messages):

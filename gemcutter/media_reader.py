@@ -1,6 +1,7 @@
 """Media in prompts: cut, encoded once by content, and put where a prompt has their placeholders.
 
-Owns the rows of images and sounds that were seen lately, and the order marker, rows, marker that the models were trained on.
+Owns the rows of images, frames and sounds that were seen lately, and the order marker, rows, marker that the models were trained
+on; before each frame of a video stands its time.
 Refuses to know templates and how text is encoded. Read `media_parts.py` for where items come from, `media/` for how they are cut,
 `model/vision.py` and `model/audio.py` for their rows, `engine/media.py` for what the engine is given.
 """
@@ -20,13 +21,18 @@ from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.media.audio import SoundFrames, SoundShape, cut_sound
 from gemcutter.media.budgets import BUDGETS, check_budget
 from gemcutter.media.image import ImagePatches, PatchShape, cut_image
+from gemcutter.media.video import cut_video
 from gemcutter.media_parts import KINDS, MediaItem
 from gemcutter.model.audio import AudioTower
 from gemcutter.model.vision import VisionTower
 from gemcutter.text.tokenizer import Tokenizer
 from gemcutter.tower_plan import UnifiedAudioPlan, UnifiedVisionPlan
 
-MARKERS = {"image": ("<|image>", "<|image|>", "<image|>"), "audio": ("<|audio>", "<|audio|>", "<audio|>")}
+MARKERS = {
+    "image": ("<|image>", "<|image|>", "<image|>"),
+    "audio": ("<|audio>", "<|audio|>", "<audio|>"),
+    "video": ("<|image>", "<|video|>", "<image|>"),  # of each frame
+}
 DEFAULT_BUDGET = 280  # soft tokens an image
 CACHE_BYTES = 256 << 20  # of rows that stay for media that come again
 
@@ -42,8 +48,16 @@ class _Markers:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is encoded as one, and the ids that stand before its markers: of a frame its time."""
+
+    content: Content
+    before: tuple[int, ...] = ()
+
+
 class MediaReader:
-    """Makes rows of images and sounds for one model; safe to share between threads, which encode one after the other."""
+    """Makes rows of images, videos and sounds for one model; safe to share between threads, which encode one after the other."""
 
     def __init__(
         self,
@@ -53,8 +67,10 @@ class MediaReader:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Prepare to read what the towers do. Raises CheckpointError for a tokenizer without the markers of such media."""
-        towers = {"image": vision, "audio": audio}
-        self._markers = {kind: _find_markers(tokenizer, kind) for kind, tower in towers.items() if tower is not None}
+        has_videos = vision is not None and tokenizer.id_of(MARKERS["video"][1]) is not None
+        readable = {"image": vision is not None, "audio": audio is not None, "video": has_videos}
+        self._tokenizer = tokenizer
+        self._markers = {kind: _find_markers(tokenizer, kind) for kind, can_read in readable.items() if can_read}
         self._encoders: dict[type[Content], Callable[[Any], list[Tensor]]] = {}
         self._budget, self._patches, self._frames = DEFAULT_BUDGET, PatchShape(), SoundShape()
         if vision is not None:
@@ -87,18 +103,21 @@ class MediaReader:
         most = self._budget if budget is None else check_budget(budget)
         self._check_counts(ids, items)
         cut = self._cut(items, most)
-        following = {kind: iter(_of_kind(kind, items, cut, self._encode(cut))) for kind in self._markers}
+        rows = self._encode([piece.content for pieces in cut for piece in pieces])
+        following = {kind: iter(_of_kind(kind, items, cut)) for kind in self._markers}
         kind_of = {markers.placeholder: kind for kind, markers in self._markers.items()}
         placed, spans = list[int](), list[MediaSpan]()
         for token in ids:
             if (kind := kind_of.get(token)) is None:
                 placed.append(token)
                 continue
-            markers, (content, rows_KD) = self._markers[kind], next(following[kind])
-            placed.append(markers.begin)
-            if content.soft_tokens:
-                spans.append(MediaSpan(len(placed), content.digest, rows_KD, is_block=kind != "audio"))
-            placed += [*[markers.placeholder] * content.soft_tokens, markers.end]
+            markers = self._markers[kind]
+            for piece in next(following[kind]):
+                content = piece.content
+                placed += [*piece.before, markers.begin]
+                if content.soft_tokens:
+                    spans.append(MediaSpan(len(placed), content.digest, rows[content.digest], is_block=kind != "audio"))
+                placed += [*[markers.placeholder] * content.soft_tokens, markers.end]
         return placed, tuple(spans)
 
     def _check_counts(self, ids: Sequence[int], items: Sequence[MediaItem]) -> None:
@@ -114,23 +133,33 @@ class MediaReader:
         if problems:
             raise RequestError(problems[0] if len(problems) == 1 else "media and their places do not match", problems)
 
-    def _cut(self, items: Iterable[MediaItem], budget: int) -> list[Content]:
+    def _cut(self, items: Iterable[MediaItem], budget: int) -> list[list[_Piece]]:
         """Return what a tower reads of every item. Raises RequestError with every problem."""
-        found, problems, kinds = list[Content](), list[str](), dict[str, None]()
+        found, problems, kinds = list[list[_Piece]](), list[str](), dict[str, None]()
         for item in items:
-            source: Any = item.source
             try:
-                if item.kind == "audio":
-                    found.append(cut_sound(source, self._frames, item.name))
-                else:
-                    most = budget if item.budget is None else item.budget
-                    found.append(cut_image(source, most, self._patches, item.name))
+                found.append(self._pieces(item, budget))
             except RequestError as error:
                 problems += error.problems
                 kinds[KINDS[item.kind][1]] = None
         if problems:
             raise RequestError(f"{' and '.join(kinds)} can't be read", problems)
         return found
+
+    def _pieces(self, item: MediaItem, budget: int) -> list[_Piece]:
+        """Return what a tower reads of one item: one piece, or the frames of a video. Raises RequestError."""
+        source: Any = item.source
+        if item.kind == "audio":
+            return [_Piece(cut_sound(source, self._frames, item.name))]
+        if item.kind == "image":
+            most = budget if item.budget is None else item.budget
+            return [_Piece(cut_image(source, most, self._patches, item.name))]
+        frames = cut_video(source, self._patches, item.name)
+        # Text around a time never joins its tokens: a digit is a token of its own, and markers are before and after.
+        times = [f"{' ' if index else ''}{frame.time} " for index, frame in enumerate(frames)]
+        return [
+            _Piece(frame.image, tuple(self._tokenizer.encode(time, bos=False))) for frame, time in zip(frames, times, strict=True)
+        ]
 
     def _encode(self, contents: Sequence[Content]) -> Mapping[str, Tensor]:
         """Return the rows of contents by digest; those that are not known are encoded together, each once."""
@@ -164,10 +193,8 @@ def _find_markers(tokenizer: Tokenizer, kind: str) -> _Markers:
     return _Markers(*(token for token in found.values() if token is not None))
 
 
-def _of_kind(
-    kind: str, items: Sequence[MediaItem], cut: Sequence[Content], rows: Mapping[str, Tensor]
-) -> Iterator[tuple[Content, Tensor]]:
-    """Yield the contents of one kind with their rows, in order."""
-    for item, content in zip(items, cut, strict=True):
+def _of_kind(kind: str, items: Sequence[MediaItem], cut: Sequence[list[_Piece]]) -> Iterator[list[_Piece]]:
+    """Yield the pieces of each item of one kind, in order."""
+    for item, pieces in zip(items, cut, strict=True):
         if item.kind == kind:
-            yield content, rows[content.digest]
+            yield pieces

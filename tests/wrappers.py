@@ -250,14 +250,15 @@ def build_text(model: PreTrainedModel, kernels: str = "auto") -> Decoder:
     return build_decoder(source, plan_of(raw_config(model)), kernels=kernels)
 
 
-Media = ImagePatches | SoundFrames
-MARKERS = {ImagePatches: (BOI, IMAGE, EOI), SoundFrames: (BOA, SOUND, EOA)}
+Media = ImagePatches | SoundFrames | tuple[ImagePatches, ...]  # a tuple holds the frames of a video
+MARKERS = {ImagePatches: (BOI, IMAGE, EOI), SoundFrames: (BOA, SOUND, EOA), tuple: (BOI, VIDEO, EOI)}
+TIME = (7, 11, 8)  # ids that stand before a frame
 
 
 def media_request(
     towers: Sequence[VisionTower | AudioTower], parts: Sequence[int | Media], seed: int = 0, **fields: Any
 ) -> Request:
-    """Make a request of so many random tokens here, and an image or a sound there, between its markers."""
+    """Make a request of so many random tokens here, and an image, a sound or the frames of a video there, between markers."""
     ids, spans = list[int](), list[MediaSpan]()
     for index, part in enumerate(parts):
         if isinstance(part, int):
@@ -266,23 +267,29 @@ def media_request(
         is_sound = isinstance(part, SoundFrames)
         encode: Any = next(tower.encode for tower in towers if isinstance(tower, AudioTower if is_sound else VisionTower))
         begin, placeholder, end = MARKERS[type(part)]
-        spans.append(MediaSpan(len(ids) + 1, part.digest, encode([part])[0], is_block=not is_sound))
-        ids += [begin, *[placeholder] * part.soft_tokens, end]
+        for each in part if isinstance(part, tuple) else (part,):
+            ids += [*(TIME if isinstance(part, tuple) else ()), begin]
+            spans.append(MediaSpan(len(ids), each.digest, encode([each])[0], is_block=not is_sound))
+            ids += [*[placeholder] * each.soft_tokens, end]
     return Request(tuple(ids), media=tuple(spans), **fields)
 
 
 @torch.no_grad()
 def official_logits(model: PreTrainedModel, request: Request, media: Sequence[Media] = ()) -> Tensor:
-    """Return transformers' logits [N, V] of all rows of a prompt with images and sounds.
+    """Return transformers' logits [N, V] of all rows of a prompt with images, videos and sounds.
 
     For the 12B the masks are made as for the other sizes: its own class lets rows of an image see each other in global layers,
     too, and beyond the window.
     """
     ids = torch.tensor([request.prompt])
-    kinds = (ids == IMAGE) + 3 * (ids == SOUND)
+    kinds = (ids == IMAGE) + 2 * (ids == VIDEO) + 3 * (ids == SOUND)
     given: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds}
     if images := [each for each in media if isinstance(each, ImagePatches)]:
         given |= padded(images)
+    if videos := [each for each in media if isinstance(each, tuple)]:
+        frames = padded([frame for video in videos for frame in video])
+        given |= {"pixel_values_videos": frames["pixel_values"], "video_position_ids": frames["image_position_ids"]}
+        given["num_frames_per_video"] = torch.tensor([len(video) for video in videos])
     if sounds := [each for each in media if isinstance(each, SoundFrames)]:
         given |= padded_sounds(sounds)
     if isinstance(model, Gemma4UnifiedForConditionalGeneration):

@@ -1,10 +1,10 @@
-"""Feeds the project's parsers with mutated files: headers of weights, and everything that lies beside them.
+"""Feeds the project's parsers with mutated files: headers of weights, everything that lies beside them, and media of requests.
 
 Every case runs in a forked worker with limits of memory and time, and is made from its number alone, so that a failure can be
 repeated: `--only NUMBER`. What counts as a failure: an exception outside the project's error classes, a crash, more than
 two seconds, or more than 1 GiB beyond what the worker began with. The files of `tests/fuzz_corpus/` are tried first.
 
-    python tools/fuzz.py --headers 100000 --texts 2000 [--seed 1]
+    python tools/fuzz.py --headers 100000 --texts 2000 --media 3000 [--seed 1]
 """
 
 from __future__ import annotations
@@ -35,8 +35,12 @@ from gemcutter.checkpoint.formats import FORMATS
 from gemcutter.checkpoint.formats.lora import open_adapter
 from gemcutter.checkpoint.load.match import compare, open_checkpoint
 from gemcutter.errors import GemcutterError
+from gemcutter.media.audio import SoundShape, cut_sound
+from gemcutter.media.image import PatchShape, cut_image
+from gemcutter.media.video import cut_video
 from gemcutter.plan import derive
 from gemcutter.text_assets import read_text_assets
+from tests.formats.media_files import media_files
 from tests.formats.mutations import BESIDE, write_sound
 
 LIMITS: dict[str, Any] = {"seconds": 2.0, "bytes": 1 << 30}  # of one case
@@ -185,6 +189,24 @@ class Seeds:
             text.template.encode([{"role": "user", "content": "Hi"}])
 
 
+class MediaSeeds:
+    """Small images, sounds and videos of every form to mutate; no videos where PyAV is missing."""
+
+    def __init__(self) -> None:
+        self.files = media_files()
+
+    def case(self, draw: random.Random, work: Path, number: int) -> None:
+        """Read one mutated file as a request would."""
+        kind, content = draw.choice(self.files)
+        mutated = mutate(content, draw, draw.choice((16, 200, 2000, len(content))))
+        if kind == "audio":
+            cut_sound(mutated, SoundShape(draw.choice((None, 640))))
+        elif kind == "image":
+            cut_image(mutated, 70, PatchShape(merges=draw.random() < 0.5))
+        else:
+            cut_video(mutated, PatchShape())
+
+
 # ---- workers ----
 
 
@@ -254,6 +276,7 @@ def main() -> int:
     parser.add_argument("--headers", type=int, default=0)
     parser.add_argument("--texts", type=int, default=0)
     parser.add_argument("--values", type=int, default=0)
+    parser.add_argument("--media", type=int, default=0)
     parser.add_argument("--unlimited", action="store_true", help="no limit of memory: sanitizers reserve terabytes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int)
@@ -265,6 +288,8 @@ def main() -> int:
         seeds = Seeds(folder)
         failed = fuzz("corpus", seeds.corpus_case, range(len(seeds.corpus)), 0, folder)
         kinds = {"headers": seeds.header_case, "texts": seeds.text_case, "values": seeds.values_case}
+        if options.media:
+            kinds["media"] = MediaSeeds().case
         for kind, case in kinds.items():
             if count := getattr(options, kind):
                 numbers = range(count) if options.only is None else [options.only]

@@ -56,6 +56,7 @@ In the conversation:
   /think on|off    let the model reason before it answers
   /image FILE      show an image with the next message; needs --media image
   /audio FILE      play a sound with the next message; needs --media audio
+  /video FILE      show frames of a video with the next message; needs --media video
   /retry           answer the last question anew
   /undo            forget the last question and its reply
   /clear           forget all turns, but not the system prompt
@@ -81,6 +82,7 @@ NEED_AN_ARGUMENT = {
     "/load": "FILE",
     "/image": "FILE",
     "/audio": "FILE",
+    "/video": "FILE",
     "/think": "on|off",
     "/set": "NAME VALUE",
 }
@@ -194,7 +196,7 @@ class Session:
             case "/system", _:
                 self.conversation.system = rest or None
                 return "system prompt set" if rest else "no system prompt"
-            case (("/image" | "/audio"), file) if file:
+            case (("/image" | "/audio" | "/video"), file) if file:
                 return self.attach(word[1:], str(Path(file).expanduser().absolute()))
             case "/think", "on" | "off":
                 self.set_thinking(rest == "on")

@@ -1,4 +1,4 @@
-"""Files of media on the command line: `--image` and `--audio`, in the order in which they are given together.
+"""Files of media on the command line: `--image`, `--audio` and `--video`, in the order in which they are given together.
 
 Owns these options, what messages are made of them, and how a file is described in a chat. Refuses to know prompts. Read `run.py`
 and `chat.py` for who asks.
@@ -43,6 +43,7 @@ class MediaFiles:
 
     image: Annotated[list[str] | None, _option("image", "An image")] = None
     audio: Annotated[list[str] | None, _option("audio", "A sound")] = None
+    video: Annotated[list[str] | None, _option("video", "A video")] = None
 
     @property
     def parts(self) -> list[Part]:
@@ -67,11 +68,17 @@ def with_media(text: str, parts: Sequence[Part]) -> str | list[Part]:
 
 
 def describe_file(kind: str, file: str) -> str:
-    """Return how large an image or how long a sound is. Raises RequestError if it can't be read."""
+    """Return how large an image or how long a sound is, or what is taken of a video. Raises RequestError if it can't be read."""
     if kind == "audio":
         from gemcutter.media.decode_sound import RATE, read_samples
 
         return f"{len(read_samples(file, file)) / RATE:.1f} s"
+    if kind == "video":
+        from gemcutter.media.image import PatchShape
+        from gemcutter.media.video import cut_video
+
+        frames = cut_video(file, PatchShape(), file)
+        return f"{len(frames)} frames from 00:00 to {frames[-1].time}"
     from gemcutter.media.decode import read_pixels
 
     height, width, _ = read_pixels(file, file).shape

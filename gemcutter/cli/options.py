@@ -343,8 +343,8 @@ class Choosing:
 Media = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="image|audio",
-        help="What messages may hold beside text: image loads the vision tower, audio the audio tower; repeatable.",
+        metavar="image|audio|video",
+        help="What messages may hold beside text: image or video loads the vision tower, audio the audio tower; repeatable.",
         callback=_checked_media,
         show_default=False,
     ),
@@ -353,7 +353,7 @@ MediaOfServer = Annotated[
     list[str] | None,
     typer.Option(
         "--media",
-        metavar="auto|none|image|audio",
+        metavar="auto|none|image|audio|video",
         help="What messages may hold beside text; auto: what the model has a tower for; repeatable.  [default: auto]",
         callback=_checked_media_of_server,
         show_default=False,

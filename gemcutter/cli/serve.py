@@ -20,6 +20,7 @@ from gemcutter.cli.loading import load_model, spell_how
 from gemcutter.cli.terminal import Volume, say, spell_bytes, volume
 from gemcutter.errors import CapacityError, RequestError
 from gemcutter.load_options import AUTO_MEDIA
+from gemcutter.media_parts import KINDS
 from gemcutter.server.options import MIB, ServerOptions
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ Examples:
 KEY = "GEMCUTTER_API_KEY"
 KEEP_ALIVE_S = 120  # agents think longer than uvicorn's 5 s between two requests on one connection
 DEFAULTS = ServerOptions()
+LIMITED = {"image": "max_images", "audio": "max_sounds", "video": "max_videos"}  # kinds of --limit-mm-per-prompt
+MOST_SPELLED = ",".join(f"{kind}={getattr(DEFAULTS, name)}" for kind, name in LIMITED.items())
 SPECULATIVE_KEYS = {"method", "model", "num_speculative_tokens"}
-LIMITED = {"image": "max_images", "audio": "max_sounds"}  # kinds of --limit-mm-per-prompt
 METHODS = {"mtp": "mtp", "ngram": "ngram", "draft_model": "mtp", "gemma4_mtp": "mtp"}  # vLLM's, and what they are here
 
 
@@ -109,7 +111,7 @@ def serve(
     language_model_only: Annotated[bool, typer.Option("--language-model-only", help="The same as --media none.")] = False,
     limit_mm_per_prompt: Annotated[
         str | None,
-        typer.Option(metavar="image=N", help=f"Images that a request may hold; 0: none.  [default: {DEFAULTS.max_images}]"),
+        typer.Option(metavar="image=N,...", help=f"Most of each kind in a request; 0: none.  [default: {MOST_SPELLED}]"),
     ] = None,
     max_soft_tokens: options.Soft = None,
     allowed_media_domains: Annotated[
@@ -334,8 +336,7 @@ def announce(model: Model, taken: socket.socket, chosen: ServerOptions) -> None:
     prefixes = engine.prefix
     cached = f"{spell_bytes(prefixes.most_bytes)} of it for prefixes to reuse" if prefixes.is_on else "no prefix is reused"
     say(f"memory: {spell_bytes(weights)} of weights, {spell_bytes(engine.pool.nbytes)} of cache, {cached}")
-    counts = {"image": f"{chosen.max_images} images", "audio": f"{chosen.max_sounds} sounds"}
-    read = " and ".join(counts[kind] for kind in model.kinds if kind in counts)
+    read = " and ".join(f"{getattr(chosen, LIMITED[kind])} {KINDS[kind][1]}" for kind in model.kinds)
     say(f"reads text, and at most {read} in a request" if read else "reads text alone")
     say(f"serving on {url} as {names}" + (f" (on all addresses, port {port})" if host in ("0.0.0.0", "::") else ""))
     key = f' -H "Authorization: Bearer ${KEY}"' if chosen.api_keys else ""

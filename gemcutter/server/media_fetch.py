@@ -65,7 +65,7 @@ class MediaFetcher:
         except Refused as error:
             raise FieldError(url.where, str(error)) from None
         except TimeoutError:
-            refuse(url.where, f"not fetched within {self._timeout_s:g} s; send the image itself as a data: URL")
+            refuse(url.where, f"not fetched within {self._timeout_s:g} s; send it as a data: URL")
         except (OSError, ValueError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             _refuse_error(url, error)
 
@@ -94,7 +94,7 @@ class MediaFetcher:
             raise Refused("an address with a name or a password in it is not asked")
         if not any(_matches(host, allowed) for allowed in self._hosts):
             told = f"the host {host[:80]!r} is not among those that this server asks (--allowed-media-domains)"
-            raise Refused(f"{told}; send the image itself as a data: URL")
+            raise Refused(f"{told}; send it as a data: URL")
         return parts
 
     def _context(self, parts: SplitResult) -> ssl.SSLContext | None:
@@ -237,4 +237,4 @@ async def _all_or_none(work: Sequence[Coroutine[Any, Any, bytes]]) -> list[bytes
 
 def _refuse_error(url: MediaUrl, error: Exception) -> NoReturn:
     reason = str(error)[:120] or type(error).__name__
-    refuse(url.where, f"can't be fetched ({reason}); send the image itself as a data: URL")
+    refuse(url.where, f"can't be fetched ({reason}); send it as a data: URL")

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from gemcutter.media_parts import KINDS
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.wire.fields import FieldError, refuse
-from gemcutter.server.wire.media import MediaUrl
+from gemcutter.server.wire.media import EXAMPLES, MediaUrl
 
 REMOTE = ("http", "https")
 BASE64 = "base64"
@@ -27,16 +27,16 @@ SPACE = re.compile(r"\s")  # lines, where base64 was wrapped
 
 def check_urls(urls: Sequence[MediaUrl], options: ServerOptions) -> None:
     """Raise FieldError, naming the first, for media that this server does not read, before anything is done for any."""
-    for kind, most in {"image": options.max_images, "audio": options.max_sounds}.items():
+    for kind, most in {"image": options.max_images, "audio": options.max_sounds, "video": options.max_videos}.items():
         alike = [url for url in urls if url.kind == kind]
         if len(alike) > most:
             remedy = f"at most {most} {KINDS[kind][1]} in a request, found {len(alike)}; leave the oldest out"
             refuse(alike[most].where, f"{remedy} (the operator's limit: --limit-mm-per-prompt)")
     for url in urls:
         if url.scheme == "file" and options.allowed_local_media_path is None:
-            refuse(url.where, "files of the server are not read here; send the image itself as data:image/png;base64,...")
+            refuse(url.where, f"files of the server are not read here; send it as {EXAMPLES[url.kind]}")
         if url.scheme in REMOTE and not options.allowed_media_domains:
-            refuse(url.where, "addresses are not followed by this server; send the image itself as data:image/png;base64,...")
+            refuse(url.where, f"addresses are not followed by this server; send it as {EXAMPLES[url.kind]}")
 
 
 def read_here(url: MediaUrl, options: ServerOptions) -> bytes:
@@ -66,9 +66,9 @@ def read_data_url(url: MediaUrl) -> bytes:
     """Return the bytes of a data: URL. Raises FieldError for what can't be read."""
     head, comma, data = url.url.partition(",")
     if not comma:
-        refuse(url.where, "a data: URL without a comma; write data:image/png;base64,...")
+        refuse(url.where, f"a data: URL without a comma; write {EXAMPLES[url.kind]}")
     if head.rpartition(";")[2].strip().lower() != BASE64:
-        refuse(url.where, "a data: URL that is not base64; write data:image/png;base64,...")
+        refuse(url.where, f"a data: URL that is not base64; write {EXAMPLES[url.kind]}")
     if "%" in data:
         data = unquote(data)
     try:

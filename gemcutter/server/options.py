@@ -43,6 +43,7 @@ class ServerOptions:
     max_tools: int = 256
     max_images: int = 32  # of one request
     max_sounds: int = 8
+    max_videos: int = 2
     max_soft_tokens: int | None = None
     allowed_media_domains: tuple[str, ...] = ()
     allowed_local_media_path: str | None = None

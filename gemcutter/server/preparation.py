@@ -59,13 +59,15 @@ async def prepare(
 def missing_tower(model: Model, kind: str) -> str:
     """Return why a model can't read media of a kind, with the remedy."""
     called, tower = KINDS[kind][1], TOWERS[kind]
+    if kind == "video" and "image" in model.kinds:
+        return f"{called} can't be read: the tokenizer of this model has no marker for them; send frames as images"
     if model.checkpoint.config.tower_keys.get(tower.partition(" ")[0]) is None:
         return f"{called} can't be read: this model has no {tower}; ask one that has"
     return f"{called} can't be read: this server runs without its {tower}; its operator can start it with --media {kind}"
 
 
 def media_tokens(prepared: PreparedRequest) -> dict[str, int]:
-    """Return how many tokens of a prompt are rows of images and of sounds, as usage names them; nothing where there are none."""
+    """Return how many tokens of a prompt are rows of images, or frames, and of sounds, as usage names them; none where none are."""
     counts = {"image_tokens": 0, "audio_tokens": 0}
     for span in prepared.request.media:
         counts["image_tokens" if span.is_block else "audio_tokens"] += span.rows

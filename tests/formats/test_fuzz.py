@@ -28,13 +28,14 @@ def fuzzer() -> ModuleType:
 
 
 def test_the_corpus_and_some_mutations_are_survived() -> None:
-    command = [sys.executable, "tools/fuzz.py", "--headers", "600", "--texts", "60", "--seed", "11"]
+    command = [sys.executable, "tools/fuzz.py", "--headers", "600", "--texts", "60", "--media", "300", "--seed", "11"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "headers: 600 cases" in done.stdout
     assert "corpus: 20 cases" in done.stdout
+    assert "media: 300 cases" in done.stdout
 
 
 def test_failures_of_every_kind_are_noticed(fuzzer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Prompts with images and sounds against transformers, in float32: all logits, whatever the chunks and whoever runs beside.
+"""Prompts with images, videos and sounds against transformers, in float32: all logits, whatever the chunks and the batch.
 
 Owns whole decoders with their towers, run by the engine. Read `test_vision.py` and `test_audio_tower.py` for the towers alone,
 `tests/wrappers.py` for the models and for how transformers is asked.
@@ -80,6 +80,8 @@ def case(size: str, name: str) -> tuple[Request, Tensor]:
         "side by side": (3, first, second, 4),
         "at both ends": (third, 20, first),
         "text": (30,),
+        "a video": (5, (first, third, first), 9),
+        "videos and an image": ((third, first), 2, second, 4, (first,)),
     }
     towers: list[VisionTower | AudioTower] = [vision]
     if size in AUDIO:
@@ -87,6 +89,7 @@ def case(size: str, name: str) -> tuple[Request, Tensor]:
         towers.append(audio)
         parts["a sound"] = (5, high, 9)
         parts["sounds"] = (low, short, 3, high)
+        parts["all kinds"] = (4, high, (third, first), 2, first, low, 6)
         parts["sounds and images"] = (2, low, first, 7, third, high, 4)
     media = [part for part in parts[name] if not isinstance(part, int)]
     request = media_request(towers, parts[name], hidden_states=True, max_tokens=0)
@@ -139,8 +142,19 @@ def test_logits_are_those_of_transformers(size: str, chunk: int, kernels: str) -
 @pytest.mark.parametrize("size", AUDIO)
 def test_logits_behind_sounds_are_those_of_transformers(size: str, chunk: int, kernels: str) -> None:
     engine = engine_of(size, chunk, kernels)
-    names = ("sounds and images", "a sound", "sounds")
+    names = ("sounds and images", "a sound", "sounds", "all kinds")
     for name in names[:1] if (chunk, kernels) == (1, "reference") else names:
+        request, wanted = case(size, name)
+        (report,) = run(engine, [request])
+        assert relative_error(logits_of(engine, report), wanted) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("chunk", [7, 64])
+@pytest.mark.parametrize("size", VISION)
+def test_logits_behind_videos_are_those_of_transformers(size: str, chunk: int, kernels: str) -> None:
+    engine = engine_of(size, chunk, kernels)
+    for name in ("a video", "videos and an image"):
         request, wanted = case(size, name)
         (report,) = run(engine, [request])
         assert relative_error(logits_of(engine, report), wanted) < TOLERANCE, name

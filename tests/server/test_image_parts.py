@@ -244,7 +244,8 @@ def test_what_a_request_says_of_all_images_is_checked(soft_tokens: object, proce
         (image_url(max_soft_tokens=100), "image_url.max_soft_tokens", "expected one of 70"),
         (image_url(drawing(20, 900), max_soft_tokens=280), None, "position table"),
         ({"type": "input_image", "file_id": "file-1"}, "file_id", "files are not kept"),
-        ({"type": "video"}, "type", "a part of type 'video'"),
+        ({"type": "film"}, "type", "a part of type 'film'"),
+        ({"type": "video"}, "video_url", "expected a string"),
     ],
     ids=str,
 )
@@ -276,11 +277,16 @@ def test_files_of_the_server_are_none_of_a_clients_business(sees: Running, tmp_p
         {"type": "image_url", "image_url": str(file)},
         {"type": "image_url", "image_url": {"url": f"file://{file}"}},
         {"type": "image", "image": f"file://{file}"},
+        {"type": "audio", "path": str(file)},
+        {"type": "audio", "audio": str(file)},
+        {"type": "video", "path": str(file)},
+        {"type": "video", "video": [str(file)]},
+        {"type": "input_audio", "input_audio": {"data": f"file://{file}"}},
         {"type": "image", "image": ["a"]},
     ):
         error = refused(sees, user(part))
         assert error["param"].startswith("messages[0].content[0].")
-        assert any(words in error["message"] for words in ("expected a", "not followed"))
+        assert any(words in error["message"] for words in ("expected a", "not followed", "not read here", "base64"))
 
 
 def test_more_images_than_the_limit_are_refused(sees: Running) -> None:

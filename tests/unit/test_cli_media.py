@@ -1,4 +1,4 @@
-"""`run --image` and `--audio`, chat's `/image` and `/audio`: the tokens of the Python API, and errors before or after a load."""
+"""Files of `run` (`--image`, `--audio`, `--video`) and of chat (`/image`, ...): the Python API's tokens, and errors in time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gemcutter.cli import main
 from tests.images import drawing
 from tests.sounds import saved, tones
 from tests.trained import release_folder
+from tests.videos import filmed, rolling
 
 SMALL = ("--max-soft-tokens", "70")
 EXACT = ("--dtype", "float32")
@@ -80,6 +81,30 @@ def test_run_puts_sounds_into_raw_text(tune: Path, capsys: pytest.CaptureFixture
     assert found["tokens"] == run_json(capsys, QUESTION, "--audio", str(tune))["tokens"]
 
 
+def test_run_shows_frames_of_a_video(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = tmp_path / "a.mp4"
+    film.write_bytes(filmed(rolling(3, 60, 90), rate=2))
+    found = run_json(capsys, QUESTION, "--video", str(film), "--image", str(file), *SMALL)
+    content = [{"type": "video", "path": film}, {"type": "image", "path": file}, {"type": "text", "text": QUESTION}]
+    with gemcutter.load(release_folder(), media="video", dtype="float32") as model:
+        assert model.kinds == ("image", "video")
+        wanted = model.chat([{"role": "user", "content": content}], max_soft_tokens=70, max_tokens=6)
+    assert tuple(found["prompt_tokens"]) == wanted.prompt_tokens
+    assert tuple(found["tokens"]) == wanted.tokens
+    assert found["prompt_tokens"].count(23) == 3 * 60
+
+
+def test_chat_shows_a_video_with_the_next_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film = tmp_path / "a.mp4"
+    film.write_bytes(filmed(rolling(3, 60, 90), rate=2))
+    replies, notes = talk(monkeypatch, capsys, ("--media", "video"), f"/video {film}", QUESTION, "/video no.mp4")
+    assert "a.mp4, 3 frames from 00:00 to 00:01, goes with the next message" in notes
+    assert "no.mp4: there is no file" in notes
+    assert len(replies) == 1
+
+
 def test_run_puts_images_into_raw_text(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = f"<|turn>user\n<|image|>{QUESTION}<turn|>\n<|turn>model\n"
     found = run_json(capsys, text, "--raw", "--image", str(file), *SMALL)
@@ -139,7 +164,7 @@ def test_chat_plays_a_sound_with_the_next_message(
     assert again == replies[1:]
     _, notes = talk(monkeypatch, capsys, ("--media", "image"), f"/audio {tune}", f"/load {kept}")
     assert "the audio tower is not loaded; start with --media audio" in notes
-    assert "a part of type 'audio'; only text and image can be read" in notes
+    assert "a part of type 'audio'; only text and image and video can be read" in notes
 
 
 def test_chat_refuses_images_it_cannot_read(
@@ -152,4 +177,4 @@ def test_chat_refuses_images_it_cannot_read(
     _, notes = talk(monkeypatch, capsys, ("--media", "image"), "/image no/such.png")
     assert re.search(r"error: /.*no/such.png: there is no file", notes)
     assert main(["chat", "demo", "--media", "sound"]) == 2
-    assert "expected image or audio, found sound" in capsys.readouterr().err
+    assert "expected image or audio or video, found sound" in capsys.readouterr().err

@@ -1,7 +1,8 @@
-"""Images and sounds in conversations, raw text and ids, through the Python API on a trained model with its towers.
+"""Images, videos and sounds in conversations, raw text and ids, through the Python API on a trained model with its towers.
 
 Owns where rows stand in a prompt, what is encoded how often, and the errors. What the rows and logits are is
-`parity/test_golden.py`'s and `parity/test_media.py`'s; what may be an image is `test_image.py`'s, what a sound `test_audio.py`'s.
+`parity/test_golden.py`'s and `parity/test_media.py`'s; what may be an image is `test_image.py`'s, what a sound `test_audio.py`'s,
+what a video `test_video.py`'s.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from gemcutter.model.vision import VisionTower
 from tests.images import drawing
 from tests.sounds import RATE, saved, tones
 from tests.trained import release_folder
+from tests.videos import filmed, rolling
 
 BEGIN, PLACEHOLDER, END = 17, 18, 19  # ids of the markers of images
 HEAR, SOUND, HEARD = 20, 21, 22  # and of sounds
+MOVING = 23  # the placeholder of videos, whose frames have images' markers
 SMALL = 70  # soft tokens
 PICTURE = drawing(60, 90)
 ROWS = 60  # that it becomes: 6 rows of 10 squares
@@ -40,7 +43,7 @@ TUNE_ROWS = 25  # that it becomes: 99 frames, four a row
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Model]:
-    with gemcutter.load(release_folder(), media="image,audio", dtype="float32", context=1024) as found:
+    with gemcutter.load(release_folder(), media="image,audio", dtype="float32", context=4096) as found:
         yield found
 
 
@@ -163,6 +166,39 @@ def test_a_sound_of_less_than_a_frame_has_markers_alone(model: Model) -> None:
     ids = prepared.request.prompt
     assert [ids[index + 1] for index, token in enumerate(ids) if token == HEAR] == [HEARD, SOUND]
     assert len(model.chat(heard((tones(100), RATE)), max_tokens=3).tokens) > 0
+
+
+def test_a_video_is_frames_between_their_times(model: Model) -> None:
+    frames = rolling(40, 60, 90)
+    prepared = model.prepare(
+        [{"role": "user", "content": [{"type": "video", "video": (frames, 2)}, {"type": "text", "text": "Hi"}]}]
+    )
+    times = [f"00:{second:02}" for second in (number * 40 // 32 // 2 for number in range(32))]
+    text = " ".join(f"{time} <|image>{'<|video|>' * ROWS}<image|>" for time in times)
+    whole = f"<bos><|turn>user\n{text}Hi<turn|>\n<|turn>model\n"
+    assert list(prepared.request.prompt) == model.tokenizer.encode(whole, bos=False)
+    assert list(prepared.written).count(MOVING) == 1
+    assert [span.rows for span in prepared.request.media] == [ROWS] * 32
+    assert all(span.is_block for span in prepared.request.media)
+    images = [model.prepare(asked(frames[number * 40 // 32]), max_soft_tokens=SMALL).request.media[0] for number in (0, 1, 31)]
+    assert [prepared.request.media[number].digest for number in (0, 1, 31)] == [span.digest for span in images]
+    beside = model.prepare("<|turn>user\n<|video|>Hi<turn|>\n<|turn>model\n", videos=[(frames, 2)], max_soft_tokens=280)
+    assert beside.request.prompt == prepared.request.prompt  # a budget for images does not change a video's
+    assert len(model.chat([{"role": "user", "content": [{"type": "video", "video": frames[:2]}]}], max_tokens=3).tokens) > 0
+
+
+def test_a_video_file_beside_an_image_and_a_sound(model: Model, tmp_path: Path) -> None:
+    film = tmp_path / "a.mp4"
+    film.write_bytes(filmed(rolling(20, 60, 90)))
+    parts: list[dict[str, object]] = [
+        {"type": "video", "path": str(film)},
+        {"type": "image", "image": PICTURE},
+        {"type": "audio", "audio": TUNE},
+    ]
+    request = model.prepare([{"role": "user", "content": parts}], max_soft_tokens=SMALL).request
+    assert [span.rows for span in request.media] == [*[ROWS] * 20, ROWS, TUNE_ROWS]
+    assert request.prompt.count(MOVING) == 20 * ROWS
+    assert request.prompt.count(PLACEHOLDER) == ROWS
 
 
 # ---- what is read, and how often ----
@@ -291,11 +327,9 @@ def test_speech_becomes_as_many_rows_as_its_time_has(model: Model, tmp_path: Pat
         (asked(None), {}, r"messages\[0\].content\[0\]: a part of type image without any"),
         (asked(b""), {}, r"messages\[0\].content\[0\]: an empty file"),
         ([{**asked(PICTURE)[0], "role": "system"}], {}, "in messages of the user and of tools only"),
-        (
-            [{"role": "user", "content": [{"type": "video"}]}],
-            {},
-            "a part of type 'video'; only text and image and audio can be read",
-        ),
+        ([{"role": "user", "content": [{"type": "video"}]}], {}, r"content\[0\]: a part of type video without any"),
+        ([{"role": "user", "content": [{"type": "film"}]}], {}, "only text and image and audio and video can be read"),
+        ("<|video|>", {"videos": [(rolling(2, 8, 8), 0)]}, r"videos\[0\]: expected a rate of frames a second above 0"),
     ],
     ids=lambda value: str(value)[:40],
 )

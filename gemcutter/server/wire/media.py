@@ -1,4 +1,4 @@
-"""Images in bodies of requests: the forms in which the three APIs bring them, and how many soft tokens each may become.
+"""Images, sounds and videos in bodies of requests: the forms in which the APIs bring them, and the budgets of images.
 
 Owns `MediaUrl`, an address that nobody has followed yet, the mapping of `detail` to budgets, and the refusal of everything
 that is no address: what a server would find under a path is none of a client's business. Refuses to know HTTP and what an image
@@ -14,9 +14,13 @@ from typing import Any
 
 from gemcutter.errors import RequestError, spell_value
 from gemcutter.media.budgets import BUDGETS, check_budget
-from gemcutter.server.wire.fields import as_text, refuse
+from gemcutter.server.wire.fields import as_object, as_text, refuse
 
-IMAGE = "image"
+IMAGE, AUDIO, VIDEO = "image", "audio", "video"
+# Types of parts by which clients name the kinds: OpenAI's, vLLM's and Hugging Face's.
+SPELLINGS = {"image_url": IMAGE, "input_image": IMAGE, IMAGE: IMAGE, "audio_url": AUDIO, "input_audio": AUDIO, AUDIO: AUDIO}
+SPELLINGS |= {"video_url": VIDEO, VIDEO: VIDEO}
+EXAMPLES = {IMAGE: "data:image/png;base64,...", AUDIO: "data:audio/wav;base64,...", VIDEO: "data:video/mp4;base64,..."}
 # What OpenAI's `detail` means in soft tokens; None: what the request, the operator or the model says.
 DETAILS: Mapping[str, int | None] = {"low": BUDGETS[0], "auto": None, "high": BUDGETS[-1], "original": BUDGETS[-1]}
 SCHEMES = ("data", "http", "https", "file")
@@ -41,14 +45,18 @@ class MediaUrl:
 
 def image_part(url: object, where: str, detail: object = None, soft_tokens: object = None) -> dict[str, Any]:
     """Return an image as a part of a message. Raises FieldError for what is no URL, and for a detail or budget there is not."""
-    text = as_text(url, where).lstrip()
-    scheme, colon, _ = text[:16].partition(":")
-    if not colon or scheme.lower() not in SCHEMES:
-        refuse(where, f"expected a URL, such as data:image/png;base64,..., found {spell_value(text[:40])}")
-    part: dict[str, Any] = {"type": IMAGE, "image": MediaUrl(IMAGE, where, text)}
+    part = _media_part(IMAGE, url, where)
     if (most := _budget(detail, soft_tokens, where)) is not None:
         part[SOFT_TOKENS] = most
     return part
+
+
+def _media_part(kind: str, url: object, where: str) -> dict[str, Any]:
+    text = as_text(url, where).lstrip()
+    scheme, colon, _ = text[:16].partition(":")
+    if not colon or scheme.lower() not in SCHEMES:
+        refuse(where, f"expected a URL, such as {EXAMPLES[kind]}, found {spell_value(text[:40])}")
+    return {"type": kind, kind: MediaUrl(kind, where, text)}
 
 
 def _budget(detail: object, soft_tokens: object, where: str) -> int | None:
@@ -82,31 +90,31 @@ def of_request(soft_tokens: object, of_processor: Mapping[str, Any] | None) -> i
 
 
 def with_urls(message: Any, where: str) -> Any:
-    """Return a message in the chat API's layout whose images are `MediaUrl`s; what else is in it stays as it is."""
+    """Return a message in the chat API's layout whose media are `MediaUrl`s; what else is in it stays as it is."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):
         return message
-    parts = [_with_url(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
+    parts = [read_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
     return {**message, "content": parts}
 
 
-def _with_url(part: Any, where: str) -> Any:
-    """Return a part of a message; one with an image, as OpenAI or Hugging Face spell it, with a `MediaUrl`."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in ("image_url", "input_image"):
-        return read_image_url(part, where)
-    if kind == IMAGE:
-        name = next((name for name in (IMAGE, "image_url", "url") if part.get(name) is not None), IMAGE)
-        return read_image_url({**part, "image_url": part.get(name)}, where, name)
-    return part
-
-
-def read_image_url(part: Mapping[str, Any], where: str, name: str = "image_url") -> dict[str, Any]:
-    """Return the image of a part whose `image_url` is a URL or an object with one; `name` is what the field is called there."""
-    given = part.get("image_url")
+def read_part(part: Any, where: str) -> Any:
+    """Return a part of a message; one that holds media, however it is spelled, with a `MediaUrl`. Raises FieldError."""
+    word = part.get("type") if isinstance(part, Mapping) else None
+    kind = SPELLINGS.get(word) if isinstance(word, str) else None
+    if kind is None:
+        return part
+    if word == "input_audio":
+        told = as_object(part.get(word), f"{where}.{word}")
+        data = as_text(told.get("data"), f"{where}.{word}.data")  # in whatever format: the bytes tell
+        return _media_part(kind, data if data.startswith("data:") else f"data:;base64,{data}", f"{where}.{word}.data")
+    name = next((name for name in (f"{kind}_url", kind, "url") if part.get(name) is not None), f"{kind}_url")
+    given = part.get(name)
     if given is None and part.get("file_id") is not None:
-        refuse(f"{where}.file_id", "files are not kept here; send the image itself as image_url")
+        refuse(f"{where}.file_id", f"files are not kept here; send it as {kind}_url")
     told = given if isinstance(given, Mapping) else {"url": given}
+    if kind != IMAGE:
+        return _media_part(kind, told.get("url"), f"{where}.{name}")
     detail, own = told.get("detail", part.get("detail")), told.get(SOFT_TOKENS, part.get(SOFT_TOKENS))
     return image_part(told.get("url"), f"{where}.{name}", detail, own)
 

@@ -30,7 +30,7 @@ from gemcutter.server.wire.fields import (
     schema_constraint,
     unseal,
 )
-from gemcutter.server.wire.media import of_request, read_image_url
+from gemcutter.server.wire.media import SPELLINGS, of_request, read_part
 from gemcutter.text.grammar import Constraint
 
 # Fields that would change what a client gets: refused by name where they ask for something.
@@ -220,8 +220,8 @@ def _part(given: object, where: str) -> dict[str, Any]:
         return {"type": "text", "text": as_text(part.get("text"), f"{where}.text")}
     if kind == "refusal":
         return {"type": "text", "text": as_text(part.get("refusal"), f"{where}.refusal")}
-    if kind == "input_image":
-        return read_image_url(part, where)
+    if isinstance(kind, str) and kind in SPELLINGS:
+        return dict(read_part(part, where))
     raise FieldError(f"{where}.type", f"parts of type {spell_value(kind)} can't be read; send the text as input_text")
 
 
