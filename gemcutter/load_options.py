@@ -22,6 +22,7 @@ PLE_PLACES = ("gpu", "host", "mmap")
 KV_DTYPES = ("fp8",)
 SPECULATORS = ("auto", "mtp", "ngram", "off")
 MEDIA = ("image", "audio", "video")  # what requests may bring beside text, where the model was loaded for it
+AUTO_MEDIA = "auto"  # whatever the checkpoint has a tower for; of other names beside it, those
 DEFAULT_CONTEXT = 32768  # tokens; cache memory is only touched as far as a sequence gets
 
 
@@ -110,7 +111,8 @@ class LoadOptions:
     quantized as `quant` says, or else in 4 bits beside a target that is.
 
     `media` names what prompts may hold beside text: "image" or "video" loads the vision tower, which reads both, "audio" the
-    audio tower, "image,audio" or a list both towers; nothing is read of a tower that is not asked for.
+    audio tower, "image,audio" or a list both towers; "auto" loads those that the checkpoint has, beside names those of them that
+    they are read by. Nothing is read of other towers.
     `mmproj` is a file or folder that holds the towers; None: the model's own files, or else the mmproj file beside a GGUF model.
     """
 
@@ -159,11 +161,6 @@ class LoadOptions:
             raise KernelError(f"kv {self.kv}: a choice of the Triton kernels, which are not used here: {reason}")
 
     @property
-    def sees(self) -> bool:
-        """Return whether the vision tower is to be loaded."""
-        return not {"image", "video"}.isdisjoint(self.media)
-
-    @property
     def drafts_by_model(self) -> bool:
         """Return whether a draft model is to be loaded."""
         return self.draft_model is not None and self.speculate in (None, "auto", "mtp")
@@ -180,8 +177,9 @@ class LoadOptions:
         if not isinstance(ignore, tuple) or not all(isinstance(each, str) for each in ignore):
             problems.append(f"ignore: expected a list of patterns, such as ['*.foo'], found {spell_value(ignore)}")
         media: object = self.media
-        if not isinstance(media, tuple) or not set(map(repr, media)) <= set(map(repr, MEDIA)):
-            problems.append(f"media: expected some of {', '.join(MEDIA)}, such as ['image'], found {spell_value(media)}")
+        if not isinstance(media, tuple) or not set(map(repr, media)) <= set(map(repr, (AUTO_MEDIA, *MEDIA))):
+            known = ", ".join((AUTO_MEDIA, *MEDIA))
+            problems.append(f"media: expected some of {known}, such as ['image'], found {spell_value(media)}")
         adapters: object = self.adapters
         if not isinstance(adapters, Mapping) or not all(isinstance(each, str) for pair in adapters.items() for each in pair):
             problems.append(f"adapters: expected paths by name, such as {{'lamp': 'path/to/it'}}, found {spell_value(adapters)}")

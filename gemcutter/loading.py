@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,7 @@ from gemcutter.checkpoint.load.adapters import attach, fold, read_deltas
 from gemcutter.checkpoint.load.held import changed_pieces
 from gemcutter.checkpoint.load.load_params import Progress, load_params, load_tower
 from gemcutter.checkpoint.load.match import Checkpoint, Matched, open_checkpoint
-from gemcutter.checkpoint.load.match_towers import match_audio, match_vision
+from gemcutter.checkpoint.load.match_towers import match_audio, match_vision, readable_media
 from gemcutter.checkpoint.load.memory_needs import quant_notes
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
@@ -27,7 +28,7 @@ from gemcutter.engine.speculate.draft_model import DraftModelProposer
 from gemcutter.engine.speculate.ngram import NgramProposer
 from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.errors import KernelError, RequestError
-from gemcutter.load_options import DEFAULT_CONTEXT, LoadOptions, check_dtype, own_dtype
+from gemcutter.load_options import AUTO_MEDIA, DEFAULT_CONTEXT, LoadOptions, check_dtype, own_dtype
 from gemcutter.media.budgets import BUDGETS
 from gemcutter.model.audio import AudioTower
 from gemcutter.model.drafter import Drafter, sort_under_centroids
@@ -95,8 +96,9 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
         model = options.model
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
     projector = None if options.mmproj is None else locate(options.mmproj)
-    seen = match_vision(checkpoint, options.ignore, projector) if options.sees else None
-    heard = match_audio(checkpoint, options.ignore, projector) if "audio" in options.media else None
+    media = find_media(options, checkpoint, projector)
+    seen = match_vision(checkpoint, options.ignore, projector) if {"image", "video"} & set(media) else None
+    heard = match_audio(checkpoint, options.ignore, projector) if "audio" in media else None
     merged = None if options.adapter is None else find_adapter(options.adapter, checkpoint, options.ignore)
     apart = {name: find_adapter(path, checkpoint, options.ignore) for name, path in options.adapters.items()}
     backend = select_backend(device.type, options.kernels)
@@ -125,6 +127,14 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     if heard is not None:
         audio = AudioTower(heard[0], tower_params(*heard, options, decoder), dtype, device, options.kernels)
     return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio)
+
+
+def find_media(options: LoadOptions, checkpoint: Checkpoint, projector: Path | None) -> Sequence[str]:
+    """Return the media whose towers are to be loaded. Raises CheckpointError for a projector without towers."""
+    if AUTO_MEDIA not in options.media:
+        return options.media
+    named = {"image" if name == "video" else name for name in options.media if name != AUTO_MEDIA}
+    return [medium for medium in readable_media(checkpoint, projector) if not named or medium in named]
 
 
 def tower_params(

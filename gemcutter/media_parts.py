@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemcutter.errors import RequestError
+from gemcutter.media.budgets import check_budget
+from gemcutter.text.history import check_messages, in_order
 
 if TYPE_CHECKING:
     from gemcutter.media.decode import ImageSource
@@ -27,24 +29,29 @@ KINDS = {
     "audio": ("audio", "sounds", "paths, bytes, or pairs of an array and its rate"),
     "video": ("videos", "videos", "paths, bytes, or frames as images, alone or in pairs with their rate"),
 }
+SHOWN_BY = ("user", "tool", "function")  # roles whose messages may hold media
 TOWERS = {"image": "vision tower", "audio": "audio tower", "video": "vision tower"}  # that read a kind
 
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """One image, sound or video: its kind, where it was found, for messages, and what it is read from."""
+    """One image, sound or video: its kind, where it was found, for messages, and what it is read from.
+
+    `budget` is how many soft tokens an image may become; None: as many as the request says.
+    """
 
     kind: str
     name: str
     source: MediaSource
+    budget: int | None = None
 
 
 def take_media(messages: Sequence[Mapping[str, object]]) -> tuple[list[Mapping[str, object]], list[MediaItem]]:
-    """Return messages whose parts hold no media any more, and the media, in order.
+    """Return messages whose parts hold no media any more, and the media in the order in which a template prints them.
 
-    A part is {"type": "image", "image": I} or {"type": "image", "path": P}, and alike for "audio" and
-    "video". Raises RequestError, with
-    every problem, for parts without anything, and for media in messages that are not the user's.
+    A part is {"type": "image", "image": I} or {"type": "image", "path": P}, with a `max_soft_tokens` of its own if need be, and
+    alike for "audio" and "video". Raises RequestError, with every problem, for parts without anything, and for media in messages
+    that are neither the user's nor a tool's.
     """
     left, items, problems = list[Mapping[str, object]](), list[MediaItem](), list[str]()
     for index, message in enumerate(messages):
@@ -58,14 +65,35 @@ def take_media(messages: Sequence[Mapping[str, object]]) -> tuple[list[Mapping[s
             where, source, called = f"messages[{index}].content[{place}]", part.get(kind, part.get("path")), KINDS[kind][1]
             if source is None:
                 problems.append(f'{where}: a part of type {kind} without any; write {{"type": "{kind}", "{kind}": ...}}')
-            elif message.get("role") != "user":
-                problems.append(f"{where}: {called} are read in messages of the user only")
-            items.append(MediaItem(kind, where, source))
+            elif message.get("role") not in SHOWN_BY:
+                problems.append(f"{where}: {called} are read in messages of the user and of tools only")
+            try:
+                budget = None if part.get("max_soft_tokens") is None else check_budget(part["max_soft_tokens"])
+                items.append(MediaItem(kind, where, source, budget))
+            except RequestError as error:
+                problems.append(f"{where}.{error.summary}")
             parts.append({"type": kind})
         left.append({**message, "content": parts} if isinstance(content, list | tuple) else message)
     if problems:
         raise RequestError("the conversation holds media that can't be read", problems)
-    return left, items
+    return left, _as_printed(left, items)
+
+
+def _as_printed(messages: Sequence[Mapping[str, Any]], items: list[MediaItem]) -> list[MediaItem]:
+    """Return the media of messages in the order of a prompt, where results of tools stand in the order of their calls."""
+    if not any(message.get("role") in SHOWN_BY[1:] and isinstance(message.get("content"), list) for message in messages):
+        return items
+    by_part = dict(zip(_media_parts(messages), items, strict=True))
+    ordered = in_order(check_messages(messages), joins_turns=lambda: False)
+    printed = [by_part[part] for part in _media_parts(ordered)]
+    return printed if len(printed) == len(items) else items  # what was lost is missed where rows take their places
+
+
+def _media_parts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return which objects the parts of messages are that hold media, in order."""
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    kinds = [(part, part.get("type")) for parts in contents for part in parts if isinstance(part, Mapping)]
+    return [id(part) for part, kind in kinds if isinstance(kind, str) and kind in KINDS]
 
 
 def media_beside(given: Mapping[str, object]) -> list[MediaItem]:

@@ -83,6 +83,7 @@ class MediaReader:
             self._frames = SoundShape(audio.plan.hidden if isinstance(audio.plan, UnifiedAudioPlan) else None)
         self._rows: OrderedDict[str, Tensor] = OrderedDict()  # by digest, the longest unused first
         self._capacity, self._size, self._lock = cache_bytes, 0, threading.Lock()
+        self.weight_bytes = sum(tower.nbytes for tower in (vision, audio) if tower is not None)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -95,8 +96,9 @@ class MediaReader:
         """Return a prompt whose placeholders are markers around as many ids as an item has rows, and these rows.
 
         Items of a kind take the placeholders of this kind in order. A sound of less than a frame has no row: only its markers
-        stand in the prompt, as the official processor has it. `budget` bounds the soft tokens of each image; None: what the
-        model was made for. Raises RequestError for items that can't be read, and unless there is one placeholder an item.
+        stand in the prompt, as the official processor has it. `budget` bounds the soft tokens of each image that has none of its
+        own; None: what the model was made for. Raises RequestError for items that can't be read, and unless there is one
+        placeholder an item.
         """
         most = self._budget if budget is None else check_budget(budget)
         self._check_counts(ids, items)
@@ -150,7 +152,8 @@ class MediaReader:
         if item.kind == "audio":
             return [_Piece(cut_sound(source, self._frames, item.name))]
         if item.kind == "image":
-            return [_Piece(cut_image(source, budget, self._patches, item.name))]
+            most = budget if item.budget is None else item.budget
+            return [_Piece(cut_image(source, most, self._patches, item.name))]
         frames = cut_video(source, self._patches, item.name)
         # Text around a time never joins its tokens: a digit is a token of its own, and markers are before and after.
         times = [f"{' ' if index else ''}{frame.time} " for index, frame in enumerate(frames)]

@@ -21,9 +21,10 @@ from gemcutter.checkpoint.remote.hub import DEMO
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import Volume, note, remark, set_volume
 from gemcutter.errors import GemcutterError, RequestError
-from gemcutter.load_options import CHECKS, MEDIA, LoadOptions
+from gemcutter.load_options import AUTO_MEDIA, CHECKS, MEDIA, LoadOptions
 from gemcutter.media.budgets import check_budget
 
+NO_MEDIA = "none"  # of what a server may read
 BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -45,6 +46,16 @@ def _checked_media(context: typer.Context, value: list[str] | None) -> list[str]
     names = [name.strip() for text in value or () for name in text.split(",")]
     if unknown := [name for name in names if name not in MEDIA]:
         raise typer.BadParameter(f"expected {' or '.join(MEDIA)}, found {', '.join(unknown)}")
+    return names
+
+
+def _checked_media_of_server(context: typer.Context, value: list[str] | None) -> list[str] | None:
+    names = [name.strip() for text in value or () for name in text.split(",")]
+    if names in ([AUTO_MEDIA], [NO_MEDIA]):
+        return names
+    if unknown := [name for name in names if name not in MEDIA]:
+        words = ", ".join((AUTO_MEDIA, NO_MEDIA))
+        raise typer.BadParameter(f"expected {words}, or {' and '.join(MEDIA)}, found {', '.join(unknown)}")
     return names
 
 
@@ -335,6 +346,16 @@ Media = Annotated[
         metavar="image|audio|video",
         help="What messages may hold beside text: image or video loads the vision tower, audio the audio tower; repeatable.",
         callback=_checked_media,
+        show_default=False,
+    ),
+]
+MediaOfServer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--media",
+        metavar="auto|none|image|audio|video",
+        help="What messages may hold beside text; auto: what the model has a tower for; repeatable.  [default: auto]",
+        callback=_checked_media_of_server,
         show_default=False,
     ),
 ]

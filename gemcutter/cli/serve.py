@@ -19,6 +19,8 @@ from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model, spell_how
 from gemcutter.cli.terminal import Volume, say, spell_bytes, volume
 from gemcutter.errors import CapacityError, RequestError
+from gemcutter.load_options import AUTO_MEDIA
+from gemcutter.media_parts import KINDS
 from gemcutter.server.options import MIB, ServerOptions
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ Examples:
 KEY = "GEMCUTTER_API_KEY"
 KEEP_ALIVE_S = 120  # agents think longer than uvicorn's 5 s between two requests on one connection
 DEFAULTS = ServerOptions()
+LIMITED = {"image": "max_images", "audio": "max_sounds", "video": "max_videos"}  # kinds of --limit-mm-per-prompt
+MOST_SPELLED = ",".join(f"{kind}={getattr(DEFAULTS, name)}" for kind, name in LIMITED.items())
 SPECULATIVE_KEYS = {"method", "model", "num_speculative_tokens"}
 METHODS = {"mtp": "mtp", "ngram": "ngram", "draft_model": "mtp", "gemma4_mtp": "mtp"}  # vLLM's, and what they are here
 
@@ -103,9 +107,29 @@ def serve(
     responses_store_mb: Annotated[
         int, typer.Option(metavar="MB", min=0, help="Keep responses for previous_response_id, so much of them; 0: none.")
     ] = 0,
-    max_body_mb: Annotated[int, typer.Option(metavar="MB", min=1, help="Largest body of a request.")] = (
-        DEFAULTS.max_body_bytes // MIB
+    media: options.MediaOfServer = None,
+    language_model_only: Annotated[bool, typer.Option("--language-model-only", help="The same as --media none.")] = False,
+    limit_mm_per_prompt: Annotated[
+        str | None,
+        typer.Option(metavar="image=N,...", help=f"Most of each kind in a request; 0: none.  [default: {MOST_SPELLED}]"),
+    ] = None,
+    max_soft_tokens: options.Soft = None,
+    allowed_media_domains: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="Follow addresses of images on this host, *.example.org on those below; repeatable.",
+        ),
+    ] = None,
+    allowed_local_media_path: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Let requests name images in this folder as file: URLs.")
+    ] = None,
+    media_timeout: Annotated[float, typer.Option(metavar="S", min=0.1, help="Time to fetch one of them.")] = (
+        DEFAULTS.media_timeout_s
     ),
+    max_body_mb: Annotated[
+        int, typer.Option(metavar="MB", min=1, help="Largest body, and most that is fetched for a request.")
+    ] = (DEFAULTS.max_body_bytes // MIB),
     request_timeout: Annotated[float, typer.Option(metavar="S", min=0, help="End requests after so long; 0: never.")] = 0.0,
     shutdown_timeout: Annotated[
         float, typer.Option(metavar="S", min=0, help="Time that running requests have after SIGTERM.")
@@ -122,6 +146,7 @@ def serve(
     kv: options.Kv = None,
 ) -> None:
     """Load a model and serve it until a signal ends the process. Raises UsageError or GemcutterError."""
+    most = _read_most(limit_mm_per_prompt)
     chosen = _server_options(
         names=tuple(served_model_name or [model]),
         api_keys=tuple(api_key or ()),
@@ -135,6 +160,11 @@ def serve(
         max_queued_tokens=max_queued_tokens,
         store_bytes=responses_store_mb * MIB,
         max_body_bytes=max_body_mb * MIB,
+        max_soft_tokens=max_soft_tokens,
+        allowed_media_domains=_read_hosts(allowed_media_domains),
+        allowed_local_media_path=allowed_local_media_path,
+        media_timeout_s=media_timeout,
+        **most,
         request_timeout_s=request_timeout,
         shutdown_timeout_s=shutdown_timeout,
         prefix_cache_salt_per_key=prefix_cache_salt_per_key,
@@ -145,6 +175,7 @@ def serve(
     create_app = _find_app()
     with _take_port(host, port) as taken:
         limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache_bytes": prefix_bytes, "adapters": adapters}
+        limits["media"] = _read_media(media, language_model_only, chosen)
         limits |= {"max_batched_tokens": max_num_batched_tokens, "max_stall_ms": max_stall_ms or None}
         loaded = load_model(model, loading, context=max_model_len, kv=kv, **limits, **drafts)
         with loaded:
@@ -168,6 +199,47 @@ def _server_options(**chosen: Any) -> ServerOptions:
     except RequestError as error:
         named = (problem.split(":", 1) for problem in error.problems)
         raise UsageError("; ".join(f"--{name.replace('_', '-')}:{rest}" for name, rest in named)) from None
+
+
+def _read_most(text: str | None) -> dict[str, int]:
+    """Return how much of each kind a request may hold, as server options; in words or as JSON, as vLLM has it."""
+    if text is None:
+        return {}
+    where, found = "--limit-mm-per-prompt", dict[str, int]()
+    words = _read_object(where, text) if text.lstrip().startswith("{") else dict(map(_split_count, text.split(",")))
+    for kind, count in words.items():
+        if kind not in LIMITED:
+            raise UsageError(f"{where}: expected {', '.join(f'{name}=N' for name in LIMITED)}, found {kind!r}")
+        if isinstance(count, str) and count.isascii() and count.isdecimal():
+            count = int(count)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise UsageError(f"{where}: {kind}: expected a number, 0 or more, found {count!r}")
+        found[LIMITED[kind]] = count
+    return found
+
+
+def _read_hosts(given: list[str] | None) -> tuple[str, ...]:
+    """Return hosts, which may also come in one word with commas. Raises UsageError for what is an address, and not a host."""
+    hosts = tuple(word for text in given or () for word in text.replace(",", " ").split())
+    if bad := [host for host in hosts if "/" in host or "@" in host or (":" in host and not host.startswith("["))]:
+        raise UsageError(f"--allowed-media-domains: expected hosts, such as images.example.org, found {bad[0]!r}")
+    return tuple(host.strip("[]") for host in hosts)
+
+
+def _split_count(word: str) -> tuple[str, str]:
+    kind, _, count = word.partition("=")
+    return kind.strip(), count.strip()
+
+
+def _read_media(media: list[str] | None, is_text_only: bool, chosen: ServerOptions) -> tuple[str, ...]:
+    """Return which towers to load, as the load option says it."""
+    if is_text_only and media not in (None, [options.NO_MEDIA]):
+        raise UsageError("--language-model-only: the same as --media none; leave one of them out")
+    if is_text_only or media == [options.NO_MEDIA]:
+        return ()
+    is_auto = media in (None, [], [AUTO_MEDIA])
+    kinds = tuple(kind for kind, name in LIMITED.items() if getattr(chosen, name) and (is_auto or kind in (media or ())))
+    return (AUTO_MEDIA, *kinds) if kinds and is_auto else kinds
 
 
 def _read_kwargs(text: str | None) -> tuple[tuple[str, object], ...]:
@@ -258,11 +330,14 @@ def announce(model: Model, taken: socket.socket, chosen: ServerOptions) -> None:
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else shown}:{port}/v1"
     name, engine = chosen.name, model.engine
     weights = sum(each.nbytes for each in model.decoder.params.values())
+    weights += 0 if model.media is None else model.media.weight_bytes
     names = ", ".join((*chosen.names, *model.adapters))
     say(f"{name}: {spell_how(model)}, {engine.scheduler.max_num_seqs} requests at once")
     prefixes = engine.prefix
     cached = f"{spell_bytes(prefixes.most_bytes)} of it for prefixes to reuse" if prefixes.is_on else "no prefix is reused"
     say(f"memory: {spell_bytes(weights)} of weights, {spell_bytes(engine.pool.nbytes)} of cache, {cached}")
+    read = " and ".join(f"{getattr(chosen, LIMITED[kind])} {KINDS[kind][1]}" for kind in model.kinds)
+    say(f"reads text, and at most {read} in a request" if read else "reads text alone")
     say(f"serving on {url} as {names}" + (f" (on all addresses, port {port})" if host in ("0.0.0.0", "::") else ""))
     key = f' -H "Authorization: Bearer ${KEY}"' if chosen.api_keys else ""
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is a lantern?"}], "max_tokens": 64})

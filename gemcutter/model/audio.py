@@ -65,6 +65,7 @@ class AudioTower:
         self.plan, self._ctx = plan, open_context(params, dtype, device, kernels)
         self._encode = torch.cat if isinstance(plan, UnifiedAudioPlan) else _build_encoder(plan, params, self._ctx)
         self._projector = matrix(params, "audio.out")
+        self.nbytes = sum(param.nbytes for param in params.values())  # of weights
 
     def encode(self, sounds: Sequence[Frames]) -> list[Tensor]:
         """Return the rows [soft_tokens, out] that each sound becomes in the decoder, float32.

@@ -78,6 +78,7 @@ class VisionTower:
             else _build_encoder(plan, params, self._ctx)
         )
         self._projector = matrix(params, "vision.out")
+        self.nbytes = sum(param.nbytes for param in params.values())  # of weights
 
     def encode(self, images: Sequence[Patches]) -> list[Tensor]:
         """Return the rows [K, out] that each image becomes in the decoder, float32.

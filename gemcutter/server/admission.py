@@ -6,6 +6,9 @@ the event loop alone. Read `service.py` for who asks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from gemcutter.server.errors import ApiError
 
 BYTES_A_TOKEN = 4  # of a body, roughly: good enough to turn a flood away before anything is encoded
@@ -26,6 +29,15 @@ class Admission:
         if self.requests + requests > self.max_requests:
             self._reject(f"{self.requests} requests run or wait, and {self.max_requests} may")
         self._check_tokens(body_bytes // BYTES_A_TOKEN)
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Count a request whose prompt takes long to encode, until it is let in or refused."""
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
 
     def enter(self, tokens: int) -> Ticket:
         """Let a request in. Raises ApiError (429) where its prompt is one too many."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemcutter.completion import Chunk, Completion
 from gemcutter.engine.sampling import TokenLogprobs
 from gemcutter.server.options import ServerOptions
+from gemcutter.server.wire.media import NO_MEDIA
 from gemcutter.text.tokenizer import Tokenizer
 
 REASONS = {"stop": "stop", "length": "length", "repetition": "repetition", "timeout": "length"}
@@ -78,8 +79,8 @@ def message(completion: Completion, options: ServerOptions) -> dict[str, Any]:
     return found
 
 
-def usage(completions: Sequence[Completion]) -> dict[str, Any]:
-    """Return the tokens of all choices; their common prompt counts once."""
+def usage(completions: Sequence[Completion], media: Mapping[str, int] = NO_MEDIA) -> dict[str, Any]:
+    """Return the tokens of all choices; their common prompt counts once. `media` are those of it that are no text."""
     first, replies = completions[0], sum(len(each.tokens) for each in completions)
     return counted(
         len(first.prompt_tokens),
@@ -88,11 +89,19 @@ def usage(completions: Sequence[Completion]) -> dict[str, Any]:
         reasoning=sum(each.reasoning_tokens for each in completions),
         drafted=sum(each.metrics.drafted_tokens for each in completions),
         accepted=sum(each.metrics.accepted_tokens for each in completions),
+        media=media,
     )
 
 
 def counted(
-    prompt: int, reply: int, *, cached: int = 0, reasoning: int = 0, drafted: int = 0, accepted: int = 0
+    prompt: int,
+    reply: int,
+    *,
+    cached: int = 0,
+    reasoning: int = 0,
+    drafted: int = 0,
+    accepted: int = 0,
+    media: Mapping[str, int] = NO_MEDIA,
 ) -> dict[str, Any]:
     """Return tokens as this API counts them."""
     details = {"reasoning_tokens": reasoning}
@@ -102,7 +111,7 @@ def counted(
         "prompt_tokens": prompt,
         "completion_tokens": reply,
         "total_tokens": prompt + reply,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": cached, **media},
         "completion_tokens_details": details,
     }
 

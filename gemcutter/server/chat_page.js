@@ -166,6 +166,7 @@ async function connect() {
     }
   }
   drawModels();
+  drawAttached();
 }
 
 function modelOf(chat) {
@@ -175,12 +176,15 @@ function modelOf(chat) {
 
 // ---- what the user does ----
 
+const titleOf = ({ content, media }) => (content.trim() || media[0].name).replace(/\s+/g, " ").slice(0, 60);
+
 function send(content) {
-  if (!content.trim() || state.runs.has(state.chat)) return false;
-  const chat = state.chat;
-  if (!chat.messages.length) chat.title = content.trim().replace(/\s+/g, " ").slice(0, 60);
+  if ((!content.trim() && !attached.length) || state.runs.has(state.chat)) return false;
+  const chat = state.chat, media = takeAttached();
+  const message = { role: "user", content, ...(media.length && { media }) };
+  if (!chat.messages.length) chat.title = titleOf(message);
   if (!state.chats.includes(chat)) state.chats.push(chat);
-  chat.messages.push({ role: "user", content });
+  chat.messages.push(message);
   save(chat);
   reply(chat);
   return true;
@@ -197,9 +201,9 @@ function retry(message) {
 
 function saveEdit(message, content) {
   const chat = state.chat;
-  if (!content.trim() || state.runs.has(chat)) return;
-  if (chat.messages[0] === message) chat.title = content.trim().replace(/\s+/g, " ").slice(0, 60);
+  if ((!content.trim() && !message.media) || state.runs.has(chat)) return;
   message.content = content;
+  if (chat.messages[0] === message) chat.title = titleOf(message);
   chat.messages.length = chat.messages.indexOf(message) + 1;
   state.editing = null;
   save(chat);
@@ -330,7 +334,7 @@ function drawControls() {
   const running = state.runs.has(state.chat);
   $("send").hidden = running;
   $("stop").hidden = !running;
-  $("send").disabled = !$("input").value.trim();
+  $("send").disabled = !$("input").value.trim() && !attached.length;
   document.title = state.chat.messages.length ? `${state.chat.title} · gemcutter` : "gemcutter";
 }
 
@@ -354,7 +358,9 @@ function drawLog() {
 }
 
 function userMessage(message) {
-  return h("article", { className: "message user", "aria-label": "You" }, h("div", { className: "bubble" }, message.content),
+  const media = message.media ? h("div", { className: "media" }, ...message.media.map(mediaView)) : null;
+  const bubble = message.content.trim() ? h("div", { className: "bubble" }, message.content) : null;
+  return h("article", { className: "message user", "aria-label": "You" }, media, bubble,
     h("div", { className: "actions" }, iconButton("copy", "Copy message", (event) => copy(message.content, event.currentTarget)),
       iconButton("edit", "Edit message", () => state.runs.has(state.chat) || edit(message))));
 }
@@ -551,7 +557,7 @@ function listen() {
   $("open-menu").addEventListener("click", () => showMenu(true));
   $("close-menu").addEventListener("click", () => { showMenu(false); $("open-menu").focus(); });
   $("scrim").addEventListener("click", () => showMenu(false));
-  $("model").addEventListener("change", () => { changeSetting("model", $("model").value); drawModels(); });
+  $("model").addEventListener("change", () => { changeSetting("model", $("model").value); drawModels(); drawAttached(); });
   $("open-settings").addEventListener("click", openSettings);
   $("settings").addEventListener("click", (event) => { if (event.target === $("settings")) $("settings").close(); });
   for (const field of document.querySelectorAll("[data-setting]")) {
@@ -586,5 +592,6 @@ setTheme(read("gemcutter.theme"));
 state.chats = keptChats();
 state.chat = state.chats.find((chat) => chat.id === read("gemcutter.current")) ?? newChat();
 listen();
+listenForMedia();
 draw();
 connect();

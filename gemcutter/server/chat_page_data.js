@@ -5,6 +5,7 @@
 const SAMPLING = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 const SETTINGS = ["system", "thinking", "tools", "model", ...SAMPLING];
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+const KINDS = ["image", "audio"];
 const text = (value) => (typeof value === "string" ? value : "");
 const number = (value) => (Number.isFinite(value) ? value : null);
 
@@ -13,7 +14,10 @@ function cleanMessage(raw) {
   if (!raw || !["user", "assistant", "tool"].includes(raw.role)) return null;
   const message = { role: raw.role, content: text(raw.content) };
   if (raw.role === "tool") return { ...message, name: text(raw.name), tool_call_id: text(raw.tool_call_id) };
-  if (raw.role === "user") return message;
+  if (raw.role === "user") {
+    const media = (Array.isArray(raw.media) ? raw.media : []).map(cleanMedia).filter(Boolean);
+    return media.length ? { ...message, media } : message;
+  }
   const calls = (Array.isArray(raw.calls) ? raw.calls : []).filter((call) => call && typeof call === "object");
   const stats = raw.stats && typeof raw.stats === "object" ? raw.stats : {};
   return {
@@ -21,6 +25,12 @@ function cleanMessage(raw) {
     calls: calls.map((call) => ({ id: text(call.id), name: text(call.name), arguments: text(call.arguments) })),
     stats: Object.fromEntries(["first", "rate", "tokens", "thought", "prompt", "cached"].map((name) => [name, number(stats[name])])),
   };
+}
+
+/** Return an image or a sound; null if it is none, or lies elsewhere: nothing is fetched for a conversation that was imported. */
+function cleanMedia(raw) {
+  const kind = raw?.kind, url = text(raw?.url);
+  return KINDS.includes(kind) && url.startsWith(`data:${kind}/`) ? { kind, url, name: text(raw.name) || kind } : null;
 }
 
 function cleanChat(raw) {
@@ -37,6 +47,7 @@ function history(chat) {
   const last = chat.messages.findLastIndex((message) => message.role === "user");
   const sent = chat.settings.system.trim() ? [{ role: "system", content: chat.settings.system }] : [];
   chat.messages.forEach((message, index) => {
+    if (message.media) return sent.push({ role: "user", content: [...message.media.map(mediaPart), ...(message.content.trim() ? [{ type: "text", text: message.content }] : [])] });
     if (message.role !== "assistant") return sent.push(message);
     if (!message.content && !message.calls.length) return null; // failed, or stopped before its first word
     const calls = message.calls.map((call) => ({ id: call.id, type: "function", function: { name: call.name, arguments: call.arguments || "{}" } }));
@@ -46,6 +57,12 @@ function history(chat) {
     });
   });
   return sent;
+}
+
+function mediaPart({ kind, url }) {
+  if (kind === "image") return { type: "image_url", image_url: { url } };
+  const format = url.slice("data:audio/".length).split(/[;,]/)[0].replace(/^x-/, "");
+  return { type: "input_audio", input_audio: { data: url.slice(url.indexOf(",") + 1), format } };
 }
 
 /** Return the body of a request; an empty setting is left to the server. Throws where the tools can't be read. */

@@ -38,6 +38,8 @@ def prepare_chat(
     wanted["max_tokens"] = context if chat.max_tokens is None else chat.max_tokens
     if (budget := _thinking_budget(model, chat.thinking_budget)) is not None:
         wanted["logits_processors"] = (budget,)
+    if (soft_tokens := chat.max_soft_tokens or options.max_soft_tokens) is not None:
+        wanted["max_soft_tokens"] = soft_tokens
     with naming_constraint(chat.format_field):
         prepared = model.prepare(chat.messages, **wanted)
     prompt = len(prepared.request.prompt)

@@ -21,8 +21,11 @@ class ServerOptions:
 
     `names` are those that requests may use for the model, the first one is its own; "*" among them answers any. `max_queue`
     bounds the requests that wait beside those that run, `max_queued_tokens` the prompt tokens that are not computed yet.
-    `reader_patience_s` is how long a reader may leave its reply unread before the request is cancelled, 0 for ever. Raises
-    RequestError with every field that is out of range.
+    `max_soft_tokens` is what an image may become unless its request says so, None: what the model was made for.
+    `allowed_media_domains` are the hosts whose images may be named by address (*.example.org those below it, * any), and
+    `allowed_local_media_path` is the folder of files that may be; without them none is followed. No private address is asked,
+    this machine's own only with `allow_loopback_media`. `reader_patience_s` is how long a reader may leave its reply unread
+    before the request is cancelled, 0 for ever. Raises RequestError with every field that is out of range.
     """
 
     names: tuple[str, ...] = ("gemcutter",)
@@ -38,6 +41,14 @@ class ServerOptions:
     max_stop: int = 16
     max_logit_bias: int = 1024
     max_tools: int = 256
+    max_images: int = 32  # of one request
+    max_sounds: int = 8
+    max_videos: int = 2
+    max_soft_tokens: int | None = None
+    allowed_media_domains: tuple[str, ...] = ()
+    allowed_local_media_path: str | None = None
+    media_timeout_s: float = 10.0  # of one address
+    allow_loopback_media: bool = False
     max_batch: int = 128  # prompts of one request to /v1/completions
     request_timeout_s: float = 0.0  # 0: none
     ping_s: float = 10.0

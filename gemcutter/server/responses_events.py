@@ -16,6 +16,7 @@ from typing import Any
 
 from gemcutter.completion import Chunk, Completion
 from gemcutter.server.wire.fields import seal
+from gemcutter.server.wire.media import NO_MEDIA
 from gemcutter.server.wire.responses import CUSTOM_INPUT, ResponsesRequest
 
 Event = tuple[str, dict[str, Any]]  # the name and the data, which has the name as its type
@@ -28,7 +29,11 @@ class ResponseEvents:
     Events come in the order that clients demand: `start`, `push` for every chunk, then `finish` or `fail`.
     """
 
-    def __init__(self, request: ResponsesRequest, model: str, *, is_stored: bool = False) -> None:
+    def __init__(
+        self, request: ResponsesRequest, model: str, *, is_stored: bool = False, media: Mapping[str, int] = NO_MEDIA
+    ) -> None:
+        """Begin a response; `media` are the tokens of its prompt that are no text, as usage names them."""
+        self._media = media
         self.response = _new_response(request, model, is_stored)
         self._custom, self._is_encrypted = request.custom_tools, request.wants_encrypted
         self._number = 0
@@ -58,7 +63,7 @@ class ResponseEvents:
             return self.fail("server_error", "the request was cancelled before its end", completion)
         is_whole = self._kind == "tool_call" and len(self._calls) <= len(completion.tool_calls)
         events = self._close("completed" if reason is None or is_whole else "incomplete")
-        self.response["usage"] = _usage(completion)
+        self.response["usage"] = _usage(completion, self._media)
         if reason is None:
             self.response |= {"status": "completed", "completed_at": int(time.time())}
             return [*events, self._of_response("response.completed")]
@@ -70,7 +75,7 @@ class ResponseEvents:
         events = self._close("incomplete")
         self.response |= {"status": "failed", "error": {"code": code, "message": message}}
         if completion is not None:
-            self.response["usage"] = _usage(completion)
+            self.response["usage"] = _usage(completion, self._media)
         return [*events, self._of_response("response.failed")]
 
     def _begin(self, chunk: Chunk) -> list[Event]:
@@ -253,11 +258,11 @@ def _copy(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _usage(completion: Completion) -> dict[str, Any]:
+def _usage(completion: Completion, media: Mapping[str, int]) -> dict[str, Any]:
     given, written = len(completion.prompt_tokens), len(completion.tokens)
     return {
         "input_tokens": given,
-        "input_tokens_details": {"cached_tokens": completion.metrics.cached_tokens, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": completion.metrics.cached_tokens, "cache_write_tokens": 0, **media},
         "output_tokens": written,
         "output_tokens_details": {"reasoning_tokens": completion.reasoning_tokens},
         "total_tokens": given + written,

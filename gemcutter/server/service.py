@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
@@ -27,9 +27,14 @@ from gemcutter.server.errors import ApiError, ClientGone, no_model
 from gemcutter.server.gate import CALLER
 from gemcutter.server.metrics import Metrics
 from gemcutter.server.options import ServerOptions
+from gemcutter.server.wire.media import MediaUrl
+
+if TYPE_CHECKING:
+    from gemcutter.server.media_fetch import MediaFetcher
 
 Found = TypeVar("Found")
 WORKERS = 2  # threads that encode prompts
+MEDIA_WORKERS = 2  # threads that read images: one decodes while the other one's are encoded
 LOOK_S = 0.5  # between two looks at the readers
 
 log = logging.getLogger(__name__)
@@ -44,6 +49,8 @@ class Service:
         self.admission = Admission(model.engine.scheduler.max_num_seqs + options.max_queue, options.max_queued_tokens)
         self.metrics = Metrics(options.name)
         self._workers = ThreadPoolExecutor(WORKERS, "gemcutter-encode")
+        self._media_workers = ThreadPoolExecutor(MEDIA_WORKERS, "gemcutter-media")
+        self._fetcher: MediaFetcher | None = None  # once an address is to be followed
         self._replies: dict[Reply, Ticket] = {}
         self._last_token_s: dict[Reply, float] = {}
         self._mailbox: Mailbox | None = None
@@ -63,7 +70,8 @@ class Service:
             self._watch.cancel()
         self.admission.is_draining = True
         self.fail_all("the server is shutting down")
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for workers in (self._workers, self._media_workers):
+            workers.shutdown(wait=False, cancel_futures=True)
 
     def drain(self, grace_s: float) -> None:
         """Take no more requests; those that run are told to end once `grace_s` seconds have gone by."""
@@ -94,10 +102,27 @@ class Service:
         """Run a function that only computes, such as encoding, on a worker thread."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, function)
 
-    def check_room(self, request: Request, count: int = 1) -> None:
-        """Raise ApiError (429, 503) where a request can't be let in, before its prompt is encoded."""
+    async def work_on_media(self, function: Callable[[], Found]) -> Found:
+        """Run a function that reads images or sounds, which may take seconds, on a thread for these."""
+        return await asyncio.get_running_loop().run_in_executor(self._media_workers, function)
+
+    async def fetch(self, urls: Sequence[MediaUrl]) -> dict[MediaUrl, bytes]:
+        """Return what is found at addresses that the operator allows. Raises FieldError for what can't be had."""
+        if not urls:
+            return {}
+        if self._fetcher is None:
+            from gemcutter.server.media_fetch import MediaFetcher
+
+            self._fetcher = MediaFetcher(self.options)
+        return await self._fetcher.fetch_all(urls)
+
+    def check_room(self, request: Request, count: int = 1, media_bytes: int = 0) -> None:
+        """Raise ApiError (429, 503) where a request can't be let in, before its prompt is encoded.
+
+        `media_bytes` of its body are no text.
+        """
         length = request.headers.get("content-length", "")
-        self.admission.check(count, int(length) if length.isdecimal() else 0)
+        self.admission.check(count, max(int(length) - media_bytes, 0) if length.isdecimal() else 0)
 
     def open(self, prepared: Sequence[PreparedRequest]) -> list[Reply]:
         """Submit requests together and return their replies. Raises ApiError (429) or RequestError."""

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "config": {"config_keys", "tower_config"},
     "native": set(),
     "media": set(),
-    "media_parts": {"media"},
+    "media_parts": {"media", "text"},
     "media_reader": {"media", "media_parts", "model", "engine", "text", "tower_plan"},
     "sidecar": set(),
     "gc_pause": set(),
@@ -97,7 +97,7 @@ MAY_IMPORT = {
         "server",
         "tools",
     },
-    "server": {"api", "completion", "engine", "generate_options", "text"},
+    "server": {"api", "completion", "engine", "generate_options", "media", "media_parts", "text"},
     "__main__": {"cli"},
     "__init__": {"api", "engine", "completion", "gc_pause", "generate_options", "text"},
 }
@@ -108,6 +108,7 @@ VAGUE_CLASSES = ("Manager", "Handler", "Helper", "Impl", "Wrapper", "Base")
 BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure", "TypedDict"}  # a Structure is a C struct
 BASES |= {"TemplateError", "Extension", "ImmutableSandboxedEnvironment"}  # how jinja2 is extended
 BASES |= {"BaseModel", "SamplingFields", "StreamingResponse", "Server"}  # bodies of requests; starlette's and uvicorn's
+BASES |= {"AsyncNetworkBackend"}  # how httpcore is told what to connect to
 BASES |= {"ValueError"}  # what callers expect of a bad argument
 
 

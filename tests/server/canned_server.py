@@ -133,6 +133,7 @@ class CannedServer:
     abandoned: int = 0
     wanted_key: str | None = None
     models: tuple[str, ...] = ("gem-small",)
+    modalities: tuple[str, ...] | None = None  # that models read, where the server says so
 
 
 def chunk_line(delta: dict[str, Any] | None, finish: str | None = None, usage: dict[str, Any] | None = None) -> str:
@@ -167,6 +168,11 @@ async def stream(server: CannedServer, prompt: str) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
+def spoken(content: Any) -> str:
+    """Return what a message says, without what it shows."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 def canned_app(server: CannedServer) -> FastAPI:
     """Build the application; `server` is what the test changes and reads."""
     app = FastAPI()
@@ -181,14 +187,15 @@ def canned_app(server: CannedServer) -> FastAPI:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        listed = [{"id": name, "object": "model", "max_model_len": 8192} for name in server.models]
+        told = {} if server.modalities is None else {"input_modalities": list(server.modalities)}
+        listed = [{"id": name, "object": "model", "max_model_len": 8192, **told} for name in server.models]
         return refusal(request) or JSONResponse({"object": "list", "data": listed})
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         body = await request.json()
         server.bodies.append(body)
-        prompt = next(message["content"] for message in reversed(body["messages"]) if message["role"] in ("user", "tool"))
+        prompt = next(spoken(message["content"]) for message in reversed(body["messages"]) if message["role"] in ("user", "tool"))
         if prompt == "too much":
             error = {"message": "The prompt has 9000 tokens; the context holds 8192.", "param": "messages"}
             return JSONResponse({"error": error}, 400)

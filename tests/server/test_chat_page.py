@@ -98,7 +98,7 @@ def test_page_is_one_document_under_its_own_policy() -> None:
     assert "default-src 'none'" in policy
     assert "connect-src 'self'" in policy
     assert "unsafe" not in policy
-    assert policy.count("'sha256-") == answer.text.count("<script>") + answer.text.count("<style>") == 4
+    assert policy.count("'sha256-") == answer.text.count("<script>") + answer.text.count("<style>") == 5
     assert ' src="' not in answer.text
     assert "stylesheet" not in answer.text
     again = client.get("/", headers={"If-None-Match": answer.headers["etag"]})

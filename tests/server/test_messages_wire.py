@@ -196,8 +196,13 @@ BAD: list[tuple[str, list[Any], dict[str, Any]]] = [
     ("messages[0].content", [{"role": "user", "content": 5}], {}),
     ("messages[0].content[0].type", [{"role": "user", "content": [{"type": "hologram"}]}], {}),
     (
-        "messages[0].content[0].type",
-        [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}],
+        "messages[0].content[0].source.url",
+        [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "x.png"}}]}],
+        {},
+    ),
+    (
+        "messages[0].content[0].source.type",
+        [{"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]}],
         {},
     ),
     ("messages[0].content[0].source.type", [{"role": "user", "content": [{"type": "document", "source": {"type": "url"}}]}], {}),

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from gemcutter.cli import main
+from gemcutter.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
 START = [sys.executable, "-m", "gemcutter.cli", "serve", "demo", "--port", "0"]
@@ -130,11 +131,47 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.C
         (["--lora-modules", "name"], "--lora-modules: expected NAME=PATH"),
         (["--prefix-cache-bytes", "4X"], "--prefix-cache-bytes: expected bytes, such as 0, 200000000, 512M or 4G, found '4X'"),
         (["--bos-for-token-prompts", "maybe"], "--bos-for-token-prompts: expected one of auto, never"),
+        (["--media", "sound"], "expected auto, none, or image and audio and video, found sound"),
+        (["--media", "image", "--language-model-only"], "--language-model-only: the same as --media none"),
+        (["--max-soft-tokens", "100"], "expected one of 70, 140"),
+        (["--limit-mm-per-prompt", "smell=2"], "--limit-mm-per-prompt: expected image=N, audio=N, video=N, found 'smell'"),
+        (["--limit-mm-per-prompt", "image=-1"], "--limit-mm-per-prompt: image: expected a number, 0 or more, found '-1'"),
+        (["--limit-mm-per-prompt", '{"image": true}'], "--limit-mm-per-prompt: image: expected a number, 0 or more, found True"),
     ],
 )
 def test_bad_options_are_named(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "demo", *words]) == 2
-    assert expected in capsys.readouterr().err
+    assert main(["serve", "demo", "--port", "0", *words]) == 2
+    assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "media"),
+    [
+        ([], ("auto", "image", "audio", "video")),
+        (["--media", "auto"], ("auto", "image", "audio", "video")),
+        (["--media", "image,audio"], ("image", "audio")),
+        (["--media", "image"], ("image",)),
+        (["--media", "none"], ()),
+        (["--language-model-only"], ()),
+        (["--language-model-only", "--media", "none"], ()),
+        (["--limit-mm-per-prompt", "image=0,audio=0,video=0"], ()),
+        (["--limit-mm-per-prompt", "image=0"], ("auto", "audio", "video")),
+        (["--limit-mm-per-prompt", '{"image": 3}'], ("auto", "image", "audio", "video")),
+    ],
+)
+def test_towers_are_loaded_where_images_may_come(
+    words: list[str], media: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model is asked for; a server that reads text alone loads no tower."""
+    asked = list[object]()
+
+    def load_model(*_: object, **options: object) -> None:
+        asked.append(options["media"])
+        raise RequestError("enough")
+
+    monkeypatch.setattr("gemcutter.cli.serve.load_model", load_model)
+    assert main(["serve", "demo", "--port", "0", *words]) == 1
+    assert asked == [media]
 
 
 def test_without_its_packages_it_says_what_to_install(

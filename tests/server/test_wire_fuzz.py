@@ -11,17 +11,20 @@ from pydantic import ValidationError
 
 from gemcutter.server.wire import messages, responses
 from gemcutter.server.wire.fields import FieldError
+from gemcutter.server.wire.media import MediaUrl
 
 WORDS = [
     *("message", "reasoning", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output"),
     *("text", "input_text", "output_text", "input_image", "refusal", "image", "document", "thinking", "redacted_thinking"),
     *("tool_use", "tool_result", "search_result", "user", "assistant", "system", "developer", "function", "custom"),
     *("allowed_tools", "json_schema", "auto", "any", "tool", "none", "required", "f", "g", "base64", "url", "content", ""),
+    *("data:;base64,AAAA", "http://x", "low", "file"),
 ]
 KEYS = [
     *("type", "role", "content", "text", "name", "call_id", "id", "arguments", "output", "input", "summary", "source", "data"),
     *("encrypted_content", "thinking", "signature", "tool_use_id", "is_error", "format", "schema", "strict", "mode", "tools"),
     *("parameters", "input_schema", "description", "function", "title", "budget_tokens", "effort", "refusal", "image_url"),
+    *("detail", "url", "max_soft_tokens", "file_id", "media_type"),
 ]
 scalars = st.none() | st.booleans() | st.integers(-2, 9) | st.sampled_from(WORDS) | st.text(max_size=4)
 values: st.SearchStrategy[Any] = st.recursive(
@@ -32,9 +35,15 @@ tools = st.none() | items
 objects = st.none() | st.dictionaries(st.sampled_from(KEYS), values, max_size=4)
 
 
+def spell(source: object) -> str:
+    """Return an image's address, the one thing in a conversation that is no JSON."""
+    assert isinstance(source, MediaUrl)
+    return source.url
+
+
 def check(chat: Any) -> None:
     """Fail unless a conversation is one that any later stage can read."""
-    json.dumps([chat.messages, chat.tools, chat.tool_choice])
+    json.dumps([chat.messages, chat.tools, chat.tool_choice], default=spell)
     assert chat.constraint is None or isinstance(chat.constraint.value, str | tuple)
     assert chat.messages
     for message in chat.messages:

@@ -33,6 +33,7 @@ from tests.formats.packers import pack_gemma
 from tests.images import drawing
 from tests.sounds import tones
 from tests.topologies import relative_error
+from tests.trained import trained
 from tests.wrappers import build_wrapper, patch_shape, sound_shape
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "projectors"
@@ -337,3 +338,13 @@ def ollama_towers(tensors: Tensors) -> dict[str, np.ndarray]:
         np.float32,
     )
     return found
+
+
+def test_auto_takes_the_tower_of_a_projector() -> None:
+    folder = GOLDENS / SIZES[0]
+    options = {"model": str(folder), "dtype": "float32", "media": ("auto",), "context": 64}
+    found = open_model(LoadOptions(**options, mmproj=str(folder / "mmproj-f32.gguf")))  # type: ignore[arg-type]
+    wanted = open_model(LoadOptions(**options | {"media": ("image", "audio")}))  # type: ignore[arg-type]
+    assert relative_error(rows(found), rows(wanted)) < 1e-6
+    alone = open_model(LoadOptions(model=str(trained("tiny-e-Q4_K_M.gguf")), media=("auto",), context=64))
+    assert alone.vision is None

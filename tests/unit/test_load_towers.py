@@ -205,7 +205,26 @@ def test_every_name_can_be_spelled(size: str) -> None:
             assert hf_towers.translate(hf.strip(hf_towers.spell(spec.name, part))) == (spec.name, part)
 
 
+def test_auto_loads_the_towers_that_there_are(tmp_path: Path) -> None:
+    def towers(folder: Path | str) -> bool:
+        return open_model(LoadOptions(model=str(folder), dtype="float32", media=("auto",), context=64)).vision is not None
+
+    def without_tower(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "vision" in name]:
+            del tensors[name]
+
+    assert towers(save(tmp_path / "whole", "E2B"))
+    assert not towers(save(tmp_path / "stripped", "E2B", without_tower))
+    assert not towers("demo")
+
+    def cut_one(tensors: dict[str, Tensor]) -> None:
+        del tensors[next(name for name in tensors if "vision_tower" in name)]
+
+    with pytest.raises(CheckpointError, match="vision tower"):
+        towers(save(tmp_path / "damaged", "E2B", cut_one))
+
+
 @pytest.mark.parametrize("media", ["image", ["image"], ("sound",), (1,), ("image", None)])
 def test_media_is_a_tuple_of_names(media: object) -> None:
-    with pytest.raises(RequestError, match="media: expected some of image, audio"):
+    with pytest.raises(RequestError, match="media: expected some of auto, image, audio"):
         LoadOptions(model="demo", media=media)  # type: ignore[arg-type]

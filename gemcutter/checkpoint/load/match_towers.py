@@ -19,11 +19,31 @@ from gemcutter.errors import CheckpointError
 from gemcutter.tower_config import AudioConfig, UnifiedAudioConfig, UnifiedVisionConfig, VisionConfig
 from gemcutter.tower_plan import AudioPlan, UnifiedAudioPlan, UnifiedVisionPlan, VisionPlan, plan_audio, plan_vision
 
+MEDIA_TOWERS = {"image": "vision", "audio": "audio"}
 BRINGS = {"vision": "images", "audio": "sounds"}  # what a tower reads
 # Which of several projectors beside a model is taken: the first of these that a name holds.
 PREFERRED = ("bf16", "f16", "f32", "q8_0")
 
 AnyPlan = TypeVar("AnyPlan", VisionPlan | UnifiedVisionPlan, AudioPlan | UnifiedAudioPlan)
+
+
+def readable_media(checkpoint: Checkpoint, projector: Path | None = None) -> tuple[str, ...]:
+    """Return which media the towers of a model read, as load options name them: none where there are no towers.
+
+    Whether they are whole is told by `match_vision` and `match_audio`. Raises CheckpointError for a projector without towers.
+    """
+    if projector is None and _needs_projector(checkpoint) and not _projectors(checkpoint):
+        return ()
+    source = _tower_source(checkpoint, projector)
+    return tuple(medium for medium, tower in MEDIA_TOWERS.items() if _holds(source, tower, checkpoint))
+
+
+def _holds(source: Source, tower: str, checkpoint: Checkpoint) -> bool:
+    """Return whether the files hold tensors of a tower, and say what it is."""
+    if format_of(source).NAME == gguf.NAME:
+        return any(gguf.translate(name)[0] == f"({tower} tower)" for name in source.tensors)
+    is_told = source is not checkpoint.source or bool(checkpoint.config.tower_keys.get(tower))
+    return is_told and next(iter(hf_towers.tensors_of(source, tower)), None) is not None
 
 
 def match_vision(
@@ -97,16 +117,25 @@ def _tower_source(checkpoint: Checkpoint, projector: Path | None) -> Source:
         if format_of(source).NAME == gguf.NAME and not gguf_towers.has_towers(source):
             raise CheckpointError(f"{projector} holds no towers; pass the mmproj file of this model")
         return source
-    if checkpoint.format != gguf.NAME or gguf_towers.has_towers(checkpoint.source):
+    if not _needs_projector(checkpoint):
         return checkpoint.source
-    folder = checkpoint.source.folder
-    names = sorted(name for name in os.listdir(folder) if "mmproj" in name.lower() and name.endswith(".gguf"))
+    names = _projectors(checkpoint)
     if not names:
         raise CheckpointError(
             f"{checkpoint.source.path}: a GGUF model has its towers in a file of its own, and there is none beside it; put its "
             "mmproj file there, or pass it as --mmproj"
         )
-    return Source.open(folder / min(names, key=_rank))
+    return Source.open(checkpoint.source.folder / min(names, key=_rank))
+
+
+def _needs_projector(checkpoint: Checkpoint) -> bool:
+    return checkpoint.format == gguf.NAME and not gguf_towers.has_towers(checkpoint.source)
+
+
+def _projectors(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the projectors beside a model."""
+    names = os.listdir(checkpoint.source.folder)
+    return sorted(name for name in names if "mmproj" in name.lower() and name.endswith(".gguf"))
 
 
 def _rank(name: str) -> tuple[int, str]:

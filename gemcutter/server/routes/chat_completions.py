@@ -16,9 +16,10 @@ from gemcutter.completion import Completion
 from gemcutter.server import sse
 from gemcutter.server.bridge import Reply
 from gemcutter.server.chat_events import ChatEvents, Envelope, counted, finish_reason, logprobs, message, usage
-from gemcutter.server.chat_task import copies, prepare_chat
+from gemcutter.server.chat_task import copies
 from gemcutter.server.errors import as_api_error
 from gemcutter.server.merge import merged
+from gemcutter.server.preparation import media_tokens, prepare
 from gemcutter.server.service import Service, unless_gone
 from gemcutter.server.wire.chat import ChatRequest, to_chat
 
@@ -31,9 +32,8 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         adapter = service.check_model(body.model)
-        service.check_room(request, body.n or 1)
         chat = to_chat(body, service.options)
-        prepared = await service.work(lambda: prepare_chat(service.model, chat, service.options, adapter=adapter))
+        prepared = await prepare(service, request, chat, count=body.n or 1, adapter=adapter)
         replies = service.open(copies(prepared, body.n or 1))
         if body.stream:
             return sse.EventStream(stream(service, body, replies), lambda: service.close(replies), service.options.ping_s)
@@ -50,7 +50,7 @@ async def whole(service: Service, body: ChatRequest, replies: Sequence[Reply]) -
         found = logprobs(each.logprobs, service.model.tokenizer) if body.logprobs else None
         spoken = message(each, service.options)
         choices.append({"index": index, "message": spoken, "logprobs": found, "finish_reason": finish_reason(each)})
-    return Envelope(body.model, "chat.completion").wrap(choices, usage=usage(completions))
+    return Envelope(body.model, "chat.completion").wrap(choices, usage=usage(completions, media_tokens(replies[0].prepared)))
 
 
 async def stream(service: Service, body: ChatRequest, replies: Sequence[Reply]) -> AsyncIterator[bytes]:
@@ -58,10 +58,10 @@ async def stream(service: Service, body: ChatRequest, replies: Sequence[Reply]) 
     envelope, tokenizer = Envelope(body.model, "chat.completion.chunk"), service.model.tokenizer
     events = [ChatEvents(index, service.options) for index in range(len(replies))]
     counts, completions = [0] * len(replies), dict[int, Completion]()
-    prompt = len(replies[0].prepared.request.prompt)
+    prompt, media = len(replies[0].prepared.request.prompt), media_tokens(replies[0].prepared)
 
     def send(choice: dict[str, Any]) -> bytes:
-        running = counted(prompt, sum(counts)) if body.wants_running_usage else None
+        running = counted(prompt, sum(counts), media=media) if body.wants_running_usage else None
         return sse.frame(envelope.wrap([choice], **({"usage": running} if body.wants_usage or running else {})))
 
     try:
@@ -81,7 +81,8 @@ async def stream(service: Service, body: ChatRequest, replies: Sequence[Reply]) 
                     choice["logprobs"], pending = pending, None
                     yield send(choice)
         if body.wants_usage:
-            yield sse.frame(envelope.wrap([], usage=usage([completions[index] for index in range(len(replies))])))
+            ended = [completions[index] for index in range(len(replies))]
+            yield sse.frame(envelope.wrap([], usage=usage(ended, media)))
     except Exception as error:
         yield sse.frame(as_api_error(error).body(anthropic=False))
     yield sse.DONE

@@ -54,7 +54,7 @@ def chat_page() -> ChatPage:
     html = SCRIPT.sub(functools.partial(inside, "script"), html)
     policy = (
         f"default-src 'none'; script-src {' '.join(hashes['script'])}; style-src {' '.join(hashes['style'])}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "connect-src 'self'; img-src data:; media-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return ChatPage(html.encode(), policy, f'"{hashlib.sha256(html.encode()).hexdigest()[:32]}"')
 

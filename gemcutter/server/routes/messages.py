@@ -15,9 +15,9 @@ from fastapi.responses import JSONResponse
 from gemcutter.api import PreparedRequest
 from gemcutter.server import sse
 from gemcutter.server.bridge import Reply
-from gemcutter.server.chat_task import prepare_chat
 from gemcutter.server.errors import as_api_error
 from gemcutter.server.messages_events import PING, MessageEvents
+from gemcutter.server.preparation import prepare
 from gemcutter.server.service import Service, unless_gone
 from gemcutter.server.wire.fields import refuse, warned
 from gemcutter.server.wire.messages import MessagesRequest, to_chat
@@ -27,13 +27,11 @@ def router(service: Service) -> APIRouter:
     """Return the routes over a service."""
     routes = APIRouter(tags=["messages"])
 
-    async def prepare(body: MessagesRequest, request: Request) -> tuple[PreparedRequest, dict[str, str]]:
+    async def read(body: MessagesRequest, request: Request) -> tuple[PreparedRequest, dict[str, str]]:
         """Return what the engine is to do, and headers with what was ignored."""
         adapter = service.check_model(body.model)
-        service.check_room(request)
         chat = to_chat(body)
-        model, options = service.model, service.options
-        prepared = await service.work(lambda: prepare_chat(model, chat, options, adapter=adapter, anthropic=True))
+        prepared = await prepare(service, request, chat, adapter=adapter, anthropic=True)
         return prepared, warned(request.url.path, chat.warnings)
 
     @routes.post("/v1/messages", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
@@ -41,7 +39,7 @@ def router(service: Service) -> APIRouter:
         """Answer a conversation."""
         if body.max_tokens is None:
             refuse("max_tokens", "required: a number of tokens")
-        prepared, headers = await prepare(body, request)
+        prepared, headers = await read(body, request)
         events = MessageEvents(body.model, len(prepared.request.prompt), shows_thinking=body.shows_thinking)
         replies = service.open([prepared])
         if body.stream:
@@ -54,7 +52,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/messages/count_tokens", response_model=None)
     async def count_tokens(body: MessagesRequest, request: Request) -> Response:
         """Count the tokens of a prompt."""
-        prepared, headers = await prepare(body, request)
+        prepared, headers = await read(body, request)
         return JSONResponse({"input_tokens": len(prepared.request.prompt)}, headers=headers)
 
     return routes

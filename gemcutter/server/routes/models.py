@@ -53,4 +53,5 @@ def describe(service: Service, name: str) -> dict[str, Any]:
         "max_input_tokens": context,
         "max_tokens": context,
         "lifecycle": "active",
+        "input_modalities": ["text", *service.model.kinds],
     }

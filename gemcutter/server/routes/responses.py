@@ -6,7 +6,7 @@ Owns the way of a request from its body to the last event, and what is put into 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -14,15 +14,15 @@ from fastapi.responses import JSONResponse
 
 from gemcutter.server import sse
 from gemcutter.server.bridge import Reply
-from gemcutter.server.chat_task import prepare_chat
 from gemcutter.server.errors import as_api_error
+from gemcutter.server.preparation import media_tokens, prepare
 from gemcutter.server.responses_events import ResponseEvents
 from gemcutter.server.responses_store import Item, ResponsesStore, StoredResponse
 from gemcutter.server.service import Service, unless_gone
 from gemcutter.server.wire.fields import FieldError, refuse, warned
 from gemcutter.server.wire.responses import ResponsesRequest, items_of, to_chat
 
-Keep = Callable[[], None]
+Keep = Callable[[], Awaitable[None]]
 
 
 def router(service: Service) -> APIRouter:
@@ -34,16 +34,16 @@ def router(service: Service) -> APIRouter:
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         """Answer what was put in."""
         adapter = None if body.model is None else service.check_model(body.model)
-        service.check_room(request)
         earlier = _earlier(body.previous_response_id, store)
         chat = to_chat(body, earlier)
-        prepared = await service.work(lambda: prepare_chat(service.model, chat, service.options, adapter=adapter))
+        prepared = await prepare(service, request, chat, adapter=adapter)
         is_stored = store is not None and body.store is not False
-        events = ResponseEvents(body, body.model or service.options.name, is_stored=is_stored)
+        media = media_tokens(prepared)
+        events = ResponseEvents(body, body.model or service.options.name, is_stored=is_stored, media=media)
 
-        def keep() -> None:
+        async def keep() -> None:
             if store is not None and is_stored and events.response["status"] in ("completed", "incomplete"):
-                store.put(events.response, earlier, items_of(body))
+                await service.work(lambda: store.put(events.response, earlier, items_of(body)))  # images make it large
 
         replies, headers = service.open([prepared]), warned(request.url.path, chat.warnings)
         if body.stream:
@@ -79,7 +79,7 @@ async def whole(service: Service, reply: Reply, events: ResponseEvents, keep: Ke
         service.close([reply])
     assert reply.completion is not None
     events.finish(reply.completion)
-    keep()
+    await keep()
     return events.response
 
 
@@ -94,7 +94,7 @@ async def stream(reply: Reply, events: ResponseEvents, keep: Keep) -> AsyncItera
                     found = events.push(chunk)
                 else:
                     found = events.finish(chunk.completion)
-                    keep()
+                    await keep()
                 for name, data in found:
                     yield sse.frame(data, name)
     except Exception as error:

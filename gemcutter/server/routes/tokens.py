@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from gemcutter.server.chat_task import prepare_chat
+from gemcutter.server.preparation import prepare
 from gemcutter.server.raw_task import spell
 from gemcutter.server.service import Service
 from gemcutter.server.wire.chat import ChatRequest, to_chat
@@ -42,26 +42,25 @@ def router(service: Service) -> APIRouter:
     """Return the routes over a service."""
     routes = APIRouter(tags=["text"])
 
-    async def encode(body: TokenizeRequest) -> list[int]:
-        """Return the ids of a prompt or a conversation."""
+    async def encode(body: TokenizeRequest, request: Request) -> list[int]:
+        """Return the ids of a prompt or a conversation, those of the rows of images among them."""
         if body.model is not None:
             service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             refuse("prompt", "expected either prompt or messages")
         text = body.prompt
         if text is not None:
+            service.check_room(request)
             return await service.work(lambda: service.model.tokenizer.encode(text, bos=body.add_special_tokens is not False))
         fields = {name: value for name, value in (body.model_extra or {}).items() if name in ChatRequest.model_fields}
         wanted = ChatRequest.model_validate({**fields, "model": service.options.name, "messages": body.messages, "max_tokens": 0})
         chat = to_chat(wanted, service.options)
-        prepared = await service.work(lambda: prepare_chat(service.model, chat, service.options))
-        return list(prepared.request.prompt)
+        return list((await prepare(service, request, chat)).request.prompt)
 
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         """Encode a prompt or a conversation."""
-        service.check_room(request)
-        ids = await encode(body)
+        ids = await encode(body, request)
         strings = [spell(token, service.model.tokenizer) for token in ids] if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": service.model.engine.context, "tokens": ids, "token_strs": strings}
 
@@ -77,10 +76,9 @@ def router(service: Service) -> APIRouter:
     @routes.post("/apply-template")
     async def apply_template(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         """Show the prompt that a conversation becomes, as text."""
-        service.check_room(request)
         if body.messages is None:
             refuse("messages", "expected a conversation")
-        return {"prompt": service.model.tokenizer.decode(await encode(body), special=True)}
+        return {"prompt": service.model.tokenizer.decode(await encode(body, request), special=True)}
 
     if service.options.tokenizer_info:
 

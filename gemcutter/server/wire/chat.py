@@ -1,7 +1,8 @@
 """POST /v1/chat/completions: what a body may hold, and what becomes of each field.
 
 Owns the fields of the request (honoured, ignored or refused by name) and `to_chat`, the conversion to `ChatInput`. The
-messages themselves are this API's own and go on as they are. Refuses to know HTTP. Read `server/chat_events.py` for the way back.
+messages themselves are this API's own and go on as they are, but for images. Refuses to know HTTP. Read `server/chat_events.py`
+for the way back.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from gemcutter.server.wire.fields import (
     refuse,
     schema_constraint,
 )
+from gemcutter.server.wire.media import of_request, with_urls
 from gemcutter.text.grammar import Constraint
 
 # Fields that would change what a client gets: refused by name where they ask for something.
@@ -145,6 +147,8 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     modalities: list[str] | None = None
+    max_soft_tokens: int | None = Field(default=None, description="what an image may become: 70, 140, 280, 560 or 1120")
+    mm_processor_kwargs: dict[str, Any] | None = Field(default=None, description="the same, as vLLM has it")
 
 
 def to_chat(request: ChatRequest, options: ServerOptions) -> ChatInput:
@@ -169,7 +173,7 @@ def to_chat(request: ChatRequest, options: ServerOptions) -> ChatInput:
     elif request.top_logprobs:
         refuse("top_logprobs", "needs logprobs: true")
     return ChatInput(
-        messages=list(request.messages),
+        messages=[with_urls(each, f"messages[{index}]") for index, each in enumerate(request.messages)],
         tools=tools,
         tool_choice=read_tool_choice(request.tool_choice, tools),
         parallel_tool_calls=request.parallel_tool_calls is not False,
@@ -181,6 +185,7 @@ def to_chat(request: ChatRequest, options: ServerOptions) -> ChatInput:
         constraint=read_constraint(request, request.response_format),
         format_field=OF_OUTPUTS if request.response_format is None else "response_format",
         continues=bool(request.continue_final_message),
+        max_soft_tokens=of_request(request.max_soft_tokens, request.mm_processor_kwargs),
     )
 
 

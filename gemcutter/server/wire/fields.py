@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from gemcutter.errors import GemcutterError, RequestError, spell_value
-from gemcutter.generate_options import PARTS
 from gemcutter.text.grammar import Constraint
 
 WARNINGS = "x-gemcutter-warning"
@@ -74,6 +73,7 @@ class ChatInput:
     stop_field: str = "stop"
     continues: bool = False  # the last message is the beginning of the reply
     thinking_budget: int | None = None  # tokens
+    max_soft_tokens: int | None = None  # that an image may become, unless its own part says so
     warnings: tuple[str, ...] = ()
 
 
@@ -157,13 +157,6 @@ def choice_word(choice: str, tools: Sequence[Mapping[str, Any]]) -> str:
     if choice == "required" and not tools:
         refuse("tool_choice", "'required' without a function in tools")
     return choice
-
-
-def image_part(url: str, where: str) -> dict[str, Any]:
-    """Return an image as a part of a message. Raises FieldError while images can't be read."""
-    if "image_url" not in PARTS:
-        refuse(where, "images can't be read yet; send text")
-    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def joined(parts: Sequence[Mapping[str, Any]], separator: str) -> str | list[Mapping[str, Any]]:

@@ -23,12 +23,12 @@ from gemcutter.server.wire.fields import (
     as_text,
     check_declared,
     function,
-    image_part,
     joined,
     refuse,
     schema_constraint,
     unseal,
 )
+from gemcutter.server.wire.media import SOFT_TOKENS, image_part, of_request
 from gemcutter.text.grammar import Constraint
 
 # Fields that would change what a client gets: refused by name where they ask for something.
@@ -62,6 +62,8 @@ class MessagesRequest(BaseModel):
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
+    max_soft_tokens: int | None = Field(default=None, description="what an image may become: 70, 140, 280, 560 or 1120")
+    mm_processor_kwargs: dict[str, Any] | None = Field(default=None, description="the same, as vLLM has it")
 
     @property
     def shows_thinking(self) -> bool:
@@ -93,6 +95,7 @@ def to_chat(request: MessagesRequest) -> ChatInput:
         stop_field="stop_sequences",
         continues=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
         thinking_budget=_budget(request.thinking),
+        max_soft_tokens=of_request(request.max_soft_tokens, request.mm_processor_kwargs),
         warnings=tuple(warnings),
     )
 
@@ -153,24 +156,23 @@ def _add_user(turns: Turns, content: object, where: str) -> None:
     for index, block in enumerate(_blocks(content, where)):
         place = f"{where}[{index}]"
         if block.get("type") == "tool_result":
-            text, others = _tool_result(block, place)
             id = as_name(block.get("tool_use_id"), f"{place}.tool_use_id")
-            turns.add({"role": "tool", "tool_call_id": id, "content": text})
-            rest += others
+            turns.add({"role": "tool", "tool_call_id": id, "content": _tool_result(block, place)})
         else:
             rest.append(_user_part(block, place))
     if rest:
         turns.add({"role": "user", "content": joined(rest, "\n")})
 
 
-def _tool_result(block: Mapping[str, Any], where: str) -> tuple[str, list[dict[str, Any]]]:
-    """Return a result's text, and its images, which the user shows afterwards."""
+def _tool_result(block: Mapping[str, Any], where: str) -> str | list[dict[str, Any]]:
+    """Return a result: its text, and its images, if any, after it, as templates print them."""
     found = _blocks(block.get("content"), f"{where}.content")
     parts = [_user_part(each, f"{where}.content[{index}]") for index, each in enumerate(found)]
     text = "\n".join(part["text"] for part in parts if part["type"] == "text")
     if block.get("is_error") and not text.lower().startswith("error"):
         text = f"Error: {text}" if text else "Error"
-    return text, [part for part in parts if part["type"] != "text"]
+    images = [part for part in parts if part["type"] != "text"]
+    return [*([{"type": "text", "text": text}] if text else []), *images] if images else text
 
 
 def _user_part(block: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def _user_part(block: Mapping[str, Any], where: str) -> dict[str, Any]:
     if kind == "text":
         return {"type": "text", "text": as_text(block.get("text"), f"{where}.text")}
     if kind == "image":
-        return _image(as_object(block.get("source"), f"{where}.source"), where)
+        return _image(as_object(block.get("source"), f"{where}.source"), f"{where}.source", block.get(SOFT_TOKENS))
     if kind == "document":
         return {"type": "text", "text": _document(block, where)}
     if kind == "search_result":
@@ -187,11 +189,14 @@ def _user_part(block: Mapping[str, Any], where: str) -> dict[str, Any]:
     raise FieldError(f"{where}.type", f"blocks of type {spell_value(kind)} can't be read here; send text")
 
 
-def _image(source: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if source.get("type") == "base64":
-        data = as_text(source.get("data"), f"{where}.source.data")
-        return image_part(f"data:{source.get('media_type', 'image/png')};base64,{data}", f"{where}.type")
-    return image_part(as_text(source.get("url"), f"{where}.source.url"), f"{where}.type")
+def _image(source: Mapping[str, Any], where: str, soft_tokens: object) -> dict[str, Any]:
+    kind = source.get("type")
+    if kind == "base64":  # whatever it says it is: the bytes tell
+        data = as_text(source.get("data"), f"{where}.data")
+        return image_part(f"data:;base64,{data}", f"{where}.data", None, soft_tokens)
+    if kind == "url":
+        return image_part(source.get("url"), f"{where}.url", None, soft_tokens)
+    raise FieldError(f"{where}.type", f"expected base64 or url, found {spell_value(kind)}: files are not kept here")
 
 
 def _document(block: Mapping[str, Any], where: str) -> str:

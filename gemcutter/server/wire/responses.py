@@ -25,12 +25,12 @@ from gemcutter.server.wire.fields import (
     check_declared,
     choice_word,
     function,
-    image_part,
     joined,
     refuse,
     schema_constraint,
     unseal,
 )
+from gemcutter.server.wire.media import SPELLINGS, of_request, read_part
 from gemcutter.text.grammar import Constraint
 
 # Fields that would change what a client gets: refused by name where they ask for something.
@@ -91,6 +91,8 @@ class ResponsesRequest(BaseModel):
     frequency_penalty: float | None = None
     stop: str | list[str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    max_soft_tokens: int | None = Field(default=None, description="what an image may become: 70, 140, 280, 560 or 1120")
+    mm_processor_kwargs: dict[str, Any] | None = Field(default=None, description="the same, as vLLM has it")
 
     @property
     def custom_tools(self) -> frozenset[str]:
@@ -126,6 +128,7 @@ def to_chat(request: ResponsesRequest, earlier: Sequence[Mapping[str, Any]] = ()
         template_options=dict(request.chat_template_kwargs or {}),
         constraint=_constraint(request.text or {}),
         format_field="text.format",
+        max_soft_tokens=of_request(request.max_soft_tokens, request.mm_processor_kwargs),
         warnings=tuple(warnings),
     )
 
@@ -217,8 +220,8 @@ def _part(given: object, where: str) -> dict[str, Any]:
         return {"type": "text", "text": as_text(part.get("text"), f"{where}.text")}
     if kind == "refusal":
         return {"type": "text", "text": as_text(part.get("refusal"), f"{where}.refusal")}
-    if kind == "input_image":
-        return image_part(as_text(part.get("image_url"), f"{where}.image_url"), f"{where}.type")
+    if isinstance(kind, str) and kind in SPELLINGS:
+        return dict(read_part(part, where))
     raise FieldError(f"{where}.type", f"parts of type {spell_value(kind)} can't be read; send the text as input_text")
 
 
