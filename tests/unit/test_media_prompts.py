@@ -20,6 +20,7 @@ import soundfile
 from PIL import Image
 
 import gemcutter
+from gemcutter import media_reader
 from gemcutter.api import Model
 from gemcutter.errors import RequestError
 from gemcutter.media_parts import take_media
@@ -264,6 +265,38 @@ def test_a_sound_that_comes_again_is_not_encoded_again(model: Model, monkeypatch
     assert counts == [1, 2]
     model.prepare([*asked(PICTURE), *heard((tones(9000, seed=2), RATE))])
     assert counts == [1, 2, 1]
+
+
+def test_a_file_that_comes_again_is_not_decoded_again(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, decoded = encoded(model, monkeypatch), list[str]()
+    for name in ("cut_image", "cut_sound", "cut_video"):
+        original = getattr(media_reader, name)
+        monkeypatch.setattr(media_reader, name, lambda *given, name=name, cut=original: (decoded.append(name), cut(*given))[1])
+    film = filmed(rolling(3, 60, 90))
+    (tmp_path / "a.wav").write_bytes(saved(TUNE[0]))
+    parts: list[dict[str, object]] = [
+        {"type": "image", "image": png(PICTURE)},
+        {"type": "audio", "path": str(tmp_path / "a.wav")},
+        {"type": "video", "video": film},
+    ]
+    conversation: list[Any] = [{"role": "user", "content": parts}]
+    first = model.prepare(conversation, max_soft_tokens=SMALL).request
+    again = model.prepare(conversation, max_soft_tokens=SMALL).request
+    assert (first.prompt, first.media) == (again.prompt, again.media)
+    assert all(one.embeds_KD.equal(other.embeds_KD) for one, other in zip(first.media, again.media, strict=True))
+    assert decoded == ["cut_image", "cut_sound", "cut_video"]
+    assert counts == [4, 1]
+    model.prepare(asked(png(PICTURE)), max_soft_tokens=140)
+    assert decoded[3:] == ["cut_image"]
+    (tmp_path / "a.wav").write_bytes(saved(TUNE[0][::-1]))  # another sound under the same path
+    assert model.prepare(heard(tmp_path / "a.wav")).request.media[0].digest != first.media[1].digest
+
+
+def test_a_file_whose_rows_were_forgotten_is_decoded_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = encoded(model, monkeypatch, cache_bytes=0)
+    requests = [model.prepare(asked(png(PICTURE)), max_soft_tokens=SMALL).request for _ in range(2)]
+    assert requests[0].media == requests[1].media
+    assert counts == [1, 1]
 
 
 def test_rows_that_are_kept_have_a_limit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
