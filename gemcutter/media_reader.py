@@ -99,7 +99,8 @@ class MediaReader:
             self._frames = SoundShape(audio.plan.hidden if isinstance(audio.plan, UnifiedAudioPlan) else None)
         self._rows: OrderedDict[str, Tensor] = OrderedDict()  # by digest, the longest unused first
         self._files: OrderedDict[str, tuple[_Piece, ...]] = OrderedDict()  # by digest of the bytes, without contents
-        self._capacity, self._size, self._lock = cache_bytes, 0, threading.Lock()
+        self._capacity, self._size = cache_bytes, 0
+        self._lock, self._encoding = threading.Lock(), threading.Lock()  # of what is known; of the towers
         self.weight_bytes = sum(tower.nbytes for tower in (vision, audio) if tower is not None)
 
     @property
@@ -207,23 +208,33 @@ class MediaReader:
 
     def _encode(self, pieces: Sequence[_Piece]) -> Mapping[str, Tensor]:
         """Return the rows of pieces by digest; those that are not known are encoded together, each once."""
+        known = self._known(pieces)
+        if any(piece.digest not in known for piece in pieces):
+            with self._encoding:  # who needs nothing new does not wait
+                known = self._known(pieces)  # another thread may have made them meanwhile
+                new = {each.digest: each.content for each in pieces if each.digest not in known}
+                for kind, encode in self._encoders.items():
+                    alike = {digest: content for digest, content in new.items() if isinstance(content, kind)}
+                    known |= zip(alike, encode(list(alike.values())) if alike else (), strict=True)
+                with self._lock:
+                    for digest in new:
+                        self._keep(digest, known[digest])
+        with self._lock:
+            for piece in pieces:
+                self._keep(piece.digest, known[piece.digest])
+        return known
+
+    def _known(self, pieces: Sequence[_Piece]) -> dict[str, Tensor]:
+        """Return the rows of those pieces that are known."""
         with self._lock:
             known = {each.digest: each.rows_KD for each in pieces if each.rows_KD is not None}
-            known |= {each.digest: self._rows[each.digest] for each in pieces if each.digest in self._rows}
-            new = {each.digest: each.content for each in pieces if each.digest not in known}
-            for kind, encode in self._encoders.items():
-                alike = {digest: content for digest, content in new.items() if isinstance(content, kind)}
-                known |= zip(alike, encode(list(alike.values())) if alike else (), strict=True)
-            for each in pieces:
-                self._keep(each.digest, known[each.digest])
-            return known
+            return known | {each.digest: self._rows[each.digest] for each in pieces if each.digest in self._rows}
 
     def _keep(self, digest: str, rows_KD: Tensor) -> None:
         """Remember an item's rows as the latest, and forget the oldest beyond the capacity."""
         if digest not in self._rows:
-            rows_KD = rows_KD.clone()  # not a view of all items that were encoded with it
+            self._rows[digest] = rows_KD.clone()  # not a view of all items that were encoded with it
             self._size += rows_KD.nbytes
-        self._rows[digest] = rows_KD
         self._rows.move_to_end(digest)
         while self._size > self._capacity:
             self._size -= self._rows.popitem(last=False)[1].nbytes

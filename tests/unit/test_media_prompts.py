@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import gemcutter
 from gemcutter import media_reader
 from gemcutter.api import Model
 from gemcutter.errors import RequestError
+from gemcutter.media.image import ImagePatches
 from gemcutter.media_parts import take_media
 from gemcutter.media_reader import MediaReader
 from gemcutter.model.audio import AudioTower
@@ -292,6 +295,31 @@ def test_a_file_that_comes_again_is_not_decoded_again(model: Model, tmp_path: Pa
     assert model.prepare(heard(tmp_path / "a.wav")).request.media[0].digest != first.media[1].digest
 
 
+def test_what_is_known_does_not_wait_for_what_is_encoded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded(model, monkeypatch)
+    model.prepare(asked(PICTURE), max_soft_tokens=SMALL)
+    begun, may_end, encode = threading.Event(), threading.Event(), VisionTower.encode
+
+    def slow(self: VisionTower, items: list[Any]) -> Any:
+        begun.set()
+        assert may_end.wait(60)
+        return encode(self, items)
+
+    monkeypatch.setattr(VisionTower, "encode", slow)
+    vision = model.media._encoders[ImagePatches].__self__  # type: ignore[union-attr]
+    monkeypatch.setitem(model.media._encoders, ImagePatches, vision.encode)  # type: ignore[union-attr]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(model.prepare, asked(255 - PICTURE), max_soft_tokens=SMALL) for _ in range(2)]
+        try:
+            assert begun.wait(60)
+            known = model.prepare(asked(PICTURE), max_soft_tokens=SMALL)
+        finally:
+            may_end.set()
+        found = [each.result().request for each in waiting]
+    assert known.request.media[0].digest != found[0].media[0].digest
+    assert found[0].media[0].embeds_KD.equal(found[1].media[0].embeds_KD)
+
+
 def test_a_file_whose_rows_were_forgotten_is_decoded_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = encoded(model, monkeypatch, cache_bytes=0)
     requests = [model.prepare(asked(png(PICTURE)), max_soft_tokens=SMALL).request for _ in range(2)]
@@ -308,6 +336,9 @@ def test_rows_that_are_kept_have_a_limit(model: Model, monkeypatch: pytest.Monke
     assert counts == [1, 1, 1, 1]
     assert model.media is not None
     assert model.media._size == 2 * one
+    model.prepare([*asked(images[0]), *asked(images[1]), *asked(images[0])], max_soft_tokens=SMALL)
+    kept = model.media._rows.values()
+    assert {rows.untyped_storage().nbytes() for rows in kept} == {one}  # none holds on to what was encoded with it
 
 
 def test_the_next_turn_finds_what_was_computed_for_the_image(model: Model) -> None:
