@@ -336,7 +336,8 @@ def test_rows_that_are_kept_have_a_limit(model: Model, monkeypatch: pytest.Monke
     assert counts == [1, 1, 1, 1]
     assert model.media is not None
     assert model.media._size == 2 * one
-    model.prepare([*asked(images[0]), *asked(images[1]), *asked(images[0])], max_soft_tokens=SMALL)
+    fresh, other = np.roll(PICTURE, 21, axis=1), np.roll(PICTURE, 28, axis=1)
+    model.prepare([*asked(fresh), *asked(other), *asked(fresh)], max_soft_tokens=SMALL)
     kept = model.media._rows.values()
     assert {rows.untyped_storage().nbytes() for rows in kept} == {one}  # none holds on to what was encoded with it
 
