@@ -67,7 +67,7 @@ def missing_tower(model: Model, kind: str) -> str:
 
 
 def media_tokens(prepared: PreparedRequest) -> dict[str, int]:
-    """Return how many tokens of a prompt are rows of images, or frames, and of sounds, as usage names them; none where none are."""
+    """Return how many tokens of a prompt are rows of images, or frames, and of sounds, as usage names them."""
     counts = {"image_tokens": 0, "audio_tokens": 0}
     for span in prepared.request.media:
         counts["image_tokens" if span.is_block else "audio_tokens"] += span.rows
