@@ -83,6 +83,7 @@ class MediaReader:
             self._frames = SoundShape(audio.plan.hidden if isinstance(audio.plan, UnifiedAudioPlan) else None)
         self._rows: OrderedDict[str, Tensor] = OrderedDict()  # by digest, the longest unused first
         self._capacity, self._size, self._lock = cache_bytes, 0, threading.Lock()
+        self.queries = self.hits = 0  # items whose rows were asked for, and those that were known
         self.weight_bytes = sum(tower.nbytes for tower in (vision, audio) if tower is not None)
 
     @property
@@ -165,6 +166,8 @@ class MediaReader:
         """Return the rows of contents by digest; those that are not known are encoded together, each once."""
         with self._lock:
             known = {each.digest: self._rows[each.digest] for each in contents if each.digest in self._rows}
+            self.queries += len(contents)
+            self.hits += sum(each.digest in known for each in contents)
             new = {each.digest: each for each in contents if each.digest not in known}
             for kind, encode in self._encoders.items():
                 alike = {digest: each for digest, each in new.items() if isinstance(each, kind)}

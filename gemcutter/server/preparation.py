@@ -53,7 +53,9 @@ async def prepare(
         return await service.work_on_media(lambda: read(fetched))
 
     with service.admission.preparing():
-        return await unless_gone(request, find())
+        prepared = await unless_gone(request, find())
+    service.metrics.read_media(url.kind for url in urls)
+    return prepared
 
 
 def missing_tower(model: Model, kind: str) -> str:
