@@ -1,4 +1,4 @@
-"""From a sound of any length to a text: window by window, in order, each a request of its own.
+"""From a sound of any length to a text: each window a request of its own, a few of them at a time, their texts in order.
 
 Owns what is kept of an answer (of a translation, what stands behind its mark), how the texts of windows are joined, and what is
 told of them in the end. Refuses to know forms and HTTP. Read `wire/transcription.py` for what is asked, `media/long_sound.py` for
@@ -7,6 +7,7 @@ windows, `routes/audio.py` for who sends the text.
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,11 @@ from gemcutter.api import PreparedRequest
 from gemcutter.completion import Completion
 from gemcutter.media.decode_sound import RATE
 from gemcutter.media.long_sound import Window
-from gemcutter.server.bridge import Reply
 from gemcutter.server.chat_task import prepare_chat
 from gemcutter.server.service import Service
 from gemcutter.server.wire.transcription import SpeechInput
 
+AT_ONCE = 4  # windows of one sound that are heard side by side
 MOST_TOKENS = 1024  # of an answer to one window: four times what people say in 30 s
 
 
@@ -63,64 +64,74 @@ class Segment:
     window: Window
     text: str = ""
     completion: Completion | None = None
-
-
-@dataclass
-class Transcription:
-    """One sound on its way to a text; `segments` are the windows that are done."""
-
-    service: Service
-    asked: SpeechInput
-    windows: Sequence[Window]
-    adapter: str | None = None
-    segments: list[Segment] = field(default_factory=list)
     audio_tokens: int = 0
-    _reply: Reply | None = None
-    _first: PreparedRequest | None = None
+    pieces: asyncio.Queue[str | None] = field(default_factory=asyncio.Queue)  # of the text, None at its end
+
+
+class Transcription:
+    """One sound on its way to a text; iterate over `pieces` once."""
+
+    def __init__(self, service: Service, asked: SpeechInput, windows: Sequence[Window], adapter: str | None = None) -> None:
+        self.segments = [Segment(window) for window in windows]
+        self._service, self._asked, self._adapter = service, asked, adapter
+        self._first: PreparedRequest | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._slots = asyncio.Semaphore(AT_ONCE)
 
     async def prepare(self) -> None:
         """Encode the first window, so that what can't be served is told before anything is sent. Raises RequestError."""
-        if not self.windows[0].is_silent:
-            self._first = await self._prepared(self.windows[0])
+        if not self.segments[0].window.is_silent:
+            self._first = await self._prepared(self.segments[0].window)
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Yield the text as it comes. Raises what requests raise."""
-        for window in self.windows:
-            segment = Segment(window)
-            if not window.is_silent:
-                async for piece in self._hear(segment):
-                    yield piece
-            self.segments.append(segment)
-
-    async def _hear(self, segment: Segment) -> AsyncIterator[str]:
-        first, self._first = self._first, None
-        prepared = first or await self._prepared(segment.window)
-        self.audio_tokens += sum(span.rows for span in prepared.request.media)
-        heard, is_later = Heard(self.asked.mark), any(each.text for each in self.segments)
-        (self._reply,) = self.service.open([prepared])
+        """Yield the text as it comes, that of a window after that of the one before. Raises what requests raise."""
+        self._tasks = [asyncio.create_task(self._hear(segment)) for segment in self.segments]
+        is_begun = False
         try:
-            async for reading in self._reply:
-                for chunk in reading.chunks:
-                    if piece := heard.push(chunk.text if chunk.kind == "content" else ""):
-                        yield f" {piece}" if is_later else piece
-                        is_later = False
-            if piece := heard.finish():
-                yield f" {piece}" if is_later else piece
-            segment.text, segment.completion = heard.text, self._reply.completion
+            for segment, task in zip(self.segments, self._tasks, strict=True):
+                is_first = True
+                while (piece := await segment.pieces.get()) is not None:
+                    yield f" {piece}" if is_first and is_begun else piece
+                    is_first, is_begun = False, True
+                await task
         finally:
             self.close()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _hear(self, segment: Segment) -> None:
+        """Write down one window, when it is its turn."""
+        try:
+            async with self._slots:
+                if not segment.window.is_silent:
+                    first, self._first = self._first, None
+                    await self._write(segment, first or await self._prepared(segment.window))
+        finally:
+            segment.pieces.put_nowait(None)
+
+    async def _write(self, segment: Segment, prepared: PreparedRequest) -> None:
+        heard, (reply,) = Heard(self._asked.mark), self._service.open([prepared])
+        segment.audio_tokens = sum(span.rows for span in prepared.request.media)
+        try:
+            async for reading in reply:
+                for chunk in reading.chunks:
+                    if piece := heard.push(chunk.text if chunk.kind == "content" else ""):
+                        segment.pieces.put_nowait(piece)
+            if piece := heard.finish():
+                segment.pieces.put_nowait(piece)
+            segment.text, segment.completion = heard.text, reply.completion
+        finally:
+            self._service.close([reply])
 
     async def _prepared(self, window: Window) -> PreparedRequest:
-        model, options = self.service.model, self.service.options
-        chat = self.asked.to_chat((window.samples, RATE))
-        found = await self.service.work_on_media(lambda: prepare_chat(model, chat, options, adapter=self.adapter))
+        model, options = self._service.model, self._service.options
+        chat = self._asked.to_chat((window.samples, RATE))
+        found = await self._service.work_on_media(lambda: prepare_chat(model, chat, options, adapter=self._adapter))
         return replace(found, request=replace(found.request, max_tokens=min(found.request.max_tokens, MOST_TOKENS)))
 
     def close(self) -> None:
-        """End the request that runs, if one does."""
-        if self._reply is not None:
-            self.service.close([self._reply])
-            self._reply = None
+        """End the requests that run."""
+        for task in self._tasks:
+            task.cancel()
 
     @property
     def text(self) -> str:
@@ -131,7 +142,8 @@ class Transcription:
         """Return the tokens of all windows as OpenAI's API counts them."""
         done = [segment.completion for segment in self.segments if segment.completion is not None]
         given, written = sum(len(each.prompt_tokens) for each in done), sum(len(each.tokens) for each in done)
-        details = {"text_tokens": given - self.audio_tokens, "audio_tokens": self.audio_tokens}
+        audio = sum(segment.audio_tokens for segment in self.segments if segment.completion is not None)
+        details = {"text_tokens": given - audio, "audio_tokens": audio}
         return {
             "type": "tokens",
             "input_tokens": given,
@@ -142,10 +154,10 @@ class Transcription:
 
     def verbose(self) -> dict[str, Any]:
         """Return text and segments; whatever can't be known of them is left out."""
-        task = "transcribe" if self.asked.target is None else "translate"
-        language = (self.asked.target or self.asked.language or "unknown").lower()
-        segments = [_segment(index, each, self.asked) for index, each in enumerate(self.segments) if each.completion is not None]
-        duration = self.windows[-1].stop_s
+        task = "transcribe" if self._asked.target is None else "translate"
+        language = (self._asked.target or self._asked.language or "unknown").lower()
+        segments = [_segment(index, each, self._asked) for index, each in enumerate(self.segments) if each.completion is not None]
+        duration = self.segments[-1].window.stop_s
         told = {"task": task, "language": language, "duration": round(duration, 3), "text": self.text, "segments": segments}
         return {**told, "usage": self.usage()}
 

@@ -16,8 +16,10 @@ import pytest
 
 import gemcutter
 from gemcutter.api import Model
+from gemcutter.errors import RequestError
 from gemcutter.media.decode_sound import RATE
 from gemcutter.media.long_sound import read_windows
+from gemcutter.server import transcription_task
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.transcription_task import MOST_TOKENS, Heard
 from gemcutter.server.wire.fields import FieldError
@@ -166,6 +168,27 @@ def test_a_stream_says_the_same(hears: Running, client: openai.OpenAI) -> None:
     assert hears.service.admission.requests == 0
 
 
+def test_an_error_in_the_middle_ends_it_all(hears: Running, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare, calls = transcription_task.prepare_chat, list[int]()
+
+    def failing(*given: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RequestError("the second window is too much")
+        return prepare(*given, **more)
+
+    monkeypatch.setattr(transcription_task, "prepare_chat", failing)
+    files = {"file": ("a.wav", saved(tones(RATE * 95)))}
+    fields = {"model": "demo", "stream": "true"}
+    found = httpx.post(f"{hears.url}/v1/audio/transcriptions", data=fields, files=files, timeout=60).text.split("\n\n")
+    assert "the second window is too much" in found[-3]
+    assert found[-2] == "data: [DONE]"
+    calls.clear()
+    answer = httpx.post(f"{hears.url}/v1/audio/transcriptions", data={"model": "demo"}, files=files, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the second window is too much")
+    until(lambda: hears.service.admission.requests == 0 and model.engine.stats().running == 0)
+
+
 def test_a_client_that_leaves_ends_its_transcription(hears: Running, model: Model) -> None:
     fields = {"model": "demo", "stream": "true"}
     files = {"file": ("a.wav", saved(tones(RATE * 95)))}
@@ -175,10 +198,14 @@ def test_a_client_that_leaves_ends_its_transcription(hears: Running, model: Mode
     until(lambda: hears.service.admission.requests == 0 and model.engine.stats().running == 0)
 
 
-def test_a_translation_is_what_stands_behind_its_mark(client: openai.OpenAI, model: Model) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's own
+def test_a_translation_is_what_stands_behind_its_mark(
+    client: openai.OpenAI, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transcription_task, "MOST_TOKENS", 64)
     asked = read_form("demo", target="English")
     assert "the string 'English: '" in asked.words()
-    (said,) = heard(model, asked.words(), TUNE)
+    (said,) = heard(model, asked.words(), TUNE, most=64)
     found = client.audio.translations.create(model="demo", file=("tune.wav", TUNE), temperature=0)
     assert found.text == said.partition("English: ")[2] or ("English: " not in said and found.text == said)
 

@@ -110,11 +110,8 @@ def router(service: Service) -> APIRouter:
 
 async def whole(task: Transcription) -> None:
     """Run a transcription to its end."""
-    try:
-        async for _ in task.pieces():
-            pass
-    finally:
-        task.close()
+    async for _ in task.pieces():
+        pass
 
 
 async def stream(task: Transcription) -> AsyncIterator[bytes]:
