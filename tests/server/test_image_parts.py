@@ -375,3 +375,12 @@ def test_metrics_count_images_and_those_that_were_known(sees: Running) -> None:
     ask(sees, user(image_url(new), text()))
     assert [now - then for now, then in zip(counts(), before, strict=True)] == [3, 1, 3]
     assert 'vllm:mm_items_total{engine="0",modality="image",model_name="demo"}' in sees.get("/metrics").text
+
+
+def test_base64_may_be_wrapped_in_lines_and_quoted(sees: Running) -> None:
+    wanted = sees.post("/tokenize", {"messages": [user(image_url())]}).json()
+    data = data_url().partition(",")[2]
+    lines = "\r\n".join(data[at : at + 76] for at in range(0, len(data), 76))
+    for spelled in (lines, data.replace("+", "%2B").replace("=", "%3D"), f" {data}\n"):
+        part = {"type": "image_url", "image_url": {"url": f"DATA:image/png;charset=utf-8;BASE64,{spelled}"}}
+        assert sees.post("/tokenize", {"messages": [user(part)]}).json() == wanted
