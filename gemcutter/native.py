@@ -18,7 +18,7 @@ from gemcutter.errors import KernelError
 FILE = "_cpu.so"
 VERSION = 4  # of the interface, gc_version()
 OFF = ("off", "0", "no", "false")  # what GEMCUTTER_NATIVE may say to do without the library
-LEVELS = ("portable", "avx2", "avx512", "amx")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 class Matrix(ctypes.Structure):
@@ -143,6 +143,27 @@ class DrafterView(ctypes.Structure):
         *((name, c_int64) for name in ("num_layers", "hidden", "target_hidden", "top_k")),
         *((name, c_float) for name in ("embed_scale", "eps", "softcap")),
         ("activations", c_int32),
+    )
+
+
+class ClipView(ctypes.Structure):
+    """`gc_clip`: how far the values that go into a product and come out of it reach."""
+
+    _fields_ = tuple((name, c_float) for name in ("input_min", "input_max", "output_min", "output_max"))
+
+
+class VisionLayerView(ctypes.Structure):
+    """`gc_vision_layer`: one layer of a vision encoder."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("q", "k", "v", "out", "gate", "up", "down")),
+        *((f"{name}_clip", ClipView) for name in ("q", "k", "v", "out", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("attn_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")),
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "mlp_width")),
+        ("eps", c_float),
+        ("is_clipped", c_int32),
+        ("activations", c_int32),
+        ("reserved", c_int32),
     )
 
 

@@ -120,3 +120,20 @@ typedef struct {
     float embed_scale, eps, softcap;
     int32_t activations;
 } gc_drafter;
+
+// How far the values that go into a product and come out of it reach; both infinite where nothing is clipped.
+typedef struct {
+    float input_min, input_max, output_min, output_max;
+} gc_clip;
+
+// One layer of a vision encoder: attention of each image to itself, then the MLP, each between norms and beside the residual.
+typedef struct {
+    gc_matrix q, k, v, out, gate, up, down;
+    gc_clip q_clip, k_clip, v_clip, out_clip, gate_clip, up_clip, down_clip;
+    const float *attn_norm, *q_norm, *k_norm, *attn_post_norm, *mlp_norm, *mlp_post_norm;
+    int64_t hidden, heads, kv_heads, head_dim, mlp_width;
+    float eps;
+    int32_t is_clipped;
+    int32_t activations;  // enum gc_activations
+    int32_t reserved;
+} gc_vision_layer;

@@ -52,6 +52,8 @@ struct VectorOps {
     void (*add_scaled)(const float *x, float factor, int64_t n, float *out);
     // out = x * factor
     void (*scale)(const float *x, float factor, int64_t n, float *out);
+    // out = x, no less than low and no more than high. out may be x.
+    void (*clamp)(const float *x, float low, float high, int64_t n, float *out);
     // The largest of n > 0 numbers, and the sum of exp(x - largest): the softmax of the largest is 1 / sum.
     void (*softmax_top)(const float *x, int64_t n, float *largest, float *sum);
 };
@@ -110,7 +112,7 @@ struct AttentionKernels {
 };
 
 struct Kernels {
-    const char *name;  // "portable", "avx2", "avx512", "amx"
+    const char *name;  // "portable", "avx2", "avx512", "avx512_bf16", "amx"
     const VectorOps *vector_ops;
     const MatmulKernels *packed, *dense;
     const AttentionKernels *attention;
@@ -125,7 +127,7 @@ GC_DECLARE(portable)
 #if defined(__x86_64__)
 GC_DECLARE(avx2)
 GC_DECLARE(avx512)
-extern const MatmulKernels packed_amx, dense_amx;
+extern const MatmulKernels dense_avx512_bf16, packed_amx, dense_amx;
 #endif
 
 const Kernels &kernels();  // of the level in use

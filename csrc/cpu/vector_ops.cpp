@@ -235,6 +235,13 @@ void scale_by(const float *x, float factor, int64_t n, float *out) {
     for (; i < n; ++i) out[i] = x[i] * factor;
 }
 
+void clamp(const float *x, float low, float high, int64_t n, float *out) {
+    V least = set1(low), most = set1(high);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, vmin(most, vmax(least, load(x + i))));  // NaN stays
+    for (; i < n; ++i) out[i] = x[i] < low ? low : x[i] > high ? high : x[i];
+}
+
 void softmax_top(const float *x, int64_t n, float *largest, float *sum_of) {
     V most = set1(x[0]);
     int64_t i = 0;
@@ -251,7 +258,7 @@ void softmax_top(const float *x, int64_t n, float *largest, float *sum_of) {
 
 }  // namespace
 
-extern const VectorOps GC_NAME(vector_ops) = {rms_norm,  add_norm, gelu_mul,   rope,       softcap,  to_bf16,
-                                              from_bf16, quantize, sum_halves, add_scaled, scale_by, softmax_top};
+extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm,   gelu_mul,   rope,     softcap, to_bf16,    from_bf16,
+                                              quantize, sum_halves, add_scaled, scale_by, clamp,   softmax_top};
 
 }  // namespace gemcutter

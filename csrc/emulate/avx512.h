@@ -185,6 +185,20 @@ INTRINSIC __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {  // u
         return s.at[i] + (uint32_t)dot;
     });
 }
+INTRINSIC __m512 _mm512_dpbf16_ps(__m512 sum, __m512i a, __m512i b) {  // the odd pair first; operands as plain words
+    auto wide = [](uint16_t half) {
+        uint32_t bits = (uint32_t)half << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
+    };
+    Lanes<float, __m512> s(sum);
+    Lanes<uint16_t, __m512i> x(a), y(b);
+    return make<float, __m512>([&](int i) {
+        float odd = s.at[i] + wide(x.at[2 * i + 1]) * wide(y.at[2 * i + 1]);
+        return odd + wide(x.at[2 * i]) * wide(y.at[2 * i]);
+    });
+}
 
 }  // namespace
 }  // namespace gemcutter

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch import Tensor
 from gemcutter.errors import NumericError
 from gemcutter.model.text import bind_linear
 from gemcutter.ops import KernelSite
-from gemcutter.ops.registry import select_backend
+from gemcutter.ops.registry import select_backend, select_kernel
 from gemcutter.ops.types import Linear, Param, matrix, vector
+from gemcutter.quant import Weight
 from gemcutter.quant.packed import dtype_name
 
 Module = Callable[[Tensor], Tensor]
@@ -27,19 +28,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TowerContext:
-    """What a tower's modules are built from: the product, the dtype of rows, and the device."""
+    """What a tower's modules are built from: the product, the dtype of rows and that of the computation, device and kernels."""
 
     linear: Linear
     dtype: torch.dtype
     device: torch.device
+    site: KernelSite
+    compute: str
 
 
 def open_context(params: Params, dtype: torch.dtype, device: torch.device | str, kernels: str) -> TowerContext:
     """Return the context of a tower over these parameters; `dtype` and `kernels` are the decoder's."""
     place, compute = torch.device(device), dtype_name(dtype)
     rows = select_backend(place.type, kernels).row_dtype(compute)
-    linear = bind_linear(params.values(), KernelSite("linear", None, place.type, rows, compute, kernels))
-    return TowerContext(linear, getattr(torch, rows), place)
+    site = KernelSite("linear", None, place.type, rows, compute, kernels)
+    return TowerContext(bind_linear(params.values(), site), getattr(torch, rows), place, site, compute)
+
+
+def select_whole(op: str, params: Params, ctx: TowerContext) -> tuple[Callable[..., Any], str]:
+    """Return what builds an op of a tower's layer at once from its parameters, if it can, and how its products take rows."""
+    kinds = {Weight((part,)).stored for each in params.values() if isinstance(each, Weight) for part in each.parts}
+    impl = select_kernel(replace(ctx.site, op=op, stored="+".join(sorted(kinds)))).impl
+    is_narrow = ctx.compute == "bfloat16" and kinds == {"bfloat16"}
+    return impl.load(), "bf16" if is_narrow else select_backend(ctx.device.type, ctx.site.kernels).activations(ctx.compute, None)
 
 
 @contextmanager

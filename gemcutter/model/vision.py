@@ -19,14 +19,24 @@ from torch import Tensor
 
 from gemcutter.errors import RequestError
 from gemcutter.model.rope import Rope
-from gemcutter.model.tower import Params, TowerContext, build_linear, check_finite, on_device, open_context, passes, within
+from gemcutter.model.tower import (
+    Params,
+    TowerContext,
+    build_linear,
+    check_finite,
+    on_device,
+    open_context,
+    passes,
+    select_whole,
+    within,
+)
 from gemcutter.ops.reference import rms_norm, rope
 from gemcutter.ops.step import Rotation
-from gemcutter.ops.types import matrix, vector
+from gemcutter.ops.types import VisionLayer, matrix, vector
 from gemcutter.plan import RopeSpec
 from gemcutter.tower_plan import UnifiedVisionPlan, VisionPlan
 
-PASS_PATCHES = 20_000  # that pass the layers together: about two images of the largest budget
+PASS_PATCHES = 12_000  # that pass the layers together: one image of the largest budget, or four of the usual one
 
 
 class Patches(Protocol):
@@ -133,16 +143,21 @@ def _build_encoder(plan: VisionPlan, params: Params, ctx: TowerContext) -> Calla
     return encode
 
 
-def _build_layer(
-    plan: VisionPlan, params: Params, ctx: TowerContext
-) -> Callable[[Tensor, tuple[Rotation, Rotation], list[tuple[int, int]]], Tensor]:
+def _build_layer(plan: VisionPlan, params: Params, ctx: TowerContext) -> VisionLayer:
     """Build one layer: attention of each image to itself, then the MLP, each between norms and beside the residual."""
+    build, activations = select_whole("vision_layer", params, ctx)
+    whole: VisionLayer | None = build(plan, params, activations)
+    return _build_plain_layer(plan, params, ctx) if whole is None else whole
+
+
+def _build_plain_layer(plan: VisionPlan, params: Params, ctx: TowerContext) -> VisionLayer:
+    """Build one layer op by op, as kernels that make it at once are defined."""
     norms = {name: vector(params, f"{name}norm") for name in ("attn.", "attn.q_", "attn.k_", "attn.post_", "mlp.", "mlp.post_")}
     q, k, v = (build_linear(params, "attn.in", ctx, part) for part in ("q", "k", "v"))
     gate, up = (build_linear(params, "mlp.in", ctx, part) for part in ("gate", "up"))
     attn_out, mlp_out, eps = build_linear(params, "attn.out", ctx), build_linear(params, "mlp.out", ctx), plan.eps
 
-    def layer(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: list[tuple[int, int]]) -> Tensor:
+    def layer(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: Sequence[tuple[int, int]]) -> Tensor:
         normed = rms_norm(x_PD, norms["attn."], eps)
         q_PHE = q(normed).view(-1, plan.heads, plan.head_dim)
         k_PHE, v_PHE = (module(normed).view(-1, plan.kv_heads, plan.head_dim) for module in (k, v))
@@ -162,7 +177,7 @@ def _rotate(x_PHE: Tensor, rotations: tuple[Rotation, Rotation]) -> Tensor:
     return torch.cat([rope(half, *rotation) for half, rotation in zip(x_PHE.chunk(2, dim=-1), rotations, strict=True)], dim=-1)
 
 
-def _attend(q_PHE: Tensor, k_PHE: Tensor, v_PHE: Tensor, edges: list[tuple[int, int]]) -> Tensor:
+def _attend(q_PHE: Tensor, k_PHE: Tensor, v_PHE: Tensor, edges: Sequence[tuple[int, int]]) -> Tensor:
     """Let every patch see all patches of its image, at scale 1: [P, H * E]."""
     group = q_PHE.shape[1] // k_PHE.shape[1]
     k_PHE, v_PHE = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_PHE, v_PHE))

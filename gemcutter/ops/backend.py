@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gemcutter.errors import KernelError
-from gemcutter.ops import DRAFTER_OPS, OPS, KernelSite
+from gemcutter.ops import DRAFTER_OPS, OPS, TOWER_OPS, KernelSite
 from gemcutter.ops.devices import cpu_features
 
 if TYPE_CHECKING:  # what follows imports torch
@@ -171,7 +171,7 @@ def _chunked_linear(site: KernelSite) -> str | None:
 
 def _reference(site: KernelSite) -> str | None:
     """Accept all, but where Triton was asked for: only what may have to be computed op by op."""
-    return ASKED if site.kernels == "triton" and site.op not in ("layer", "draft") else None
+    return ASKED if site.kernels == "triton" and site.op not in ("layer", "draft", "vision_layer") else None
 
 
 TORCH = PlainBackend(
@@ -187,7 +187,7 @@ REFERENCE = PlainBackend(
     "reference",
     tuple(
         KernelImpl(op, "reference", f"reference:{'linear' if op == 'linear' else f'build_{op}'}", _reference)
-        for op in (*OPS, *DRAFTER_OPS)
+        for op in (*OPS, *DRAFTER_OPS, *TOWER_OPS)
     ),
     {"triton": ASKED},
 )

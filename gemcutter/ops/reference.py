@@ -22,6 +22,7 @@ from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, KVRange, Step,
 from gemcutter.ops.types import Attention, OpContext, Param, closing_scale, matrix, rounded_root, vector
 from gemcutter.plan import LayerPlan, ModelPlan
 from gemcutter.quant import Weight, dequantize
+from gemcutter.tower_plan import VisionPlan
 
 ROW_TILE = 16  # rows of one matrix product; fixed, so that a row never meets another kernel
 KEY_BLOCK = 256  # keys of one softmax update, aligned to absolute positions
@@ -293,6 +294,10 @@ def build_layer(
 
 def build_draft(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext, embed: Weight, scale: float) -> None:
     """Return nothing: a drafter is computed op by op, as `model/drafter.py` spells it."""
+
+
+def build_vision_layer(plan: VisionPlan, params: Mapping[str, Param], activations: str) -> None:
+    """Return nothing: a layer of a vision tower is computed op by op, as `model/vision.py` spells it."""
 
 
 def build_final_norm(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[[Tensor], Tensor]:

@@ -20,7 +20,7 @@ from gemcutter import native
 
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = sorted(path.name for path in Path(__file__).parent.glob("test_native_*.py"))
-EMULATED = ("avx512", "amx")
+EMULATED = ("avx512", "avx512_bf16", "amx")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemcutter import native
 from gemcutter.model.rope import Rope
-from gemcutter.ops import DRAFTER_OPS, LAYER_OPS, OPS, reference
+from gemcutter.ops import DRAFTER_OPS, LAYER_OPS, OPS, TOWER_OPS, reference
 from gemcutter.ops.backend import KernelImpl
 from gemcutter.ops.registry import CPU, IMPLEMENTATIONS
 from gemcutter.ops.step import KVRange, Step, prepare
@@ -541,5 +541,5 @@ def test_lm_head(impl: KernelImpl, tied: bool, softcap: float | None) -> None:
 
 def test_every_op_is_tested_here() -> None:
     tests = {name.removeprefix("test_") for name, value in globals().items() if callable(value)}
-    assert {impl.op for impl in IMPLEMENTATIONS} == {*OPS, *DRAFTER_OPS}  # the latter in tests/parity/test_drafter.py
+    assert {impl.op for impl in IMPLEMENTATIONS} == {*OPS, *DRAFTER_OPS, *TOWER_OPS}  # tested in tests/parity
     assert {*OPS} <= tests

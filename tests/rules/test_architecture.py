@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "gc_pause": set(),
     "quant_names": set(),
     "quant": {"native", "quant_names"},
-    "ops": {"plan", "quant", "native"},
+    "ops": {"plan", "tower_plan", "quant", "native"},
     "load_options": {"ops", "quant_names", "engine"},
     "loading": {"media", "load_options", "plan", "tower_plan", "checkpoint", "engine", "model", "ops", "quant"},
     "model": {"plan", "tower_plan", "quant", "ops"},

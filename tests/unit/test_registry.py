@@ -18,7 +18,7 @@ from gemcutter import config as configs
 from gemcutter import native
 from gemcutter.checkpoint.write.synth import SIZES, spell_config
 from gemcutter.errors import KernelError
-from gemcutter.ops import DRAFTER_OPS, OPS, KernelSite, backend, devices, registry
+from gemcutter.ops import DRAFTER_OPS, OPS, TOWER_OPS, KernelSite, backend, devices, registry
 from gemcutter.ops.backend import KernelImpl
 from gemcutter.ops.registry import CPU, IMPLEMENTATIONS, TRITON, Selection, explain, select_backend, select_kernel
 from gemcutter.ops.triton import backend as triton_backend
@@ -301,7 +301,7 @@ def test_every_op_has_a_reference_that_comes_last_and_refuses_nothing(op: str, d
 def test_every_provider_can_be_loaded(impl: KernelImpl) -> None:
     if impl.name == "triton":
         pytest.importorskip("triton")
-    assert impl.op in (*OPS, *DRAFTER_OPS)
+    assert impl.op in (*OPS, *DRAFTER_OPS, *TOWER_OPS)
     assert callable(impl.load())
 
 

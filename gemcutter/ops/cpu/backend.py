@@ -46,6 +46,7 @@ class CpuBackend:
                 for op in (*LAYER_OPS, "layer")
             ),
             KernelImpl("draft", "native", "cpu.draft_ops:build_draft", self._accepts_op),
+            KernelImpl("vision_layer", "native", "cpu.vision_ops:build_vision_layer", self._accepts_op),
         )
 
     def refusal(self, device: str, kernels: str) -> str | None:

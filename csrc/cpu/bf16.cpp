@@ -1,0 +1,106 @@
+// GEMM on processors with AVX512_BF16: bfloat16 matrices times many bfloat16 rows, sums in float32.
+//
+// Owns the order of a panel's values: 16 matrix rows side by side, two neighbouring columns in each lane, as one instruction
+// multiplies them. Rows are rounded to bfloat16 as AMX has them; few rows, float32 rows and other matrices go to the AVX-512
+// kernels. Refuses to know threads. Read `matmul_f32.h` for how panels are transposed, `parallel_gemm.cpp` for the caller.
+#include "matmul_f32.h"
+
+#include "kernels.h"
+
+namespace gemcutter {
+namespace {
+
+// Up to 16 rows a row's result must not depend on the rows beside it: AVX-512 computes those.
+constexpr int64_t LEAST_ROWS = 17;
+constexpr int64_t PAIR_CHUNK = 256;  // pairs of columns of one transposed chunk: 16 KB, half of an L1 cache
+constexpr int64_t SPARE_ROWS = 64;   // activation rows at a time of a panel that lacks rows
+constexpr int BF16_ROWS = 14;        // accumulators fill the registers but for the panel's
+
+inline V dot_pairs(V sum, __m512i a, __m512i b) {
+#if defined(GC_EMULATE)
+    return _mm512_dpbf16_ps(sum, a, b);
+#else
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#endif
+}
+
+template <int R>
+inline void pair_tile(const uint32_t *a, int64_t lda, const float *panel, int64_t pairs, float *out, int64_t ldo, bool add) {
+    V acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = add ? load(out + r * ldo) : set1(0.0f);
+    const uint32_t *row[(R + 2) / 3];  // every third row, so that pointers and strides fit in the registers
+    for (int r = 0; r < R; r += 3) row[r / 3] = a + r * lda;
+    for (int64_t i = 0; i < pairs; ++i) {
+        __m512i b = _mm512_loadu_si512(panel + i * PANEL);
+        for (int r = 0; r < R; ++r) acc[r] = dot_pairs(acc[r], b, _mm512_set1_epi32((int)row[r / 3][r % 3 * lda]));
+        for (int r = 0; r < R; r += 3) ++row[r / 3];
+    }
+    for (int r = 0; r < R; ++r) store(out + r * ldo, acc[r]);
+}
+
+template <int R>
+inline void pair_rest(int64_t rows, const uint32_t *a, int64_t lda, const float *panel, int64_t pairs, float *out, int64_t ldo,
+                      bool add) {
+    if (rows == R) return pair_tile<R>(a, lda, panel, pairs, out, ldo, add);
+    if constexpr (R > 1) pair_rest<R - 1>(rows, a, lda, panel, pairs, out, ldo, add);
+}
+
+// out[m * ldo + r] = (add ? itself : 0) + the products of `count` rows with the 16 matrix rows of a panel.
+inline void pair_panel(const uint32_t *a, int64_t lda, int64_t count, const float *panel, int64_t pairs, float *out, int64_t ldo,
+                       bool add) {
+    for (; count >= BF16_ROWS; count -= BF16_ROWS, a += BF16_ROWS * lda, out += BF16_ROWS * ldo)
+        pair_tile<BF16_ROWS>(a, lda, panel, pairs, out, ldo, add);
+    pair_rest<BF16_ROWS - 1>(count, a, lda, panel, pairs, out, ldo, add);
+}
+
+void gemm(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t begin, int64_t count, float *out, int64_t ld,
+          float *transposed) {
+    const float *starts[PANEL], *some[PANEL];  // pairs of columns as one element
+    for (int64_t r = 0; r < PANEL; ++r) {
+        int64_t row = panel * PANEL + r < m.rows ? panel * PANEL + r : m.rows - 1;
+        starts[r] = reinterpret_cast<const float *>(static_cast<const char *>(m.data) + row * m.stride);
+    }
+    const uint32_t *a = reinterpret_cast<const uint32_t *>(rows.bf16 + begin * rows.columns);
+    int64_t pairs = m.columns / 2;
+    for (int64_t i = 0; i < pairs; i += PAIR_CHUNK) {
+        int64_t some_pairs = pairs - i < PAIR_CHUNK ? pairs - i : PAIR_CHUNK;
+        for (int r = 0; r < PANEL; ++r) some[r] = starts[r] + i;
+        pack_panel<F32>(some, some_pairs, transposed);
+        pair_panel(a + i, pairs, count, transposed, some_pairs, out, ld, i > 0);
+    }
+}
+
+bool fits(const gc_matrix &m, int64_t rows, int activations) {
+    return rows >= LEAST_ROWS && activations != GC_FLOAT_ROWS && m.columns % 2 == 0 && m.stride % 4 == 0 && m.codes == GC_BF16;
+}
+
+int formats(const gc_matrix *m, int64_t rows, int activations) {
+    return fits(*m, rows, activations) ? FORMAT_BF16 : dense_avx512.formats(m, rows, activations);
+}
+
+void gemm_panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
+                void *scratch, const void *next) {
+    if (!fits(*m, rows->count, rows->activations))
+        return dense_avx512.gemm_panel(m, panel, rows, first, last, out, ld, scratch, next);
+    float *transposed = static_cast<float *>(scratch), *spare = transposed + PAIR_CHUNK * PANEL;
+    int64_t left = m->rows - panel * PANEL;
+    if (left >= PANEL) return gemm(*m, panel, *rows, first, last - first, out, ld, transposed);
+    for (; first < last; first += SPARE_ROWS, out += SPARE_ROWS * ld) {
+        int64_t count = last - first < SPARE_ROWS ? last - first : SPARE_ROWS;
+        gemm(*m, panel, *rows, first, count, spare, PANEL, transposed);
+        for (int64_t i = 0; i < count; ++i) memcpy(out + i * ld, spare + i * PANEL, sizeof(float) * (size_t)left);
+    }
+}
+
+size_t scratch_bytes(const gc_matrix *m) {
+    size_t own = sizeof(float) * (PAIR_CHUNK + SPARE_ROWS) * PANEL, other = dense_avx512.scratch_bytes(m);
+    return own > other ? own : other;
+}
+
+void gather(const gc_matrix *m, int64_t row, float *out) { dense_avx512.gather(m, row, out); }
+
+}  // namespace
+
+extern const MatmulKernels dense_avx512_bf16 = {formats, gemm_panel, scratch_bytes, gather, 2 * CHUNK_ELEMENTS, CHUNK_ROWS};
+
+}  // namespace gemcutter
