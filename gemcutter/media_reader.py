@@ -100,6 +100,7 @@ class MediaReader:
         self._rows: OrderedDict[str, Tensor] = OrderedDict()  # by digest, the longest unused first
         self._files: OrderedDict[str, tuple[_Piece, ...]] = OrderedDict()  # by digest of the bytes, without contents
         self._capacity, self._size = cache_bytes, 0
+        self.queries = self.hits = 0  # pieces whose rows were asked for, and those that were known
         self._lock, self._encoding = threading.Lock(), threading.Lock()  # of what is known; of the towers
         self.weight_bytes = sum(tower.nbytes for tower in (vision, audio) if tower is not None)
 
@@ -209,6 +210,9 @@ class MediaReader:
     def _encode(self, pieces: Sequence[_Piece]) -> Mapping[str, Tensor]:
         """Return the rows of pieces by digest; those that are not known are encoded together, each once."""
         known = self._known(pieces)
+        with self._lock:
+            self.queries += len(pieces)
+            self.hits += sum(piece.digest in known for piece in pieces)
         if any(piece.digest not in known for piece in pieces):
             with self._encoding:  # who needs nothing new does not wait
                 known = self._known(pieces)  # another thread may have made them meanwhile

@@ -114,6 +114,9 @@ def serve(
         typer.Option(metavar="image=N,...", help=f"Most of each kind in a request; 0: none.  [default: {MOST_SPELLED}]"),
     ] = None,
     max_soft_tokens: options.Soft = None,
+    max_speech: Annotated[
+        float, typer.Option(metavar="S", min=1, help="Longest sound that is transcribed.")
+    ] = DEFAULTS.max_speech_s,
     allowed_media_domains: Annotated[
         list[str] | None,
         typer.Option(
@@ -161,6 +164,7 @@ def serve(
         store_bytes=responses_store_mb * MIB,
         max_body_bytes=max_body_mb * MIB,
         max_soft_tokens=max_soft_tokens,
+        max_speech_s=max_speech,
         allowed_media_domains=_read_hosts(allowed_media_domains),
         allowed_local_media_path=allowed_local_media_path,
         media_timeout_s=media_timeout,
@@ -185,6 +189,7 @@ def serve(
 def _find_app() -> Any:
     """Return what makes the application. Raises RequestError, with the remedy, where its packages are absent."""
     try:
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
 
         from gemcutter.server.app import create_app

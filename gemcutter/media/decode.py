@@ -50,6 +50,8 @@ def read_pixels(source: ImageSource, name: str = "image") -> np.ndarray:
         found = Image.open(io.BytesIO(data), formats=[each for each in FORMATS if each in Image.OPEN])
     except UnidentifiedImageError:
         raise RequestError(f"{name}: no image that can be read; give PNG, JPEG, WebP, GIF, BMP or TIFF") from None
+    except Image.DecompressionBombError:  # Pillow has a limit of its own, before a size is known here
+        raise RequestError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # the file is a stranger's, and decoders raise whatever they meet
         raise _damaged(name, error) from error
     with found:

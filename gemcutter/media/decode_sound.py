@@ -7,6 +7,8 @@ soundfile decodes and soxr resamples; both are imported when the first sound com
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,13 +72,30 @@ def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
 
 def _of_file(source: object, name: str) -> tuple[np.ndarray, int]:
     """Return a file's samples [T], the mean of its channels, and its rate."""
+    with opened(source, name) as file:
+        most, found, count = _most_samples(file.samplerate), list[np.ndarray](), 0
+        for block in blocks(file, name):
+            count += len(block)
+            if count > most:
+                raise _too_long(name)
+            found.append(block)
+        return np.concatenate(found) if found else np.empty(0, np.float32), file.samplerate
+
+
+@contextmanager
+def opened(source: object, name: str) -> Iterator[SoundFile]:
+    """Open a sound for `blocks`. Raises RequestError, which begins with `name`, for what is no sound or is damaged."""
     data = read_bytes(source, name, "or a pair of a numpy array and its rate", MAX_FILE_BYTES)
     _refuse_by_name(data, name)
     import soundfile
 
     try:
         with soundfile.SoundFile(_BytesFile(data)) as file:
-            return _decode(file, name), file.samplerate
+            if file.format not in FORMATS:
+                raise RequestError(f"{name}: {file.format} files are not read; give {KNOWN_FORMATS}")
+            _check_rate(file.samplerate, name)
+            _check_channels(file.channels, name)
+            yield file
     except RequestError:
         raise
     except soundfile.LibsndfileError as error:
@@ -85,6 +104,16 @@ def _of_file(source: object, name: str) -> tuple[np.ndarray, int]:
         raise _damaged(name, error.error_string) from error
     except Exception as error:  # the file is a stranger's, and decoders raise whatever they meet
         raise _damaged(name, f"{type(error).__name__}: {error}") from error
+
+
+def blocks(file: SoundFile, name: str) -> Iterator[np.ndarray]:
+    """Yield the samples of an open sound block by block, the mean of its channels: a header may promise less, or anything."""
+    count = 0
+    while len(block := file.read(BLOCK_VALUES // file.channels, dtype="float32", always_2d=True)):
+        count += len(block)
+        yield _mean(block)
+    if file.format == "FLAC" and count < file.frames:
+        raise RequestError(f"{name}: {count:,} of {file.frames:,} samples can be decoded; is the file damaged?")
 
 
 class _BytesFile:
@@ -108,22 +137,6 @@ def _refuse_by_name(data: bytes, name: str) -> None:
     for kind, is_it in known.items():
         if is_it:
             raise RequestError(f"{name}: {kind} file; save its sound as {KNOWN_FORMATS}")
-
-
-def _decode(file: SoundFile, name: str) -> np.ndarray:
-    if file.format not in FORMATS:
-        raise RequestError(f"{name}: {file.format} files are not read; give {KNOWN_FORMATS}")
-    _check_rate(file.samplerate, name)
-    _check_channels(file.channels, name)
-    most, blocks, count = _most_samples(file.samplerate), list[np.ndarray](), 0
-    while len(block := file.read(BLOCK_VALUES // file.channels, dtype="float32", always_2d=True)):
-        count += len(block)
-        if count > most:  # a header may promise less, or anything
-            raise _too_long(name)
-        blocks.append(_mean(block))
-    if file.format == "FLAC" and count < file.frames:
-        raise RequestError(f"{name}: {count:,} of {file.frames:,} samples can be decoded; is the file damaged?")
-    return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
 
 
 def _mean(samples_TC: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from gemcutter.server import errors
 from gemcutter.server.gate import Gate
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.routes import (
+    audio,
     chat_completions,
     chat_page,
     completions,
@@ -37,6 +38,7 @@ ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     completions.router,
     responses.router,
     messages.router,
+    audio.router,
     tokens.router,
     embeddings.router,
     score.router,

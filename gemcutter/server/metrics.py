@@ -6,7 +6,7 @@ them. Read `service.py` for who counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
@@ -39,6 +39,11 @@ class Metrics:
         at = (*self._labels, "position")
         help = "Drafts that were right up to a position."
         self._accepted_at = Counter("vllm:spec_decode_num_accepted_tokens_per_pos", help, at, registry=self.registry)
+        self.media_queries = self._counter("mm_cache_queries", "Images, frames and sounds looked up among those encoded lately.")
+        self.media_hits = self._counter("mm_cache_hits", "Images, frames and sounds found there.")
+        kinds = (*self._labels, "modality")
+        self._media = Counter("vllm:mm_items", "Images, sounds and videos of requests.", kinds, registry=self.registry)
+        self._media_known = (0, 0)
         self.rejections = self._counter("admission_rejections", "Requests turned away because too much waited.")
         names = (*self._labels, "finished_reason")
         self._success = Counter("vllm:request_success", "Requests that ended.", names, registry=self.registry)
@@ -95,6 +100,17 @@ class Metrics:
         for place, (first, last) in enumerate(zip(before.tally.accepted_at, now.tally.accepted_at, strict=True)):
             if now.tally.drafted:
                 self._accepted_at.labels(**self._labels, position=str(place)).inc(last - first)
+
+    def read_media(self, kinds: Iterable[str]) -> None:
+        """Count media that a request brought and that could be read, by their kinds."""
+        for kind in kinds:
+            self._media.labels(**self._labels, modality=kind).inc()
+
+    def looked_up(self, queries: int, hits: int) -> None:
+        """Bring the counts of a reader of media up to date."""
+        before, self._media_known = self._media_known, (queries, hits)
+        self.media_queries.inc(queries - before[0])
+        self.media_hits.inc(hits - before[1])
 
     def aborted(self) -> None:
         """Count a request that was cancelled or failed."""

@@ -44,6 +44,7 @@ class ServerOptions:
     max_images: int = 32  # of one request
     max_sounds: int = 8
     max_videos: int = 2
+    max_speech_s: float = 3600.0  # of a sound that is transcribed
     max_soft_tokens: int | None = None
     allowed_media_domains: tuple[str, ...] = ()
     allowed_local_media_path: str | None = None

@@ -53,7 +53,9 @@ async def prepare(
         return await service.work_on_media(lambda: read(fetched))
 
     with service.admission.preparing():
-        return await unless_gone(request, find())
+        prepared = await unless_gone(request, find())
+    service.metrics.read_media(url.kind for url in urls)
+    return prepared
 
 
 def missing_tower(model: Model, kind: str) -> str:
@@ -67,7 +69,7 @@ def missing_tower(model: Model, kind: str) -> str:
 
 
 def media_tokens(prepared: PreparedRequest) -> dict[str, int]:
-    """Return how many tokens of a prompt are rows of images, or frames, and of sounds, as usage names them; {} without any."""
+    """Return how many tokens of a prompt are rows of images, or frames, and of sounds, as usage names them."""
     counts = {"image_tokens": 0, "audio_tokens": 0}
     for span in prepared.request.media:
         counts["image_tokens" if span.is_block else "audio_tokens"] += span.rows

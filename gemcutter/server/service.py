@@ -204,6 +204,8 @@ class Service:
         found = self.model.engine.stats()
         metrics.worked(self._stats, found)
         self._stats = found
+        if (media := self.model.media) is not None:
+            metrics.looked_up(media.queries, media.hits)
         metrics.running.set(found.running)
         metrics.waiting.set(found.waiting)
         metrics.cache_usage.set(found.kv_usage)

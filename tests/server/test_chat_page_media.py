@@ -26,6 +26,7 @@ from tests.server.canned_server import CannedServer, serving  # noqa: E402
 from tests.server.conftest import running  # noqa: E402
 from tests.server.seeing import PICTURE, data_url, png  # noqa: E402
 from tests.server.visit import Visit  # noqa: E402
+from tests.sounds import saved, tones  # noqa: E402
 from tests.trained import release_folder  # noqa: E402
 
 Browser, expect = sync_api.Browser, sync_api.expect
@@ -209,3 +210,24 @@ def test_a_real_server_reads_the_image(browser: Browser, files: dict[str, Path])
         expect(reply.get_by_role("alert")).to_have_count(0)
         visiting.context.close()
         assert visiting.faults == []
+
+
+def test_a_sound_goes_with_the_next_message(browser: Browser, server: CannedServer, tmp_path: Path) -> None:
+    file = tmp_path / "tune.wav"
+    file.write_bytes(saved(tones(8000)))
+    server.modalities = ("text", "image", "audio", "video")
+    visiting = Visit(browser, server)
+    expect(visiting.page.get_by_role("button", name="Attach images or sounds")).to_be_visible()
+    visiting.page.locator("#attach-file").set_input_files(file)
+    expect(visiting.page.get_by_role("list", name="Attached").locator("audio")).to_have_attribute("aria-label", "tune.wav")
+    visiting.ask("What is said?")
+    sound, said = sent(server)
+    assert sound["input_audio"]["format"] == "wav"
+    assert base64.b64decode(sound["input_audio"]["data"]) == file.read_bytes()
+    assert said["text"] == "What is said?"
+    visiting.page.reload()
+    player = visiting.page.get_by_role("article", name="You").locator("audio")
+    expect(player).to_have_count(1)
+    visiting.settle("document.querySelector('.media audio').duration === 0.5")
+    visiting.context.close()
+    assert visiting.faults == []

@@ -361,3 +361,26 @@ def test_bytes_of_images_are_not_taken_for_text(sees: Running, model: Model) -> 
         answer = small.post("/v1/chat/completions", {**body, "messages": [user(text("lamp " * 4000))]})
         assert answer.status_code == 429
         with_waiting.leave()
+
+
+def test_metrics_count_images_and_those_that_were_known(sees: Running) -> None:
+    def counts() -> list[float]:
+        text = sees.get("/metrics").text
+        names = ("mm_cache_queries_total", "mm_cache_hits_total", "mm_items_total")
+        found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[:1] != "#"}
+        return [sum(value for key, value in found.items() if key.startswith(f"vllm:{name}")) for name in names]
+
+    before, new = counts(), np.roll(PICTURE, 31, axis=0)
+    ask(sees, user(image_url(new), image_url(new, max_soft_tokens=140), text()))
+    ask(sees, user(image_url(new), text()))
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [3, 1, 3]
+    assert 'vllm:mm_items_total{engine="0",modality="image",model_name="demo"}' in sees.get("/metrics").text
+
+
+def test_base64_may_be_wrapped_in_lines_and_quoted(sees: Running) -> None:
+    wanted = sees.post("/tokenize", {"messages": [user(image_url())]}).json()
+    data = data_url().partition(",")[2]
+    lines = "\r\n".join(data[at : at + 76] for at in range(0, len(data), 76))
+    for spelled in (lines, data.replace("+", "%2B").replace("=", "%3D"), f" {data}\n"):
+        part = {"type": "image_url", "image_url": {"url": f"DATA:image/png;charset=utf-8;BASE64,{spelled}"}}
+        assert sees.post("/tokenize", {"messages": [user(part)]}).json() == wanted

@@ -31,6 +31,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "/v1/score": {"text_1": "A lamp", "text_2": "A light"},
 }
 ROUTES = sorted(SERVED)
+FORMS = ["/v1/audio/transcriptions", "/v1/audio/translations"]  # with a file: this model hears nothing
 DRAWN = 12  # bodies a route, so that the file takes seconds
 quick = settings(
     max_examples=DRAWN, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
@@ -87,4 +88,30 @@ def test_the_document_tells_of_the_errors_that_are_sent(server: Running) -> None
 
 def test_the_document_covers_every_route_with_a_body(server: Running) -> None:
     paths = server.get("/openapi.json").json()["paths"]
-    assert sorted(path for path, methods in paths.items() if "requestBody" in methods.get("post", {})) == ROUTES
+    assert sorted(path for path, methods in paths.items() if "requestBody" in methods.get("post", {})) == sorted(
+        [*ROUTES, *FORMS]
+    )
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_forms_drawn_at_random_never_end_in_a_5xx(server: Running, path: str) -> None:
+    names = (
+        "model",
+        "language",
+        "to_language",
+        "prompt",
+        "response_format",
+        "temperature",
+        "stream",
+        "timestamp_granularities[]",
+    )
+    words = st.sampled_from(["demo", "en", "json", "text", "verbose_json", "word", "0.5", "true", ""]) | st.text(max_size=8)
+
+    @seed(1)
+    @quick
+    @given(fields=st.dictionaries(st.sampled_from(names), words), file=st.none() | st.binary(max_size=40))
+    def run(fields: dict[str, str], file: bytes | None) -> None:
+        files = {"file": ("a", b"" if file is None else file)}
+        check(httpx.post(server.url + path, data=fields, files=files if file is not None else None, timeout=60), path)
+
+    run()

@@ -46,6 +46,7 @@ LOADING: dict[str, Any] = {
     "ple": "host",
     "chat_template": "own",
     "generation_config": "none",
+    "mmproj": "projector",
 }
 
 

@@ -203,7 +203,7 @@ def bomb(width: int, height: int) -> bytes:
         (b"  <svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image that can be read"),
         (bomb(9000, 9000), "9000 x 9000 pixels, more than 67,108,864; make it smaller"),
-        (bomb(60000, 60000), "can't be decoded"),
+        (bomb(60000, 60000), "more than 67,108,864 pixels"),
         (bomb(64, 64), "can't be decoded"),
         (saved(Image.fromarray(drawing(64, 64)))[:-400], "can't be decoded"),
         (saved(Image.fromarray(drawing(64, 64)), "JPEG")[:-400], "can't be decoded"),
