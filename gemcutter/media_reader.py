@@ -8,6 +8,7 @@ Refuses to know templates and how text is encoded. Read `media_parts.py` for whe
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +37,19 @@ MARKERS = {
 DEFAULT_BUDGET = 280  # soft tokens an image
 CACHE_BYTES = 256 << 20  # of rows that stay for media that come again
 
-Content = ImagePatches | SoundFrames  # what a tower makes rows of
+MOST_FILES = 4096  # that are known by their bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Known:
+    """Rows that are there already, of a file that came before: nothing of it is decoded again."""
+
+    digest: str
+    soft_tokens: int
+    rows_KD: Tensor
+
+
+Content = ImagePatches | SoundFrames | _Known  # what a tower makes rows of, or has made
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +95,7 @@ class MediaReader:
             self._encoders[SoundFrames] = audio.encode
             self._frames = SoundShape(audio.plan.hidden if isinstance(audio.plan, UnifiedAudioPlan) else None)
         self._rows: OrderedDict[str, Tensor] = OrderedDict()  # by digest, the longest unused first
+        self._files: OrderedDict[bytes, str] = OrderedDict()  # digests of contents by those of files, the longest unused first
         self._capacity, self._size, self._lock = cache_bytes, 0, threading.Lock()
         self.queries = self.hits = 0  # items whose rows were asked for, and those that were known
         self.weight_bytes = sum(tower.nbytes for tower in (vision, audio) if tower is not None)
@@ -150,11 +164,16 @@ class MediaReader:
     def _pieces(self, item: MediaItem, budget: int) -> list[_Piece]:
         """Return what a tower reads of one item: one piece, or the frames of a video. Raises RequestError."""
         source: Any = item.source
-        if item.kind == "audio":
-            return [_Piece(cut_sound(source, self._frames, item.name))]
-        if item.kind == "image":
+        if item.kind in ("audio", "image"):
             most = budget if item.budget is None else item.budget
-            return [_Piece(cut_image(source, most, self._patches, item.name))]
+            file = hashlib.sha256(f"{item.kind} {most} ".encode() + source).digest() if isinstance(source, bytes) else None
+            content: Content | None = self._known(file)
+            if content is None and item.kind == "audio":
+                content = cut_sound(source, self._frames, item.name)
+            elif content is None:
+                content = cut_image(source, most, self._patches, item.name)
+            self._learn(file, content.digest)
+            return [_Piece(content)]
         frames = cut_video(source, self._patches, item.name)
         # Text around a time never joins its tokens: a digit is a token of its own, and markers are before and after.
         times = [f"{' ' if index else ''}{frame.time} " for index, frame in enumerate(frames)]
@@ -162,13 +181,31 @@ class MediaReader:
             _Piece(frame.image, tuple(self._tokenizer.encode(time, bos=False))) for frame, time in zip(frames, times, strict=True)
         ]
 
+    def _known(self, file: bytes | None) -> _Known | None:
+        """Return what a file has become, where that is still there."""
+        with self._lock:
+            digest = None if file is None else self._files.get(file)
+            rows_KD = None if digest is None else self._rows.get(digest)
+            return None if digest is None or rows_KD is None else _Known(digest, len(rows_KD), rows_KD)
+
+    def _learn(self, file: bytes | None, digest: str) -> None:
+        """Remember as what a file was decoded, and forget the oldest."""
+        if file is None:
+            return
+        with self._lock:
+            self._files[file] = digest
+            self._files.move_to_end(file)
+            while len(self._files) > MOST_FILES:
+                self._files.popitem(last=False)
+
     def _encode(self, contents: Sequence[Content]) -> Mapping[str, Tensor]:
         """Return the rows of contents by digest; those that are not known are encoded together, each once."""
         with self._lock:
             known = {each.digest: self._rows[each.digest] for each in contents if each.digest in self._rows}
+            known |= {each.digest: each.rows_KD for each in contents if isinstance(each, _Known)}
+            new = {each.digest: each for each in contents if each.digest not in known}
             self.queries += len(contents)
             self.hits += sum(each.digest in known for each in contents)
-            new = {each.digest: each for each in contents if each.digest not in known}
             for kind, encode in self._encoders.items():
                 alike = {digest: each for digest, each in new.items() if isinstance(each, kind)}
                 known |= zip(alike, encode(list(alike.values())) if alike else (), strict=True)
