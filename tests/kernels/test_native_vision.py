@@ -1,6 +1,6 @@
 """Layers of vision towers in one native call against the same layer op by op, at every level.
 
-Owns head dims that fill no vector, several heads to a key head, clipped products, images of unequal sizes and of more patches than
+Owns head dims that fill no vector, several heads to a key head, clipped products, images of unequal sizes, with more patches than
 a block of queries or keys has. Read `parity/test_vision.py` for whole towers.
 """
 

@@ -116,6 +116,7 @@ def test_a_flat_picture_that_unpacks_to_millions_of_pixels_is_read(server: Runni
     assert asked(server, image(png_of(4096, 4096, rows))).status_code == 200
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about what is cut off
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_mutated_images(server: Running, form: str) -> None:
     dice, data = random.Random(form), encoded(form)
