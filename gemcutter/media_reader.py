@@ -1,9 +1,9 @@
 """Media in prompts: cut, encoded once by content, and put where a prompt has their placeholders.
 
-Owns the rows of images, frames and sounds that were seen lately, and the order marker, rows, marker that the models were trained
-on; before each frame of a video stands its time.
-Refuses to know templates and how text is encoded. Read `media_parts.py` for where items come from, `media/` for how they are cut,
-`model/vision.py` and `model/audio.py` for their rows, `engine/media.py` for what the engine is given.
+Owns the rows of images, frames and sounds that were seen lately, what became of files that were read lately, and the order
+marker, rows, marker that the models were trained on; before each frame of a video stands its time. Refuses to know templates and
+how text is encoded. Read `media_parts.py` for where items come from, `media/` for how they are cut, `model/vision.py` and
+`model/audio.py` for their rows, `engine/media.py` for what the engine is given.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from gemcutter.engine.media import MediaSpan
 from gemcutter.errors import CheckpointError, RequestError
+from gemcutter.media import decode, decode_sound, decode_video
 from gemcutter.media.audio import SoundFrames, SoundShape, cut_sound
 from gemcutter.media.budgets import BUDGETS, check_budget
 from gemcutter.media.image import ImagePatches, PatchShape, cut_image
+from gemcutter.media.source_bytes import read_bytes
 from gemcutter.media.video import cut_video
 from gemcutter.media_parts import KINDS, MediaItem
 from gemcutter.model.audio import AudioTower
@@ -36,20 +39,14 @@ MARKERS = {
 }
 DEFAULT_BUDGET = 280  # soft tokens an image
 CACHE_BYTES = 256 << 20  # of rows that stay for media that come again
+MOST_FILES = 1024  # of which it is known what became of them
+MAX_FILE_BYTES = {
+    "image": decode.MAX_FILE_BYTES,
+    "audio": decode_sound.MAX_FILE_BYTES,
+    "video": decode_video.MAX_FILE_BYTES,
+}
 
-MOST_FILES = 4096  # that are known by their bytes
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Known:
-    """Rows that are there already, of a file that came before: nothing of it is decoded again."""
-
-    digest: str
-    soft_tokens: int
-    rows_KD: Tensor
-
-
-Content = ImagePatches | SoundFrames | _Known  # what a tower makes rows of, or has made
+Content = ImagePatches | SoundFrames  # what a tower makes rows of
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +60,16 @@ class _Markers:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What is encoded as one, and the ids that stand before its markers: of a frame its time."""
+    """What is encoded as one, and the ids that stand before its markers: of a frame its time.
 
-    content: Content
+    Where the rows are known already, there is no content.
+    """
+
+    digest: str
+    soft_tokens: int
+    content: Content | None
     before: tuple[int, ...] = ()
+    rows_KD: Tensor | None = None
 
 
 class MediaReader:
@@ -95,9 +98,10 @@ class MediaReader:
             self._encoders[SoundFrames] = audio.encode
             self._frames = SoundShape(audio.plan.hidden if isinstance(audio.plan, UnifiedAudioPlan) else None)
         self._rows: OrderedDict[str, Tensor] = OrderedDict()  # by digest, the longest unused first
-        self._files: OrderedDict[bytes, str] = OrderedDict()  # digests of contents by those of files, the longest unused first
-        self._capacity, self._size, self._lock = cache_bytes, 0, threading.Lock()
-        self.queries = self.hits = 0  # items whose rows were asked for, and those that were known
+        self._files: OrderedDict[str, tuple[_Piece, ...]] = OrderedDict()  # by digest of the bytes, without contents
+        self._capacity, self._size = cache_bytes, 0
+        self._lock, self._encoding = threading.Lock(), threading.Lock()  # of what is known; of the towers
+        self.queries = self.hits = 0  # pieces whose rows were asked for, and those that were known
         self.weight_bytes = sum(tower.nbytes for tower in (vision, audio) if tower is not None)
 
     @property
@@ -118,7 +122,7 @@ class MediaReader:
         most = self._budget if budget is None else check_budget(budget)
         self._check_counts(ids, items)
         cut = self._cut(items, most)
-        rows = self._encode([piece.content for pieces in cut for piece in pieces])
+        rows = self._encode([piece for pieces in cut for piece in pieces])
         following = {kind: iter(_of_kind(kind, items, cut)) for kind in self._markers}
         kind_of = {markers.placeholder: kind for kind, markers in self._markers.items()}
         placed, spans = list[int](), list[MediaSpan]()
@@ -128,11 +132,10 @@ class MediaReader:
                 continue
             markers = self._markers[kind]
             for piece in next(following[kind]):
-                content = piece.content
                 placed += [*piece.before, markers.begin]
-                if content.soft_tokens:
-                    spans.append(MediaSpan(len(placed), content.digest, rows[content.digest], is_block=kind != "audio"))
-                placed += [*[markers.placeholder] * content.soft_tokens, markers.end]
+                if piece.soft_tokens:
+                    spans.append(MediaSpan(len(placed), piece.digest, rows[piece.digest], is_block=kind != "audio"))
+                placed += [*[markers.placeholder] * piece.soft_tokens, markers.end]
         return placed, tuple(spans)
 
     def _check_counts(self, ids: Sequence[int], items: Sequence[MediaItem]) -> None:
@@ -148,9 +151,9 @@ class MediaReader:
         if problems:
             raise RequestError(problems[0] if len(problems) == 1 else "media and their places do not match", problems)
 
-    def _cut(self, items: Iterable[MediaItem], budget: int) -> list[list[_Piece]]:
+    def _cut(self, items: Iterable[MediaItem], budget: int) -> list[Sequence[_Piece]]:
         """Return what a tower reads of every item. Raises RequestError with every problem."""
-        found, problems, kinds = list[list[_Piece]](), list[str](), dict[str, None]()
+        found, problems, kinds = list[Sequence[_Piece]](), list[str](), dict[str, None]()
         for item in items:
             try:
                 found.append(self._pieces(item, budget))
@@ -161,64 +164,81 @@ class MediaReader:
             raise RequestError(f"{' and '.join(kinds)} can't be read", problems)
         return found
 
-    def _pieces(self, item: MediaItem, budget: int) -> list[_Piece]:
-        """Return what a tower reads of one item: one piece, or the frames of a video. Raises RequestError."""
-        source: Any = item.source
-        if item.kind in ("audio", "image"):
-            most = budget if item.budget is None else item.budget
-            file = hashlib.sha256(f"{item.kind} {most} ".encode() + source).digest() if isinstance(source, bytes) else None
-            content: Content | None = self._known(file)
-            if content is None and item.kind == "audio":
-                content = cut_sound(source, self._frames, item.name)
-            elif content is None:
-                content = cut_image(source, most, self._patches, item.name)
-            self._learn(file, content.digest)
-            return [_Piece(content)]
-        frames = cut_video(source, self._patches, item.name)
-        # Text around a time never joins its tokens: a digit is a token of its own, and markers are before and after.
-        times = [f"{' ' if index else ''}{frame.time} " for index, frame in enumerate(frames)]
-        return [
-            _Piece(frame.image, tuple(self._tokenizer.encode(time, bos=False))) for frame, time in zip(frames, times, strict=True)
-        ]
+    def _pieces(self, item: MediaItem, budget: int) -> Sequence[_Piece]:
+        """Return what a tower reads of one item: one piece, or the frames of a video. Raises RequestError.
 
-    def _known(self, file: bytes | None) -> _Known | None:
-        """Return what a file has become, where that is still there."""
+        A file that comes again, as in the next turn of a conversation, is not decoded again while its rows are kept.
+        """
+        most = budget if item.budget is None else item.budget
+        if not isinstance(item.source, bytes | bytearray | memoryview | str | Path):
+            return self._read(item, most)
+        data = read_bytes(item.source, item.name, "", MAX_FILE_BYTES[item.kind])
+        file = f"{item.kind} {most} {hashlib.sha256(data).hexdigest()}"
+        if (known := self._recall(file)) is not None:
+            return known
+        found = self._read(replace(item, source=data), most)
         with self._lock:
-            digest = None if file is None else self._files.get(file)
-            rows_KD = None if digest is None else self._rows.get(digest)
-            return None if digest is None or rows_KD is None else _Known(digest, len(rows_KD), rows_KD)
-
-    def _learn(self, file: bytes | None, digest: str) -> None:
-        """Remember as what a file was decoded, and forget the oldest."""
-        if file is None:
-            return
-        with self._lock:
-            self._files[file] = digest
-            self._files.move_to_end(file)
+            self._files[file] = tuple(replace(piece, content=None) for piece in found)
             while len(self._files) > MOST_FILES:
                 self._files.popitem(last=False)
+        return found
 
-    def _encode(self, contents: Sequence[Content]) -> Mapping[str, Tensor]:
-        """Return the rows of contents by digest; those that are not known are encoded together, each once."""
+    def _recall(self, file: str) -> Sequence[_Piece] | None:
+        """Return the pieces of a file with their rows; None unless all are known."""
         with self._lock:
-            known = {each.digest: self._rows[each.digest] for each in contents if each.digest in self._rows}
-            known |= {each.digest: each.rows_KD for each in contents if isinstance(each, _Known)}
-            new = {each.digest: each for each in contents if each.digest not in known}
-            self.queries += len(contents)
-            self.hits += sum(each.digest in known for each in contents)
-            for kind, encode in self._encoders.items():
-                alike = {digest: each for digest, each in new.items() if isinstance(each, kind)}
-                known |= zip(alike, encode(list(alike.values())) if alike else (), strict=True)
-            for each in contents:
-                self._keep(each.digest, known[each.digest])
-            return known
+            pieces = self._files.get(file)
+            if pieces is None or not all(piece.digest in self._rows for piece in pieces):
+                return None
+            self._files.move_to_end(file)
+            return [replace(piece, rows_KD=self._rows[piece.digest]) for piece in pieces]
+
+    def _read(self, item: MediaItem, budget: int) -> list[_Piece]:
+        """Decode one item and cut it for its tower. Raises RequestError."""
+        source: Any = item.source
+        if item.kind == "video":
+            frames = cut_video(source, self._patches, item.name)
+            # Text around a time never joins its tokens: a digit is a token of its own, and markers are before and after.
+            times = [f"{' ' if index else ''}{frame.time} " for index, frame in enumerate(frames)]
+            before = [tuple(self._tokenizer.encode(time, bos=False)) for time in times]
+            pairs: list[tuple[Content, tuple[int, ...]]] = [(frame.image, ids) for frame, ids in zip(frames, before, strict=True)]
+        elif item.kind == "audio":
+            pairs = [(cut_sound(source, self._frames, item.name), ())]
+        else:
+            pairs = [(cut_image(source, budget, self._patches, item.name), ())]
+        return [_Piece(content.digest, content.soft_tokens, content, ids) for content, ids in pairs]
+
+    def _encode(self, pieces: Sequence[_Piece]) -> Mapping[str, Tensor]:
+        """Return the rows of pieces by digest; those that are not known are encoded together, each once."""
+        known = self._known(pieces)
+        with self._lock:
+            self.queries += len(pieces)
+            self.hits += sum(piece.digest in known for piece in pieces)
+        if any(piece.digest not in known for piece in pieces):
+            with self._encoding:  # who needs nothing new does not wait
+                known = self._known(pieces)  # another thread may have made them meanwhile
+                new = {each.digest: each.content for each in pieces if each.digest not in known}
+                for kind, encode in self._encoders.items():
+                    alike = {digest: content for digest, content in new.items() if isinstance(content, kind)}
+                    known |= zip(alike, encode(list(alike.values())) if alike else (), strict=True)
+                with self._lock:
+                    for digest in new:
+                        self._keep(digest, known[digest])
+        with self._lock:
+            for piece in pieces:
+                self._keep(piece.digest, known[piece.digest])
+        return known
+
+    def _known(self, pieces: Sequence[_Piece]) -> dict[str, Tensor]:
+        """Return the rows of those pieces that are known."""
+        with self._lock:
+            known = {each.digest: each.rows_KD for each in pieces if each.rows_KD is not None}
+            return known | {each.digest: self._rows[each.digest] for each in pieces if each.digest in self._rows}
 
     def _keep(self, digest: str, rows_KD: Tensor) -> None:
         """Remember an item's rows as the latest, and forget the oldest beyond the capacity."""
         if digest not in self._rows:
-            rows_KD = rows_KD.clone()  # not a view of all items that were encoded with it
+            self._rows[digest] = rows_KD.clone()  # not a view of all items that were encoded with it
             self._size += rows_KD.nbytes
-        self._rows[digest] = rows_KD
         self._rows.move_to_end(digest)
         while self._size > self._capacity:
             self._size -= self._rows.popitem(last=False)[1].nbytes
@@ -233,7 +253,7 @@ def _find_markers(tokenizer: Tokenizer, kind: str) -> _Markers:
     return _Markers(*(token for token in found.values() if token is not None))
 
 
-def _of_kind(kind: str, items: Sequence[MediaItem], cut: Sequence[list[_Piece]]) -> Iterator[list[_Piece]]:
+def _of_kind(kind: str, items: Sequence[MediaItem], cut: Sequence[Sequence[_Piece]]) -> Iterator[Sequence[_Piece]]:
     """Yield the pieces of each item of one kind, in order."""
     for item, pieces in zip(items, cut, strict=True):
         if item.kind == kind:

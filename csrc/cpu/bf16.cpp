@@ -3,9 +3,9 @@
 // Owns the order of a panel's values: 16 matrix rows side by side, two neighbouring columns in each lane, as one instruction
 // multiplies them. Rows are rounded to bfloat16 as AMX has them; few rows, float32 rows and other matrices go to the AVX-512
 // kernels. Refuses to know threads. Read `matmul_f32.h` for how panels are transposed, `parallel_gemm.cpp` for the caller.
-#include "matmul_f32.h"
-
 #include "kernels.h"
+#include "matmul_bf16.h"
+#include "matmul_f32.h"
 
 namespace gemcutter {
 namespace {
@@ -14,45 +14,6 @@ namespace {
 constexpr int64_t LEAST_ROWS = 17;
 constexpr int64_t PAIR_CHUNK = 256;  // pairs of columns of one transposed chunk: 16 KB, half of an L1 cache
 constexpr int64_t SPARE_ROWS = 64;   // activation rows at a time of a panel that lacks rows
-constexpr int BF16_ROWS = 14;        // accumulators fill the registers but for the panel's
-
-inline V dot_pairs(V sum, __m512i a, __m512i b) {
-#if defined(GC_EMULATE)
-    return _mm512_dpbf16_ps(sum, a, b);
-#else
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-#endif
-}
-
-template <int R>
-inline void pair_tile(const uint32_t *a, int64_t lda, const float *panel, int64_t pairs, float *out, int64_t ldo, bool add) {
-    V acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = add ? load(out + r * ldo) : set1(0.0f);
-    const uint32_t *row[(R + 2) / 3];  // every third row, so that pointers and strides fit in the registers
-    for (int r = 0; r < R; r += 3) row[r / 3] = a + r * lda;
-    for (int64_t i = 0; i < pairs; ++i) {
-        __m512i b = _mm512_loadu_si512(panel + i * PANEL);
-        for (int r = 0; r < R; ++r) acc[r] = dot_pairs(acc[r], b, _mm512_set1_epi32((int)row[r / 3][r % 3 * lda]));
-        for (int r = 0; r < R; r += 3) ++row[r / 3];
-    }
-    for (int r = 0; r < R; ++r) store(out + r * ldo, acc[r]);
-}
-
-template <int R>
-inline void pair_rest(int64_t rows, const uint32_t *a, int64_t lda, const float *panel, int64_t pairs, float *out, int64_t ldo,
-                      bool add) {
-    if (rows == R) return pair_tile<R>(a, lda, panel, pairs, out, ldo, add);
-    if constexpr (R > 1) pair_rest<R - 1>(rows, a, lda, panel, pairs, out, ldo, add);
-}
-
-// out[m * ldo + r] = (add ? itself : 0) + the products of `count` rows with the 16 matrix rows of a panel.
-inline void pair_panel(const uint32_t *a, int64_t lda, int64_t count, const float *panel, int64_t pairs, float *out, int64_t ldo,
-                       bool add) {
-    for (; count >= BF16_ROWS; count -= BF16_ROWS, a += BF16_ROWS * lda, out += BF16_ROWS * ldo)
-        pair_tile<BF16_ROWS>(a, lda, panel, pairs, out, ldo, add);
-    pair_rest<BF16_ROWS - 1>(count, a, lda, panel, pairs, out, ldo, add);
-}
-
 void gemm(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t begin, int64_t count, float *out, int64_t ld,
           float *transposed) {
     const float *starts[PANEL], *some[PANEL];  // pairs of columns as one element
@@ -66,7 +27,7 @@ void gemm(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t begin, in
         int64_t some_pairs = pairs - i < PAIR_CHUNK ? pairs - i : PAIR_CHUNK;
         for (int r = 0; r < PANEL; ++r) some[r] = starts[r] + i;
         pack_panel<F32>(some, some_pairs, transposed);
-        pair_panel(a + i, pairs, count, transposed, some_pairs, out, ld, i > 0);
+        pair_panel(a + i, pairs, count, reinterpret_cast<uint32_t *>(transposed), PANEL, some_pairs, out, ld, i > 0);
     }
 }
 

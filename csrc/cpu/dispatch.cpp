@@ -20,12 +20,12 @@ namespace gemcutter {
 namespace {
 
 const Kernels LEVELS[] = {
-    {"portable", &vector_ops_portable, &packed_portable, &dense_portable, &attention_portable},
+    {"portable", &vector_ops_portable, &packed_portable, &dense_portable, &attention_portable, nullptr},
 #if defined(__x86_64__)
-    {"avx2", &vector_ops_avx2, &packed_avx2, &dense_avx2, &attention_avx2},
-    {"avx512", &vector_ops_avx512, &packed_avx512, &dense_avx512, &attention_avx512},
-    {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512},
-    {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512},
+    {"avx2", &vector_ops_avx2, &packed_avx2, &dense_avx2, &attention_avx2, nullptr},
+    {"avx512", &vector_ops_avx512, &packed_avx512, &dense_avx512, &attention_avx512, nullptr},
+    {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512, &pair_attention_avx512_bf16},
+    {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512, &pair_attention_avx512_bf16},
 #endif
 };
 constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;
@@ -56,8 +56,8 @@ int best_level() {
     bool has_512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 11 & 1);  // F DQ BW VL VNNI
     if (!has_512 || (xcr0() & 0xe6) != 0xe6) return 1;
     bool has_amx = (d >> 22 & 1) && (d >> 24 & 1) && (xcr0() >> 17 & 3) == 3;  // BF16, TILE
-    if (has_amx && may_use_tiles()) return 4;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) ? 3 : 2;  // AVX512_BF16
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 2;   // AVX512_BF16
+    return has_amx && may_use_tiles() ? 4 : 3;
 }
 #else
 int best_level() { return 0; }

@@ -111,11 +111,30 @@ struct AttentionKernels {
     int64_t (*prefill_rows)(int64_t heads, int64_t head_dim);  // the most rows of one prefill call
 };
 
+static inline int64_t padded_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+// Keys and values of one head as bfloat16 pairs, which lie side by side: k [T' / 16, E / 2, 16], neighbouring columns of 16 keys;
+// v [T' / 2, E'], a column of two neighbouring keys. T' is the number of keys rounded up to 32, E' is E rounded up to 16; values
+// beyond either end are zero.
+struct KeyPairs {
+    const uint32_t *k, *v;
+    int64_t count;
+};
+
+// Attention without a mask, in bfloat16: rows of query pairs, of which there are `most_rows` or fewer, see all keys.
+struct PairAttention {
+    void (*attend)(const uint32_t *q, int64_t ldq, float *out, int64_t ldo, int64_t rows, int64_t head_dim, const KeyPairs *keys,
+                   void *scratch);
+    size_t (*scratch_bytes)(int64_t head_dim);
+    int64_t most_rows;
+};
+
 struct Kernels {
     const char *name;  // "portable", "avx2", "avx512", "avx512_bf16", "amx"
     const VectorOps *vector_ops;
     const MatmulKernels *packed, *dense;
     const AttentionKernels *attention;
+    const PairAttention *pair_attention;  // null where there are no such products
 };
 
 #define GC_DECLARE(level)                      \
@@ -128,6 +147,7 @@ GC_DECLARE(portable)
 GC_DECLARE(avx2)
 GC_DECLARE(avx512)
 extern const MatmulKernels dense_avx512_bf16, packed_amx, dense_amx;
+extern const PairAttention pair_attention_avx512_bf16;
 #endif
 
 const Kernels &kernels();  // of the level in use

@@ -80,7 +80,10 @@ class VisionLayer {
         gates_.allocate(arena, layer, down, down_clips, 1, rows);
         ups_ = arena.array<float>(rows * layer.mlp_width);
         product_ = arena.array<float>(rows * layer.hidden);
-        size_t bytes = kernels().attention->scratch_bytes(layer.heads / layer.kv_heads, layer.head_dim);
+        const PairAttention *pairs = kernels().pair_attention;
+        if (pairs && layer.activations != GC_FLOAT_ROWS && layer.head_dim % 2 == 0) allocate_pairs(arena, images);
+        size_t bytes = pairs_ ? pairs_->scratch_bytes(layer.head_dim)
+                              : kernels().attention->scratch_bytes(layer.heads / layer.kv_heads, layer.head_dim);
         for (const gc_matrix *part : {&layer.q, &layer.k, &layer.v, &layer.out, &layer.gate, &layer.up, &layer.down}) {
             size_t of_part = scratch_bytes(part, 1);
             bytes = of_part > bytes ? of_part : bytes;
@@ -103,7 +106,11 @@ class VisionLayer {
         multiply(pool, index, layer_.k, into_attention_.rows(1), qkv_ + q_width_, qkv_width_);
         multiply(pool, index, layer_.v, into_attention_.rows(2), qkv_ + q_width_ + kv_width_, qkv_width_);
         pool.barrier();
-        for (int64_t m = own.first; m < own.last; ++m) finish_qkv(m, cos, sin);
+        for (int64_t m = own.first, image = 0; m < own.last; ++m) {
+            finish_qkv(m, cos, sin);
+            while (edges_[image + 1] <= m) ++image;
+            if (pairs_) write_pairs(m, image, static_cast<uint16_t *>(scratch_.of(index)));
+        }
         pool.barrier();
         attend(pool, index);
         pool.barrier();
@@ -123,9 +130,47 @@ class VisionLayer {
     }
 
   private:
+    // Keys and values of each head of each image, one after the other.
+    void allocate_pairs(Arena &arena, int64_t images) {
+        int64_t dim = layer_.head_dim, keys = 0;
+        pairs_ = kernels().pair_attention;
+        starts_ = arena.array<int64_t>(images);
+        for (int64_t i = 0; i < images; ++i) {
+            starts_[i] = keys;
+            keys += padded_to(edges_[i + 1] - edges_[i], 2 * PANEL) * layer_.kv_heads;
+        }
+        q_pairs_ = arena.array<uint32_t>(rows_ * q_width_ / 2);
+        k_pairs_ = arena.array<uint32_t>(keys * dim / 2);
+        v_pairs_ = arena.array<uint32_t>(keys * padded_to(dim, PANEL) / 2);
+        memset(k_pairs_, 0, sizeof(uint32_t) * (size_t)(keys * dim / 2));
+        memset(v_pairs_, 0, sizeof(uint32_t) * (size_t)(keys * padded_to(dim, PANEL) / 2));
+    }
+
+    KeyPairs pairs_of(int64_t image, int64_t head) const {
+        int64_t count = edges_[image + 1] - edges_[image], keys = starts_[image] + head * padded_to(count, 2 * PANEL);
+        return {k_pairs_ + keys * layer_.head_dim / 2, v_pairs_ + keys * padded_to(layer_.head_dim, PANEL) / 2, count};
+    }
+
+    void write_pairs(int64_t m, int64_t image, uint16_t *rounded) {
+        const VectorOps &ops = *kernels().vector_ops;
+        int64_t dim = layer_.head_dim, width = padded_to(dim, PANEL), t = m - edges_[image];
+        const float *q = qkv_ + m * qkv_width_, *k = q + q_width_, *v = k + kv_width_;
+        ops.to_bf16(q, q_width_, reinterpret_cast<uint16_t *>(q_pairs_ + m * q_width_ / 2));
+        for (int64_t head = 0; head < layer_.kv_heads; ++head, k += dim, v += dim) {
+            KeyPairs to = pairs_of(image, head);
+            ops.to_bf16(k, dim, rounded);
+            auto *key = const_cast<uint32_t *>(to.k) + t / PANEL * PANEL * (dim / 2) + t % PANEL;
+            for (int64_t i = 0; i < dim / 2; ++i) memcpy(key + i * PANEL, rounded + 2 * i, sizeof(uint32_t));
+            ops.to_bf16(v, dim, rounded);
+            auto *value = reinterpret_cast<uint16_t *>(const_cast<uint32_t *>(to.v) + t / 2 * width) + t % 2;
+            for (int64_t e = 0; e < dim; ++e) value[2 * e] = rounded[e];
+        }
+    }
+
     void list_items(Arena &arena, int64_t images) {
         int64_t at_once = kernels().attention->prefill_rows(layer_.heads / layer_.kv_heads, layer_.head_dim), longest = 0;
         if (at_once > MOST_QUERIES) at_once = MOST_QUERIES;
+        if (pairs_) at_once = pairs_->most_rows;
         for (int64_t i = 0; i < images; ++i) {
             int64_t count = edges_[i + 1] - edges_[i];
             num_items_ += layer_.kv_heads * ((count + at_once - 1) / at_once);
@@ -181,10 +226,22 @@ class VisionLayer {
             const AttentionItem &item = items_[i];
             const float *image = qkv_ + edges_[item.image] * qkv_width_, *k = image + q_width_ + item.head * dim;
             Keys keys = {k, k + kv_width_, qkv_width_, GC_F32, 0, 0, nullptr};
+            if (pairs_) {
+                attend_pairs(item, scratch_.of(index));
+                continue;
+            }
             float *q = qkv_ + (edges_[item.image] + item.first) * qkv_width_ + item.head * group * dim;  // and the result
             kernels().attention->prefill(q, q, qkv_width_, item.last - item.first, group, dim, positions_ + item.first,
                                          last_ + item.image * at_once_, 0, &keys, scratch_.of(index));
         }
+    }
+
+    void attend_pairs(const AttentionItem &item, void *scratch) {
+        int64_t dim = layer_.head_dim, group = layer_.heads / layer_.kv_heads, first = edges_[item.image] + item.first;
+        KeyPairs keys = pairs_of(item.image, item.head);
+        for (int64_t head = item.head * group; head < (item.head + 1) * group; ++head)
+            pairs_->attend(q_pairs_ + (first * q_width_ + head * dim) / 2, q_width_ / 2, qkv_ + first * qkv_width_ + head * dim,
+                           qkv_width_, item.last - item.first, dim, &keys, scratch);
     }
 
     void feed_forward(ThreadPool &pool, int index, Range own, float *out) {
@@ -217,6 +274,9 @@ class VisionLayer {
     const int64_t *edges_;
     Inputs into_attention_, out_of_attention_, into_mlp_, gates_;
     float *qkv_, *ups_, *product_;  // [P, (H + 2K) E], [P, F], [P, D]
+    const PairAttention *pairs_ = nullptr;
+    uint32_t *q_pairs_ = nullptr, *k_pairs_ = nullptr, *v_pairs_ = nullptr;
+    int64_t *starts_ = nullptr;  // [images] the first of each image's keys
     AttentionItem *items_;
     int64_t *positions_, *last_;
     Scratch scratch_;

@@ -7,6 +7,7 @@ alone. Refuses to know patches. Read `video.py` next.
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,10 @@ def _open(av: Any, data: bytes, name: str) -> Any:
     """Open a container whose first video stream is within the limits. Raises RequestError."""
     try:
         container = av.open(io.BytesIO(data), options=OPTIONS, metadata_errors="replace")
-    except (av.error.InvalidDataError, av.error.ArgumentError):  # of no known format, or of one that is not among FORMATS
+    except av.error.FFmpegError as error:
+        if not isinstance(error, av.error.InvalidDataError) and error.errno != errno.EINVAL:
+            raise
+        # Of no known format, or of one that is not among FORMATS.
         raise RequestError(f"{name}: no video that can be read; give {KNOWN_FORMATS}") from None
     if not container.streams.video:
         container.close()

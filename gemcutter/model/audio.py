@@ -163,9 +163,9 @@ def _build_layer(plan: AudioPlan, params: Params, ctx: TowerContext) -> Callable
     def layer(x_TD: Tensor, chunks: _Chunks) -> Tensor:
         x_TD = ff1(x_TD)
         heard = attention(rms_norm(x_TD.clamp(-bound, bound), before, eps), chunks)
-        x_TD = x_TD + rms_norm(heard.clamp(-bound, bound), after, eps)
+        x_TD = x_TD + rms_norm(heard.clamp_(-bound, bound), after, eps)
         x_TD = x_TD + convolve(x_TD, chunks)
-        return rms_norm(ff2(x_TD).clamp(-bound, bound), end, eps)
+        return rms_norm(ff2(x_TD).clamp_(-bound, bound), end, eps)
 
     return layer
 
@@ -176,8 +176,9 @@ def _build_ff(plan: AudioPlan, params: Params, ctx: TowerContext, bound: float) 
     before, after = vector(params, "norm"), vector(params, "post_norm")
 
     def ff(x_TD: Tensor) -> Tensor:
-        opened = F.silu(open_(rms_norm(x_TD.clamp(-bound, bound), before, plan.eps)))
-        return x_TD + plan.residual_weight * rms_norm(close(opened).clamp(-bound, bound), after, plan.eps)
+        opened = F.silu(open_(rms_norm(x_TD.clamp(-bound, bound), before, plan.eps)), inplace=True)
+        branch = rms_norm(close(opened).clamp_(-bound, bound), after, plan.eps)
+        return branch.mul_(plan.residual_weight).add_(x_TD)
 
     return ff
 
@@ -232,7 +233,7 @@ def _build_time_convolution(
         gated_DT = F.glu(open_(rms_norm(x_TD, before, plan.eps)), dim=-1).T
         past = plan.conv_kernel - 1
         made = [F.conv1d(F.pad(gated_DT[:, a:b], (past, 0)), kernel, groups=plan.hidden) for a, b in chunks.edges]
-        mixed_TD = torch.cat(made, dim=1).T.contiguous().clamp(-bound, bound)
-        return close(F.silu(rms_norm(mixed_TD, inner, plan.eps)))
+        mixed_TD = torch.cat(made, dim=1).T.contiguous().clamp_(-bound, bound)
+        return close(F.silu(rms_norm(mixed_TD, inner, plan.eps), inplace=True))
 
     return convolve

@@ -69,7 +69,7 @@ def build_linear(params: Params, name: str, ctx: TowerContext, part: str | None 
     low, high, least, most = (
         float(vector(params, f"{prefix}.{bound}")) for bound in ("input_min", "input_max", "output_min", "output_max")
     )
-    return lambda x_ND: ctx.linear(x_ND.clamp(low, high), weight).clamp(least, most)
+    return lambda x_ND: ctx.linear(x_ND.clamp(low, high), weight).clamp_(least, most)
 
 
 def within(params: Params, prefix: str) -> dict[str, Param]:

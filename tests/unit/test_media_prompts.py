@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import gemcutter
 from gemcutter import media_reader
 from gemcutter.api import Model
 from gemcutter.errors import RequestError
+from gemcutter.media.image import ImagePatches
 from gemcutter.media_parts import take_media
 from gemcutter.media_reader import MediaReader
 from gemcutter.model.audio import AudioTower
@@ -257,26 +260,6 @@ def test_an_image_that_comes_again_is_not_encoded_again(model: Model, monkeypatc
     assert counts == [2, 1]
 
 
-def test_a_file_that_comes_again_is_not_decoded_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded(model, monkeypatch, cache_bytes=3 * ROWS * model.plan.hidden * 4)
-    decoded, cut = list[str](), media_reader.cut_image
-
-    def counted(source: Any, budget: int, *rest: Any) -> Any:
-        decoded.append(f"{len(source)} {budget}")
-        return cut(source, budget, *rest)
-
-    monkeypatch.setattr(media_reader, "cut_image", counted)
-    file, other = png(PICTURE), png(255 - PICTURE)
-    first = model.prepare([*asked(file), *asked(other)], max_soft_tokens=SMALL)
-    again = model.prepare([*asked(file), *asked(other)], max_soft_tokens=SMALL)
-    assert len(decoded) == 2
-    assert again.request == first.request
-    assert all(one.embeds_KD.equal(two.embeds_KD) for one, two in zip(first.request.media, again.request.media, strict=True))
-    model.prepare(asked(file), max_soft_tokens=140)  # another budget, whose rows take the place of the others'
-    model.prepare(asked(other), max_soft_tokens=SMALL)
-    assert len(decoded) == 4
-
-
 def test_a_sound_that_comes_again_is_not_encoded_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, other = encoded(model, monkeypatch), (tones(8000, seed=1), RATE)
     model.prepare([*heard(TUNE), {"role": "assistant", "content": "A tune."}, *heard(other), *heard(TUNE), *asked(PICTURE)])
@@ -285,6 +268,63 @@ def test_a_sound_that_comes_again_is_not_encoded_again(model: Model, monkeypatch
     assert counts == [1, 2]
     model.prepare([*asked(PICTURE), *heard((tones(9000, seed=2), RATE))])
     assert counts == [1, 2, 1]
+
+
+def test_a_file_that_comes_again_is_not_decoded_again(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, decoded = encoded(model, monkeypatch), list[str]()
+    for name in ("cut_image", "cut_sound", "cut_video"):
+        original = getattr(media_reader, name)
+        monkeypatch.setattr(media_reader, name, lambda *given, name=name, cut=original: (decoded.append(name), cut(*given))[1])
+    film = filmed(rolling(3, 60, 90))
+    (tmp_path / "a.wav").write_bytes(saved(TUNE[0]))
+    parts: list[dict[str, object]] = [
+        {"type": "image", "image": png(PICTURE)},
+        {"type": "audio", "path": str(tmp_path / "a.wav")},
+        {"type": "video", "video": film},
+    ]
+    conversation: list[Any] = [{"role": "user", "content": parts}]
+    first = model.prepare(conversation, max_soft_tokens=SMALL).request
+    again = model.prepare(conversation, max_soft_tokens=SMALL).request
+    assert (first.prompt, first.media) == (again.prompt, again.media)
+    assert all(one.embeds_KD.equal(other.embeds_KD) for one, other in zip(first.media, again.media, strict=True))
+    assert decoded == ["cut_image", "cut_sound", "cut_video"]
+    assert counts == [4, 1]
+    model.prepare(asked(png(PICTURE)), max_soft_tokens=140)
+    assert decoded[3:] == ["cut_image"]
+    (tmp_path / "a.wav").write_bytes(saved(TUNE[0][::-1]))  # another sound under the same path
+    assert model.prepare(heard(tmp_path / "a.wav")).request.media[0].digest != first.media[1].digest
+
+
+def test_what_is_known_does_not_wait_for_what_is_encoded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded(model, monkeypatch)
+    model.prepare(asked(PICTURE), max_soft_tokens=SMALL)
+    begun, may_end, encode = threading.Event(), threading.Event(), VisionTower.encode
+
+    def slow(self: VisionTower, items: list[Any]) -> Any:
+        begun.set()
+        assert may_end.wait(60)
+        return encode(self, items)
+
+    monkeypatch.setattr(VisionTower, "encode", slow)
+    vision = model.media._encoders[ImagePatches].__self__  # type: ignore[union-attr]
+    monkeypatch.setitem(model.media._encoders, ImagePatches, vision.encode)  # type: ignore[union-attr]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(model.prepare, asked(255 - PICTURE), max_soft_tokens=SMALL) for _ in range(2)]
+        try:
+            assert begun.wait(60)
+            known = model.prepare(asked(PICTURE), max_soft_tokens=SMALL)
+        finally:
+            may_end.set()
+        found = [each.result().request for each in waiting]
+    assert known.request.media[0].digest != found[0].media[0].digest
+    assert found[0].media[0].embeds_KD.equal(found[1].media[0].embeds_KD)
+
+
+def test_a_file_whose_rows_were_forgotten_is_decoded_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = encoded(model, monkeypatch, cache_bytes=0)
+    requests = [model.prepare(asked(png(PICTURE)), max_soft_tokens=SMALL).request for _ in range(2)]
+    assert requests[0].media == requests[1].media
+    assert counts == [1, 1]
 
 
 def test_rows_that_are_kept_have_a_limit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +336,10 @@ def test_rows_that_are_kept_have_a_limit(model: Model, monkeypatch: pytest.Monke
     assert counts == [1, 1, 1, 1]
     assert model.media is not None
     assert model.media._size == 2 * one
+    fresh, other = np.roll(PICTURE, 21, axis=1), np.roll(PICTURE, 28, axis=1)
+    model.prepare([*asked(fresh), *asked(other), *asked(fresh)], max_soft_tokens=SMALL)
+    kept = model.media._rows.values()
+    assert {rows.untyped_storage().nbytes() for rows in kept} == {one}  # none holds on to what was encoded with it
 
 
 def test_the_next_turn_finds_what_was_computed_for_the_image(model: Model) -> None:
