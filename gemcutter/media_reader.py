@@ -100,8 +100,8 @@ class MediaReader:
         self._rows: OrderedDict[str, Tensor] = OrderedDict()  # by digest, the longest unused first
         self._files: OrderedDict[str, tuple[_Piece, ...]] = OrderedDict()  # by digest of the bytes, without contents
         self._capacity, self._size = cache_bytes, 0
-        self._lock, self._encoding = threading.Lock(), threading.Lock()  # of what is known; of the towers
         self.queries = self.hits = 0  # pieces whose rows were asked for, and those that were known
+        self._lock, self._encoding = threading.Lock(), threading.Lock()  # of what is known; of the towers
         self.weight_bytes = sum(tower.nbytes for tower in (vision, audio) if tower is not None)
 
     @property

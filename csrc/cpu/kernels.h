@@ -123,8 +123,8 @@ struct KeyPairs {
 
 // Attention without a mask, in bfloat16: rows of query pairs, of which there are `most_rows` or fewer, see all keys.
 struct PairAttention {
-    void (*attend)(const uint32_t *q, int64_t ldq, float *out, int64_t ldo, int64_t rows, int64_t head_dim, const KeyPairs *keys,
-                   void *scratch);
+    void (*attention)(const uint32_t *q, int64_t ldq, float *out, int64_t ldo, int64_t rows, int64_t head_dim,
+                      const KeyPairs *keys, void *scratch);
     size_t (*scratch_bytes)(int64_t head_dim);
     int64_t most_rows;
 };

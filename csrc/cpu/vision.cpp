@@ -112,7 +112,7 @@ class VisionLayer {
             if (pairs_) write_pairs(m, image, static_cast<uint16_t *>(scratch_.of(index)));
         }
         pool.barrier();
-        attend(pool, index);
+        run_attention(pool, index);
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) out_of_attention_.fill(m, qkv_ + m * qkv_width_);
         pool.barrier();
@@ -220,14 +220,14 @@ class VisionLayer {
         for (int64_t head = 0; head < layer_.kv_heads; ++head, v += dim) ops.rms_norm(v, nullptr, layer_.eps, dim, v);
     }
 
-    void attend(ThreadPool &pool, int index) {
+    void run_attention(ThreadPool &pool, int index) {
         int64_t dim = layer_.head_dim, group = layer_.heads / layer_.kv_heads;
         for (int64_t i; (i = pool.counters[COUNT_ATTENTIONS].fetch_add(1, std::memory_order_relaxed)) < num_items_;) {
             const AttentionItem &item = items_[i];
             const float *image = qkv_ + edges_[item.image] * qkv_width_, *k = image + q_width_ + item.head * dim;
             Keys keys = {k, k + kv_width_, qkv_width_, GC_F32, 0, 0, nullptr};
             if (pairs_) {
-                attend_pairs(item, scratch_.of(index));
+                attention_of_pairs(item, scratch_.of(index));
                 continue;
             }
             float *q = qkv_ + (edges_[item.image] + item.first) * qkv_width_ + item.head * group * dim;  // and the result
@@ -236,12 +236,12 @@ class VisionLayer {
         }
     }
 
-    void attend_pairs(const AttentionItem &item, void *scratch) {
+    void attention_of_pairs(const AttentionItem &item, void *scratch) {
         int64_t dim = layer_.head_dim, group = layer_.heads / layer_.kv_heads, first = edges_[item.image] + item.first;
         KeyPairs keys = pairs_of(item.image, item.head);
         for (int64_t head = item.head * group; head < (item.head + 1) * group; ++head)
-            pairs_->attend(q_pairs_ + (first * q_width_ + head * dim) / 2, q_width_ / 2, qkv_ + first * qkv_width_ + head * dim,
-                           qkv_width_, item.last - item.first, dim, &keys, scratch);
+            pairs_->attention(q_pairs_ + (first * q_width_ + head * dim) / 2, q_width_ / 2,
+                              qkv_ + first * qkv_width_ + head * dim, qkv_width_, item.last - item.first, dim, &keys, scratch);
     }
 
     void feed_forward(ThreadPool &pool, int index, Range own, float *out) {

@@ -58,8 +58,8 @@ void weigh(const Buffers &b, int64_t query, int64_t count, int64_t seen, int64_t
         for (int64_t e = 0; e < width; e += W) store(sums + e, load(sums + e) * set1(shrink));
 }
 
-void attend(const uint32_t *q, int64_t ldq, float *out, int64_t ldo, int64_t rows, int64_t dim, const KeyPairs *keys,
-            void *scratch) {
+void attention(const uint32_t *q, int64_t ldq, float *out, int64_t ldo, int64_t rows, int64_t dim, const KeyPairs *keys,
+               void *scratch) {
     int64_t width = padded_to(dim, PANEL), padded = padded_to(keys->count, 2 * PANEL);
     Buffers b = buffers_in(scratch, width);
     memset(b.sums, 0, sizeof(float) * (size_t)(rows * width));
@@ -83,6 +83,6 @@ size_t scratch_bytes(int64_t dim) {
 
 }  // namespace
 
-extern const PairAttention pair_attention_avx512_bf16 = {attend, scratch_bytes, QUERIES};
+extern const PairAttention pair_attention_avx512_bf16 = {attention, scratch_bytes, QUERIES};
 
 }  // namespace gemcutter

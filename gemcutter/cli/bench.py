@@ -87,7 +87,9 @@ Layers = Annotated[int | None, typer.Option(metavar="N", min=1, help="The preset
 Level = Annotated[
     str | None,
     typer.Option(
-        metavar="portable|avx2|avx512|avx512_bf16|amx", help="Native kernels of this level.  [default: the best]", show_default=False
+        metavar="portable|avx2|avx512|avx512_bf16|amx",
+        help="Native kernels of this level.  [default: the best]",
+        show_default=False,
     ),
 ]
 Rows = Annotated[int, typer.Option(metavar="N", min=1, help="Rows of one step, the chunk of a long prompt.")]

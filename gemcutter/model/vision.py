@@ -147,10 +147,10 @@ def _build_layer(plan: VisionPlan, params: Params, ctx: TowerContext) -> VisionL
     """Build one layer: attention of each image to itself, then the MLP, each between norms and beside the residual."""
     build, activations = select_whole("vision_layer", params, ctx)
     whole: VisionLayer | None = build(plan, params, activations)
-    return _build_plain_layer(plan, params, ctx) if whole is None else whole
+    return build_plain_layer(plan, params, ctx) if whole is None else whole
 
 
-def _build_plain_layer(plan: VisionPlan, params: Params, ctx: TowerContext) -> VisionLayer:
+def build_plain_layer(plan: VisionPlan, params: Params, ctx: TowerContext) -> VisionLayer:
     """Build one layer op by op, as kernels that make it at once are defined."""
     norms = {name: vector(params, f"{name}norm") for name in ("attn.", "attn.q_", "attn.k_", "attn.post_", "mlp.", "mlp.post_")}
     q, k, v = (build_linear(params, "attn.in", ctx, part) for part in ("q", "k", "v"))

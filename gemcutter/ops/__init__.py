@@ -2,8 +2,8 @@
 
 Primitive ops (`linear`) compose into layer ops (`qkv, attention, attn_out, mlp, ple_gate`) and model ops (`embed, ple_embed,
 final_norm, lm_head`). A kernel may implement any of them, a whole layer at once (`layer`), a drafter's bursts (`draft`), or a
-layer of a vision tower (`vision_layer`). This module imports no torch, so that the selection can be explained from headers alone. Read `registry.py` for the table of
-implementations, `reference.py` for what each op computes.
+layer of a vision tower (`vision_layer`). This module imports no torch, so that the selection can be explained from headers alone.
+Read `registry.py` for the table of implementations, `reference.py` for what each op computes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,119 @@
+"""Layers of vision towers in one native call against the same layer op by op, at every level.
+
+Owns head dims that fill no vector, several heads to a key head, clipped products, images of unequal sizes and of more patches than
+a block of queries or keys has. Read `parity/test_vision.py` for whole towers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemcutter import native
+from gemcutter.errors import KernelError
+from gemcutter.model.rope import Rope
+from gemcutter.model.tower import open_context
+from gemcutter.model.vision import build_plain_layer
+from gemcutter.ops.cpu.vision_ops import build_vision_layer
+from gemcutter.ops.types import Param
+from gemcutter.plan import ParamKind, RopeSpec
+from gemcutter.quant import Weight
+from gemcutter.tower_plan import VisionPlan
+from tests.topologies import relative_error
+
+pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
+
+SHAPES = {"64": (128, 2, 2, 64), "72": (144, 4, 2, 72), "20": (60, 3, 1, 20), "4": (24, 2, 2, 4)}  # hidden, heads, key heads, dim
+EDGES = [(0, 5), (5, 5), (5, 310), (310, 442)]  # patches of images, one of which has none
+PATCHES = EDGES[-1][1]
+# In float32 sums are taken in another order; in bfloat16 rows, keys, values and weights are rounded once each.
+TOLERANCES = {"float32": 2e-5, "bf16": 2e-2}
+
+
+def plan_of(shape: str, clipped: bool = False) -> VisionPlan:
+    hidden, heads, kv_heads, head_dim = SHAPES[shape]
+    return VisionPlan(1, hidden, heads, kv_heads, head_dim, 90, 16, 3, 64, 280, 100.0, 1e-6, clipped, False, 32)
+
+
+def params_of(plan: VisionPlan, dtype: torch.dtype) -> dict[str, Param]:
+    """Draw a layer's parameters; bounds that cut some values off, and unlike ones for the queries."""
+    draw, found = torch.Generator().manual_seed(plan.head_dim), dict[str, Param]()
+    for spec in plan.params():
+        name = spec.name.removeprefix("vision.layers.0.")
+        if name == spec.name:
+            continue
+        if spec.kind is ParamKind.MATRIX:
+            rows = [rows for _, rows in spec.parts] or [spec.shape[0]]
+            drawn = [(torch.randn(each, spec.shape[1], generator=draw) * spec.shape[1] ** -0.5).to(dtype) for each in rows]
+            found[name] = Weight(tuple(drawn), tuple(part for part, _ in spec.parts))
+        elif spec.kind is ParamKind.SCALAR:
+            most = 1.5 if ".q." in name else 2.0
+            found[name] = torch.tensor(-most if name.endswith("min") else most)
+        else:
+            # Small query norms make scores of a few units: larger ones would blow up the rounding before them.
+            found[name] = (0.3 if name.endswith("q_norm") else 1.0) * (1 + 0.2 * torch.randn(spec.shape, generator=draw))
+    return found
+
+
+def inputs(plan: VisionPlan) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    draw = torch.Generator().manual_seed(1)
+    axial = Rope(RopeSpec(plan.theta, plan.head_dim // 2, plan.head_dim // 4), torch.device("cpu"), torch.float32)
+    x_P, y_P = torch.randint(0, 40, (2, PATCHES), generator=draw)
+    return torch.randn(PATCHES, plan.hidden, generator=draw), (axial.tables(x_P), axial.tables(y_P))
+
+
+@pytest.mark.parametrize("activations", TOLERANCES)
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_layer_is_its_ops(shape: str, clipped: bool, activations: str, level: str) -> None:
+    plan = plan_of(shape, clipped)
+    dtype = torch.float32 if activations == "float32" else torch.bfloat16
+    params = params_of(plan, dtype)
+    x_PD, rotations = inputs(plan)
+    wide = {name: _widened(each) for name, each in params.items()}
+    plain = build_plain_layer(plan, wide, open_context(wide, torch.float32, "cpu", "reference"))
+    found = build_vision_layer(plan, params, activations)(x_PD, rotations, EDGES)
+    assert relative_error(found, plain(x_PD, rotations, EDGES)) < TOLERANCES[activations]
+
+
+def _widened(param: Param) -> Param:
+    if not isinstance(param, Weight):
+        return param
+    return Weight(tuple(part.float() for part in param.parts if isinstance(part, Tensor)), param.names)
+
+
+@pytest.mark.parametrize("activations", TOLERANCES)
+def test_threads_do_not_matter(activations: str, level: str) -> None:
+    plan = plan_of("72", clipped=True)
+    params = params_of(plan, torch.float32 if activations == "float32" else torch.bfloat16)
+    x_PD, rotations = inputs(plan)
+    layer, before = build_vision_layer(plan, params, activations), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(layer(x_PD, rotations, EDGES))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_not_a_number_stays_one(level: str) -> None:
+    plan = plan_of("64", clipped=True)
+    x_PD, rotations = inputs(plan)
+    x_PD[7, 3] = torch.nan  # of the second image
+    found = build_vision_layer(plan, params_of(plan, torch.float32), "float32")(x_PD, rotations, EDGES)
+    assert found[:5].isfinite().all()
+    assert found[5:310].isnan().any()
+    assert found[310:].isfinite().all()
+
+
+def test_edges_that_do_not_ascend_are_refused() -> None:
+    plan = plan_of("64")
+    x_PD, rotations = inputs(plan)
+    layer = build_vision_layer(plan, params_of(plan, torch.float32), "float32")
+    for edges in ([(0, 300), (300, 200), (200, PATCHES)], [(0, PATCHES - 1)], []):
+        with pytest.raises(KernelError, match="not there"):
+            layer(x_PD, rotations, edges)
