@@ -260,26 +260,6 @@ def test_an_image_that_comes_again_is_not_encoded_again(model: Model, monkeypatc
     assert counts == [2, 1]
 
 
-def test_a_file_that_comes_again_is_not_decoded_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded(model, monkeypatch, cache_bytes=3 * ROWS * model.plan.hidden * 4)
-    decoded, cut = list[str](), media_reader.cut_image
-
-    def counted(source: Any, budget: int, *rest: Any) -> Any:
-        decoded.append(f"{len(source)} {budget}")
-        return cut(source, budget, *rest)
-
-    monkeypatch.setattr(media_reader, "cut_image", counted)
-    file, other = png(PICTURE), png(255 - PICTURE)
-    first = model.prepare([*asked(file), *asked(other)], max_soft_tokens=SMALL)
-    again = model.prepare([*asked(file), *asked(other)], max_soft_tokens=SMALL)
-    assert len(decoded) == 2
-    assert again.request == first.request
-    assert all(one.embeds_KD.equal(two.embeds_KD) for one, two in zip(first.request.media, again.request.media, strict=True))
-    model.prepare(asked(file), max_soft_tokens=140)  # another budget, whose rows take the place of the others'
-    model.prepare(asked(other), max_soft_tokens=SMALL)
-    assert len(decoded) == 4
-
-
 def test_a_sound_that_comes_again_is_not_encoded_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, other = encoded(model, monkeypatch), (tones(8000, seed=1), RATE)
     model.prepare([*heard(TUNE), {"role": "assistant", "content": "A tune."}, *heard(other), *heard(TUNE), *asked(PICTURE)])
