@@ -1,8 +1,9 @@
 // GEMM on processors with AVX512_BF16: bfloat16 matrices times many bfloat16 rows, sums in float32.
 //
 // Owns the order of a panel's values: 16 matrix rows side by side, two neighbouring columns in each lane, as one instruction
-// multiplies them. Rows are rounded to bfloat16 as AMX has them; few rows, float32 rows and other matrices go to the AVX-512
-// kernels. Refuses to know threads. Read `matmul_f32.h` for how panels are transposed, `parallel_gemm.cpp` for the caller.
+// multiplies them. Serves rows that are asked for in bfloat16: a decoder's prompts would else depend on how many rows a step has.
+// Few rows and other matrices go to the AVX-512 kernels. Refuses to know threads. Read `matmul_bf16.h` for the micro-kernel,
+// `matmul_f32.h` for how panels are transposed, `parallel_gemm.cpp` for the caller.
 #include "kernels.h"
 #include "matmul_bf16.h"
 #include "matmul_f32.h"
@@ -32,7 +33,7 @@ void gemm(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t begin, in
 }
 
 bool fits(const gc_matrix &m, int64_t rows, int activations) {
-    return rows >= LEAST_ROWS && activations != GC_FLOAT_ROWS && m.columns % 2 == 0 && m.stride % 4 == 0 && m.codes == GC_BF16;
+    return rows >= LEAST_ROWS && activations == GC_BF16_ROWS && m.columns % 2 == 0 && m.stride % 4 == 0 && m.codes == GC_BF16;
 }
 
 int formats(const gc_matrix *m, int64_t rows, int activations) {

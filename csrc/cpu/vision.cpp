@@ -81,7 +81,7 @@ class VisionLayer {
         ups_ = arena.array<float>(rows * layer.mlp_width);
         product_ = arena.array<float>(rows * layer.hidden);
         const PairAttention *pairs = kernels().pair_attention;
-        if (pairs && layer.activations != GC_FLOAT_ROWS && layer.head_dim % 2 == 0) allocate_pairs(arena, images);
+        if (pairs && layer.activations == GC_BF16_ROWS && layer.head_dim % 2 == 0) allocate_pairs(arena, images);
         size_t bytes = pairs_ ? pairs_->scratch_bytes(layer.head_dim)
                               : kernels().attention->scratch_bytes(layer.heads / layer.kv_heads, layer.head_dim);
         for (const gc_matrix *part : {&layer.q, &layer.k, &layer.v, &layer.out, &layer.gate, &layer.up, &layer.down}) {

@@ -270,7 +270,7 @@ def test_a_sound_that_comes_again_is_not_encoded_again(model: Model, monkeypatch
     assert counts == [1, 2, 1]
 
 
-def test_files_of_all_kinds_that_come_again_are_not_decoded_again(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_all_kinds_are_decoded_once(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, decoded = encoded(model, monkeypatch), list[str]()
     for name in ("cut_image", "cut_sound", "cut_video"):
         original = getattr(media_reader, name)
