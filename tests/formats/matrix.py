@@ -239,7 +239,9 @@ class Layout:
         return {f"{name}[{part}]" if part else name for name, part in model(like).unread.keys() - used.keys()}
 
 
-TOWER_FILE = Note("A tower in the same file, where Ollama puts it, is not loaded; llama.cpp's `mmproj` files hold no text model.")
+TOWER_FILE = Note(
+    "A tower in the same file, where Ollama puts it, is left aside here; llama.cpp's `mmproj` files hold no text model."
+)
 OWN_VALUES = Note(
     "GGUF has no key for values that are the raw keys: `attn_v` is absent, or it is stored and used, with equal results."
 )
