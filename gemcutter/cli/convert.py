@@ -28,10 +28,11 @@ HELP = """
 Write a checkpoint in another format, quantization or layout.
 
 SRC is any Gemma 4 checkpoint that gemcutter loads (Gemma 3 files run, but are not converted). DST is a folder for hf
-(transformers and most engines) and mlx (mlx-lm), a file that ends in .gguf for gguf (llama.cpp). Without --quant, weights stay
-as they are stored where the target has a place for them, byte for byte, and become dense where it has none. q4 and q8 are
-recommended mixtures (in a GGUF file Q4_0 and Q8_0), mlx4 and mlx8 are mlx-lm's, Q4_0 and Q8_0 llama.cpp's blocks, with Q8_0 for
-tables and head. K-quants and IQ types are read, not written.
+(transformers and most engines) and mlx (mlx-lm), a file that ends in .gguf for gguf (llama.cpp) and for mmproj, which is the
+towers for images and sounds alone: GGUF keeps them in a file of their own. Without --quant, weights stay as they are stored where
+the target has a place for them, byte for byte, and become dense where it has none. q4 and q8 are recommended mixtures (in a GGUF
+file Q4_0 and Q8_0), mlx4 and mlx8 are mlx-lm's, Q4_0 and Q8_0 llama.cpp's blocks, with Q8_0 for tables and head. K-quants and IQ
+types are read, not written.
 
 --adapter merges a LoRA adapter, in float32, before weights are rounded or quantized. A source that is quantized already needs
 --quant for this: q4 or q8 to quantize what was merged again, bf16 to write it dense.
@@ -43,12 +44,13 @@ EXAMPLES = """\b
 Examples:
   gemcutter convert google/gemma-4-E2B-it ./e2b-q4 --to mlx --quant q4
   gemcutter convert demo demo-Q8_0.gguf --to gguf --quant Q8_0
+  gemcutter convert google/gemma-4-E2B-it mmproj-e2b.gguf --to mmproj --quant f16
   gemcutter convert ./gemma.gguf ./gemma --to hf --quant bf16
   gemcutter convert ./gemma-4-E2B-it ./smaller --to hf --shared-kv drop
   gemcutter convert ./gemma-4-E2B-it ./mine --to hf --adapter ./my-adapter
   gemcutter convert e2b ./mine.gguf --to gguf --quant q4 --adapter ./my-adapter --dry-run
 """
-FORMATS = ("hf", "mlx", "gguf")
+FORMATS = ("hf", "mlx", "gguf", "mmproj")
 QUANTS = (UNCHANGED, BF16, F16, *RECIPE_NAMES)
 SHARED_KV = ("keep", "drop", "restore")
 
@@ -76,7 +78,9 @@ Source = Annotated[
     str,
     typer.Argument(metavar="SRC", help="The checkpoint to read: all that MODEL can be.", show_default=False),
 ]
-To = Annotated[str, typer.Option(metavar="hf|mlx|gguf", help="Format to write.", callback=one_of(*FORMATS), show_default=False)]
+To = Annotated[
+    str, typer.Option(metavar="hf|mlx|gguf|mmproj", help="Format to write.", callback=one_of(*FORMATS), show_default=False)
+]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="Folder, or .gguf file, to write.", show_default=False)]
 Quant = Annotated[
     str,

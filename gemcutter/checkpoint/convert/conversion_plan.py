@@ -33,6 +33,7 @@ DENSE = {"bf16": "BF16", "f16": "F16"}
 TARGETS: dict[str, dict[str, Recipe | None]] = {
     "hf": dict.fromkeys(("none", *DENSE)),
     "mlx": dict.fromkeys(("none", *DENSE)) | {name: RECIPES[name] for name in ("q4", "q8", "mlx4", "mlx8")},
+    "mmproj": dict.fromkeys(("none", *DENSE)) | {"q8": RECIPES["Q8_0"], "Q8_0": RECIPES["Q8_0"]},
     "gguf": dict.fromkeys(("none", *DENSE))
     | {"q4": RECIPES["Q4_0"], "q8": RECIPES["Q8_0"], "Q4_0": RECIPES["Q4_0"], "Q8_0": RECIPES["Q8_0"]},
 }
@@ -226,7 +227,7 @@ class _Lister:
             if not kind.endswith("tower") or (self.options.to == "hf" and not self.listing.wraps):
                 self._drop(kind, pieces)
             elif self.options.to == "gguf":
-                self._drop(f"{kind}: GGUF keeps it in a file of its own, which is not written", pieces)
+                self._drop(f"{kind}: GGUF keeps it in a file of its own: convert --to mmproj", pieces)
             else:
                 self._towers(pieces)
 

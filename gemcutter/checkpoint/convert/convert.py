@@ -18,6 +18,7 @@ from typing import Any
 import gemcutter
 from gemcutter.checkpoint.container.lazy_tensor import tensor_nbytes
 from gemcutter.checkpoint.container.source import Source
+from gemcutter.checkpoint.convert import projector_plan
 from gemcutter.checkpoint.convert.conversion_plan import MODEL_DTYPES, ConvertOptions, Listing, list_outputs
 from gemcutter.checkpoint.convert.tensor_writers import Output
 from gemcutter.checkpoint.formats import gguf, gguf_metadata, hf_config
@@ -52,6 +53,7 @@ SIDECAR_FILES = (
     "NOTICE",
 )
 FAMILY = "gemma4"
+GGUF_FILES = ("gguf", "mmproj")  # targets that are one GGUF file
 HASH_BYTES = 1 << 20
 
 
@@ -98,7 +100,8 @@ def convert(
     texts: Texts | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Write the checkpoint `source` as `target`: a folder for "hf" and "mlx", a file that ends in .gguf for "gguf".
+    """Write the checkpoint `source` as `target`: a folder for "hf" and "mlx", a file that ends in .gguf for "gguf" and
+    "mmproj", which holds the towers alone.
 
     `quant` is "none" (what is stored stays as it is where the target has a place for it, else becomes dense), "bf16", "f16", or a
     recipe of `quant/recipes.py` that the target can hold. `shared_kv` says what happens to keys and values of layers that read
@@ -111,10 +114,10 @@ def convert(
     options = ConvertOptions(to, quant, shared_kv)
     _insist_on_options(source, target, options)
     work = _decide(open_checkpoint(source, ignore), options, target, adapter, ignore, progress)
-    write = _write_gguf if to == "gguf" else _write_folder
-    with put_in_place(target, is_folder=to != "gguf", force=force) as partial:
+    write = _write_gguf if to in GGUF_FILES else _write_folder
+    with put_in_place(target, is_folder=to not in GGUF_FILES, force=force) as partial:
         write(work, partial, texts)
-        _check_written(partial, work.checkpoint)
+        _check_written(partial, work)
     return _report(work)
 
 
@@ -150,6 +153,12 @@ def _decide(
 ) -> _Work:
     """Decide everything from headers. Raises CheckpointError for what can't be converted or merged."""
     _insist_on_family(checkpoint, options.to)
+    if options.to == "mmproj":
+        if adapter is not None:
+            raise CheckpointError(f"{adapter}: adapters change text models; a projector holds towers only")
+        towers = projector_plan.find_towers(checkpoint, ignore)
+        listing = projector_plan.list_outputs(checkpoint, options, towers)
+        return _Work(checkpoint, options, listing, target, None, progress, towers)
     merged = None if adapter is None else open_adapter(adapter, checkpoint.plan, ignore)
     return _Work(checkpoint, options, list_outputs(checkpoint, options, merged), target, merged, progress)
 
@@ -164,11 +173,12 @@ class _Work:
     target: Path
     adapter: Adapter | None
     progress: Progress | None
+    towers: projector_plan.Towers | None = None  # of which a projector is made
 
 
 def _place_problems(source: Path, target: Path, to: str) -> list[str]:
-    if (to == "gguf") != (target.suffix == ".gguf") or target.suffix == ".safetensors":
-        wanted = "a file name that ends in .gguf" if to == "gguf" else "the name of a folder"
+    if (to in GGUF_FILES) != (target.suffix == ".gguf") or target.suffix == ".safetensors":
+        wanted = "a file name that ends in .gguf" if to in GGUF_FILES else "the name of a folder"
         return [f"{target}: {wanted} expected for {to}"]
     here, there = source.resolve(), target.resolve()
     if here == there or there in here.parents:
@@ -273,6 +283,8 @@ def _write_gguf(work: _Work, partial: Path, texts: Texts | None) -> None:
 
 def _gguf_metadata(work: _Work) -> list[Entry]:
     checkpoint, source = work.checkpoint, work.checkpoint.source
+    if work.towers is not None:
+        return projector_plan.metadata(checkpoint, work.towers, projector_plan.total_type(work.listing.outputs, gguf_nbytes))
     sizes = Counter[str]()
     for output in work.listing.outputs:
         for _, kind, shape in output.specs:
@@ -316,8 +328,12 @@ def _stream(outputs: Sequence[Output], total: int, progress: Progress | None) ->
                 progress(done, total)
 
 
-def _check_written(partial: Path, checkpoint: Checkpoint) -> None:
+def _check_written(partial: Path, work: _Work) -> None:
     """Read the headers of what was written: it must be the same model to this engine, whatever its spelling."""
+    checkpoint = work.checkpoint
+    if work.towers is not None:
+        projector_plan.check_written(partial, checkpoint, work.towers)
+        return
     again = open_checkpoint(partial)
     if again.format == gguf.NAME:  # whose text models say nothing about images; their rules go with the projector's file
         again = replace(again, plan=replace(again.plan, bidirectional=checkpoint.plan.bidirectional))
@@ -371,7 +387,7 @@ def headers_sha256(source: Source) -> str:
 
 def _report(work: _Work) -> Report:
     outputs, adapter = work.listing.outputs, work.adapter
-    nbytes = gguf_nbytes if work.options.to == "gguf" else tensor_nbytes
+    nbytes = gguf_nbytes if work.options.to in GGUF_FILES else tensor_nbytes
     types: dict[str, tuple[int, int]] = {}
     for output in outputs:
         count, size = types.get(output.scheme, (0, 0))

@@ -68,6 +68,18 @@ def rearranged(name: str, data: LazyTensor, order: Sequence[int]) -> Output:
     return Output(((name, data.dtype, shape),), "rearranged", (data.name,), chunks, data.dtype)
 
 
+def arranged(
+    name: str, data: LazyTensor | PackedTensor, shape: tuple[int, ...], dtype: str, change: Callable[[Tensor], Tensor]
+) -> Output:
+    """Store a tensor, read whole, in the layout into which `change` brings its values."""
+
+    def chunks() -> Iterator[memoryview]:
+        values = data.torch() if isinstance(data, LazyTensor) else data.build().dequantize()
+        yield _bytes(_as_dtype(name, change(values), dtype))
+
+    return Output(((name, dtype, shape),), "rearranged", (data.name,), chunks, dtype)
+
+
 def stored(
     name: str,
     shape: tuple[int, ...],
