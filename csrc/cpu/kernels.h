@@ -114,7 +114,7 @@ struct AttentionKernels {
 static inline int64_t padded_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 // Keys and values of one head as bfloat16 pairs, which lie side by side: k [T' / 16, E / 2, 16], neighbouring columns of 16 keys;
-// v [T' / 2, E'], a column of two neighbouring keys. T' is the number of keys rounded up to 32, E' is E rounded up to 16; values
+// v [E' / 16, T' / 2, 16], 16 columns of two neighbouring keys. T' is the number of keys rounded up to 32, E' is E rounded up to 16; values
 // beyond either end are zero.
 struct KeyPairs {
     const uint32_t *k, *v;

@@ -153,7 +153,7 @@ class VisionLayer {
 
     void write_pairs(int64_t m, int64_t image, uint16_t *rounded) {
         const VectorOps &ops = *kernels().vector_ops;
-        int64_t dim = layer_.head_dim, width = padded_to(dim, PANEL), t = m - edges_[image];
+        int64_t dim = layer_.head_dim, t = m - edges_[image];
         const float *q = qkv_ + m * qkv_width_, *k = q + q_width_, *v = k + kv_width_;
         ops.to_bf16(q, q_width_, reinterpret_cast<uint16_t *>(q_pairs_ + m * q_width_ / 2));
         for (int64_t head = 0; head < layer_.kv_heads; ++head, k += dim, v += dim) {
@@ -162,8 +162,9 @@ class VisionLayer {
             auto *key = const_cast<uint32_t *>(to.k) + t / PANEL * PANEL * (dim / 2) + t % PANEL;
             for (int64_t i = 0; i < dim / 2; ++i) memcpy(key + i * PANEL, rounded + 2 * i, sizeof(uint32_t));
             ops.to_bf16(v, dim, rounded);
-            auto *value = reinterpret_cast<uint16_t *>(const_cast<uint32_t *>(to.v) + t / 2 * width) + t % 2;
-            for (int64_t e = 0; e < dim; ++e) value[2 * e] = rounded[e];
+            int64_t pairs = padded_to(to.count, 2 * PANEL) / 2;
+            auto *value = reinterpret_cast<uint16_t *>(const_cast<uint32_t *>(to.v) + t / 2 * PANEL) + t % 2;
+            for (int64_t e = 0; e < dim; ++e) value[2 * (e / PANEL * pairs * PANEL + e % PANEL)] = rounded[e];
         }
     }
 

@@ -12,6 +12,8 @@ namespace gemcutter {
 namespace {
 
 constexpr int64_t QUERIES = 8 * BF16_ROWS, KEYS = 256;  // of a block
+// From one query to the next: no power of two, or rows would compete for a few sets of the L1 cache.
+constexpr int64_t SCORES_LD = KEYS + PANEL, WEIGHTS_LD = KEYS + 2 * PANEL;
 
 float highest(const float *scores, int64_t count) {
     V best = load(scores);
@@ -19,26 +21,34 @@ float highest(const float *scores, int64_t count) {
     return top(best);
 }
 
-// Turns scores into their exponentials relative to `anchor`; returns the sum.
-float exponentiate(float *scores, int64_t count, float anchor) {
+inline void store_bf16(uint16_t *to, V x) {
+#if defined(GC_EMULATE)
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtneps_pbh(x));
+#else
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
+#endif
+}
+
+// Weights of scores: their exponentials relative to `anchor`, in bfloat16; returns the sum before they are rounded.
+float exponentiate(const float *scores, int64_t count, float anchor, uint16_t *weights) {
     V shift = set1(anchor), total = set1(0.0f);
     for (int64_t t = 0; t < count; t += W) {
         V weight = exp(load(scores + t) - shift);
-        store(scores + t, weight);
+        store_bf16(weights + t, weight);
         total = total + weight;
     }
     return sum(total);
 }
 
 struct Buffers {
-    float *scores, *sums, *top, *total;  // [QUERIES, KEYS], [QUERIES, E'], [QUERIES] each
-    uint16_t *weights;                   // [QUERIES, KEYS]
+    float *scores, *sums, *top, *total;  // [QUERIES, SCORES_LD], [QUERIES, E'], [QUERIES] each
+    uint16_t *weights;                   // [QUERIES, WEIGHTS_LD]
 };
 
 Buffers buffers_in(void *scratch, int64_t width) {
     Buffers b;
     b.scores = static_cast<float *>(scratch);
-    b.sums = b.scores + QUERIES * KEYS;
+    b.sums = b.scores + QUERIES * SCORES_LD;
     b.top = b.sums + QUERIES * width;
     b.total = b.top + QUERIES;
     b.weights = reinterpret_cast<uint16_t *>(b.total + QUERIES);
@@ -47,13 +57,12 @@ Buffers buffers_in(void *scratch, int64_t width) {
 
 // Makes weights of one query's scores, and brings what was summed for it to the new largest score.
 void weigh(const Buffers &b, int64_t query, int64_t count, int64_t seen, int64_t width) {
-    float *scores = b.scores + query * KEYS, *sums = b.sums + query * width;
+    float *scores = b.scores + query * SCORES_LD, *sums = b.sums + query * width;
     for (int64_t t = seen; t < count; ++t) scores[t] = -INFINITY;
     float best = highest(scores, count), anchor = best > b.top[query] ? best : b.top[query];
     float shrink = expf(b.top[query] - anchor);
-    b.total[query] = b.total[query] * shrink + exponentiate(scores, count, anchor);
+    b.total[query] = b.total[query] * shrink + exponentiate(scores, count, anchor, b.weights + query * WEIGHTS_LD);
     b.top[query] = anchor;
-    vector_ops_avx512.to_bf16(scores, count, b.weights + query * KEYS);
     if (shrink != 1.0f)
         for (int64_t e = 0; e < width; e += W) store(sums + e, load(sums + e) * set1(shrink));
 }
@@ -67,18 +76,18 @@ void attention(const uint32_t *q, int64_t ldq, float *out, int64_t ldo, int64_t 
     for (int64_t first = 0; first < padded; first += KEYS) {
         int64_t count = padded - first < KEYS ? padded - first : KEYS, left = keys->count - first;
         for (int64_t t = 0; t < count; t += PANEL)
-            pair_panel(q, ldq, rows, keys->k + (first + t) * (dim / 2), PANEL, dim / 2, b.scores + t, KEYS, false);
+            pair_panel(q, ldq, rows, keys->k + (first + t) * (dim / 2), PANEL, dim / 2, b.scores + t, SCORES_LD, false);
         for (int64_t m = 0; m < rows; ++m) weigh(b, m, count, left < count ? left : count, width);
-        const uint32_t *weights = reinterpret_cast<const uint32_t *>(b.weights), *values = keys->v + first / 2 * width;
+        const uint32_t *weights = reinterpret_cast<const uint32_t *>(b.weights), *values = keys->v + first / 2 * PANEL;
         for (int64_t e = 0; e < width; e += PANEL)
-            pair_panel(weights, KEYS / 2, rows, values + e, width, count / 2, b.sums + e, width, true);
+            pair_panel(weights, WEIGHTS_LD / 2, rows, values + e * (padded / 2), PANEL, count / 2, b.sums + e, width, true);
     }
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t e = 0; e < dim; ++e) out[m * ldo + e] = b.sums[m * width + e] / b.total[m];
 }
 
 size_t scratch_bytes(int64_t dim) {
-    return sizeof(float) * (size_t)(QUERIES * (KEYS + padded_to(dim, PANEL) + 2)) + sizeof(uint16_t) * QUERIES * KEYS;
+    return sizeof(float) * (size_t)(QUERIES * (SCORES_LD + padded_to(dim, PANEL) + 2)) + sizeof(uint16_t) * QUERIES * WEIGHTS_LD;
 }
 
 }  // namespace

@@ -185,6 +185,19 @@ INTRINSIC __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {  // u
         return s.at[i] + (uint32_t)dot;
     });
 }
+INTRINSIC __m256i _mm512_cvtneps_pbh(__m512 a) {  // to the nearest, ties to even; NaN stays one; tiny numbers become zero
+    Lanes<uint32_t, __m512> x(a);
+    uint16_t out[16];
+    for (int i = 0; i < 16; ++i) {
+        uint32_t bits = x.at[i];
+        if ((bits & 0x7fffffff) > 0x7f800000) out[i] = (uint16_t)(bits >> 16 | 0x40);
+        else if (!(bits & 0x7f800000)) out[i] = (uint16_t)(bits >> 16 & 0x8000);
+        else out[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+    __m256i result;
+    memcpy(&result, out, sizeof result);
+    return result;
+}
 INTRINSIC __m512 _mm512_dpbf16_ps(__m512 sum, __m512i a, __m512i b) {  // the odd pair first; operands as plain words
     auto wide = [](uint16_t half) {
         uint32_t bits = (uint32_t)half << 16;
