@@ -35,6 +35,7 @@ from gemcutter.model.drafter import Drafter, sort_under_centroids
 from gemcutter.model.text import Decoder
 from gemcutter.model.vision import VisionTower
 from gemcutter.ops.registry import CPU, select_backend
+from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import AdapterDeltas, Param, matrix
 from gemcutter.plan import Access, ModelPlan, derive
 from gemcutter.quant import Weight
@@ -56,6 +57,7 @@ class OpenModel:
     drafter: Drafter | Decoder | None = None
     vision: VisionTower | None = None
     audio: AudioTower | None = None
+    turns: Turns = field(default_factory=Turns)  # of towers and engine on the cores
 
     def engine(self) -> Engine:
         """Make an engine of the options' limits. Raises CapacityError if there is no memory for its cache."""
@@ -70,6 +72,7 @@ class OpenModel:
             max_stall_ms=how.max_stall_ms,
             speculator=self.speculator(),
             largest_block=max(BUDGETS) if self.vision is not None and self.checkpoint.plan.bidirectional else 0,
+            turns=self.turns,
         )
 
     def speculator(self) -> Speculator | None:
@@ -122,11 +125,12 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     decoder = make_decoder(checkpoint.plan, params, options, dtype, device)
     drafter = open_drafter(options, decoder, notes) if options.drafts_by_model else None
     vision, audio = None, None
+    turns = Turns()
     if seen is not None:
-        vision = VisionTower(seen[0], tower_params(*seen, options, decoder), dtype, device, options.kernels)
+        vision = VisionTower(seen[0], tower_params(*seen, options, decoder), dtype, device, options.kernels, turns)
     if heard is not None:
-        audio = AudioTower(heard[0], tower_params(*heard, options, decoder), dtype, device, options.kernels)
-    return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio)
+        audio = AudioTower(heard[0], tower_params(*heard, options, decoder), dtype, device, options.kernels, turns)
+    return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns)
 
 
 def find_media(options: LoadOptions, checkpoint: Checkpoint, projector: Path | None) -> Sequence[str]:

@@ -1,8 +1,8 @@
-// A layer of a vision encoder over the flat patches of some images, in one parallel region.
+// A layer of a vision encoder over the flat patches of some images: first the queries, keys and values of all, then the rest.
 //
 // Owns the order of its parts, the rotation by column and row, and the clipping of values around products. Every patch sees all
-// patches of its image: the same attention kernel as in prompts, over rows instead of a cache. A row belongs to one thread between
-// products. Shape letters: P patches, D hidden, H heads, K key heads, E head dim, F mlp width. Read `model/vision.py` for the
+// patches of its image: the same attention kernel as in prompts, over rows instead of a cache. Either half takes any run of rows,
+// so that who computes a large image can let others compute in between. A row belongs to one thread between products. Shape letters: P patches, D hidden, H heads, K key heads, E head dim, F mlp width. Read `model/vision.py` for the
 // definition, `layer_ops.h` for the decoder's layers.
 #include <string.h>
 
@@ -57,107 +57,114 @@ class Inputs {
     int of_[MOST] = {}, count_ = 0;
 };
 
-// Query rows first..last-1 of one image with one key head.
-struct AttentionItem {
-    int64_t image, head, first, last;
+// The rows of all images, and what is kept of a layer between its halves, in memory of the caller's.
+struct Patches {
+    const gc_vision_layer &layer;
+    int64_t rows, images;
+    const int64_t *edges;
+    int64_t q_width, kv_width, qkv_width;
+    const PairAttention *pairs;  // null where attention takes float32
+    float *qkv;                  // [P, (H + 2K) E]; attention's results take the queries' place
+    uint32_t *q_pairs, *k_pairs, *v_pairs;
+
+    Patches(const gc_vision_layer &layer, int64_t rows, const int64_t *edges, int64_t images, float *state)
+        : layer(layer), rows(rows), images(images), edges(edges) {
+        q_width = layer.heads * layer.head_dim, kv_width = layer.kv_heads * layer.head_dim, qkv_width = q_width + 2 * kv_width;
+        pairs = layer.activations == GC_BF16_ROWS && layer.head_dim % 2 == 0 ? kernels().pair_attention : nullptr;
+        qkv = state;
+        q_pairs = reinterpret_cast<uint32_t *>(state + padded_to(rows * qkv_width, PANEL));
+        k_pairs = q_pairs + padded_to(rows * q_width / 2, PANEL);
+        v_pairs = k_pairs + keys() * layer.head_dim / 2;
+    }
+    int64_t keys() const {  // of all heads, each image's rounded up
+        int64_t count = 0;
+        for (int64_t i = 0; i < images; ++i) count += padded_to(edges[i + 1] - edges[i], 2 * PANEL);
+        return count * layer.kv_heads;
+    }
+    int64_t floats() const {
+        int64_t plain = padded_to(rows * qkv_width, PANEL), queries = padded_to(rows * q_width / 2, PANEL);
+        return plain + (pairs ? queries + keys() * (layer.head_dim + padded_to(layer.head_dim, PANEL)) / 2 : 0);
+    }
+    void clear_keys() const {  // what no key fills must be zero
+        if (!pairs) return;
+        memset(k_pairs, 0, sizeof(uint32_t) * (size_t)(keys() * layer.head_dim / 2));
+        memset(v_pairs, 0, sizeof(uint32_t) * (size_t)(keys() * padded_to(layer.head_dim, PANEL) / 2));
+    }
+    // Keys and values of each head of each image, one after the other; `before` counts those of earlier images.
+    KeyPairs pairs_of(int64_t image, int64_t before, int64_t head) const {
+        int64_t count = edges[image + 1] - edges[image], first = before + head * padded_to(count, 2 * PANEL);
+        return {k_pairs + first * layer.head_dim / 2, v_pairs + first * padded_to(layer.head_dim, PANEL) / 2, count};
+    }
 };
 
-class VisionLayer {
+size_t most_scratch(const gc_matrix *const *parts, int count, size_t bytes) {
+    for (int i = 0; i < count; ++i) {
+        size_t of_part = scratch_bytes(parts[i], 1);
+        bytes = of_part > bytes ? of_part : bytes;
+    }
+    return bytes;
+}
+
+// Queries, keys and values of a run of rows.
+class VisionKeys {
   public:
-    VisionLayer(Arena &arena, const gc_vision_layer &layer, int64_t rows, const int64_t *edges, int64_t images)
-        : layer_(layer), rows_(rows), edges_(edges) {
-        q_width_ = layer.heads * layer.head_dim, kv_width_ = layer.kv_heads * layer.head_dim;
-        qkv_width_ = q_width_ + 2 * kv_width_;
-        const gc_matrix *qkv[3] = {&layer.q, &layer.k, &layer.v}, *gated[2] = {&layer.gate, &layer.up};
-        const gc_matrix *out[1] = {&layer.out}, *down[1] = {&layer.down};
-        const gc_clip *qkv_clips[3] = {&layer.q_clip, &layer.k_clip, &layer.v_clip};
-        const gc_clip *gated_clips[2] = {&layer.gate_clip, &layer.up_clip};
-        const gc_clip *out_clips[1] = {&layer.out_clip}, *down_clips[1] = {&layer.down_clip};
-        into_attention_.allocate(arena, layer, qkv, qkv_clips, 3, rows);
-        out_of_attention_.allocate(arena, layer, out, out_clips, 1, rows);
-        qkv_ = arena.array<float>(rows * qkv_width_);
-        into_mlp_.allocate(arena, layer, gated, gated_clips, 2, rows);
-        gates_.allocate(arena, layer, down, down_clips, 1, rows);
-        ups_ = arena.array<float>(rows * layer.mlp_width);
-        product_ = arena.array<float>(rows * layer.hidden);
-        const PairAttention *pairs = kernels().pair_attention;
-        if (pairs && layer.activations == GC_BF16_ROWS && layer.head_dim % 2 == 0) allocate_pairs(arena, images);
-        size_t bytes = pairs_ ? pairs_->scratch_bytes(layer.head_dim)
-                              : kernels().attention->scratch_bytes(layer.heads / layer.kv_heads, layer.head_dim);
-        for (const gc_matrix *part : {&layer.q, &layer.k, &layer.v, &layer.out, &layer.gate, &layer.up, &layer.down}) {
-            size_t of_part = scratch_bytes(part, 1);
-            bytes = of_part > bytes ? of_part : bytes;
-        }
-        scratch_.allocate(arena, bytes);
-        list_items(arena, images);
+    VisionKeys(Arena &arena, const Patches &patches, Range run) : p_(patches), layer_(patches.layer), run_(run) {
+        const gc_matrix *parts[3] = {&layer_.q, &layer_.k, &layer_.v};
+        const gc_clip *clips[3] = {&layer_.q_clip, &layer_.k_clip, &layer_.v_clip};
+        inputs_.allocate(arena, layer_, parts, clips, 3, run.last - run.first);
+        scratch_.allocate(arena, most_scratch(parts, 3, sizeof(uint16_t) * (size_t)padded_to(layer_.head_dim, PANEL)));
     }
 
-    void run(ThreadPool &pool, int index, const float *x, const float *cos, const float *sin, float *out) {
-        const VectorOps &ops = *kernels().vector_ops;
+    void run(ThreadPool &pool, int index, const float *x, const float *cos, const float *sin) {
         int64_t hidden = layer_.hidden;
-        Range own = own_rows(rows_, index, pool.size);
+        Range own = own_rows(run_.last - run_.first, index, pool.size);
         for (int64_t m = own.first; m < own.last; ++m) {
-            float *row = into_attention_.row(m);
-            ops.rms_norm(x + m * hidden, layer_.attn_norm, layer_.eps, hidden, row);
-            into_attention_.fill(m, row);
+            float *row = inputs_.row(m);
+            kernels().vector_ops->rms_norm(x + (run_.first + m) * hidden, layer_.attn_norm, layer_.eps, hidden, row);
+            inputs_.fill(m, row);
         }
         pool.barrier();
-        multiply(pool, index, layer_.q, into_attention_.rows(0), qkv_, qkv_width_);
-        multiply(pool, index, layer_.k, into_attention_.rows(1), qkv_ + q_width_, qkv_width_);
-        multiply(pool, index, layer_.v, into_attention_.rows(2), qkv_ + q_width_ + kv_width_, qkv_width_);
+        float *out = p_.qkv + run_.first * p_.qkv_width;
+        void *scratch = scratch_.of(index);
+        parallel_gemm(pool, index, &layer_.q, 1, inputs_.rows(0), out, p_.qkv_width, scratch, 0);
+        parallel_gemm(pool, index, &layer_.k, 1, inputs_.rows(1), out + p_.q_width, p_.qkv_width, scratch, 1);
+        parallel_gemm(pool, index, &layer_.v, 1, inputs_.rows(2), out + p_.q_width + p_.kv_width, p_.qkv_width, scratch, 2);
         pool.barrier();
-        for (int64_t m = own.first, image = 0; m < own.last; ++m) {
-            finish_qkv(m, cos, sin);
-            while (edges_[image + 1] <= m) ++image;
-            if (pairs_) write_pairs(m, image, static_cast<uint16_t *>(scratch_.of(index)));
+        int64_t image = 0, before = 0;
+        for (int64_t row = run_.first + own.first; row < run_.first + own.last; ++row) {
+            finish(row, cos, sin);
+            for (; p_.edges[image + 1] <= row; ++image)
+                before += padded_to(p_.edges[image + 1] - p_.edges[image], 2 * PANEL) * layer_.kv_heads;
+            if (p_.pairs) write_pairs(row, image, before, static_cast<uint16_t *>(scratch));
         }
-        pool.barrier();
-        run_attention(pool, index);
-        pool.barrier();
-        for (int64_t m = own.first; m < own.last; ++m) out_of_attention_.fill(m, qkv_ + m * qkv_width_);
-        pool.barrier();
-        multiply(pool, index, layer_.out, out_of_attention_.rows(0), product_, hidden);
-        pool.barrier();
-        for (int64_t m = own.first; m < own.last; ++m) {
-            float *row = into_mlp_.row(m), *after = out + m * hidden;
-            clip(product_ + m * hidden, layer_.out_clip, hidden);
-            ops.add_norm(x + m * hidden, product_ + m * hidden, layer_.attn_post_norm, layer_.eps, 1.0f, hidden, after);
-            ops.rms_norm(after, layer_.mlp_norm, layer_.eps, hidden, row);
-            into_mlp_.fill(m, row);
-        }
-        pool.barrier();
-        feed_forward(pool, index, own, out);
     }
 
   private:
-    // Keys and values of each head of each image, one after the other.
-    void allocate_pairs(Arena &arena, int64_t images) {
-        int64_t dim = layer_.head_dim, keys = 0;
-        pairs_ = kernels().pair_attention;
-        starts_ = arena.array<int64_t>(images);
-        for (int64_t i = 0; i < images; ++i) {
-            starts_[i] = keys;
-            keys += padded_to(edges_[i + 1] - edges_[i], 2 * PANEL) * layer_.kv_heads;
-        }
-        q_pairs_ = arena.array<uint32_t>(rows_ * q_width_ / 2);
-        k_pairs_ = arena.array<uint32_t>(keys * dim / 2);
-        v_pairs_ = arena.array<uint32_t>(keys * padded_to(dim, PANEL) / 2);
-        memset(k_pairs_, 0, sizeof(uint32_t) * (size_t)(keys * dim / 2));
-        memset(v_pairs_, 0, sizeof(uint32_t) * (size_t)(keys * padded_to(dim, PANEL) / 2));
+    void clip(float *row, const gc_clip &clip, int64_t count) const {
+        if (layer_.is_clipped) kernels().vector_ops->clamp(row, clip.output_min, clip.output_max, count, row);
     }
 
-    KeyPairs pairs_of(int64_t image, int64_t head) const {
-        int64_t count = edges_[image + 1] - edges_[image], keys = starts_[image] + head * padded_to(count, 2 * PANEL);
-        return {k_pairs_ + keys * layer_.head_dim / 2, v_pairs_ + keys * padded_to(layer_.head_dim, PANEL) / 2, count};
-    }
-
-    void write_pairs(int64_t m, int64_t image, uint16_t *rounded) {
+    void finish(int64_t row, const float *cos, const float *sin) const {
         const VectorOps &ops = *kernels().vector_ops;
-        int64_t dim = layer_.head_dim, t = m - edges_[image];
-        const float *q = qkv_ + m * qkv_width_, *k = q + q_width_, *v = k + kv_width_;
-        ops.to_bf16(q, q_width_, reinterpret_cast<uint16_t *>(q_pairs_ + m * q_width_ / 2));
+        int64_t dim = layer_.head_dim, half = dim / 2;
+        float *q = p_.qkv + row * p_.qkv_width, *k = q + p_.q_width, *v = k + p_.kv_width;
+        cos += row * half, sin += row * half;
+        clip(q, layer_.q_clip, p_.q_width), clip(k, layer_.k_clip, p_.kv_width), clip(v, layer_.v_clip, p_.kv_width);
+        for (int64_t head = 0; head < layer_.heads + layer_.kv_heads; ++head, q += dim) {  // queries, then the keys behind them
+            ops.rms_norm(q, head < layer_.heads ? layer_.q_norm : layer_.k_norm, layer_.eps, dim, q);
+            ops.rope(q, cos, sin, half);
+            ops.rope(q + half, cos + half / 2, sin + half / 2, half);
+        }
+        for (int64_t head = 0; head < layer_.kv_heads; ++head, v += dim) ops.rms_norm(v, nullptr, layer_.eps, dim, v);
+    }
+
+    void write_pairs(int64_t row, int64_t image, int64_t before, uint16_t *rounded) const {
+        const VectorOps &ops = *kernels().vector_ops;
+        int64_t dim = layer_.head_dim, t = row - p_.edges[image];
+        const float *q = p_.qkv + row * p_.qkv_width, *k = q + p_.q_width, *v = k + p_.kv_width;
+        ops.to_bf16(q, p_.q_width, reinterpret_cast<uint16_t *>(p_.q_pairs + row * p_.q_width / 2));
         for (int64_t head = 0; head < layer_.kv_heads; ++head, k += dim, v += dim) {
-            KeyPairs to = pairs_of(image, head);
+            KeyPairs to = p_.pairs_of(image, before, head);
             ops.to_bf16(k, dim, rounded);
             auto *key = const_cast<uint32_t *>(to.k) + t / PANEL * PANEL * (dim / 2) + t % PANEL;
             for (int64_t i = 0; i < dim / 2; ++i) memcpy(key + i * PANEL, rounded + 2 * i, sizeof(uint32_t));
@@ -168,88 +175,116 @@ class VisionLayer {
         }
     }
 
-    void list_items(Arena &arena, int64_t images) {
-        int64_t at_once = kernels().attention->prefill_rows(layer_.heads / layer_.kv_heads, layer_.head_dim), longest = 0;
-        if (at_once > MOST_QUERIES) at_once = MOST_QUERIES;
-        if (pairs_) at_once = pairs_->most_rows;
-        for (int64_t i = 0; i < images; ++i) {
-            int64_t count = edges_[i + 1] - edges_[i];
-            num_items_ += layer_.kv_heads * ((count + at_once - 1) / at_once);
+    const Patches &p_;
+    const gc_vision_layer &layer_;
+    Range run_;
+    Inputs inputs_;
+    Scratch scratch_;
+};
+
+// Attention of a run of rows, whose keys are all there, and the MLP.
+class VisionRows {
+  public:
+    VisionRows(Arena &arena, const Patches &patches, Range run) : p_(patches), layer_(patches.layer), run_(run) {
+        int64_t rows = run.last - run.first;
+        const gc_matrix *out[1] = {&layer_.out}, *gated[2] = {&layer_.gate, &layer_.up}, *down[1] = {&layer_.down};
+        const gc_clip *out_clips[1] = {&layer_.out_clip}, *gated_clips[2] = {&layer_.gate_clip, &layer_.up_clip};
+        const gc_clip *down_clips[1] = {&layer_.down_clip};
+        out_of_attention_.allocate(arena, layer_, out, out_clips, 1, rows);
+        into_mlp_.allocate(arena, layer_, gated, gated_clips, 2, rows);
+        gates_.allocate(arena, layer_, down, down_clips, 1, rows);
+        ups_ = arena.array<float>(rows * layer_.mlp_width);
+        product_ = arena.array<float>(rows * layer_.hidden);
+        const gc_matrix *parts[4] = {&layer_.out, &layer_.gate, &layer_.up, &layer_.down};
+        int64_t group = layer_.heads / layer_.kv_heads, dim = layer_.head_dim;
+        size_t bytes = p_.pairs ? p_.pairs->scratch_bytes(dim) : kernels().attention->scratch_bytes(group, dim);
+        scratch_.allocate(arena, most_scratch(parts, 4, bytes));
+        list_items(arena);
+    }
+
+    void run(ThreadPool &pool, int index, const float *x, float *out) {
+        const VectorOps &ops = *kernels().vector_ops;
+        int64_t hidden = layer_.hidden;
+        Range own = own_rows(run_.last - run_.first, index, pool.size);
+        void *scratch = scratch_.of(index);
+        for (int64_t i; (i = pool.counters[0].fetch_add(1, std::memory_order_relaxed)) < num_items_;)
+            attention(items_[i], scratch);
+        pool.barrier();
+        for (int64_t m = own.first; m < own.last; ++m) out_of_attention_.fill(m, p_.qkv + (run_.first + m) * p_.qkv_width);
+        pool.barrier();
+        parallel_gemm(pool, index, &layer_.out, 1, out_of_attention_.rows(0), product_, hidden, scratch, 1);
+        pool.barrier();
+        for (int64_t m = own.first; m < own.last; ++m) {
+            const float *before = x + (run_.first + m) * hidden;
+            float *row = into_mlp_.row(m), *after = out + (run_.first + m) * hidden;
+            clip(product_ + m * hidden, layer_.out_clip, hidden);
+            ops.add_norm(before, product_ + m * hidden, layer_.attn_post_norm, layer_.eps, 1.0f, hidden, after);
+            ops.rms_norm(after, layer_.mlp_norm, layer_.eps, hidden, row);
+            into_mlp_.fill(m, row);
+        }
+        pool.barrier();
+        feed_forward(pool, index, own, out + run_.first * hidden);
+    }
+
+  private:
+    // Query rows first..last-1 of an image, counted from its own first, with one key head; `before` counts earlier images' keys.
+    struct Item {
+        int64_t image, before, head, first, last;
+    };
+
+    void list_items(Arena &arena) {
+        int64_t group = layer_.heads / layer_.kv_heads, longest = 0, blocks = 0;
+        int64_t fit = p_.pairs ? p_.pairs->most_rows : kernels().attention->prefill_rows(group, layer_.head_dim);
+        int64_t at_once = fit > MOST_QUERIES ? MOST_QUERIES : fit;
+        for (int64_t i = 0; i < p_.images; ++i) {
+            int64_t count = p_.edges[i + 1] - p_.edges[i];
+            blocks += count / at_once + 1;
             longest = count > longest ? count : longest;
         }
-        items_ = arena.array<AttentionItem>(num_items_);
+        items_ = arena.array<Item>(blocks * layer_.kv_heads);
         positions_ = arena.array<int64_t>(longest);
-        last_ = arena.array<int64_t>(at_once * images);
-        for (int64_t p = 0; p < longest; ++p) positions_[p] = p;
+        last_ = arena.array<int64_t>(at_once * p_.images);
+        for (int64_t t = 0; t < longest; ++t) positions_[t] = t;
         at_once_ = at_once;
-        AttentionItem *item = items_;
-        for (int64_t i = 0; i < images; ++i) {
-            int64_t count = edges_[i + 1] - edges_[i];
-            for (int64_t p = 0; p < at_once; ++p) last_[i * at_once + p] = count - 1;
+        int64_t before = 0;
+        for (int64_t i = 0; i < p_.images; ++i) {
+            int64_t start = p_.edges[i], count = p_.edges[i + 1] - start;
+            int64_t low = run_.first > start ? run_.first - start : 0,
+                    high = run_.last - start < count ? run_.last - start : count;
+            for (int64_t t = 0; t < at_once; ++t) last_[i * at_once + t] = count - 1;
             for (int64_t head = 0; head < layer_.kv_heads; ++head)
-                for (int64_t first = 0; first < count; first += at_once)
-                    *item++ = {i, head, first, first + at_once < count ? first + at_once : count};
+                for (int64_t first = low; first < high; first += at_once)
+                    items_[num_items_++] = {i, before, head, first, first + at_once < high ? first + at_once : high};
+            before += padded_to(count, 2 * PANEL) * layer_.kv_heads;
         }
     }
 
-    // `multiply` has a counter of its own for every product of a layer.
-    void multiply(ThreadPool &pool, int index, const gc_matrix &part, const Rows &rows, float *out, int64_t ld) {
-        const gc_matrix *parts[] = {&layer_.q, &layer_.k, &layer_.v, &layer_.out, &layer_.gate, &layer_.up, &layer_.down};
-        int counter = COUNT_ATTENTIONS;
-        for (const gc_matrix *each : parts) {
-            ++counter;
-            if (each == &part) break;
+    void attention(const Item &item, void *scratch) const {
+        int64_t dim = layer_.head_dim, group = layer_.heads / layer_.kv_heads, count = item.last - item.first;
+        int64_t start = p_.edges[item.image], row = start + item.first;
+        float *q = p_.qkv + row * p_.qkv_width + item.head * group * dim;  // and the result
+        if (!p_.pairs) {
+            const float *k = p_.qkv + start * p_.qkv_width + p_.q_width + item.head * dim;
+            Keys keys = {k, k + p_.kv_width, p_.qkv_width, GC_F32, 0, 0, nullptr};
+            return kernels().attention->prefill(q, q, p_.qkv_width, count, group, dim, positions_ + item.first,
+                                                last_ + item.image * at_once_, 0, &keys, scratch);
         }
-        parallel_gemm(pool, index, &part, 1, rows, out, ld, scratch_.of(index), counter);
+        KeyPairs keys = p_.pairs_of(item.image, item.before, item.head);
+        const uint32_t *queries = p_.q_pairs + (row * p_.q_width + item.head * group * dim) / 2;
+        for (int64_t i = 0; i < group; ++i)
+            p_.pairs->attention(queries + i * dim / 2, p_.q_width / 2, q + i * dim, p_.qkv_width, count, dim, &keys, scratch);
     }
 
-    void clip(float *row, const gc_clip &clip, int64_t count) {
+    void clip(float *row, const gc_clip &clip, int64_t count) const {
         if (layer_.is_clipped) kernels().vector_ops->clamp(row, clip.output_min, clip.output_max, count, row);
-    }
-
-    void finish_qkv(int64_t m, const float *cos, const float *sin) {
-        const VectorOps &ops = *kernels().vector_ops;
-        int64_t dim = layer_.head_dim, half = dim / 2;
-        float *q = qkv_ + m * qkv_width_, *k = q + q_width_, *v = k + kv_width_;
-        cos += m * half, sin += m * half;
-        clip(q, layer_.q_clip, q_width_), clip(k, layer_.k_clip, kv_width_), clip(v, layer_.v_clip, kv_width_);
-        for (int64_t head = 0; head < layer_.heads + layer_.kv_heads; ++head, q += dim) {  // queries, then the keys behind them
-            ops.rms_norm(q, head < layer_.heads ? layer_.q_norm : layer_.k_norm, layer_.eps, dim, q);
-            ops.rope(q, cos, sin, half);
-            ops.rope(q + half, cos + half / 2, sin + half / 2, half);
-        }
-        for (int64_t head = 0; head < layer_.kv_heads; ++head, v += dim) ops.rms_norm(v, nullptr, layer_.eps, dim, v);
-    }
-
-    void run_attention(ThreadPool &pool, int index) {
-        int64_t dim = layer_.head_dim, group = layer_.heads / layer_.kv_heads;
-        for (int64_t i; (i = pool.counters[COUNT_ATTENTIONS].fetch_add(1, std::memory_order_relaxed)) < num_items_;) {
-            const AttentionItem &item = items_[i];
-            const float *image = qkv_ + edges_[item.image] * qkv_width_, *k = image + q_width_ + item.head * dim;
-            Keys keys = {k, k + kv_width_, qkv_width_, GC_F32, 0, 0, nullptr};
-            if (pairs_) {
-                attention_of_pairs(item, scratch_.of(index));
-                continue;
-            }
-            float *q = qkv_ + (edges_[item.image] + item.first) * qkv_width_ + item.head * group * dim;  // and the result
-            kernels().attention->prefill(q, q, qkv_width_, item.last - item.first, group, dim, positions_ + item.first,
-                                         last_ + item.image * at_once_, 0, &keys, scratch_.of(index));
-        }
-    }
-
-    void attention_of_pairs(const AttentionItem &item, void *scratch) {
-        int64_t dim = layer_.head_dim, group = layer_.heads / layer_.kv_heads, first = edges_[item.image] + item.first;
-        KeyPairs keys = pairs_of(item.image, item.head);
-        for (int64_t head = item.head * group; head < (item.head + 1) * group; ++head)
-            pairs_->attention(q_pairs_ + (first * q_width_ + head * dim) / 2, q_width_ / 2,
-                              qkv_ + first * qkv_width_ + head * dim, qkv_width_, item.last - item.first, dim, &keys, scratch);
     }
 
     void feed_forward(ThreadPool &pool, int index, Range own, float *out) {
         const VectorOps &ops = *kernels().vector_ops;
         int64_t hidden = layer_.hidden, width = layer_.mlp_width;
-        multiply(pool, index, layer_.gate, into_mlp_.rows(0), gates_.data(), width);
-        multiply(pool, index, layer_.up, into_mlp_.rows(1), ups_, width);
+        void *scratch = scratch_.of(index);
+        parallel_gemm(pool, index, &layer_.gate, 1, into_mlp_.rows(0), gates_.data(), width, scratch, 2);
+        parallel_gemm(pool, index, &layer_.up, 1, into_mlp_.rows(1), ups_, width, scratch, 3);
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             float *gate = gates_.row(m), *up = ups_ + m * width;
@@ -258,7 +293,7 @@ class VisionLayer {
             gates_.fill(m, gate);
         }
         pool.barrier();
-        multiply(pool, index, layer_.down, gates_.rows(0), product_, hidden);
+        parallel_gemm(pool, index, &layer_.down, 1, gates_.rows(0), product_, hidden, scratch, 4);
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             float *row = out + m * hidden;
@@ -267,36 +302,61 @@ class VisionLayer {
         }
     }
 
-    static constexpr int COUNT_ATTENTIONS = 0;
     static constexpr int64_t MOST_QUERIES = 256;  // of an item, so that threads finish at about the same time
 
+    const Patches &p_;
     const gc_vision_layer &layer_;
-    int64_t rows_, q_width_, kv_width_, qkv_width_, num_items_ = 0, at_once_ = 0;
-    const int64_t *edges_;
-    Inputs into_attention_, out_of_attention_, into_mlp_, gates_;
-    float *qkv_, *ups_, *product_;  // [P, (H + 2K) E], [P, F], [P, D]
-    const PairAttention *pairs_ = nullptr;
-    uint32_t *q_pairs_ = nullptr, *k_pairs_ = nullptr, *v_pairs_ = nullptr;
-    int64_t *starts_ = nullptr;  // [images] the first of each image's keys
-    AttentionItem *items_;
+    Range run_;
+    Inputs out_of_attention_, into_mlp_, gates_;
+    float *ups_, *product_;  // [rows of the run, F], [rows of the run, D]
+    Item *items_;
     int64_t *positions_, *last_;
+    int64_t num_items_ = 0, at_once_ = 0;
     Scratch scratch_;
 };
+
+bool are_edges(const int64_t *edges, int64_t images, int64_t rows) {
+    if (images < 1 || edges[0] != 0 || edges[images] != rows) return false;
+    for (int64_t i = 0; i < images; ++i)
+        if (edges[i + 1] < edges[i]) return false;
+    return true;
+}
+
+bool is_run(int64_t first, int64_t last, int64_t rows) { return 0 <= first && first < last && last <= rows; }
 
 }  // namespace
 }  // namespace gemcutter
 
-// out [P, D] = one layer over the patches x [P, D] of some images, whose first patches `edges` [images + 1] names, and the end;
-// cos and sin [P, E / 2] are of each patch's column, then of its row. Returns 0, 1 if memory ran out, or OUT_OF_BOUNDS for edges
-// that do not ascend from 0 to P.
-GC_EXPORT int gc_vision_layer_forward(const gc_vision_layer *layer, const float *x, int64_t rows, const int64_t *edges,
-                                      int64_t images, const float *cos, const float *sin, float *out) {
+// The memory that a layer needs between its halves, in floats; -1 for edges that do not ascend from 0 to P.
+GC_EXPORT int64_t gc_vision_state(const gc_vision_layer *layer, int64_t rows, const int64_t *edges, int64_t images) {
     using namespace gemcutter;
-    if (images < 1 || edges[0] != 0 || edges[images] != rows) return OUT_OF_BOUNDS;
-    for (int64_t i = 0; i < images; ++i)
-        if (edges[i + 1] < edges[i]) return OUT_OF_BOUNDS;
+    float none = 0;  // nothing is read or written there
+    return are_edges(edges, images, rows) ? Patches(*layer, rows, edges, images, &none).floats() : -1;
+}
+
+// Writes queries, keys and values of rows first..last-1 of the patches x [P, D] of some images, whose first patches `edges`
+// [images + 1] names, and the end, into `state`; cos and sin [P, E / 2] are of each patch's column, then of its row. Runs of rows
+// come in order, one after the other. Returns 0, 1 if memory ran out, or OUT_OF_BOUNDS.
+GC_EXPORT int gc_vision_keys(const gc_vision_layer *layer, const float *x, int64_t rows, const int64_t *edges, int64_t images,
+                             int64_t first, int64_t last, const float *cos, const float *sin, float *state) {
+    using namespace gemcutter;
+    if (!are_edges(edges, images, rows) || !is_run(first, last, rows)) return OUT_OF_BOUNDS;
     return in_arena([&](Arena &arena) {
-        VisionLayer forward(arena, *layer, rows, edges, images);
-        parallel_region([&](ThreadPool &pool, int index) { forward.run(pool, index, x, cos, sin, out); });
+        Patches patches(*layer, rows, edges, images, state);
+        if (first == 0) patches.clear_keys();
+        VisionKeys keys(arena, patches, {first, last});
+        parallel_region([&](ThreadPool &pool, int index) { keys.run(pool, index, x, cos, sin); });
+    });
+}
+
+// out [P, D], rows first..last-1 = the rest of the layer, once the keys of all rows are in `state`. out may be x. Returns the same.
+GC_EXPORT int gc_vision_rows(const gc_vision_layer *layer, const float *x, int64_t rows, const int64_t *edges, int64_t images,
+                             int64_t first, int64_t last, float *state, float *out) {
+    using namespace gemcutter;
+    if (!are_edges(edges, images, rows) || !is_run(first, last, rows)) return OUT_OF_BOUNDS;
+    return in_arena([&](Arena &arena) {
+        Patches patches(*layer, rows, edges, images, state);
+        VisionRows forward(arena, patches, {first, last});
+        parallel_region([&](ThreadPool &pool, int index) { forward.run(pool, index, x, out); });
     });
 }

@@ -32,6 +32,7 @@ from gemcutter.engine.step_sizer import StepSizer
 from gemcutter.engine.watchdog import TokenClasses
 from gemcutter.errors import RequestError, spell_value
 from gemcutter.model.text import AdaptedBody, Decoder
+from gemcutter.ops.turns import Turns
 
 
 class Engine:
@@ -59,8 +60,9 @@ class Engine:
         speculator: Speculator | None = None,
         max_stall_ms: float | None = None,
         largest_block: int = 0,
+        turns: Turns | None = None,
     ) -> None:
-        self.decoder = decoder
+        self.decoder, self.turns = decoder, turns or Turns()  # on the cores: whoever calls `step` takes one
         self.context = min(context, decoder.plan.context)
         dtype, compact = kv_dtype or decoder.dtype, compact_weights(decoder)
         self._most_rows = max(max_batched_tokens, largest_block)

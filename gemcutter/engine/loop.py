@@ -104,7 +104,8 @@ class _Owner:
 
     def _step(self) -> list[RequestEvent]:
         try:
-            return self.engine.step()
+            with self.engine.turns.turn():
+                return self.engine.step()
         except BaseException as error:  # nobody may end this thread but `close`
             kept = error if isinstance(error, Exception) else RuntimeError(f"the engine was interrupted: {error!r}")
             return self.engine.fail_all(kept)

@@ -31,6 +31,7 @@ from gemcutter.model.tower import (
     within,
 )
 from gemcutter.ops.reference import rms_norm
+from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import matrix, vector
 from gemcutter.tower_plan import CONV_STRIDE, AudioPlan, UnifiedAudioPlan
 
@@ -61,8 +62,9 @@ class AudioTower:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         kernels: str = "auto",
+        turns: Turns | None = None,
     ) -> None:
-        self.plan, self._ctx = plan, open_context(params, dtype, device, kernels)
+        self.plan, self._ctx = plan, open_context(params, dtype, device, kernels, turns)
         self._encode = torch.cat if isinstance(plan, UnifiedAudioPlan) else _build_encoder(plan, params, self._ctx)
         self._projector = matrix(params, "audio.out")
         self.nbytes = sum(param.nbytes for param in params.values())  # of weights
@@ -113,7 +115,8 @@ def _build_encoder(plan: AudioPlan, params: Params, ctx: TowerContext) -> Callab
         chunks = _cut_chunks(plan, [len(each) for each in positions], ctx.device)
         x_TD = enter(torch.cat(positions))
         for layer in layers:
-            x_TD = layer(x_TD, chunks)
+            with ctx.turns.turn():
+                x_TD = layer(x_TD, chunks)
         return (ctx.linear(x_TD, last).float() + bias).to(ctx.dtype)
 
     return encode

@@ -17,6 +17,7 @@ from gemcutter.errors import NumericError
 from gemcutter.model.text import bind_linear
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import select_backend, select_kernel
+from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import Linear, Param, matrix, vector
 from gemcutter.quant import Weight
 from gemcutter.quant.packed import dtype_name
@@ -35,14 +36,17 @@ class TowerContext:
     device: torch.device
     site: KernelSite
     compute: str
+    turns: Turns  # on the cores, which other threads compute on, too
 
 
-def open_context(params: Params, dtype: torch.dtype, device: torch.device | str, kernels: str) -> TowerContext:
-    """Return the context of a tower over these parameters; `dtype` and `kernels` are the decoder's."""
+def open_context(
+    params: Params, dtype: torch.dtype, device: torch.device | str, kernels: str, turns: Turns | None = None
+) -> TowerContext:
+    """Return the context of a tower over these parameters; `dtype`, `kernels` and `turns` are the decoder's."""
     place, compute = torch.device(device), dtype_name(dtype)
     rows = select_backend(place.type, kernels).row_dtype(compute)
     site = KernelSite("linear", None, place.type, rows, compute, kernels)
-    return TowerContext(bind_linear(params.values(), site), getattr(torch, rows), place, site, compute)
+    return TowerContext(bind_linear(params.values(), site), getattr(torch, rows), place, site, compute, turns or Turns())
 
 
 def select_whole(op: str, params: Params, ctx: TowerContext) -> tuple[Callable[..., Any], str]:

@@ -32,6 +32,7 @@ from gemcutter.model.tower import (
 )
 from gemcutter.ops.reference import rms_norm, rope
 from gemcutter.ops.step import Rotation
+from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import VisionLayer, matrix, vector
 from gemcutter.plan import RopeSpec
 from gemcutter.tower_plan import UnifiedVisionPlan, VisionPlan
@@ -80,8 +81,9 @@ class VisionTower:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         kernels: str = "auto",
+        turns: Turns | None = None,
     ) -> None:
-        self.plan, self._ctx = plan, open_context(params, dtype, device, kernels)
+        self.plan, self._ctx = plan, open_context(params, dtype, device, kernels, turns)
         self._encode = (
             _build_embedder(plan, params, self._ctx)
             if isinstance(plan, UnifiedVisionPlan)
@@ -137,7 +139,7 @@ def _build_encoder(plan: VisionPlan, params: Params, ctx: TowerContext) -> Calla
         x_PD = ctx.linear(2 * (images.values_PC - 0.5), patch) + places_PD
         rotations, edges = (axial.tables(x_P), axial.tables(y_P)), images.edges()
         for layer in layers:
-            x_PD = layer(x_PD, rotations, edges)
+            x_PD = layer(x_PD, rotations, edges, ctx.turns)
         return torch.cat([pool(x_PD[start:stop], image) for (start, stop), image in zip(edges, images.images, strict=True)])
 
     return encode
@@ -157,7 +159,11 @@ def build_plain_layer(plan: VisionPlan, params: Params, ctx: TowerContext) -> Vi
     gate, up = (build_linear(params, "mlp.in", ctx, part) for part in ("gate", "up"))
     attn_out, mlp_out, eps = build_linear(params, "attn.out", ctx), build_linear(params, "mlp.out", ctx), plan.eps
 
-    def layer(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: Sequence[tuple[int, int]]) -> Tensor:
+    def layer(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: Sequence[tuple[int, int]], turns: Turns) -> Tensor:
+        with turns.turn():
+            return compute(x_PD, rotations, edges)
+
+    def compute(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: Sequence[tuple[int, int]]) -> Tensor:
         normed = rms_norm(x_PD, norms["attn."], eps)
         q_PHE = q(normed).view(-1, plan.heads, plan.head_dim)
         k_PHE, v_PHE = (module(normed).view(-1, plan.kv_heads, plan.head_dim) for module in (k, v))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gemcutter.ops.lora import add_low_rank
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Rotation, Step
+from gemcutter.ops.turns import Turns
 from gemcutter.plan import LayerPlan
 from gemcutter.quant import Weight, dequantize
 from gemcutter.quant.lora import Delta
@@ -25,8 +26,9 @@ AdapterDeltas = Mapping[str, Sequence[Delta]]  # what an adapter adds to weights
 Linear = Callable[[Tensor, Weight], Tensor]  # rows [N, D] and a matrix [F, D] to [N, F]
 Attention = Callable[[Tensor, Step, KVCache], Tensor]  # queries [N, H, E] to outputs [N, H, E]
 Draft = Callable[[Tensor, Tensor, Step, KVCache, int, bool], "Drafts"]  # ids [S], states [S, T], how many tokens, with logits?
-# Patches [P, D] of images whose first and last patches are listed, with the rotations of their columns and rows, to [P, D].
-VisionLayer = Callable[[Tensor, tuple[Rotation, Rotation], Sequence[tuple[int, int]]], Tensor]
+# Patches [P, D] of images whose first and last patches are listed, with the rotations of their columns and rows, to [P, D];
+# every piece of the work takes a turn.
+VisionLayer = Callable[[Tensor, tuple[Rotation, Rotation], Sequence[tuple[int, int]], Turns], Tensor]
 LayerOutput = tuple[Tensor, Tensor | None]  # rows [M, D], and their norm under the next layer's first weight if it was made
 
 

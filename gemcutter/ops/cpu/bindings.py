@@ -39,7 +39,8 @@ _ENTRIES: dict[str, tuple[Any, ...]] = {
     "gc_layer_forward": (c_void_p,) * 7 + (c_int64, c_void_p),
     "gc_final_norm": (c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p),
     "gc_draft": (c_void_p, c_void_p, c_void_p, c_int64, c_int64) + (c_void_p,) * 6,
-    "gc_vision_layer_forward": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+    "gc_vision_keys": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+    "gc_vision_rows": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
     "gc_lm_head": (c_void_p, c_void_p, c_int64, c_int, c_float, c_void_p),
 }
 

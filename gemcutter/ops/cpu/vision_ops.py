@@ -1,4 +1,4 @@
-"""A layer of a vision encoder on the native CPU kernels, in one call of the library.
+"""A layer of a vision encoder on the native CPU kernels, in pieces of some rows.
 
 Owns a layer as one `gc_vision_layer` that is filled once; refuses arithmetic. Read `csrc/cpu/vision.cpp` for the other side,
 `model/vision.py` for the definition.
@@ -7,17 +7,25 @@ Owns a layer as one `gc_vision_layer` that is filled once; refuses arithmetic. R
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_int64, c_void_p
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from gemcutter import native
+from gemcutter.errors import KernelError
 from gemcutter.native import ClipView, VisionLayerView
 from gemcutter.ops.cpu.bindings import ACTIVATIONS, entry, matrix_of, rows_of
 from gemcutter.ops.step import Rotation
+from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import Param, VisionLayer, matrix, vector
 from gemcutter.tower_plan import BOUNDS, VisionPlan
 
+PIECE_SECONDS = 0.03  # that others wait for a piece of an image, at most by intention
+UNIT_ROWS, FIRST_ROWS, MOST_ROWS = 64, 256, 1 << 16  # of a piece: a multiple, the first guess, a bound
 PRODUCTS = {  # by the struct's names: matrix and part
     "q": ("attn.in", "q"),
     "k": ("attn.in", "k"),
@@ -54,27 +62,60 @@ def build_vision_layer(plan: VisionPlan, params: Mapping[str, Param], activation
         is_clipped=is_clipped,
         activations=ACTIVATIONS[activations],
     )
-    alive, call = (norms, parts), entry("gc_vision_layer_forward")
+    alive = (norms, parts)
+    keys, rest = Pieces(entry("gc_vision_keys")), Pieces(entry("gc_vision_rows"))
 
-    def layer(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: Sequence[tuple[int, int]]) -> Tensor:
+    def layer(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: Sequence[tuple[int, int]], turns: Turns) -> Tensor:
         assert alive
-        x_PD = rows_of(x_PD)
+        x_PD, address = rows_of(x_PD), ctypes.addressof(view)
         starts = torch.tensor([0, *(stop for _, stop in edges)], dtype=torch.long)
         cos, sin = (torch.cat([rotation[each] for rotation in rotations], dim=-1).float().contiguous() for each in (0, 1))
-        out_PD = torch.empty_like(x_PD)
-        call(
-            ctypes.addressof(view),
-            x_PD.data_ptr(),
-            len(x_PD),
-            starts.data_ptr(),
-            len(edges),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            out_PD.data_ptr(),
-        )
+        images = (address, x_PD.data_ptr(), len(x_PD), starts.data_ptr(), len(edges))
+        if (floats := state_size(address, len(x_PD), starts.data_ptr(), len(edges))) < 0:
+            raise KernelError("gc_vision_state: images do not make up the patches")
+        state, out_PD = torch.empty(floats), torch.empty_like(x_PD)
+        keys.run(len(x_PD), turns, images, (cos.data_ptr(), sin.data_ptr(), state.data_ptr()))
+        rest.run(len(x_PD), turns, images, (state.data_ptr(), out_PD.data_ptr()))
         return out_PD
 
     return layer
+
+
+class Pieces:
+    """One half of a layer, computed some rows at a time: as many as take about PIECE_SECONDS, by what earlier ones took.
+
+    How rows are cut does not change a bit of them: a piece has more than the 16 rows for which sums are ordered otherwise.
+    """
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call, self._rows = call, FIRST_ROWS
+
+    def run(self, rows: int, turns: Turns, images: tuple[int, ...], more: tuple[int, ...]) -> None:
+        """Compute all rows, a turn a piece; `images` and `more` are the arguments before and behind a piece's edges."""
+        first = 0
+        while first < rows:
+            last = first + self._rows if rows - first >= 2 * self._rows else rows
+            with turns.turn():
+                start = time.perf_counter()
+                self._call(*images, first, last, *more)
+                seconds = time.perf_counter() - start
+            fit = int((last - first) * PIECE_SECONDS / max(seconds, 1e-6)) // UNIT_ROWS * UNIT_ROWS
+            self._rows, first = min(max(fit, UNIT_ROWS, self._rows // 2), 2 * self._rows, MOST_ROWS), last
+
+
+@cache
+def _state_function() -> Callable[..., int]:
+    library = native.load_library()
+    assert library is not None, native.missing()
+    function = library.gc_vision_state
+    function.argtypes, function.restype = (c_void_p, c_int64, c_void_p, c_int64), c_int64
+    found: Callable[..., int] = function
+    return found
+
+
+def state_size(*arguments: int) -> int:
+    """Return how many floats a layer keeps between its halves; -1 where the images do not make up the patches."""
+    return _state_function()(*arguments)
 
 
 def _norm_name(own: str) -> str:
