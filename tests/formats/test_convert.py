@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,10 @@ def test_round_trip_gives_every_byte_back(model: Path, between: str, to: str, th
     run(model, tmp_path / between, to, there)
     run(tmp_path / between, tmp_path / "back", "hf", back)
     assert contents(tmp_path / "back") == contents(model)
-    assert open_checkpoint(tmp_path / "back").plan == open_checkpoint(model).plan
+    wanted = open_checkpoint(model).plan
+    if to == "gguf":  # which has no key for it: models without per-layer embeddings have blocks of images
+        wanted = replace(wanted, bidirectional=not wanted.ple_dim)
+    assert open_checkpoint(tmp_path / "back").plan == wanted
 
 
 def test_round_trip_through_float16_gives_back_what_it_can_hold(tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def _gemma4(keys: MetadataKeys, source: Source, layers: int) -> dict[str, Any]:
         "attention_k_eq_v": bool(writers) and all(_has_no_values(source, index) for index in writers),
         "hidden_size_per_layer_input": ple,
         # No key says so: models without per-layer embeddings were trained with blocks of images that see themselves.
-        "use_bidirectional_attention": None if ple else "vision",
+        "use_bidirectional_attention": None if ple or keys.prefix.startswith(ASSISTANT) else "vision",
         "vocab_size_per_layer_input": _rows(source, "per_layer_token_embd.weight") if ple else None,
         "rope_parameters": {
             configs.SLIDING: {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 1e4)},
