@@ -312,7 +312,7 @@ def test_manifest_tells_what_was_done(tmp_path: Path) -> None:
         ("out.gguf", "hf", "none", "folder"),
         ("out", "hf", "q4", "hf files hold none, bf16, f16"),
         ("out", "mlx", "Q4_0", "mlx files hold"),
-        ("out", "onnx", "none", "hf, mlx, gguf"),
+        ("out", "onnx", "none", "hf, mlx, gguf, mmproj"),
     ],
 )
 def test_wishes_that_can_not_be_fulfilled_are_refused(target: str, to: str, quant: str, expected: str, tmp_path: Path) -> None:

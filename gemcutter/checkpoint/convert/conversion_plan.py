@@ -33,9 +33,9 @@ DENSE = {"bf16": "BF16", "f16": "F16"}
 TARGETS: dict[str, dict[str, Recipe | None]] = {
     "hf": dict.fromkeys(("none", *DENSE)),
     "mlx": dict.fromkeys(("none", *DENSE)) | {name: RECIPES[name] for name in ("q4", "q8", "mlx4", "mlx8")},
-    "mmproj": dict.fromkeys(("none", *DENSE)) | {"q8": RECIPES["Q8_0"], "Q8_0": RECIPES["Q8_0"]},
     "gguf": dict.fromkeys(("none", *DENSE))
     | {"q4": RECIPES["Q4_0"], "q8": RECIPES["Q8_0"], "Q4_0": RECIPES["Q4_0"], "Q8_0": RECIPES["Q8_0"]},
+    "mmproj": dict.fromkeys(("none", *DENSE)) | {"q8": RECIPES["Q8_0"], "Q8_0": RECIPES["Q8_0"]},
 }
 SHARED_KV = ("keep", "drop", "restore")
 MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
