@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +22,7 @@ from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from transformers.models.gemma4_unified import Gemma4UnifiedForCausalLM, Gemma4UnifiedTextConfig
 
 from gemcutter import config as configs
+from gemcutter import native
 from gemcutter.cache.block_table import BlockTable
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.checkpoint.formats import hf
@@ -33,6 +35,12 @@ from gemcutter.plan import ModelPlan, ParamSpec, derive
 from gemcutter.quant import Weight
 
 transformers_logging.set_verbosity_error()  # it warns of rope keys that it then obeys
+
+# The definitions, and the fastest kernels, where there are others than those.
+KERNELS = [
+    "reference",
+    pytest.param("auto", marks=pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))),
+]
 
 Raw = dict[str, Any]  # a config.json object in the published spelling
 SLIDING, FULL = "sliding_attention", "full_attention"

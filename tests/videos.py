@@ -12,6 +12,17 @@ import pytest
 
 from tests.images import drawing
 
+# Forms of files, and a codec for each.
+CONTAINERS = (
+    ("mp4", "libx264"),
+    ("mov", "mpeg4"),
+    ("matroska", "libx264"),
+    ("webm", "libvpx-vp9"),
+    ("avi", "mpeg4"),
+    ("mpegts", "libx264"),
+    ("gif", "gif"),
+)
+
 
 def rolling(count: int, height: int, width: int) -> np.ndarray:
     """Return frames [T, H, W, 3] of a drawing that moves to the right, around the edge."""

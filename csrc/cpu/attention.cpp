@@ -21,10 +21,8 @@ constexpr int64_t SCORES = DECODE_KEYS + 16;  // stride of scores: no power of t
 constexpr int64_t PREFETCH_KEYS = 8;          // keys prefetched ahead: the hardware prefetcher stops at the end of every row
 constexpr int64_t BLOCK_ELEMENTS = 49152;     // of a block of query rows: 384 KB with its output
 
-int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // The head dim as `decode` computes with it: whole pairs of vectors.
-int64_t padded(int64_t dim) { return up(dim, 2 * W); }
+int64_t padded(int64_t dim) { return padded_to(dim, 2 * W); }
 
 // A row of `count` elements followed by zeros up to `size`: itself where there is nothing to add, else a copy in `spare`.
 template <typename Element>
@@ -158,7 +156,7 @@ void value_keys(const float *weights, int64_t ld, int64_t heads, int64_t count, 
 
 // scores = exp(scores - anchor) over n elements, which have padding up to a whole vector after them; returns their sum.
 float exponentiate(float *scores, int64_t n, float anchor) {
-    for (int64_t i = n; i < up(n, W); ++i) scores[i] = -INFINITY;
+    for (int64_t i = n; i < padded_to(n, W); ++i) scores[i] = -INFINITY;
     V shift = set1(anchor), total = set1(0.0f);
     for (int64_t i = 0; i < n; i += W) {
         V weight = exp(load(scores + i) - shift);
@@ -169,7 +167,7 @@ float exponentiate(float *scores, int64_t n, float anchor) {
 }
 
 float highest(float *scores, int64_t n) {
-    for (int64_t i = n; i < up(n, W); ++i) scores[i] = -INFINITY;
+    for (int64_t i = n; i < padded_to(n, W); ++i) scores[i] = -INFINITY;
     V best = load(scores);
     for (int64_t i = W; i < n; i += W) best = vmax(best, load(scores + i));
     return top(best);
@@ -376,7 +374,7 @@ Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
     b.panel = static_cast<float *>(scratch);
     b.q = b.panel + K_CHUNK * PANEL;
     b.out = b.q + queries * dim;
-    b.scores = b.out + queries * up(dim, PANEL);
+    b.scores = b.out + queries * padded_to(dim, PANEL);
     b.top = b.scores + queries * KEY_BLOCK;
     b.total = b.top + queries;
     b.shrink = b.total + queries;
@@ -389,7 +387,7 @@ void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t h
     b.positions = positions, b.last_visible = last_visible, b.window = window;
     for (int64_t row = 0; row < rows; ++row)
         memcpy(b.q + row * heads * dim, q + row * stride, sizeof(float) * (size_t)(heads * dim));
-    memset(b.out, 0, sizeof(float) * (size_t)(b.queries() * up(dim, PANEL)));
+    memset(b.out, 0, sizeof(float) * (size_t)(b.queries() * padded_to(dim, PANEL)));
     for (int64_t query = 0; query < b.queries(); ++query) b.top[query] = -INFINITY, b.total[query] = 0;
 
     int64_t low = window && positions[0] - window + 1 > keys->start ? positions[0] - window + 1 : keys->start;
@@ -418,7 +416,7 @@ int64_t prefill_rows(int64_t heads, int64_t dim) {
 
 size_t scratch_bytes(int64_t heads, int64_t dim) {
     int64_t queries = prefill_rows(heads, dim) * heads;
-    int64_t blocks = K_CHUNK * PANEL + queries * (dim + up(dim, PANEL) + KEY_BLOCK + 3);
+    int64_t blocks = K_CHUNK * PANEL + queries * (dim + padded_to(dim, PANEL) + KEY_BLOCK + 3);
     int64_t vectors = heads > DECODE_QUERIES ? heads : DECODE_QUERIES;
     int64_t streams = vectors * (2 * padded(dim) + SCORES) + VALUE_KEYS * padded(dim);  // the last for padded copies of rows
     return sizeof(float) * (size_t)(blocks > streams ? blocks : streams);

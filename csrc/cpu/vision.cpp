@@ -2,8 +2,9 @@
 //
 // Owns the order of its parts, the rotation by column and row, and the clipping of values around products. Every patch sees all
 // patches of its image: the same attention kernel as in prompts, over rows instead of a cache. Either half takes any run of rows,
-// so that who computes a large image can let others compute in between. A row belongs to one thread between products. Shape letters: P patches, D hidden, H heads, K key heads, E head dim, F mlp width. Read `model/vision.py` for the
-// definition, `layer_ops.h` for the decoder's layers.
+// so that who computes a large image can let others compute in between. A row belongs to one thread between products. Shape
+// letters: P patches, D hidden, H heads, K key heads, E head dim, F mlp width. Read `model/vision.py` for the definition,
+// `layer_ops.h` for the decoder's layers.
 #include <string.h>
 
 #include "bounds.h"
@@ -76,10 +77,13 @@ struct Patches {
         k_pairs = q_pairs + padded_to(rows * q_width / 2, PANEL);
         v_pairs = k_pairs + keys() * layer.head_dim / 2;
     }
-    int64_t keys() const {  // of all heads, each image's rounded up
+    int64_t keys_of(int64_t image) const {  // of all heads, rounded up
+        return padded_to(edges[image + 1] - edges[image], 2 * PANEL) * layer.kv_heads;
+    }
+    int64_t keys() const {
         int64_t count = 0;
-        for (int64_t i = 0; i < images; ++i) count += padded_to(edges[i + 1] - edges[i], 2 * PANEL);
-        return count * layer.kv_heads;
+        for (int64_t i = 0; i < images; ++i) count += keys_of(i);
+        return count;
     }
     int64_t floats() const {
         int64_t plain = padded_to(rows * qkv_width, PANEL), queries = padded_to(rows * q_width / 2, PANEL);
@@ -89,6 +93,9 @@ struct Patches {
         if (!pairs) return;
         memset(k_pairs, 0, sizeof(uint32_t) * (size_t)(keys() * layer.head_dim / 2));
         memset(v_pairs, 0, sizeof(uint32_t) * (size_t)(keys() * padded_to(layer.head_dim, PANEL) / 2));
+    }
+    void clip(float *row, const gc_clip &clip, int64_t count) const {
+        if (layer.is_clipped) kernels().vector_ops->clamp(row, clip.output_min, clip.output_max, count, row);
     }
     // Keys and values of each head of each image, one after the other; `before` counts those of earlier images.
     KeyPairs pairs_of(int64_t image, int64_t before, int64_t head) const {
@@ -133,23 +140,18 @@ class VisionKeys {
         int64_t image = 0, before = 0;
         for (int64_t row = run_.first + own.first; row < run_.first + own.last; ++row) {
             finish(row, cos, sin);
-            for (; p_.edges[image + 1] <= row; ++image)
-                before += padded_to(p_.edges[image + 1] - p_.edges[image], 2 * PANEL) * layer_.kv_heads;
+            for (; p_.edges[image + 1] <= row; ++image) before += p_.keys_of(image);
             if (p_.pairs) write_pairs(row, image, before, static_cast<uint16_t *>(scratch));
         }
     }
 
   private:
-    void clip(float *row, const gc_clip &clip, int64_t count) const {
-        if (layer_.is_clipped) kernels().vector_ops->clamp(row, clip.output_min, clip.output_max, count, row);
-    }
-
     void finish(int64_t row, const float *cos, const float *sin) const {
         const VectorOps &ops = *kernels().vector_ops;
         int64_t dim = layer_.head_dim, half = dim / 2;
         float *q = p_.qkv + row * p_.qkv_width, *k = q + p_.q_width, *v = k + p_.kv_width;
         cos += row * half, sin += row * half;
-        clip(q, layer_.q_clip, p_.q_width), clip(k, layer_.k_clip, p_.kv_width), clip(v, layer_.v_clip, p_.kv_width);
+        p_.clip(q, layer_.q_clip, p_.q_width), p_.clip(k, layer_.k_clip, p_.kv_width), p_.clip(v, layer_.v_clip, p_.kv_width);
         for (int64_t head = 0; head < layer_.heads + layer_.kv_heads; ++head, q += dim) {  // queries, then the keys behind them
             ops.rms_norm(q, head < layer_.heads ? layer_.q_norm : layer_.k_norm, layer_.eps, dim, q);
             ops.rope(q, cos, sin, half);
@@ -217,7 +219,7 @@ class VisionRows {
         for (int64_t m = own.first; m < own.last; ++m) {
             const float *before = x + (run_.first + m) * hidden;
             float *row = into_mlp_.row(m), *after = out + (run_.first + m) * hidden;
-            clip(product_ + m * hidden, layer_.out_clip, hidden);
+            p_.clip(product_ + m * hidden, layer_.out_clip, hidden);
             ops.add_norm(before, product_ + m * hidden, layer_.attn_post_norm, layer_.eps, 1.0f, hidden, after);
             ops.rms_norm(after, layer_.mlp_norm, layer_.eps, hidden, row);
             into_mlp_.fill(m, row);
@@ -255,7 +257,7 @@ class VisionRows {
             for (int64_t head = 0; head < layer_.kv_heads; ++head)
                 for (int64_t first = low; first < high; first += at_once)
                     items_[num_items_++] = {i, before, head, first, first + at_once < high ? first + at_once : high};
-            before += padded_to(count, 2 * PANEL) * layer_.kv_heads;
+            before += p_.keys_of(i);
         }
     }
 
@@ -275,10 +277,6 @@ class VisionRows {
             p_.pairs->attention(queries + i * dim / 2, p_.q_width / 2, q + i * dim, p_.qkv_width, count, dim, &keys, scratch);
     }
 
-    void clip(float *row, const gc_clip &clip, int64_t count) const {
-        if (layer_.is_clipped) kernels().vector_ops->clamp(row, clip.output_min, clip.output_max, count, row);
-    }
-
     void feed_forward(ThreadPool &pool, int index, Range own, float *out) {
         const VectorOps &ops = *kernels().vector_ops;
         int64_t hidden = layer_.hidden, width = layer_.mlp_width;
@@ -288,7 +286,7 @@ class VisionRows {
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             float *gate = gates_.row(m), *up = ups_ + m * width;
-            clip(gate, layer_.gate_clip, width), clip(up, layer_.up_clip, width);
+            p_.clip(gate, layer_.gate_clip, width), p_.clip(up, layer_.up_clip, width);
             ops.gelu_mul(gate, up, width, gate);
             gates_.fill(m, gate);
         }
@@ -297,7 +295,7 @@ class VisionRows {
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             float *row = out + m * hidden;
-            clip(product_ + m * hidden, layer_.down_clip, hidden);
+            p_.clip(product_ + m * hidden, layer_.down_clip, hidden);
             ops.add_norm(row, product_ + m * hidden, layer_.mlp_post_norm, layer_.eps, 1.0f, hidden, row);
         }
     }

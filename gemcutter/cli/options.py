@@ -42,15 +42,20 @@ def _checked(option: str) -> Callable[[typer.Context, str | None], str | None]:
     return check
 
 
+def _split_names(value: list[str] | None) -> list[str]:
+    """Return names that are given one by one, or with commas between them."""
+    return [name.strip() for text in value or () for name in text.split(",")]
+
+
 def _checked_media(context: typer.Context, value: list[str] | None) -> list[str] | None:
-    names = [name.strip() for text in value or () for name in text.split(",")]
+    names = _split_names(value)
     if unknown := [name for name in names if name not in MEDIA]:
         raise typer.BadParameter(f"expected {' or '.join(MEDIA)}, found {', '.join(unknown)}")
     return names
 
 
 def _checked_media_of_server(context: typer.Context, value: list[str] | None) -> list[str] | None:
-    names = [name.strip() for text in value or () for name in text.split(",")]
+    names = _split_names(value)
     if names in ([AUTO_MEDIA], [NO_MEDIA]):
         return names
     if unknown := [name for name in names if name not in MEDIA]:

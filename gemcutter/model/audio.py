@@ -24,7 +24,7 @@ from gemcutter.model.tower import (
     Params,
     TowerContext,
     build_linear,
-    check_finite,
+    build_projector,
     on_device,
     open_context,
     passes,
@@ -66,7 +66,7 @@ class AudioTower:
     ) -> None:
         self.plan, self._ctx = plan, open_context(params, dtype, device, kernels, turns)
         self._encode = torch.cat if isinstance(plan, UnifiedAudioPlan) else _build_encoder(plan, params, self._ctx)
-        self._projector = matrix(params, "audio.out")
+        self._projector = build_projector(plan.projector, plan.eps, params, self._ctx, "audio")
         self.nbytes = sum(param.nbytes for param in params.values())  # of weights
 
     def encode(self, sounds: Sequence[Frames]) -> list[Tensor]:
@@ -84,8 +84,7 @@ class AudioTower:
     def _pass(self, sounds: Sequence[Frames]) -> Sequence[Tensor]:
         ctx = self._ctx
         rows_TD = self._encode([sound.values_FC.to(ctx.device, ctx.dtype) for sound in sounds])
-        rows = check_finite(ctx.linear(rms_norm(rows_TD, None, self.plan.eps), self._projector).float(), "audio")
-        return torch.split(rows, [sound.soft_tokens for sound in sounds])
+        return torch.split(self._projector(rows_TD), [sound.soft_tokens for sound in sounds])
 
 
 # ---- E2B, E4B ----

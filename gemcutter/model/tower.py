@@ -16,9 +16,11 @@ from torch import Tensor
 from gemcutter.errors import NumericError
 from gemcutter.model.text import bind_linear
 from gemcutter.ops import KernelSite
+from gemcutter.ops.reference import rms_norm
 from gemcutter.ops.registry import select_backend, select_kernel
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import Linear, Param, matrix, vector
+from gemcutter.plan import ParamSpec
 from gemcutter.quant import Weight
 from gemcutter.quant.packed import dtype_name
 
@@ -94,8 +96,17 @@ def passes(items: Sequence[T], size: Callable[[T], int], most: int) -> Iterator[
         yield group
 
 
-def check_finite(rows: Tensor, what: str) -> Tensor:
-    """Return a tower's rows. Raises NumericError, which begins with `what` they were made of, unless all are finite."""
-    if not torch.isfinite(rows).all():
-        raise NumericError(f"{what}: the tower's rows are not finite; `gemcutter doctor MODEL --data` looks at its weights")
-    return rows
+def build_projector(spec: ParamSpec, eps: float, params: Params, ctx: TowerContext, what: str) -> Module:
+    """Build what makes rows of the decoder, float32, of a tower's: a norm without a weight, and the product with `spec`.
+
+    It raises NumericError, which begins with `what` the rows were made of, unless all are finite.
+    """
+    weight = matrix(params, spec.name)
+
+    def rows_of_decoder(rows_ND: Tensor) -> Tensor:
+        rows = ctx.linear(rms_norm(rows_ND, None, eps), weight).float()
+        if not torch.isfinite(rows).all():
+            raise NumericError(f"{what}: the tower's rows are not finite; `gemcutter doctor MODEL --data` looks at its weights")
+        return rows
+
+    return rows_of_decoder

@@ -23,7 +23,7 @@ from gemcutter.model.tower import (
     Params,
     TowerContext,
     build_linear,
-    check_finite,
+    build_projector,
     on_device,
     open_context,
     passes,
@@ -89,7 +89,7 @@ class VisionTower:
             if isinstance(plan, UnifiedVisionPlan)
             else _build_encoder(plan, params, self._ctx)
         )
-        self._projector = matrix(params, "vision.out")
+        self._projector = build_projector(plan.projector, plan.eps, params, self._ctx, "image")
         self.nbytes = sum(param.nbytes for param in params.values())  # of weights
 
     def encode(self, images: Sequence[Patches]) -> list[Tensor]:
@@ -113,9 +113,8 @@ class VisionTower:
         values_PC = torch.cat([image.values() for image in images]).to(ctx.device, ctx.dtype)
         positions_P2 = torch.cat([image.positions() for image in images]).to(ctx.device)
         soft_KD = self._encode(Images(values_PC, positions_P2, images))
-        rows = check_finite(ctx.linear(rms_norm(soft_KD, None, self.plan.eps), self._projector).float(), "image")
         squeeze = 1 if isinstance(self.plan, UnifiedVisionPlan) else self.plan.pool**2
-        return torch.split(rows, [image.rows * image.columns // squeeze for image in images])
+        return torch.split(self._projector(soft_KD), [image.rows * image.columns // squeeze for image in images])
 
 
 def _count(image: Patches) -> int:

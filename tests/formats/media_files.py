@@ -13,26 +13,17 @@ from PIL import Image
 
 from tests.images import drawing
 from tests.sounds import saved, tones
-from tests.videos import filmed, rolling
+from tests.videos import CONTAINERS, filmed, rolling
 
 IMAGES = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 SOUNDS = ("WAV", "FLAC", "OGG", "MP3", "AIFF", "CAF")
-VIDEOS = (
-    ("mp4", "libx264"),
-    ("mov", "mpeg4"),
-    ("matroska", "libx264"),
-    ("webm", "libvpx-vp9"),
-    ("avi", "mpeg4"),
-    ("mpegts", "libx264"),
-    ("gif", "gif"),
-)
 
 
 def media_files() -> list[tuple[str, bytes]]:
     """Return the kind and the bytes of every file; videos only where PyAV and their encoders are."""
     found = [("image", _image(form)) for form in IMAGES]
     found += [("audio", saved(tones(2000), form=form)) for form in SOUNDS]
-    for form, codec in VIDEOS if find_spec("av") else ():
+    for form, codec in CONTAINERS if find_spec("av") else ():
         try:
             found.append(("video", filmed(rolling(8, 32, 48), form=form, codec=codec)))
         except pytest.skip.Exception:

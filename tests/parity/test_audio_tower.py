@@ -12,16 +12,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gemcutter import native
 from gemcutter.errors import NumericError
 from gemcutter.model import audio
-from tests.topologies import TOLERANCE, relative_error
+from tests.topologies import KERNELS, TOLERANCE, relative_error
 from tests.wrappers import AUDIO, audio_plan, build_audio_tower, build_wrapper, cut_tones, official_sound_rows
 
-KERNELS = [
-    "reference",
-    pytest.param("auto", marks=pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))),
-]
 UNEQUAL = (161, 801, 7000, 16000, 7681, 48017)  # samples: 1, 2, 11, 25, 12 and 75 or 76 soft tokens
 TRAITS: dict[str, dict[str, Any]] = {
     "a short memory": {"attention_chunk_size": 5, "attention_context_left": 9},

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemcutter import native
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.request import PromptReport, Request
 from gemcutter.engine.runner import PendingStep
@@ -27,7 +26,7 @@ from gemcutter.model.audio import AudioTower
 from gemcutter.model.text import Decoder
 from gemcutter.model.vision import VisionTower
 from tests.images import drawing
-from tests.topologies import TOLERANCE, relative_error
+from tests.topologies import KERNELS, TOLERANCE, relative_error
 from tests.wrappers import (
     AUDIO,
     VISION,
@@ -45,10 +44,6 @@ from tests.wrappers import (
 
 CONTEXT = 512
 LARGEST = 70  # soft tokens of the images here
-KERNELS = [
-    "reference",
-    pytest.param("auto", marks=pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))),
-]
 
 
 LENGTHS = (6000, 17_000, 161)  # samples of the sounds: 10, 27 and 1 soft tokens

@@ -25,13 +25,9 @@ from gemcutter.ops.step import MediaRows, Step
 from gemcutter.ops.types import Param
 from gemcutter.plan import ModelPlan
 from gemcutter.quant import Weight
-from tests.topologies import SIZES, plan_of, prompt, relative_error
+from tests.topologies import KERNELS, SIZES, plan_of, prompt, relative_error
 
 WIDE = {"head_dim": 32, "global_head_dim": 64}  # heads that the native kernels take
-KERNELS = [
-    "reference",
-    pytest.param("auto", marks=pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))),
-]
 TOKENS = 40
 
 

@@ -8,16 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemcutter import native
 from gemcutter.errors import NumericError, RequestError
 from gemcutter.model import vision
-from tests.topologies import TOLERANCE, relative_error
+from tests.topologies import KERNELS, TOLERANCE, relative_error
 from tests.wrappers import VISION, build_tower, build_wrapper, cut_drawings, official_rows
 
-KERNELS = [
-    "reference",
-    pytest.param("auto", marks=pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))),
-]
 UNEQUAL = [(60, 90, 70), (200, 30, 70), (30, 300, 140), (48, 48, 70)]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,11 +22,10 @@ from fastapi.testclient import TestClient  # noqa: E402
 
 from gemcutter.server.routes import chat_page  # noqa: E402
 from tests.server.canned_server import PICTURED, CannedServer, serving  # noqa: E402
-from tests.server.visit import Visit  # noqa: E402
+from tests.server.visit import CHROMIUM, Visit, chromium  # noqa: E402
 
 Browser, expect = sync_api.Browser, sync_api.expect
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ROOT = Path(__file__).parents[2]
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
 
@@ -36,10 +34,8 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_api.sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")

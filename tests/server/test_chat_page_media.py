@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,11 @@ from gemcutter.server.options import ServerOptions  # noqa: E402
 from tests.server.canned_server import CannedServer, serving  # noqa: E402
 from tests.server.conftest import running  # noqa: E402
 from tests.server.seeing import PICTURE, data_url, png  # noqa: E402
-from tests.server.visit import Visit  # noqa: E402
+from tests.server.visit import CHROMIUM, Visit, chromium  # noqa: E402
 from tests.sounds import saved, tones  # noqa: E402
 from tests.trained import release_folder  # noqa: E402
 
 Browser, expect = sync_api.Browser, sync_api.expect
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt install chromium)")
 
 HAND_OVER = """([name, kind, data, event]) => {
@@ -46,10 +44,8 @@ HAND_OVER = """([name, kind, data, event]) => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_api.sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")

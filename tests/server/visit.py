@@ -6,12 +6,16 @@ expects. Read `test_chat_page.py` next.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.server.canned_server import CannedServer
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 REFUSED = "Failed to load resource"  # how the browser logs a 4xx, whoever handles it
 
 CONTRAST = """() => {
@@ -33,6 +37,15 @@ CONTRAST = """() => {
     return [node.className || node.tagName, (more + 0.05) / (less + 0.05)];
   });
 }"""
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Run a browser without a window."""
+    with sync_playwright() as driver:
+        launched = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
 
 
 class Visit:

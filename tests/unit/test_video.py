@@ -32,19 +32,10 @@ from gemcutter.media.video import FRAMES, cut_video, spell_time
 from tests.images import drawing
 from tests.real_tokenizer import real_tokenizer
 from tests.sounds import saved, tones
-from tests.videos import filmed, rolling
+from tests.videos import CONTAINERS, filmed, rolling
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "video_frames.json").read_text())
 SHAPE = PatchShape()
-CONTAINERS = [
-    ("mp4", "libx264"),
-    ("mov", "mpeg4"),
-    ("matroska", "libx264"),
-    ("webm", "libvpx-vp9"),
-    ("avi", "mpeg4"),
-    ("mpegts", "libx264"),
-    ("gif", "gif"),
-]
 COUNTED = ("mp4", "mov", "avi")  # containers that say how many frames they hold, on which transformers relies
 
 

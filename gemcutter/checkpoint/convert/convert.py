@@ -283,13 +283,13 @@ def _write_gguf(work: _Work, partial: Path, texts: Texts | None) -> None:
 
 def _gguf_metadata(work: _Work) -> list[Entry]:
     checkpoint, source = work.checkpoint, work.checkpoint.source
-    if work.towers is not None:
-        return projector_plan.metadata(checkpoint, work.towers, projector_plan.total_type(work.listing.outputs, gguf_nbytes))
     sizes = Counter[str]()
     for output in work.listing.outputs:
         for _, kind, shape in output.specs:
             sizes[kind] += gguf_nbytes(kind, shape)
     usual = sizes.most_common(1)[0][0]
+    if work.towers is not None:
+        return projector_plan.metadata(checkpoint, work.towers, usual)
     if checkpoint.format == gguf.NAME:
         decoder = gguf_metadata.describe(checkpoint.config, checkpoint.plan, source.files[0].stem, usual)
         return gguf_metadata.carried_over(source.metadata, decoder, is_copy=work.listing.is_verbatim)

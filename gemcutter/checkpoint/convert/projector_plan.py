@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -194,12 +193,3 @@ def _layout(plan: TowerPlan, spec: ParamSpec) -> tuple[Callable[[Tensor], Tensor
 def _colours_first(values: Tensor, side: int) -> Tensor:
     """Bring values that run over rows, columns and colours of a patch into the order colours, rows, columns."""
     return values.reshape(-1, side, side, CHANNELS).permute(0, 3, 1, 2).contiguous()
-
-
-def total_type(outputs: Sequence[Output], nbytes: Callable[[str, tuple[int, ...]], int]) -> str:
-    """Return the type in which most bytes are stored."""
-    sizes = dict[str, int]()
-    for output in outputs:
-        for _, kind, shape in output.specs:
-            sizes[kind] = sizes.get(kind, 0) + nbytes(kind, shape)
-    return max(sizes, key=lambda kind: sizes[kind], default=str(torch.float32))

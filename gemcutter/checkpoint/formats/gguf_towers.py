@@ -115,7 +115,12 @@ TOWERS = {"v": "vision", "a": "audio"}
 
 def has_towers(source: Source) -> bool:
     """Return whether a GGUF file holds towers, as projectors and Ollama's models do."""
-    return any(gguf.translate(name)[0] in ("(vision tower)", "(audio tower)") for name in source.tensors)
+    return any(next(tensors_of(source, tower), None) is not None for tower in TOWERS.values())
+
+
+def tensors_of(source: Source, tower: str) -> Iterator[LazyTensor]:
+    """Yield the tensors of a tower, "vision" or "audio", and its projector."""
+    return (tensor for tensor in source.tensors.values() if gguf.translate(tensor.name)[0] == f"({tower} tower)")
 
 
 # ---- names ----
@@ -125,22 +130,19 @@ def pieces(source: Source, tower: str, plan: TowerPlan) -> Iterator[StoredTensor
     """Yield the stored tensors of a tower, "vision" or "audio", under their canonical names; `name` None for unknown ones."""
     is_ollama = not source.tensors.keys().isdisjoint(OLLAMA)
     specs = {spec.name: spec for spec in plan.params()}
-    for tensor in source.tensors.values():
-        if gguf.translate(tensor.name)[0] != f"({tower} tower)":
-            continue
+    for tensor in tensors_of(source, tower):
         if tensor.name == CLAMPS:
             yield from _clamps(tensor)
             continue
         name, part = translate(tensor.name, is_ollama) or (None, None)
-        spec = None if name is None else specs.get(name)
-        piece = StoredTensor(name, part, tensor) if name is None else gguf.piece(tensor, name, part)
+        spec, piece = specs.get(name or ""), gguf.piece(tensor, name, part)
         if spec is None or piece.fault is not None:
             yield piece
-        elif name == "vision.positions" and isinstance(plan, UnifiedVisionPlan):
+        elif spec.name == "vision.positions" and isinstance(plan, UnifiedVisionPlan):
             yield _arranged(piece, spec.shape, _swap_axes, 3)
-        elif name is not None and name.startswith("vision.patch") and name not in ("vision.patch.bias",):
+        elif spec.name.startswith("vision.patch") and spec.name != "vision.patch.bias":
             yield _arranged(piece, spec.shape, partial(_channels_last, side=_side(spec.shape[-1])))
-        elif name is not None and name.endswith("attn.q_scale"):
+        elif spec.name.endswith("attn.q_scale"):
             yield _arranged(piece, spec.shape, _inverse_softplus)
         elif spec.kind in (ParamKind.SCALAR, ParamKind.CONV):
             yield _arranged(piece, spec.shape, lambda found, shape=spec.shape: found.reshape(shape))  # one value, or an axis of 1
@@ -213,12 +215,7 @@ def _clamps(tensor: LazyTensor) -> Iterator[StoredTensor]:
 def _arranged(piece: StoredTensor, shape: tuple[int, ...], change: Any, axes: int | None = None) -> StoredTensor:
     """Return a piece whose values `change` brings into the plan's shape, where they are as many; else the piece as it is."""
     data = piece.data
-    count, wanted = 1, 1
-    for size in data.shape:
-        count *= size
-    for size in shape:
-        wanted *= size
-    if count != wanted or (axes is not None and len(data.shape) != axes):
+    if math.prod(data.shape) != math.prod(shape) or (axes is not None and len(data.shape) != axes):
         return piece  # which the match reports
     return replace(piece, data=rearranged(data, shape, change))
 
@@ -277,7 +274,7 @@ def audio_config(source: Source, ignore: Sequence[str] = ()) -> AudioConfig | Un
 def _keys(source: Source, tower: str) -> tuple[gguf.MetadataKeys, str] | None:
     """Return the metadata of a tower and the model type that it is of; None where the file has no such tower."""
     architecture = source.metadata.get(gguf.ARCHITECTURE)
-    if not any(gguf.translate(name)[0] == f"({tower} tower)" for name in source.tensors):
+    if next(tensors_of(source, tower), None) is None:
         return None
     if architecture != PROJECTOR:  # Ollama's, whose towers are the encoders
         return gguf.MetadataKeys(source.metadata, f"{architecture}.{tower}."), "gemma4"

@@ -8,15 +8,15 @@ the decoder's, `load_params.py:load_tower` next.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import TOWER_PIECES, gguf, gguf_towers, hf, hf_towers
 from gemcutter.checkpoint.load.match import Checkpoint, Matched, compare_specs, format_of, mismatch
+from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
-from gemcutter.tower_config import AudioConfig, UnifiedAudioConfig, UnifiedVisionConfig, VisionConfig
 from gemcutter.tower_plan import AudioPlan, UnifiedAudioPlan, UnifiedVisionPlan, VisionPlan, plan_audio, plan_vision
 
 MEDIA_TOWERS = {"image": "vision", "audio": "audio"}
@@ -40,10 +40,9 @@ def readable_media(checkpoint: Checkpoint, projector: Path | None = None) -> tup
 
 def _holds(source: Source, tower: str, checkpoint: Checkpoint) -> bool:
     """Return whether the files hold tensors of a tower, and say what it is."""
-    if format_of(source).NAME == gguf.NAME:
-        return any(gguf.translate(name)[0] == f"({tower} tower)" for name in source.tensors)
-    is_told = source is not checkpoint.source or bool(checkpoint.config.tower_keys.get(tower))
-    return is_told and next(iter(hf_towers.tensors_of(source, tower)), None) is not None
+    is_told = _is_gguf(source) or source is not checkpoint.source or bool(checkpoint.config.tower_keys.get(tower))
+    tensors = (gguf_towers if _is_gguf(source) else hf_towers).tensors_of(source, tower)
+    return is_told and next(tensors, None) is not None
 
 
 def match_vision(
@@ -55,54 +54,42 @@ def match_vision(
     Raises ConfigError for bad keys of its config, CheckpointError where there is no vision tower, and with every problem where
     tensors do not fit.
     """
-
-    def plan(source: Source) -> VisionPlan | UnifiedVisionPlan | None:
-        config: VisionConfig | UnifiedVisionConfig | None
-        if format_of(source).NAME == gguf.NAME:
-            config = gguf_towers.vision_config(source, ignore)
-        else:
-            config = (checkpoint.config if source is checkpoint.source else hf.read_config(source, ignore)).vision
-        return None if config is None else plan_vision(config, checkpoint.plan.hidden)
-
-    return _match("vision", plan, checkpoint, ignore, projector)
+    source = _tower_source(checkpoint, projector)
+    config = gguf_towers.vision_config(source, ignore) if _is_gguf(source) else _config(source, checkpoint, ignore).vision
+    return _match("vision", source, None if config is None else plan_vision(config, checkpoint.plan.hidden), checkpoint, ignore)
 
 
 def match_audio(
     checkpoint: Checkpoint, ignore: Sequence[str] = (), projector: Path | None = None
 ) -> tuple[AudioPlan | UnifiedAudioPlan, Matched]:
     """Return the plan of a model's audio tower and the tensors of each parameter. Takes and raises what `match_vision` does."""
+    source = _tower_source(checkpoint, projector)
+    config = gguf_towers.audio_config(source, ignore) if _is_gguf(source) else _config(source, checkpoint, ignore).audio
+    return _match("audio", source, None if config is None else plan_audio(config, checkpoint.plan.hidden), checkpoint, ignore)
 
-    def plan(source: Source) -> AudioPlan | UnifiedAudioPlan | None:
-        config: AudioConfig | UnifiedAudioConfig | None
-        if format_of(source).NAME == gguf.NAME:
-            config = gguf_towers.audio_config(source, ignore)
-        else:
-            config = (checkpoint.config if source is checkpoint.source else hf.read_config(source, ignore)).audio
-        return None if config is None else plan_audio(config, checkpoint.plan.hidden)
 
-    return _match("audio", plan, checkpoint, ignore, projector)
+def _config(source: Source, checkpoint: Checkpoint, ignore: Sequence[str]) -> ModelConfig:
+    """Return the config that tells of the towers in a source."""
+    return checkpoint.config if source is checkpoint.source else hf.read_config(source, ignore)
+
+
+def _is_gguf(source: Source) -> bool:
+    return format_of(source).NAME == gguf.NAME
 
 
 def _match(
-    tower: str,
-    plan_of: Callable[[Source], AnyPlan | None],
-    checkpoint: Checkpoint,
-    ignore: Sequence[str],
-    projector: Path | None,
+    tower: str, source: Source, plan: AnyPlan | None, checkpoint: Checkpoint, ignore: Sequence[str]
 ) -> tuple[AnyPlan, Matched]:
-    source = _tower_source(checkpoint, projector)
-    path, brings, format_name = source.path, BRINGS[tower], format_of(source).NAME
-    plan = plan_of(source)
+    path, brings, is_gguf = source.path, BRINGS[tower], _is_gguf(source)
     if plan is None:
-        without = "it has no tensors of one" if format_name == gguf.NAME else f"config.json has no {tower}_config"
+        without = "it has no tensors of one" if is_gguf else f"config.json has no {tower}_config"
         raise CheckpointError(f"{path}: this model has no {tower} tower ({without}); load it without {brings}")
     problems = list[str]()
-    pieces = list(TOWER_PIECES[format_name](source, tower, plan))
+    pieces = list(TOWER_PIECES[format_of(source).NAME](source, tower, plan))
     if not pieces:
         remedy = f"load the original checkpoint, or pass its {tower} tower as --mmproj"
         raise CheckpointError(f"{path}: the files hold no {tower} tower, only its config; {remedy}")
-    spell = gguf_towers.spell if format_name == gguf.NAME else hf_towers.spell
-    matched = compare_specs(plan.params(), (), pieces, problems, ignore, spell)
+    matched = compare_specs(plan.params(), (), pieces, problems, ignore, gguf_towers.spell if is_gguf else hf_towers.spell)
     if problems:
         is_other = any(shape[:1] != found[:1] for shape, found in matched.misshapen) and source is not checkpoint.source
         hint = ": is it the projector of this model?" if is_other else ""
@@ -114,7 +101,7 @@ def _tower_source(checkpoint: Checkpoint, projector: Path | None) -> Source:
     """Open what holds the towers of a model. Raises CheckpointError where a GGUF file has no projector beside it."""
     if projector is not None:
         source = Source.open(projector)
-        if format_of(source).NAME == gguf.NAME and not gguf_towers.has_towers(source):
+        if _is_gguf(source) and not gguf_towers.has_towers(source):
             raise CheckpointError(f"{projector} holds no towers; pass the mmproj file of this model")
         return source
     if not _needs_projector(checkpoint):
