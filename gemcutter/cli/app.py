@@ -16,7 +16,23 @@ from typing import Annotated
 import typer
 
 import gemcutter
-from gemcutter.cli import bench, cache, chat, convert, doctor, inspect, models, options, parse, run, score, serve, tiny, verify
+from gemcutter.cli import (
+    bench,
+    bench_serve,
+    cache,
+    chat,
+    convert,
+    doctor,
+    inspect,
+    models,
+    options,
+    parse,
+    run,
+    score,
+    serve,
+    tiny,
+    verify,
+)
 from gemcutter.cli.failure import UNREAD, discard_output, report
 from gemcutter.cli.terminal import Volume, note, set_volume
 
@@ -47,13 +63,15 @@ app = typer.Typer(
 SHORT = {  # of what does not fit beside the others on a terminal of 80 columns
     "doctor": "Say what is in a checkpoint, and what is wrong with it.",
     "verify": "Certify that two ways of computing a model agree.",
+    "bench-serve": "Put a load on a server, and measure it.",
     "bench": "Measure speed and memory beside this machine's limits.",
 }
 VERDICTS = ("doctor", "verify")  # whose exit code says something: it is not 0 where nobody has read the rest
-for _module in (run, chat, serve, inspect, doctor, models, convert, score, verify, bench, tiny, parse, cache):
-    _name = _module.__name__.rpartition(".")[2]
+for _module in (run, chat, serve, inspect, doctor, models, convert, score, verify, bench, bench_serve, tiny, parse, cache):
+    _function = _module.__name__.rpartition(".")[2]
+    _name = _function.replace("_", "-")
     app.command(_name, help=_module.HELP, short_help=SHORT.get(_name), epilog=_module.EXAMPLES)(
-        options.with_volume(getattr(_module, _name))
+        options.with_volume(getattr(_module, _function))
     )
 
 
