@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -46,7 +47,7 @@ class Sample:
     @property
     def itls_s(self) -> list[float]:
         """Return the gaps between chunks."""
-        return [later - earlier for earlier, later in zip(self.chunks_s, self.chunks_s[1:], strict=False)]
+        return [later - earlier for earlier, later in pairwise(self.chunks_s)]
 
     @property
     def tpot_s(self) -> float | None:

@@ -6,10 +6,11 @@ not tell is None. Read `report.py` for the fields that it becomes.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 LINE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>[^}]*)\})?\s+(?P<value>\S+)", re.MULTILINE)
@@ -19,6 +20,8 @@ DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens_total"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 ACCEPTED_AT = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 QUERIES, HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
+COUNTED = (QUERIES, DRAFTS, DRAFT_TOKENS, ACCEPTED)
+MOST_LOOKS, BETWEEN_LOOKS_S = 20, 0.1
 ACCEPT_LENGTH = "avg_spec_accept_length"
 
 
@@ -47,16 +50,26 @@ def read_counts(metrics: str | None, server_info: str | None = None) -> Counts:
         place = POSITION.search(found["labels"] or "")
         if found["name"] == ACCEPTED_AT and place:
             accepted_at[int(place[1])] = accepted_at.get(int(place[1]), 0.0) + value
+    return Counts(totals, accepted_at, _read_info(server_info))
+
+
+def _read_info(body: str | None) -> Mapping[str, Any] | None:
     try:
-        info = json.loads(server_info or "null")
+        found = json.loads(body or "null")
     except ValueError:
-        info = None
-    return Counts(totals, accepted_at, info if isinstance(info, dict) else None)
+        return None
+    return found if isinstance(found, dict) else None
 
 
 async def ask_counts(asker: Asker) -> Counts:
-    """Ask a server for what it counts."""
-    return read_counts(await asker.get("/metrics"), await asker.get("/server_info"))
+    """Ask a server for what it counts, until it counts no more: a reply is counted some moments after its last line."""
+    found = read_counts(await asker.get("/metrics"))
+    for _ in range(MOST_LOOKS):
+        await asyncio.sleep(BETWEEN_LOOKS_S)
+        before, found = found, read_counts(await asker.get("/metrics"))
+        if all(before.totals.get(name) == found.totals.get(name) for name in COUNTED):
+            break
+    return replace(found, server_info=_read_info(await asker.get("/server_info")))
 
 
 @dataclass(frozen=True, slots=True)
