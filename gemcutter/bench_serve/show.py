@@ -70,7 +70,7 @@ def remarks(outcome: Outcome) -> Iterator[str]:
         yield "requests came faster than they were served: latencies are those of a queue, and grow with the length of the run"
     if 1000 * late.percentile(99) > LATE_MS:
         yield f"the client sent requests up to {1000 * max(late.values):.0f} ms late: it lacks processor time, so times are wrong"
-    if max(waiting.values, default=0.0) > LATE_MS / 1000:
+    if outcome.settings.max_concurrency and max(waiting.values, default=0.0) > LATE_MS / 1000:
         yield f"requests waited for --max-concurrency, {waiting.median:.2f} s in the median, which TTFT and E2E leave out"
     if told["without_usage"]:
         yield f"{told['without_usage']} replies tell no usage: sglang's rules then take as many tokens as were asked for"
