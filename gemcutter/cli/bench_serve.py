@@ -90,7 +90,10 @@ class Asking:
         typer.Option(metavar="N", min=1, help="Requests, or conversations.  [default: 64; groups x prompts of gsp]"),
     ] = None
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="MODEL", help='Whose tokenizer counts and draws text: a folder, .gguf file or "demo".')
+        str | None,
+        typer.Option(
+            metavar="MODEL", help='Whose tokenizer counts and draws text: a folder with tokenizer.json, a .gguf file or "demo".'
+        ),
     ] = None
     tokenize_prompt: Annotated[
         bool, typer.Option("--tokenize-prompt", help="Send prompts as token ids; needs --api completions.")
@@ -328,12 +331,19 @@ def _read_settings(asking: Asking, sending: Sending, telling: Telling) -> Settin
 
 
 def _read_tokenizer(model: str) -> Tokenizer:
-    """Return the tokenizer of a checkpoint, of which nothing else is read."""
+    """Return a tokenizer from this machine: of a checkpoint, of which nothing else is read, or of a folder that has no more.
+
+    Raises UsageError for a hub id, whose weights would be downloaded for it.
+    """
     from gemcutter.checkpoint.container.source import Source
-    from gemcutter.checkpoint.remote.hub import locate
+    from gemcutter.checkpoint.remote.hub import parse
+    from gemcutter.text.tokenizer import TOKENIZER, Tokenizer
     from gemcutter.text_assets import read_tokenizer
 
-    return read_tokenizer(Source.open(locate(model)))
+    path = parse(model)
+    if not isinstance(path, Path):
+        raise UsageError(f"--tokenizer: expected a folder or file on this machine, found the hub id {model!r}; download it first")
+    return Tokenizer.load(path) if (path / TOKENIZER).is_file() else read_tokenizer(Source.open(path))
 
 
 def make_workload(asking: Asking, tokenizer: Tokenizer | None, seed: int) -> Workload:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import main
 from gemcutter.cli.bench_serve import PRESETS
 from tests.markdown import ENVIRONMENT, ROOT
@@ -226,6 +227,7 @@ def test_a_server_that_is_not_there_is_told(questions: Path, capsys: pytest.Capt
         (["--request-rate", "fast"], "--request-rate: expected requests a second"),
         (["--dataset-name", "gsm"], "--dataset-name: expected one of random"),
         (["--dataset-name", "random"], "give --tokenizer"),
+        (["--tokenizer", "google/gemma-4-E2B-it"], "--tokenizer: expected a folder or file on this machine"),
         (["--dataset-name", "jsonl"], "needs --dataset-path"),
         (["--api", "responses"], "--api: expected chat or completions"),
         (["--burstiness", "0"], "--burstiness: expected a number above 0"),
@@ -295,6 +297,16 @@ def test_replies_without_usage_are_noted(questions: Path, capsys: pytest.Capture
     with scripted(lambda body: events) as server:
         assert main(["bench-serve", server.url, *jsonl(questions)]) == 0
     assert "6 replies tell no usage" in capsys.readouterr().out
+
+
+def test_a_tokenizer_alone_is_enough_and_a_gguf_file_has_one(tmp_path: Path, asked_for: Callable[..., tuple[int, Any]]) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((DEMO_FOLDER / "tokenizer.json").read_bytes())
+    gguf = ROOT / "tests" / "goldens" / "models" / "tiny-e-Q4_K_M.gguf"
+    for model in (tmp_path, gguf):
+        words = ["--tokenizer", str(model), "--num-prompts", "1", "--random-input-len", "30", "--random-output-len", "4"]
+        with scripted(lambda body: steady(4, 0)) as server:
+            code, found = asked_for(server, *words)
+        assert (code, found["sglang"]["total_input_tokens"]) == (0, 30)
 
 
 def test_images_are_sent_as_data(asked_for: Callable[..., tuple[int, Any]]) -> None:
