@@ -224,7 +224,7 @@ def load_fields(outcome: Outcome) -> dict[str, Any]:
     plain = [each for each in outcome.succeeded if not each.text_times_s]
     tokens = [each.usage_count("completion_tokens") for each in outcome.succeeded]
     wanted = [each.wanted_len for each in outcome.succeeded]
-    looked_up = cache_between(outcome.before, outcome.after)
+    looked_up, drafts = cache_between(outcome.before, outcome.after), drafted_and_accepted(outcome)
     return {
         "offered_requests_per_s": speed.offered,
         "served_requests_per_s": speed.served,
@@ -245,12 +245,24 @@ def load_fields(outcome: Outcome) -> dict[str, Any]:
         "cached_tokens": cached_tokens(outcome),
         "prefix_cache_queries": None if looked_up is None else looked_up[0],
         "prefix_cache_hits": None if looked_up is None else looked_up[1],
-        "accepted_prediction_tokens": _detail(outcome, "accepted_prediction_tokens"),
-        "rejected_prediction_tokens": _detail(outcome, "rejected_prediction_tokens"),
+        "draft_tokens": None if drafts is None else drafts[0],
+        "accepted_draft_tokens": None if drafts is None else drafts[1],
         "ttft_by_turn_ms": _ttft_by_turn_ms(outcome),
         "empty_chunk_before_text_ms": _spread_ms(Spread(tuple(_empty_before_text_s(outcome.succeeded)))),
         "guidellm_time_per_output_token_ms": _spread_ms(Spread(tuple(time_per_output_token_s(each) for each in samples))),
     }
+
+
+def drafted_and_accepted(outcome: Outcome) -> tuple[int, int] | None:
+    """Return the draft tokens that were verified and those that were right: of the server's counters, else of the replies' usage.
+
+    None where neither tells.
+    """
+    counted = drafts_between(outcome.before, outcome.after)
+    if counted is not None:
+        return counted.tokens, counted.accepted
+    accepted, rejected = (_detail(outcome, f"{what}_prediction_tokens") for what in ("accepted", "rejected"))
+    return None if accepted is None else (accepted + (rejected or 0), accepted)
 
 
 def cached_tokens(outcome: Outcome) -> int | None:

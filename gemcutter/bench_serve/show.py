@@ -44,9 +44,8 @@ def _rates(outcome: Outcome) -> Iterator[str]:
     told = load_fields(outcome)
     if told["cached_tokens"] is not None:
         yield f"cached       {told['cached_tokens']:10,} of {told['prompt_tokens'] or 0:,} prompt tokens"
-    if told["accepted_prediction_tokens"] is not None:
-        drafted = told["accepted_prediction_tokens"] + (told["rejected_prediction_tokens"] or 0)
-        yield f"accepted     {told['accepted_prediction_tokens']:10,} of {drafted:,} draft tokens"
+    if told["draft_tokens"] is not None:
+        yield f"accepted     {told['accepted_draft_tokens']:10,} of {told['draft_tokens']:,} draft tokens"
     if how.goodput_ms:
         limits = ", ".join(f"{TITLES[name]} {limit:g} ms" for name, limit in how.goodput_ms.items())
         good = found.good(how.goodput_ms)

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+import gemcutter
 from gemcutter.cli import main
-from tests.server.conftest import Running
+from gemcutter.server.options import ServerOptions
+from tests.server.conftest import Running, running
+from tests.trained import trained
 
 GSP = [
     *("--dataset-name", "gsp", "--tokenizer", "demo", "--gsp-num-groups", "2", "--gsp-prompts-per-group", "4", "--gsp-ordered"),
@@ -57,6 +60,20 @@ def test_lengths_are_exact_at_the_server(server: Running, capsys: pytest.Capture
     assert found["input_lens"] == [78] * 3  # <bos>, which the server puts before a text
     assert found["output_lens"] == [9] * 3
     assert (found["completed"], found["failed"], found["num_prompts"]) == (3, 0, 3)
+
+
+def test_accepted_drafts_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    model = gemcutter.load("demo", context=512, draft_model=trained("tiny-e-assistant"), draft_tokens=3)
+    words = "--tokenizer demo --num-prompts 2 --random-input-len 20 --random-output-len 24 --warmup-requests 1 --output-details"
+    with model, running(model, ServerOptions(names=("demo",))) as server:
+        found = run(server, capsys, *words.split(), "--seed", "15")
+    drafts, theirs = found["load"], found["vllm"]
+    assert drafts["draft_tokens"] == theirs["spec_decode_draft_tokens"] >= drafts["accepted_draft_tokens"] > 0
+    steps = theirs["spec_decode_num_drafts"]
+    assert theirs["spec_decode_acceptance_length"] == pytest.approx(1 + drafts["accepted_draft_tokens"] / steps)
+    assert found["sglang"]["accept_length"] == theirs["spec_decode_acceptance_length"]
+    assert sum(theirs["spec_decode_per_position_acceptance_rates"]) == pytest.approx(drafts["accepted_draft_tokens"] / steps)
+    assert sum(theirs["output_lens"]) == 2 * 24
 
 
 def test_a_request_that_the_server_refuses_is_told(server: Running, capsys: pytest.CaptureFixture[str]) -> None:

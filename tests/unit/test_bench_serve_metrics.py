@@ -18,7 +18,15 @@ import pytest
 from gemcutter.bench_serve.load import Run
 from gemcutter.bench_serve.metrics import Spread, delays_s, measure, pace, sample, time_per_output_token_s
 from gemcutter.bench_serve.reply import LineReader, Reply, read_line
-from gemcutter.bench_serve.report import Outcome, Settings, load_fields, parse_limits, sglang_fields, vllm_fields
+from gemcutter.bench_serve.report import (
+    Outcome,
+    Settings,
+    drafted_and_accepted,
+    load_fields,
+    parse_limits,
+    sglang_fields,
+    vllm_fields,
+)
 from gemcutter.bench_serve.server_counts import accept_length, ask_counts, cache_between, drafts_between, read_counts
 from tests.scripted_server import DONE, chat, usage
 
@@ -355,6 +363,15 @@ def test_drafts_are_what_counters_grew_by() -> None:
     assert fields["spec_decode_acceptance_rate"] == pytest.approx(100 * 50 / 60)
     assert cache_between(before, after) == (400, 0)
     assert accept_length(before, after) == pytest.approx(3.5)
+
+
+def test_drafts_of_usage_count_where_the_server_has_no_counters() -> None:
+    details = {"accepted_prediction_tokens": 5, "rejected_prediction_tokens": 2}
+    events = [(0.1, chat("a")), (0.2, usage(3, 7, completion_tokens_details=details)), (0.3, DONE)]
+    assert drafted_and_accepted(outcome_of([streamed(events), streamed(ONE_TOKEN)])) == (7, 5)
+    assert drafted_and_accepted(outcome_of([streamed(ONE_TOKEN)])) is None
+    counted = outcome_of([streamed(events)], before=read_counts(BEFORE), after=read_counts(AFTER))
+    assert drafted_and_accepted(counted) == (60, 50)
 
 
 def test_sglangs_own_word_for_acceptance_comes_first() -> None:
