@@ -23,6 +23,7 @@ from gemcutter.cli import (
     chat,
     convert,
     doctor,
+    eval,
     inspect,
     models,
     options,
@@ -67,7 +68,23 @@ SHORT = {  # of what does not fit beside the others on a terminal of 80 columns
     "bench": "Measure speed and memory beside this machine's limits.",
 }
 VERDICTS = ("doctor", "verify")  # whose exit code says something: it is not 0 where nobody has read the rest
-for _module in (run, chat, serve, inspect, doctor, models, convert, score, verify, bench, bench_serve, tiny, parse, cache):
+for _module in (
+    run,
+    chat,
+    serve,
+    inspect,
+    doctor,
+    models,
+    convert,
+    score,
+    eval,
+    verify,
+    bench,
+    bench_serve,
+    tiny,
+    parse,
+    cache,
+):
     _function = _module.__name__.rpartition(".")[2]
     _name = _function.replace("_", "-")
     app.command(_name, help=_module.HELP, short_help=SHORT.get(_name), epilog=_module.EXAMPLES)(
