@@ -82,6 +82,7 @@ def list_peers(options: argparse.Namespace, model: Path) -> list[Peer]:
     if options.llama_server:
         other = (options.llama_server, "-m", str(model), "-t", threads, "-tb", threads, "-np", str(most), "-c", str(room * most))
         other += ("--no-webui", "--flash-attn", "on", "--no-jinja", "--alias", "bench")
+        other += ("--swa-full",)  # without it, shared beginnings are computed anew in models with sliding windows
         found.append(Peer("llama.cpp", Server("llama.cpp", other, "/health")))
     return found + [Peer(name, url=normal_url(url)) for name, _, url in (each.partition("=") for each in options.url)]
 

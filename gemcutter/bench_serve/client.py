@@ -89,7 +89,10 @@ class Client:
         except ImportError:
             raise RequestError("bench-serve needs httpcore: pip install 'gemcutter[serve]'") from None
         self.target = target
-        self._pool: httpcore.AsyncConnectionPool = httpcore.AsyncConnectionPool(max_connections=None)
+        self._pool: httpcore.AsyncConnectionPool = httpcore.AsyncConnectionPool(
+            max_connections=None,
+            max_keepalive_connections=0,  # a server may close an idle one just when the next request is sent on it
+        )
         self._errors = (OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 
     async def close(self) -> None:
