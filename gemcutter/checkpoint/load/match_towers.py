@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,46 +25,73 @@ BRINGS = {"vision": "images", "audio": "sounds"}  # what a tower reads
 # Which of several projectors beside a model is taken: the first of these that a name holds.
 PREFERRED = ("bf16", "f16", "f32", "q8_0")
 
+MatchedVision = tuple[VisionPlan | UnifiedVisionPlan, Matched]
+MatchedAudio = tuple[AudioPlan | UnifiedAudioPlan, Matched]
 AnyPlan = TypeVar("AnyPlan", VisionPlan | UnifiedVisionPlan, AudioPlan | UnifiedAudioPlan)
 
 
-def readable_media(checkpoint: Checkpoint, projector: Path | None = None) -> tuple[str, ...]:
-    """Return which media the towers of a model read, as load options name them: none where there are no towers.
+@dataclass(frozen=True, slots=True)
+class TowerFiles:
+    """What holds the towers of a model: its own files, a projector, or nothing; opened once for all towers."""
 
-    Whether they are whole is told by `match_vision` and `match_audio`. Raises CheckpointError for a projector without towers.
+    checkpoint: Checkpoint
+    source: Source | None
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Return which media the towers read, as load options name them; whether they are whole is told by matching them."""
+        return tuple(medium for medium, tower in MEDIA_TOWERS.items() if self.holds(tower))
+
+    def holds(self, tower: str) -> bool:
+        """Return whether the files hold tensors of a tower, "vision" or "audio", and say what it is."""
+        source, own = self.source, self.checkpoint
+        if source is None:
+            return False
+        is_told = _is_gguf(source) or source is not own.source or bool(own.config.tower_keys.get(tower))
+        tensors = (gguf_towers if _is_gguf(source) else hf_towers).tensors_of(source, tower)
+        return is_told and next(tensors, None) is not None
+
+    def insist(self) -> Source:
+        """Return the files. Raises CheckpointError where a GGUF file has no projector beside it."""
+        if self.source is None:
+            raise CheckpointError(
+                f"{self.checkpoint.source.path}: a GGUF model has its towers in a file of its own, and there is none beside it; "
+                "put its mmproj file there, or pass it as --mmproj"
+            )
+        return self.source
+
+
+def find_tower_files(checkpoint: Checkpoint, projector: Path | None = None) -> TowerFiles:
+    """Open what holds the towers of a model.
+
+    `projector` is a file or folder that does; None: the model's own files, or the projector beside a GGUF file. Raises
+    CheckpointError for a projector without towers.
     """
-    if projector is None and _needs_projector(checkpoint) and not _projectors(checkpoint):
-        return ()
-    source = _tower_source(checkpoint, projector)
-    return tuple(medium for medium, tower in MEDIA_TOWERS.items() if _holds(source, tower, checkpoint))
+    if projector is not None:
+        source = Source.open(projector)
+        if _is_gguf(source) and not gguf_towers.has_towers(source):
+            raise CheckpointError(f"{projector} holds no towers; pass the mmproj file of this model")
+        return TowerFiles(checkpoint, source)
+    if checkpoint.format != gguf.NAME or gguf_towers.has_towers(checkpoint.source):
+        return TowerFiles(checkpoint, checkpoint.source)
+    names = [] if checkpoint.source.remote is not None else _projectors(checkpoint)
+    return TowerFiles(checkpoint, Source.open(checkpoint.source.folder / min(names, key=_rank)) if names else None)
 
 
-def _holds(source: Source, tower: str, checkpoint: Checkpoint) -> bool:
-    """Return whether the files hold tensors of a tower, and say what it is."""
-    is_told = _is_gguf(source) or source is not checkpoint.source or bool(checkpoint.config.tower_keys.get(tower))
-    tensors = (gguf_towers if _is_gguf(source) else hf_towers).tensors_of(source, tower)
-    return is_told and next(tensors, None) is not None
-
-
-def match_vision(
-    checkpoint: Checkpoint, ignore: Sequence[str] = (), projector: Path | None = None
-) -> tuple[VisionPlan | UnifiedVisionPlan, Matched]:
+def match_vision(files: TowerFiles, ignore: Sequence[str] = ()) -> MatchedVision:
     """Return the plan of a model's vision tower and the tensors of each parameter.
 
-    `projector` is a file or folder that holds the towers; None: the model's own files, or the projector beside a GGUF file.
     Raises ConfigError for bad keys of its config, CheckpointError where there is no vision tower, and with every problem where
     tensors do not fit.
     """
-    source = _tower_source(checkpoint, projector)
+    source, checkpoint = files.insist(), files.checkpoint
     config = gguf_towers.vision_config(source, ignore) if _is_gguf(source) else _config(source, checkpoint, ignore).vision
     return _match("vision", source, None if config is None else plan_vision(config, checkpoint.plan.hidden), checkpoint, ignore)
 
 
-def match_audio(
-    checkpoint: Checkpoint, ignore: Sequence[str] = (), projector: Path | None = None
-) -> tuple[AudioPlan | UnifiedAudioPlan, Matched]:
-    """Return the plan of a model's audio tower and the tensors of each parameter. Takes and raises what `match_vision` does."""
-    source = _tower_source(checkpoint, projector)
+def match_audio(files: TowerFiles, ignore: Sequence[str] = ()) -> MatchedAudio:
+    """Return the plan of a model's audio tower and the tensors of each parameter. Raises what `match_vision` does."""
+    source, checkpoint = files.insist(), files.checkpoint
     config = gguf_towers.audio_config(source, ignore) if _is_gguf(source) else _config(source, checkpoint, ignore).audio
     return _match("audio", source, None if config is None else plan_audio(config, checkpoint.plan.hidden), checkpoint, ignore)
 
@@ -95,28 +123,6 @@ def _match(
         hint = ": is it the projector of this model?" if is_other else ""
         raise mismatch(f"{path}: the {tower} tower", problems, hint)
     return plan, matched
-
-
-def _tower_source(checkpoint: Checkpoint, projector: Path | None) -> Source:
-    """Open what holds the towers of a model. Raises CheckpointError where a GGUF file has no projector beside it."""
-    if projector is not None:
-        source = Source.open(projector)
-        if _is_gguf(source) and not gguf_towers.has_towers(source):
-            raise CheckpointError(f"{projector} holds no towers; pass the mmproj file of this model")
-        return source
-    if not _needs_projector(checkpoint):
-        return checkpoint.source
-    names = _projectors(checkpoint)
-    if not names:
-        raise CheckpointError(
-            f"{checkpoint.source.path}: a GGUF model has its towers in a file of its own, and there is none beside it; put its "
-            "mmproj file there, or pass it as --mmproj"
-        )
-    return Source.open(checkpoint.source.folder / min(names, key=_rank))
-
-
-def _needs_projector(checkpoint: Checkpoint) -> bool:
-    return checkpoint.format == gguf.NAME and not gguf_towers.has_towers(checkpoint.source)
 
 
 def _projectors(checkpoint: Checkpoint) -> list[str]:
