@@ -19,25 +19,20 @@ from typing import Any
 from torch import Tensor
 
 from gemcutter.engine.media import MediaSpan
-from gemcutter.errors import CheckpointError, RequestError
+from gemcutter.errors import RequestError
 from gemcutter.media import decode, decode_sound, decode_video
 from gemcutter.media.audio import SoundFrames, SoundShape, cut_sound
 from gemcutter.media.budgets import BUDGETS, check_budget
 from gemcutter.media.image import ImagePatches, PatchShape, cut_image
 from gemcutter.media.source_bytes import read_bytes
 from gemcutter.media.video import cut_video
-from gemcutter.media_parts import KINDS, MediaItem
+from gemcutter.media_parts import KINDS, MARKERS, MediaItem, find_markers
 from gemcutter.model.audio import AudioTower
 from gemcutter.model.tower import TowerBody
 from gemcutter.model.vision import VisionTower
 from gemcutter.text.tokenizer import Tokenizer
 from gemcutter.tower_plan import UnifiedAudioPlan, UnifiedVisionPlan
 
-MARKERS = {
-    "image": ("<|image>", "<|image|>", "<image|>"),
-    "audio": ("<|audio>", "<|audio|>", "<audio|>"),
-    "video": ("<|image>", "<|video|>", "<image|>"),  # of each frame
-}
 DEFAULT_BUDGET = 280  # soft tokens an image
 CACHE_BYTES = 256 << 20  # of rows that stay for media that come again
 MOST_FILES = 1024  # of which it is known what became of them
@@ -49,15 +44,6 @@ MAX_FILE_BYTES = {
 
 Content = ImagePatches | SoundFrames  # what a tower makes rows of
 Bodies = Mapping[type[Content], TowerBody]  # what makes the rows of one prompt's media
-
-
-@dataclass(frozen=True, slots=True)
-class _Markers:
-    """The ids of a kind: before its rows, in place of each, and after them. A prompt has the second in the item's place."""
-
-    begin: int
-    placeholder: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +71,8 @@ class MediaReader:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Prepare to read what the towers do. Raises CheckpointError for a tokenizer without the markers of such media."""
-        has_videos = vision is not None and tokenizer.id_of(MARKERS["video"][1]) is not None
-        readable = {"image": vision is not None, "audio": audio is not None, "video": has_videos}
         self._tokenizer = tokenizer
-        self._markers = {kind: _find_markers(tokenizer, kind) for kind, can_read in readable.items() if can_read}
+        self._markers = find_markers(tokenizer, vision is not None, audio is not None)
         self._towers: dict[type[Content], VisionTower | AudioTower] = {}
         self._budget, self._patches, self._frames = DEFAULT_BUDGET, PatchShape(), SoundShape()
         if vision is not None:
@@ -247,15 +231,6 @@ class MediaReader:
         self._rows.move_to_end(digest)
         while self._size > self._capacity:
             self._size -= self._rows.popitem(last=False)[1].nbytes
-
-
-def _find_markers(tokenizer: Tokenizer, kind: str) -> _Markers:
-    """Return the ids of a kind's markers. Raises CheckpointError for a tokenizer without them."""
-    found = {piece: tokenizer.id_of(piece) for piece in MARKERS[kind]}
-    if lacking := [piece for piece, token in found.items() if token is None]:
-        called = KINDS[kind][1]
-        raise CheckpointError(f"the tokenizer has no {' and no '.join(lacking)}; take the original's, or load without {called}")
-    return _Markers(*(token for token in found.values() if token is not None))
 
 
 def _digest(content: Content, body: TowerBody) -> str:

@@ -25,7 +25,6 @@ import gemcutter
 from gemcutter import media_reader
 from gemcutter.api import Model
 from gemcutter.errors import RequestError
-from gemcutter.media.image import ImagePatches
 from gemcutter.media_parts import take_media
 from gemcutter.media_reader import MediaReader
 from gemcutter.model.audio import AudioTower
@@ -306,8 +305,6 @@ def test_what_is_known_does_not_wait_for_what_is_encoded(model: Model, monkeypat
         return encode(self, items, body)
 
     monkeypatch.setattr(VisionTower, "encode", slow)
-    vision = model.media._encoders[ImagePatches].__self__  # type: ignore[union-attr]
-    monkeypatch.setitem(model.media._encoders, ImagePatches, vision.encode)  # type: ignore[union-attr]
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(model.prepare, asked(255 - PICTURE), max_soft_tokens=SMALL) for _ in range(2)]
         try:

@@ -32,10 +32,15 @@ AnyPlan = TypeVar("AnyPlan", VisionPlan | UnifiedVisionPlan, AudioPlan | Unified
 
 @dataclass(frozen=True, slots=True)
 class TowerFiles:
-    """What holds the towers of a model: its own files, a projector, or nothing; opened once for all towers."""
+    """What holds the towers of a model: its own files, a projector, or nothing; opened once for all towers.
 
-    checkpoint: Checkpoint
+    `model` is the model's path, `hidden` its width, and `config` its config where that tells of these towers.
+    """
+
+    model: Path
+    hidden: int
     source: Source | None
+    config: ModelConfig | None = None
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -44,10 +49,10 @@ class TowerFiles:
 
     def holds(self, tower: str) -> bool:
         """Return whether the files hold tensors of a tower, "vision" or "audio", and say what it is."""
-        source, own = self.source, self.checkpoint
+        source = self.source
         if source is None:
             return False
-        is_told = _is_gguf(source) or source is not own.source or bool(own.config.tower_keys.get(tower))
+        is_told = self.config is None or _is_gguf(source) or bool(self.config.tower_keys.get(tower))
         tensors = (gguf_towers if _is_gguf(source) else hf_towers).tensors_of(source, tower)
         return is_told and next(tensors, None) is not None
 
@@ -55,10 +60,14 @@ class TowerFiles:
         """Return the files. Raises CheckpointError where a GGUF file has no projector beside it."""
         if self.source is None:
             raise CheckpointError(
-                f"{self.checkpoint.source.path}: a GGUF model has its towers in a file of its own, and there is none beside it; "
+                f"{self.model}: a GGUF model has its towers in a file of its own, and there is none beside it; "
                 "put its mmproj file there, or pass it as --mmproj"
             )
         return self.source
+
+    def read_config(self, ignore: Sequence[str] = ()) -> ModelConfig:
+        """Return the config that tells of towers in Hugging Face's or MLX's files. Raises what reading it does."""
+        return hf.read_config(self.insist(), ignore) if self.config is None else self.config
 
 
 def find_tower_files(checkpoint: Checkpoint, projector: Path | None = None) -> TowerFiles:
@@ -67,15 +76,23 @@ def find_tower_files(checkpoint: Checkpoint, projector: Path | None = None) -> T
     `projector` is a file or folder that does; None: the model's own files, or the projector beside a GGUF file. Raises
     CheckpointError for a projector without towers.
     """
+    own, hidden = checkpoint.source, checkpoint.plan.hidden
     if projector is not None:
         source = Source.open(projector)
         if _is_gguf(source) and not gguf_towers.has_towers(source):
             raise CheckpointError(f"{projector} holds no towers; pass the mmproj file of this model")
-        return TowerFiles(checkpoint, source)
-    if checkpoint.format != gguf.NAME or gguf_towers.has_towers(checkpoint.source):
-        return TowerFiles(checkpoint, checkpoint.source)
-    names = [] if checkpoint.source.remote is not None else _projectors(checkpoint)
-    return TowerFiles(checkpoint, Source.open(checkpoint.source.folder / min(names, key=_rank)) if names else None)
+        return TowerFiles(own.path, hidden, source)
+    if checkpoint.format != gguf.NAME or gguf_towers.has_towers(own):
+        return TowerFiles(own.path, hidden, own, checkpoint.config)
+    names = [] if own.remote is not None else _projectors(checkpoint)
+    return TowerFiles(own.path, hidden, Source.open(own.folder / min(names, key=_rank)) if names else None)
+
+
+def projector_files(source: Source) -> TowerFiles:
+    """Return a GGUF projector as the files of a model that is not there, as wide as the rows that its first projection makes."""
+    names = [own for own, (name, _) in gguf_towers.GLOBALS.items() if name in ("vision.out", "audio.out")]
+    widths = [source.tensors[own].shape[0] for own in names if own in source.tensors and source.tensors[own].shape]
+    return TowerFiles(source.path, widths[0] if widths else 1, source)
 
 
 def match_vision(files: TowerFiles, ignore: Sequence[str] = ()) -> MatchedVision:
@@ -84,31 +101,25 @@ def match_vision(files: TowerFiles, ignore: Sequence[str] = ()) -> MatchedVision
     Raises ConfigError for bad keys of its config, CheckpointError where there is no vision tower, and with every problem where
     tensors do not fit.
     """
-    source, checkpoint = files.insist(), files.checkpoint
-    config = gguf_towers.vision_config(source, ignore) if _is_gguf(source) else _config(source, checkpoint, ignore).vision
-    return _match("vision", source, None if config is None else plan_vision(config, checkpoint.plan.hidden), checkpoint, ignore)
+    source = files.insist()
+    config = gguf_towers.vision_config(source, ignore) if _is_gguf(source) else files.read_config(ignore).vision
+    return _match("vision", files, None if config is None else plan_vision(config, files.hidden), ignore)
 
 
 def match_audio(files: TowerFiles, ignore: Sequence[str] = ()) -> MatchedAudio:
     """Return the plan of a model's audio tower and the tensors of each parameter. Raises what `match_vision` does."""
-    source, checkpoint = files.insist(), files.checkpoint
-    config = gguf_towers.audio_config(source, ignore) if _is_gguf(source) else _config(source, checkpoint, ignore).audio
-    return _match("audio", source, None if config is None else plan_audio(config, checkpoint.plan.hidden), checkpoint, ignore)
-
-
-def _config(source: Source, checkpoint: Checkpoint, ignore: Sequence[str]) -> ModelConfig:
-    """Return the config that tells of the towers in a source."""
-    return checkpoint.config if source is checkpoint.source else hf.read_config(source, ignore)
+    source = files.insist()
+    config = gguf_towers.audio_config(source, ignore) if _is_gguf(source) else files.read_config(ignore).audio
+    return _match("audio", files, None if config is None else plan_audio(config, files.hidden), ignore)
 
 
 def _is_gguf(source: Source) -> bool:
     return format_of(source).NAME == gguf.NAME
 
 
-def _match(
-    tower: str, source: Source, plan: AnyPlan | None, checkpoint: Checkpoint, ignore: Sequence[str]
-) -> tuple[AnyPlan, Matched]:
-    path, brings, is_gguf = source.path, BRINGS[tower], _is_gguf(source)
+def _match(tower: str, files: TowerFiles, plan: AnyPlan | None, ignore: Sequence[str]) -> tuple[AnyPlan, Matched]:
+    source, brings = files.insist(), BRINGS[tower]
+    path, is_gguf = source.path, _is_gguf(source)
     if plan is None:
         without = "it has no tensors of one" if is_gguf else f"config.json has no {tower}_config"
         raise CheckpointError(f"{path}: this model has no {tower} tower ({without}); load it without {brings}")
@@ -119,7 +130,7 @@ def _match(
         raise CheckpointError(f"{path}: the files hold no {tower} tower, only its config; {remedy}")
     matched = compare_specs(plan.params(), (), pieces, problems, ignore, gguf_towers.spell if is_gguf else hf_towers.spell)
     if problems:
-        is_other = any(shape[:1] != found[:1] for shape, found in matched.misshapen) and source is not checkpoint.source
+        is_other = any(shape[:1] != found[:1] for shape, found in matched.misshapen) and source.path != files.model
         hint = ": is it the projector of this model?" if is_other else ""
         raise mismatch(f"{path}: the {tower} tower", problems, hint)
     return plan, matched
