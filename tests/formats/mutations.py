@@ -155,7 +155,8 @@ def edit_tensors(folder: Path, random: random.Random) -> None:
     elif how == "rename":
         tensors[name.replace("layers.1", "layers.7").replace("embed", "bed")] = tensors.pop(name)
     elif how == "resize":
-        tensors[name] = tensors[name][: max(1, tensors[name].shape[0] // 2)].clone()
+        rows = torch.atleast_1d(tensors[name])
+        tensors[name] = rows[: max(1, len(rows) // 2)].clone()
     elif how == "retype":
         dtype = random.choice((torch.float16, torch.float32, torch.int8, torch.uint8, torch.int64, torch.float64))
         tensors[name] = tensors[name].to(dtype)
