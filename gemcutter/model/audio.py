@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcutter.model.tower import (
+    Encode,
     Module,
     Params,
+    TowerBodies,
+    TowerBody,
     TowerContext,
     build_linear,
     build_projector,
@@ -55,6 +58,8 @@ class Frames(Protocol):
 class AudioTower:
     """An audio tower over a plan and its parameters (canonical names); `dtype` and `kernels` are the decoder's."""
 
+    name = "audio"
+
     def __init__(
         self,
         plan: AudioPlan | UnifiedAudioPlan,
@@ -65,26 +70,33 @@ class AudioTower:
         turns: Turns | None = None,
     ) -> None:
         self.plan, self._ctx = plan, open_context(params, dtype, device, kernels, turns)
-        self._encode = torch.cat if isinstance(plan, UnifiedAudioPlan) else _build_encoder(plan, params, self._ctx)
-        self._projector = build_projector(plan.projector, plan.eps, params, self._ctx, "audio")
+        self.bodies = TowerBodies(params, self._ctx, self._build)
         self.nbytes = sum(param.nbytes for param in params.values())  # of weights
 
-    def encode(self, sounds: Sequence[Frames]) -> list[Tensor]:
+    def _build(self, params: Params, ctx: TowerContext) -> Encode:
+        """Build what makes rows of the decoder of some sounds' frames, over parameters that may carry deltas."""
+        plan = self.plan
+        encode: Encode = torch.cat if isinstance(plan, UnifiedAudioPlan) else _build_encoder(plan, params, ctx)
+        projector = build_projector(plan.projector, plan.eps, params, ctx, "audio")
+        return lambda sounds: projector(encode(sounds))
+
+    def encode(self, sounds: Sequence[Frames], body: TowerBody | None = None) -> list[Tensor]:
         """Return the rows [soft_tokens, out] that each sound becomes in the decoder, float32.
 
-        Raises NumericError for what is not finite.
+        `body` is one of `bodies`; None: the tower's own. Raises NumericError for what is not finite.
         """
+        encode = (body or self.bodies.of()).encode
         audible = [sound for sound in sounds if sound.soft_tokens]
         with on_device(self._ctx):
             groups = passes(audible, lambda sound: sound.soft_tokens, PASS_TOKENS)
-            rows = (each for group in groups for each in self._pass(group))
+            rows = (each for group in groups for each in self._pass(group, encode))
             silence = torch.empty(0, self.plan.out, device=self._ctx.device)
             return [next(rows) if sound.soft_tokens else silence for sound in sounds]
 
-    def _pass(self, sounds: Sequence[Frames]) -> Sequence[Tensor]:
+    def _pass(self, sounds: Sequence[Frames], encode: Encode) -> Sequence[Tensor]:
         ctx = self._ctx
-        rows_TD = self._encode([sound.values_FC.to(ctx.device, ctx.dtype) for sound in sounds])
-        return torch.split(self._projector(rows_TD), [sound.soft_tokens for sound in sounds])
+        rows_TD = encode([sound.values_FC.to(ctx.device, ctx.dtype) for sound in sounds])
+        return torch.split(rows_TD, [sound.soft_tokens for sound in sounds])
 
 
 # ---- E2B, E4B ----
@@ -103,7 +115,7 @@ class _Chunks:
     is_apart_BQW: Tensor
 
 
-def _build_encoder(plan: AudioPlan, params: Params, ctx: TowerContext) -> Callable[[list[Tensor]], Tensor]:
+def _build_encoder(plan: AudioPlan, params: Params, ctx: TowerContext) -> Encode:
     """Build the encoder: convolutions make a position of four frames, which pass the layers."""
     layers = [_build_layer(plan, within(params, f"audio.layers.{index}."), ctx) for index in range(plan.num_layers)]
     convolve, enter = _build_convolutions(plan, params, ctx), build_linear(params, "audio.in", ctx)

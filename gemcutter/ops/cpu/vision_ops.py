@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from ctypes import c_int64, c_void_p
 from functools import cache
 
@@ -19,9 +19,8 @@ from gemcutter import native
 from gemcutter.errors import KernelError
 from gemcutter.native import ClipView, VisionLayerView
 from gemcutter.ops.cpu.bindings import ACTIVATIONS, entry, matrix_of, rows_of
-from gemcutter.ops.step import Rotation
 from gemcutter.ops.turns import Turns
-from gemcutter.ops.types import Param, VisionLayer, matrix, vector
+from gemcutter.ops.types import Param, VisionLayer, VisionRows, matrix, vector
 from gemcutter.tower_plan import BOUNDS, VisionPlan
 
 PIECE_SECONDS = 0.03  # that others wait for a piece of an image, at most by intention
@@ -65,17 +64,16 @@ def build_vision_layer(plan: VisionPlan, params: Mapping[str, Param], activation
     alive = (norms, parts)
     keys, rest = Pieces(entry("gc_vision_keys")), Pieces(entry("gc_vision_rows"))
 
-    def layer(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: Sequence[tuple[int, int]], turns: Turns) -> Tensor:
+    def layer(x_PD: Tensor, rows: VisionRows) -> Tensor:
         assert alive
         x_PD, address = rows_of(x_PD), ctypes.addressof(view)
-        starts = torch.tensor([0, *(stop for _, stop in edges)], dtype=torch.long)
-        cos, sin = (torch.cat([rotation[each] for rotation in rotations], dim=-1).float().contiguous() for each in (0, 1))
-        images = (address, x_PD.data_ptr(), len(x_PD), starts.data_ptr(), len(edges))
-        if (floats := state_size(address, len(x_PD), starts.data_ptr(), len(edges))) < 0:
+        starts, (cos, sin) = rows.starts, rows.angles
+        images = (address, x_PD.data_ptr(), len(x_PD), starts.data_ptr(), len(rows.edges))
+        if (floats := state_size(address, len(x_PD), starts.data_ptr(), len(rows.edges))) < 0:
             raise KernelError("gc_vision_state: images do not make up the patches")
-        state, out_PD = torch.empty(floats), torch.empty_like(x_PD)
-        keys.run(len(x_PD), turns, images, (cos.data_ptr(), sin.data_ptr(), state.data_ptr()))
-        rest.run(len(x_PD), turns, images, (state.data_ptr(), out_PD.data_ptr()))
+        state, out_PD = rows.scratch(floats), torch.empty_like(x_PD)
+        keys.run(len(x_PD), rows.turns, images, (cos.data_ptr(), sin.data_ptr(), state.data_ptr()))
+        rest.run(len(x_PD), rows.turns, images, (state.data_ptr(), out_PD.data_ptr()))
         return out_PD
 
     return layer
