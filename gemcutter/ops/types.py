@@ -29,6 +29,8 @@ Draft = Callable[[Tensor, Tensor, Step, KVCache, int, bool], "Drafts"]  # ids [S
 # Patches [P, D] of images whose first and last patches are listed, with the rotations of their columns and rows, to [P, D];
 # every piece of the work takes a turn.
 VisionLayer = Callable[[Tensor, tuple[Rotation, Rotation], Sequence[tuple[int, int]], Turns], Tensor]
+# Positions [T, D] of sounds whose first and last positions are listed to [T, D]; every piece of the work takes a turn.
+AudioLayer = Callable[[Tensor, Sequence[tuple[int, int]], Turns], Tensor]
 LayerOutput = tuple[Tensor, Tensor | None]  # rows [M, D], and their norm under the next layer's first weight if it was made
 
 
@@ -45,6 +47,18 @@ class Drafts:
     states_ST: Tensor
     logits_SC: Tensor | None = None  # float32
     ids_SC: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AudioScales:
+    """What an audio encoder's layer scales queries [E] and keys by, and its projected distances [P, H, E], the farthest past first.
+
+    A query's product with the distance of a key is added to the key's score.
+    """
+
+    query_E: Tensor
+    key: float
+    distances_PHE: Tensor
 
 
 @dataclass(frozen=True, slots=True)
