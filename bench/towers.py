@@ -195,6 +195,9 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=8, help="of images together")
     parser.add_argument("--soft-tokens", type=int, default=70, help="budget of each of them")
     parser.add_argument("--seconds", type=float, default=30, help="of sound")
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="NAME", help='lines to leave out, such as "transformers bfloat16"'
+    )
     parser.add_argument("-r", "--rounds", type=int, default=5)
     parser.add_argument("-t", "--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args(arguments)
@@ -204,12 +207,12 @@ def main() -> None:
     given = read_options()
     torch.set_num_threads(given.threads)
     case = CASES[given.case](given)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in case.calls}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in case.calls if name not in given.without}
     for round_number in range(given.rounds + 1):
-        for name, call in case.calls.items():
-            found = timed(call)
+        for name, found in times.items():
+            seconds = timed(case.calls[name])
             if round_number:  # the first warms up
-                times[name].append(found)
+                found.append(seconds)
     report(case, times)
 
 

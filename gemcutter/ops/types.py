@@ -51,7 +51,7 @@ class Drafts:
 
 @dataclass(frozen=True, slots=True)
 class AudioScales:
-    """What an audio encoder's layer scales queries [E] and keys by, and its projected distances [P, H, E], the farthest past first.
+    """What an audio layer scales queries [E] and keys by, and its projected distances [P, H, E], the farthest past first.
 
     A query's product with the distance of a key is added to the key's score.
     """
