@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gemcutter.engine.sampler import LogitsProcessor
     from gemcutter.engine.sampling_params import SamplingParams
     from gemcutter.generate_options import GenerateOptions
+    from gemcutter.scoring import Score
     from gemcutter.text.grammar import Constraint
     from gemcutter.text.tool_calls import ToolCall
 
@@ -36,6 +37,7 @@ _HOMES = {
     "Chunk": "completion",
     "Completion": "completion",
     "RequestMetrics": "completion",
+    "Score": "scoring",
     "Stream": "completion",
     "Engine": "engine.engine",
     "Request": "engine.request",
@@ -65,6 +67,7 @@ __all__ = [
     "RequestError",
     "RequestMetrics",
     "SamplingParams",
+    "Score",
     "Stream",
     "ToolCall",
     "load",

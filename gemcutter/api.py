@@ -55,6 +55,7 @@ from gemcutter.media_reader import MediaReader
 from gemcutter.model.audio import AudioTower
 from gemcutter.model.text import Decoder
 from gemcutter.model.vision import VisionTower
+from gemcutter.scoring import Pair, Score, encode_pair, score_pairs
 from gemcutter.text.grammar_compiler import GrammarCompiler
 from gemcutter.text.reply import CHANNEL_CLOSE, ReplyParser
 from gemcutter.text.splice import ReplyStore
@@ -71,6 +72,7 @@ __all__ = [
     "PreparedRequest",
     "Prompt",
     "RequestMetrics",
+    "Score",
     "Stream",
     "load",
 ]
@@ -78,6 +80,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Message]  # raw text, token ids, or a conversation
+IN_FLIGHT = 4  # requests of a long list for each sequence of a step
 SHOWN_PROBLEMS, SHOWN_PROMPTS = 20, 5  # of a batch, in an error
 OF_OPTIONS = ("sampling.", *(f"request.{name}:" for name in OF_REQUEST))  # how problems of no prompt's own begin
 
@@ -215,6 +218,44 @@ class Model:
         Closing or dropping the stream cancels the request and keeps what was computed for reuse. Raises RequestError.
         """
         return self.submit(self.prepare(prompt, **options))
+
+    def score(self, context: Prompt, continuation: str | Sequence[int], *, adapter: str | None = None) -> Score:
+        """Return how likely a continuation is after a context: raw text, ids, or a conversation that it answers.
+
+        Raises RequestError for what can't be encoded, is empty, or is longer than the model's context.
+        """
+        return self.score_all([(context, continuation)], adapter=adapter)[0]
+
+    def score_all(self, pairs: Sequence[tuple[Prompt, str | Sequence[int]]], *, adapter: str | None = None) -> list[Score]:
+        """Score pairs of context and continuation in batches; rows that they have in common are computed once.
+
+        Raises RequestError as `score` does, before anything is computed.
+        """
+        encoded = [self.encode_pair(*pair) for pair in pairs]
+        found = dict(score_pairs(self.loop, encoded, in_flight=self.in_flight, adapter=adapter))
+        return [found[index] for index in range(len(encoded))]
+
+    @property
+    def in_flight(self) -> int:
+        """Return how many requests of a long list should be submitted at a time, so that every step finds enough of them."""
+        return IN_FLIGHT * self.engine.scheduler.max_num_seqs
+
+    def encode_pair(self, context: Prompt, continuation: str | Sequence[int]) -> Pair:
+        """Return the ids of a context and of what is to be scored after it.
+
+        Two texts are split as lm-eval does it (`scoring.encode_pair`); ids, and the reply to a conversation, stay apart. Raises
+        RequestError.
+        """
+        if isinstance(context, str) and isinstance(continuation, str):
+            pair = encode_pair(self.tokenizer, context, continuation)
+        else:
+            after = self.tokenizer.encode(continuation, bos=False) if isinstance(continuation, str) else self.encode(continuation)
+            pair = Pair(tuple(self.encode(context)), tuple(after))
+        if not pair.continuation:
+            raise RequestError(
+                f"continuation: {spell_value(continuation)} has no tokens of its own, so there is nothing to score"
+            )
+        return pair
 
     def prepare(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> PreparedRequest:
         """Encode a prompt and check it with its options, without the engine's thread. Raises RequestError with every problem."""

@@ -16,7 +16,23 @@ from typing import Annotated
 import typer
 
 import gemcutter
-from gemcutter.cli import bench, cache, chat, convert, doctor, inspect, models, options, parse, run, score, serve, tiny, verify
+from gemcutter.cli import (
+    bench,
+    cache,
+    chat,
+    convert,
+    doctor,
+    eval,
+    inspect,
+    models,
+    options,
+    parse,
+    run,
+    score,
+    serve,
+    tiny,
+    verify,
+)
 from gemcutter.cli.failure import UNREAD, discard_output, report
 from gemcutter.cli.terminal import Volume, note, set_volume
 
@@ -50,7 +66,7 @@ SHORT = {  # of what does not fit beside the others on a terminal of 80 columns
     "bench": "Measure speed and memory beside this machine's limits.",
 }
 VERDICTS = ("doctor", "verify")  # whose exit code says something: it is not 0 where nobody has read the rest
-for _module in (run, chat, serve, inspect, doctor, models, convert, score, verify, bench, tiny, parse, cache):
+for _module in (run, chat, serve, inspect, doctor, models, convert, score, eval, verify, bench, tiny, parse, cache):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, help=_module.HELP, short_help=SHORT.get(_name), epilog=_module.EXAMPLES)(
         options.with_volume(getattr(_module, _name))

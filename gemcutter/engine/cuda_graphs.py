@@ -22,7 +22,15 @@ from torch import Tensor
 
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.engine.memory import most_pages
-from gemcutter.engine.runner import ChunkResult, PendingStep, StepResult, rows_for_logits, sample_chunks, sampler_for
+from gemcutter.engine.runner import (
+    ChunkResult,
+    PendingStep,
+    StepResult,
+    asks_of_last_row,
+    rows_for_logits,
+    sample_chunks,
+    sampler_for,
+)
 from gemcutter.engine.sampler import SampledToken, SamplingRow
 from gemcutter.engine.sampler_device import FLOATS, SamplingTensors, is_batchable, numbers_of, sample_batch
 from gemcutter.engine.sampling import not_finite
@@ -367,7 +375,7 @@ def _is_plain(chunk: ScheduledChunk) -> bool:
 def _is_sampled_by_graph(chunk: ScheduledChunk) -> bool:
     """Return whether a chunk's tokens can be chosen without its logits leaving the graph, and nothing else is asked of them."""
     request = chunk.sequence.request
-    if not chunk.num_sampled or chunk.want_probs or (chunk.in_prompt and request.top_logits):
+    if not chunk.num_sampled or chunk.want_probs or asks_of_last_row(chunk):
         return False
     is_edited = request.sampling.alters_logits or bool(request.logits_processors or request.min_tokens)
     return not is_edited and request.sampling.logprobs is None and is_batchable(request.sampling)

@@ -160,6 +160,7 @@ class Engine:
         for name, number in wanted.items():
             if not (_is_count(number) or (number is None and name == "prompt_logprobs")):
                 yield f"request.{name}: expected 0 or more, found {spell_value(number)}"
+        yield from self._report_problems(request)
         yield from self._limit_problems(request)
         plan = self.decoder.plan
         yield from problems_of(request.media, len(request.prompt), plan.hidden, self._most_rows if plan.bidirectional else None)
@@ -183,6 +184,18 @@ class Engine:
         for name, ids in named.items():
             if bad := [token for token in ids if not 0 <= token < vocab]:
                 yield f"sampling.{name}: ids {bad[:5]} are outside the vocabulary of {vocab}"
+
+    def _report_problems(self, request: Request) -> Iterator[str]:
+        """Yield what is wrong with the positions and tokens whose log-probabilities are asked for."""
+        first: Any = request.prompt_logprobs_from
+        if not _is_count(first) or not 1 <= first <= max(len(request.prompt), 1):
+            least = "expected the position of a prompt token after the first, or the prompt's length"
+            yield f"request.prompt_logprobs_from: {least}, found {spell_value(first)}"
+        asked: Any = request.next_logprobs
+        if not isinstance(asked, tuple) or not all(map(_is_count, asked)):
+            yield f"request.next_logprobs: expected a tuple of token ids, found {spell_value(asked)}"
+        elif outside := [token for token in asked if token >= self.decoder.plan.vocab]:
+            yield f"request.next_logprobs: ids {outside[:5]} are outside the vocabulary of {self.decoder.plan.vocab}"
 
     def _limit_problems(self, request: Request) -> Iterator[str]:
         least: Any = request.min_tokens
@@ -333,13 +346,13 @@ class Engine:
         # The row after which a token that is taken was sampled holds: its own id was taken before it, or is no draft.
         table.commit(chunk.rows - max(chunk.num_sampled - max(len(taken), 1), 0), ahead)
         if chunk.reports:
-            report.rewind(chunk.start)
+            report.rewind(max(chunk.start - (request.reports_from or 0), 0))
             report.logprobs += result.logprobs
             report.hidden_states += [] if result.states_MD is None else [result.states_MD]
         if not chunk.is_last:
             return []
         if chunk.in_prompt:
-            report.top_logits = result.top_logits
+            report.top_logits, report.next_logprobs = result.top_logits, result.next_logprobs
         events = list[RequestEvent]()
         given = report if chunk.in_prompt else None
         for index, sampled in enumerate(taken):

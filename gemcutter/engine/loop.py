@@ -13,9 +13,10 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -191,23 +192,35 @@ class EngineLoop:
 
     def complete(self, requests: Sequence[Request]) -> list[list[RequestEvent]]:
         """Run requests together and return the events of each. Raises the first one's error of those that failed."""
-        events: SimpleQueue[RequestEvent] = SimpleQueue()
-        found: dict[int, list[RequestEvent]] = {}
-        try:
-            found |= {number: [] for number in self.submit_many([(request, events.put) for request in requests])}
-            unfinished = len(found)
-            while unfinished:
-                event = events.get()
-                found[event.request].append(event)
-                unfinished -= event.finish is not None
-        except BaseException:
-            for number in found:
-                self.cancel(number)
-            raise
-        for last in (each[-1] for each in found.values()):
+        found = dict(self.complete_each(requests, len(requests)))
+        events = [found[index] for index in range(len(requests))]
+        for last in (each[-1] for each in events):
             if last.error is not None:
                 raise failure(last.error)
-        return list(found.values())
+        return events
+
+    def complete_each(self, requests: Iterable[Request], in_flight: int) -> Iterator[tuple[int, list[RequestEvent]]]:
+        """Run requests, `in_flight` of them at a time, and yield the place and the events of each as it ends.
+
+        What fails has its error in the last event. Whoever stops reading, or raises, cancels the others.
+        """
+        queue: SimpleQueue[RequestEvent] = SimpleQueue()
+        waiting, places, found = enumerate(requests), dict[int, int](), dict[int, list[RequestEvent]]()
+        try:
+            while True:
+                taken = list(islice(waiting, max(in_flight - len(found), 0)))
+                numbers = self.submit_many([(request, queue.put) for _, request in taken]) if taken else ()
+                for number, (place, _) in zip(numbers, taken, strict=True):
+                    places[number], found[number] = place, []
+                if not found:
+                    return
+                event = queue.get()
+                found[event.request].append(event)
+                if event.finish is not None:
+                    yield places.pop(event.request), found.pop(event.request)
+        finally:
+            for number in found:
+                self.cancel(number)
 
     def cancel(self, number: int) -> None:
         """End a request between two steps, unless it has ended by then; its sink gets the end."""

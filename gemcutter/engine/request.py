@@ -36,9 +36,11 @@ class FinishReason(Enum):
 class Request:
     """One prompt and what is wanted of it.
 
-    `prompt_logprobs` asks for the log-probability of every prompt token but the first, with that many alternatives;
-    `hidden_states` for the final-normed state of every prompt row; `top_logits` for the best logits at the last prompt
-    position. The first two make all prompt rows pass all layers. `adapter` names one that was loaded beside the model.
+    `prompt_logprobs` asks for the log-probability of every prompt token but the first, with that many alternatives, or of those
+    from position `prompt_logprobs_from` on; `hidden_states` for the final-normed state of every prompt row; `top_logits` for the
+    best logits at the last prompt position, `next_logprobs` for the log-probabilities of these tokens there. Rows that the first
+    two report on pass all layers; those before them may come from the prefix cache. `adapter` names one that was loaded beside
+    the model.
     `logits_processors` edit the logits of every sampled token, in this order, before bias and penalties. No stop id is sampled
     before the reply has `min_tokens`. Of requests that wait, and that compete for pages, the one with the lower `priority` comes
     first. `deadline_s` seconds after it was queued a request ends, however far it is. `watchdog` says how a reply that repeats
@@ -51,8 +53,10 @@ class Request:
     max_tokens: int = 128
     stop_ids: frozenset[int] = frozenset()
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
     hidden_states: bool = False
     top_logits: int = 0
+    next_logprobs: tuple[int, ...] = ()
     adapter: str | None = None
     logits_processors: tuple[LogitsProcessor, ...] = ()
     min_tokens: int = 0
@@ -63,9 +67,11 @@ class Request:
     media: tuple[MediaSpan, ...] = ()
 
     @property
-    def wants_all_rows(self) -> bool:
-        """Return whether every prompt row must reach the head or the caller."""
-        return self.prompt_logprobs is not None or self.hidden_states
+    def reports_from(self) -> int | None:
+        """Return the first of the prompt rows that must all reach the head or the caller; None where only the last must."""
+        if self.hidden_states:
+            return 0
+        return None if self.prompt_logprobs is None else self.prompt_logprobs_from - 1
 
 
 @dataclass(slots=True)
@@ -76,10 +82,11 @@ class PromptReport:
     started_s: float = 0.0  # when its first row was computed, on the engine's clock
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     top_logits: tuple[tuple[int, float], ...] = ()
+    next_logprobs: tuple[float, ...] = ()
     hidden_states: list[Tensor] = field(default_factory=list)  # chunks [rows, D], in order
 
     def rewind(self, rows: int) -> None:
-        """Keep what was reported of the first `rows` prompt rows; the others are computed anew."""
+        """Keep what was reported of the first `rows` rows that are reported on; the others are computed anew."""
         del self.logprobs[rows:]
         while sum(len(chunk) for chunk in self.hidden_states) > rows:
             self.hidden_states.pop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from gemcutter.engine.nonfinite import locate
 from gemcutter.engine.request import Request
 from gemcutter.engine.sampler import HostSampler, SampledToken, Sampler, SamplingRow
 from gemcutter.engine.sampler_device import DeviceSampler
-from gemcutter.engine.sampling import TokenLogprobs, best_of, not_finite
+from gemcutter.engine.sampling import TokenLogprobs, best_of, logprobs_of, not_finite
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.errors import NumericError
@@ -36,7 +36,7 @@ class ChunkResult:
     """What a step made of one chunk.
 
     `tokens` has one entry for each sampled row, as has `sampled_RD`, the rows' final states, where the runner keeps them.
-    `logprobs`, `states_MD` and `top_logits` belong to the prompt's report.
+    `logprobs`, `states_MD`, `top_logits` and `next_logprobs` belong to the prompt's report.
     `error` is what the chunk's own processing met: its tokens are not to be used then.
     """
 
@@ -44,6 +44,7 @@ class ChunkResult:
     logprobs: tuple[TokenLogprobs, ...] = ()
     states_MD: Tensor | None = None
     top_logits: tuple[tuple[int, float], ...] = ()
+    next_logprobs: tuple[float, ...] = ()
     error: Exception | None = None
     sampled_RD: Tensor | None = None
 
@@ -162,12 +163,7 @@ class ModelRunner:
         try:
             for start in range(0, len(chunk.targets), HEAD_ROWS):
                 targets = chunk.targets[start : start + HEAD_ROWS]
-                logprobs_RV = self.decoder.logits(rows_MD[start : start + len(targets)]).log_softmax(-1)
-                for row_V, token in zip(logprobs_RV, targets, strict=True):
-                    logprob = float(row_V[token])
-                    if not math.isfinite(logprob):
-                        raise not_finite()
-                    logprobs.append(TokenLogprobs(token, logprob, best_of(row_V, best)))
+                logprobs += logprobs_of(self.decoder.logits(rows_MD[start : start + len(targets)]), targets, best)
         except Exception as error:
             return ChunkResult(error=error)
         return ChunkResult(logprobs=tuple(logprobs), states_MD=rows_MD if request.hidden_states else None)
@@ -192,7 +188,7 @@ class ModelRunner:
             report = results[index]
             error = report.error or result.error
             kept = states_MD[rows[index].start : rows[index].stop].clone() if self.keeps_states else None
-            results[index] = ChunkResult(result.tokens, report.logprobs, report.states_MD, result.top_logits, error, kept)
+            results[index] = replace(result, logprobs=report.logprobs, states_MD=report.states_MD, error=error, sampled_RD=kept)
 
 
 def sampler_for(decoder: Decoder) -> Sampler:
@@ -216,8 +212,13 @@ def _groups(sampled_rows: Sequence[range]) -> Iterator[list[int]]:
 
 def rows_for_logits(chunk: ScheduledChunk) -> int:
     """Return how many of a chunk's last rows go through the head."""
-    wants_best = chunk.in_prompt and chunk.is_last and chunk.sequence.request.top_logits > 0
-    return max(chunk.num_sampled, int(wants_best))
+    return max(chunk.num_sampled, int(chunk.is_last and asks_of_last_row(chunk)))
+
+
+def asks_of_last_row(chunk: ScheduledChunk) -> bool:
+    """Return whether logits or log-probabilities at the last prompt position are wanted."""
+    request = chunk.sequence.request
+    return chunk.in_prompt and bool(request.top_logits or request.next_logprobs)
 
 
 def sampling_row(chunk: ScheduledChunk, place: int) -> SamplingRow:
@@ -262,19 +263,22 @@ def sample_chunks(sampler: Sampler, chunks: Sequence[ScheduledChunk], logits_RV:
         found = list(islice(outcomes, chunk.num_sampled))
         tokens = tuple(each for each in found if isinstance(each, SampledToken))
         error = next((each for each in found if isinstance(each, Exception)), None)
+        result = ChunkResult(tokens if error is None else (), error=error)
         try:
-            top_logits = _best_logits(chunk, logits_RV, start)
+            results.append(_report_last_row(chunk, logits_RV, start, result))
         except NumericError as found_later:
-            top_logits, error = (), error or found_later
-        results.append(ChunkResult(tokens if error is None else (), top_logits=top_logits, error=error))
+            results.append(replace(result, error=error or found_later))
     return results
 
 
-def _best_logits(chunk: ScheduledChunk, logits_RV: Tensor, start: int) -> tuple[tuple[int, float], ...]:
+def _report_last_row(chunk: ScheduledChunk, logits_RV: Tensor, row: int, result: ChunkResult) -> ChunkResult:
+    """Return a result with what is asked of the last prompt position, whose logits are in `row`. Raises NumericError."""
+    if not asks_of_last_row(chunk):
+        return result
     request: Request = chunk.sequence.request
-    if not (chunk.in_prompt and request.top_logits):
-        return ()
-    found = best_of(logits_RV[start], request.top_logits)
-    if not math.isfinite(found[0][1]):
+    best, next_logprobs = best_of(logits_RV[row], max(request.top_logits, 1)), tuple[float, ...]()
+    if not math.isfinite(best[0][1]):
         raise not_finite()
-    return found
+    if request.next_logprobs:
+        next_logprobs = tuple(logits_RV[row].log_softmax(-1)[list(request.next_logprobs)].tolist())
+    return replace(result, top_logits=best[: request.top_logits], next_logprobs=next_logprobs)

@@ -9,6 +9,7 @@ candidates.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,17 @@ def token_logprobs(logits_V: Tensor, token: int, best: int) -> TokenLogprobs:
     """Return the log-probabilities of soft-capped logits."""
     logprobs = logits_V.log_softmax(-1)
     return TokenLogprobs(token, float(logprobs[token]), best_of(logprobs, best))
+
+
+def logprobs_of(logits_RV: Tensor, tokens: Sequence[int], best: int) -> list[TokenLogprobs]:
+    """Return the log-probability of one token for each row of soft-capped logits. Raises NumericError."""
+    logprobs_RV = logits_RV.log_softmax(-1)
+    found = logprobs_RV.gather(1, torch.tensor([tokens], device=logits_RV.device).T).squeeze(1).tolist()
+    if not all(map(math.isfinite, found)):
+        raise not_finite()
+    top_values, top_ids = (each.tolist() for each in logprobs_RV.topk(min(best, logprobs_RV.shape[1])))
+    pairs = (tuple(zip(ids, values, strict=True)) for ids, values in zip(top_ids, top_values, strict=True))
+    return [TokenLogprobs(token, logprob, top) for token, logprob, top in zip(tokens, found, pairs, strict=True)]
 
 
 def best_of(values_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:

@@ -58,8 +58,9 @@ class ScheduledChunk:
 
     @property
     def reports(self) -> bool:
-        """Return whether every row's log-probability or state goes into the prompt's report."""
-        return self.in_prompt and self.sequence.request.wants_all_rows
+        """Return whether log-probabilities or states of its last rows, one or all, go into the prompt's report."""
+        first = self.sequence.request.reports_from
+        return self.in_prompt and first is not None and first < self.start + self.rows
 
     @classmethod
     def of(cls, sequence: SequenceState, table: BlockTable, rows: int, drafts: tuple[int, ...] = ()) -> ScheduledChunk:
@@ -68,10 +69,12 @@ class ScheduledChunk:
         is_last = start + rows == sequence.num_tokens
         assert is_last or not drafts
         num_sampled = 1 + len(drafts) if is_last and request.max_tokens else 0
-        reports = in_prompt and request.wants_all_rows
         num_rows = rows + len(drafts)
-        first = 0 if reports else num_rows - max(num_sampled, int(is_last))
-        targets = sequence.ids(start + 1, start + rows + 1) if reports and request.prompt_logprobs is not None else ()
+        first = num_rows - max(num_sampled, int(is_last))
+        targets: tuple[int, ...] = ()
+        if in_prompt and request.reports_from is not None and (reported := max(request.reports_from, start)) < start + rows:
+            first = reported - start
+            targets = sequence.ids(reported + 1, start + rows + 1) if request.prompt_logprobs is not None else ()
         ids = (*sequence.ids(start, start + rows), *drafts)
         return cls(sequence, table, start, ids, range(first, num_rows), num_sampled, in_prompt, is_last, targets, drafts)
 
@@ -88,6 +91,12 @@ class Proposer(Protocol):
 
         Each may get as many as stand beside it, all together `room`; `others` rows of other sequences are in the step.
         """
+
+
+def _most_shared(sequence: SequenceState) -> int:
+    """Return how many leading tokens of a sequence may come from the prefix cache: the rows after them must be computed."""
+    first = sequence.request.reports_from if sequence.in_prompt else None
+    return sequence.num_tokens - 1 if first is None else first
 
 
 def urgency(sequence: SequenceState) -> tuple[int, int]:
@@ -267,16 +276,17 @@ class Scheduler:
             self._awaited[sequence.number] = known
             return True
         request = sequence.request
-        if not self.prefix.is_on or not sequence.in_prompt or request.wants_all_rows:
+        most = _most_shared(sequence)
+        if not self.prefix.is_on or not sequence.in_prompt or not most:
             return False
         space, size, cached = (request.adapter, request.cache_salt), self.prefix.page_tokens, None
         for other in (*self.running, *newcomers):
             if not other.in_prompt or (other.request.adapter, other.request.cache_salt) != space:
                 continue
-            shared = min(common_length(sequence.prompt_key, other.prompt_key), len(request.prompt) - 1) // size * size
+            shared = min(common_length(sequence.prompt_key, other.prompt_key), most) // size * size
             if shared < size or shared <= other.computed or urgency(sequence) < urgency(other):
                 continue
-            cached = self.prefix.usable(sequence.prompt_key, *space) if cached is None else cached
+            cached = self.prefix.usable(sequence.prompt_key[: most + 1], *space) if cached is None else cached
             if shared < cached + size:
                 continue
             if other.table is None:
@@ -289,8 +299,8 @@ class Scheduler:
 
     def _admit(self, sequence: SequenceState, budget: int) -> ScheduledChunk | None:
         request, found = sequence.request, None
-        if not (sequence.in_prompt and request.wants_all_rows):
-            found = self.prefix.find(sequence.key_ids(0, sequence.num_tokens), request.adapter, request.cache_salt)
+        if most := _most_shared(sequence):
+            found = self.prefix.find(sequence.key_ids(0, most + 1), request.adapter, request.cache_salt)
         table = BlockTable(self.pool) if found is None else found
         sequence.table = table
         if not (rows := self._uncut(sequence, min(sequence.pending, budget), budget)):

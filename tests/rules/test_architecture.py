@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "native": set(),
     "media": set(),
     "media_parts": {"media", "text"},
+    "scoring": {"engine"},
     "media_reader": {"media", "media_parts", "model", "engine", "text", "tower_plan"},
     "sidecar": set(),
     "gc_pause": set(),
@@ -58,10 +59,12 @@ MAY_IMPORT = {
         "constrained",
         "gc_pause",
         "generate_options",
+        "scoring",
         "tools",
     },
     "tools": {"text", "completion"},  # completion for type checking only
     "text_assets": {"checkpoint", "text", "generation_config", "sidecar"},
+    "evals": {"api", "completion", "engine", "generate_options", "parity", "scoring", "text", "tools"},
     "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
     "benchmark": {
         "plan",
@@ -91,6 +94,7 @@ MAY_IMPORT = {
         "engine",
         "gc_pause",
         "generate_options",
+        "evals",
         "media",
         "media_parts",
         "native",
@@ -99,7 +103,7 @@ MAY_IMPORT = {
     },
     "server": {"api", "completion", "engine", "generate_options", "media", "media_parts", "text"},
     "__main__": {"cli"},
-    "__init__": {"api", "engine", "completion", "gc_pause", "generate_options", "text"},
+    "__init__": {"api", "engine", "completion", "gc_pause", "generate_options", "scoring", "text"},
 }
 SYNTH = ("synth.py", "synth_assistant.py")  # write configs in the foreign spelling
 TOPOLOGY_KEYS = ("num_kv_shared_layers", "attention_k_eq_v", "layer_types", "use_double_wide_mlp", "global_head_dim")

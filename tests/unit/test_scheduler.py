@@ -420,7 +420,7 @@ def test_an_error_of_its_own_ends_a_request_alone() -> None:
 
 def test_a_report_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = wanted(1)
-    monkeypatch.setattr("gemcutter.engine.runner.TokenLogprobs", Mock(side_effect=ValueError("no number")))
+    monkeypatch.setattr("gemcutter.engine.runner.logprobs_of", Mock(side_effect=ValueError("no number")))
     first, failed = drive(Watched(make_engine(max_rows=32)), [Job(REQUESTS[1]), Job(REQUESTS[5])])
     assert_same(first, answer)
     assert (failed.tokens, failed.finish) == ([], FinishReason.ERROR)

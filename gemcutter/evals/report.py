@@ -1,0 +1,144 @@
+"""What a run came to: means with intervals, shares of what went wrong, and the tokens that reuse has spared.
+
+Owns the summary of records and its table; refuses to know models. Read `records.py` for a record, `statistics.py` for intervals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gemcutter.evals.records import Record
+from gemcutter.evals.statistics import standard_error, wilson
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A metric's mean over all items, those that failed counted as 0, with an interval of 95 percent.
+
+    Where every item is right or wrong the interval is Wilson's, else the normal distribution's.
+    """
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    error: float  # the standard error as lm-eval gives it
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run came to."""
+
+    items: int
+    means: tuple[Mean, ...]
+    subjects: Mapping[str, tuple[int, float]]  # items, and the mean of the first metric
+    failed: int
+    unparsed: int
+    truncated: int
+    prompt_tokens: int
+    cached_tokens: int
+    predicted_tokens: int
+    output_tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as JSON has it."""
+        return {
+            "items": self.items,
+            "metrics": {
+                each.name: {"mean": each.mean, "low": each.low, "high": each.high, "standard_error": each.error}
+                for each in self.means
+            },
+            "subjects": {name: {"items": count, "mean": mean} for name, (count, mean) in self.subjects.items()},
+            **{name: getattr(self, name) for name in ("failed", "unparsed", "truncated")},
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "predicted_tokens": self.predicted_tokens,
+            "output_tokens": self.output_tokens,
+        }
+
+
+def summarize(records: Sequence[Record]) -> Summary:
+    """Return what records come to; those with an error count as wrong in every metric."""
+    names = list(dict.fromkeys(name for record in records for name in record.metrics))
+    subjects = dict[str, list[float]]()
+    for record in records:
+        subjects.setdefault(record.subject, []).append(next(iter(record.metrics.values()), 0.0))
+    answered = [record for record in records if record.error is None]
+    return Summary(
+        items=len(records),
+        means=tuple(_mean(name, [record.metrics.get(name, 0.0) for record in records]) for name in names),
+        subjects={name: (len(values), math.fsum(values) / len(values)) for name, values in sorted(subjects.items())},
+        failed=len(records) - len(answered),
+        unparsed=sum(record.extracted is None for record in answered),
+        truncated=sum(record.finish == "length" for record in answered),
+        prompt_tokens=sum(record.prompt_tokens for record in records),
+        cached_tokens=sum(record.cached_tokens for record in records),
+        predicted_tokens=sum(record.predicted_tokens for record in records),
+        output_tokens=sum(record.output_tokens for record in records),
+    )
+
+
+def _mean(name: str, values: Sequence[float]) -> Mean:
+    mean, error = math.fsum(values) / len(values), standard_error(values)
+    if set(values) <= {0.0, 1.0}:
+        low, high = wilson(math.fsum(values), len(values))
+    else:
+        low, high = mean - 1.96 * error, mean + 1.96 * error
+    return Mean(name, mean, low, high, error)
+
+
+def spell(header: Mapping[str, Any], found: Summary, seconds: float | None = None) -> Iterable[str]:
+    """Yield the lines that a reader is shown: what was done first, since numbers of other modes can't be compared."""
+    yield f"{header['task']}/{header['mode']}  {header['about']}"
+    yield f"prompt      {header['prompt_id']}, {_spell_how(header)}"
+    for each in found.means:
+        yield f"{each.name:<11} {each.mean:.4f}  [{each.low:.4f}, {each.high:.4f}]  standard error {each.error:.4f}"
+    yield f"items       {found.items}{_spell_choice(header)}"
+    shares = [f"{name} {count} ({count / max(found.items, 1):.1%})" for name, count in _wrong(header, found)]
+    yield f"not right   {', '.join(shares)}"
+    if found.prompt_tokens:
+        reused, could = found.cached_tokens / found.prompt_tokens, found.predicted_tokens / found.prompt_tokens
+        yield f"prompts     {found.prompt_tokens} tokens, {reused:.1%} of them reused; {could:.1%} began an earlier prompt"
+    if found.output_tokens:
+        yield f"replies     {found.output_tokens} tokens"
+    if seconds is not None:
+        yield f"time        {seconds:.1f} s"
+    if len(found.subjects) > 1:
+        width = max(map(len, found.subjects))
+        for name, (count, mean) in found.subjects.items():
+            yield f"  {name:<{width}}  {count:>5}  {mean:.4f}"
+
+
+def _wrong(header: Mapping[str, Any], found: Summary) -> list[tuple[str, int]]:
+    counts = [("failed", found.failed)]
+    if header["how"] == "generate" and header["max_tokens"] > 1:
+        counts = [("truncated", found.truncated), *counts]
+    if header["how"] == "generate":
+        counts = [("unparsed", found.unparsed), *counts]
+    return counts
+
+
+def _spell_how(header: Mapping[str, Any]) -> str:
+    words = ["chat template" if header["is_chat"] else "raw text"]
+    if header.get("template_sha256"):
+        words.append(f"template {header['template_sha256'][:12]}")
+    if header.get("shots"):
+        words.append(f"{header['shots']} examples")
+    if header["how"] == "generate":
+        sampling = ", ".join(f"{name} {value}" for name, value in header["sampling"].items())
+        words += [f"thinking {'on' if header['think'] else 'off'}", sampling, f"at most {header['max_tokens']} tokens"]
+    else:
+        words.append("log-likelihoods")
+    return ", ".join(words)
+
+
+def _spell_choice(header: Mapping[str, Any]) -> str:
+    words = list[str]()
+    if header.get("limit") is not None:
+        words.append(f"drawn with seed {header['seed']}")
+    if header.get("subjects"):
+        words.append(f"of {', '.join(header['subjects'])}")
+    return f", {' '.join(words)}" if words else ""
