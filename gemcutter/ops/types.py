@@ -28,6 +28,8 @@ Linear = Callable[[Tensor, Weight], Tensor]  # rows [N, D] and a matrix [F, D] t
 Attention = Callable[[Tensor, Step, KVCache], Tensor]  # queries [N, H, E] to outputs [N, H, E]
 Draft = Callable[[Tensor, Tensor, Step, KVCache, int, bool], "Drafts"]  # ids [S], states [S, T], how many tokens, with logits?
 VisionLayer = Callable[[Tensor, "VisionRows"], Tensor]  # patches [P, D] to [P, D]; every piece of the work takes a turn
+# Positions [T, D] of sounds whose first and last positions are listed to [T, D]; every piece of the work takes a turn.
+AudioLayer = Callable[[Tensor, Sequence[tuple[int, int]], Turns], Tensor]
 LayerOutput = tuple[Tensor, Tensor | None]  # rows [M, D], and their norm under the next layer's first weight if it was made
 
 
@@ -75,6 +77,18 @@ class VisionRows:
         if not self.buffers or len(self.buffers[0]) < floats:
             self.buffers[:] = [torch.empty(floats)]
         return self.buffers[0]
+
+
+@dataclass(frozen=True, slots=True)
+class AudioScales:
+    """What an audio layer scales queries [E] and keys by, and its projected distances [P, H, E], the farthest past first.
+
+    A query's product with the distance of a key is added to the key's score.
+    """
+
+    query_E: Tensor
+    key: float
+    distances_PHE: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from gemcutter.errors import KernelError
 from gemcutter.model.rope import Rope
 from gemcutter.model.tower import open_context
 from gemcutter.model.vision import build_plain_layer
-from gemcutter.ops.cpu import vision_ops
+from gemcutter.ops.cpu import tower_ops
 from gemcutter.ops.cpu.vision_ops import build_vision_layer
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import Param, VisionRows
@@ -108,9 +108,9 @@ def test_how_rows_are_cut_does_not_matter(activations: str, level: str, monkeypa
     params = params_of(plan, torch.float32 if activations == "float32" else torch.bfloat16)
     (x_PD, rotations), found = inputs(plan), list[Tensor]()
     for rows in (17, 64, 1 << 16):
-        monkeypatch.setattr(vision_ops, "UNIT_ROWS", rows)
-        monkeypatch.setattr(vision_ops, "FIRST_ROWS", rows)
-        monkeypatch.setattr(vision_ops, "MOST_ROWS", rows)
+        monkeypatch.setattr(tower_ops, "UNIT_ROWS", rows)
+        monkeypatch.setattr(tower_ops, "FIRST_ROWS", rows)
+        monkeypatch.setattr(tower_ops, "MOST_ROWS", rows)
         found.append(build_vision_layer(plan, params, activations)(x_PD, VisionRows(rotations, EDGES, Turns())))
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[2])
