@@ -22,6 +22,8 @@ class Entry:
 
 TASKS = {
     "mmlu": Entry("mmlu:Mmlu", "cais/mmlu"),
+    "mmmu": Entry("mmmu:Mmmu", "MMMU/MMMU"),
+    "mmmu-pro": Entry("mmmu_pro:MmmuPro", "MMMU/MMMU_Pro"),
 }
 
 
