@@ -22,6 +22,7 @@ class Entry:
 
 TASKS = {
     "mmlu": Entry("mmlu:Mmlu", "cais/mmlu"),
+    "ifeval": Entry("ifeval:Ifeval", "google/IFEval"),
     "mmmu": Entry("mmmu:Mmmu", "MMMU/MMMU"),
     "mmmu-pro": Entry("mmmu_pro:MmmuPro", "MMMU/MMMU_Pro"),
 }
