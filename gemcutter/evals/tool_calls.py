@@ -10,7 +10,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict, "any": str}
+TYPES: Mapping[str, type[Any]] = {
+    "string": str,
+    "integer": int,
+    "float": float,
+    "boolean": bool,
+    "array": list,
+    "tuple": list,
+    "dict": dict,
+    "any": str,
+}
 OPTIONAL = ""
 IGNORED = re.compile(r"[ ,./\-_*^]")
 
@@ -75,12 +84,12 @@ def _is_right(value: Any, schema: Mapping[str, Any], values: Sequence[Any]) -> b
     return value in values
 
 
-def _type_of(values: Sequence[Any]) -> type | None:
+def _type_of(values: Sequence[Any]) -> type[Any] | None:
     """Return the type of the first value that is not "", None where there is no such."""
     return next((type(value) for value in values if value != OPTIONAL), None)
 
 
-def _has_type(value: Any, values: Sequence[Any], kind: type, inner: type | None) -> bool:
+def _has_type(value: Any, values: Sequence[Any], kind: type[Any], inner: type[Any] | None) -> bool:
     if type(value) is not kind:
         return type(value) is _type_of(values)
     return inner is None or any(
@@ -103,7 +112,7 @@ def _is_one_of_objects(value: Mapping[str, Any], values: Sequence[Any]) -> bool:
     return any(each != OPTIONAL and _is_object(value, each) for each in values)
 
 
-def _is_object(value: Mapping[str, Any], right: Mapping[str, Sequence[Any]]) -> bool:
+def _is_object(value: Any, right: Any) -> bool:
     """Return whether an object has the right values, and leaves out only what may be."""
     if not isinstance(value, Mapping) or not isinstance(right, Mapping):
         return False
