@@ -30,6 +30,7 @@ class Record:
     gold: Any = None
     extracted: Any = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)  # of things, behind a metric whose mean is over things
     reply: str = ""
     logprobs: tuple[float, ...] = ()
     finish: str = ""

@@ -69,7 +69,7 @@ def summarize(records: Sequence[Record]) -> Summary:
     answered = [record for record in records if record.error is None]
     return Summary(
         items=len(records),
-        means=tuple(_mean(name, [record.metrics.get(name, 0.0) for record in records]) for name in names),
+        means=tuple(_mean(name, _values(records, name)) for name in names),
         subjects={name: (len(values), math.fsum(values) / len(values)) for name, values in sorted(subjects.items())},
         failed=len(records) - len(answered),
         unparsed=sum(record.extracted is None for record in answered),
@@ -79,6 +79,16 @@ def summarize(records: Sequence[Record]) -> Summary:
         predicted_tokens=sum(record.predicted_tokens for record in records),
         output_tokens=sum(record.output_tokens for record in records),
     )
+
+
+def _values(records: Sequence[Record], name: str) -> list[float]:
+    """Return a metric's values, one for each item, or for each thing that an item asks for where those are counted."""
+    found = list[float]()
+    for record in records:
+        value, count = record.metrics.get(name, 0.0), record.counts.get(name)
+        right = None if count is None else round(value * count)
+        found += [value] if right is None or count is None else [1.0] * right + [0.0] * (count - right)
+    return found
 
 
 def _mean(name: str, values: Sequence[float]) -> Mean:

@@ -88,11 +88,13 @@ class Reply:
 class Grade:
     """How an answer was judged: what was read out of it (None: nothing could be), and the metrics, the headline first.
 
-    A metric is 0 or 1, or a share of several things that one item asks for.
+    A metric is 0 or 1, or a share of several things that one item asks for; where its mean is one over all things and not over
+    items, `counts` says of how many things the share is.
     """
 
     extracted: Any
     metrics: Mapping[str, float]
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Task(Protocol):

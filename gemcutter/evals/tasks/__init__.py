@@ -22,6 +22,11 @@ class Entry:
 
 TASKS = {
     "mmlu": Entry("mmlu:Mmlu", "cais/mmlu"),
+    "bfcl": Entry("bfcl:Bfcl"),
+    "humaneval": Entry("humaneval:HumanEval", "openai/openai_humaneval"),
+    "ifeval": Entry("ifeval:Ifeval", "google/IFEval"),
+    "mmmu": Entry("mmmu:Mmmu", "MMMU/MMMU"),
+    "mmmu-pro": Entry("mmmu_pro:MmmuPro", "MMMU/MMMU_Pro"),
 }
 
 
