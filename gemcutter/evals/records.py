@@ -30,6 +30,7 @@ class Record:
     gold: Any = None
     extracted: Any = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    weight: float = 1.0  # in means
     reply: str = ""
     logprobs: tuple[float, ...] = ()
     finish: str = ""

@@ -6,19 +6,24 @@ Owns the summary of records and its table; refuses to know models. Read `records
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemcutter.evals.perplexity import exponential
 from gemcutter.evals.records import Record
-from gemcutter.evals.statistics import standard_error, wilson
+from gemcutter.evals.statistics import Z_95, weighted_mean, wilson
+
+LOSS, EXPONENTIAL = "nll", "perplexity"  # the metric that is a loss, and what its mean is told as, too
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A metric's mean over all items, those that failed counted as 0, with an interval of 95 percent.
+    """A metric's mean over all items by their weights, with an interval of 95 percent; items that failed count as 0.
 
-    Where every item is right or wrong the interval is Wilson's, else the normal distribution's.
+    Where every item is right or wrong the interval is Wilson's, else the normal distribution's. Of a loss the items that failed
+    are left out, and its exponential is a mean of its own.
     """
 
     name: str
@@ -63,14 +68,18 @@ class Summary:
 def summarize(records: Sequence[Record]) -> Summary:
     """Return what records come to; those with an error count as wrong in every metric."""
     names = list(dict.fromkeys(name for record in records for name in record.metrics))
-    subjects = dict[str, list[float]]()
+    headline = names[0] if names else ""
+    subjects = dict[str, list[Record]]()
     for record in records:
-        subjects.setdefault(record.subject, []).append(next(iter(record.metrics.values()), 0.0))
+        subjects.setdefault(record.subject, []).append(record)
     answered = [record for record in records if record.error is None]
     return Summary(
         items=len(records),
-        means=tuple(_mean(name, [record.metrics.get(name, 0.0) for record in records]) for name in names),
-        subjects={name: (len(values), math.fsum(values) / len(values)) for name, values in sorted(subjects.items())},
+        means=tuple(mean for name in names for mean in _means(name, records)),
+        subjects={
+            name: (len(of_subject), _means(headline, of_subject)[0].mean)
+            for name, of_subject in sorted(subjects.items(), key=_order)
+        },
         failed=len(records) - len(answered),
         unparsed=sum(record.extracted is None for record in answered),
         truncated=sum(record.finish == "length" for record in answered),
@@ -81,13 +90,25 @@ def summarize(records: Sequence[Record]) -> Summary:
     )
 
 
-def _mean(name: str, values: Sequence[float]) -> Mean:
-    mean, error = math.fsum(values) / len(values), standard_error(values)
+def _order(subject: tuple[str, Any]) -> tuple[int, str]:
+    """Return what subjects are sorted by: numbers by their size, before names."""
+    name = subject[0]
+    return (int(name), "") if name.isdecimal() else (sys.maxsize, name)
+
+
+def _means(name: str, records: Sequence[Record]) -> list[Mean]:
+    """Return the mean of a metric, and of a loss its exponential, too."""
+    counted = [record for record in records if name != LOSS or record.error is None]
+    values, weights = [record.metrics.get(name, 0.0) for record in counted], [record.weight for record in counted]
+    mean, error = weighted_mean(values, weights)
     if set(values) <= {0.0, 1.0}:
         low, high = wilson(math.fsum(values), len(values))
     else:
-        low, high = mean - 1.96 * error, mean + 1.96 * error
-    return Mean(name, mean, low, high, error)
+        low, high = mean - Z_95 * error, mean + Z_95 * error
+    found = [Mean(name, mean, low, high, error)]
+    if name == LOSS:
+        found.append(Mean(EXPONENTIAL, exponential(mean), exponential(low), exponential(high), exponential(mean) * error))
+    return found
 
 
 def spell(header: Mapping[str, Any], found: Summary, seconds: float | None = None) -> Iterable[str]:
