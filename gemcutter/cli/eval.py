@@ -41,7 +41,9 @@ Every item is written to a file under --output as soon as it is answered. The sa
 it, and prints the table of a run that is complete. Printed are the share of right answers with its interval of 95 percent, and
 how many replies were cut off, could not be read, or failed; where one failed, the exit code is 1.
 
-With --compare two models, or two runs' files, are compared item by item.
+With --compare two models, or two runs' files, are compared item by item: both shares and their difference, which items flipped,
+and McNemar's exact test. --with gives the second model load options of its own, so that both may be the same model. Beside two
+models' answers stands the certificate of `gemcutter verify`. The exit code says that the runs are complete, not that they agree.
 """
 EXAMPLES = """\b
 Examples:
@@ -49,6 +51,7 @@ Examples:
   gemcutter eval demo --task smoke
   gemcutter eval MODEL --task mmlu --mode raw5 --data mmlu/ --limit 500
   gemcutter eval --compare MODEL OTHER --task mmlu --mode ll
+  gemcutter eval --compare demo demo --with quant=q4 --task arithmetic/chat --option count=20
 """
 OUTPUT = Path("eval-results")
 BATCH = 8  # sequences in a step
@@ -102,6 +105,15 @@ class Planned:
 Output = Annotated[Path, typer.Option(metavar="FOLDER", help="Where runs are written.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print prompts as the model would read them, and ask nothing.")]
 Compare = Annotated[bool, typer.Option("--compare", help="Compare two models, or two runs' files, item by item.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        metavar="KEY=VALUE",
+        help="A load option of the second model alone, such as kernels=reference, quant=q4 or speculate=ngram; repeatable.",
+        show_default=False,
+    ),
+]
 Batch = Annotated[int, typer.Option("--max-num-seqs", metavar="N", min=1, help="Sequences that run at a time.")]
 
 
@@ -113,6 +125,7 @@ def eval(
     output: Output = OUTPUT,
     dry_run: DryRun = False,
     compare: Compare = False,
+    changes: Changes = None,
     max_num_seqs: Batch = BATCH,
     as_json: options.Json = False,
     loading: options.Loading,
@@ -125,8 +138,17 @@ def eval(
         return
     if len(models or ()) != (2 if compare else 1):
         raise UsageError("--compare takes two models, or two files of runs" if compare else "give one MODEL")
+    if changes and not compare:
+        raise UsageError("--with changes the second model of --compare; other options change the one that is asked")
+    if compare and dry_run:
+        raise UsageError("--dry-run shows the prompts of one model; leave out --compare")
     assert models is not None
     side = Side(models[0], loading, {"context": context, "kv": kv, "max_num_seqs": max_num_seqs})
+    if compare:
+        from gemcutter.cli.eval_compare import compare_runs
+
+        insist_complete(compare_runs(models, side, changes or (), asking, output, as_json))
+        return
     runs = run_tasks(side, asking, output, dry_run, as_json)
     if as_json and not dry_run:
         print_json([as_object(run) for run in runs])

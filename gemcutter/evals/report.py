@@ -32,6 +32,10 @@ class Mean:
     high: float
     error: float  # the standard error as lm-eval gives it
 
+    def as_json(self) -> dict[str, float]:
+        """Return the mean as JSON has it."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, "standard_error": self.error}
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -52,10 +56,7 @@ class Summary:
         """Return the summary as JSON has it."""
         return {
             "items": self.items,
-            "metrics": {
-                each.name: {"mean": each.mean, "low": each.low, "high": each.high, "standard_error": each.error}
-                for each in self.means
-            },
+            "metrics": {each.name: each.as_json() for each in self.means},
             "subjects": {name: {"items": count, "mean": mean} for name, (count, mean) in self.subjects.items()},
             **{name: getattr(self, name) for name in ("failed", "unparsed", "truncated")},
             "prompt_tokens": self.prompt_tokens,
@@ -75,9 +76,9 @@ def summarize(records: Sequence[Record]) -> Summary:
     answered = [record for record in records if record.error is None]
     return Summary(
         items=len(records),
-        means=tuple(mean for name in names for mean in _means(name, records)),
+        means=tuple(mean for name in names for mean in means_of(name, records)),
         subjects={
-            name: (len(of_subject), _means(headline, of_subject)[0].mean)
+            name: (len(of_subject), means_of(headline, of_subject)[0].mean)
             for name, of_subject in sorted(subjects.items(), key=_order)
         },
         failed=len(records) - len(answered),
@@ -96,7 +97,7 @@ def _order(subject: tuple[str, Any]) -> tuple[int, str]:
     return (int(name), "") if name.isdecimal() else (sys.maxsize, name)
 
 
-def _means(name: str, records: Sequence[Record]) -> list[Mean]:
+def means_of(name: str, records: Sequence[Record]) -> list[Mean]:
     """Return the mean of a metric, and of a loss its exponential, too."""
     counted = [record for record in records if name != LOSS or record.error is None]
     values, weights = [record.metrics.get(name, 0.0) for record in counted], [record.weight for record in counted]
