@@ -40,6 +40,8 @@ def compare_runs(
     elif any(are_files):
         raise UsageError("--compare takes two models or two files of runs, not one of each")
     else:
+        if asking.task is None:
+            raise UsageError("--compare asks models the tasks of --task; name one")
         first, second = side, changed(replace(side, model=names[1]), changes)
         if first == second:
             raise UsageError("both sides are the same; name another model, or what the second one has otherwise with --with")

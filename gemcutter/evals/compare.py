@@ -90,7 +90,7 @@ def compare(first: RunFile, second: RunFile) -> Comparison:
     is_binary = metric != LOSS and {value for pair in values for value in pair} <= {0.0, 1.0}
     flips = [_flip(pair) for pair, (one, other) in zip(pairs, values, strict=True) if is_binary and one != other]
     gains = sum(flip.is_gain for flip in flips)
-    change, error = weighted_mean([other - one for one, other in values], [one.weight for one, _ in pairs])
+    change, error = weighted_mean([other - one for one, other in values], [float(one.counts.get(metric, 1)) for one, _ in pairs])
     return Comparison(
         metric=metric,
         items=len(first.records),

@@ -57,7 +57,7 @@ class Likelihood:
 
 def exponential(value: float) -> float:
     """Return the exponential, infinite where no float holds it."""
-    return math.exp(value) if value < LARGEST_EXPONENT else math.inf
+    return math.inf if value >= LARGEST_EXPONENT else math.exp(value)
 
 
 def cut(ids: Sequence[int], bos: int, length: int, stride: int) -> Iterator[Window]:

@@ -20,10 +20,10 @@ LOSS, EXPONENTIAL = "nll", "perplexity"  # the metric that is a loss, and what i
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A metric's mean over all items by their weights, with an interval of 95 percent; items that failed count as 0.
+    """A metric's mean over all items, or over all things that they ask for, with an interval of 95 percent.
 
-    Where every item is right or wrong the interval is Wilson's, else the normal distribution's. Of a loss the items that failed
-    are left out, and its exponential is a mean of its own.
+    Items that failed count as 0. Where every item is right or wrong the interval is Wilson's, else the normal distribution's. Of
+    a loss the items that failed are left out, and its exponential is a mean of its own.
     """
 
     name: str
@@ -97,10 +97,24 @@ def _order(subject: tuple[str, Any]) -> tuple[int, str]:
     return (int(name), "") if name.isdecimal() else (sys.maxsize, name)
 
 
+def _values(records: Sequence[Record], name: str) -> list[float]:
+    """Return a metric's values, one for each item, or for each thing that an item asks for where those are counted."""
+    found = list[float]()
+    for record in records:
+        value, count = record.metrics.get(name, 0.0), record.counts.get(name)
+        right = None if count is None else round(value * count)
+        found += [value] if right is None or count is None else [1.0] * right + [0.0] * (count - right)
+    return found
+
+
 def means_of(name: str, records: Sequence[Record]) -> list[Mean]:
     """Return the mean of a metric, and of a loss its exponential, too."""
-    counted = [record for record in records if name != LOSS or record.error is None]
-    values, weights = [record.metrics.get(name, 0.0) for record in counted], [record.weight for record in counted]
+    if name == LOSS:
+        counted = [record for record in records if record.error is None]
+        values, weights = [record.metrics[name] for record in counted], [float(record.counts[name]) for record in counted]
+    else:
+        values = _values(records, name)
+        weights = [1.0] * len(values)
     mean, error = weighted_mean(values, weights)
     if set(values) <= {0.0, 1.0}:
         low, high = wilson(math.fsum(values), len(values))

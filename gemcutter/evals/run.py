@@ -91,7 +91,7 @@ def _record(task: Task, mode: Mode, asked: Asked, item: Item, outcome: Reply | G
         record,
         extracted=grade.extracted,
         metrics=dict(grade.metrics),
-        weight=grade.weight,
+        counts=dict(grade.counts),
         reply=outcome.text,
         logprobs=outcome.logprobs,
         finish=outcome.finish,

@@ -58,7 +58,7 @@ def header(
         "seed": asked.seed,
         "options": dict(asked.options),
         "items": len(items),
-        "items_sha256": sha256_of([[item.id, sha256_of(item.prompt)] for item in items]),
+        "items_sha256": sha256_of([[item.id, sha256_of(item.prompt), item.choices, item.gold] for item in items]),
         "measured": dict(described),
     }
 

@@ -102,13 +102,13 @@ class Reply:
 class Grade:
     """How an answer was judged: what was read out of it (None: nothing could be), and the metrics, the headline first.
 
-    A metric is 0 or 1, or a share of several things that one item asks for; "nll" is a loss in nats, and is never counted for
-    items that failed. `weight` is how much the item counts in means, such as a window by its tokens.
+    A metric is 0 or 1, or a share of several things that one item asks for; where its mean is one over all things and not over
+    items, `counts` says of how many things the share is. "nll" is a loss in nats per token, and its count the tokens.
     """
 
     extracted: Any
     metrics: Mapping[str, float]
-    weight: float = 1.0
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Task(Protocol):

@@ -16,14 +16,15 @@ from gemcutter.evals.records import Record, RunFile
 HEADER = {"task": "made-up", "mode": "chat", "prompt_id": "1", "items_sha256": "a", "measured": {"model": "m", "quant": None}}
 
 
-def run_of(values: list[float | None], metric: str = "accuracy", weights: list[float] | None = None, **changes: Any) -> RunFile:
+def run_of(values: list[float | None], metric: str = "accuracy", weights: list[int] | None = None, **changes: Any) -> RunFile:
     """Return a run whose items have these values; None: the item failed."""
-    records = {
-        str(place): Record(id=str(place), gold="A", error="too long")
-        if value is None
-        else Record(id=str(place), gold="A", extracted=f"{value}", metrics={metric: value}, weight=(weights or [1.0] * 99)[place])
-        for place, value in enumerate(values)
-    }
+    records = dict[str, Record]()
+    for place, value in enumerate(values):
+        record = Record(id=str(place), gold="A", error="too long")
+        if value is not None:
+            counts = {} if weights is None else {metric: weights[place]}
+            record = Record(id=str(place), gold="A", extracted=f"{value}", metrics={metric: value}, counts=counts)
+        records[record.id] = record
     return RunFile({**HEADER, "items": len(values), **changes}, records)
 
 

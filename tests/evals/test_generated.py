@@ -276,7 +276,7 @@ def test_perplexity_is_what_score_says(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["items"] == expected["windows"]
     (file,) = tmp_path.iterdir()
     records = list(read(file).records.values())
-    assert sum(record.weight for record in records) == expected["tokens"]
+    assert sum(record.counts["nll"] for record in records) == expected["tokens"]
     spoiled = [gemcutter.evals.records.Record(id="failed", error="no room"), *records]
     assert summarize(spoiled).means[0].mean == pytest.approx(metrics["nll"]["mean"], abs=1e-12)
     assert summarize(spoiled).failed == 1

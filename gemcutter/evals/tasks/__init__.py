@@ -31,6 +31,9 @@ TASKS = {
     "ocr": Entry("ocr:Ocr"),
     "digits": Entry("digits:Digits"),
     "perplexity": Entry("perplexity:Perplexity"),
+    "ifeval": Entry("ifeval:Ifeval", "google/IFEval"),
+    "mmmu": Entry("mmmu:Mmmu", "MMMU/MMMU"),
+    "mmmu-pro": Entry("mmmu_pro:MmmuPro", "MMMU/MMMU_Pro"),
 }
 
 

@@ -38,7 +38,7 @@ class Perplexity:
             yield Item(f"{number:06}", each.ids[: each.context], None, choices=(each.ids[each.context :],))
 
     def grade(self, item: Item, mode: Mode, reply: Reply, asked: Asked) -> Grade:
-        """Return the mean loss of a window, which counts by its tokens."""
+        """Return the mean loss of a window, whose mean is over tokens."""
         tokens = len(item.choices[0])
         loss = -reply.logprobs[0] / tokens
-        return Grade(loss, {"nll": loss}, float(tokens))
+        return Grade(loss, {"nll": loss}, {"nll": tokens})
