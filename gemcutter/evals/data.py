@@ -134,7 +134,7 @@ def read_rows(file: Path, columns: Sequence[str] = ()) -> list[Row]:
     kind = Path(name).suffix.lower()
     if kind == ".parquet":
         return _read_parquet(file)
-    text = _read_text(file)
+    text = read_text(file)
     if kind == ".csv":
         return _read_csv(file, text, columns)
     if kind == ".json" and text.lstrip()[:1] == "[":
@@ -142,7 +142,8 @@ def read_rows(file: Path, columns: Sequence[str] = ()) -> list[Row]:
     return [row for number, line in enumerate(text.splitlines(), 1) if line.strip() for row in _row(file, number, line)]
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """Read a text, packed or not. Raises RequestError."""
     try:
         data = file.read_bytes()
         return (gzip.decompress(data) if file.name.endswith(PACKED) else data).decode("utf-8-sig")

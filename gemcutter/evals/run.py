@@ -18,7 +18,7 @@ from gemcutter.errors import GemcutterError, RequestError
 from gemcutter.evals.data import Data
 from gemcutter.evals.records import Log, Record, sha256_of
 from gemcutter.evals.task import Asked, Item, Mode, Reply, Task
-from gemcutter.scoring import Pair, score_pairs
+from gemcutter.scoring import Pair, check_pairs, score_pairs
 
 if TYPE_CHECKING:
     from gemcutter.api import Model
@@ -129,6 +129,7 @@ def _scored(model: Model, mode: Mode, items: Sequence[Item], seen: SeenBeginning
         for place, item in enumerate(batch):
             try:
                 found = [_pair(model, mode, item, choice) for choice in item.choices]
+                check_pairs(model.engine, found)
             except GemcutterError as error:
                 yield item, error, 0
             else:
@@ -137,9 +138,10 @@ def _scored(model: Model, mode: Mode, items: Sequence[Item], seen: SeenBeginning
         yield from _score_batch(model, batch, pairs, owners, seen)
 
 
-def _pair(model: Model, mode: Mode, item: Item, choice: str) -> Pair:
-    """Return the ids of a choice: a conversation is answered by it, a raw text goes on with it after a delimiter."""
-    return model.encode_pair(item.prompt, choice if mode.is_chat else item.delimiter + choice)
+def _pair(model: Model, mode: Mode, item: Item, choice: str | tuple[int, ...]) -> Pair:
+    """Return the ids of a choice: it answers a conversation, follows raw text after a delimiter, and ids as it is."""
+    is_after = isinstance(choice, str) and not mode.is_chat
+    return model.encode_pair(item.prompt, f"{item.delimiter}{choice}" if is_after else choice)
 
 
 def _score_batch(
