@@ -16,16 +16,22 @@ from gemcutter.evals.task import Mode, Task
 class Entry:
     """Where a task is, and the hub's data set that it reads; None where its items are generated or the data is a user's own."""
 
-    place: str  # "module:class"
+    place: str  # "module:class", or a function that makes the task
     repo: str | None = None
 
 
 TASKS = {
     "mmlu": Entry("mmlu:Mmlu", "cais/mmlu"),
+    "mmlu-pro": Entry("mmlu_pro:MmluPro", "TIGER-Lab/MMLU-Pro"),
+    "gsm8k": Entry("gsm8k:Gsm8k", "openai/gsm8k"),
+    "hellaswag": Entry("hellaswag:Hellaswag", "Rowan/hellaswag"),
+    "arc-easy": Entry("arc:arc_easy", "allenai/ai2_arc"),
+    "arc-challenge": Entry("arc:arc_challenge", "allenai/ai2_arc"),
+    "choices": Entry("choices:Choices"),
 }
 
 
-SUITES: dict[str, tuple[str, ...]] = {}  # tasks that are asked together
+SUITES: dict[str, tuple[str, ...]] = {"arc": ("arc-easy", "arc-challenge")}  # tasks that are asked together
 
 
 def expand(names: str) -> list[str]:
