@@ -16,7 +16,9 @@ MOST_DIGITS = 4300  # that Python turns into a number
 WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed)\s*\{([^{}]*)\}")
 DROPPED = re.compile(r"\\[;!\\ ]|\\,(?!\d)|\\(?:left|right|quad|displaystyle)(?![a-zA-Z])|\^\s*\{?\\circ\}?|\\?\$")
 NAMED = re.compile(r"^[a-zA-Z]\s*=\s*")
-THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d*)?", re.ASCII)
+WHOLE = re.compile(r"-?(?:0|[1-9]\d*)", re.ASCII)
+PERCENT = re.compile(r"^(\d+\.?\d*)\\?%$", re.ASCII)
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+(?:\.\d*)?", re.ASCII)
 DECIMAL = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)
 RATIO = re.compile(rf"({DECIMAL.pattern})/({DECIMAL.pattern})", re.ASCII)
 FRACTION = re.compile(
@@ -38,26 +40,24 @@ def last_digits(text: str) -> int | None:
 
 
 def read_number(answer: str) -> Fraction | None:
-    """Return the number that a final answer is, without units, currency and percent signs; None where it is none."""
-    text = WRAPPED.sub(lambda found: found[1] if _number(_bare(found[1])) is not None else " ", answer)
-    return _number(_bare(text))
+    """Return the number that a final answer is, without units, currency and percent signs; None where it is none.
 
-
-def _bare(text: str) -> str:
-    """Return an answer without what surrounds a number and does not change it."""
-    text = NAMED.sub("", DROPPED.sub("", text).strip())
-    text = re.sub(r"\\?%$", "", text.rstrip(". ")).rstrip(".")
+    Commas between thousands are read only where a sign and currency are all that stands around, as in sgl-eval.
+    """
+    if len(answer) > MOST_DIGITS:
+        return None
+    text = WRAPPED.sub(lambda found: found[1] if WHOLE.fullmatch(found[1]) else " ", answer)
+    text = DROPPED.sub("", text).strip().rstrip(". ")
+    if THOUSANDS.fullmatch(text):
+        return Fraction(text.replace("{,}", "").replace(",", ""))
+    text = PERCENT.sub(r"\1", NAMED.sub("", text))
     for opening, closing in ("()", "[]", "{}"):
         if text.startswith(opening) and text.endswith(closing):
             text = text[1:-1]
-    return "".join(text.split())
+    return _number("".join(text.split()))
 
 
 def _number(text: str) -> Fraction | None:
-    if len(text) > MOST_DIGITS:
-        return None
-    if THOUSANDS.fullmatch(text):
-        text = text.replace("{,}", "").replace(",", "")
     if DECIMAL.fullmatch(text):
         return Fraction(text)
     if found := RATIO.fullmatch(text):
