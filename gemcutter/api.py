@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -48,7 +49,7 @@ from gemcutter.generate_options import (
     is_conversation,
 )
 from gemcutter.load_options import LoadOptions
-from gemcutter.loading import open_model, read_adapter
+from gemcutter.loading import load_adapter, open_model, unload_adapter
 from gemcutter.media.budgets import check_budget
 from gemcutter.media_parts import KINDS, TOWERS, MediaItem, media_beside, take_media
 from gemcutter.media_reader import MediaReader
@@ -129,6 +130,8 @@ class Model:
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes
         self.media = None if vision is None and audio is None else MediaReader(self.tokenizer, vision, audio)
+        self._towers = tuple(tower for tower in (vision, audio) if tower is not None)
+        self._adapting = threading.Lock()  # of adapters that come and go, of decoder and towers together
         self.replies = ReplyStore(self.tokenizer)
         self.grammars = GrammarCompiler(self.tokenizer, self.defaults.stop_ids)
         mapped = (tensor.mapped for tensor in checkpoint.source.tensors.values())
@@ -272,7 +275,7 @@ class Model:
         if budget is not None:
             check_budget(budget)
         if self.media is not None and items:
-            ids, media = self.media.place(written, items, budget)
+            ids, media = self.media.place(written, items, budget, given.get("adapter"))
         parallel = check_flag("parallel_tool_calls", given.pop("parallel_tool_calls", True))
         stop_ids = check_stop_ids(given.pop("stop_token_ids", None)) | (frozenset() if ignore_eos else self.defaults.stop_ids)
         terms = ReplyTerms(given.pop("constraint", None), tuple(tools or ()), given.pop("tool_choice", "auto"), parallel)
@@ -380,8 +383,8 @@ class Model:
         """
         if not isinstance(path, str | Path):
             raise RequestError(f"adapter path: expected a folder or a hub id, found {path!r}")
-        checkpoint, decoder, ignore, notes = self.checkpoint, self.decoder, self._ignore, list[str]()
-        self.loop.load_adapter(name, lambda: read_adapter(str(path), name, checkpoint, decoder, ignore, notes))
+        with self._adapting:
+            notes = load_adapter(name, str(path), self.loop, self.checkpoint, self._towers, self._ignore)
         for note in notes:
             log.info("adapter %s: %s", name, note)
         self.notes += [note for note in notes if note not in self.notes]
@@ -392,7 +395,8 @@ class Model:
         Raises RequestError if there is none of this name, or while requests that run or wait use it: they may be awaited or
         cancelled. A prepared request that asks for it is refused from then on.
         """
-        self.loop.unload_adapter(name)
+        with self._adapting:
+            unload_adapter(name, self.loop, self._towers)
 
     def _parser(self, prepared: PreparedRequest) -> ReplyParser:
         """Return what reads the reply to a request."""

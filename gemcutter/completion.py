@@ -69,7 +69,8 @@ class Completion:
     `tool_calls` holds the calls that are complete, `reasoning_tokens` counts the tokens of the reasoning, `stopped` is the stop
     string that ended the text, `unreadable_calls` counts blocks that were no calls and became text. The reason of the end is
     "timeout" where a deadline passed, and "repetition" where a watchdog saw the reply go round in circles. `logprobs` has an
-    entry for each of `tokens`, if that was asked for; `model.tokenizer.piece(id)` spells its ids.
+    entry for each of `tokens`, if that was asked for, and `end_logprobs` is that of the stop token; `model.tokenizer.piece(id)`
+    spells their ids.
     """
 
     text: str
@@ -84,6 +85,7 @@ class Completion:
     reasoning_tokens: int = 0
     stopped: str | None = None
     unreadable_calls: int = 0
+    end_logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ class Stream:
         self._ready: deque[Chunk] = deque()
         self._tokens, self._logprobs, self._report = list[int](), list[TokenLogprobs](), PromptReport()
         self._tally = NO_DRAFTS
+        self._end_logprobs: TokenLogprobs | None = None
         self._submitted_s, self._first_s, self._last_s = time.perf_counter(), 0.0, 0.0
         self._completion: Completion | None = None
         self._error: Exception | None = None
@@ -192,6 +195,8 @@ class Stream:
         self._report = event.prompt or self._report
         self._tally = event.tally or self._tally
         finish = event.finish
+        if event.token is None and event.finish is FinishReason.STOP:
+            self._end_logprobs = event.logprobs
         if event.token is not None:
             self._tokens.append(event.token)
             self._logprobs += [event.logprobs] if event.logprobs is not None else []
@@ -246,6 +251,7 @@ class Stream:
             text.num_reasoning_tokens,
             text.stopped,
             text.num_unreadable,
+            self._end_logprobs,
         )
 
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
-from gemcutter.checkpoint.load.adapters import attach, fold, read_deltas
-from gemcutter.checkpoint.load.held import changed_pieces
+from gemcutter.checkpoint.load.adapters import Maker, attach, fold, fold_tower, read_deltas, read_tower_deltas
+from gemcutter.checkpoint.load.held import changed_pieces, pieces_of
 from gemcutter.checkpoint.load.load_params import Progress, load_params, load_tower
 from gemcutter.checkpoint.load.match import Checkpoint, Matched, open_checkpoint
-from gemcutter.checkpoint.load.match_towers import match_audio, match_vision, readable_media
+from gemcutter.checkpoint.load.match_towers import MatchedAudio, MatchedVision, find_tower_files, match_audio, match_vision
 from gemcutter.checkpoint.load.memory_needs import quant_notes
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.engine.engine import Engine
+from gemcutter.engine.loop import EngineLoop
 from gemcutter.engine.speculate.assistant import AssistantProposer
 from gemcutter.engine.speculate.draft_model import DraftModelProposer
 from gemcutter.engine.speculate.ngram import NgramProposer
@@ -40,10 +40,12 @@ from gemcutter.ops.types import AdapterDeltas, Param, matrix
 from gemcutter.plan import Access, ModelPlan, derive
 from gemcutter.quant import Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
-from gemcutter.tower_plan import AudioPlan, UnifiedAudioPlan, UnifiedVisionPlan, VisionPlan
+from gemcutter.tower_plan import TowerPlan, TowerPlans
 
 FP8_CAPABILITY = (8, 9)
 QUANT_OF_DRAFTERS = "q4"  # beside a 4-bit target
+
+Towers = Sequence[VisionTower | AudioTower]  # those that are loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +100,10 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     if checkpoint.plan.is_drafter:
         model = options.model
         raise RequestError(f"{model} is an assistant: it drafts for its target and can't run alone; load the target instead")
-    projector = None if options.mmproj is None else locate(options.mmproj)
-    media = find_media(options, checkpoint, projector)
-    seen = match_vision(checkpoint, options.ignore, projector) if {"image", "video"} & set(media) else None
-    heard = match_audio(checkpoint, options.ignore, projector) if "audio" in media else None
-    merged = None if options.adapter is None else find_adapter(options.adapter, checkpoint, options.ignore)
-    apart = {name: find_adapter(path, checkpoint, options.ignore) for name, path in options.adapters.items()}
+    seen, heard = match_towers(options, checkpoint)
+    plans = TowerPlans(None if seen is None else seen[0], None if heard is None else heard[0])
+    merged = None if options.adapter is None else find_adapter(options.adapter, checkpoint, plans, options.ignore)
+    apart = {name: find_adapter(path, checkpoint, plans, options.ignore) for name, path in options.adapters.items()}
     backend = select_backend(device.type, options.kernels)
     packer = backend.packer(device, dtype)
     cache = PackedWeightCache.of(checkpoint, options.quant) if options.repack_cache and packer.makes_panels else None
@@ -113,40 +113,53 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
     if options.quant is not None:
         notes += quant_notes(checkpoint, options.quant, changed)
-    if merged is not None:
+    if merged is not None and merged.factors:
         params, note = fold(params, merged, checkpoint, dtype, device, options.quant, packer)
-        notes += [*merged.notes(), note]
+        notes.append(note)
     notes += panel_notes(options, params)
     for name, each in apart.items():
         params = attach(params, each, name, device)
-        notes += each.notes()
+    notes += [note for each in filter(None, (merged, *apart.values())) for note in each.notes()]
     if backend is not CPU and device.type == "cpu" and options.kernels == "auto":
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
-    decoder = make_decoder(checkpoint.plan, params, options, dtype, device)
+    decoder = make_decoder(checkpoint.plan, params, options, dtype, device, tuple(apart))
     drafter = open_drafter(options, decoder, notes) if options.drafts_by_model else None
-    vision, audio = None, None
-    turns = Turns()
+    vision, audio, turns = None, None, Turns()
     if seen is not None:
-        vision = VisionTower(seen[0], tower_params(*seen, options, decoder), dtype, device, options.kernels, turns)
+        weights = tower_params(*seen, merged, options, decoder, notes)
+        vision = VisionTower(seen[0], weights, dtype, device, options.kernels, turns)
     if heard is not None:
-        audio = AudioTower(heard[0], tower_params(*heard, options, decoder), dtype, device, options.kernels, turns)
+        weights = tower_params(*heard, merged, options, decoder, notes)
+        audio = AudioTower(heard[0], weights, dtype, device, options.kernels, turns)
+    for name, each in apart.items():
+        add_to_towers([tower for tower in (vision, audio) if tower is not None], name, each, device)
     return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns)
 
 
-def find_media(options: LoadOptions, checkpoint: Checkpoint, projector: Path | None) -> Sequence[str]:
-    """Return the media whose towers are to be loaded. Raises CheckpointError for a projector without towers."""
-    if AUTO_MEDIA not in options.media:
-        return options.media
-    named = {"image" if name == "video" else name for name in options.media if name != AUTO_MEDIA}
-    return [medium for medium in readable_media(checkpoint, projector) if not named or medium in named]
+def match_towers(options: LoadOptions, checkpoint: Checkpoint) -> tuple[MatchedVision | None, MatchedAudio | None]:
+    """Return plan and tensors of each tower that is to be loaded. Raises ConfigError or CheckpointError with all problems."""
+    if not options.media:
+        return None, None
+    files, media = find_tower_files(checkpoint, None if options.mmproj is None else locate(options.mmproj)), options.media
+    if AUTO_MEDIA in media:
+        named = {"image" if name == "video" else name for name in media if name != AUTO_MEDIA}
+        media = tuple(medium for medium in files.media if not named or medium in named)
+    seen = match_vision(files, options.ignore) if {"image", "video"} & set(media) else None
+    return seen, match_audio(files, options.ignore) if "audio" in media else None
 
 
 def tower_params(
-    plan: VisionPlan | UnifiedVisionPlan | AudioPlan | UnifiedAudioPlan, matched: Matched, options: LoadOptions, decoder: Decoder
+    plan: TowerPlan, matched: Matched, merged: Adapter | None, options: LoadOptions, decoder: Decoder, notes: list[str]
 ) -> Mapping[str, Param]:
-    """Return the parameters of a matched tower, which is computed as the decoder is."""
-    packer = select_backend(decoder.device.type, options.kernels).packer(decoder.device, decoder.dtype)
-    return load_tower(plan.params(), matched.pieces, decoder.dtype, decoder.device, packer)
+    """Return the parameters of a matched tower, which is computed as the decoder is, with an adapter's changes merged."""
+    tower, dtype, device = plan.projector.name.partition(".")[0], decoder.dtype, decoder.device
+    packer = select_backend(device.type, options.kernels).packer(device, dtype)
+    changed = frozenset() if merged is None else pieces_of(merged.of_tower(tower), matched.pieces)
+    params = load_tower(plan.params(), matched.pieces, dtype, device, packer, changed)
+    if merged is not None:
+        params, more = fold_tower(params, merged, tower, matched.pieces, Maker(dtype, device, None, packer, dtype))
+        notes += more
+    return params
 
 
 def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Drafter | Decoder:
@@ -190,10 +203,15 @@ def panel_notes(options: LoadOptions, params: Mapping[str, Param]) -> list[str]:
 
 
 def make_decoder(
-    plan: ModelPlan, params: Mapping[str, Param], options: LoadOptions, dtype: torch.dtype, device: torch.device
+    plan: ModelPlan,
+    params: Mapping[str, Param],
+    options: LoadOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapters: tuple[str, ...] = (),
 ) -> Decoder:
-    """Make a decoder over parameters that are there already."""
-    return Decoder(plan, params, dtype, device, options.kernels, options.activations)
+    """Make a decoder over parameters that are there already; `adapters` may be asked for, though they change only towers."""
+    return Decoder(plan, params, dtype, device, options.kernels, options.activations, adapters)
 
 
 def find_device(options: LoadOptions) -> torch.device:
@@ -208,15 +226,55 @@ def find_device(options: LoadOptions) -> torch.device:
     return device
 
 
-def find_adapter(path: str, checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> Adapter:
-    """Return an adapter, from a folder or the hub, that fits a checkpoint. Raises CheckpointError with all that does not."""
-    return open_adapter(locate(path), checkpoint.plan, ignore)
+def find_adapter(path: str, checkpoint: Checkpoint, towers: TowerPlans | None = None, ignore: Sequence[str] = ()) -> Adapter:
+    """Return an adapter, from a folder or the hub, that fits a checkpoint and its loaded towers. Raises CheckpointError with all
+    that does not.
+    """
+    return open_adapter(locate(path), checkpoint.plan, ignore, towers)
 
 
-def read_adapter(
-    path: str, name: str, checkpoint: Checkpoint, decoder: Decoder, ignore: Sequence[str], notes: list[str]
-) -> AdapterDeltas:
-    """Return an adapter's changes for a decoder that is there already, and note what has no effect. Raises CheckpointError."""
-    adapter = find_adapter(path, checkpoint, ignore)
-    notes += adapter.notes()
-    return read_deltas(decoder.params, adapter, name, decoder.device)
+def load_adapter(
+    name: str, path: str, loop: EngineLoop, checkpoint: Checkpoint, towers: Towers, ignore: Sequence[str] = ()
+) -> list[str]:
+    """Let requests ask for an adapter by name while the model serves; return notes on what of it has no effect.
+
+    One adapter at a time may come or go. Raises what `EngineLoop.load_adapter` does, and CheckpointError for an adapter that
+    can't be read or does not fit; nothing has changed then.
+    """
+    decoder, notes = loop.engine.decoder, list[str]()
+    is_read = False
+
+    def read() -> AdapterDeltas:
+        nonlocal is_read
+        adapter = find_adapter(path, checkpoint, _plans(towers), ignore)
+        is_read = True
+        notes.extend(adapter.notes())
+        add_to_towers(towers, name, adapter, decoder.device)  # before any request may ask for it
+        return read_deltas(decoder.params, adapter, name, decoder.device)
+
+    try:
+        loop.load_adapter(name, read)
+    except BaseException:
+        for tower in towers if is_read else ():
+            tower.bodies.remove(name)
+        raise
+    return notes
+
+
+def unload_adapter(name: str, loop: EngineLoop, towers: Towers) -> None:
+    """Unload an adapter that no request uses. Raises what `EngineLoop.unload_adapter` does."""
+    loop.unload_adapter(name)
+    for tower in towers:
+        tower.bodies.remove(name)
+
+
+def add_to_towers(towers: Towers, name: str, adapter: Adapter, device: torch.device) -> None:
+    """Let towers compute with an adapter's changes of them, for the requests that ask for it by name."""
+    for tower in towers:
+        tower.bodies.add(name, read_tower_deltas(tower.bodies.params, adapter, tower.name, name, device))
+
+
+def _plans(towers: Towers) -> TowerPlans:
+    """Return the plans of loaded towers."""
+    vision = next((tower.plan for tower in towers if isinstance(tower, VisionTower)), None)
+    return TowerPlans(vision, next((tower.plan for tower in towers if isinstance(tower, AudioTower)), None))

@@ -1,7 +1,7 @@
 """Parts of conversations that hold media, and media beside raw text: taken out, each with its kind and its place.
 
-Owns the kinds of media and how a part says what it holds. Refuses to know files, towers and ids. Read `media_reader.py` for what
-becomes of an item, `api.py` for who asks.
+Owns the kinds of media, how a part says what it holds, and the markers of each kind. Refuses to know files and towers. Read
+`media_reader.py` for what becomes of an item, `api.py` for who asks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gemcutter.errors import RequestError
+from gemcutter.errors import CheckpointError, RequestError
 from gemcutter.media.budgets import check_budget
 from gemcutter.text.history import check_messages, in_order
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gemcutter.media.decode import ImageSource
     from gemcutter.media.decode_sound import SoundSource
     from gemcutter.media.video import VideoSource
+    from gemcutter.text.tokenizer import Tokenizer
 
     MediaSource = ImageSource | SoundSource | VideoSource
 else:
@@ -28,6 +29,12 @@ KINDS = {
     "image": ("images", "images", "paths, bytes, PIL images or arrays"),
     "audio": ("audio", "sounds", "paths, bytes, or pairs of an array and its rate"),
     "video": ("videos", "videos", "paths, bytes, or frames as images, alone or in pairs with their rate"),
+}
+# What stands before the rows of an item, in place of each of them, and after them. A prompt has the second in the item's place.
+MARKERS = {
+    "image": ("<|image>", "<|image|>", "<image|>"),
+    "audio": ("<|audio>", "<|audio|>", "<audio|>"),
+    "video": ("<|image>", "<|video|>", "<image|>"),  # of each frame
 }
 SHOWN_BY = ("user", "tool", "function")  # roles whose messages may hold media
 TOWERS = {"image": "vision tower", "audio": "audio tower", "video": "vision tower"}  # that read a kind
@@ -107,3 +114,30 @@ def media_beside(given: Mapping[str, object]) -> list[MediaItem]:
             raise RequestError(f"{option}: expected a list of {wanted}, found {type(sources).__name__}")
         items += [MediaItem(kind, f"{option}[{index}]", source) for index, source in enumerate(sources)]
     return items
+
+
+@dataclass(frozen=True, slots=True)
+class Markers:
+    """The ids of a kind's markers."""
+
+    begin: int
+    placeholder: int
+    end: int
+
+
+def find_markers(tokenizer: Tokenizer, sees: bool, hears: bool) -> dict[str, Markers]:
+    """Return the markers of every kind that a model reads, which has a vision tower (`sees`) or an audio tower (`hears`).
+
+    Raises CheckpointError for a tokenizer without them; videos are only read where it has theirs.
+    """
+    readable = {"image": sees, "audio": hears, "video": sees and tokenizer.id_of(MARKERS["video"][1]) is not None}
+    return {kind: _find_markers(tokenizer, kind) for kind, can_read in readable.items() if can_read}
+
+
+def _find_markers(tokenizer: Tokenizer, kind: str) -> Markers:
+    """Return the ids of a kind's markers. Raises CheckpointError for a tokenizer without them."""
+    found = {piece: tokenizer.id_of(piece) for piece in MARKERS[kind]}
+    if lacking := [piece for piece, token in found.items() if token is None]:
+        called = KINDS[kind][1]
+        raise CheckpointError(f"the tokenizer has no {' and no '.join(lacking)}; take the original's, or load without {called}")
+    return Markers(*(token for token in found.values() if token is not None))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,20 @@ from typing import Any
 from torch import Tensor
 
 from gemcutter.engine.media import MediaSpan
-from gemcutter.errors import CheckpointError, RequestError
+from gemcutter.errors import RequestError
 from gemcutter.media import decode, decode_sound, decode_video
 from gemcutter.media.audio import SoundFrames, SoundShape, cut_sound
 from gemcutter.media.budgets import BUDGETS, check_budget
 from gemcutter.media.image import ImagePatches, PatchShape, cut_image
 from gemcutter.media.source_bytes import read_bytes
 from gemcutter.media.video import cut_video
-from gemcutter.media_parts import KINDS, MediaItem
+from gemcutter.media_parts import KINDS, MARKERS, MediaItem, find_markers
 from gemcutter.model.audio import AudioTower
+from gemcutter.model.tower import TowerBody
 from gemcutter.model.vision import VisionTower
 from gemcutter.text.tokenizer import Tokenizer
 from gemcutter.tower_plan import UnifiedAudioPlan, UnifiedVisionPlan
 
-MARKERS = {
-    "image": ("<|image>", "<|image|>", "<image|>"),
-    "audio": ("<|audio>", "<|audio|>", "<audio|>"),
-    "video": ("<|image>", "<|video|>", "<image|>"),  # of each frame
-}
 DEFAULT_BUDGET = 280  # soft tokens an image
 CACHE_BYTES = 256 << 20  # of rows that stay for media that come again
 MOST_FILES = 1024  # of which it is known what became of them
@@ -47,15 +43,7 @@ MAX_FILE_BYTES = {
 }
 
 Content = ImagePatches | SoundFrames  # what a tower makes rows of
-
-
-@dataclass(frozen=True, slots=True)
-class _Markers:
-    """The ids of a kind: before its rows, in place of each, and after them. A prompt has the second in the item's place."""
-
-    begin: int
-    placeholder: int
-    end: int
+Bodies = Mapping[type[Content], TowerBody]  # what makes the rows of one prompt's media
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +71,17 @@ class MediaReader:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Prepare to read what the towers do. Raises CheckpointError for a tokenizer without the markers of such media."""
-        has_videos = vision is not None and tokenizer.id_of(MARKERS["video"][1]) is not None
-        readable = {"image": vision is not None, "audio": audio is not None, "video": has_videos}
         self._tokenizer = tokenizer
-        self._markers = {kind: _find_markers(tokenizer, kind) for kind, can_read in readable.items() if can_read}
-        self._encoders: dict[type[Content], Callable[[Any], list[Tensor]]] = {}
+        self._markers = find_markers(tokenizer, vision is not None, audio is not None)
+        self._towers: dict[type[Content], VisionTower | AudioTower] = {}
         self._budget, self._patches, self._frames = DEFAULT_BUDGET, PatchShape(), SoundShape()
         if vision is not None:
             plan = vision.plan
-            self._encoders[ImagePatches] = vision.encode
+            self._towers[ImagePatches] = vision
             self._patches = PatchShape(plan.patch, plan.pool, isinstance(plan, UnifiedVisionPlan))
             self._budget = plan.soft_tokens if plan.soft_tokens in BUDGETS else DEFAULT_BUDGET
         if audio is not None:
-            self._encoders[SoundFrames] = audio.encode
+            self._towers[SoundFrames] = audio
             self._frames = SoundShape(audio.plan.hidden if isinstance(audio.plan, UnifiedAudioPlan) else None)
         self._rows: OrderedDict[str, Tensor] = OrderedDict()  # by digest, the longest unused first
         self._files: OrderedDict[str, tuple[_Piece, ...]] = OrderedDict()  # by digest of the bytes, without contents
@@ -110,19 +96,20 @@ class MediaReader:
         return tuple(self._markers)
 
     def place(
-        self, ids: Sequence[int], items: Sequence[MediaItem], budget: object = None
+        self, ids: Sequence[int], items: Sequence[MediaItem], budget: object = None, adapter: object = None
     ) -> tuple[list[int], tuple[MediaSpan, ...]]:
         """Return a prompt whose placeholders are markers around as many ids as an item has rows, and these rows.
 
         Items of a kind take the placeholders of this kind in order. A sound of less than a frame has no row: only its markers
         stand in the prompt, as the official processor has it. `budget` bounds the soft tokens of each image that has none of its
-        own; None: what the model was made for. Raises RequestError for items that can't be read, and unless there is one
-        placeholder an item.
+        own; None: what the model was made for. `adapter` is the one that the request asks for. Raises RequestError for items
+        that can't be read, and unless there is one placeholder an item.
         """
+        bodies = {kind: tower.bodies.of(adapter) for kind, tower in self._towers.items()}
         most = self._budget if budget is None else check_budget(budget)
         self._check_counts(ids, items)
-        cut = self._cut(items, most)
-        rows = self._encode([piece for pieces in cut for piece in pieces])
+        cut = self._cut(items, most, bodies)
+        rows = self._encode([piece for pieces in cut for piece in pieces], bodies)
         following = {kind: iter(_of_kind(kind, items, cut)) for kind in self._markers}
         kind_of = {markers.placeholder: kind for kind, markers in self._markers.items()}
         placed, spans = list[int](), list[MediaSpan]()
@@ -151,12 +138,12 @@ class MediaReader:
         if problems:
             raise RequestError(problems[0] if len(problems) == 1 else "media and their places do not match", problems)
 
-    def _cut(self, items: Iterable[MediaItem], budget: int) -> list[Sequence[_Piece]]:
+    def _cut(self, items: Iterable[MediaItem], budget: int, bodies: Bodies) -> list[Sequence[_Piece]]:
         """Return what a tower reads of every item. Raises RequestError with every problem."""
         found, problems, kinds = list[Sequence[_Piece]](), list[str](), dict[str, None]()
         for item in items:
             try:
-                found.append(self._pieces(item, budget))
+                found.append(self._pieces(item, budget, bodies))
             except RequestError as error:
                 problems += error.problems
                 kinds[KINDS[item.kind][1]] = None
@@ -164,19 +151,20 @@ class MediaReader:
             raise RequestError(f"{' and '.join(kinds)} can't be read", problems)
         return found
 
-    def _pieces(self, item: MediaItem, budget: int) -> Sequence[_Piece]:
+    def _pieces(self, item: MediaItem, budget: int, bodies: Bodies) -> Sequence[_Piece]:
         """Return what a tower reads of one item: one piece, or the frames of a video. Raises RequestError.
 
         A file that comes again, as in the next turn of a conversation, is not decoded again while its rows are kept.
         """
         most = budget if item.budget is None else item.budget
         if not isinstance(item.source, bytes | bytearray | memoryview | str | Path):
-            return self._read(item, most)
+            return self._read(item, most, bodies)
         data = read_bytes(item.source, item.name, "", MAX_FILE_BYTES[item.kind])
-        file = f"{item.kind} {most} {hashlib.sha256(data).hexdigest()}"
+        changes = bodies[SoundFrames if item.kind == "audio" else ImagePatches].digest
+        file = f"{item.kind} {most} {hashlib.sha256(data).hexdigest()} {changes}"
         if (known := self._recall(file)) is not None:
             return known
-        found = self._read(replace(item, source=data), most)
+        found = self._read(replace(item, source=data), most, bodies)
         with self._lock:
             self._files[file] = tuple(replace(piece, content=None) for piece in found)
             while len(self._files) > MOST_FILES:
@@ -192,7 +180,7 @@ class MediaReader:
             self._files.move_to_end(file)
             return [replace(piece, rows_KD=self._rows[piece.digest]) for piece in pieces]
 
-    def _read(self, item: MediaItem, budget: int) -> list[_Piece]:
+    def _read(self, item: MediaItem, budget: int, bodies: Bodies) -> list[_Piece]:
         """Decode one item and cut it for its tower. Raises RequestError."""
         source: Any = item.source
         if item.kind == "video":
@@ -205,9 +193,10 @@ class MediaReader:
             pairs = [(cut_sound(source, self._frames, item.name), ())]
         else:
             pairs = [(cut_image(source, budget, self._patches, item.name), ())]
-        return [_Piece(content.digest, content.soft_tokens, content, ids) for content, ids in pairs]
+        digests = [_digest(content, bodies[type(content)]) for content, _ in pairs]
+        return [_Piece(digest, content.soft_tokens, content, ids) for digest, (content, ids) in zip(digests, pairs, strict=True)]
 
-    def _encode(self, pieces: Sequence[_Piece]) -> Mapping[str, Tensor]:
+    def _encode(self, pieces: Sequence[_Piece], bodies: Bodies) -> Mapping[str, Tensor]:
         """Return the rows of pieces by digest; those that are not known are encoded together, each once."""
         known = self._known(pieces)
         with self._lock:
@@ -217,9 +206,9 @@ class MediaReader:
             with self._encoding:  # who needs nothing new does not wait
                 known = self._known(pieces)  # another thread may have made them meanwhile
                 new = {each.digest: each.content for each in pieces if each.digest not in known}
-                for kind, encode in self._encoders.items():
-                    alike = {digest: content for digest, content in new.items() if isinstance(content, kind)}
-                    known |= zip(alike, encode(list(alike.values())) if alike else (), strict=True)
+                for kind, tower in self._towers.items():
+                    alike: dict[str, Any] = {digest: content for digest, content in new.items() if isinstance(content, kind)}
+                    known |= zip(alike, tower.encode(list(alike.values()), bodies[kind]) if alike else (), strict=True)
                 with self._lock:
                     for digest in new:
                         self._keep(digest, known[digest])
@@ -244,13 +233,9 @@ class MediaReader:
             self._size -= self._rows.popitem(last=False)[1].nbytes
 
 
-def _find_markers(tokenizer: Tokenizer, kind: str) -> _Markers:
-    """Return the ids of a kind's markers. Raises CheckpointError for a tokenizer without them."""
-    found = {piece: tokenizer.id_of(piece) for piece in MARKERS[kind]}
-    if lacking := [piece for piece, token in found.items() if token is None]:
-        called = KINDS[kind][1]
-        raise CheckpointError(f"the tokenizer has no {' and no '.join(lacking)}; take the original's, or load without {called}")
-    return _Markers(*(token for token in found.values() if token is not None))
+def _digest(content: Content, body: TowerBody) -> str:
+    """Return what tells rows apart: the content's digest, and that of an adapter's changes where the rows have any."""
+    return hashlib.sha256(f"{content.digest} {body.digest}".encode()).hexdigest() if body.digest else content.digest
 
 
 def _of_kind(kind: str, items: Sequence[MediaItem], cut: Sequence[Sequence[_Piece]]) -> Iterator[Sequence[_Piece]]:

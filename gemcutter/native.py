@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 4  # of the interface, gc_version()
+VERSION = 5  # of the interface, gc_version()
 OFF = ("off", "0", "no", "false")  # what GEMCUTTER_NATIVE may say to do without the library
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -164,6 +164,25 @@ class VisionLayerView(ctypes.Structure):
         ("is_clipped", c_int32),
         ("activations", c_int32),
         ("reserved", c_int32),
+    )
+
+
+class AudioLayerView(ctypes.Structure):
+    """`gc_audio_layer`: one layer of an audio encoder."""
+
+    PRODUCTS = ("ff1_in", "ff1_out", "q", "k", "v", "attn_out", "conv_in", "conv_out", "ff2_in", "ff2_out")
+    NORMS = (
+        *("ff1_norm", "ff1_post_norm", "attn_norm", "attn_post_norm"),
+        *("conv_norm", "conv_inner_norm", "ff2_norm", "ff2_post_norm", "norm"),
+    )
+    _fields_ = (
+        *((name, Matrix) for name in PRODUCTS),
+        *((f"{name}_clip", ClipView) for name in PRODUCTS),
+        *((name, c_void_p) for name in (*NORMS, "q_scale", "distances", "depthwise")),
+        *((name, c_int64) for name in ("hidden", "heads", "head_dim", "ff_width", "taps", "past", "future", "num_distances")),
+        *((name, c_float) for name in ("key_scale", "logit_cap", "clamp", "eps")),
+        ("is_clipped", c_int32),
+        ("activations", c_int32),
     )
 
 

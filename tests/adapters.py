@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemcutter.checkpoint.formats import hf
-from gemcutter.plan import ModelPlan
+from gemcutter.checkpoint.formats import hf, hf_towers
+from gemcutter.plan import Access, ModelPlan, ParamKind
+from gemcutter.tower_plan import TowerPlans
 
 Place = tuple[str, str | None]  # a parameter and its part
 Changes = dict[Place, tuple[Tensor, Tensor]]  # A [r, in] and B [out, r]
@@ -63,12 +64,26 @@ def tensors_of(changes: Changes, prefix: str = PREFIX) -> dict[str, Tensor]:
     return halves
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], /, **config: Any) -> Path:
     """Write an adapter's two files; `config` changes or adds keys."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
     return folder
+
+
+def tower_tensors(plans: TowerPlans, seed: int = 0) -> dict[str, Tensor]:
+    """Draw a change of every matrix of some towers that rows are multiplied with, and name the factors as PEFT does."""
+    generator, found = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+    for spec in plans.params():
+        if spec.kind is not ParamKind.MATRIX or spec.access is Access.ROWS:
+            continue
+        columns = spec.shape[1]
+        for part, rows in spec.parts or ((None, spec.shape[0]),):
+            module = PREFIX + hf_towers.spell(spec.name, part).removesuffix(".weight")
+            found[f"{module}.lora_A.weight"] = torch.randn(3, columns, generator=generator) / columns**0.5
+            found[f"{module}.lora_B.weight"] = torch.randn(rows, 3, generator=generator) * 0.3
+    return found
 
 
 @torch.no_grad()

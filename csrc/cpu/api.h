@@ -137,3 +137,19 @@ typedef struct {
     int32_t activations;  // enum gc_activations
     int32_t reserved;
 } gc_vision_layer;
+
+// One layer of an audio encoder: half a feed-forward, attention to the near past, a gated convolution over time, the other half, and
+// a norm. Distances are projected [P, H, E], from the farthest past on, the P-th being `past` - P + 1.
+typedef struct {
+    gc_matrix ff1_in, ff1_out, q, k, v, attn_out, conv_in, conv_out, ff2_in, ff2_out;
+    gc_clip ff1_in_clip, ff1_out_clip, q_clip, k_clip, v_clip, attn_out_clip, conv_in_clip, conv_out_clip, ff2_in_clip,
+        ff2_out_clip;
+    const float *ff1_norm, *ff1_post_norm, *attn_norm, *attn_post_norm, *conv_norm, *conv_inner_norm, *ff2_norm, *ff2_post_norm,
+        *norm;                                     // those behind the feed-forward branches times their weight in the sum
+    const float *q_scale, *distances, *depthwise;  // [E], [P, H * E], [taps, D]
+    int64_t hidden, heads, head_dim, ff_width, taps;
+    int64_t past, future, num_distances;  // keys before a query's own, and behind it, that it sees
+    float key_scale, logit_cap, clamp, eps;
+    int32_t is_clipped;
+    int32_t activations;  // enum gc_activations
+} gc_audio_layer;

@@ -37,6 +37,8 @@ struct VectorOps {
     void (*add_norm)(const float *x, const float *y, const float *weight, float eps, float scale, int64_t n, float *out);
     // out = gelu_tanh(gate) * up. out may be gate.
     void (*gelu_mul)(const float *gate, const float *up, int64_t n, float *out);
+    // out = x / (1 + exp(-gate)). out may be x or gate.
+    void (*gate)(const float *x, const float *gate, int64_t n, float *out);
     // Rotate pairs (i, i + E/2) in place with cos and sin [E/2].
     void (*rope)(float *x, const float *cos, const float *sin, int64_t head_dim);
     // x = tanh(x / cap) * cap, in place.
@@ -50,6 +52,10 @@ struct VectorOps {
     void (*sum_halves)(const int8_t *q, const float *scale, int64_t n, float *halves);
     // out += x * factor
     void (*add_scaled)(const float *x, float factor, int64_t n, float *out);
+    // out += x * y
+    void (*add_product)(const float *x, const float *y, int64_t n, float *out);
+    // The sum of x * y.
+    float (*dot)(const float *x, const float *y, int64_t n);
     // out = x * factor
     void (*scale)(const float *x, float factor, int64_t n, float *out);
     // out = x, no less than low and no more than high. out may be x.

@@ -84,6 +84,18 @@ void gelu_mul(const float *gate, const float *up, int64_t n, float *out) {
     }
 }
 
+inline V open(V x, V gate) { return x / (set1(1.0f) + exp(-gate)); }
+
+void gate(const float *x, const float *by, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, open(load(x + i), load(by + i)));
+    if (i < n) {
+        Tail tail(n);
+        store(tail.out, open(load(tail.in(x)), load(tail.other(by))));
+        tail.give(out);
+    }
+}
+
 void rope(float *x, const float *cos, const float *sin, int64_t head_dim) {
     int64_t half = head_dim / 2, i = 0;
     float *high = x + half;
@@ -228,6 +240,24 @@ void add_scaled(const float *x, float factor, int64_t n, float *out) {
     for (; i < n; ++i) out[i] += x[i] * factor;
 }
 
+void add_product(const float *x, const float *y, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, fma(load(x + i), load(y + i), load(out + i)));
+    for (; i < n; ++i) out[i] += x[i] * y[i];
+}
+
+float dot(const float *x, const float *y, int64_t n) {
+    V a = set1(0.0f), b = a;
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        a = fma(load(x + i), load(y + i), a);
+        b = fma(load(x + i + W), load(y + i + W), b);
+    }
+    float total = sum(a + b);
+    for (; i < n; ++i) total += x[i] * y[i];
+    return total;
+}
+
 void scale_by(const float *x, float factor, int64_t n, float *out) {
     V by = set1(factor);
     int64_t i = 0;
@@ -258,7 +288,8 @@ void softmax_top(const float *x, int64_t n, float *largest, float *sum_of) {
 
 }  // namespace
 
-extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm,   gelu_mul,   rope,     softcap, to_bf16,    from_bf16,
-                                              quantize, sum_halves, add_scaled, scale_by, clamp,   softmax_top};
+extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm,  gelu_mul, gate,       rope,       softcap,
+                                              to_bf16,  from_bf16, quantize, sum_halves, add_scaled, add_product,
+                                              dot,      scale_by,  clamp,    softmax_top};
 
 }  // namespace gemcutter

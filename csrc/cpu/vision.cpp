@@ -8,55 +8,11 @@
 #include <string.h>
 
 #include "bounds.h"
-#include "layer_ops.h"
 #include "parallel_region.h"
+#include "towers.h"
 
 namespace gemcutter {
 namespace {
-
-bool same_input(const gc_clip &a, const gc_clip &b) { return a.input_min == b.input_min && a.input_max == b.input_max; }
-
-// The rows that several matrices read: one copy for all that clip alike.
-class Inputs {
-  public:
-    void allocate(Arena &arena, const gc_vision_layer &layer, const gc_matrix *const *parts, const gc_clip *const *clips,
-                  int count, int64_t rows) {
-        for (int i = 0; i < count; ++i) {
-            int same = 0;
-            while (layer.is_clipped && !same_input(*clips[same], *clips[i])) ++same;
-            of_[i] = same;
-            if (same == i) clips_[i] = layer.is_clipped ? clips[i] : nullptr;
-        }
-        for (int i = 0; i < count; ++i) {
-            if (of_[i] != i) continue;
-            int formats = 0;
-            for (int j = i; j < count; ++j)
-                if (of_[j] == i) formats |= formats_of(parts[j], 1, rows, layer.activations);
-            buffers_[i].allocate(arena, formats, rows, parts[i]->columns, layer.activations);
-        }
-        count_ = count;
-    }
-    // Takes row m, clipped for each matrix. `from` may be row(m).
-    void fill(int64_t m, const float *from) {
-        int64_t columns = buffers_[0].converted.rows.columns;
-        for (int i = count_ - 1; i >= 0; --i) {  // the first last, since `from` may be its memory
-            if (of_[i] != i) continue;
-            float *to = buffers_[i].row(m);
-            if (clips_[i]) kernels().vector_ops->clamp(from, clips_[i]->input_min, clips_[i]->input_max, columns, to);
-            else if (to != from) memcpy(to, from, sizeof(float) * (size_t)columns);
-            buffers_[i].convert(m);
-        }
-    }
-    float *row(int64_t m) { return buffers_[0].row(m); }
-    float *data() { return buffers_[0].x; }
-    const Rows &rows(int i) const { return buffers_[of_[i]].converted.rows; }
-
-  private:
-    static constexpr int MOST = 3;
-    ActivationBuffer buffers_[MOST];
-    const gc_clip *clips_[MOST] = {};
-    int of_[MOST] = {}, count_ = 0;
-};
 
 // The rows of all images, and what is kept of a layer between its halves, in memory of the caller's.
 struct Patches {
@@ -104,21 +60,13 @@ struct Patches {
     }
 };
 
-size_t most_scratch(const gc_matrix *const *parts, int count, size_t bytes) {
-    for (int i = 0; i < count; ++i) {
-        size_t of_part = scratch_bytes(parts[i], 1);
-        bytes = of_part > bytes ? of_part : bytes;
-    }
-    return bytes;
-}
-
 // Queries, keys and values of a run of rows.
 class VisionKeys {
   public:
     VisionKeys(Arena &arena, const Patches &patches, Range run) : p_(patches), layer_(patches.layer), run_(run) {
         const gc_matrix *parts[3] = {&layer_.q, &layer_.k, &layer_.v};
         const gc_clip *clips[3] = {&layer_.q_clip, &layer_.k_clip, &layer_.v_clip};
-        inputs_.allocate(arena, layer_, parts, clips, 3, run.last - run.first);
+        inputs_.allocate(arena, parts, layer_.is_clipped ? clips : nullptr, 3, run.last - run.first, layer_.activations);
         scratch_.allocate(arena, most_scratch(parts, 3, sizeof(uint16_t) * (size_t)padded_to(layer_.head_dim, PANEL)));
     }
 
@@ -180,7 +128,7 @@ class VisionKeys {
     const Patches &p_;
     const gc_vision_layer &layer_;
     Range run_;
-    Inputs inputs_;
+    ClippedInputs inputs_;
     Scratch scratch_;
 };
 
@@ -192,9 +140,9 @@ class VisionRows {
         const gc_matrix *out[1] = {&layer_.out}, *gated[2] = {&layer_.gate, &layer_.up}, *down[1] = {&layer_.down};
         const gc_clip *out_clips[1] = {&layer_.out_clip}, *gated_clips[2] = {&layer_.gate_clip, &layer_.up_clip};
         const gc_clip *down_clips[1] = {&layer_.down_clip};
-        out_of_attention_.allocate(arena, layer_, out, out_clips, 1, rows);
-        into_mlp_.allocate(arena, layer_, gated, gated_clips, 2, rows);
-        gates_.allocate(arena, layer_, down, down_clips, 1, rows);
+        out_of_attention_.allocate(arena, out, layer_.is_clipped ? out_clips : nullptr, 1, rows, layer_.activations);
+        into_mlp_.allocate(arena, gated, layer_.is_clipped ? gated_clips : nullptr, 2, rows, layer_.activations);
+        gates_.allocate(arena, down, layer_.is_clipped ? down_clips : nullptr, 1, rows, layer_.activations);
         ups_ = arena.array<float>(rows * layer_.mlp_width);
         product_ = arena.array<float>(rows * layer_.hidden);
         const gc_matrix *parts[4] = {&layer_.out, &layer_.gate, &layer_.up, &layer_.down};
@@ -305,22 +253,13 @@ class VisionRows {
     const Patches &p_;
     const gc_vision_layer &layer_;
     Range run_;
-    Inputs out_of_attention_, into_mlp_, gates_;
+    ClippedInputs out_of_attention_, into_mlp_, gates_;
     float *ups_, *product_;  // [rows of the run, F], [rows of the run, D]
     Item *items_;
     int64_t *positions_, *last_;
     int64_t num_items_ = 0, at_once_ = 0;
     Scratch scratch_;
 };
-
-bool are_edges(const int64_t *edges, int64_t images, int64_t rows) {
-    if (images < 1 || edges[0] != 0 || edges[images] != rows) return false;
-    for (int64_t i = 0; i < images; ++i)
-        if (edges[i + 1] < edges[i]) return false;
-    return true;
-}
-
-bool is_run(int64_t first, int64_t last, int64_t rows) { return 0 <= first && first < last && last <= rows; }
 
 }  // namespace
 }  // namespace gemcutter

@@ -24,6 +24,7 @@ from gemcutter.cli import (
     doctor,
     eval,
     inspect,
+    lm_eval,
     models,
     options,
     parse,
@@ -63,6 +64,7 @@ app = typer.Typer(
 SHORT = {  # of what does not fit beside the others on a terminal of 80 columns
     "doctor": "Say what is in a checkpoint, and what is wrong with it.",
     "verify": "Certify that two ways of computing a model agree.",
+    "lm-eval": "Run lm-eval on a model, in one process.",
     "bench": "Measure speed and memory beside this machine's limits.",
 }
 VERDICTS = ("doctor", "verify")  # whose exit code says something: it is not 0 where nobody has read the rest
@@ -71,6 +73,11 @@ for _module in (run, chat, serve, inspect, doctor, models, convert, score, eval,
     app.command(_name, help=_module.HELP, short_help=SHORT.get(_name), epilog=_module.EXAMPLES)(
         options.with_volume(getattr(_module, _name))
     )
+# All that follows is another program's, its options among it: none of ours is looked for behind the first argument.
+HANDED_OVER = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+app.command("lm-eval", help=lm_eval.HELP, short_help=SHORT["lm-eval"], epilog=lm_eval.EXAMPLES, context_settings=HANDED_OVER)(
+    lm_eval.lm_eval
+)
 
 
 def _show_version(wanted: bool) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.cli import options
-from gemcutter.cli.terminal import progress, spell_bytes, spell_count, tables
+from gemcutter.cli.terminal import progress, spell_bytes, spell_count, spell_tower, tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 HELP = """
 Say what is in a checkpoint, what is wrong with it, and who can load it.
 
-SOURCE is a folder, a file, a hub id, or the web address of a file, a folder or a page of the hub. Only headers and small files
+SOURCE is a folder, a file, a hub id, or the web address of a file, a folder or a page of the hub. Towers for images and sounds
+are checked as loading them does, in the model's own files or in a projector: the one beside a GGUF model, or --mmproj. A
+projector can be looked at by itself, too. Only headers and small files
 are read: a few kilobytes of a remote checkpoint, never its weights, unless --data asks for them. Other engines are judged by
 rules with public sources; where no rule speaks, the verdict is unknown.
 
@@ -38,6 +41,7 @@ Examples:
   gemcutter doctor https://example.org/models/gemma/model.safetensors
   gemcutter doctor ./my-finetune --json | jq .problems
   gemcutter doctor ./my-merge --data       (reads every value)
+  gemcutter doctor ./mmproj-BF16.gguf      (a projector by itself)
 """
 STATUS = {
     "fine": ("fine", "green"),
@@ -57,15 +61,22 @@ SourceName = Annotated[
 Data = Annotated[bool, typer.Option("--data", help="Read all values too: NaN, infinity, constant rows, scales out of range.")]
 
 
-def doctor(source: SourceName, as_json: options.Json = False, ignore: options.Ignore = None, data: Data = False) -> None:
+def doctor(
+    source: SourceName,
+    as_json: options.Json = False,
+    ignore: options.Ignore = None,
+    data: Data = False,
+    mmproj: options.Mmproj = None,
+) -> None:
     """Print the report on one checkpoint and exit with its code."""
     from gemcutter.checkpoint.doctor.doctor import examine  # which knows the web, and takes as long to import as all the rest
 
+    projector = None if mmproj is None else locate(mmproj)
     if data:
         with progress("reading values") as advance:
-            found = examine(source, tuple(ignore or ()), read_text, data=True, progress=advance)
+            found = examine(source, tuple(ignore or ()), read_text, data=True, progress=advance, mmproj=projector)
     else:
-        found = examine(source, tuple(ignore or ()), read_text)
+        found = examine(source, tuple(ignore or ()), read_text, mmproj=projector)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -74,12 +85,16 @@ def doctor(source: SourceName, as_json: options.Json = False, ignore: options.Ig
         raise typer.Exit(found["exit_code"])
 
 
-def read_text(checkpoint: Checkpoint) -> TextReport:
-    """Read a checkpoint's tokenizer, template and defaults as loading does. Raises what that raises."""
+def read_text(checkpoint: Checkpoint, towers: Sequence[str] = ()) -> TextReport:
+    """Read the text side of a checkpoint, which has towers of these names, as loading does. Raises what that raises."""
     from gemcutter.checkpoint.doctor.doctor import TextReport
     from gemcutter.text_assets import read_text_assets
 
     text = read_text_assets(checkpoint)
+    if towers:
+        from gemcutter.media_parts import find_markers
+
+        find_markers(text.tokenizer, "vision" in towers, "audio" in towers)
     return TextReport(text.notes, text.defaults.stops)
 
 
@@ -126,7 +141,12 @@ def _head(found: dict[str, Any]) -> Iterator[str]:
     if found["redundant"]:
         size = spell_bytes(sum(row["bytes"] for row in found["redundant"]))
         yield f"  redundant   {len(found['redundant'])} tensors, {size}"
+    for tower in found["towers"]:
+        yield f"  {tower['name']:<11} {spell_tower(tower)}"
+    described = {f"{tower['name']} tower" for tower in found["towers"]}
     for kind, pile in found["left_aside"].items():
+        if kind in described:
+            continue
         yield f"  aside       {kind}: {pile['tensors']} tensors, {spell_bytes(pile['bytes'])}"
     if found["text"]:
         yield from _text(found["text"], found["stops"])

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,9 +19,11 @@ import typer
 from gemcutter.checkpoint.container.lazy_tensor import DTYPES
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.doctor.doctor import spell_ranges
+from gemcutter.checkpoint.doctor.towers import describe_tower, match_towers
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
 from gemcutter.checkpoint.load.held import ITEM_BYTES, changed_pieces, held_as
 from gemcutter.checkpoint.load.match import Checkpoint, Piece, read_checkpoint
+from gemcutter.checkpoint.load.match_towers import find_tower_files
 from gemcutter.checkpoint.load.memory_needs import (
     WeightMemory,
     other_memory,
@@ -32,13 +35,13 @@ from gemcutter.checkpoint.load.memory_needs import (
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
-from gemcutter.cli.terminal import spell_bytes, spell_count, spell_work, tables
+from gemcutter.cli.terminal import spell_bytes, spell_count, spell_tower, spell_work, tables
 from gemcutter.errors import ConfigError, RequestError
 from gemcutter.load_options import DEFAULT_CONTEXT, own_dtype
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, Selection, select_backend
 from gemcutter.plan import Access, LayerPlan
-from gemcutter.tower_plan import derive_audio, derive_vision
+from gemcutter.tower_plan import TowerPlan, derive_audio, derive_vision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +52,8 @@ Show what a checkpoint is and how it will run.
 
 That is: its layers and whose keys and values they read, what it holds beyond them, memory and work by context length, and the
 kernels that would be chosen, with the reasons against the others. Only headers are read: of a model on the hub a few kilobytes,
-before anything is downloaded. Drafters (assistants) can be inspected, too; towers for images and audio are listed as not loaded.
+before anything is downloaded. Drafters (assistants) can be inspected, too. Towers for images and sounds are shown with how they
+are stored, in the model's files or in a projector: the one beside a GGUF model, or --mmproj.
 
 The last line says how much memory a run with one sequence of that length would need, with --quant, --adapter and --kv as given.
 Dense weights that stay mapped from the file are in the system's page cache: they count as used, but can be dropped and read
@@ -109,6 +113,7 @@ def inspect(
     kv: options.Kv = None,
     as_json: options.Json = False,
     ignore: options.Ignore = None,
+    mmproj: options.Mmproj = None,
 ) -> None:
     """Print the report of one checkpoint. Raises UsageError or GemcutterError."""
     asked = None if contexts is None else options.parse_integers("--context", contexts)
@@ -126,7 +131,8 @@ def inspect(
         raise RequestError(f"--context {max(asked)}: the model was made for {checkpoint.plan.context} tokens at most")
     lengths = asked or tuple(length for length in CONTEXTS if length <= checkpoint.plan.context) or (checkpoint.plan.context,)
     merged = None if adapter is None else open_adapter(locate(adapter), checkpoint.plan, tuple(ignore or ()))
-    found = describe(checkpoint, model, lengths, Use(compute, device, kernels, quant, kv, merged))
+    towers = describe_towers(checkpoint, None if mmproj is None else locate(mmproj), tuple(ignore or ()))
+    found = describe(checkpoint, model, lengths, Use(compute, device, kernels, quant, kv, merged), towers)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -136,7 +142,9 @@ def inspect(
 # ---- the report ----
 
 
-def describe(checkpoint: Checkpoint, model: str, contexts: Sequence[int], use: Use) -> dict[str, Any]:
+def describe(
+    checkpoint: Checkpoint, model: str, contexts: Sequence[int], use: Use, towers: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """Return everything that `inspect` shows. Bytes count what is stored for layers, what is held in memory for weights."""
     plan, source, config = checkpoint.plan, checkpoint.source, checkpoint.config
     backend, stored = select_backend(use.place, use.kernels), stored_dtype(checkpoint)
@@ -162,11 +170,11 @@ def describe(checkpoint: Checkpoint, model: str, contexts: Sequence[int], use: U
         "layers": [describe_layer(layer, checkpoint) for layer in plan.layers],
         "first_reader": plan.first_reader,
         "parameters": count_parameters(checkpoint),
-        "towers": describe_towers(checkpoint),
+        "towers": towers,
         "skipped": _pile(checkpoint.matched.redundant),
         "left_aside": {kind: _pile(pieces) for kind, pieces in checkpoint.matched.other_modules.items()},
         "ignored": _pile(checkpoint.matched.ignored),
-        "notes": list_notes(checkpoint, use, changed),
+        "notes": list_notes(checkpoint, use, changed, [f"{name} tower" for name, tower in towers.items() if tower.get("stored")]),
         "weights": weights,
         "contexts": [describe_context(checkpoint, tokens, item_bytes, use.kv_item_bytes, is_compact) for tokens in contexts],
         "memory": describe_memory(checkpoint, contexts, use, held, is_compact),
@@ -187,9 +195,9 @@ def count_weights(checkpoint: Checkpoint, use: Use, held: WeightMemory) -> tuple
     return {"bytes": whole, "read_whole_bytes": read}, item_bytes
 
 
-def list_notes(checkpoint: Checkpoint, use: Use, changed: frozenset[Piece]) -> list[str]:
-    """Return what would be left out, and which options would have no effect."""
-    notes = checkpoint.notes()
+def list_notes(checkpoint: Checkpoint, use: Use, changed: frozenset[Piece], towers: Sequence[str]) -> list[str]:
+    """Return what would be left out, and which options would have no effect; `towers` are described already."""
+    notes = checkpoint.notes(towers)
     if use.adapter is not None:
         notes += [f"adapter {use.adapter.path.name}: {len(use.adapter.factors)} changes to merge", *use.adapter.notes()]
     return notes if use.quant is None else [*notes, *quant_notes(checkpoint, use.quant, changed)]
@@ -289,19 +297,32 @@ def describe_layer(layer: LayerPlan, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def describe_towers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Return the sizes of each tower that the config names, with its projector, or what keeps the tower from being planned."""
+def describe_towers(checkpoint: Checkpoint, projector: Path | None, ignore: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the sizes of each tower, with its projector, and how it is stored, or the problems that keep it from being loaded.
+
+    Where there are no tensors, sizes are those of the config, if it names the tower. Raises CheckpointError for a `projector`
+    that holds no towers.
+    """
     found = dict[str, dict[str, Any]]()
+    for report in match_towers(find_tower_files(checkpoint, projector), ignore):
+        found[report.name] = describe_tower(report) | ({} if report.plan is None else _as_bfloat16(report.plan))
     for name, derive in (("vision", derive_vision), ("audio", derive_audio)):
+        if name in found:
+            continue
         try:
             plan = derive(checkpoint.config)
         except ConfigError as error:
             found[name] = {"problems": list(error.problems)}
             continue
         if plan is not None:
-            count, elements = plan.num_params(), sum(spec.elements for spec in plan.params())
-            found[name] = {"layers": plan.num_layers, "hidden": plan.hidden, "parameters": count, "bfloat16_bytes": 2 * elements}
+            sizes = {"layers": plan.num_layers, "hidden": plan.hidden, "parameters": plan.num_params()}
+            found[name] = sizes | _as_bfloat16(plan)
     return found
+
+
+def _as_bfloat16(plan: TowerPlan) -> dict[str, int]:
+    """Return the bytes of a tower in bfloat16, whatever it is stored as."""
+    return {"bfloat16_bytes": 2 * sum(spec.elements for spec in plan.params())}
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
@@ -388,12 +409,13 @@ def _head(found: dict[str, Any]) -> Iterator[str]:
         f", of which {spell_bytes(aside)} are read by rows and stay on disk" if aside else ""
     )
     for name, tower in found["towers"].items():
-        sizes = (
-            "its config can't be read"
-            if "problems" in tower
-            else f"{tower['layers']} layers, hidden {tower['hidden']}, {spell_count(tower['parameters'])} parameters"
-        )
-        yield f"  {name:<11} {sizes}; not loaded"
+        if tower.get("stored"):
+            yield f"  {name:<11} {spell_tower(tower)}; loaded on request"
+        elif tower.get("problems"):
+            problems = tower["problems"]
+            yield f"  {name:<11} would not load: {problems[0]}{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}"
+        else:
+            yield f"  {name:<11} {spell_tower(tower | {'stored': ()})}; the files hold none of its tensors"
     for line in found["notes"]:
         yield f"  note        {line}"
 

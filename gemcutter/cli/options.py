@@ -192,6 +192,10 @@ Ignore = Annotated[
     typer.Option(metavar="PATTERN", help="Pass over tensors and config keys that match, such as 'blk.*.foo'; repeatable."),
 ]
 
+Mmproj = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="What holds the towers for images and sounds.  [default: the model, or what is beside it]"),
+]
 Adapter = Annotated[
     str | None,
     typer.Option(metavar="PATH", help="LoRA adapter as PEFT saves it, merged into the weights: a folder, or a hub id."),
@@ -236,12 +240,7 @@ class Loading:
         ),
     ] = None
 
-    mmproj: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="What holds the towers for images and sounds.  [default: the model, or what is beside it]"
-        ),
-    ] = None
+    mmproj: Mmproj = None
     chat_template: Annotated[
         str | None,
         typer.Option(

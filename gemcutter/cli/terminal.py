@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
@@ -181,3 +181,13 @@ def spell_rate(tokens: int, seconds: float) -> str:
 def spell_drafts(drafted: int, accepted: int) -> str:
     """Format how many guessed tokens were right; nothing where none was guessed."""
     return f", {accepted} of {drafted} guesses right" if drafted else ""
+
+
+def spell_tower(tower: Mapping[str, Any]) -> str:
+    """Format a tower that a report describes on a line: its sizes, how it is stored, and where."""
+    if tower["layers"] is None:
+        return "does not load"
+    stored = ", ".join(f"{row['dtype']} {spell_bytes(row['bytes'])}" for row in tower["stored"])
+    sizes = f"{tower['layers']} layers, hidden {tower['hidden']}, {spell_count(tower['parameters'])} parameters"
+    where = f" in {tower['file']}" if tower.get("file") else ""
+    return f"{sizes}; {stored}{where}" if stored else sizes

@@ -260,7 +260,7 @@ class EngineLoop:
         try:
             with decoder.on_stream():
                 deltas = read()
-            while not self._exchange_adapters(decoder.with_adapter(deltas)):
+            while not self._exchange_adapters(decoder.with_adapter(name, deltas)):
                 _check_is_new(name, decoder.adapters)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):

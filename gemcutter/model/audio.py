@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -20,20 +21,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcutter.model.tower import (
+    Encode,
     Module,
     Params,
+    TowerBodies,
+    TowerBody,
     TowerContext,
     build_linear,
     build_projector,
     on_device,
     open_context,
     passes,
+    select_whole,
     within,
 )
 from gemcutter.ops.reference import rms_norm
 from gemcutter.ops.turns import Turns
-from gemcutter.ops.types import matrix, vector
+from gemcutter.ops.types import AudioLayer, AudioScales, matrix, vector
 from gemcutter.tower_plan import CONV_STRIDE, AudioPlan, UnifiedAudioPlan
+
+Edges = Sequence[tuple[int, int]]  # the first row of each sound and the one after its last
 
 PASS_TOKENS = 3000  # that pass the layers together: four sounds of 30 s
 SLOWEST = 1e4  # the longest wavelength of the distances' sinusoids, over that of the shortest
@@ -55,6 +62,8 @@ class Frames(Protocol):
 class AudioTower:
     """An audio tower over a plan and its parameters (canonical names); `dtype` and `kernels` are the decoder's."""
 
+    name = "audio"
+
     def __init__(
         self,
         plan: AudioPlan | UnifiedAudioPlan,
@@ -65,26 +74,33 @@ class AudioTower:
         turns: Turns | None = None,
     ) -> None:
         self.plan, self._ctx = plan, open_context(params, dtype, device, kernels, turns)
-        self._encode = torch.cat if isinstance(plan, UnifiedAudioPlan) else _build_encoder(plan, params, self._ctx)
-        self._projector = build_projector(plan.projector, plan.eps, params, self._ctx, "audio")
+        self.bodies = TowerBodies(params, self._ctx, self._build)
         self.nbytes = sum(param.nbytes for param in params.values())  # of weights
 
-    def encode(self, sounds: Sequence[Frames]) -> list[Tensor]:
+    def _build(self, params: Params, ctx: TowerContext) -> Encode:
+        """Build what makes rows of the decoder of some sounds' frames, over parameters that may carry deltas."""
+        plan = self.plan
+        encode: Encode = torch.cat if isinstance(plan, UnifiedAudioPlan) else _build_encoder(plan, params, ctx)
+        projector = build_projector(plan.projector, plan.eps, params, ctx, "audio")
+        return lambda sounds: projector(encode(sounds))
+
+    def encode(self, sounds: Sequence[Frames], body: TowerBody | None = None) -> list[Tensor]:
         """Return the rows [soft_tokens, out] that each sound becomes in the decoder, float32.
 
-        Raises NumericError for what is not finite.
+        `body` is one of `bodies`; None: the tower's own. Raises NumericError for what is not finite.
         """
+        encode = (body or self.bodies.of()).encode
         audible = [sound for sound in sounds if sound.soft_tokens]
         with on_device(self._ctx):
             groups = passes(audible, lambda sound: sound.soft_tokens, PASS_TOKENS)
-            rows = (each for group in groups for each in self._pass(group))
+            rows = (each for group in groups for each in self._pass(group, encode))
             silence = torch.empty(0, self.plan.out, device=self._ctx.device)
             return [next(rows) if sound.soft_tokens else silence for sound in sounds]
 
-    def _pass(self, sounds: Sequence[Frames]) -> Sequence[Tensor]:
+    def _pass(self, sounds: Sequence[Frames], encode: Encode) -> Sequence[Tensor]:
         ctx = self._ctx
-        rows_TD = self._encode([sound.values_FC.to(ctx.device, ctx.dtype) for sound in sounds])
-        return torch.split(self._projector(rows_TD), [sound.soft_tokens for sound in sounds])
+        rows_TD = encode([sound.values_FC.to(ctx.device, ctx.dtype) for sound in sounds])
+        return torch.split(rows_TD, [sound.soft_tokens for sound in sounds])
 
 
 # ---- E2B, E4B ----
@@ -94,28 +110,30 @@ class AudioTower:
 class _Chunks:
     """Which rows attend to which, in chunks of queries; -1 stands for a place before or after a sound.
 
-    `is_apart_BQW` says which keys a query does not see. `edges` are the first row of each sound and the one after its last.
+    `is_apart_BQW` says which keys a query does not see.
     """
 
-    edges: list[tuple[int, int]]
     queries_BQ: Tensor
     keys_BW: Tensor
     is_apart_BQW: Tensor
 
 
-def _build_encoder(plan: AudioPlan, params: Params, ctx: TowerContext) -> Callable[[list[Tensor]], Tensor]:
+def _build_encoder(plan: AudioPlan, params: Params, ctx: TowerContext) -> Encode:
     """Build the encoder: convolutions make a position of four frames, which pass the layers."""
-    layers = [_build_layer(plan, within(params, f"audio.layers.{index}."), ctx) for index in range(plan.num_layers)]
+    cut = lru_cache(maxsize=1)(partial(_cut_chunks, plan, device=ctx.device))
+    layers = [_build_layer(plan, within(params, f"audio.layers.{index}."), ctx, cut) for index in range(plan.num_layers)]
     convolve, enter = _build_convolutions(plan, params, ctx), build_linear(params, "audio.in", ctx)
     last, bias = matrix(params, "audio.last"), vector(params, "audio.last.bias")
 
     def encode(sounds: list[Tensor]) -> Tensor:
-        positions = [convolve(values_FC) for values_FC in sounds]
-        chunks = _cut_chunks(plan, [len(each) for each in positions], ctx.device)
+        positions = list[Tensor]()
+        for values_FC in sounds:
+            with ctx.turns.turn():
+                positions.append(convolve(values_FC))
+        edges = tuple(pairwise(accumulate((len(each) for each in positions), initial=0)))
         x_TD = enter(torch.cat(positions))
         for layer in layers:
-            with ctx.turns.turn():
-                x_TD = layer(x_TD, chunks)
+            x_TD = layer(x_TD, edges, ctx.turns)
         return (ctx.linear(x_TD, last).float() + bias).to(ctx.dtype)
 
     return encode
@@ -138,9 +156,9 @@ def _build_convolutions(plan: AudioPlan, params: Params, ctx: TowerContext) -> M
     return convolve
 
 
-def _cut_chunks(plan: AudioPlan, lengths: Sequence[int], device: torch.device) -> _Chunks:
-    """Cut rows of sounds of these lengths into chunks of queries, and say which keys each chunk reads."""
-    edges, queries, keys = list(pairwise(accumulate(lengths, initial=0))), list[Tensor](), list[Tensor]()
+def _cut_chunks(plan: AudioPlan, edges: Edges, device: torch.device) -> _Chunks:
+    """Cut rows of sounds into chunks of queries, and say which keys each chunk reads."""
+    queries, keys = list[Tensor](), list[Tensor]()
     for start, stop in edges:
         first_B1 = torch.arange(start, stop, plan.chunk)[:, None]
         for found, reach in ((queries, range(plan.chunk)), (keys, range(-plan.past, plan.chunk + plan.future))):
@@ -150,23 +168,45 @@ def _cut_chunks(plan: AudioPlan, lengths: Sequence[int], device: torch.device) -
     distance_QW = torch.arange(plan.chunk)[:, None] + plan.past - torch.arange(plan.context)
     is_near_QW = (distance_QW < plan.past) & (distance_QW > -max(plan.future, 1))
     is_apart_BQW = ~is_near_QW | (keys_BW == -1)[:, None]
-    return _Chunks(edges, queries_BQ.to(device), keys_BW.to(device), is_apart_BQW.to(device))
+    return _Chunks(queries_BQ.to(device), keys_BW.to(device), is_apart_BQW.to(device))
 
 
-def _build_layer(plan: AudioPlan, params: Params, ctx: TowerContext) -> Callable[[Tensor, _Chunks], Tensor]:
+def _build_layer(plan: AudioPlan, params: Params, ctx: TowerContext, cut: Callable[[Edges], _Chunks]) -> AudioLayer:
     """Build one layer: half a feed-forward, attention, a convolution over time, the other half, and a norm."""
+    build, activations = select_whole("audio_layer", params, ctx)
+    scales = scales_of(plan, params, ctx)
+    whole: AudioLayer | None = build(plan, params, activations, scales)
+    return build_plain_layer(plan, params, ctx, scales, cut) if whole is None else whole
+
+
+def scales_of(plan: AudioPlan, params: Params, ctx: TowerContext) -> AudioScales:
+    """Return what a layer's queries and keys are multiplied with."""
+    query_E = F.softplus(vector(params, "attn.q_scale")) * (plan.head_dim**-0.5 / math.log(2))
+    relative_PD = ctx.linear(_sinusoids(plan, ctx), matrix(params, "attn.relative")).float()
+    return AudioScales(query_E, KEY_SCALE, relative_PD.view(-1, plan.heads, plan.head_dim))
+
+
+def build_plain_layer(
+    plan: AudioPlan, params: Params, ctx: TowerContext, scales: AudioScales, cut: Callable[[Edges], _Chunks] | None = None
+) -> AudioLayer:
+    """Build one layer op by op, as kernels that make it at once are defined; `cut` cuts sounds into chunks."""
+    cut = cut or partial(_cut_chunks, plan, device=ctx.device)
     bound = min(plan.clamp, torch.finfo(ctx.dtype).max)
     ff1, ff2 = (_build_ff(plan, within(params, f"{name}."), ctx, bound) for name in ("ff1", "ff2"))
-    attention = _build_attention(plan, within(params, "attn."), ctx)
+    attention = _build_attention(plan, within(params, "attn."), ctx, scales)
     convolve = _build_time_convolution(plan, within(params, "conv."), ctx, bound)
     before, after, end = (vector(params, name) for name in ("attn.norm", "attn.post_norm", "norm"))
     eps = plan.eps
 
-    def layer(x_TD: Tensor, chunks: _Chunks) -> Tensor:
+    def layer(x_TD: Tensor, edges: Edges, turns: Turns) -> Tensor:
+        with turns.turn():
+            return compute(x_TD, edges, cut(tuple(edges)))
+
+    def compute(x_TD: Tensor, edges: Edges, chunks: _Chunks) -> Tensor:
         x_TD = ff1(x_TD)
         heard = attention(rms_norm(x_TD.clamp(-bound, bound), before, eps), chunks)
         x_TD = x_TD + rms_norm(heard.clamp_(-bound, bound), after, eps)
-        x_TD = x_TD + convolve(x_TD, chunks)
+        x_TD = x_TD + convolve(x_TD, edges)
         return rms_norm(ff2(x_TD).clamp_(-bound, bound), end, eps)
 
     return layer
@@ -185,12 +225,13 @@ def _build_ff(plan: AudioPlan, params: Params, ctx: TowerContext, bound: float) 
     return ff
 
 
-def _build_attention(plan: AudioPlan, params: Params, ctx: TowerContext) -> Callable[[Tensor, _Chunks], Tensor]:
+def _build_attention(
+    plan: AudioPlan, params: Params, ctx: TowerContext, scales: AudioScales
+) -> Callable[[Tensor, _Chunks], Tensor]:
     """Build attention to the near past, whose scores have a part of the distance and are softly capped; float32 within."""
     q, k, v = (build_linear(params, "in", ctx, part) for part in ("q", "k", "v"))
     out = build_linear(params, "out", ctx)
-    scale_E = F.softplus(vector(params, "q_scale")) * (plan.head_dim**-0.5 / math.log(2))
-    distances_PHE = ctx.linear(_sinusoids(plan, ctx), matrix(params, "relative")).float().view(-1, plan.heads, plan.head_dim)
+    distances_PHE = scales.distances_PHE
     # A key in place w of a chunk's context stands w - q places after the first that query q may be told the distance of.
     place_QW = torch.arange(plan.context, device=ctx.device) - torch.arange(plan.chunk, device=ctx.device)[:, None]
     has_place_QW = (place_QW >= 0) & (place_QW < len(distances_PHE))
@@ -198,8 +239,8 @@ def _build_attention(plan: AudioPlan, params: Params, ctx: TowerContext) -> Call
 
     def attention(x_TD: Tensor, chunks: _Chunks) -> Tensor:
         q_THE, k_THE, v_THE = (module(x_TD).float().view(-1, plan.heads, plan.head_dim) for module in (q, k, v))
-        q_BHQE = _gather(q_THE * scale_E, chunks.queries_BQ)
-        k_BHWE, v_BHWE = (_gather(each, chunks.keys_BW) for each in (k_THE * KEY_SCALE, v_THE))
+        q_BHQE = _gather(q_THE * scales.query_E, chunks.queries_BQ)
+        k_BHWE, v_BHWE = (_gather(each, chunks.keys_BW) for each in (k_THE * scales.key, v_THE))
         far_BHQP = q_BHQE @ distances_PHE.permute(1, 2, 0)
         far_BHQW = far_BHQP.gather(-1, place_QW.expand(*far_BHQP.shape[:2], -1, -1)) * has_place_QW
         scores = plan.logit_cap * torch.tanh((q_BHQE @ k_BHWE.transpose(-1, -2) + far_BHQW) / plan.logit_cap)
@@ -225,16 +266,16 @@ def _sinusoids(plan: AudioPlan, ctx: TowerContext) -> Tensor:
 
 def _build_time_convolution(
     plan: AudioPlan, params: Params, ctx: TowerContext, bound: float
-) -> Callable[[Tensor, _Chunks], Tensor]:
+) -> Callable[[Tensor, Edges], Tensor]:
     """Build the gated convolution of each channel over a position and those before it."""
     open_, close = build_linear(params, "in", ctx), build_linear(params, "out", ctx)
     before, inner = vector(params, "norm"), vector(params, "inner_norm")
     kernel = vector(params, "depthwise").to(ctx.dtype)
 
-    def convolve(x_TD: Tensor, chunks: _Chunks) -> Tensor:
+    def convolve(x_TD: Tensor, edges: Edges) -> Tensor:
         gated_DT = F.glu(open_(rms_norm(x_TD, before, plan.eps)), dim=-1).T
         past = plan.conv_kernel - 1
-        made = [F.conv1d(F.pad(gated_DT[:, a:b], (past, 0)), kernel, groups=plan.hidden) for a, b in chunks.edges]
+        made = [F.conv1d(F.pad(gated_DT[:, a:b], (past, 0)), kernel, groups=plan.hidden) for a, b in edges]
         mixed_TD = torch.cat(made, dim=1).T.contiguous().clamp_(-bound, bound)
         return close(F.silu(rms_norm(mixed_TD, inner, plan.eps), inplace=True))
 

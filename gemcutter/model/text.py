@@ -95,7 +95,8 @@ class Decoder:
     """A Gemma 4 text decoder over a plan and its parameters (canonical names), whose weights may carry adapters' deltas.
 
     `params` are those without deltas. Steps without adapters run over them, by ops that are bound once and know no adapter;
-    `adapted` runs all other steps, and is replaced as a whole when adapters come and go.
+    `adapted` runs all other steps, and is replaced as a whole when adapters come and go. `adapters` names those that change
+    nothing here, but a tower, and that sequences may ask for all the same.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Decoder:
         device: torch.device | str = "cpu",
         kernels: str = "auto",
         activations: str | None = None,
+        adapters: Iterable[str] = (),
     ) -> None:
         self.plan, self.params, self.dtype, self.device = plan, without_deltas(params), dtype, torch.device(device)
         self._is_on_gpu = self.device.type == "cuda"
@@ -127,7 +129,7 @@ class Decoder:
         if plan.ple_dim:
             self.kernels["ple_embed"] = select_kernel(self.kernel_plan.at("ple_embed")).impl.name
             self.ple_embed = self._bind("ple_embed", self.params, ctx, self.kernel_plan)
-        self.adapted = self._bind_adapted(params, 0)
+        self.adapted = self._bind_adapted(params, tuple(sorted({*adapters, *adapters_of(params)})), 0)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -208,15 +210,16 @@ class Decoder:
 
     # ---- adapters that come and go ----
 
-    def with_adapter(self, deltas: AdapterDeltas) -> AdaptedBody:
+    def with_adapter(self, name: str, deltas: AdapterDeltas) -> AdaptedBody:
         """Return what would run steps with one adapter more; any thread may bind it, while steps run."""
         before = self.adapted
-        return self._bind_adapted(carry(before.params, deltas), before.version + 1)
+        return self._bind_adapted(carry(before.params, deltas), tuple(sorted((*before.adapters, name))), before.version + 1)
 
     def without_adapter(self, name: str) -> AdaptedBody:
         """Return what would run steps with one adapter less; any thread may bind it, while steps run."""
         before = self.adapted
-        return self._bind_adapted(without_adapter(before.params, name), before.version + 1)
+        others = tuple(each for each in before.adapters if each != name)
+        return self._bind_adapted(without_adapter(before.params, name), others, before.version + 1)
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Make the stream of the decoder's steps the current one, in whatever thread: a step sees what was made on it before."""
@@ -241,11 +244,11 @@ class Decoder:
         following = [norm if isinstance(norm, Tensor) else None for norm in norms[1:]] + [None]
         return {layer.index: norm for layer, norm in zip(self.plan.layers, following, strict=True)}
 
-    def _bind_adapted(self, params: Mapping[str, Param], version: int) -> AdaptedBody:
+    def _bind_adapted(self, params: Mapping[str, Param], adapters: tuple[str, ...], version: int) -> AdaptedBody:
         """Bind ops of their own to the weights that carry deltas; all others are those of steps without adapters."""
         layers, ple_embed = self.layers, self.ple_embed
-        if adapters := adapters_of(params):
-            site, changed = self.kernel_plan.site, {name for name, _ in carrying_weights(params)}
+        if changed := {name for name, _ in carrying_weights(params)}:
+            site = self.kernel_plan.site
             low_rank = select_kernel(replace(site, op="linear", dtype="float32", stored="float32")).impl.load()
             ctx = replace(self.op_context, low_rank=low_rank)
             kernels = replace(self.kernel_plan, site=replace(site, adapted=True), adapted=changed.__contains__)

@@ -1,10 +1,11 @@
-"""What vision and audio towers are built from: clipped products, and passes of bounded size.
+"""What vision and audio towers are built from: clipped products, adapters' changes, and passes of bounded size.
 
 Owns `TowerContext` and what towers have in common. Refuses to know what a tower reads. Read `vision.py` and `audio.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,16 +17,20 @@ from torch import Tensor
 from gemcutter.errors import NumericError
 from gemcutter.model.text import bind_linear
 from gemcutter.ops import KernelSite
+from gemcutter.ops.lora import add_low_rank
 from gemcutter.ops.reference import rms_norm
 from gemcutter.ops.registry import select_backend, select_kernel
 from gemcutter.ops.turns import Turns
-from gemcutter.ops.types import Linear, Param, matrix, vector
+from gemcutter.ops.types import AdapterDeltas, Linear, Param, matrix, vector
 from gemcutter.plan import ParamSpec
 from gemcutter.quant import Weight
+from gemcutter.quant.carried import carry
+from gemcutter.quant.lora import Delta
 from gemcutter.quant.packed import dtype_name
 
 Module = Callable[[Tensor], Tensor]
 Params = Mapping[str, Param]
+Encode = Callable[[Any], Tensor]  # what a tower reads of some images or sounds to rows of the decoder
 T = TypeVar("T")
 
 
@@ -49,6 +54,69 @@ def open_context(
     rows = select_backend(place.type, kernels).row_dtype(compute)
     site = KernelSite("linear", None, place.type, rows, compute, kernels)
     return TowerContext(bind_linear(params.values(), site), getattr(torch, rows), place, site, compute, turns or Turns())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TowerBody:
+    """What computes a tower's rows: as the checkpoint has it, or with what one adapter adds to its products.
+
+    `digest` tells what adapters change apart, hexadecimal; empty where nothing is changed.
+    """
+
+    encode: Encode
+    digest: str = ""
+
+
+class TowerBodies:
+    """The bodies of one tower, of which all threads may ask at any time: its own, and one for each adapter that changes it.
+
+    `build` makes what encodes of parameters, whose weights may carry one adapter's deltas, and the context to bind them in.
+    """
+
+    def __init__(self, params: Params, ctx: TowerContext, build: Callable[[Params, TowerContext], Encode]) -> None:
+        self.params, self._ctx, self._build = params, ctx, build
+        self._own = TowerBody(build(params, ctx))
+        self._adapted: Mapping[str, TowerBody] = {}  # replaced as a whole
+
+    def of(self, adapter: object = None) -> TowerBody:
+        """Return what computes for a request with an adapter: the tower's own body where no such one changes it."""
+        return self._adapted.get(adapter, self._own) if isinstance(adapter, str) else self._own
+
+    def add(self, adapter: str, deltas: AdapterDeltas) -> None:
+        """Bind a body for those of an adapter's changes, by parameter, that are of this tower; without any, its own serves it."""
+        own = {name: more for name, more in deltas.items() if name in self.params}
+        if own:
+            with on_device(self._ctx):
+                made = self._build(carry(self.params, own), _adapted_context(self._ctx, adapter))
+            self._adapted = {**self._adapted, adapter: TowerBody(made, _digest(own))}
+
+    def remove(self, adapter: str) -> None:
+        """Forget an adapter's body; passes that compute with it go on, and their rows are known by what changed them."""
+        self._adapted = {name: body for name, body in self._adapted.items() if name != adapter}
+
+
+def _adapted_context(ctx: TowerContext, adapter: str) -> TowerContext:
+    """Return a context whose product adds an adapter's changes to every row, where the weight carries any."""
+    low_rank: Linear = select_kernel(replace(ctx.site, dtype="float32", stored="float32")).impl.load()
+
+    def linear(x_ND: Tensor, weight: Weight) -> Tensor:
+        out = ctx.linear(x_ND, weight)
+        if weight.deltas:
+            add_low_rank(out, x_ND, weight, {adapter: slice(None)}, low_rank)
+        return out
+
+    return replace(ctx, linear=linear)
+
+
+def _digest(deltas: Mapping[str, Sequence[Delta]]) -> str:
+    """Return a digest of changes by their values, so that equal ones have equal rows, whatever they are called."""
+    digest = hashlib.sha256()
+    for name in sorted(deltas):
+        for delta in deltas[name]:
+            digest.update(f"{name} {delta.start} {tuple(delta.down.shape)} {tuple(delta.up.shape)}".encode())
+            for half in (delta.down, delta.up):
+                digest.update(half.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def select_whole(op: str, params: Params, ctx: TowerContext) -> tuple[Callable[..., Any], str]:

@@ -20,7 +20,10 @@ from torch import Tensor
 from gemcutter.errors import RequestError
 from gemcutter.model.rope import Rope
 from gemcutter.model.tower import (
+    Encode,
     Params,
+    TowerBodies,
+    TowerBody,
     TowerContext,
     build_linear,
     build_projector,
@@ -33,8 +36,9 @@ from gemcutter.model.tower import (
 from gemcutter.ops.reference import rms_norm, rope
 from gemcutter.ops.step import Rotation
 from gemcutter.ops.turns import Turns
-from gemcutter.ops.types import VisionLayer, matrix, vector
+from gemcutter.ops.types import VisionLayer, VisionRows, matrix, vector
 from gemcutter.plan import RopeSpec
+from gemcutter.quant.carried import carrying_weights
 from gemcutter.tower_plan import UnifiedVisionPlan, VisionPlan
 
 PASS_PATCHES = 12_000  # that pass the layers together: one image of the largest budget, or four of the usual one
@@ -74,6 +78,8 @@ class Images:
 class VisionTower:
     """A vision tower over a plan and its parameters (canonical names); `dtype` and `kernels` are the decoder's."""
 
+    name = "vision"
+
     def __init__(
         self,
         plan: VisionPlan | UnifiedVisionPlan,
@@ -84,37 +90,45 @@ class VisionTower:
         turns: Turns | None = None,
     ) -> None:
         self.plan, self._ctx = plan, open_context(params, dtype, device, kernels, turns)
-        self._encode = (
-            _build_embedder(plan, params, self._ctx)
-            if isinstance(plan, UnifiedVisionPlan)
-            else _build_encoder(plan, params, self._ctx)
-        )
-        self._projector = build_projector(plan.projector, plan.eps, params, self._ctx, "image")
+        self.bodies = TowerBodies(params, self._ctx, self._build)
         self.nbytes = sum(param.nbytes for param in params.values())  # of weights
 
-    def encode(self, images: Sequence[Patches]) -> list[Tensor]:
+    def _build(self, params: Params, ctx: TowerContext) -> Encode:
+        """Build what makes rows of the decoder of some images, over parameters that may carry deltas."""
+        plan = self.plan
+        encode: Encode
+        if isinstance(plan, UnifiedVisionPlan):
+            encode = _build_embedder(plan, params, ctx)
+        else:
+            encode = _build_encoder(plan, params, ctx)
+        projector = build_projector(plan.projector, plan.eps, params, ctx, "image")
+        return lambda images: projector(encode(images))
+
+    def encode(self, images: Sequence[Patches], body: TowerBody | None = None) -> list[Tensor]:
         """Return the rows [K, out] that each image becomes in the decoder, float32.
 
-        Raises RequestError for an image with more patches side by side than the position table has rows, NumericError for what
-        is not finite.
+        `body` is one of `bodies`; None: the tower's own. Raises RequestError for an image with more patches side by side than the
+        position table has rows, NumericError for what is not finite.
         """
         for image in images:
             self._check(image)
+        encode = (body or self.bodies.of()).encode
         with on_device(self._ctx):
-            return [rows for group in passes(images, _count, PASS_PATCHES) for rows in self._pass(group)]
+            return [rows for group in passes(images, _count, PASS_PATCHES) for rows in self._pass(group, encode)]
 
     def _check(self, image: Patches) -> None:
         if max(image.rows, image.columns) > self.plan.positions:
             grid = f"{image.columns} x {image.rows} patches, the position table of this model has {self.plan.positions}"
             raise RequestError(f"image: {grid}; lower max_soft_tokens, or crop the image to be less narrow")
 
-    def _pass(self, images: Sequence[Patches]) -> Sequence[Tensor]:
+    def _pass(self, images: Sequence[Patches], encode: Encode) -> Sequence[Tensor]:
         ctx = self._ctx
         values_PC = torch.cat([image.values() for image in images]).to(ctx.device, ctx.dtype)
         positions_P2 = torch.cat([image.positions() for image in images]).to(ctx.device)
-        soft_KD = self._encode(Images(values_PC, positions_P2, images))
         squeeze = 1 if isinstance(self.plan, UnifiedVisionPlan) else self.plan.pool**2
-        return torch.split(self._projector(soft_KD), [image.rows * image.columns // squeeze for image in images])
+        return torch.split(
+            encode(Images(values_PC, positions_P2, images)), [image.rows * image.columns // squeeze for image in images]
+        )
 
 
 def _count(image: Patches) -> int:
@@ -136,16 +150,18 @@ def _build_encoder(plan: VisionPlan, params: Params, ctx: TowerContext) -> Calla
         x_P, y_P = images.positions_P2.unbind(1)
         places_PD = (table[0][x_P].float() + table[1][y_P].float()).to(ctx.dtype)
         x_PD = ctx.linear(2 * (images.values_PC - 0.5), patch) + places_PD
-        rotations, edges = (axial.tables(x_P), axial.tables(y_P)), images.edges()
+        rows = VisionRows((axial.tables(x_P), axial.tables(y_P)), images.edges(), ctx.turns)
         for layer in layers:
-            x_PD = layer(x_PD, rotations, edges, ctx.turns)
-        return torch.cat([pool(x_PD[start:stop], image) for (start, stop), image in zip(edges, images.images, strict=True)])
+            x_PD = layer(x_PD, rows)
+        return torch.cat([pool(x_PD[start:stop], image) for (start, stop), image in zip(rows.edges, images.images, strict=True)])
 
     return encode
 
 
 def _build_layer(plan: VisionPlan, params: Params, ctx: TowerContext) -> VisionLayer:
     """Build one layer: attention of each image to itself, then the MLP, each between norms and beside the residual."""
+    if carrying_weights(params):
+        return build_plain_layer(plan, params, ctx)
     build, activations = select_whole("vision_layer", params, ctx)
     whole: VisionLayer | None = build(plan, params, activations)
     return build_plain_layer(plan, params, ctx) if whole is None else whole
@@ -158,17 +174,17 @@ def build_plain_layer(plan: VisionPlan, params: Params, ctx: TowerContext) -> Vi
     gate, up = (build_linear(params, "mlp.in", ctx, part) for part in ("gate", "up"))
     attn_out, mlp_out, eps = build_linear(params, "attn.out", ctx), build_linear(params, "mlp.out", ctx), plan.eps
 
-    def layer(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: Sequence[tuple[int, int]], turns: Turns) -> Tensor:
-        with turns.turn():
-            return compute(x_PD, rotations, edges)
+    def layer(x_PD: Tensor, rows: VisionRows) -> Tensor:
+        with rows.turns.turn():
+            return compute(x_PD, rows)
 
-    def compute(x_PD: Tensor, rotations: tuple[Rotation, Rotation], edges: Sequence[tuple[int, int]]) -> Tensor:
+    def compute(x_PD: Tensor, rows: VisionRows) -> Tensor:
         normed = rms_norm(x_PD, norms["attn."], eps)
         q_PHE = q(normed).view(-1, plan.heads, plan.head_dim)
         k_PHE, v_PHE = (module(normed).view(-1, plan.kv_heads, plan.head_dim) for module in (k, v))
-        q_PHE = _rotate(rms_norm(q_PHE, norms["attn.q_"], eps), rotations)
-        k_PHE = _rotate(rms_norm(k_PHE, norms["attn.k_"], eps), rotations)
-        o_PD = _attend(q_PHE, k_PHE, rms_norm(v_PHE, None, eps), edges)
+        q_PHE = _rotate(rms_norm(q_PHE, norms["attn.q_"], eps), rows.rotations)
+        k_PHE = _rotate(rms_norm(k_PHE, norms["attn.k_"], eps), rows.rotations)
+        o_PD = _attend(q_PHE, k_PHE, rms_norm(v_PHE, None, eps), rows.edges)
         x_PD = x_PD + rms_norm(attn_out(o_PD), norms["attn.post_"], eps)
         normed = rms_norm(x_PD, norms["mlp."], eps)
         opened = F.gelu(gate(normed), approximate="tanh") * up(normed)
@@ -234,7 +250,6 @@ def _build_embedder(plan: UnifiedVisionPlan, params: Params, ctx: TowerContext) 
 
 
 def _table(params: Params, ctx: TowerContext) -> Tensor:
-    """Return the position table, of three axes, as it is stored, where rows are computed."""
+    """Return the position table, of three axes, where rows are computed: as it is stored, or in float32 if that is packed."""
     (table,) = matrix(params, "vision.positions").parts
-    assert isinstance(table, Tensor)
-    return table.to(ctx.device)
+    return (table if isinstance(table, Tensor) else table.dequantize()).to(ctx.device)

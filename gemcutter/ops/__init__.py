@@ -2,8 +2,8 @@
 
 Primitive ops (`linear`) compose into layer ops (`qkv, attention, attn_out, mlp, ple_gate`) and model ops (`embed, ple_embed,
 final_norm, lm_head`). A kernel may implement any of them, a whole layer at once (`layer`), a drafter's bursts (`draft`), or a
-layer of a vision tower (`vision_layer`). This module imports no torch, so that the selection can be explained from headers alone.
-Read `registry.py` for the table of implementations, `reference.py` for what each op computes.
+layer of a tower (`vision_layer`, `audio_layer`). This module imports no torch, so that the selection can be explained from
+headers alone. Read `registry.py` for the table of implementations, `reference.py` for what each op computes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PRIMITIVE_OPS = ("linear",)
 LAYER_OPS = ("qkv", "attention", "attn_out", "mlp", "ple_gate")
 MODEL_OPS = ("embed", "ple_embed", "final_norm", "lm_head")
 DRAFTER_OPS = ("draft",)  # beside those of its decoder
-TOWER_OPS = ("vision_layer",)
+TOWER_OPS = ("vision_layer", "audio_layer")
 OPS = (*PRIMITIVE_OPS, "embed", "ple_embed", *LAYER_OPS, "layer", "final_norm", "lm_head")  # in the order of a step
 
 # The matrices that an op multiplies with or gathers from, by canonical name within its layer or model. The LM head's depends on

@@ -171,7 +171,7 @@ def _chunked_linear(site: KernelSite) -> str | None:
 
 def _reference(site: KernelSite) -> str | None:
     """Accept all, but where Triton was asked for: only what may have to be computed op by op."""
-    return ASKED if site.kernels == "triton" and site.op not in ("layer", "draft", "vision_layer") else None
+    return ASKED if site.kernels == "triton" and site.op not in ("layer", "draft", *TOWER_OPS) else None
 
 
 TORCH = PlainBackend(

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, KVRange, Step, visible_mask
-from gemcutter.ops.types import Attention, OpContext, Param, closing_scale, matrix, rounded_root, vector
+from gemcutter.ops.types import Attention, AudioScales, OpContext, Param, closing_scale, matrix, rounded_root, vector
 from gemcutter.plan import LayerPlan, ModelPlan
 from gemcutter.quant import Weight, dequantize
-from gemcutter.tower_plan import VisionPlan
+from gemcutter.tower_plan import AudioPlan, VisionPlan
 
 ROW_TILE = 16  # rows of one matrix product; fixed, so that a row never meets another kernel
 KEY_BLOCK = 256  # keys of one softmax update, aligned to absolute positions
@@ -298,6 +298,10 @@ def build_draft(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext, em
 
 def build_vision_layer(plan: VisionPlan, params: Mapping[str, Param], activations: str) -> None:
     """Return nothing: a layer of a vision tower is computed op by op, as `model/vision.py` spells it."""
+
+
+def build_audio_layer(plan: AudioPlan, params: Mapping[str, Param], activations: str, scales: AudioScales) -> None:
+    """Return nothing: a layer of an audio tower is computed op by op, as `model/audio.py` spells it."""
 
 
 def build_final_norm(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[[Tensor], Tensor]:

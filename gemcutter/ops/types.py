@@ -7,7 +7,8 @@ Owns the signatures of primitive ops and `OpContext`; refuses arithmetic. Read `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,9 +27,9 @@ AdapterDeltas = Mapping[str, Sequence[Delta]]  # what an adapter adds to weights
 Linear = Callable[[Tensor, Weight], Tensor]  # rows [N, D] and a matrix [F, D] to [N, F]
 Attention = Callable[[Tensor, Step, KVCache], Tensor]  # queries [N, H, E] to outputs [N, H, E]
 Draft = Callable[[Tensor, Tensor, Step, KVCache, int, bool], "Drafts"]  # ids [S], states [S, T], how many tokens, with logits?
-# Patches [P, D] of images whose first and last patches are listed, with the rotations of their columns and rows, to [P, D];
-# every piece of the work takes a turn.
-VisionLayer = Callable[[Tensor, tuple[Rotation, Rotation], Sequence[tuple[int, int]], Turns], Tensor]
+VisionLayer = Callable[[Tensor, "VisionRows"], Tensor]  # patches [P, D] to [P, D]; every piece of the work takes a turn
+# Positions [T, D] of sounds whose first and last positions are listed to [T, D]; every piece of the work takes a turn.
+AudioLayer = Callable[[Tensor, Sequence[tuple[int, int]], Turns], Tensor]
 LayerOutput = tuple[Tensor, Tensor | None]  # rows [M, D], and their norm under the next layer's first weight if it was made
 
 
@@ -45,6 +46,49 @@ class Drafts:
     states_ST: Tensor
     logits_SC: Tensor | None = None  # float32
     ids_SC: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VisionRows:
+    """What all layers of a vision tower share in one pass over the patches of some images, made once.
+
+    `rotations` turn one half of each head by the column of a patch and the other by its row; `edges` are the first patch of each
+    image and the one after its last. `turns` are taken by those who compute.
+    """
+
+    rotations: tuple[Rotation, Rotation]
+    edges: Sequence[tuple[int, int]]
+    turns: Turns
+    buffers: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of both rotations side by side, [P, 1, head dim / 2] in float32."""
+        cos, sin = (torch.cat([rotation[each] for rotation in self.rotations], dim=-1).float() for each in (0, 1))
+        return cos.contiguous(), sin.contiguous()
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Return the first patch of each image, and the one after the last."""
+        return torch.tensor([0, *(stop for _, stop in self.edges)], dtype=torch.long)
+
+    def scratch(self, floats: int) -> Tensor:
+        """Return so many floats, at least, for a layer to use until it returns; their values are anything."""
+        if not self.buffers or len(self.buffers[0]) < floats:
+            self.buffers[:] = [torch.empty(floats)]
+        return self.buffers[0]
+
+
+@dataclass(frozen=True, slots=True)
+class AudioScales:
+    """What an audio layer scales queries [E] and keys by, and its projected distances [P, H, E], the farthest past first.
+
+    A query's product with the distance of a key is added to the key's score.
+    """
+
+    query_E: Tensor
+    key: float
+    distances_PHE: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,9 +83,14 @@ def reply_text(completion: Completion) -> str:
 
 
 def logprobs(raw: RawRequest, completion: Completion, tokenizer: Tokenizer, *, echo: bool) -> dict[str, Any]:
-    """Return the arrays of a choice: over prompt and reply with `echo`, else over the reply."""
+    """Return the arrays of a choice: over prompt and reply with `echo`, else over the reply.
+
+    With `echo` a stop token counts: clients that score a prompt, as lm-eval does, cut off one token after it, whichever it is.
+    """
     ids, found = list(completion.tokens), list[TokenLogprobs | None](completion.logprobs)
     if echo:
+        if (end := completion.end_logprobs) is not None:
+            ids, found = [*ids, end.token], [*found, end]
         shown = list(raw.prepared.request.prompt[raw.hidden :])
         # The report has no entry for the first token of the prompt, which is the hidden one where there is one.
         report = [None, *completion.prompt.logprobs][raw.hidden :]

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemcutter import config as configs
 from gemcutter.checkpoint.convert.convert import convert
-from gemcutter.checkpoint.formats import hf
+from gemcutter.checkpoint.formats import hf, hf_towers
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
+from gemcutter.tower_plan import derive_towers
 from tests.topologies import plan_of
 
 RAW: dict[str, Any] = {
@@ -42,7 +44,14 @@ RAW: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-CONTAINERS = ("hf", "mlx", "gguf")
+TOWERS: dict[str, Any] = {
+    "vision_config": {"model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64}
+    | {"use_clipped_linears": True},
+    "audio_config": {"model_type": "gemma4_audio", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    | {"subsampling_conv_channels": [128, 4], "output_proj_dims": 40},
+}
+CONTAINERS = ("hf", "mlx", "gguf", "towers", "mmproj")
 ADDED = (
     *("quantization_config", "quantization", "rope_scaling", "num_experts", "enable_moe_block", "attention_k_eq_v", "dtype"),
     *("torch_dtype", "pad_token_id", "final_logit_softcapping", "per_layer_config", "rope_parameters", "foo", "vision_config"),
@@ -52,7 +61,7 @@ Mutation = Callable[[Path, random.Random], None]
 
 def write_sound(container: str, folder: Path) -> Path:
     """Write a sound checkpoint of random weights into a folder, and return what a user would name."""
-    plain = folder if container == "hf" else folder.with_name(f"{folder.name}-plain")
+    plain = folder if container in ("hf", "towers") else folder.with_name(f"{folder.name}-plain")
     plain.mkdir(parents=True)
     generator, tensors = torch.Generator().manual_seed(1), {}
     for spec in plan_of(RAW).params():
@@ -64,13 +73,35 @@ def write_sound(container: str, folder: Path) -> Path:
     (plain / "config.json").write_text(json.dumps(RAW))
     for name in BESIDE:
         shutil.copy(DEMO_FOLDER / name, plain / name)
-    if container == "hf":
+    if container in ("towers", "mmproj"):
+        _add_towers(plain, generator)
+    if container in ("hf", "towers"):
         return folder
+    if container == "mmproj":
+        folder.mkdir()
+        convert(plain, folder / "mmproj.gguf", "mmproj", "Q8_0")
+        convert(plain, folder / "model.gguf", "gguf", "Q8_0")
+        return folder / "model.gguf"
     target = folder if container == "mlx" else folder / "model.gguf"
     if container == "gguf":
         folder.mkdir()
     convert(plain, target, container, "mlx4" if container == "mlx" else "Q8_0")
     return target
+
+
+def _add_towers(folder: Path, generator: torch.Generator) -> None:
+    """Put the decoder of a folder into a wrapper with random towers, whose bounds cut little off."""
+    raw = {"model_type": "gemma4", "dtype": "bfloat16", "text_config": RAW, "eos_token_id": [1], **TOWERS}
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    for spec in derive_towers(configs.read(raw)).params():
+        for part, rows in spec.parts or ((None, 0),):
+            shape = spec.shape if part is None else (rows, *spec.shape[1:])
+            middle = 0.0 if not spec.buffer else -4.0 if spec.name.endswith("_min") else 4.0
+            drawn = torch.rand(shape, generator=generator) - 0.5 + middle
+            tensors[hf_towers.spell(spec.name, part)] = drawn.bfloat16()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw))
 
 
 # ---- mutations ----
@@ -124,7 +155,8 @@ def edit_tensors(folder: Path, random: random.Random) -> None:
     elif how == "rename":
         tensors[name.replace("layers.1", "layers.7").replace("embed", "bed")] = tensors.pop(name)
     elif how == "resize":
-        tensors[name] = tensors[name][: max(1, tensors[name].shape[0] // 2)].clone()
+        rows = torch.atleast_1d(tensors[name])
+        tensors[name] = rows[: max(1, len(rows) // 2)].clone()
     elif how == "retype":
         dtype = random.choice((torch.float16, torch.float32, torch.int8, torch.uint8, torch.int64, torch.float64))
         tensors[name] = tensors[name].to(dtype)
@@ -175,3 +207,4 @@ def damage_header(folder: Path, random: random.Random) -> None:
 
 OF_FOLDERS: tuple[Mutation, ...] = (edit_config, add_to_config, edit_tensors, edit_beside, damage_beside, damage_header)
 MUTATIONS: dict[str, tuple[Mutation, ...]] = {"hf": OF_FOLDERS, "mlx": OF_FOLDERS, "gguf": (damage_header,)}
+MUTATIONS |= {"towers": OF_FOLDERS, "mmproj": (damage_header,)}

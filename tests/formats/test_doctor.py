@@ -413,6 +413,7 @@ SHAPE = {
     "tensor_bytes": int,
     "received": dict,
     "model": dict,
+    "towers": list,
     "layers": list,
     "missing": list,
     "unknown": list,
@@ -435,6 +436,7 @@ NESTED = {
     "dtypes": {"dtype", "tensors", "bytes"},
     "roles": {"role", "stored"},
     "verdicts": {"engine", "verdict", "versions", "why", "threads"},
+    "towers": {"name", "file", "layers", "hidden", "out", "parameters", "bytes", "stored", "problems"},
 }
 OPTIONAL = {"path", "format", "received", "model", "text"}  # null where there is nothing to say
 

@@ -1,5 +1,5 @@
-"""The doctor's verdict is what loading does: randomly damaged checkpoints are accepted by both or refused by both, and whatever
-they claim, neither takes more memory than the sound ones need.
+"""The doctor's verdict is what loading with all media does: randomly damaged checkpoints are accepted by both or refused by both,
+and whatever they claim, neither takes more memory than the sound ones need.
 
 GEMCUTTER_CASES sets how many are tried for each container (100 by default; seeds are the numbers, so a failure is tried again by
 its number).
@@ -34,11 +34,11 @@ def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def verdicts(folder: Path) -> tuple[bool, str, bool, str]:
     """Return whether the doctor and loading accept a checkpoint, each with its reasons."""
-    model = str(next(folder.glob("*.gguf"), folder))
+    model = str(next(folder.glob("model.gguf"), folder))
     report = examine(model, read_text=read_text)
     words = "; ".join(f"{each['kind']} {each['text']}" for each in report["problems"])
     try:
-        gemcutter.load(model, context=32, max_num_seqs=1, max_batched_tokens=8, prefix_cache_bytes=0).close()
+        gemcutter.load(model, context=32, max_num_seqs=1, max_batched_tokens=8, prefix_cache_bytes=0, media="auto").close()
     except GemcutterError as error:
         return report["exit_code"] < 2, words, False, str(error)
     return report["exit_code"] < 2, words, True, ""

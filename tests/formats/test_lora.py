@@ -58,7 +58,7 @@ def demo() -> Checkpoint:
     return open_checkpoint(DEMO_FOLDER)
 
 
-def one(folder: Path, **config: Any) -> Path:
+def one(folder: Path, /, **config: Any) -> Path:
     """Write an adapter of one change."""
     return write_adapter(folder, tensors_of(draw(E2B, [QUERY])), **config)
 

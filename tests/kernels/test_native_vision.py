@@ -15,10 +15,10 @@ from gemcutter.errors import KernelError
 from gemcutter.model.rope import Rope
 from gemcutter.model.tower import open_context
 from gemcutter.model.vision import build_plain_layer
-from gemcutter.ops.cpu import vision_ops
+from gemcutter.ops.cpu import tower_ops
 from gemcutter.ops.cpu.vision_ops import build_vision_layer
 from gemcutter.ops.turns import Turns
-from gemcutter.ops.types import Param
+from gemcutter.ops.types import Param, VisionRows
 from gemcutter.plan import ParamKind, RopeSpec
 from gemcutter.quant import Weight
 from gemcutter.tower_plan import VisionPlan
@@ -75,8 +75,8 @@ def test_a_layer_is_its_ops(shape: str, clipped: bool, activations: str, level: 
     x_PD, rotations = inputs(plan)
     wide = {name: _widened(each) for name, each in params.items()}
     plain = build_plain_layer(plan, wide, open_context(wide, torch.float32, "cpu", "reference"))
-    found = build_vision_layer(plan, params, activations)(x_PD, rotations, EDGES, Turns())
-    assert relative_error(found, plain(x_PD, rotations, EDGES, Turns())) < TOLERANCES[activations]
+    found = build_vision_layer(plan, params, activations)(x_PD, VisionRows(rotations, EDGES, Turns()))
+    assert relative_error(found, plain(x_PD, VisionRows(rotations, EDGES, Turns()))) < TOLERANCES[activations]
 
 
 def _widened(param: Param) -> Param:
@@ -95,7 +95,7 @@ def test_threads_do_not_matter(activations: str, level: str) -> None:
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(layer(x_PD, rotations, EDGES, Turns()))
+            found.append(layer(x_PD, VisionRows(rotations, EDGES, Turns())))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
@@ -108,10 +108,10 @@ def test_how_rows_are_cut_does_not_matter(activations: str, level: str, monkeypa
     params = params_of(plan, torch.float32 if activations == "float32" else torch.bfloat16)
     (x_PD, rotations), found = inputs(plan), list[Tensor]()
     for rows in (17, 64, 1 << 16):
-        monkeypatch.setattr(vision_ops, "UNIT_ROWS", rows)
-        monkeypatch.setattr(vision_ops, "FIRST_ROWS", rows)
-        monkeypatch.setattr(vision_ops, "MOST_ROWS", rows)
-        found.append(build_vision_layer(plan, params, activations)(x_PD, rotations, EDGES, Turns()))
+        monkeypatch.setattr(tower_ops, "UNIT_ROWS", rows)
+        monkeypatch.setattr(tower_ops, "FIRST_ROWS", rows)
+        monkeypatch.setattr(tower_ops, "MOST_ROWS", rows)
+        found.append(build_vision_layer(plan, params, activations)(x_PD, VisionRows(rotations, EDGES, Turns())))
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[2])
 
@@ -120,7 +120,7 @@ def test_not_a_number_stays_one(level: str) -> None:
     plan = plan_of("64", clipped=True)
     x_PD, rotations = inputs(plan)
     x_PD[7, 3] = torch.nan  # of the second image
-    found = build_vision_layer(plan, params_of(plan, torch.float32), "float32")(x_PD, rotations, EDGES, Turns())
+    found = build_vision_layer(plan, params_of(plan, torch.float32), "float32")(x_PD, VisionRows(rotations, EDGES, Turns()))
     assert found[:5].isfinite().all()
     assert found[5:275].isnan().any()
     assert found[275:].isfinite().all()
@@ -132,4 +132,4 @@ def test_edges_that_do_not_ascend_are_refused() -> None:
     layer = build_vision_layer(plan, params_of(plan, torch.float32), "float32")
     for edges in ([(0, 300), (300, 200), (200, PATCHES)], [(0, PATCHES - 1)], []):
         with pytest.raises(KernelError, match="images do not make up the patches"):
-            layer(x_PD, rotations, edges, Turns())
+            layer(x_PD, VisionRows(rotations, edges, Turns()))

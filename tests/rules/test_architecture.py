@@ -64,7 +64,7 @@ MAY_IMPORT = {
     },
     "tools": {"text", "completion"},  # completion for type checking only
     "text_assets": {"checkpoint", "text", "generation_config", "sidecar"},
-    "evals": {"api", "completion", "engine", "generate_options", "parity", "scoring", "text", "tools"},
+    "evals": {"api", "completion", "engine", "generate_options", "load_options", "parity", "scoring", "text", "tools"},
     "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
     "benchmark": {
         "plan",
@@ -113,6 +113,7 @@ BASES = {"Protocol", "Enum", "Exception", "GemcutterError", "Module", "Structure
 BASES |= {"TemplateError", "Extension", "ImmutableSandboxedEnvironment"}  # how jinja2 is extended
 BASES |= {"BaseModel", "SamplingFields", "StreamingResponse", "Server"}  # bodies of requests; starlette's and uvicorn's
 BASES |= {"AsyncNetworkBackend"}  # how httpcore is told what to connect to
+BASES |= {"TemplateLM"}  # what lm-eval's models are
 BASES |= {"ValueError"}  # what callers expect of a bad argument
 
 

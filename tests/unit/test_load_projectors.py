@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import gguf_towers
 from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.errors import CheckpointError
@@ -41,6 +42,8 @@ SIZES = ("E2B", "26B-A4B", "12B")
 MOBILE = {"quant_method": "gemma", "num_bits": 8, "module_quant_configs": {"audio_tower": {"num_bits": 2}}}
 OUT = "mm.input_projection.weight"
 LAYERS = 12  # of towers, more than the decoder has
+Types = Mapping[str, gguf_library.GGMLQuantizationType]
+NO_TYPES: Types = {}
 Tensors = dict[str, Tensor]
 
 
@@ -126,8 +129,44 @@ def test_a_projector_without_a_tensor_is_refused_by_name(tmp_path: Path) -> None
     ]
 
 
-def changed(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> Path:
-    """Write E2B's projector with other tensors."""
+def test_a_packed_table_of_positions_is_read(tmp_path: Path) -> None:
+    table, folder = "v.position_embd.weight", GOLDENS / "E2B"
+    q8 = gguf_library.GGMLQuantizationType.Q8_0
+    found = dict[str, np.ndarray]()
+    changed(tmp_path / "same.gguf", found.update)
+    packed = gguf_library.quants.quantize(found[table], q8)
+    dense = gguf_library.quants.dequantize(packed, q8)
+    plain = changed(tmp_path / "plain.gguf", lambda tensors: tensors.update({table: dense}))
+    stored = changed(tmp_path / "packed.gguf", lambda tensors: tensors.update({table: packed}), {table: q8})
+    assert torch.equal(rows(opened(folder, stored)), rows(opened(folder, plain)))
+    assert not torch.equal(rows(opened(folder, stored)), rows(opened(folder, folder / "mmproj-f32.gguf")))
+
+
+def test_the_header_of_a_projector_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, projector = as_gguf(GOLDENS / "E2B", tmp_path / "model.gguf"), tmp_path / "mmproj.gguf"
+    shutil.copy(GOLDENS / "E2B" / "mmproj-f32.gguf", projector)
+    read, original = list[str](), Source.open.__func__  # type: ignore[attr-defined]
+
+    def opening(cls: type[Source], path: Path) -> Source:
+        read.append(path.name)
+        found: Source = original(cls, path)
+        return found
+
+    monkeypatch.setattr(Source, "open", classmethod(opening))
+    for media in (("image", "audio"), ("auto",)):
+        read.clear()
+        found = opened(model, media=media)
+        assert found.vision is not None
+        assert found.audio is not None
+        assert read == ["model.gguf", "mmproj.gguf"]
+
+
+def changed(
+    path: Path,
+    change: Callable[[dict[str, np.ndarray]], object],
+    packed: Types = NO_TYPES,
+) -> Path:
+    """Write E2B's projector with other tensors; those that are `packed` are the bytes of blocks."""
     reader, writer = gguf_library.GGUFReader(GOLDENS / "E2B" / "mmproj-f32.gguf"), gguf_library.GGUFWriter(path, "clip")
     for key, field in reader.fields.items():
         if key.startswith("clip.") and len(field.types) == 1:
@@ -135,7 +174,7 @@ def changed(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> Pa
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     change(tensors)
     for name, array in tensors.items():
-        writer.add_tensor(name, array)
+        writer.add_tensor(name, array, raw_dtype=packed.get(name))
     close(writer)
     return path
 

@@ -25,7 +25,6 @@ import gemcutter
 from gemcutter import media_reader
 from gemcutter.api import Model
 from gemcutter.errors import RequestError
-from gemcutter.media.image import ImagePatches
 from gemcutter.media_parts import take_media
 from gemcutter.media_reader import MediaReader
 from gemcutter.model.audio import AudioTower
@@ -70,13 +69,13 @@ def encoded(model: Model, monkeypatch: pytest.MonkeyPatch, cache_bytes: int = 1 
     counts = list[int]()
     for tower in (VisionTower, AudioTower):
 
-        def counted(self: Any, items: list[Any], encode: Any = tower.encode) -> Any:
+        def counted(self: Any, items: list[Any], body: Any = None, encode: Any = tower.encode) -> Any:
             counts.append(len(items))
-            return encode(self, items)
+            return encode(self, items, body)
 
         monkeypatch.setattr(tower, "encode", counted)
-    vision, audio = (each.__self__ for each in model.media._encoders.values())  # type: ignore[union-attr]
-    monkeypatch.setattr(model, "media", MediaReader(model.tokenizer, vision, audio, cache_bytes))
+    vision, audio = model._towers
+    monkeypatch.setattr(model, "media", MediaReader(model.tokenizer, vision, audio, cache_bytes))  # type: ignore[arg-type]
     return counts
 
 
@@ -300,14 +299,12 @@ def test_what_is_known_does_not_wait_for_what_is_encoded(model: Model, monkeypat
     model.prepare(asked(PICTURE), max_soft_tokens=SMALL)
     begun, may_end, encode = threading.Event(), threading.Event(), VisionTower.encode
 
-    def slow(self: VisionTower, items: list[Any]) -> Any:
+    def slow(self: VisionTower, items: list[Any], body: Any = None) -> Any:
         begun.set()
         assert may_end.wait(60)
-        return encode(self, items)
+        return encode(self, items, body)
 
     monkeypatch.setattr(VisionTower, "encode", slow)
-    vision = model.media._encoders[ImagePatches].__self__  # type: ignore[union-attr]
-    monkeypatch.setitem(model.media._encoders, ImagePatches, vision.encode)  # type: ignore[union-attr]
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(model.prepare, asked(255 - PICTURE), max_soft_tokens=SMALL) for _ in range(2)]
         try:

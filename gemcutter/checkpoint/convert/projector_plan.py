@@ -23,7 +23,7 @@ from gemcutter.checkpoint.convert.tensor_writers import Output, arranged, stored
 from gemcutter.checkpoint.formats import gguf_towers
 from gemcutter.checkpoint.formats.gguf_metadata import FILE_TYPES, UNKNOWN_TYPE, Entry
 from gemcutter.checkpoint.load.match import Checkpoint
-from gemcutter.checkpoint.load.match_towers import match_audio, match_vision
+from gemcutter.checkpoint.load.match_towers import find_tower_files, match_audio, match_vision
 from gemcutter.checkpoint.load.row_chunks import dense_dtype, whole
 from gemcutter.errors import CheckpointError
 from gemcutter.plan import ParamKind, ParamSpec
@@ -60,12 +60,12 @@ class Towers:
 def find_towers(checkpoint: Checkpoint, ignore: Sequence[str] = ()) -> Towers:
     """Match the towers that a checkpoint holds. Raises CheckpointError where it holds none, or they do not fit their plans."""
     kinds, pieces = checkpoint.matched.other_modules, dict[str, tuple[StoredTensor, ...]]()
-    vision = audio = None
+    vision, audio, files = None, None, find_tower_files(checkpoint)
     if "vision tower" in kinds:
-        vision, matched = match_vision(checkpoint, ignore)
+        vision, matched = match_vision(files, ignore)
         pieces |= matched.pieces
     if "audio tower" in kinds:
-        audio, heard = match_audio(checkpoint, ignore)
+        audio, heard = match_audio(files, ignore)
         pieces |= heard.pieces
     if vision is None and audio is None:
         raise CheckpointError(f"{checkpoint.source.path} holds no towers, of which a projector is made; use the original release")

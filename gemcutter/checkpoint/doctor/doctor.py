@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
+from gemcutter.checkpoint.doctor import towers
 from gemcutter.checkpoint.doctor.engine_compat import find_facts, judge
 from gemcutter.checkpoint.doctor.sidecar_files import SidecarFiles, read_sidecar_files
+from gemcutter.checkpoint.doctor.towers import TowerReport
 from gemcutter.checkpoint.formats import FORMATS, Format, lora
 from gemcutter.checkpoint.load.match import FLOATS, Checkpoint, Matched, compare, table_notes
 from gemcutter.checkpoint.remote.remote_source import received, survey
@@ -61,7 +64,7 @@ class TextReport:
     stops: Mapping[int, tuple[str, ...]]
 
 
-ReadText = Callable[[Checkpoint], TextReport]
+ReadText = Callable[[Checkpoint, Sequence[str]], TextReport]  # of a checkpoint with towers of these names
 
 
 def examine(
@@ -70,13 +73,17 @@ def examine(
     read_text: ReadText | None = None,
     data: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    mmproj: Path | None = None,
 ) -> dict[str, Any]:
     """Report on the checkpoint that `model` names: a path, a hub id, a web address or "demo". Raises nothing of our own.
 
+    Its towers are those that loading with all media would load; `mmproj` is a file or folder that holds them instead. A
+    projector is reported on by itself.
+
     `status` is "fine", "remarks" (it loads, but see `remarks`), "broken" (it does not load) or "unreadable" (nothing was there
     to judge). `ignore` holds patterns of config keys and tensors to pass over. `read_text` reads the text side of a checkpoint on
-    this machine just as loading does, and raises what that raises. With `data`, all values of the decoder are read too, and
-    `progress` is told the bytes. All sizes are bytes.
+    this machine just as loading does, and raises what that raises. With `data`, all values of decoder and towers are read, too,
+    and `progress` is told the bytes. All sizes are bytes.
     """
     problems: list[str] = []
     try:
@@ -86,6 +93,8 @@ def examine(
     problems = [f"file       {problem}" for problem in problems]
     if _is_adapter(source):
         return _adapter_report(model, source, problems, ignore)
+    if towers.is_projector(source):
+        return _projector_report(model, source, problems, ignore, data, progress)
     format = next(format for format in FORMATS if _is_of(format, source))
     config, plan, can_match = _read_model(format, source, ignore, problems)
     matched = None
@@ -93,21 +102,25 @@ def examine(
         try:
             matched = compare(plan, format.pieces(source, plan), problems, ignore, format.spell)
         except GemcutterError as error:
-            problems += _problems_of("file", error)
+            problems += towers.problems_of("file", error)
     sidecar = read_sidecar_files(source, config)
     remarks = [*(_remarks(plan, config, matched) if plan and config and matched else ()), *sidecar.remarks]
+    checkpoint, found_towers = None, list[TowerReport]()
+    if config and plan and matched and not plan.is_drafter:
+        checkpoint = Checkpoint(source, config, plan, matched, format.NAME)
+        found_towers = towers.examine_towers(checkpoint, mmproj, ignore, problems)
     text = None
-    if read_text is not None and source.remote is None and config and plan and matched and not plan.is_drafter:
+    if read_text is not None and source.remote is None and checkpoint is not None:
         try:
-            text = read_text(Checkpoint(source, config, plan, matched, format.NAME))
+            text = read_text(checkpoint, [tower.name for tower in found_towers if tower.matched])
         except GemcutterError as error:
-            problems += _problems_of("text", error)
+            problems += towers.problems_of("text", error)
     if text is None and not any(problem.startswith("text") for problem in problems):
         problems += [f"text       {problem}" for problem in sidecar.problems]
     elif text is not None:
         remarks += [*text.notes, *sidecar.problems]  # of files that loading passes by
     if data and matched is not None:
-        values = _values(source, matched, progress)
+        values = _values(source, [matched, *(tower.matched for tower in found_towers if tower.matched)], progress)
         problems += values.problems
         remarks += values.remarks
     status = BROKEN if problems else REMARKS if remarks else FINE
@@ -125,6 +138,7 @@ def examine(
         matched=matched,
         sidecar=sidecar,
         facts=find_facts(source, raw, config, plan, matched),
+        found_towers=found_towers,
     )
 
 
@@ -148,12 +162,39 @@ def _adapter_report(model: str, source: Source, problems: list[str], ignore: Seq
     return _report(model, BROKEN, source=source, format="PEFT adapter", problems=sorted(problems), remarks=remarks)
 
 
-def _values(source: Source, matched: Matched, progress: Callable[[int, int], None] | None) -> ValueReport:
+def _projector_report(
+    model: str,
+    source: Source,
+    problems: list[str],
+    ignore: Sequence[str],
+    data: bool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """Report on a projector: it is sound if its towers are what its metadata says; which model it is for, no file tells."""
+    found, remarks = towers.examine_projector(source, ignore, problems), list[str]()
+    if not found:
+        problems.append("file       this projector holds no towers of Gemma 4")
+    if data:
+        values = _values(source, [tower.matched for tower in found if tower.matched], progress)
+        problems, remarks = problems + values.problems, values.remarks
+    status = BROKEN if problems else REMARKS if remarks else FINE
+    return _report(
+        model,
+        status,
+        source=source,
+        format=towers.PROJECTOR,
+        problems=sorted(problems),
+        remarks=remarks,
+        found_towers=found,
+    )
+
+
+def _values(source: Source, found: Sequence[Matched], progress: Callable[[int, int], None] | None) -> ValueReport:
     from gemcutter.checkpoint.doctor.values import ValueReport, examine_values  # which needs torch
 
     if source.remote is not None:
         return ValueReport(["values     are not read over a network: download the checkpoint first"])
-    return examine_values(matched, progress)
+    return examine_values(found, progress)
 
 
 # ---- as far as it can be read ----
@@ -171,7 +212,7 @@ def _read_model(
     try:
         config = format.config(source, ignore)
     except GemcutterError as error:
-        problems += _problems_of("config", error)
+        problems += towers.problems_of("config", error)
         config = _try(lambda: format.config(source, ("*",)))
         if config is None:
             can_match = False
@@ -180,7 +221,7 @@ def _read_model(
     try:
         return config, None if config is None else derive(config), can_match
     except ConfigError as error:
-        problems += _problems_of("config", error)
+        problems += towers.problems_of("config", error)
         return config, None, False
 
 
@@ -204,10 +245,6 @@ def _raw_config(source: Source) -> dict[str, Any] | None:
         return source.read_json("config.json")
     except GemcutterError:
         return None
-
-
-def _problems_of(kind: str, error: GemcutterError) -> list[str]:
-    return [f"{kind:10} {problem}" for problem in error.problems]
 
 
 # ---- remarks ----
@@ -266,6 +303,7 @@ def _report(
     sidecar: SidecarFiles | None = None,
     facts: tuple[str, ...] = (),
     stops: Mapping[int, tuple[str, ...]] | None = None,
+    found_towers: Sequence[TowerReport] = (),
 ) -> dict[str, Any]:
     client = None if source is None else received(source)
     return {
@@ -282,6 +320,7 @@ def _report(
         "tensor_bytes": 0 if source is None else source.total_bytes,
         "received": client and {"requests": client.requests, "bytes": client.received_bytes},
         "model": None if plan is None or config is None else _model(plan, config),
+        "towers": [towers.describe_tower(tower) for tower in found_towers],
         "layers": [] if plan is None else [_layer(layer, plan, matched) for layer in plan.layers],
         "missing": [] if matched is None else [{"name": name, "shape": list(shape)} for name, shape in matched.missing],
         "unknown": [] if matched is None else [_named(piece) for piece in matched.unknown],
@@ -292,7 +331,9 @@ def _report(
         "text": None if sidecar is None else _text(sidecar),
         "stops": [{"id": id, "asked_by": list(who)} for id, who in sorted((stops or {}).items())],
         "facts": list(facts),
-        "verdicts": [] if source is None else [_own_verdict(status), *judge(facts)],
+        "verdicts": []
+        if source is None
+        else [_own_verdict(status, format), *([] if format == towers.PROJECTOR else judge(facts))],
     }
 
 
@@ -302,10 +343,11 @@ def _split(problem: str) -> dict[str, str]:
     return {"kind": kind, "text": text.strip()} if known else {"kind": "file", "text": problem}
 
 
-def _own_verdict(status: str) -> dict[str, Any]:
+def _own_verdict(status: str, format: str | None) -> dict[str, Any]:
     verdicts = {FINE: "loads", REMARKS: "loads", BROKEN: "fails"}
     whys = {FINE: None, REMARKS: "see the remarks", BROKEN: "see the problems"}
-    return {"engine": "gemcutter", "verdict": verdicts[status], "versions": "this one", "why": whys[status], "threads": []}
+    why = whys[status] or ("beside the model that it is for (--mmproj)" if format == towers.PROJECTOR else None)
+    return {"engine": "gemcutter", "verdict": verdicts[status], "versions": "this one", "why": why, "threads": []}
 
 
 def _files(source: Source) -> list[dict[str, Any]]:

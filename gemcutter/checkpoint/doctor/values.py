@@ -21,8 +21,10 @@ from gemcutter.checkpoint.load.match import Matched
 from gemcutter.checkpoint.load.row_chunks import dense, row_chunks, whole
 from gemcutter.errors import GemcutterError
 from gemcutter.quant.packed import floats_of
+from gemcutter.tower_plan import BOUNDS
 
 CHUNK_ELEMENTS = 4 << 20  # of a matrix that are looked at together
+MATRIX_AXES = 3  # of a stack of matrices; kernels of convolutions have more
 LARGE = 1e4  # a weight beyond it is no trained one
 SCALES = (1e-3, 1e3)  # of a layer's output, where sound checkpoints lie
 MOST_NAMED = 3
@@ -36,9 +38,12 @@ class ValueReport:
     remarks: list[str] = field(default_factory=list)
 
 
-def examine_values(matched: Matched, progress: Callable[[int, int], None] | None = None) -> ValueReport:
-    """Read all values of the decoder; `progress` is told the stored bytes done and in all. Problems of a kind are one line."""
-    pieces = [piece for found in matched.pieces.values() for piece in found]
+def examine_values(matched: Sequence[Matched], progress: Callable[[int, int], None] | None = None) -> ValueReport:
+    """Read all values of the decoder and of towers; `progress` is told the stored bytes done and in all.
+
+    Problems of a kind are one line.
+    """
+    pieces = [piece for each in matched for found in each.pieces.values() for piece in found]
     total, done = sum(piece.data.nbytes for piece in pieces), 0
     broken, constant, large = list[str](), list[str](), list[str]()
     report = ValueReport()
@@ -63,11 +68,12 @@ def examine_values(matched: Matched, progress: Callable[[int, int], None] | None
     report.problems += _line("values     not finite (NaN or infinity) in", broken)
     report.remarks += _line("rows of a single value in", constant)
     report.remarks += _line(f"values beyond {LARGE:g} in", large)
-    report.remarks += _heads(matched)
+    report.remarks += [remark for each in matched for remark in _heads(each)]
     return report
 
 
-MAY_BE_CONSTANT = ("embed.tokens", "embed.ple", "head")  # rows of ids that no text uses
+# Rows of ids that no text uses, and of places that no image has.
+MAY_BE_CONSTANT = ("embed.tokens", "embed.ple", "head", "vision.positions")
 
 
 @dataclass(slots=True)
@@ -79,8 +85,15 @@ class _Found:
 
 
 def _look(piece: StoredTensor) -> _Found:
-    """Read one stored matrix or vector."""
+    """Read one stored matrix or vector; a bound may be infinite."""
     found = _Found()
+    if (piece.name or "").rpartition(".")[2] in BOUNDS and isinstance(piece.data, LazyTensor):
+        return _Found(rows=1, broken=int(piece.data.torch().isnan().any()))
+    if isinstance(piece.data, LazyTensor) and (piece.data.arranged is not None or len(piece.data.shape) > MATRIX_AXES):
+        values = piece.data.torch()
+        _look_at_values(values.reshape(-1, values.shape[-1]), found)
+        piece.data.release()
+        return found
     for part in row_chunks(whole(piece.data), CHUNK_ELEMENTS):
         if isinstance(part, Tensor) and not part.is_floating_point():
             continue

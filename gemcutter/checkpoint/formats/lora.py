@@ -1,9 +1,9 @@
 """LoRA adapters as PEFT saves them: adapter_config.json and adapter_model.safetensors.
 
-Owns their names, the config's keys and the check against a plan, from headers alone: every change is one of the decoder's, or
-known to have no effect, or a problem. Refuses to compute: read `checkpoint/load/adapters.py` for that. Imports no torch.
-Source: the layouts of PEFT 0.21, whose stacked experts have A [r * X, in] with an expert's rows together, and B [out, r * X]
-with an expert's columns apart.
+Owns their names, the config's keys and the check against plans, from headers alone: every change is one of the decoder's or of
+a loaded tower's, or known to have no effect, or a problem. Refuses to compute: read `checkpoint/load/adapters.py` for that.
+Imports no torch. Source: the layouts of PEFT 0.21, whose stacked experts have A [r * X, in] with an expert's rows together, and
+B [out, r * X] with an expert's columns apart.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
-from gemcutter.checkpoint.formats import hf
+from gemcutter.checkpoint.formats import hf, hf_towers
 from gemcutter.errors import CheckpointError
-from gemcutter.plan import ModelPlan, ParamSpec
+from gemcutter.plan import Access, ModelPlan, ParamKind, ParamSpec
 from gemcutter.sidecar.small_file import shown
+from gemcutter.tower_plan import TowerPlans
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FLOATS = ("BF16", "F16", "F32")
@@ -57,6 +58,7 @@ FOREIGN_TENSORS = {
     "lora_magnitude_vector": f"DoRA rescales whole weights; {MERGE}",
     "modules_to_save": f"a whole module, not a change of one; {MERGE}",
 }
+SHAPE_OF_DECODER = re.compile(r"shape +(?! |vision\.|audio\.)")  # a problem
 LAYER = re.compile(r"layers\.([0-9]{1,9})\.")
 READS_HIDDEN = re.compile(r"\b(?:[qkv]_proj|gate_proj|up_proj)\b")  # modules whose inputs are as wide as the model
 IGNORE_HINT = re.compile(r"; --ignore '[^']*' to skip it$")
@@ -89,7 +91,17 @@ class Adapter:
     path: Path
     factors: tuple[Factors, ...]
     idle: tuple[str, ...]  # changes of keys and values that their layers don't use
-    other_modules: Mapping[str, int] = field(default_factory=dict)  # changes of towers, by kind
+    other_modules: Mapping[str, int] = field(default_factory=dict)  # changes of towers that are not loaded, by kind
+    of_towers: tuple[Factors, ...] = ()  # changes of those that are
+
+    @property
+    def num_changes(self) -> int:
+        """Count the changes that have an effect."""
+        return len(self.factors) + len(self.of_towers)
+
+    def of_tower(self, tower: str) -> list[Factors]:
+        """Return the changes of a tower, "vision" or "audio", if it is loaded."""
+        return [each for each in self.of_towers if each.name.startswith(f"{tower}.")]
 
     def notes(self) -> list[str]:
         """Return notes on what of the adapter has no effect, and why."""
@@ -123,11 +135,11 @@ class _Settings:
         return rank, alpha / (rank**0.5 if self.is_rslora else rank)
 
 
-def open_adapter(path: Path, plan: ModelPlan, ignore: Sequence[str] = ()) -> Adapter:
-    """Read an adapter's headers (a folder, or the .safetensors file in it) and match them with the plan it is for.
+def open_adapter(path: Path, plan: ModelPlan, ignore: Sequence[str] = (), towers: TowerPlans | None = None) -> Adapter:
+    """Read an adapter's headers (a folder, or the .safetensors file in it) and match them with the plans it is for.
 
-    `ignore` holds patterns of config keys and tensor names to pass over. Raises CheckpointError with all problems; an adapter
-    that changes nothing is one.
+    `towers` are those that are loaded: changes of others are counted. `ignore` holds patterns of config keys and tensor names to
+    pass over. Raises CheckpointError with all problems; an adapter that changes nothing is one.
     """
     source = Source.open(_find_weights(path))
     raw = source.read_json(CONFIG)
@@ -136,7 +148,7 @@ def open_adapter(path: Path, plan: ModelPlan, ignore: Sequence[str] = ()) -> Ada
     problems = list[str]()
     settings = _read_settings(raw, ignore, problems)
     pairs = _pair(source, ignore, problems)
-    adapter = _match(path, plan, settings, pairs, problems)
+    adapter = _match(path, plan, towers or TowerPlans(), settings, pairs, problems)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         base = _other_base(raw, pairs, plan, problems)
@@ -144,10 +156,12 @@ def open_adapter(path: Path, plan: ModelPlan, ignore: Sequence[str] = ()) -> Ada
             problems = [IGNORE_HINT.sub("", problem) for problem in problems]
         summary = f"the adapter {path} does not fit the model ({count}, nothing was allocated)"
         raise CheckpointError(summary if base is None else f"{summary}: {base}", _shortened(sorted(problems)))
-    if not adapter.factors:
+    if not adapter.num_changes:
         rest = [f"{len(adapter.idle)} changes of keys and values that no layer uses"] if adapter.idle else []
         rest += [f"{count} changes of the {kind}" for kind, count in adapter.other_modules.items()]
-        raise CheckpointError(f"the adapter {path} changes nothing in the decoder; it holds {', '.join(rest) or 'no tensors'}")
+        remedy = "; those apply where the towers are loaded (media)" if adapter.other_modules else ""
+        found = ", ".join(rest) or "no tensors"
+        raise CheckpointError(f"the adapter {path} changes nothing in the decoder; it holds {found}{remedy}")
     return adapter
 
 
@@ -194,7 +208,7 @@ def _other_base(
             if "A" in halves and READS_HIDDEN.search(module) and len(halves["A"].shape) == 2:
                 widths.add(halves["A"].shape[1])
     is_other = depth > len(plan.layers) or (len(widths) == 1 and widths != {plan.hidden})
-    if not is_other and not any(problem.startswith("shape") for problem in problems):
+    if not is_other and not any(SHAPE_OF_DECODER.match(problem) for problem in problems):
         return None
     name = raw.get("base_model_name_or_path")
     told = (
@@ -313,10 +327,16 @@ def _pair(source: Source, ignore: Sequence[str], problems: list[str]) -> dict[st
 
 
 def _match(
-    path: Path, plan: ModelPlan, settings: _Settings, pairs: Mapping[str, Mapping[str, LazyTensor]], problems: list[str]
+    path: Path,
+    plan: ModelPlan,
+    towers: TowerPlans,
+    settings: _Settings,
+    pairs: Mapping[str, Mapping[str, LazyTensor]],
+    problems: list[str],
 ) -> Adapter:
     """Find every change's parameter, noting all problems."""
-    specs = {spec.name: spec for spec in plan.params()}
+    of_towers = {spec.name: spec for spec in towers.params()}
+    specs = {spec.name: spec for spec in plan.params()} | of_towers
     factors, idle, other_modules = dict[str, Factors](), list[str](), dict[str, int]()
     for module, halves in pairs.items():
         if len(halves) < 2:
@@ -333,13 +353,20 @@ def _match(
             other_modules[name.strip("()")] = other_modules.get(name.strip("()"), 0) + 1
         elif _is_unused(plan, name, part, spec):
             idle.append(label)
-        elif spec is None or len(spec.shape) < 2 or name.startswith("embed."):
+        elif spec is None or not _is_multiplied(spec):
             problems.append(f"unknown    {down.origin}: {_refusal(name, spec)}; --ignore '{module}.*' to skip it")
         elif label in factors:
             problems.append(f"duplicate  {label}: {factors[label].down.origin} and {down.origin}")
         else:
             factors[label] = _check(spec, part, module, settings, down, up, problems)
-    return Adapter(path, tuple(factors.values()), tuple(idle), other_modules)
+    own, others = (tuple(each for each in factors.values() if (each.name in of_towers) is is_other) for is_other in (False, True))
+    return Adapter(path, own, tuple(idle), other_modules, others)
+
+
+def _is_multiplied(spec: ParamSpec) -> bool:
+    """Return whether rows are multiplied with a parameter: no embedding, convolution, vector or table."""
+    is_matrix = spec.kind in (ParamKind.MATRIX, ParamKind.EXPERTS) and spec.access is not Access.ROWS
+    return is_matrix and len(spec.shape) > 1 and not spec.name.startswith("embed.")
 
 
 def _locate(module: str, down: LazyTensor, up: LazyTensor, specs: Mapping[str, ParamSpec]) -> tuple[str | None, str | None]:
@@ -348,7 +375,12 @@ def _locate(module: str, down: LazyTensor, up: LazyTensor, specs: Mapping[str, P
     A clippable module keeps its matrix in a module of its own, `linear`. Stacked experts are one module with two parameters,
     told apart by the shapes.
     """
-    bare = hf.strip(module).removesuffix(".linear")
+    stored = hf.strip(module)
+    if (kind := hf.tower_kind(stored)) is not None:
+        prefix = kind.strip("()").replace(" tower", ".")
+        is_loaded = any(name.startswith(prefix) for name in specs)
+        return (hf_towers.translate(f"{stored}.weight") or (None, None)) if is_loaded else (kind, None)
+    bare = stored.removesuffix(".linear")
     experts = EXPERTS.fullmatch(bare)
     if experts is None:
         piece = hf.translate(replace(down, name=f"{bare}.weight"))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.stored_tensor import StoredTensor
 from gemcutter.checkpoint.formats.lora import Adapter, Factors
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.row_chunks import CHUNK_ROWS, Run, row_chunks
@@ -29,6 +30,7 @@ from gemcutter.quant.packing import Packer, PlainPacker
 from gemcutter.quant.recipes import RECIPES
 
 Params = Mapping[str, Weight | Tensor]
+Pieces = Mapping[str, tuple[StoredTensor, ...]]  # the stored tensors of every parameter
 
 FOLD_ELEMENTS = 1 << 21  # elements of a weight that are dequantized at a time
 
@@ -42,18 +44,40 @@ def fold(
     quant: str | None = None,
     packer: Packer | None = None,
 ) -> tuple[dict[str, Weight | Tensor], str]:
-    """Add an adapter's changes to the weights, for all requests, and return the parameters and a note of what that costs.
+    """Add an adapter's changes to the decoder's weights, as `fold_factors` does; return the parameters and a note.
 
-    Only the parts that change are copied: dense and as `dtype`, whatever they were before, or quantized by the recipe `quant`
+    Raises CheckpointError for values that are not finite.
+    """
+    maker = Maker(dtype, device, quant, packer or PlainPacker(device), model_dtype(checkpoint))
+    folded, cost = fold_factors(params, adapter.factors, checkpoint.matched.pieces, maker)
+    return folded, f"adapter {adapter.path.name}: {len(adapter.factors)} changes merged; {cost}"
+
+
+def fold_tower(
+    params: Params, adapter: Adapter, tower: str, pieces: Pieces, maker: Maker
+) -> tuple[dict[str, Weight | Tensor], list[str]]:
+    """Do what `fold` does for a loaded tower, "vision" or "audio"; without changes of it, its parameters are as they were."""
+    factors = adapter.of_tower(tower)
+    if not factors:
+        return dict(params), []
+    folded, cost = fold_factors(params, factors, pieces, maker)
+    return folded, [f"adapter {adapter.path.name}: {len(factors)} changes of the {tower} tower merged; {cost}"]
+
+
+def fold_factors(
+    params: Params, factors: Sequence[Factors], pieces: Pieces, maker: Maker
+) -> tuple[dict[str, Weight | Tensor], str]:
+    """Add changes to the weights, for all requests, and return the parameters and what that costs, in words.
+
+    Only the parts that change are copied: dense and in the maker's dtype, whatever they were before, or quantized by its recipe
     once they are merged, some rows at a time. The others stay as they are. Raises CheckpointError for values that are not finite.
     """
-    folded, before, after = dict(params), 0, 0
-    kinds, maker = dict[str, None](), _Maker(dtype, device, quant, packer or PlainPacker(device), model_dtype(checkpoint))
-    for name, factors in _by_parameter(adapter).items():
-        weight, pieces = _weight(params, name), checkpoint.matched.pieces[name]
-        is_fused = len(weight.parts) > 1 and any(piece.part is None for piece in pieces)  # one tensor, loaded for all its parts
-        deltas = [_delta("", each, _first_row(weight, each), device) for each in factors]
-        parts, release = list[Part](), partial(_release, checkpoint, name)
+    folded, before, after, kinds = dict(params), 0, 0, dict[str, None]()
+    for name, changes in _by_parameter(factors).items():
+        weight, stored = _weight(params, name), pieces[name]
+        is_fused = len(weight.parts) > 1 and any(piece.part is None for piece in stored)  # one tensor, loaded for all its parts
+        deltas = [_delta("", each, _first_row(weight, each), maker.device) for each in changes]
+        parts, release = list[Part](), partial(_release, stored)
         for part, (start, stop) in zip(weight.parts, weight.edges(), strict=True):
             found = tuple(cut_deltas(deltas, start, stop))
             made, kind = maker.make(name, part, found, release) if found or is_fused else (part, "")
@@ -63,11 +87,8 @@ def fold(
                 before, after = before + part.nbytes, after + made.nbytes
         folded[name] = replace(weight, parts=maker.packer.arrange(parts))
         release()
-    note = (
-        f"adapter {adapter.path.name}: {len(adapter.factors)} changes merged; what they change is held as {', '.join(kinds)}, "
-        f"{after / 1e6:.1f} MB in memory beside {before / 1e6:.1f} MB in the file"
-    )
-    return folded, note
+    held = f"{', '.join(kinds)}, {after / 1e6:.1f} MB in memory beside {before / 1e6:.1f} MB in the file"
+    return folded, f"what they change is held as {held}"
 
 
 def merged_rows(runs: Iterable[Run], factors: Sequence[Factors], spec: ParamSpec) -> Iterator[Tensor]:
@@ -94,7 +115,7 @@ def attach(params: Params, adapter: Adapter, name: str, device: torch.device) ->
 
 
 def read_deltas(params: Params, adapter: Adapter, name: str, device: torch.device) -> dict[str, list[Delta]]:
-    """Read an adapter's changes of these parameters, by parameter, scaled and in float32, into memory of their own.
+    """Read an adapter's changes of the decoder's parameters, by parameter, scaled and in float32, into memory of their own.
 
     Raises CheckpointError for changes that can't be told apart by rows: of experts, which see only the rows sent to them, and of
     a head of its own, which sees only the rows that want logits.
@@ -103,15 +124,24 @@ def read_deltas(params: Params, adapter: Adapter, name: str, device: torch.devic
     if stuck:
         problems = [f"{each.label}: {each.down.origin}" for each in stuck]
         raise CheckpointError(f"the adapter {adapter.path} can only be merged (adapter=, --adapter): it changes these", problems)
+    return _deltas(params, adapter.factors, name, device)
+
+
+def read_tower_deltas(params: Params, adapter: Adapter, tower: str, name: str, device: torch.device) -> dict[str, list[Delta]]:
+    """Read an adapter's changes of a loaded tower, "vision" or "audio", as `read_deltas` does the decoder's."""
+    return _deltas(params, adapter.of_tower(tower), name, device)
+
+
+def _deltas(params: Params, factors: Sequence[Factors], name: str, device: torch.device) -> dict[str, list[Delta]]:
     return {
-        parameter: [_delta(name, each, _first_row(_weight(params, parameter), each), device) for each in factors]
-        for parameter, factors in _by_parameter(adapter).items()
+        parameter: [_delta(name, each, _first_row(_weight(params, parameter), each), device) for each in changes]
+        for parameter, changes in _by_parameter(factors).items()
     }
 
 
-def _by_parameter(adapter: Adapter) -> dict[str, list[Factors]]:
+def _by_parameter(factors: Sequence[Factors]) -> dict[str, list[Factors]]:
     found: dict[str, list[Factors]] = {}
-    for each in adapter.factors:
+    for each in factors:
         found.setdefault(each.name, []).append(each)
     return found
 
@@ -150,7 +180,7 @@ def _added(rows: Part, deltas: Sequence[Delta], first: int, device: torch.device
 
 
 @dataclass(frozen=True, slots=True)
-class _Maker:
+class Maker:
     """How merged parts are held."""
 
     dtype: torch.dtype
@@ -194,8 +224,8 @@ def _merged_chunks(part: Part, deltas: Sequence[Delta], device: torch.device, re
             release()
 
 
-def _release(checkpoint: Checkpoint, name: str) -> None:
+def _release(pieces: Iterable[StoredTensor]) -> None:
     """Release the mapped pages that were only read to be changed."""
-    for piece in checkpoint.matched.pieces[name]:
+    for piece in pieces:
         for tensor in (piece.data,) if isinstance(piece.data, LazyTensor) else piece.data.stored:
             tensor.release()

@@ -6,11 +6,11 @@ it is converted to the compute dtype; a packed one gets the form that the backen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gemcutter.checkpoint.container.lazy_tensor import DTYPES
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
-from gemcutter.checkpoint.formats.lora import Adapter
+from gemcutter.checkpoint.formats.lora import Adapter, Factors
 from gemcutter.checkpoint.load.match import Checkpoint, Piece
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # of the compute dtypes
@@ -39,11 +39,15 @@ def held_as(pieces: Sequence[StoredTensor], compute: str, device: str, packing: 
 
 
 def changed_pieces(adapter: Adapter, checkpoint: Checkpoint) -> frozenset[Piece]:
-    """Return the stored pieces, by parameter and part, that an adapter changes."""
-    pieces = checkpoint.matched.pieces
+    """Return the decoder's stored pieces, by parameter and part, that an adapter changes."""
+    return pieces_of(adapter.factors, checkpoint.matched.pieces)
+
+
+def pieces_of(factors: Iterable[Factors], pieces: Mapping[str, Sequence[StoredTensor]]) -> frozenset[Piece]:
+    """Return which of the stored pieces of every parameter are changed."""
     return frozenset(
         (each.name, piece.part)
-        for each in adapter.factors
+        for each in factors
         for piece in pieces[each.name]
         if None in (piece.part, each.part) or piece.part == each.part
     )

@@ -76,9 +76,10 @@ def load_tower(
     dtype: torch.dtype,
     device: torch.device,
     packer: Packer | None = None,
+    as_stored: Collection[Piece] = (),
 ) -> dict[str, Weight | Tensor]:
     """Return every parameter of a tower from its matched pieces, as `load_params` does; nothing is quantized."""
-    loader = _Loader(dtype, device, packer or PlainPacker(device), None, PackedWeights({}), 0.0)
+    loader = _Loader(dtype, device, packer or PlainPacker(device), None, PackedWeights({}), 0.0, frozenset(as_stored))
     return {spec.name: loader.load(spec, pieces[spec.name]) for spec in specs}
 
 

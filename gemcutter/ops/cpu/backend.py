@@ -47,6 +47,7 @@ class CpuBackend:
             ),
             KernelImpl("draft", "native", "cpu.draft_ops:build_draft", self._accepts_op),
             KernelImpl("vision_layer", "native", "cpu.vision_ops:build_vision_layer", self._accepts_op),
+            KernelImpl("audio_layer", "native", "cpu.audio_ops:build_audio_layer", self._accepts_op),
         )
 
     def refusal(self, device: str, kernels: str) -> str | None:

@@ -41,6 +41,8 @@ _ENTRIES: dict[str, tuple[Any, ...]] = {
     "gc_draft": (c_void_p, c_void_p, c_void_p, c_int64, c_int64) + (c_void_p,) * 6,
     "gc_vision_keys": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
     "gc_vision_rows": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+    "gc_audio_keys": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p),
+    "gc_audio_rows": (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
     "gc_lm_head": (c_void_p, c_void_p, c_int64, c_int, c_float, c_void_p),
 }
 
