@@ -38,7 +38,7 @@ def test_matches_are_lm_evals(pattern: re.Pattern[str], which: int, replies: str
     ours = [pick_match(pattern, text, which) for text in texts]
     assert [text or "[invalid]" for text in ours] == theirs
     assert len(texts) > 300
-    assert 10 < sum(text is None for text in ours) < len(texts)
+    assert 0 < sum(text is None for text in ours) < len(texts)
 
 
 @pytest.mark.parametrize("keeps_punctuation", [True, False])
