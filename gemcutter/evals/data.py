@@ -81,12 +81,6 @@ class Data:
         """Return where other parts are, such as examples: the folder of a file that was named itself, else the same place."""
         return self if self.place is None or not self.place.is_file() else replace(self, place=self.place.parent)
 
-    def has(self, layouts: Iterable[Layout]) -> bool:
-        """Return whether files of one of these layouts are in the folder, or in what the hub has."""
-        layouts = list(layouts)
-        root = self._root(layouts)
-        return any(_find(root, pattern) for layout in layouts for pattern in layout.patterns)
-
     def files(self, pattern: str) -> list[Path]:
         """Return the files that a pattern names in the folder, whatever their kind."""
         if self.place is None:

@@ -5,7 +5,7 @@ Owns lm-eval's rule for log-likelihoods. Read `extract.py` for letters in replie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from gemcutter.errors import RequestError
@@ -36,11 +36,12 @@ def texts(choices: Any, where: str, name: str = "choices") -> list[str]:
     return choices
 
 
-def likeliest(logprobs: Sequence[float], choices: Sequence[str], gold: int) -> Grade:
+def likeliest(logprobs: Sequence[float], choices: Sequence[Sized], gold: int) -> Grade:
     """Judge the choice whose log-likelihood is the highest, and in `acc_norm` the highest by character of the choice.
 
     As in lm-eval, the characters are those of the choice without the delimiter before it, and the first of equals counts.
     """
-    by_character = [value / len(choice) if choice else float("-inf") for value, choice in zip(logprobs, choices, strict=True)]
+    sizes = [len(choice) for choice in choices]
+    by_character = [value / size if size else float("-inf") for value, size in zip(logprobs, sizes, strict=True)]
     found = argmax(logprobs)
     return Grade(found, {"acc": float(found == gold), "acc_norm": float(argmax(by_character) == gold)})
