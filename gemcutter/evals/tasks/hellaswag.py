@@ -1,7 +1,6 @@
 """HellaSwag: which of four endings goes on with a text, by log-likelihoods as lm-eval 0.4.13 asks it.
 
-The data is Rowan/hellaswag's, or the authors' JSON lines. Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your
-Sentence?", 2019.
+The data is Rowan/hellaswag's, or the authors' JSON lines. Source: Zellers et al., ACL 2019, arXiv 1905.07830.
 """
 
 from __future__ import annotations
