@@ -175,8 +175,8 @@ class AudioRows {
         int64_t hidden = layer_.hidden;
         Range own = own_rows(run_.last - run_.first, index, pool.size);
         void *scratch = scratch_.of(index);
-        listen(pool, index, own, scratch);
-        mix(pool, index, own, scratch);
+        add_attention(pool, index, own, scratch);
+        add_convolution(pool, index, own, scratch);
         float *rows = p_.x + run_.first * hidden, *to = out + run_.first * hidden;
         ff_.run(pool, index, own, rows, rows, scratch);
         for (int64_t m = own.first; m < own.last; ++m) {
@@ -201,13 +201,13 @@ class AudioRows {
     }
 
     // Attention and its projection, added to the rows.
-    void listen(ThreadPool &pool, int index, Range own, void *scratch) {
+    void add_attention(ThreadPool &pool, int index, Range own, void *scratch) {
         const VectorOps &ops = *kernels().vector_ops;
         int64_t hidden = layer_.hidden, sound = 0;
         for (int64_t m = own.first; m < own.last; ++m) {
             int64_t row = run_.first + m;
             sound = sound_of(row, sound);
-            for (int64_t head = 0; head < layer_.heads; ++head) attend(row, sound, head, static_cast<float *>(scratch));
+            for (int64_t head = 0; head < layer_.heads; ++head) attention(row, sound, head, static_cast<float *>(scratch));
             heard_.fill(m, p_.q + row * hidden);
         }
         pool.barrier();
@@ -222,7 +222,7 @@ class AudioRows {
     }
 
     // Puts what one head of a row hears in the query's place.
-    void attend(int64_t row, int64_t sound, int64_t head, float *scratch) const {
+    void attention(int64_t row, int64_t sound, int64_t head, float *scratch) const {
         const VectorOps &ops = *kernels().vector_ops;
         int64_t dim = layer_.head_dim, hidden = layer_.hidden, column = head * dim;
         int64_t first = row - layer_.past, last = row + layer_.future;
@@ -249,7 +249,7 @@ class AudioRows {
     }
 
     // The gated convolution over time, added to the rows.
-    void mix(ThreadPool &pool, int index, Range own, void *scratch) {
+    void add_convolution(ThreadPool &pool, int index, Range own, void *scratch) {
         const VectorOps &ops = *kernels().vector_ops;
         int64_t hidden = layer_.hidden, sound = 0;
         for (int64_t m = own.first; m < own.last; ++m) {
@@ -321,8 +321,8 @@ GC_EXPORT int gc_audio_keys(const gc_audio_layer *layer, const float *x, int64_t
 
 // out [T, D], rows first..last-1 = the rest of the layer, once the keys of all rows are in `state`. Runs of rows come in order, one
 // after the other; out may be x. Returns the same.
-GC_EXPORT int gc_audio_rows(const gc_audio_layer *layer, int64_t rows, const int64_t *edges, int64_t sounds,
-                            int64_t first, int64_t last, float *state, float *out) {
+GC_EXPORT int gc_audio_rows(const gc_audio_layer *layer, int64_t rows, const int64_t *edges, int64_t sounds, int64_t first,
+                            int64_t last, float *state, float *out) {
     using namespace gemcutter;
     if (!are_edges(edges, sounds, rows) || !is_run(first, last, rows)) return OUT_OF_BOUNDS;
     return in_arena([&](Arena &arena) {
