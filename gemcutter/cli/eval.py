@@ -170,7 +170,7 @@ def list_tasks() -> None:
         task = open_task(name)
         print(f"{name}: {task.about}")
         for mode in task.modes:
-            print(f"  {mode.name:<14} {mode.about}")
+            print(f"  {mode.name:<16} {mode.about}")
 
 
 def read_asked(asking: Asking) -> tuple[Asked, How]:

@@ -64,7 +64,12 @@ def select(items: Sequence[Item], asked: Asked) -> list[Item]:
 
 
 def items_of(task: Task, data: Data, mode: Mode, asked: Asked) -> list[Item]:
-    """Return the items of a run. Raises RequestError."""
+    """Return the items of a run. Raises RequestError, also where a mode has nothing of what is asked."""
+    if asked.extract is not None and asked.extract not in mode.rules:
+        known = f"expected {' or '.join(mode.rules)}" if mode.rules else "this mode reads answers in one way only"
+        raise RequestError(f"--extract {asked.extract}: {task.name}/{mode.name}: {known}")
+    if asked.shots is not None and mode.shots is None:
+        raise RequestError(f"--shots {asked.shots}: {task.name}/{mode.name} asks without examples")
     return select(list(task.items(data, mode, asked)), asked)
 
 

@@ -74,7 +74,7 @@ def rendered(model: Model, mode: Mode, items: Sequence[Item], how: How) -> Itera
     """Yield each item's prompt as the model would read it, markers spelled out, then its choices. Raises RequestError."""
     for item in items:
         options = options_of(mode, item, how)
-        of_template = {name: options[name] for name in ("enable_thinking", "tools") if name in options}
+        of_template = {name: options[name] for name in ("enable_thinking", "tools", "continue_final_message") if name in options}
         ids = model.encode(item.prompt, **of_template) if mode.is_chat else model.encode(item.prompt)
         text = model.tokenizer.decode(ids, special=True)
         choices = [f"choice: {_spell_choice(model, mode, item, choice)}" for choice in item.choices]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gemcutter.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+SGL_EVAL = {"temperature": 0.0, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.0}  # what it asks of every request
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class Mode:
 
     `how` is "score" (log-likelihoods of choices) or "generate". `is_chat` says whether prompts go through the chat template,
     `prompt_id` names the wording, and changes with it. `sampling` are the options of a request, temperature 0 by default;
-    `shots` is the usual number of examples before a question, None where there are none.
+    `shots` is the usual number of examples before a question, None where there are none; `rules` are the ways to read an answer
+    that a user may choose from, the usual one first.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Mode:
     stop: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
     can_think: bool = False
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

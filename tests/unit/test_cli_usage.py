@@ -32,6 +32,7 @@ CLI = [sys.executable, "-m", "gemcutter.cli"]
 COMMANDS = ("run", "chat", "inspect", "models", "score", "verify", "bench", "bench-serve", "tiny", "cache")
 LOADERS = {"run": ["demo", "hi"], "chat": ["demo"], "score": ["demo", os.devnull], "verify": ["demo"]}
 LOADERS["serve"] = ["demo", "--port", "0"]
+LOADERS["eval"] = ["demo", "--task", "copy"]
 # One value for every option of loading, none of them the default.
 LOADING: dict[str, Any] = {
     "dtype": "float32",
@@ -239,7 +240,7 @@ def test_a_command_that_loads_a_model_takes_every_option_of_loading(command: str
         assert f"--{field.name.replace('_', '-')}" in taken[field.name].opts
         assert taken[field.name].help
     assert "loading" not in taken
-    is_asked = command in ("run", "chat")  # `serve` calls it as vLLM does, the others know how much they need
+    is_asked = command in ("run", "chat", "eval")  # `serve` calls it as vLLM does, the others know how much they need
     assert ("context" in taken) == is_asked
     assert ("kv" in taken) == (command != "verify")  # whose cache is its own, and no engine's
 

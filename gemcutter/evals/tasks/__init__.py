@@ -17,7 +17,7 @@ from gemcutter.evals.task import Mode, Task
 class Entry:
     """Where a task is, and the hub's data set that it reads; None where its items are generated or the data is a user's own."""
 
-    place: str  # "module:class"
+    place: str  # "module:class", or a function that makes the task
     repo: str | None = None
 
 
@@ -33,6 +33,12 @@ TASKS = {
     "ocr": Entry("ocr:Ocr"),
     "digits": Entry("digits:Digits"),
     "perplexity": Entry("perplexity:Perplexity"),
+    "mmlu-pro": Entry("mmlu_pro:MmluPro", "TIGER-Lab/MMLU-Pro"),
+    "gsm8k": Entry("gsm8k:Gsm8k", "openai/gsm8k"),
+    "hellaswag": Entry("hellaswag:Hellaswag", "Rowan/hellaswag"),
+    "arc-easy": Entry("arc:arc_easy", "allenai/ai2_arc"),
+    "arc-challenge": Entry("arc:arc_challenge", "allenai/ai2_arc"),
+    "choices": Entry("choices:Choices"),
     "ifeval": Entry("ifeval:Ifeval", "google/IFEval"),
     "mmmu": Entry("mmmu:Mmmu", "MMMU/MMMU"),
     "mmmu-pro": Entry("mmmu_pro:MmmuPro", "MMMU/MMMU_Pro"),
@@ -54,6 +60,7 @@ class Part:
 
 # Tasks that are asked together.
 SUITES: dict[str, tuple[Part, ...]] = {
+    "arc": (Part("arc-easy"), Part("arc-challenge")),
     "smoke": (
         Part("arithmetic", "raw8", {"count": "20"}, True),
         Part("arithmetic", "chat", {"count": "20"}, True),
