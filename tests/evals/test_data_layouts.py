@@ -164,7 +164,7 @@ def test_arc(tmp_path: Path) -> None:
         ]
         made_up.write_lines(tmp_path / "own" / "ARC-V1" / "ARC-Easy" / f"ARC-Easy-{split.capitalize()}.jsonl", own)
     assert items("arc-easy", "ll", tmp_path / "own", shots=2) == items("arc-easy", "ll", tmp_path / "hub", shots=2)
-    assert expand("arc") == ["arc-easy", "arc-challenge"]
+    assert [part.task for part in expand("arc")] == ["arc-easy", "arc-challenge"]
 
 
 BAD = {

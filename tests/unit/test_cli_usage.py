@@ -32,7 +32,7 @@ CLI = [sys.executable, "-m", "gemcutter.cli"]
 COMMANDS = ("run", "chat", "inspect", "models", "score", "verify", "bench", "bench-serve", "tiny", "cache")
 LOADERS = {"run": ["demo", "hi"], "chat": ["demo"], "score": ["demo", os.devnull], "verify": ["demo"]}
 LOADERS["serve"] = ["demo", "--port", "0"]
-LOADERS["eval"] = ["demo", "--task", "copy"]
+LOADERS["eval"] = ["demo", "--task", "copy/chat"]
 # One value for every option of loading, none of them the default.
 LOADING: dict[str, Any] = {
     "dtype": "float32",
