@@ -43,7 +43,8 @@ how many replies were cut off, could not be read, or failed; where one failed, t
 
 With --compare two models, or two runs' files, are compared item by item: both shares and their difference, which items flipped,
 and McNemar's exact test. --with gives the second model load options of its own, so that both may be the same model. The
-certificate of `gemcutter verify` follows where models were asked. The exit code says that the runs are complete, not that they agree.
+certificate of `gemcutter verify` follows where models were asked. The exit code says that runs are complete, not that they
+agree.
 """
 EXAMPLES = """\b
 Examples:
