@@ -1,14 +1,16 @@
-"""Sounds drawn by formula, and files of them as soundfile writes them."""
+"""Sounds drawn by formula, files of them as soundfile writes them, and speech: espeak-ng 1.51 said it, soundfile packed it."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 
 RATE = 16_000
+SPEECH = Path(__file__).parent / "goldens" / "speech"  # lantern, window and lamp, at 22,050 samples a second
 
 
 def tones(samples: int, seed: int = 0, rate: int = RATE) -> np.ndarray:

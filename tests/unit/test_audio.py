@@ -21,7 +21,7 @@ from gemcutter.errors import RequestError
 from gemcutter.media import decode_sound
 from gemcutter.media.audio import MEL_BINS, SoundShape, cut_sound
 from gemcutter.media.decode_sound import read_samples
-from tests.sounds import RATE, saved, tones
+from tests.sounds import RATE, SPEECH, saved, tones
 
 MEL, RAW = SoundShape(), SoundShape(640)
 EXTRACTOR = Gemma4AudioFeatureExtractor()
@@ -55,6 +55,17 @@ def test_log_mel_frames_are_the_official_ones(samples: int) -> None:
     valid = official["input_features_mask"][0]
     found = cut_sound((sound, RATE), MEL)
     assert found.values_FC.shape == (valid.sum(), MEL_BINS)
+    assert np.abs(found.values_FC.numpy() - official["input_features"][0][valid]).max() < 1e-5
+    assert found.soft_tokens == official_tokens(int(valid.sum()))
+
+
+@pytest.mark.parametrize("name", ["lantern", "window", "lamp"])
+def test_frames_of_speech_are_the_official_ones(name: str) -> None:
+    """Of a file at another rate, through the official loader."""
+    file = SPEECH / f"{name}.flac"
+    official = EXTRACTOR([load_audio(str(file), RATE, backend="soundfile")], return_tensors="np")
+    valid = official["input_features_mask"][0]
+    found = cut_sound(file, MEL)
     assert np.abs(found.values_FC.numpy() - official["input_features"][0][valid]).max() < 1e-5
     assert found.soft_tokens == official_tokens(int(valid.sum()))
 
