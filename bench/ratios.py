@@ -59,7 +59,7 @@ def block(found: Mapping[str, Any]) -> str:
         "fast gemcutter is. *Ceiling* is what this machine allows: its measured read bandwidth over the bytes that a token must "
         "read, or its best measured rate of matrix products over the operations of a prompt."
     )
-    return "\n\n".join([_wrapped(heading), *(_wrapped(table(run)) for run in found["runs"])])
+    return "\n\n".join([wrapped(heading), *(wrapped(table(run)) for run in found["runs"])])
 
 
 def table(run: Mapping[str, Any]) -> str:
@@ -106,7 +106,13 @@ def _notes(run: Mapping[str, Any]) -> list[str]:
     return [" ".join(notes)]
 
 
-def _wrapped(page: str) -> str:
+def put_between(begin: str, made: str, end: str) -> None:
+    """Put a block into the README, in the place of what stands between two markers."""
+    before, _, rest = README.read_text().partition(begin)
+    README.write_text(f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}")
+
+
+def wrapped(page: str) -> str:
     """Break a page's prose at `PROSE_WIDTH`; rows of tables are left as they are."""
     lines = page.splitlines()
     broken = [line if line.startswith("|") else textwrap.fill(line, PROSE_WIDTH, break_on_hyphens=False) for line in lines]
@@ -137,8 +143,7 @@ def main(arguments: Sequence[str]) -> int:
     if not parser.parse_args(arguments).write:
         print(made)
         return 0
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
+    put_between(BEGIN, made, END)
     return 0
 
 

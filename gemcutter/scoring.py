@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from gemcutter.engine.engine import Engine
 from gemcutter.engine.loop import EngineLoop, failure
 from gemcutter.engine.request import PromptReport, Request, RequestEvent
 
@@ -95,6 +96,12 @@ def score_pairs(
             if index == group.pairs[0]:
                 found = replace(found, cached_tokens=report.cached_tokens, computed_tokens=computed)
             yield index, found
+
+
+def check_pairs(engine: Engine, pairs: Sequence[Pair]) -> None:
+    """Raise RequestError, with every problem, where pairs can't be scored, such as those that are too long."""
+    for group in _group(pairs):
+        engine.check(_request(group, pairs, None, None))
 
 
 def _group(pairs: Sequence[Pair]) -> list[_Rows]:

@@ -31,6 +31,7 @@ REASONS = (
     "downloads",
     "takes minutes",
     "needs a tool",
+    "needs a server",
     "waits for input",
     "changes your files",
     "serves until it is stopped",

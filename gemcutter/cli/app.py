@@ -18,6 +18,7 @@ import typer
 import gemcutter
 from gemcutter.cli import (
     bench,
+    bench_serve,
     cache,
     chat,
     convert,
@@ -64,14 +65,32 @@ app = typer.Typer(
 SHORT = {  # of what does not fit beside the others on a terminal of 80 columns
     "doctor": "Say what is in a checkpoint, and what is wrong with it.",
     "verify": "Certify that two ways of computing a model agree.",
+    "bench-serve": "Put a load on a server, and measure it.",
     "lm-eval": "Run lm-eval on a model, in one process.",
     "bench": "Measure speed and memory beside this machine's limits.",
 }
 VERDICTS = ("doctor", "verify")  # whose exit code says something: it is not 0 where nobody has read the rest
-for _module in (run, chat, serve, inspect, doctor, models, convert, score, eval, verify, bench, tiny, parse, cache):
-    _name = _module.__name__.rpartition(".")[2]
+for _module in (
+    run,
+    chat,
+    serve,
+    inspect,
+    doctor,
+    models,
+    convert,
+    score,
+    eval,
+    verify,
+    bench,
+    bench_serve,
+    tiny,
+    parse,
+    cache,
+):
+    _function = _module.__name__.rpartition(".")[2]
+    _name = _function.replace("_", "-")
     app.command(_name, help=_module.HELP, short_help=SHORT.get(_name), epilog=_module.EXAMPLES)(
-        options.with_volume(getattr(_module, _name))
+        options.with_volume(getattr(_module, _function))
     )
 # All that follows is another program's, its options among it: none of ours is looked for behind the first argument.
 HANDED_OVER = {"ignore_unknown_options": True, "allow_interspersed_args": False}

@@ -1,17 +1,15 @@
 """`gemcutter score`: how well a model predicts a text.
 
-Owns the cut of a text into windows, which token counts in which window, and the mean; the log-probabilities come from the
-engine's reports on prompts. Refuses to know how they are computed. Read `gemcutter/engine/request.py` next.
+Owns the options, and the reading of texts and ids from files. Refuses to know how windows are cut and predicted: read
+`gemcutter/evals/perplexity.py` for that.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +22,8 @@ from gemcutter.cli.measured import describe_model
 from gemcutter.cli.run import read_stdin
 from gemcutter.cli.terminal import print_json, progress, spell_rate
 from gemcutter.errors import RequestError
+from gemcutter.evals import perplexity
+from gemcutter.evals.perplexity import WINDOW, Window, cut
 
 if TYPE_CHECKING:
     from gemcutter.api import Model
@@ -48,9 +48,7 @@ Examples:
   gemcutter score demo README.md --window 1024 --stride 512 --json
   gemcutter score demo --tokens-file windows.json --dtype float32
 """
-WINDOW = 512
 BATCH = 8  # windows in flight
-LARGEST_EXPONENT = 700.0  # a perplexity beyond it is no float
 
 File = Annotated[str | None, typer.Argument(metavar="FILE", help='UTF-8 text; "-" is stdin.', show_default=False)]
 TokensFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Token ids as JSON in place of text.")]
@@ -61,19 +59,6 @@ WindowOption = Annotated[
 Stride = Annotated[
     int | None, typer.Option(metavar="S", min=1, help="Tokens from one window's start to the next.  [default: TOKENS - 1]")
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A stretch of ids that is predicted on its own; the first `context` tokens do not count."""
-
-    ids: tuple[int, ...]
-    context: int = 1
-
-    @property
-    def counted(self) -> int:
-        """Count the tokens whose log-probability enters the mean."""
-        return len(self.ids) - self.context
 
 
 @options.spread
@@ -153,19 +138,6 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
-def cut(ids: Sequence[int], bos: int, length: int, stride: int) -> Iterator[Window]:
-    """Cut ids into windows of `length` that start with `bos` and lie `stride` <= length - 1 apart; each token counts once.
-
-    A `bos` that the ids bring along is not one of the tokens to predict.
-    """
-    body = ids[1:] if ids[0] == bos else ids
-    start = counted = 0
-    while counted < len(body):
-        end = min(start + length - 1, len(body))
-        yield Window((bos, *body[start:end]), 1 + counted - start)
-        start, counted = start + stride, end
-
-
 # ---- the score ----
 
 
@@ -174,39 +146,21 @@ def measure(model: Model, windows: Sequence[Window]) -> dict[str, Any]:
     num_tokens = sum(window.counted for window in windows)
     if not num_tokens:
         raise RequestError("nothing to score: a window needs at least two tokens, the first of which is not predicted")
-    started, losses = time.perf_counter(), list[float]()
+    started, found = time.perf_counter(), list[float]()
     with progress("scoring") as advance:
-        for first in range(0, len(windows), BATCH):
-            losses += _losses(model, windows[first : first + BATCH])
-            advance(len(losses), num_tokens)
-    mean = math.fsum(losses) / num_tokens
-    if not math.isfinite(mean):
-        raise RequestError(
-            "the likelihood is not a number: some of the model's weights or states are not finite; `gemcutter verify` names the "
-            "first layer concerned"
-        )
-    spread = math.sqrt(math.fsum((loss - mean) ** 2 for loss in losses) / max(num_tokens - 1, 1))
-    error, perplexity = spread / math.sqrt(num_tokens), math.exp(mean) if mean < LARGEST_EXPONENT else math.inf
+        for of_window in perplexity.losses(model.loop, windows, BATCH):
+            found += of_window
+            advance(len(found), num_tokens)
+    likelihood = perplexity.mean_of(found)
     return {
-        "nll_mean": mean,
-        "nll_standard_error": error,
-        "perplexity": perplexity,
-        "perplexity_standard_error": perplexity * error,  # to first order, as other programs give it
+        "nll_mean": likelihood.nll,
+        "nll_standard_error": likelihood.nll_error,
+        "perplexity": likelihood.perplexity,
+        "perplexity_standard_error": likelihood.perplexity_error,
         "tokens": num_tokens,
         "windows": len(windows),
         "seconds": time.perf_counter() - started,
     }
-
-
-def _losses(model: Model, windows: Sequence[Window]) -> Iterator[float]:
-    """Yield the negative log-probability of every counted token of a batch."""
-    from gemcutter.engine.request import Request
-
-    requests = [Request(window.ids, max_tokens=0, prompt_logprobs=0) for window in windows]
-    for window, events in zip(windows, model.loop.complete(requests), strict=True):
-        for event in events:
-            if event.prompt is not None:  # one log-probability for each token but the first
-                yield from (-found.logprob for found in event.prompt.logprobs[window.context - 1 :])
 
 
 def show(found: dict[str, Any]) -> None:

@@ -105,13 +105,12 @@ def verify(
         )
     body = None if text is None else read_text(text)
 
-    from gemcutter.parity.certificate import certify, encode
+    from gemcutter.parity.certificate import BUILT_IN, certify, encode
 
     other = replace(plainly(loading), adapter=their_adapter)
     theirs = None if against == TRANSFORMERS else load_side(model if against == REFERENCE else against, other)
     ours = load_side(model, loading)
-    found = certify(ours, theirs, encode(ours, theirs, body, tokens), progress)
-    found["text"]["source"] = text or "built-in"
+    found = certify(ours, theirs, encode(ours, theirs, body, tokens), progress, text or BUILT_IN)
     if out is not None:
         write_json(out, found)
     if as_json:

@@ -12,7 +12,8 @@ import io
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +63,23 @@ class Data:
         return cls(repo, None if place is None else Path(place))
 
     def rows(self, what: str, layouts: Iterable[Layout]) -> list[Row]:
-        """Read one part, `what` names it in errors, from the first layout that has files. Raises RequestError."""
+        """Read one part, `what` names it in errors, from the first layout that has files. Raises RequestError.
+
+        A file that was named itself is read in the layout that its name fits, else in the first.
+        """
         layouts = list(layouts)
         root = self._root(layouts)
+        if root.is_file():
+            return _fitting(root, layouts).read(root)
         for layout in layouts:
             for pattern in layout.patterns:
                 if files := _find(root, pattern):
                     return [row for file in files for row in layout.read(file)]
         raise RequestError(self._nothing(what, layouts, root))
 
-    def has(self, layouts: Iterable[Layout]) -> bool:
-        """Return whether files of one of these layouts are in the folder, or in what the hub has."""
-        layouts = list(layouts)
-        root = self._root(layouts)
-        return any(_find(root, pattern) for layout in layouts for pattern in layout.patterns)
+    def beside(self) -> Data:
+        """Return where other parts are, such as examples: the folder of a file that was named itself, else the same place."""
+        return self if self.place is None or not self.place.is_file() else replace(self, place=self.place.parent)
 
     def files(self, pattern: str) -> list[Path]:
         """Return the files that a pattern names in the folder, whatever their kind."""
@@ -114,13 +118,18 @@ def _remedy(repo: str | None) -> str:
 
 
 def _find(root: Path, pattern: str) -> list[Path]:
-    """Return the files of a pattern: those of the first kind that has some, in order; or a file that was named itself."""
-    if root.is_file():
-        return [root]
+    """Return the files of a pattern: those of the first kind that has some, in order."""
     for kind in KINDS:
         if files := sorted(path for end in ("", PACKED) for path in root.glob(f"{pattern}{kind}{end}") if path.is_file()):
             return files
     return []
+
+
+def _fitting(file: Path, layouts: Sequence[Layout]) -> Layout:
+    """Return the layout one of whose patterns ends as a file is named, the first where none does."""
+    name = _bare(file)
+    ends = (layout for layout in layouts if any(fnmatch(name, pattern.rpartition("/")[2]) for pattern in layout.patterns))
+    return next(ends, layouts[0])
 
 
 def _bare(file: Path) -> str:
@@ -134,7 +143,7 @@ def read_rows(file: Path, columns: Sequence[str] = ()) -> list[Row]:
     kind = Path(name).suffix.lower()
     if kind == ".parquet":
         return _read_parquet(file)
-    text = _read_text(file)
+    text = read_text(file)
     if kind == ".csv":
         return _read_csv(file, text, columns)
     if kind == ".json" and text.lstrip()[:1] == "[":
@@ -142,7 +151,8 @@ def read_rows(file: Path, columns: Sequence[str] = ()) -> list[Row]:
     return [row for number, line in enumerate(text.splitlines(), 1) if line.strip() for row in _row(file, number, line)]
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """Read a text, packed or not. Raises RequestError."""
     try:
         data = file.read_bytes()
         return (gzip.decompress(data) if file.name.endswith(PACKED) else data).decode("utf-8-sig")

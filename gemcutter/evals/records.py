@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from gemcutter.errors import RequestError
 
@@ -115,7 +115,7 @@ class Log:
                 found, whole = _read(file)
                 _insist_same(file, found.header, header)
                 self.done = {id: record for id, record in found.records.items() if record.error is None}
-            self._stream: IO[bytes] = file.open("ab" if not is_new else "wb")
+            self._stream = file.open("ab" if not is_new else "wb", buffering=0)
         except OSError as error:
             raise RequestError(f"{file} can't be written: {error.strerror}") from None
         self._stream.truncate(whole)
@@ -128,8 +128,9 @@ class Log:
 
     def _write(self, found: Mapping[str, Any]) -> None:
         try:
-            self._stream.write(json.dumps(found, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-            self._stream.flush()
+            line = memoryview(json.dumps(found, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            while line:
+                line = line[self._stream.write(line) :]
         except OSError as error:
             raise RequestError(
                 f"{self.file} can't be written: {error.strerror or os.strerror(error.errno or 0)}; what is in it stays, and the "

@@ -6,19 +6,24 @@ Owns the summary of records and its table; refuses to know models. Read `records
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemcutter.evals.perplexity import exponential
 from gemcutter.evals.records import Record
-from gemcutter.evals.statistics import standard_error, wilson
+from gemcutter.evals.statistics import Z_95, weighted_mean, wilson
+
+LOSS, EXPONENTIAL = "nll", "perplexity"  # the metric that is a loss, and what its mean is told as, too
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A metric's mean over all items, those that failed counted as 0, with an interval of 95 percent.
+    """A metric's mean over all items, or over all things that they ask for, with an interval of 95 percent.
 
-    Where every item is right or wrong the interval is Wilson's, else the normal distribution's.
+    Items that failed count as 0. Where every item is right or wrong the interval is Wilson's, else the normal distribution's. Of
+    a loss the items that failed are left out, and its exponential is a mean of its own.
     """
 
     name: str
@@ -26,6 +31,10 @@ class Mean:
     low: float
     high: float
     error: float  # the standard error as lm-eval gives it
+
+    def as_json(self) -> dict[str, float]:
+        """Return the mean as JSON has it."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, "standard_error": self.error}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +56,7 @@ class Summary:
         """Return the summary as JSON has it."""
         return {
             "items": self.items,
-            "metrics": {
-                each.name: {"mean": each.mean, "low": each.low, "high": each.high, "standard_error": each.error}
-                for each in self.means
-            },
+            "metrics": {each.name: each.as_json() for each in self.means},
             "subjects": {name: {"items": count, "mean": mean} for name, (count, mean) in self.subjects.items()},
             **{name: getattr(self, name) for name in ("failed", "unparsed", "truncated")},
             "prompt_tokens": self.prompt_tokens,
@@ -63,14 +69,18 @@ class Summary:
 def summarize(records: Sequence[Record]) -> Summary:
     """Return what records come to; those with an error count as wrong in every metric."""
     names = list(dict.fromkeys(name for record in records for name in record.metrics))
-    subjects = dict[str, list[float]]()
+    headline = names[0] if names else ""
+    subjects = dict[str, list[Record]]()
     for record in records:
-        subjects.setdefault(record.subject, []).append(next(iter(record.metrics.values()), 0.0))
+        subjects.setdefault(record.subject, []).append(record)
     answered = [record for record in records if record.error is None]
     return Summary(
         items=len(records),
-        means=tuple(_mean(name, _values(records, name)) for name in names),
-        subjects={name: (len(values), math.fsum(values) / len(values)) for name, values in sorted(subjects.items())},
+        means=tuple(mean for name in names for mean in means_of(name, records)),
+        subjects={
+            name: (len(of_subject), means_of(headline, of_subject)[0].mean)
+            for name, of_subject in sorted(subjects.items(), key=_order)
+        },
         failed=len(records) - len(answered),
         unparsed=sum(record.extracted is None for record in answered),
         truncated=sum(record.finish == "length" for record in answered),
@@ -79,6 +89,12 @@ def summarize(records: Sequence[Record]) -> Summary:
         predicted_tokens=sum(record.predicted_tokens for record in records),
         output_tokens=sum(record.output_tokens for record in records),
     )
+
+
+def _order(subject: tuple[str, Any]) -> tuple[int, str]:
+    """Return what subjects are sorted by: numbers by their size, before names."""
+    name = subject[0]
+    return (int(name), "") if name.isdecimal() else (sys.maxsize, name)
 
 
 def _values(records: Sequence[Record], name: str) -> list[float]:
@@ -91,13 +107,23 @@ def _values(records: Sequence[Record], name: str) -> list[float]:
     return found
 
 
-def _mean(name: str, values: Sequence[float]) -> Mean:
-    mean, error = math.fsum(values) / len(values), standard_error(values)
+def means_of(name: str, records: Sequence[Record]) -> list[Mean]:
+    """Return the mean of a metric, and of a loss its exponential, too."""
+    if name == LOSS:
+        counted = [record for record in records if record.error is None]
+        values, weights = [record.metrics[name] for record in counted], [float(record.counts[name]) for record in counted]
+    else:
+        values = _values(records, name)
+        weights = [1.0] * len(values)
+    mean, error = weighted_mean(values, weights)
     if set(values) <= {0.0, 1.0}:
         low, high = wilson(math.fsum(values), len(values))
     else:
-        low, high = mean - 1.96 * error, mean + 1.96 * error
-    return Mean(name, mean, low, high, error)
+        low, high = mean - Z_95 * error, mean + Z_95 * error
+    found = [Mean(name, mean, low, high, error)]
+    if name == LOSS:
+        found.append(Mean(EXPONENTIAL, exponential(mean), exponential(low), exponential(high), exponential(mean) * error))
+    return found
 
 
 def spell(header: Mapping[str, Any], found: Summary, seconds: float | None = None) -> Iterable[str]:

@@ -18,7 +18,7 @@ from gemcutter.errors import GemcutterError, RequestError
 from gemcutter.evals.data import Data
 from gemcutter.evals.records import Log, Record, sha256_of
 from gemcutter.evals.task import Asked, Item, Mode, Reply, Task
-from gemcutter.scoring import Pair, score_pairs
+from gemcutter.scoring import Pair, check_pairs, score_pairs
 
 if TYPE_CHECKING:
     from gemcutter.api import Model
@@ -64,7 +64,12 @@ def select(items: Sequence[Item], asked: Asked) -> list[Item]:
 
 
 def items_of(task: Task, data: Data, mode: Mode, asked: Asked) -> list[Item]:
-    """Return the items of a run. Raises RequestError."""
+    """Return the items of a run. Raises RequestError, also where a mode has nothing of what is asked."""
+    if asked.extract is not None and asked.extract not in mode.rules:
+        known = f"expected {' or '.join(mode.rules)}" if mode.rules else "this mode reads answers in one way only"
+        raise RequestError(f"--extract {asked.extract}: {task.name}/{mode.name}: {known}")
+    if asked.shots is not None and mode.shots is None:
+        raise RequestError(f"--shots {asked.shots}: {task.name}/{mode.name} asks without examples")
     return select(list(task.items(data, mode, asked)), asked)
 
 
@@ -129,6 +134,7 @@ def _scored(model: Model, mode: Mode, items: Sequence[Item], seen: SeenBeginning
         for place, item in enumerate(batch):
             try:
                 found = [_pair(model, mode, item, choice) for choice in item.choices]
+                check_pairs(model.engine, found)
             except GemcutterError as error:
                 yield item, error, 0
             else:
@@ -137,9 +143,10 @@ def _scored(model: Model, mode: Mode, items: Sequence[Item], seen: SeenBeginning
         yield from _score_batch(model, batch, pairs, owners, seen)
 
 
-def _pair(model: Model, mode: Mode, item: Item, choice: str) -> Pair:
-    """Return the ids of a choice: a conversation is answered by it, a raw text goes on with it after a delimiter."""
-    return model.encode_pair(item.prompt, choice if mode.is_chat else item.delimiter + choice)
+def _pair(model: Model, mode: Mode, item: Item, choice: str | tuple[int, ...]) -> Pair:
+    """Return the ids of a choice: it answers a conversation, follows raw text after a delimiter, and ids as it is."""
+    is_after = isinstance(choice, str) and not mode.is_chat
+    return model.encode_pair(item.prompt, f"{item.delimiter}{choice}" if is_after else choice)
 
 
 def _score_batch(

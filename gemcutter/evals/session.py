@@ -28,6 +28,8 @@ def check(task: Task, mode: Mode, model: Model | None, how: How) -> None:
     if how.think and not mode.can_think:
         able = ", ".join(each.name for each in task.modes if each.can_think) or "none"
         raise RequestError(f"{task.name}/{mode.name} is asked without thinking; modes that can think: {able}")
+    if model is not None and (missing := [kind for kind in task.media if kind not in model.kinds]):
+        raise RequestError(f"{task.name}/{mode.name} shows {' and '.join(missing)}, for which this checkpoint has no tower")
     if mode.is_chat and model is not None and model.template is None:
         raise RequestError(f"{task.name}/{mode.name} asks through a chat template, which this checkpoint does not have")
 
@@ -56,7 +58,7 @@ def header(
         "seed": asked.seed,
         "options": dict(asked.options),
         "items": len(items),
-        "items_sha256": sha256_of([[item.id, sha256_of(item.prompt)] for item in items]),
+        "items_sha256": sha256_of([[item.id, sha256_of(item.prompt), item.choices, item.gold] for item in items]),
         "measured": dict(described),
     }
 
@@ -72,8 +74,14 @@ def rendered(model: Model, mode: Mode, items: Sequence[Item], how: How) -> Itera
     """Yield each item's prompt as the model would read it, markers spelled out, then its choices. Raises RequestError."""
     for item in items:
         options = options_of(mode, item, how)
-        of_template = {name: options[name] for name in ("enable_thinking", "tools") if name in options}
+        of_template = {name: options[name] for name in ("enable_thinking", "tools", "continue_final_message") if name in options}
         ids = model.encode(item.prompt, **of_template) if mode.is_chat else model.encode(item.prompt)
         text = model.tokenizer.decode(ids, special=True)
-        choices = [f"choice: {'' if mode.is_chat else item.delimiter}{choice}" for choice in item.choices]
+        choices = [f"choice: {_spell_choice(model, mode, item, choice)}" for choice in item.choices]
         yield "\n".join([f"--- {item.id} ({len(ids)} tokens), right is {item.gold!r}", text, *choices])
+
+
+def _spell_choice(model: Model, mode: Mode, item: Item, choice: str | tuple[int, ...]) -> str:
+    if not isinstance(choice, str):
+        return model.tokenizer.decode(choice, special=True)
+    return choice if mode.is_chat else item.delimiter + choice

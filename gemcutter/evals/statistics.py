@@ -22,13 +22,24 @@ def wilson(right: float, count: int, z: float = Z_95) -> tuple[float, float]:
     return max(middle - reach, 0.0), min(middle + reach, 1.0)
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of a mean as lm-eval gives it: the sample's deviation over the root of its size; 0 below two."""
-    count = len(values)
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """Return a mean by weights and its standard error, 0 below two values; (0, 0) for none.
+
+    With equal weights that is the sample's deviation over the root of its size, as lm-eval gives it.
+    """
+    count, total = len(values), math.fsum(weights)
+    if not total:
+        return 0.0, 0.0
+    mean = math.fsum(weight * value for weight, value in zip(weights, values, strict=True)) / total
     if count < 2:
-        return 0.0
-    mean = math.fsum(values) / count
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+        return mean, 0.0
+    square = math.fsum((weight / total * (value - mean)) ** 2 for weight, value in zip(weights, values, strict=True))
+    return mean, math.sqrt(square * count / (count - 1))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of a plain mean."""
+    return weighted_mean(values, [1.0] * len(values))[1]
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

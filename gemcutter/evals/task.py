@@ -7,31 +7,36 @@ who asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from gemcutter.errors import RequestError
 from gemcutter.evals.data import Data
 from gemcutter.text.tool_calls import ToolCall
 
+if TYPE_CHECKING:
+    from gemcutter.text.tokenizer import Tokenizer
+
 Message = Mapping[str, Any]
+SGL_EVAL = {"temperature": 0.0, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.0}  # what it asks of every request
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One question as a mode asks it.
 
-    `id` is the same in every run; `subject` is what results are broken down by. `prompt` is raw text or a conversation, whose
-    media are bytes in parts. `gold` is what is right, and must be JSON. With `choices` these are scored as continuations, with
-    `delimiter` before each; without, a reply is generated. `about` holds what a judge needs besides, and `options` what only this
-    item asks of the request, such as tools.
+    `id` is the same in every run; `subject` is what results are broken down by. `prompt` is raw text, ids, or a conversation,
+    whose media are bytes in parts. `gold` is what is right, and must be JSON. With `choices`, texts or ids, these are scored as
+    continuations, texts with `delimiter` before each; without, a reply is generated. `about` holds what a judge needs besides,
+    and `options` what only this item asks of the request, such as tools.
     """
 
     id: str
-    prompt: str | Sequence[Message]
+    prompt: str | Sequence[int] | Sequence[Message]
     gold: Any
     subject: str = ""
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | tuple[int, ...], ...] = ()
     delimiter: str = " "
     about: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +48,8 @@ class Mode:
 
     `how` is "score" (log-likelihoods of choices) or "generate". `is_chat` says whether prompts go through the chat template,
     `prompt_id` names the wording, and changes with it. `sampling` are the options of a request, temperature 0 by default;
-    `shots` is the usual number of examples before a question, None where there are none.
+    `shots` is the usual number of examples before a question, None where there are none; `rules` are the ways to read an answer
+    that a user may choose from, the usual one first.
     """
 
     name: str
@@ -56,11 +62,15 @@ class Mode:
     stop: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
     can_think: bool = False
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a user may ask of every task; `limit` items are drawn with `seed`, of these `subjects` alone where some are named."""
+    """What a user may ask of every task; `limit` items are drawn with `seed`, of these `subjects` alone where some are named.
+
+    `open_tokenizer` reads the model's tokenizer, for tasks whose items have a length in tokens; no weights are read.
+    """
 
     limit: int | None = None
     subjects: tuple[str, ...] = ()
@@ -68,6 +78,13 @@ class Asked:
     shots: int | None = None
     extract: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)  # of one task alone, by name
+    open_tokenizer: Callable[[], Tokenizer] | None = None
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the model's tokenizer. Raises GemcutterError."""
+        if self.open_tokenizer is None:
+            raise RequestError("the items of this task are cut by tokens, which takes a model's tokenizer")
+        return self.open_tokenizer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +106,7 @@ class Grade:
     """How an answer was judged: what was read out of it (None: nothing could be), and the metrics, the headline first.
 
     A metric is 0 or 1, or a share of several things that one item asks for; where its mean is one over all things and not over
-    items, `counts` says of how many things the share is.
+    items, `counts` says of how many things the share is. "nll" is a loss in nats per token, and its count the tokens.
     """
 
     extracted: Any

@@ -37,6 +37,7 @@ from gemcutter.plan import LayerPlan, ModelPlan
 from gemcutter.quant import Weight
 from gemcutter.quant.packed import dtype_name
 
+BUILT_IN = "built-in"  # the name of the text that is the default
 VERSION = 1  # of the certificate's layout
 BEYOND_WINDOW = 192  # tokens after which every windowed layer has let go of keys for more than a chunk
 SHOWN = 8  # differences of two plans that an error lists
@@ -60,8 +61,10 @@ class Side:
     adapter: str | None = None
 
 
-def certify(ours: Side, theirs: Side | None, ids: Sequence[int], bars: Bars) -> dict[str, Any]:
+def certify(ours: Side, theirs: Side | None, ids: Sequence[int], bars: Bars, text: str = BUILT_IN) -> dict[str, Any]:
     """Run ids of `encode` through both sides (`theirs` None: transformers, over the same files); return the certificate, as JSON.
+
+    `text` names in it where the ids come from.
 
     Raises CheckpointError where the two are not of one model or the other library can't run it, RequestError where it is absent.
     """
@@ -82,7 +85,7 @@ def certify(ours: Side, theirs: Side | None, ids: Sequence[int], bars: Bars) -> 
         "certificate": VERSION,
         "sampled_sha256": described["sampled_sha256"],
         **_findings(drift, (_arithmetic(described), _arithmetic(against)), stored),
-        "text": _describe_ids(ours.model, ids),
+        "text": _describe_ids(ours.model, ids) | {"source": text},
         "ours": described,
         "against": against,
         "versions": {"gemcutter": __version__, "torch": torch.__version__, "python": platform.python_version()},

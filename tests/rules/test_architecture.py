@@ -79,7 +79,9 @@ MAY_IMPORT = {
         "native",
         "config",
     },
+    "bench_serve": {"text"},  # for type checking only: a client of servers, which knows no engine
     "cli": {
+        "bench_serve",
         "load_options",
         "quant_names",
         "plan",

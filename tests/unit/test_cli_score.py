@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import gemcutter
-from gemcutter.cli import main, score
-from gemcutter.cli.score import cut
+from gemcutter.cli import main
+from gemcutter.evals import perplexity
+from gemcutter.evals.perplexity import cut
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PROMPTS = json.loads((GOLDENS / "prompts.json").read_text())
@@ -75,12 +76,12 @@ def test_a_text_may_come_from_stdin(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_likelihood_that_is_no_number_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score, "_losses", lambda model, windows: [math.nan] * sum(each.counted for each in windows))
+    monkeypatch.setattr(perplexity, "losses", lambda loop, windows, in_flight: [(math.nan,) * each.counted for each in windows])
     assert main(["score", "demo", "--json", "--tokens-file", write_ids(tmp_path, [2, 5, 6])]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "`gemcutter verify` names the first layer" in shown.err
-    monkeypatch.setattr(score, "_losses", lambda model, windows: [1e4] * sum(each.counted for each in windows))
+    monkeypatch.setattr(perplexity, "losses", lambda loop, windows, in_flight: [(1e4,) * each.counted for each in windows])
     assert main(["score", "demo", "--json", "--tokens-file", write_ids(tmp_path, [2, 5, 6])]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["nll_mean"], found["perplexity"]) == (1e4, None)  # JSON has no infinity

@@ -29,9 +29,10 @@ from gemcutter.errors import GemcutterError
 from gemcutter.load_options import LoadOptions
 
 CLI = [sys.executable, "-m", "gemcutter.cli"]
-COMMANDS = ("run", "chat", "inspect", "models", "score", "verify", "bench", "tiny", "cache")
+COMMANDS = ("run", "chat", "inspect", "models", "score", "verify", "bench", "bench-serve", "tiny", "cache")
 LOADERS = {"run": ["demo", "hi"], "chat": ["demo"], "score": ["demo", os.devnull], "verify": ["demo"]}
 LOADERS["serve"] = ["demo", "--port", "0"]
+LOADERS["eval"] = ["demo", "--task", "copy/chat"]
 # One value for every option of loading, none of them the default.
 LOADING: dict[str, Any] = {
     "dtype": "float32",
@@ -226,7 +227,9 @@ def words_of(options: dict[str, Any]) -> list[str]:
 
 def test_verbs_that_load_a_model_are_known() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert {command for command in commands if hasattr(import_module(f"gemcutter.cli.{command}"), "load_model")} == set(LOADERS)
+    assert {
+        command for command in commands if hasattr(import_module(f"gemcutter.cli.{command.replace('-', '_')}"), "load_model")
+    } == set(LOADERS)
 
 
 @pytest.mark.parametrize("command", LOADERS)
@@ -237,7 +240,7 @@ def test_a_command_that_loads_a_model_takes_every_option_of_loading(command: str
         assert f"--{field.name.replace('_', '-')}" in taken[field.name].opts
         assert taken[field.name].help
     assert "loading" not in taken
-    is_asked = command in ("run", "chat")  # `serve` calls it as vLLM does, the others know how much they need
+    is_asked = command in ("run", "chat", "eval")  # `serve` calls it as vLLM does, the others know how much they need
     assert ("context" in taken) == is_asked
     assert ("kv" in taken) == (command != "verify")  # whose cache is its own, and no engine's
 
@@ -257,7 +260,7 @@ def test_what_is_said_about_loading_arrives(command: str, monkeypatch: pytest.Mo
         if how.quant is not None:  # all else of `verify`'s other side is plain
             raise GemcutterError("that is enough")
 
-    monkeypatch.setattr(import_module(f"gemcutter.cli.{command}"), "load_model", load_model)
+    monkeypatch.setattr(import_module(f"gemcutter.cli.{command.replace('-', '_')}"), "load_model", load_model)
     cache = {"run": {"context": 99, "kv": "fp8"}, "chat": {"context": 99, "kv": "fp8"}, "score": {"kv": "fp8"}}.get(command, {})
     assert set(LOADING) == {field.name for field in fields(Loading)}
     assert main([command, *LOADERS[command], *words_of(LOADING), *words_of(cache)]) == 1

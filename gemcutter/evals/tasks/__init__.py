@@ -6,7 +6,8 @@ A new task is a module with a class that keeps the protocol of `evals/task.py`, 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from gemcutter.errors import RequestError
 from gemcutter.evals.task import Mode, Task
@@ -16,7 +17,7 @@ from gemcutter.evals.task import Mode, Task
 class Entry:
     """Where a task is, and the hub's data set that it reads; None where its items are generated or the data is a user's own."""
 
-    place: str  # "module:class"
+    place: str  # "module:class", or a function that makes the task
     repo: str | None = None
 
 
@@ -24,21 +25,68 @@ TASKS = {
     "mmlu": Entry("mmlu:Mmlu", "cais/mmlu"),
     "bfcl": Entry("bfcl:Bfcl"),
     "humaneval": Entry("humaneval:HumanEval", "openai/openai_humaneval"),
+    "arithmetic": Entry("arithmetic:Arithmetic"),
+    "copy": Entry("copying:Copying"),
+    "needle": Entry("needle:Needle"),
+    "json": Entry("json_replies:JsonReplies"),
+    "tools": Entry("tool_use:ToolUse"),
+    "ocr": Entry("ocr:Ocr"),
+    "digits": Entry("digits:Digits"),
+    "perplexity": Entry("perplexity:Perplexity"),
+    "mmlu-pro": Entry("mmlu_pro:MmluPro", "TIGER-Lab/MMLU-Pro"),
+    "gsm8k": Entry("gsm8k:Gsm8k", "openai/gsm8k"),
+    "hellaswag": Entry("hellaswag:Hellaswag", "Rowan/hellaswag"),
+    "arc-easy": Entry("arc:arc_easy", "allenai/ai2_arc"),
+    "arc-challenge": Entry("arc:arc_challenge", "allenai/ai2_arc"),
+    "choices": Entry("choices:Choices"),
     "ifeval": Entry("ifeval:Ifeval", "google/IFEval"),
     "mmmu": Entry("mmmu:Mmmu", "MMMU/MMMU"),
     "mmmu-pro": Entry("mmmu_pro:MmmuPro", "MMMU/MMMU_Pro"),
 }
 
 
-SUITES: dict[str, tuple[str, ...]] = {}  # tasks that are asked together
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A task that is asked, in which mode (None: as the command says), and with which options where none are given.
+
+    Of a suite, a part that can't be asked of a model is passed over.
+    """
+
+    task: str
+    mode: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    is_of_suite: bool = False
 
 
-def expand(names: str) -> list[str]:
-    """Return tasks with commas between them, those of a suite in its place. Raises RequestError."""
-    found = [task for name in names.split(",") for task in SUITES.get(name.strip(), (name.strip(),))]
-    for name in found:
-        if name not in TASKS:
-            raise RequestError(f"there is no task {name!r}; tasks are: {', '.join((*TASKS, *SUITES))}")
+# Tasks that are asked together.
+SUITES: dict[str, tuple[Part, ...]] = {
+    "arc": (Part("arc-easy"), Part("arc-challenge")),
+    "smoke": (
+        Part("arithmetic", "raw8", {"count": "20"}, True),
+        Part("arithmetic", "chat", {"count": "20"}, True),
+        Part("copy", "chat", {"count": "10"}, True),
+        Part("needle", "chat", {"lengths": "1024", "depths": "0,50,100"}, True),
+        Part("json", "free", {"count": "5"}, True),
+        Part("json", "grammar", {"count": "5"}, True),
+        Part("tools", "chat", {"count": "10"}, True),
+        Part("ocr", "chat", {"count": "6"}, True),
+        Part("digits", "chat", {"count": "6"}, True),
+        Part("perplexity", "windows", {}, True),
+    ),
+}
+
+
+def expand(names: str) -> list[Part]:
+    """Return tasks with commas between them, those of a suite in its place; "TASK/MODE" names a mode. Raises RequestError."""
+    found = list[Part]()
+    for name in names.split(","):
+        task, _, mode = name.strip().partition("/")
+        if not mode and task in SUITES:
+            found += SUITES[task]
+        elif task in TASKS:
+            found.append(Part(task, mode or None))
+        else:
+            raise RequestError(f"there is no task {name.strip()!r}; tasks are: {', '.join((*TASKS, *SUITES))}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""MMLU: 57 subjects, four choices, in the four ways in which its numbers are made.
+"""MMLU: 57 subjects, four choices, in the five ways in which its numbers are made.
 
 The data is cais/mmlu's parquet, Hendrycks' CSV files or simple-evals' single CSV. Sources: Hendrycks et al., "Measuring Massive
 Multitask Language Understanding", 2021; SGLang's benchmark/mmlu, openai's simple-evals, sgl-eval 0.1.3, lm-eval 0.4.13.
@@ -6,15 +6,21 @@ Multitask Language Understanding", 2021; SGLang's benchmark/mmlu, openai's simpl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from gemcutter.errors import RequestError
+from gemcutter.evals import shots
 from gemcutter.evals.data import Data, Layout, Row, field
-from gemcutter.evals.extract import LETTERS, argmax, boxed_letter, first_character, simple_evals_letter
-from gemcutter.evals.task import Asked, Grade, Item, Mode, Reply
+from gemcutter.evals.extract import (
+    LETTERS,
+    argmax,
+    final_letter,
+    first_character,
+    is_exact_match,
+    simple_evals_letter,
+)
+from gemcutter.evals.multiple_choice import answer_letter, lettered, texts
+from gemcutter.evals.task import SGL_EVAL, Asked, Grade, Item, Mode, Reply
 
-REPO = "cais/mmlu"
 COLUMNS = ("question", "A", "B", "C", "D", "answer")
 SHOTS = 5
 RAW = "The following are multiple choice questions (with answers) about {}.\n\n"
@@ -26,7 +32,7 @@ BOXED = (
     "Answer the following multiple choice question. The last line of your response should be in the following format: "
     "'Answer: \\boxed{{A/B/C/D}}' (e.g. 'Answer: \\boxed{{A}}').\n\n{}"
 )
-READERS = {"sgl-eval": boxed_letter, "simple-evals": simple_evals_letter}
+READERS = {"sgl-eval": final_letter, "simple-evals": simple_evals_letter}
 
 RAW5 = Mode(
     "raw5",
@@ -35,6 +41,15 @@ RAW5 = Mode(
     "mmlu-raw-1",
     shots=SHOTS,
     max_tokens=1,
+)
+GENERATE = Mode(
+    "lm-eval-generate",
+    "the letter as text after raw text (lm-eval's mmlu_generative)",
+    "generate",
+    "mmlu-raw-1",
+    shots=0,
+    max_tokens=256,
+    stop=("</s>", "\n"),
 )
 MODES = (
     RAW5,
@@ -46,6 +61,7 @@ MODES = (
         is_chat=True,
         max_tokens=2048,
         can_think=True,
+        rules=("simple-evals", "sgl-eval"),
     ),
     Mode(
         "sgl-eval",
@@ -54,10 +70,12 @@ MODES = (
         "mmlu-boxed-1",
         is_chat=True,
         max_tokens=2048,
-        sampling={"temperature": 0.0, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.0},
+        sampling=SGL_EVAL,
         can_think=True,
+        rules=("sgl-eval", "simple-evals"),
     ),
     Mode("ll", "log-likelihoods of the letters after raw text (lm-eval's mmlu)", "score", "mmlu-raw-1", shots=0),
+    GENERATE,
 )
 
 
@@ -81,28 +99,23 @@ class Mmlu:
     def items(self, data: Data, mode: Mode, asked: Asked) -> Iterator[Item]:
         """Yield the test's questions by subject. Raises RequestError."""
         questions = _read(data, "test")
-        headers = _headers(data, mode, asked)
+        headers = {} if mode.is_chat else _headers(data, mode, asked, list(questions))
         for subject, rows in questions.items():
             for number, row in enumerate(rows):
                 yield _item(subject, number, row, mode, headers.get(subject, ""))
 
     def grade(self, item: Item, mode: Mode, reply: Reply, asked: Asked) -> Grade:
         """Compare the letter that was given with the right one."""
+        if mode is GENERATE:
+            given = reply.text.partition("\n")[0].strip()
+            return Grade(given or None, {"accuracy": float(is_exact_match(given, item.gold, keeps_punctuation=False))})
         if mode.how == "score":
             letter: str | None = LETTERS[argmax(reply.logprobs)]
         elif mode is RAW5:
             letter = first_character(reply.text)
         else:
-            usual = "simple-evals" if mode.name == "chat0" else "sgl-eval"
-            letter = reader(READERS, asked.extract or usual)(reply.text)
+            letter = READERS[asked.extract or mode.rules[0]](reply.text)
         return Grade(letter, {"accuracy": float(letter == item.gold)})
-
-
-def reader(readers: Mapping[str, Any], name: str) -> Any:
-    """Return a rule by its name. Raises RequestError."""
-    if name not in readers:
-        raise RequestError(f"--extract {name}: expected {' or '.join(readers)}")
-    return readers[name]
 
 
 def _read(data: Data, split: str) -> dict[str, list[Row]]:
@@ -116,47 +129,42 @@ def _read(data: Data, split: str) -> dict[str, list[Row]]:
 
 def _question(row: Row, where: str) -> tuple[str, Row]:
     if "choices" in row:
-        choices, answer = field(row, "choices", list, where), row.get("answer")
-        letter = LETTERS[answer] if type(answer) is int and 0 <= answer < len(choices) else answer
+        choices = texts(row["choices"], where)
         subject, question = field(row, "subject", str, where), field(row, "question", str, where)
     else:  # a column for each choice: Hendrycks' without a header, simple-evals' with one
         row = {name.lower(): value for name, value in row.items()}
-        choices, letter = [field(row, name, str, where) for name in "abcd"], row.get("answer")
+        choices = [field(row, name, str, where) for name in "abcd"]
         subject, question = row.get("subject") or "", field(row, "question", str, where)
-    if letter not in tuple(LETTERS[: len(choices)]):
-        raise RequestError(f"{where}: 'answer': expected one of the {len(choices)} choices, found {letter!r}")
+    letter = answer_letter(row.get("answer"), len(choices), where)
     return subject, {"question": question, "choices": choices, "letter": letter}
 
 
-def _headers(data: Data, mode: Mode, asked: Asked) -> dict[str, str]:
+def _headers(data: Data, mode: Mode, asked: Asked, subjects: Sequence[str]) -> dict[str, str]:
     """Return what stands before the questions of each subject: the introduction, and examples from the dev split."""
-    shots = mode.shots if asked.shots is None else asked.shots
-    if mode.shots is None or not data.has(layouts("dev")):
-        if shots:
-            data.rows("mmlu, split dev", layouts("dev"))  # says which files are missing
-        return {}
-    is_stripped = mode.how == "score"
+    count = (mode.shots if asked.shots is None else asked.shots) or 0
+    examples = _read(data.beside(), "dev") if count else {}
     return {
         subject: RAW.format(subject.replace("_", " "))
-        + "".join(f"{_raw(row, is_stripped)} {row['letter']}\n\n" for row in rows[:shots])
-        for subject, rows in _read(data, "dev").items()
+        + "".join(
+            f"{_raw(row, mode)} {row['letter']}\n\n"
+            for row in shots.first(examples.get(subject, ()), count, f"mmlu, split dev, {subject}")
+        )
+        for subject in subjects
     }
 
 
-def _raw(row: Row, is_stripped: bool) -> str:
-    question = row["question"].strip() if is_stripped else row["question"]
-    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)]
-    return "\n".join((question, *lines, "Answer:"))
+def _raw(row: Row, mode: Mode) -> str:
+    """Return a question as raw text; SGLang's keeps the blanks around it."""
+    question = row["question"] if mode is RAW5 else row["question"].strip()
+    return f"{question}\n{lettered(row['choices'], '.')}\nAnswer:"
 
 
 def _item(subject: str, number: int, row: Row, mode: Mode, header: str) -> Item:
-    prompt: Any
-    if mode.is_chat:
-        options = "\n".join(f"{letter}) {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False))
-        question = row["question"] if mode.name == "chat0" else row["question"].strip("\n")
-        wording = CHAT0 if mode.name == "chat0" else BOXED
-        prompt = [{"role": "user", "content": wording.format(f"{question}\n\n{options}")}]
-    else:
-        prompt = (header or RAW.format(subject.replace("_", " "))) + _raw(row, mode.how == "score")
-    choices = tuple(LETTERS[: len(row["choices"])]) if mode.how == "score" else ()
-    return Item(f"{subject}/{number}", prompt, row["letter"], subject, choices)
+    name = f"{subject}/{number}"
+    if not mode.is_chat:
+        choices = tuple(LETTERS[: len(row["choices"])]) if mode.how == "score" else ()
+        return Item(name, header + _raw(row, mode), row["letter"], subject, choices)
+    question = row["question"] if mode.name == "chat0" else row["question"].strip("\n")
+    wording = CHAT0 if mode.name == "chat0" else BOXED
+    text = wording.format(f"{question}\n\n{lettered(row['choices'], ')')}")
+    return Item(name, [{"role": "user", "content": text}], row["letter"], subject)

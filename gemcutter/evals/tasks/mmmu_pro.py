@@ -11,7 +11,7 @@ from typing import Any
 
 from gemcutter.errors import RequestError
 from gemcutter.evals.data import Data, Layout, Row, field
-from gemcutter.evals.extract import LETTERS, boxed_letter
+from gemcutter.evals.extract import LETTERS, final_letter
 from gemcutter.evals.extract_mmmu import mmmu_pro_letter
 from gemcutter.evals.task import Asked, Grade, Item, Mode, Reply
 from gemcutter.evals.tasks.mmmu import NAMED_IMAGE, image_part, name_row, read_options, with_images
@@ -79,7 +79,7 @@ class MmmuPro:
     def grade(self, item: Item, mode: Mode, reply: Reply, asked: Asked) -> Grade:
         """Compare the letter with the right one. A reply that names none is wrong."""
         of_sgl_eval = mode.name in OF_SGL_EVAL
-        letter = boxed_letter(reply.text) if of_sgl_eval else mmmu_pro_letter(reply.text, item.about["options"])
+        letter = final_letter(reply.text) if of_sgl_eval else mmmu_pro_letter(reply.text, item.about["options"])
         return Grade(letter, {"accuracy": float(letter == item.gold)})
 
 
