@@ -23,5 +23,8 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
 fi
 # Imports come straight from this folder (inplace), so that files may move. The kernels are built in place by tools/native.sh,
 # which builds only what has changed.
-pip install -q -C wheel.cmake=false -C editable.mode=inplace -e ".${extras:+[$extras]}"
+# The tools of developers are many, and most of their modules are never imported: those that are get compiled then.
+compile=--compile
+if [ "$extras" = dev ]; then compile=--no-compile; fi
+pip install -q "$compile" -C wheel.cmake=false -C editable.mode=inplace -e ".${extras:+[$extras]}"
 touch ".venv/.installed${extras:+-$extras}"
