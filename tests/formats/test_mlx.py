@@ -416,7 +416,7 @@ def test_headers_are_matched_without_torch(sizes: Mapping[str, Path], tmp_path: 
 def test_inspect_shows_what_is_packed(sizes: Mapping[str, Path], tmp_path: Path) -> None:
     packed, _ = convert(sizes["E2B"], tmp_path, lambda own: affine(4, 32))
     checkpoint = open_checkpoint(packed)
-    found = describe(checkpoint, "any", (64,), Use("float32", "cpu", "auto"))
+    found = describe(checkpoint, "any", (64,), Use("float32", "cpu", "auto"), {})
     assert (found["format"], found["stored_dtype"]) == (mlx.NAME, "affine4g32")
     assert found["weights"]["bytes"] == pytest.approx(checkpoint.source.total_bytes, abs=1)
     assert found["kernels"][0]["kernel"] == ("torch-chunked" if native.missing() else "native")

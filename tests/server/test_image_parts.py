@@ -20,7 +20,7 @@ import pytest
 
 import gemcutter
 from gemcutter.api import Model
-from gemcutter.media.image import ImagePatches
+from gemcutter.model.vision import VisionTower
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.wire.fields import FieldError
 from gemcutter.server.wire.media import image_part, of_request
@@ -311,14 +311,14 @@ def test_a_server_without_a_tower_says_what_helps(demo: Model) -> None:
 def held(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
     """Hold the tower: an event that is set when it was called, and one that lets it go on."""
     assert model.media is not None
-    called, go, encode = threading.Event(), threading.Event(), model.media._encoders[ImagePatches]
+    called, go = threading.Event(), threading.Event()
 
-    def holds(images: Any) -> Any:
+    def holds(self: VisionTower, images: Any, body: Any = None, encode: Any = VisionTower.encode) -> Any:
         called.set()
         assert go.wait(60)
-        return encode(images)
+        return encode(self, images, body)
 
-    monkeypatch.setitem(model.media._encoders, ImagePatches, holds)
+    monkeypatch.setattr(VisionTower, "encode", holds)
     yield called, go
     go.set()
 
