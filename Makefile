@@ -33,10 +33,10 @@ types: .venv/.installed-dev
 	.venv/bin/mypy
 
 test: native
-	$(PYTEST) --dist loadfile tests
+	$(PYTEST) --dist loadfile --no-loadscope-reorder tests
 
 test-rest: native
-	$(PYTEST) --dist loadfile tests $(addprefix --ignore=,$(QUICK))
+	$(PYTEST) --dist loadfile --no-loadscope-reorder tests $(addprefix --ignore=,$(QUICK))
 
 # gemcutter/_cpu.so, from what has changed in csrc/ since the last time.
 native: .venv/.installed-dev
