@@ -205,5 +205,5 @@ def test_sixty_gigabytes_take_a_moment(tmp_path: Path) -> None:
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert json.loads(done.stdout)["parameters"]["total"] == plan.num_params() > 30e9
-    # CPU seconds, which a busy machine stretches less than the clock: 0.4 on two cores
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+    # CPU seconds, which a busy machine stretches less than the clock: 0.4 to 1.6, and ten times as many to read all bytes
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 6
