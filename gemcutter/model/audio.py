@@ -29,16 +29,15 @@ from gemcutter.model.tower import (
     TowerContext,
     build_linear,
     build_projector,
+    build_whole,
     on_device,
     open_context,
     passes,
-    select_whole,
     within,
 )
 from gemcutter.ops.reference import rms_norm
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import AudioLayer, AudioScales, matrix, vector
-from gemcutter.quant.carried import carrying_weights
 from gemcutter.tower_plan import CONV_STRIDE, AudioPlan, UnifiedAudioPlan
 
 Edges = Sequence[tuple[int, int]]  # the first row of each sound and the one after its last
@@ -175,10 +174,7 @@ def _cut_chunks(plan: AudioPlan, edges: Edges, device: torch.device) -> _Chunks:
 def _build_layer(plan: AudioPlan, params: Params, ctx: TowerContext, cut: Callable[[Edges], _Chunks]) -> AudioLayer:
     """Build one layer: half a feed-forward, attention, a convolution over time, the other half, and a norm."""
     scales = scales_of(plan, params, ctx)
-    if carrying_weights(params):
-        return build_plain_layer(plan, params, ctx, scales, cut)
-    build, activations = select_whole("audio_layer", params, ctx)
-    whole: AudioLayer | None = build(plan, params, activations, scales)
+    whole: AudioLayer | None = build_whole("audio_layer", plan, params, ctx, scales)
     return build_plain_layer(plan, params, ctx, scales, cut) if whole is None else whole
 
 

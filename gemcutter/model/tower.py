@@ -24,7 +24,7 @@ from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import AdapterDeltas, Linear, Param, matrix, vector
 from gemcutter.plan import ParamSpec
 from gemcutter.quant import Weight
-from gemcutter.quant.carried import carry
+from gemcutter.quant.carried import carry, carrying_weights
 from gemcutter.quant.lora import Delta
 from gemcutter.quant.packed import dtype_name
 
@@ -119,7 +119,15 @@ def _digest(deltas: Mapping[str, Sequence[Delta]]) -> str:
     return digest.hexdigest()
 
 
-def select_whole(op: str, params: Params, ctx: TowerContext) -> tuple[Callable[..., Any], str]:
+def build_whole(op: str, plan: Any, params: Params, ctx: TowerContext, *more: Any) -> Any:
+    """Build a layer of a tower as one op; None where there is no such kernel, or where weights carry an adapter's changes."""
+    if carrying_weights(params):
+        return None
+    build, activations = _select_whole(op, params, ctx)
+    return build(plan, params, activations, *more)
+
+
+def _select_whole(op: str, params: Params, ctx: TowerContext) -> tuple[Callable[..., Any], str]:
     """Return what builds an op of a tower's layer at once from its parameters, if it can, and how its products take rows."""
     kinds = {Weight((part,)).stored for each in params.values() if isinstance(each, Weight) for part in each.parts}
     impl = select_kernel(replace(ctx.site, op=op, stored="+".join(sorted(kinds)))).impl

@@ -27,10 +27,10 @@ from gemcutter.model.tower import (
     TowerContext,
     build_linear,
     build_projector,
+    build_whole,
     on_device,
     open_context,
     passes,
-    select_whole,
     within,
 )
 from gemcutter.ops.reference import rms_norm, rope
@@ -38,7 +38,6 @@ from gemcutter.ops.step import Rotation
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import VisionLayer, VisionRows, matrix, vector
 from gemcutter.plan import RopeSpec
-from gemcutter.quant.carried import carrying_weights
 from gemcutter.tower_plan import UnifiedVisionPlan, VisionPlan
 
 PASS_PATCHES = 12_000  # that pass the layers together: one image of the largest budget, or four of the usual one
@@ -160,10 +159,7 @@ def _build_encoder(plan: VisionPlan, params: Params, ctx: TowerContext) -> Calla
 
 def _build_layer(plan: VisionPlan, params: Params, ctx: TowerContext) -> VisionLayer:
     """Build one layer: attention of each image to itself, then the MLP, each between norms and beside the residual."""
-    if carrying_weights(params):
-        return build_plain_layer(plan, params, ctx)
-    build, activations = select_whole("vision_layer", params, ctx)
-    whole: VisionLayer | None = build(plan, params, activations)
+    whole: VisionLayer | None = build_whole("vision_layer", plan, params, ctx)
     return build_plain_layer(plan, params, ctx) if whole is None else whole
 
 
