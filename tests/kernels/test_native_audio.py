@@ -20,11 +20,11 @@ from gemcutter.ops.cpu import tower_ops
 from gemcutter.ops.cpu.audio_ops import build_audio_layer
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import AudioLayer, Param
-from gemcutter.plan import ParamKind
 from gemcutter.quant import Weight
 from gemcutter.tower_config import AudioConfig
 from gemcutter.tower_plan import AudioPlan, plan_audio
 from tests.topologies import relative_error
+from tests.tower_layers import draw_layer
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
@@ -62,21 +62,7 @@ def plan_of(shape: str, clipped: bool = False, clamp: float = 1e10) -> AudioPlan
 
 def params_of(plan: AudioPlan, dtype: torch.dtype) -> dict[str, Param]:
     """Draw a layer's parameters; bounds that cut some values off, and unlike ones for the queries."""
-    draw, found = torch.Generator().manual_seed(plan.hidden), dict[str, Param]()
-    for spec in plan.params():
-        name = spec.name.removeprefix("audio.layers.0.")
-        if name == spec.name:
-            continue
-        if spec.kind is ParamKind.MATRIX:
-            rows = [rows for _, rows in spec.parts] or [spec.shape[0]]
-            drawn = [(torch.randn(each, spec.shape[1], generator=draw) * spec.shape[1] ** -0.5).to(dtype) for each in rows]
-            found[name] = Weight(tuple(drawn), tuple(part for part, _ in spec.parts))
-        elif spec.kind is ParamKind.SCALAR:
-            most = 1.0 if ".q." in name else 1.5
-            found[name] = torch.tensor(-most if name.endswith("min") else most)
-        else:
-            found[name] = 1 + 0.3 * torch.randn(spec.shape, generator=draw)
-    return found
+    return draw_layer(plan, "audio.layers.0.", plan.hidden, dtype, (1.0, 1.5), lambda name, drawn: 1 + 0.3 * drawn)
 
 
 def rows_of(plan: AudioPlan) -> Tensor:

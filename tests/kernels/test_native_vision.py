@@ -19,10 +19,11 @@ from gemcutter.ops.cpu import tower_ops
 from gemcutter.ops.cpu.vision_ops import build_vision_layer
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import Param, VisionRows
-from gemcutter.plan import ParamKind, RopeSpec
+from gemcutter.plan import RopeSpec
 from gemcutter.quant import Weight
 from gemcutter.tower_plan import VisionPlan
 from tests.topologies import relative_error
+from tests.tower_layers import draw_layer
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
@@ -40,22 +41,12 @@ def plan_of(shape: str, clipped: bool = False) -> VisionPlan:
 
 def params_of(plan: VisionPlan, dtype: torch.dtype) -> dict[str, Param]:
     """Draw a layer's parameters; bounds that cut some values off, and unlike ones for the queries."""
-    draw, found = torch.Generator().manual_seed(plan.head_dim), dict[str, Param]()
-    for spec in plan.params():
-        name = spec.name.removeprefix("vision.layers.0.")
-        if name == spec.name:
-            continue
-        if spec.kind is ParamKind.MATRIX:
-            rows = [rows for _, rows in spec.parts] or [spec.shape[0]]
-            drawn = [(torch.randn(each, spec.shape[1], generator=draw) * spec.shape[1] ** -0.5).to(dtype) for each in rows]
-            found[name] = Weight(tuple(drawn), tuple(part for part, _ in spec.parts))
-        elif spec.kind is ParamKind.SCALAR:
-            most = 1.5 if ".q." in name else 2.0
-            found[name] = torch.tensor(-most if name.endswith("min") else most)
-        else:
-            # Small query norms make scores of a few units: larger ones would blow up the rounding before them.
-            found[name] = (0.3 if name.endswith("q_norm") else 1.0) * (1 + 0.2 * torch.randn(spec.shape, generator=draw))
-    return found
+
+    def vector(name: str, drawn: Tensor) -> Tensor:
+        # Small query norms make scores of a few units: larger ones would blow up the rounding before them.
+        return (0.3 if name.endswith("q_norm") else 1.0) * (1 + 0.2 * drawn)
+
+    return draw_layer(plan, "vision.layers.0.", plan.head_dim, dtype, (1.5, 2.0), vector)
 
 
 def inputs(plan: VisionPlan) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
