@@ -250,9 +250,9 @@ def files_of(options: argparse.Namespace, folder: Path) -> tuple[Path, Path | No
     return model, config
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Compare gemcutter with the engines that are installed beside it.")
+def options_of(description: str) -> argparse.ArgumentParser:
+    """Make the parser of what a comparison of engines takes."""
+    parser = argparse.ArgumentParser(description=description)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--preset", choices=tuple(SIZES), help="geometry of a synthetic model")
     which.add_argument("--model", help="a GGUF file")
@@ -271,12 +271,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--serial", action="store_true", help="load one engine at a time, for models of which no two fit")
     parser.add_argument("--workdir", type=Path, help="keep the written files there (default: a temporary folder)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON goes (default: %(default)s)")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Compare, keep the result, and print its table."""
-    options = parse(arguments)
+    options = options_of("Compare gemcutter with the engines that are installed beside it.").parse_args(arguments)
     with ExitStack() as stack:
         folder = options.workdir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemcutter-peers-")))
         folder.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ from bench.ratios import spell_machine
 from bench.synthetic import FILE_TYPES, write_model
 from gemcutter.benchmark import hardware, roofline
 from gemcutter.benchmark.harness import BenchCase
-from gemcutter.benchmark.report import ceiling
+from gemcutter.benchmark.report import best_products, ceiling
 from gemcutter.benchmark.target import BenchTarget, from_file
 from gemcutter.checkpoint.write.synth import SIZES
 from gemcutter.errors import GemcutterError
@@ -154,8 +154,7 @@ def ceiling_of(target: BenchTarget, streams: int, prompt: int, tokens: int, rate
     reads = roofline.token_bytes(target.plan, target.decoder.params, streams)
     memory = ceiling(target.plan, reads, target.kv_dtype.itemsize, case, rates)["ceiling_tok_s"]
     seen = prompt + tokens // 2
-    best = max(value for name, value in rates.items() if name.endswith("flops_per_s"))
-    products = best / (target.plan.flops(seen + 1) - target.plan.flops(seen, wanted=0))
+    products = rates[best_products(rates)] / (target.plan.flops(seen + 1) - target.plan.flops(seen, wanted=0))
     return {"ceiling_tok_s": min(memory, products), "bound_by": "memory" if memory < products else "products"}
 
 

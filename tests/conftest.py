@@ -7,6 +7,7 @@ under Triton's interpreter, on CPU tensors. Tests that compile do so in a proces
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,12 +27,31 @@ LONG = (
     "tests/formats/test_convert.py",
     "tests/parity/test_golden.py",
 )
+# Of these folders' parametrized tests, GEMCUTTER_PART=2/3 runs the second third: all kinds of cases, in a third of the time.
+# Continuous integration takes another part with each commit (`.ci/run`); `make check` runs all of them.
+MANY_CASES = ("tests/kernels", "tests/triton", "tests/parity", "tests/formats", "tests/unit/test_memory_needs.py")
+PART, PARTS = map(int, os.environ.get("GEMCUTTER_PART", "1/1").split("/"))
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of long files first; the others, and those within a file, keep their order."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is another part's, and put long files first; all else keeps its order."""
+    others = set(_of_other_parts(items))
+    if others:
+        config.hook.pytest_deselected(items=list(others))
+        items[:] = [item for item in items if item not in others]
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONG)))
+
+
+def _of_other_parts(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yield the cases of `MANY_CASES` that this part leaves out; of each test at least one stays."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.nodeid.startswith(MANY_CASES):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in cases.values():
+        taken = (PART - 1) % min(PARTS, len(group))
+        yield from (item for place, item in enumerate(group) if place % PARTS != taken)

@@ -10,7 +10,7 @@ if ! echo 'int main() {}' | "$CXX" -x c++ -fsanitize=address,undefined - -o buil
     exit 0
 fi
 
-"$CXX" -std=c++17 -O1 -g -Wall -Wextra -fsanitize=thread tests/kernels/thread_pool.cpp csrc/cpu/thread_pool.cpp -o build/thread_pool -pthread
+"$CXX" -std=c++17 -O1 -g -Wall -Wextra -fsanitize=thread tests/kernels/thread_pool.cpp csrc/cpu/{thread_pool,signal,team_size}.cpp -o build/thread_pool -pthread
 build/thread_pool
 
 tools/native.sh build/sanitized -DGC_EMULATE=ON -DGC_SANITIZE=address,undefined

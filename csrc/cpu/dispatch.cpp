@@ -20,12 +20,13 @@ namespace gemcutter {
 namespace {
 
 const Kernels LEVELS[] = {
-    {"portable", &vector_ops_portable, &packed_portable, &dense_portable, &attention_portable, nullptr},
+    {"portable", &vector_ops_portable, &packed_portable, &dense_portable, &attention_portable, nullptr, peaks_portable},
 #if defined(__x86_64__)
-    {"avx2", &vector_ops_avx2, &packed_avx2, &dense_avx2, &attention_avx2, nullptr},
-    {"avx512", &vector_ops_avx512, &packed_avx512, &dense_avx512, &attention_avx512, nullptr},
-    {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512, &pair_attention_avx512_bf16},
-    {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512, &pair_attention_avx512_bf16},
+    {"avx2", &vector_ops_avx2, &packed_avx2, &dense_avx2, &attention_avx2, nullptr, peaks_avx2},
+    {"avx512", &vector_ops_avx512, &packed_avx512, &dense_avx512, &attention_avx512, nullptr, peaks_avx512},
+    {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512, &pair_attention_avx512_bf16,
+     peaks_avx512_bf16},
+    {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512, &pair_attention_avx512_bf16, peaks_amx},
 #endif
 };
 constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;
@@ -99,4 +100,5 @@ GC_EXPORT int gc_set_level(const char *name) {
 GC_EXPORT const char *gc_level() { return gemcutter::kernels().name; }
 GC_EXPORT void gc_set_threads(int count) { gemcutter::set_threads(count); }
 GC_EXPORT int gc_threads() { return gemcutter::threads(); }
-GC_EXPORT int gc_version() { return 5; }  // of this interface; Python refuses another
+GC_EXPORT int gc_team_size() { return gemcutter::team_size(); }
+GC_EXPORT int gc_version() { return 6; }  // of this interface; Python refuses another

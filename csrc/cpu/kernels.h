@@ -135,25 +135,35 @@ struct PairAttention {
     int64_t most_rows;
 };
 
+// A loop of nothing but one kind of product, and how many operations, two for a product and its sum, one round of it has.
+struct PeakLoop {
+    const char *name;  // "float32", "int8", "bfloat16"; null behind a level's last
+    double operations;
+    void (*run)(int64_t rounds);
+};
+
 struct Kernels {
     const char *name;  // "portable", "avx2", "avx512", "avx512_bf16", "amx"
     const VectorOps *vector_ops;
     const MatmulKernels *packed, *dense;
     const AttentionKernels *attention;
     const PairAttention *pair_attention;  // null where there are no such products
+    const PeakLoop *peaks;
 };
 
-#define GC_DECLARE(level)                      \
-    extern const VectorOps vector_ops_##level; \
-    extern const MatmulKernels packed_##level; \
-    extern const MatmulKernels dense_##level;  \
-    extern const AttentionKernels attention_##level;
+#define GC_DECLARE(level)                            \
+    extern const VectorOps vector_ops_##level;       \
+    extern const MatmulKernels packed_##level;       \
+    extern const MatmulKernels dense_##level;        \
+    extern const AttentionKernels attention_##level; \
+    extern const PeakLoop peaks_##level[];
 GC_DECLARE(portable)
 #if defined(__x86_64__)
 GC_DECLARE(avx2)
 GC_DECLARE(avx512)
 extern const MatmulKernels dense_avx512_bf16, packed_amx, dense_amx;
 extern const PairAttention pair_attention_avx512_bf16;
+extern const PeakLoop peaks_avx512_bf16[], peaks_amx[];
 #endif
 
 const Kernels &kernels();  // of the level in use

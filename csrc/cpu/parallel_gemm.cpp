@@ -45,6 +45,7 @@ void for_each_panel(ThreadPool &pool, int index, int64_t panels, int64_t rows, i
         }
         return;
     }
+    if (!pool.is_memory_bound.load(std::memory_order_relaxed)) pool.is_memory_bound.store(true, std::memory_order_relaxed);
     Range own = own_panels(panels, index, pool.size);
     int64_t owned = own_panels(panels, pool.size - 1, pool.size).last;
     for (int64_t panel = own.first; panel < own.last; ++panel) item(panel, (int64_t)0, rows);

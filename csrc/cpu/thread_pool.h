@@ -1,22 +1,26 @@
 // The thread pool that runs every op: one parallel region for each call, with barriers inside.
 //
 // Owns threads, barriers and shared counters. Workers wait by spinning for a moment, then asleep, so that they are awake in a
-// token loop and an idle program costs nothing. Survives fork (a child starts its own workers). One region runs at a time; calls
-// from several program threads queue. Refuses to know what runs. Read `parallel_region.h` for the usual way in.
+// token loop and an idle program costs nothing. A region gets fewer threads while other programs take cores (`team_size.h`).
+// Survives fork (a child starts its own workers). One region runs at a time; calls from several program threads queue. Refuses
+// to know what runs. Read `parallel_region.h` for the usual way in, `signal.h` for how threads wait.
 #pragma once
 #include <stdint.h>
 
 #include <atomic>
+
+#include "signal.h"
 
 namespace gemcutter {
 
 // What the code inside a parallel region sees of the pool.
 struct ThreadPool {
     int size;
-    int spins;  // spins before a waiting thread yields its core
+    int64_t spin_ns;  // before a waiting thread sleeps
     alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<int> phase{0};
-    alignas(64) std::atomic<int64_t> counters[64] = {};  // for dynamic work sharing; zero at the start of a region
+    alignas(64) Signal phase;
+    alignas(64) std::atomic<bool> is_memory_bound{false};  // set by a region that streams weights for few rows
+    alignas(64) std::atomic<int64_t> counters[64] = {};    // for dynamic work sharing; zero at the start of a region
     void barrier();
 };
 
@@ -25,7 +29,8 @@ struct ThreadPool {
 void run_parallel(void (*work)(void *argument, ThreadPool &pool, int index), void *argument);
 
 void set_threads(int count);
-int threads();  // of the next region from this program thread
+int threads();    // of the next region from this program thread
+int team_size();  // of regions at present: no more than were set
 
 // Part `index` of `size` of the range 0..n-1, split at multiples of `unit`.
 struct Range {

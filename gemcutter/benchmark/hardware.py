@@ -19,6 +19,7 @@ import torch
 import gemcutter
 from gemcutter import native
 from gemcutter.benchmark.memory import peak_rss_bytes
+from gemcutter.benchmark.peak import peak_rates
 from gemcutter.model.text import Decoder
 from gemcutter.ops import KernelSite
 from gemcutter.ops.devices import cpu_features
@@ -77,14 +78,17 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def measure_rates(device: torch.device = CPU) -> dict[str, float]:
-    """Measure what the machine can do: bytes read, and operations of each kind of product that torch has."""
+    """Measure what the machine can do: bytes read, operations of each kind of product that torch has, and the processor's own.
+
+    Names end in `_flops_per_s` where a whole product of matrices was timed, in `_peak_ops_per_s` for the instructions alone.
+    """
     if device.type == "cuda":
         size, rate = GPU_MATMUL_SIZE, partial(matmul_rate, device=device)
         return {"read_bytes_per_s": read_rate(device), "bfloat16_flops_per_s": rate(torch.bfloat16, size=size)}
     rates = {"read_bytes_per_s": read_rate(), "float32_flops_per_s": matmul_rate()}
     if cpu_features() & {"avx512_bf16", "amx_bf16", "bf16"}:  # elsewhere they are emulated
         rates["bfloat16_flops_per_s"] = matmul_rate(torch.bfloat16)
-    return rates
+    return rates | {f"{kind}_peak_ops_per_s": rate for kind, rate in peak_rates().items()}
 
 
 def read_rate(device: torch.device = CPU) -> float:

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from gemcutter.benchmark import breakdown, hardware, roofline
+from gemcutter.benchmark.cores import DISTURBED, undisturbed
 from gemcutter.benchmark.drafts import REPLAY
 from gemcutter.benchmark.drafts import measure as measure_drafts
 from gemcutter.benchmark.harness import MAX_ROWS, BenchCase, BenchEngine
+from gemcutter.benchmark.peak import KINDS
 from gemcutter.benchmark.target import BenchTarget
 from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
 from gemcutter.errors import RequestError
@@ -89,10 +91,16 @@ def _run(
             runs = measure_drafts(engine, test, drafts, repeats)
             row |= _speeds(test, [(each.tokens, each.seconds) for each in runs.drafted]) | {"speculation": runs.as_object()}
         else:
-            row |= _speeds(test, [(test.total, engine.run(test)) for _ in range(repeats)])
+            found, disturbed = undisturbed(partial(_plain, engine, test), repeats)
+            row |= _speeds(test, [(each.tokens, each.seconds) for each in found])
+            row |= {"disturbed": disturbed, "lost_core_share": max(each.lost for each in found)}
         if with_breakdown:
             row["breakdown_s"] = breakdown.measure(target.decoder, partial(engine.run, test))
         yield row | {"peak_bytes": hardware.peak_bytes(target.decoder.device)}
+
+
+def _plain(engine: BenchEngine, test: BenchCase) -> tuple[int, float]:
+    return test.total, engine.run(test)
 
 
 def _speeds(test: BenchCase, runs: Sequence[tuple[int, float]]) -> dict[str, Any]:
@@ -119,8 +127,14 @@ def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: BenchCas
         read = weight_bytes / test.batch + plan.read_bytes(seen, 0, kv_itemsize)
         return {"ceiling_tok_s": rates["read_bytes_per_s"] / read, "ceiling": "read_bytes_per_s", "read_bytes_per_token": read}
     flops = roofline.prefill_flops(plan, test.depth, test.tokens)
-    best = max((name for name in rates if name.endswith("flops_per_s")), key=lambda name: rates[name])
+    best = best_products(rates)
     return {"ceiling_tok_s": test.tokens * rates[best] / flops, "ceiling": best, "flops": flops}
+
+
+def best_products(rates: Mapping[str, float]) -> str:
+    """Name the highest rate of products: of the processor's instructions where it was measured, else of whole matrices."""
+    peaks = [name for name in rates if name.endswith("_peak_ops_per_s")]
+    return max(peaks or (name for name in rates if name.endswith("flops_per_s")), key=lambda name: rates[name])
 
 
 def describe(target: BenchTarget, max_rows: int) -> dict[str, Any]:
@@ -167,26 +181,30 @@ CEILINGS = {
     "float32_flops_per_s": "float32 products",
     "bfloat16_flops_per_s": "bfloat16 products",
     "native_flops_per_s": "native products in the cache",
+    "float32_peak_ops_per_s": "the processor's float32 products",
+    "int8_peak_ops_per_s": "the processor's int8 products",
+    "bfloat16_peak_ops_per_s": "the processor's bfloat16 products",
 }
 PRODUCTS = {
     "float32_flops_per_s": "float32",
     "bfloat16_flops_per_s": "bfloat16",
     "native_flops_per_s": "native",
 }
+PEAKS = {f"{kind}_peak_ops_per_s": kind for kind in KINDS}
 
 
 def show(found: dict[str, Any]) -> str:
     """Lay a measurement out for a reader."""
     here, rates, memory = found["machine"], found["rates"], found["memory"]
-    speeds = (f"{PRODUCTS[name]} {rate / 1e9:.0f}" for name, rate in rates.items() if name in PRODUCTS)
     lines = [
         f"{found['model']} ({found['quant']}): {found['params'] / 1e9:.3f} B parameters",
         f"computed in {found['dtype']}, activations {found['activations']}; native kernels: {here['native']}",
         *spell_fallbacks(found["fallbacks"]),
         f"{here['cpu']}, {here['cores']} cores, {found['threads']} threads; torch {here['torch']}",
-        f"this machine reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s; GFLOP/s of products: {', '.join(speeds)}",
+        *spell_rates(rates),
         "",
         *_table(found["rows"]),
+        *spell_disturbed(found["rows"]),
         *spell_speculation(found),
         "",
         f"peak memory {memory['peak_bytes'] / 1e6:,.0f} MB: weights {memory['weight_bytes'] / 1e6:,.0f} MB, "
@@ -203,6 +221,19 @@ def show(found: dict[str, Any]) -> str:
     if timed:
         lines += ["", "milliseconds a token, and their share, in one more run with clocks:", "", *_breakdown(timed)]
     return "\n".join(lines)
+
+
+def spell_rates(rates: Mapping[str, float]) -> Iterator[str]:
+    """Yield what the machine can do: bytes, the processor's products, and what whole products of matrices reach of them."""
+    best = rates[best_products(rates)]
+    speeds = [f"{PRODUCTS[name]} {rate / 1e9:.0f} ({rate / best:.0%})" for name, rate in rates.items() if name in PRODUCTS]
+    peaks = [f"{PEAKS[name]} {rate / 1e9:.0f}" for name, rate in rates.items() if name in PEAKS]
+    yield f"this machine reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s"
+    if peaks:
+        yield f"its instructions make {', '.join(peaks)} billion operations a second; products of matrices in the cache, and"
+        yield f"their share of the best of these: {', '.join(speeds)}"
+    else:
+        yield f"GFLOP/s of products: {', '.join(speeds)}"
 
 
 def spell_fallbacks(fallbacks: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -223,6 +254,17 @@ def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         speeds = (f"{row[name]:.2f}" for name in ("tok_s", "tok_s_min", "tok_s_max", "ceiling_tok_s"))
         cells.append((row["test"], *speeds, f"{row['share']:.1%}", first, each, CEILINGS[row["ceiling"]]))
     return _aligned(cells)
+
+
+def spell_disturbed(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line for every test some of whose runs did not get their cores."""
+    for row in rows:
+        if row.get("disturbed"):
+            least = row["lost_core_share"]
+            yield (
+                f"{row['test']}: other programs took cores from {row['disturbed']} of its runs, which were repeated"
+                + (f"; of those that count one still lost {least:.0%} of its cores' time" if least > DISTURBED else "")
+            )
 
 
 def spell_speculation(found: dict[str, Any]) -> Iterator[str]:

@@ -31,9 +31,9 @@ made in memory, so that nothing is downloaded; speed does not depend on their va
 pp512 is a prompt of 512 tokens until the next one is chosen; tg128 are 128 tokens of a reply, one at a time; tg128@d16384 the
 same behind 16384 positions that are there already, tg128x8 eight such replies side by side. Sizes may be listed: -p 512 2048,
 or -p 512,2048. The ceiling of a reply is the measured read bandwidth over the bytes that a token must read: the weights as they
-are held, of experts the chosen ones, and visible keys and values. The ceiling of a prompt is the best measured rate of matrix
-products over the operations that it needs; a share above 100 % means that the model's own kernels are faster than what the
-ceiling was measured with. Speeds are medians. TTFT is the time to the first token of a prompt, TPOT the time per
+are held, of experts the chosen ones, and visible keys and values. The ceiling of a prompt is the best measured rate of the
+processor's multiplying instructions over the operations that it needs. Speeds are medians; a run that lost cores to other
+programs is repeated, and told. TTFT is the time to the first token of a prompt, TPOT the time per
 output token of a reply.
 
 With --speculate or --draft-model, replies are decoded with drafts, and the same ones without, in turns; the ceiling stays that

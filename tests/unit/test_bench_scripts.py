@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import contexts, peers, ratios
+from bench import busy, contexts, peers, ratios
 from bench.engines.state import grow
 from bench.synthetic import write_model
 from gemcutter.benchmark.harness import BenchCase
@@ -141,6 +141,39 @@ def test_what_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: p
     assert late.problems == {"": "pp70 with 64 tokens: no answer within 1 s"}
     assert list(partial.speeds) == ["pp70"]
     assert list(fine.speeds) == ["pp70", "pp70@d5"]
+
+
+def test_our_own_engine_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "REST_S", 0)
+    write_model(tmp_path / "tiny.gguf", "tiny:E2B", "q4_0")
+    ours = peers.Engine("gemcutter", "run_gemcutter.py", (str(tmp_path / "tiny.gguf"), "1"))
+    peers.compare([ours], [BenchCase("tg", 4)], 1, 5.0, serial=False)
+    assert not ours.problems
+    assert ours.about["quant"] == "q4_0"
+    assert ours.speeds["tg4"][0] > 0
+
+
+def test_a_busy_machine_is_compared_with_the_idle_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "REST_S", 0)
+    monkeypatch.setattr(busy, "SETTLE_S", 0)
+    running = list[int]()
+    start = busy.busy
+
+    def noted(processes: int) -> Any:
+        running.append(processes)
+        return start(processes)
+
+    monkeypatch.setattr(busy, "busy", noted)
+    engines = [engine(tmp_path, "gemcutter"), engine(tmp_path, "absent", load="import no_such_engine")]
+    tests = [BenchCase("tg", 8)]
+    rows = busy.rows_of(busy.compare(engines, tests, [0, 2], 2, 50.0), tests)
+    assert running == [0, 2, 0, 2]
+    assert [(each["busy"], each["engine"], each["tok_s"], each["share"]) for each in rows] == [
+        (0, "gemcutter", 100.0, 1.0),
+        (2, "gemcutter", 100.0, 1.0),
+    ]
+    shown = busy.table({"rows": rows, "cores": 2, "threads": 2})
+    assert "| tg8 | 2 | 0.50x | 100 (1.00x) |" in shown
 
 
 # ---- files for other engines ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from gemcutter import config as configs
-from gemcutter.benchmark import breakdown, hardware, roofline, synthetic
+from gemcutter import native
+from gemcutter.benchmark import breakdown, cores, hardware, peak, roofline, synthetic
 from gemcutter.benchmark.cold_start import first_token_s
 from gemcutter.benchmark.harness import BenchCase, BenchEngine, list_cases
-from gemcutter.benchmark.report import ceiling, check, measure, show
+from gemcutter.benchmark.report import ceiling, check, measure, show, spell_disturbed, spell_rates
 from gemcutter.benchmark.target import BenchTarget, from_preset
 from gemcutter.checkpoint.write.synth import SIZES, Size, spell_config
 from gemcutter.engine.request import Request
@@ -156,6 +158,57 @@ def test_a_reply_is_bound_by_bytes_and_a_prompt_by_the_best_products() -> None:
     prompt = ceiling(plan, 10_000, 2, BenchCase("pp", 10), rates)
     assert (prompt["ceiling"], prompt["flops"]) == ("native_flops_per_s", plan.flops(10))
     assert prompt["ceiling_tok_s"] == 10 * 4e9 / plan.flops(10)
+
+
+def test_the_processor_s_own_products_bound_a_prompt_where_they_were_measured() -> None:
+    rates = {"read_bytes_per_s": 1e6, "native_flops_per_s": 9e9, "float32_peak_ops_per_s": 4e9, "int8_peak_ops_per_s": 8e9}
+    plan = small_plan()
+    prompt = ceiling(plan, 10_000, 2, BenchCase("pp", 10), rates)
+    assert prompt["ceiling"] == "int8_peak_ops_per_s"
+    assert prompt["ceiling_tok_s"] == 10 * 8e9 / plan.flops(10)
+    spelled = "\n".join(spell_rates(rates))
+    assert "float32 4, int8 8 billion operations" in spelled
+    assert "native 9 (112%)" in spelled
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="the loops are the native library's")
+def test_processors_multiply_bytes_faster_than_float32() -> None:
+    rates = peak.peak_rates()
+    assert (
+        set(rates) - {"float32"}
+        == {
+            "portable": set(),
+            "avx2": {"int8"},
+            "avx512": {"int8"},
+            "avx512_bf16": {"int8", "bfloat16"},
+            "amx": {"int8", "bfloat16"},
+        }[str(native.level())]
+    )
+    assert all(rate > 1e8 for rate in rates.values())
+
+
+def test_disturbed_runs_are_repeated_and_the_calmest_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = iter([0.0, 0.5, 0.01, 0.0])
+    monkeypatch.setattr(cores, "timed", lambda work: cores.Run(*work(), next(lost)))
+    seconds = iter([1.0, 2.0, 3.0, 4.0])
+    runs, disturbed = cores.undisturbed(lambda: (7, next(seconds)), 3)
+    assert [run.seconds for run in runs] == [1.0, 3.0, 4.0]
+    assert disturbed == 1
+    row = {"test": "tg7", "disturbed": 2, "lost_core_share": 0.2}
+    assert list(spell_disturbed([row, row | {"disturbed": 0}])) == [
+        "tg7: other programs took cores from 2 of its runs, which were repeated; "
+        "of those that count one still lost 20% of its cores' time"
+    ]
+
+
+def test_waiting_for_a_core_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    waited = iter([1.0, 1.0 + 0.05])
+    monkeypatch.setattr(cores, "_waited_s", lambda: next(waited))
+    run = cores.timed(lambda: (1, time.sleep(0.1) or 0.1))
+    assert 0 < run.lost <= 0.5
+    monkeypatch.setattr(cores, "_waited_s", lambda: None)
+    assert cores.timed(lambda: (1, time.sleep(0.1) or 0.1)).lost > 0.5  # asleep, as the calling thread never is
 
 
 def test_a_prompt_behind_a_context_pays_for_its_own_rows_and_all_visible_keys() -> None:
