@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemcutter.cli.options import Loading
 from gemcutter.cli.terminal import note, progress, remark
+from gemcutter.cores import core_count
 from gemcutter.gc_pause import collector_paused
 
 if TYPE_CHECKING:
@@ -50,22 +51,17 @@ def load_model(
 
 
 def use_threads(count: int | None) -> None:
-    """Let torch, and so the kernels, use that many threads; None: its own choice."""
-    if count is None:
-        return
+    """Let torch, and so the kernels, use that many threads; None: its own choice, but no more than there are cores to use."""
     import torch
 
-    torch.set_num_threads(count)
     cores = core_count()
+    if count is None:
+        if torch.get_num_threads() > cores and not os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(cores)
+        return
+    torch.set_num_threads(count)
     if count > cores:
         note(f"--threads {count} is more than the {cores} cores that this process may use, which is slower than {cores}")
-
-
-def core_count() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not everywhere
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def spell_how(model: Model) -> str:

@@ -149,7 +149,7 @@ def test_our_own_engine_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ours = peers.Engine("gemcutter", "run_gemcutter.py", (str(tmp_path / "tiny.gguf"), "1"))
     peers.compare([ours], [BenchCase("tg", 4)], 1, 5.0, serial=False)
     assert not ours.problems
-    assert ours.about["quant"] == "q4_0"
+    assert "Q4_0" in ours.about["quant"]
     assert ours.speeds["tg4"][0] > 0
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gemcutter import native
+from gemcutter.cores import quota_cores
 from gemcutter.errors import CapacityError, KernelError
 from gemcutter.native import KVView, Matrix
 from gemcutter.ops.step import KVCache
@@ -71,10 +72,10 @@ def entry(name: str) -> Callable[..., None]:
 
 @lru_cache(maxsize=1)
 def _use_threads(count: int) -> None:
-    """Use as many threads as torch does; asked again, the library is told only of a change."""
+    """Use as many threads as torch does, or as a quota allows; asked again, the library is told only of a change."""
     library = native.load_library()
     assert library is not None
-    library.gc_set_threads(count)
+    library.gc_set_threads(min(count, quota_cores() or count))
 
 
 def rows_of(x: Tensor) -> Tensor:
