@@ -30,6 +30,7 @@ LONG = (
 # Of these folders' parametrized tests, GEMCUTTER_PART=2/3 runs the second third: all kinds of cases, in a third of the time.
 # Continuous integration takes another part with each commit (`.ci/run`); `make check` runs all of them.
 MANY_CASES = ("tests/kernels", "tests/triton", "tests/parity", "tests/formats", "tests/unit/test_memory_needs.py")
+RUNS_OTHERS = "tests/kernels/test_levels.py"  # in processes of their own, which take the part
 PART, PARTS = map(int, os.environ.get("GEMCUTTER_PART", "1/1").split("/"))
 
 if not torch.cuda.is_available():
@@ -50,7 +51,7 @@ def _of_other_parts(items: list[pytest.Item]) -> Iterator[pytest.Item]:
     """Yield the cases of `MANY_CASES` that this part leaves out; of each test at least one stays."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.nodeid.startswith(MANY_CASES):
+        if item.nodeid.startswith(MANY_CASES) and not item.nodeid.startswith(RUNS_OTHERS):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for group in cases.values():
         taken = (PART - 1) % min(PARTS, len(group))
