@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,12 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.busy` has it
 
-from bench.peers import Engine, Process, files_of, list_engines, name_of, options_of
+from bench.peers import Engine, Process, files_of, list_engines, measured, name_of, options_of
 from bench.ratios import spell_machine
 from gemcutter.benchmark import hardware
 from gemcutter.benchmark.harness import BenchCase, list_cases
 from gemcutter.checkpoint.load.match import open_checkpoint
-from gemcutter.errors import GemcutterError
 
 ENGINES = ("gemcutter", "llama.cpp")
 SETTLE_S = 1.0  # from the start of the busy processes to a turn: the system has spread them over the cores by then
@@ -128,14 +126,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--busy", type=int, nargs="*", default=[1, 2], help="numbers of busy processes (default: 1 2)")
     parser.set_defaults(engines=ENGINES, prompt=[512], tokens=[32])
     options = parser.parse_args(arguments)
-    with ExitStack() as stack:
-        folder = options.workdir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemcutter-busy-")))
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            run = measure(options, folder)
-        except GemcutterError as error:
-            print(error, file=sys.stderr)
-            return 1
+    run = measured(options, measure)
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"busy-{run['date']}-{spell_machine(run['machine'])}.json"
     path.write_text(json.dumps(run, indent=1) + "\n")

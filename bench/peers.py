@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -274,17 +274,21 @@ def options_of(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def measured(options: argparse.Namespace, measure: Callable[[argparse.Namespace, Path], dict[str, Any]]) -> dict[str, Any]:
+    """Measure with a folder for the files that are written. Ends the program with a message where that can't be done."""
+    with ExitStack() as stack:
+        folder = options.workdir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemcutter-bench-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return measure(options, folder)
+        except GemcutterError as error:
+            raise SystemExit(str(error)) from error
+
+
 def main(arguments: Sequence[str]) -> int:
     """Compare, keep the result, and print its table."""
     options = options_of("Compare gemcutter with the engines that are installed beside it.").parse_args(arguments)
-    with ExitStack() as stack:
-        folder = options.workdir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gemcutter-peers-")))
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            run = measure(options, folder)
-        except GemcutterError as error:
-            print(error, file=sys.stderr)
-            return 1
+    run = measured(options, measure)
     path = keep(run, hardware.describe(), date.today().isoformat(), options.results)
     print(table(run))
     print(f"\n{path}; `python bench/ratios.py --write` puts the newest into the README")
