@@ -12,7 +12,6 @@ below 1.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,11 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as `python -m bench.busy` has it
 
-from bench.peers import Engine, Process, files_of, list_engines, measured, name_of, options_of
+from bench.peers import Engine, files_of, list_engines, measured, name_of, options_of, take_turns
 from bench.ratios import spell_machine
 from gemcutter.benchmark import hardware
 from gemcutter.benchmark.harness import BenchCase, list_cases
 from gemcutter.checkpoint.load.match import open_checkpoint
+from gemcutter.cores import core_count
 
 ENGINES = ("gemcutter", "llama.cpp")
 SETTLE_S = 1.0  # from the start of the busy processes to a turn: the system has spread them over the cores by then
@@ -61,14 +61,8 @@ def compare(
             for test in tests:
                 for level in levels:
                     with busy(level):
-                        _turns(found[level], processes, test, budget_s)
+                        take_turns(zip(found[level], processes, strict=True), test, budget_s)
     return found
-
-
-def _turns(engines: Sequence[Engine], processes: Sequence[Process | None], test: BenchCase, budget_s: float) -> None:
-    for engine, process in zip(engines, processes, strict=True):
-        if process is not None:
-            engine.turn(process, test, budget_s)
 
 
 def rows_of(found: dict[int, list[Engine]], tests: Sequence[BenchCase]) -> list[dict[str, Any]]:
@@ -103,8 +97,7 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
     """Measure one model."""
     model, config = files_of(options, folder)
     tests = list_cases(options.prompt, options.tokens, options.depth)
-    window = max((layer.window or 0 for layer in open_checkpoint(model).plan.layers), default=0)
-    engines = [each for each in list_engines(model, config, tests, options.threads, window) if each.name in options.engines]
+    engines = list_engines(options, model, config, open_checkpoint(model).plan, tests)
     found = compare(engines, tests, sorted({0, *options.busy}), options.rounds, options.budget)
     problems = {engine.name: engine.problems for engine in engines if engine.problems}
     return {
@@ -113,7 +106,7 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         "model": name_of(options),
         "quant": options.quant,
         "threads": options.threads,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": core_count(),
         "rounds": options.rounds,
         "rows": rows_of(found, tests),
         "problems": problems,

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -43,6 +43,7 @@ from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.checkpoint.write.synth import SIZES, spell_config
 from gemcutter.errors import GemcutterError
 from gemcutter.load_options import LoadOptions
+from gemcutter.plan import ModelPlan
 
 HERE = Path(__file__).parent
 NAMES = ("gemcutter", "llama.cpp", "transformers bfloat16", "transformers float32", "mlx-lm")
@@ -174,13 +175,21 @@ def compare(engines: Sequence[Engine], tests: Sequence[BenchCase], rounds: int, 
         started = [(engine, stack.enter_context(engine.started())) for engine in engines]
         for _ in range(rounds):
             for test in tests:
-                for engine, process in started:
-                    if process is not None:
-                        engine.turn(process, test, budget_s)
+                take_turns(started, test, budget_s)
 
 
-def list_engines(model: Path, config: Path | None, tests: Sequence[BenchCase], threads: int, window: int) -> list[Engine]:
-    """List the ways to run a file, and those to run a config where there is one."""
+def take_turns(started: Iterable[tuple[Engine, Process | None]], test: BenchCase, budget_s: float) -> None:
+    """Run one test on every engine that has a process."""
+    for engine, process in started:
+        if process is not None:
+            engine.turn(process, test, budget_s)
+
+
+def list_engines(
+    options: argparse.Namespace, model: Path, config: Path | None, plan: ModelPlan, tests: Sequence[BenchCase]
+) -> list[Engine]:
+    """List the ways to run a file that were asked for, and those to run a config where there is one."""
+    threads, window = options.threads, max((layer.window or 0 for layer in plan.layers), default=0)
     context = max(test.context for test in tests) + 64
     found = [
         Engine("gemcutter", "run_gemcutter.py", (str(model), str(threads))),
@@ -191,7 +200,7 @@ def list_engines(model: Path, config: Path | None, tests: Sequence[BenchCase], t
             arguments = (str(config), str(threads), dtype)
             found.append(Engine(f"transformers {dtype}", "run_transformers.py", arguments, "PEER_TRANSFORMERS"))
         found.append(Engine("mlx-lm", "run_mlx_lm.py", (str(config), str(threads)), "PEER_MLX_LM"))
-    return found
+    return [engine for engine in found if engine.name in options.engines]
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -199,8 +208,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, config = files_of(options, folder)
     plan = open_checkpoint(model).plan
     tests = list_cases(options.prompt, options.tokens, options.depth)
-    window = max((layer.window or 0 for layer in plan.layers), default=0)
-    engines = [each for each in list_engines(model, config, tests, options.threads, window) if each.name in options.engines]
+    engines = list_engines(options, model, config, plan, tests)
     compare(engines, tests, options.rounds, options.budget, serial=options.serial)
     torch.set_num_threads(options.threads)
     found = {engine.name: engine.as_object() for engine in engines}

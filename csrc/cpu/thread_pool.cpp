@@ -126,6 +126,13 @@ void leave() { region_lock.unlock(); }
 [[maybe_unused]] const int at_fork = pthread_atfork(enter, leave, leave);
 #endif
 
+// Threads of regions at present: no more than were set.
+int team_size() {
+    const int all = wanted.load(std::memory_order_relaxed);
+    const uint32_t found = sized.load(std::memory_order_relaxed);
+    return (int)(found >> 16) == all ? (int)(found & 0xffff) : all;
+}
+
 }  // namespace
 
 void ThreadPool::barrier() {
@@ -156,12 +163,6 @@ void run_parallel(void (*work)(void *, ThreadPool &, int), void *argument) {
 void set_threads(int count) {
     wanted = count < 1 ? 1 : count > 256 ? 256 : count;
     planned = 0;
-}
-
-int team_size() {
-    const int all = wanted.load(std::memory_order_relaxed);
-    const uint32_t found = sized.load(std::memory_order_relaxed);
-    return (int)(found >> 16) == all ? (int)(found & 0xffff) : all;
 }
 
 int threads() {

@@ -29,8 +29,7 @@ struct ThreadPool {
 void run_parallel(void (*work)(void *argument, ThreadPool &pool, int index), void *argument);
 
 void set_threads(int count);
-int threads();    // of the next region from this program thread
-int team_size();  // of regions at present: no more than were set
+int threads();  // of the next region from this program thread: as many as were set, or fewer on a busy machine
 
 // Part `index` of `size` of the range 0..n-1, split at multiples of `unit`.
 struct Range {

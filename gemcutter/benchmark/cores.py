@@ -6,7 +6,6 @@ thread, which is never idle during a run, lacks of the time that passed stands f
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from gemcutter.cores import core_count
 
 DISTURBED = 0.05  # of the threads' time: other programs took more than noise
 TASKS = Path("/proc/self/task")
@@ -33,7 +34,7 @@ def timed(work: Callable[[], tuple[int, float]]) -> Run:
     waited, cpu, started = _waited_s(), time.thread_time(), time.perf_counter()
     tokens, seconds = work()
     passed, now = time.perf_counter() - started, _waited_s()
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
+    threads = min(torch.get_num_threads(), core_count())
     lost = passed - (time.thread_time() - cpu) if waited is None or now is None else (now - waited) / threads
     return Run(tokens, seconds, min(1.0, max(0.0, lost / passed)))
 

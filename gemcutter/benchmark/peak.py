@@ -11,6 +11,7 @@ import ctypes
 import torch
 
 from gemcutter import native
+from gemcutter.cores import quota_cores
 
 KINDS = ("float32", "int8", "bfloat16")
 LEAST_S = 0.02  # of a loop: many times what a clock or an interrupt takes
@@ -46,6 +47,7 @@ def _run(kind: str, rounds: int) -> list[tuple[float, float]] | None:
     if library is None:
         return None
     threads = torch.get_num_threads()
+    threads = min(threads, quota_cores() or threads)  # as many as kernels get
     library.gc_set_threads(threads)
     operations, seconds = (ctypes.c_double * threads)(), (ctypes.c_double * threads)()
     if library.gc_peak(kind.encode(), ctypes.c_int64(rounds), operations, seconds):

@@ -68,6 +68,7 @@ MAY_IMPORT = {
     "evals": {"api", "completion", "engine", "generate_options", "load_options", "parity", "scoring", "text", "tools"},
     "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
     "benchmark": {
+        "cores",
         "plan",
         "checkpoint",
         "quant",
