@@ -149,10 +149,10 @@ int formats(const gc_matrix *m, int64_t rows, int activations) {
 }
 
 template <const MatmulKernels &FALLBACK>
-void gemm_panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-                void *scratch, const void *next) {
+void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *rows, int64_t first, int64_t last, float *out,
+                 int64_t ld, void *scratch, const void *next) {
     if (!fits(*m, rows->count, rows->activations))
-        return FALLBACK.gemm_panel(m, panel, rows, first, last, out, ld, scratch, next);
+        return FALLBACK.gemm_panels(m, panel, panels, rows, first, last, out, ld, scratch, next);
     float *sums = static_cast<float *>(scratch);
     uint16_t *pairs = reinterpret_cast<uint16_t *>(sums + TILES * TILE_FLOATS);
     if (is_dense(*m)) pairs_of_dense(*m, panel, pairs);
@@ -178,8 +178,8 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
 }
 
 template <const MatmulKernels &FALLBACK>
-constexpr MatmulKernels TABLE = {formats<FALLBACK>, gemm_panel<FALLBACK>, scratch_bytes<FALLBACK>,
-                                 gather<FALLBACK>,  8 * CHUNK_ELEMENTS,   2 * CHUNK_ROWS};
+constexpr MatmulKernels TABLE = {formats<FALLBACK>,  gemm_panels<FALLBACK>, scratch_bytes<FALLBACK>, gather<FALLBACK>, 1,
+                                 8 * CHUNK_ELEMENTS, 2 * CHUNK_ROWS};
 
 }  // namespace
 

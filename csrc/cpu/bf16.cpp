@@ -40,10 +40,10 @@ int formats(const gc_matrix *m, int64_t rows, int activations) {
     return fits(*m, rows, activations) ? FORMAT_BF16 : dense_avx512.formats(m, rows, activations);
 }
 
-void gemm_panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-                void *scratch, const void *next) {
+void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *rows, int64_t first, int64_t last, float *out,
+                 int64_t ld, void *scratch, const void *next) {
     if (!fits(*m, rows->count, rows->activations))
-        return dense_avx512.gemm_panel(m, panel, rows, first, last, out, ld, scratch, next);
+        return dense_avx512.gemm_panels(m, panel, panels, rows, first, last, out, ld, scratch, next);
     float *transposed = static_cast<float *>(scratch), *spare = transposed + PAIR_CHUNK * PANEL;
     int64_t left = m->rows - panel * PANEL;
     if (left >= PANEL) return gemm(*m, panel, *rows, first, last - first, out, ld, transposed);
@@ -63,6 +63,6 @@ void gather(const gc_matrix *m, int64_t row, float *out) { dense_avx512.gather(m
 
 }  // namespace
 
-extern const MatmulKernels dense_avx512_bf16 = {formats, gemm_panel, scratch_bytes, gather, 2 * CHUNK_ELEMENTS, CHUNK_ROWS};
+extern const MatmulKernels dense_avx512_bf16 = {formats, gemm_panels, scratch_bytes, gather, 1, 2 * CHUNK_ELEMENTS, CHUNK_ROWS};
 
 }  // namespace gemcutter

@@ -143,8 +143,8 @@ void panel_type(const gc_matrix &matrix, int64_t panel, const Rows &rows, int64_
 
 int formats(const gc_matrix *, int64_t, int) { return FORMAT_FLOAT; }
 
-void gemm_panel(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-                void *scratch, const void *) {
+void gemm_panels(const gc_matrix *matrix, int64_t panel, int64_t, const Rows *rows, int64_t first, int64_t last, float *out,
+                 int64_t ld, void *scratch, const void *) {
     auto *run = matrix->codes == GC_BF16 ? panel_type<Bf16> : matrix->codes == GC_F16 ? panel_type<F16> : panel_type<F32>;
     run(*matrix, panel, *rows, first, last, out, ld, static_cast<float *>(scratch));
 }
@@ -166,6 +166,6 @@ void gather(const gc_matrix *matrix, int64_t row, float *out) {
 
 }  // namespace
 
-extern const MatmulKernels GC_NAME(dense) = {formats, gemm_panel, scratch_bytes, gather, CHUNK_ELEMENTS, CHUNK_ROWS};
+extern const MatmulKernels GC_NAME(dense) = {formats, gemm_panels, scratch_bytes, gather, 1, CHUNK_ELEMENTS, CHUNK_ROWS};
 
 }  // namespace gemcutter

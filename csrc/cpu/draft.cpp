@@ -132,8 +132,8 @@ class Chain {
                 for (int64_t item = own.first; item < own.last; ++item) {
                     int64_t row = item / panels / drafter_.top_k;
                     const void *next = item + 1 < own.last ? panel_at(table, panel_of(item + 1)) : nullptr;
-                    matmul_kernels(table).gemm_panel(&table, panel_of(item), &converted.rows, row, row + 1,
-                                                     logits_ + item * PANEL, PANEL, scratch.of(index), next);
+                    matmul_kernels(table).gemm_panels(&table, panel_of(item), 1, &converted.rows, row, row + 1,
+                                                      logits_ + item * PANEL, PANEL, scratch.of(index), next);
                 }
             });
         });

@@ -140,8 +140,8 @@ void Experts::run(ThreadPool &pool, int index) {
         float *ups = gates + group.count * PANEL;
         Rows rows = rows_of(pair_rows_.rows, group);
         if (columns < PANEL) memset(gates, 0, sizeof(float) * (size_t)(2 * PANEL * group.count));
-        matmul_kernels(gate).gemm_panel(&gate, panel, &rows, 0, group.count, gates, PANEL, rest, panel_at(up, panel));
-        matmul_kernels(up).gemm_panel(&up, panel, &rows, 0, group.count, ups, PANEL, rest, panel_at(gate, panel + 1));
+        matmul_kernels(gate).gemm_panels(&gate, panel, 1, &rows, 0, group.count, gates, PANEL, rest, panel_at(up, panel));
+        matmul_kernels(up).gemm_panels(&up, panel, 1, &rows, 0, group.count, ups, PANEL, rest, panel_at(gate, panel + 1));
         kernels().vector_ops->gelu_mul(gates, ups, group.count * PANEL, gates);
         for (int64_t m = 0; m < group.count; ++m)
             memcpy(gated_.row(group.first + m) + panel * PANEL, gates + m * PANEL, sizeof(float) * (size_t)columns);
@@ -153,8 +153,8 @@ void Experts::run(ThreadPool &pool, int index) {
     for_each_panel(pool, COUNT_EXPERTS_OUT, (hidden + PANEL - 1) / PANEL, [&](const Group &group, int64_t panel) {
         const gc_matrix &down = experts_.down[group.expert];
         Rows rows = rows_of(gated_.converted.rows, group);
-        matmul_kernels(down).gemm_panel(&down, panel, &rows, 0, group.count, product_ + group.first * hidden + panel * PANEL,
-                                        hidden, rest, nullptr);
+        matmul_kernels(down).gemm_panels(&down, panel, 1, &rows, 0, group.count, product_ + group.first * hidden + panel * PANEL,
+                                         hidden, rest, nullptr);
     });
     pool.barrier();
 }

@@ -64,18 +64,20 @@ struct VectorOps {
     void (*softmax_top)(const float *x, int64_t n, float *largest, float *sum);
 };
 
-// Products of activation rows with one panel of a matrix.
+// Products of activation rows with neighbouring panels of a matrix.
 struct MatmulKernels {
-    // The activation formats (a bit set) that `gemm_panel` reads for this matrix and number of rows.
+    // The activation formats (a bit set) that `gemm_panels` reads for this matrix and number of rows.
     int (*formats)(const gc_matrix *matrix, int64_t rows, int activations);
-    // Rows first..last-1 times the 16 matrix rows of one panel: out[m * ld + r], m counted from `first`, r from the panel's first
-    // row; ragged last panels write only the rows that exist. `scratch` has scratch_bytes(), 64-byte aligned, one for each thread.
-    // `next` is what the thread reads afterwards, prefetched near the end of this panel; null means the next panel in memory.
-    void (*gemm_panel)(const gc_matrix *matrix, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out,
-                       int64_t ld, void *scratch, const void *next);
+    // Rows first..last-1 times the matrix rows of `panels` panels from `panel` on, panels_at_once at most:
+    // out[m * ld + r], m counted from `first`, r from the first panel's first row; a ragged last panel writes only the rows that
+    // exist. `scratch` has scratch_bytes(), 64-byte aligned, one for each thread. `next` is what the thread reads afterwards,
+    // prefetched near the end of the last panel; null means the next panel in memory.
+    void (*gemm_panels)(const gc_matrix *matrix, int64_t panel, int64_t panels, const Rows *rows, int64_t first, int64_t last,
+                        float *out, int64_t ld, void *scratch, const void *next);
     size_t (*scratch_bytes)(const gc_matrix *matrix);
     // Write one row of a matrix as float32.
     void (*gather)(const gc_matrix *matrix, int64_t row, float *out);
+    int64_t panels_at_once;              // that share the work on rows, where there are many
     int64_t chunk_elements, chunk_rows;  // largest block of rows that is multiplied with one panel after the other
 };
 

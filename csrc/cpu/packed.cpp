@@ -2,7 +2,7 @@
 //
 // Owns the level's table `packed` and the choice of kernel: int8 activations where there are any, float32 otherwise. Refuses to
 // know threads (`parallel_gemm.cpp` shares panels among them). Read `layout.h` for the bytes, then `packed_decode.h`,
-// `packed_dot.h` and `packed_int8.h`.
+// `packed_dot.h`, `packed_int8.h` and `packed_tiles.h`.
 #include "packed_float.h"
 
 namespace gemcutter {
@@ -13,26 +13,47 @@ int formats(const gc_matrix *m, int64_t, int activations) {
     return pieces_of(*m) == 2 ? FORMAT_INT8 | FORMAT_HALVES : FORMAT_INT8;
 }
 
-template <int PIECES>
-void panel_in_pieces(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
-                     void *scratch, const void *next) {
-    if (!rows.q || rows.activations != GC_INT8) return float_panel<PIECES>(m, panel, rows, first, last, out, ld, scratch);
-    if (m.codes == GC_U4) return int8_panel<Code4, PIECES>(m, panel, rows, first, last, out, ld, scratch, next);
-    if (m.codes == GC_U6) return int8_panel<Code6, PIECES>(m, panel, rows, first, last, out, ld, scratch, next);
-    int8_panel<Code8, PIECES>(m, panel, rows, first, last, out, ld, scratch, next);
+template <class Code, int PIECES>
+void int8_panels(const gc_matrix &m, int64_t panel, int64_t panels, const Rows &rows, int64_t first, int64_t last, float *out,
+                 int64_t ld, void *scratch, const void *next) {
+#if defined(GC_LEVEL_AVX512)
+    if (last - first > STREAM_ROWS) return int8_tiles<Code, PIECES>(m, panel, panels, rows, first, last, out, ld, scratch, next);
+#endif
+    for (; panels > 0; --panels, ++panel, out += PANEL) {
+        if (last - first > STREAM_ROWS) int8_gemm<Code, PIECES>(m, panel, rows, first, last, out, ld, scratch);
+        else int8_stream<Code, PIECES>(m, panel, rows, first, last, out, ld, panels > 1 ? nullptr : next);
+    }
 }
 
-void gemm_panel(const gc_matrix *m, int64_t panel, const Rows *rows, int64_t first, int64_t last, float *out, int64_t ld,
-                void *scratch, const void *next) {
-    if (pieces_of(*m) == 2) return panel_in_pieces<2>(*m, panel, *rows, first, last, out, ld, scratch, next);
-    panel_in_pieces<1>(*m, panel, *rows, first, last, out, ld, scratch, next);
+template <int PIECES>
+void panels_in_pieces(const gc_matrix &m, int64_t panel, int64_t panels, const Rows &rows, int64_t first, int64_t last,
+                      float *out, int64_t ld, void *scratch, const void *next) {
+    if (rows.q && rows.activations == GC_INT8) {
+        auto *run = m.codes == GC_U4   ? int8_panels<Code4, PIECES>
+                    : m.codes == GC_U6 ? int8_panels<Code6, PIECES>
+                                       : int8_panels<Code8, PIECES>;
+        return run(m, panel, panels, rows, first, last, out, ld, scratch, next);
+    }
+    for (; panels > 0; --panels, ++panel, out += PANEL) float_panel<PIECES>(m, panel, rows, first, last, out, ld, scratch);
+}
+
+void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *rows, int64_t first, int64_t last, float *out,
+                 int64_t ld, void *scratch, const void *next) {
+    auto *run = pieces_of(*m) == 2 ? panels_in_pieces<2> : panels_in_pieces<1>;
+    run(*m, panel, panels, *rows, first, last, out, ld, scratch, next);
+}
+
+template <class Needed>
+constexpr size_t larger(size_t bytes) {
+    return sizeof(Needed) > bytes ? sizeof(Needed) : bytes;
 }
 
 size_t scratch_bytes(const gc_matrix *) {
-    size_t most = sizeof(FloatRun);
-    if (sizeof(Run<1>) > most) most = sizeof(Run<1>);
-    if (sizeof(Run<2>) > most) most = sizeof(Run<2>);
-    return most;
+#if defined(GC_LEVEL_AVX512)
+    return larger<FloatRun>(larger<TileScratch<1>>(sizeof(TileScratch<2>)));
+#else
+    return larger<FloatRun>(larger<Run<1>>(sizeof(Run<2>)));
+#endif
 }
 
 template <int PIECES>
@@ -52,6 +73,7 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
 
 }  // namespace
 
-extern const MatmulKernels GC_NAME(packed) = {formats, gemm_panel, scratch_bytes, gather, CHUNK_ELEMENTS, CHUNK_ROWS};
+extern const MatmulKernels GC_NAME(packed) = {formats,        gemm_panels,           scratch_bytes, gather,
+                                              PANELS_AT_ONCE, PACKED_CHUNK_ELEMENTS, CHUNK_ROWS};
 
 }  // namespace gemcutter

@@ -35,7 +35,7 @@ inline int32_t four_bytes(const int8_t *p) {
 #if defined(GC_LEVEL_AVX512)
 
 constexpr int ROWS_AT_ONCE = 8;
-constexpr int64_t STREAM_ROWS = INT64_MAX;
+constexpr int64_t STREAM_ROWS = 16;
 
 template <class Code, bool IS_UNPACKED>
 struct CodeReader : Code {
@@ -57,6 +57,13 @@ struct CodeReader : Code {
         return _mm512_ternarylogic_epi32(low, placed, mask, 0xf8);  // low | (placed & mask)
     }
 };
+
+// Keeps the compiler from loading a value anew for every use of it.
+#if defined(GC_EMULATE)
+inline void in_register(N &) {}
+#else
+inline void in_register(N &n) { __asm__("" : "+v"(n)); }
+#endif
 
 template <class CodeReader, int COUNT, int M, int H>
 GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {

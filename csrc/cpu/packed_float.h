@@ -3,7 +3,7 @@
 // Used where the reference's numerics are asked for (activations rounded to bfloat16, or not rounded at all). Included by level
 // sources only; refuses to know int8. Read `packed_int8.h` for the faster kernels.
 #pragma once
-#include "packed_int8.h"
+#include "packed_tiles.h"
 
 namespace gemcutter {
 namespace {

@@ -184,12 +184,5 @@ void int8_stream(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t fi
     }
 }
 
-template <class Code, int PIECES>
-void int8_panel(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
-                void *scratch, const void *next) {
-    if (last - first <= STREAM_ROWS) int8_stream<Code, PIECES>(m, panel, rows, first, last, out, ld, next);
-    else if constexpr (STREAM_ROWS < INT64_MAX) int8_gemm<Code, PIECES>(m, panel, rows, first, last, out, ld, scratch);
-}
-
 }  // namespace
 }  // namespace gemcutter

@@ -18,40 +18,87 @@ namespace {
 constexpr size_t ALIGNMENT = 64, LEAST_CHUNK = (size_t)1 << 20;
 constexpr int64_t FEW_ROWS = 16;  // up to here a thread has its own range of panels
 constexpr int64_t ROW_UNIT = 32;  // chunks are multiples of the rows that any micro-kernel takes at once
+constexpr int64_t ITEMS_OF_THREAD = 16;
 
 size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
 int64_t panels_of(const gc_matrix &m) { return (m.rows + PANEL - 1) / PANEL; }
 
-int64_t chunk_rows(const MatmulKernels &level, int64_t rows, int64_t columns) {
-    int64_t fit = level.chunk_elements / columns;
+// Neighbouring panels that share the work on rows, where there are many; and their groups.
+int64_t panels_at_once(const gc_matrix &a, const gc_matrix &b) {
+    int64_t of_a = matmul_kernels(a).panels_at_once, of_b = matmul_kernels(b).panels_at_once;
+    return of_a < of_b ? of_a : of_b;
+}
+
+int64_t groups_of(const gc_matrix &m, int64_t at_once) { return (panels_of(m) + at_once - 1) / at_once; }
+
+struct Panels {
+    int64_t first, count, width;  // width: rows of the matrix
+};
+
+Panels panels_of_group(const gc_matrix &m, int64_t group, int64_t at_once) {
+    int64_t first = group * at_once, left = panels_of(m) - first, count = left < at_once ? left : at_once;
+    int64_t rows = m.rows - first * PANEL;
+    return {first, count, rows < count * PANEL ? rows : count * PANEL};
+}
+
+// Rows that are multiplied with one group of panels after the other: what fits the caches, and fewer where threads would else
+// get too little work to share evenly.
+int64_t chunk_rows(const MatmulKernels &level, const Rows &rows, int64_t groups, int threads) {
+    int64_t fit = level.chunk_elements / rows.columns;
     int64_t most = fit < ROW_UNIT ? ROW_UNIT : fit > level.chunk_rows ? level.chunk_rows : fit;
-    int64_t chunks = (rows + most - 1) / most, each = (rows + chunks - 1) / chunks;
-    return (each + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT;
+    int64_t chunks = (rows.count + most - 1) / most, wanted = (ITEMS_OF_THREAD * threads + groups - 1) / groups;
+    if (threads > 1 && chunks < wanted) chunks = wanted;
+    int64_t each = ((rows.count + chunks - 1) / chunks + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT;
+    // The last chunk has many rows, too: kernels for few may round otherwise, and threads must not change results.
+    while (rows.count > each && rows.count % each > 0 && rows.count % each <= FEW_ROWS) each += ROW_UNIT;
+    return each;
 }
 
 // The panels that are assigned to a thread in products of few rows.
 Range own_panels(int64_t panels, int index, int size) { return share(size == 1 ? panels : panels - panels / 4, 1, index, size); }
 
-// Calls item(panel, first row, last row) once for all panels and rows, on some thread of the pool; `chunk` rows at a time.
+// Calls item(group of panels, first row, last row) once for all groups and rows, on some thread of the pool; `chunk` rows at a time.
 template <typename Item>
-void for_each_panel(ThreadPool &pool, int index, int64_t panels, int64_t rows, int64_t chunk, int counter, Item item) {
-    std::atomic<int64_t> &next = pool.counters[counter];
-    if (rows > FEW_ROWS) {
-        int64_t items = panels * ((rows + chunk - 1) / chunk);
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-            int64_t first = i / panels * chunk, last = first + chunk < rows ? first + chunk : rows;
-            item(i % panels, first, last);
-        }
-        return;
+void for_each_group(ThreadPool &pool, int64_t groups, int64_t rows, int64_t chunk, int counter, Item item) {
+    int64_t items = groups * ((rows + chunk - 1) / chunk);
+    for (int64_t i; (i = pool.counters[counter].fetch_add(1, std::memory_order_relaxed)) < items;) {
+        int64_t first = i / groups * chunk, last = first + chunk < rows ? first + chunk : rows;
+        item(i % groups, first, last);
     }
+}
+
+// Calls item(panel) once for all panels, on some thread of the pool, where there are few rows.
+template <typename Item>
+void for_each_panel(ThreadPool &pool, int index, int64_t panels, int counter, Item item) {
+    std::atomic<int64_t> &next = pool.counters[counter];
     if (!pool.is_memory_bound.load(std::memory_order_relaxed)) pool.is_memory_bound.store(true, std::memory_order_relaxed);
     Range own = own_panels(panels, index, pool.size);
     int64_t owned = own_panels(panels, pool.size - 1, pool.size).last;
-    for (int64_t panel = own.first; panel < own.last; ++panel) item(panel, (int64_t)0, rows);
+    for (int64_t panel = own.first; panel < own.last; ++panel) item(panel);
     int64_t piece = panels / (32 * pool.size) + 1;
     for (int64_t start; (start = owned + next.fetch_add(piece, std::memory_order_relaxed)) < panels;)
-        for (int64_t panel = start; panel < start + piece && panel < panels; ++panel) item(panel, (int64_t)0, rows);
+        for (int64_t panel = start; panel < start + piece && panel < panels; ++panel) item(panel);
+}
+
+// parallel_gemm for many rows.
+void gemm_of_many(ThreadPool &pool, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
+                  void *scratch, int counter) {
+    int64_t groups = 0;
+    for (int i = 0; i < num_parts; ++i) groups += groups_of(parts[i], matmul_kernels(parts[i]).panels_at_once);
+    int64_t chunk = chunk_rows(matmul_kernels(*parts), rows, groups, pool.size);
+    for_each_group(pool, groups, rows.count, chunk, counter, [&](int64_t group, int64_t first, int64_t last) {
+        const gc_matrix *part = parts;
+        float *to = out + first * ld;
+        for (int64_t own; group >= (own = groups_of(*part, matmul_kernels(*part).panels_at_once)); ++part) {
+            group -= own;
+            to += part->rows;
+        }
+        const MatmulKernels &level = matmul_kernels(*part);
+        Panels some = panels_of_group(*part, group, level.panels_at_once);
+        level.gemm_panels(part, some.first, some.count, &rows, first, last, to + some.first * PANEL, ld, scratch,
+                          panel_at(*part, some.first + pool.size * level.panels_at_once));
+    });
 }
 
 }  // namespace
@@ -108,13 +155,14 @@ int formats_of(const gc_matrix *parts, int num_parts, int64_t count, int activat
 }
 
 ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations) {
+    int64_t all = count + SPARE_INT8_ROWS;
     Rows rows = {count, columns, activations, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     if (formats & FORMAT_INT8) {
-        rows.q = arena.array<int8_t>(count * columns);
-        rows.scale = arena.array<float>(count * (columns / BLOCK));
-        rows.sum = arena.array<float>(count * (columns / BLOCK));
+        rows.q = arena.array<int8_t>(all * columns);
+        rows.scale = arena.array<float>(all * (columns / BLOCK));
+        rows.sum = arena.array<float>(all * (columns / BLOCK));
     }
-    if (formats & FORMAT_HALVES) rows.halves = arena.array<float>(count * 2 * (columns / BLOCK));
+    if (formats & FORMAT_HALVES) rows.halves = arena.array<float>(all * 2 * (columns / BLOCK));
     if (formats & FORMAT_BF16) rows.bf16 = arena.array<uint16_t>(count * columns);
     if (formats & FORMAT_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);
     return {formats, rows};
@@ -152,10 +200,10 @@ void convert_rows(ThreadPool &pool, int index, ConvertedRows &converted, const f
 
 void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
                    void *scratch, int counter) {
+    if (rows.count > FEW_ROWS) return gemm_of_many(pool, parts, num_parts, rows, out, ld, scratch, counter);
     int64_t panels = 0;
     for (int i = 0; i < num_parts; ++i) panels += panels_of(parts[i]);
-    int64_t chunk = chunk_rows(matmul_kernels(*parts), rows.count, rows.columns);
-    for_each_panel(pool, index, panels, rows.count, chunk, counter, [&](int64_t panel, int64_t first, int64_t last) {
+    for_each_panel(pool, index, panels, counter, [&](int64_t panel) {
         const gc_matrix *part = parts;
         float *column = out;
         for (; panel >= panels_of(*part); ++part) {
@@ -164,24 +212,31 @@ void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_
         }
         bool is_last = panel + 1 == panels_of(*part) && part + 1 < parts + num_parts;
         const void *next = is_last ? part[1].data : nullptr;
-        matmul_kernels(*part).gemm_panel(part, panel, &rows, first, last, column + first * ld + panel * PANEL, ld, scratch, next);
+        matmul_kernels(*part).gemm_panels(part, panel, 1, &rows, 0, rows.count, column + panel * PANEL, ld, scratch, next);
     });
 }
 
 void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out,
                     int64_t ld, void *scratch, int counter) {
-    int64_t chunk = rows.count > FEW_ROWS ? chunk_rows(matmul_kernels(*gate), rows.count, rows.columns) : rows.count;
-    float *gates = static_cast<float *>(scratch), *ups = gates + chunk * PANEL;
-    void *rest = ups + chunk * PANEL;
-    for_each_panel(pool, index, panels_of(*gate), rows.count, chunk, counter, [&](int64_t panel, int64_t first, int64_t last) {
-        int64_t count = last - first, left = gate->rows - panel * PANEL, width = left < PANEL ? left : PANEL;
-        if (width < PANEL) memset(scratch, 0, sizeof(float) * (size_t)(2 * chunk * PANEL));
-        matmul_kernels(*gate).gemm_panel(gate, panel, &rows, first, last, gates, PANEL, rest, panel_at(*up, panel));
-        matmul_kernels(*up).gemm_panel(up, panel, &rows, first, last, ups, PANEL, rest, panel_at(*gate, panel + 1));
-        kernels().vector_ops->gelu_mul(gates, ups, count * PANEL, gates);
-        float *target = out + first * ld + panel * PANEL;
-        for (int64_t m = 0; m < count; ++m) memcpy(target + m * ld, gates + m * PANEL, sizeof(float) * (size_t)width);
-    });
+    const MatmulKernels &gate_level = matmul_kernels(*gate), &up_level = matmul_kernels(*up);
+    bool is_many = rows.count > FEW_ROWS;
+    int64_t at_once = is_many ? panels_at_once(*gate, *up) : 1, groups = groups_of(*gate, at_once);
+    int64_t chunk = is_many ? chunk_rows(gate_level, rows, groups, pool.size) : rows.count;
+    float *gates = static_cast<float *>(scratch), *ups = gates + chunk * at_once * PANEL;
+    void *rest = ups + chunk * at_once * PANEL;
+    auto item = [&](int64_t group, int64_t first, int64_t last) {
+        Panels some = panels_of_group(*gate, group, at_once);
+        int64_t count = last - first, across = some.count * PANEL;
+        if (some.width < across) memset(scratch, 0, sizeof(float) * (size_t)(2 * chunk * at_once * PANEL));
+        gate_level.gemm_panels(gate, some.first, some.count, &rows, first, last, gates, across, rest, panel_at(*up, some.first));
+        up_level.gemm_panels(up, some.first, some.count, &rows, first, last, ups, across, rest,
+                             panel_at(*gate, some.first + some.count));
+        kernels().vector_ops->gelu_mul(gates, ups, count * across, gates);
+        float *target = out + first * ld + some.first * PANEL;
+        for (int64_t m = 0; m < count; ++m) memcpy(target + m * ld, gates + m * across, sizeof(float) * (size_t)some.width);
+    };
+    if (is_many) return for_each_group(pool, groups, rows.count, chunk, counter, item);
+    for_each_panel(pool, index, groups, counter, [&](int64_t panel) { item(panel, 0, rows.count); });
 }
 
 void prefetch_weights(const ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, int64_t count) {
@@ -205,7 +260,8 @@ size_t scratch_bytes(const gc_matrix *parts, int num_parts) {
 }
 
 size_t geglu_scratch_bytes(const gc_matrix *gate, const gc_matrix *up) {
-    size_t products = align(sizeof(float) * 2 * matmul_kernels(*gate).chunk_rows * PANEL);
+    const MatmulKernels &level = matmul_kernels(*gate);
+    size_t products = align(sizeof(float) * (size_t)(2 * level.chunk_rows * level.panels_at_once * PANEL));
     size_t a = scratch_bytes(gate, 1), b = scratch_bytes(up, 1);
     return products + (a > b ? a : b);
 }
