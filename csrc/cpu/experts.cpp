@@ -10,15 +10,19 @@
 
 namespace gemcutter {
 
+constexpr int64_t PIECES_OF_THREAD = 64;  // experts differ in rows: small pieces keep threads equally busy
+
 Experts::Experts(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(layer), experts_(*layer.experts), rows_(rows) {
     const gc_experts &moe = experts_;
     const gc_matrix in[2] = {moe.gate[0], moe.up[0]};
     int64_t hidden = layer.hidden, pairs = rows * moe.top_k;
     routed_.allocate(arena, &moe.router, 1, rows, hidden, GC_FLOAT_ROWS);
     normed_ = arena.array<float>(rows * hidden);
+    if (rows > 1) row_rows_ = allocate_rows(arena, formats_at_any_count(in, 2), rows, hidden, layer.activations);
     pair_rows_ = allocate_rows(arena, formats_at_any_count(in, 2), rows == 1 ? 1 : pairs, hidden, layer.activations);
     if (pair_rows_.formats & FORMAT_FLOAT && !pair_rows_.rows.x)
-        pair_rows_.rows.x = gathered_ = rows == 1 ? normed_ : arena.array<float>(pairs * hidden);
+        pair_rows_.rows.x = rows == 1 ? normed_ : arena.array<float>(pairs * hidden);
+    if (rows > 1 && row_rows_.formats & FORMAT_FLOAT && !row_rows_.rows.x) row_rows_.rows.x = normed_;
     gated_.allocate(arena, formats_at_any_count(moe.down, 1), pairs, moe.width, layer.activations);
     router_logits_ = arena.array<float>(rows * moe.experts);
     weights_ = arena.array<float>(pairs);
@@ -27,9 +31,9 @@ Experts::Experts(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(lay
     places_ = arena.array<int64_t>(pairs);
     row_of_ = arena.array<int64_t>(pairs);
     groups_ = arena.array<Group>(moe.experts);
-    size_t gated = geglu_scratch_bytes(&moe.gate[0], &moe.up[0]), down = scratch_bytes(moe.down, 1);
+    size_t gated = geglu_scratch_bytes(&moe.gate[0], &moe.up[0], rows), down = scratch_bytes(moe.down, 1);
     size_t router = scratch_bytes(&moe.router, 1), most = gated > down ? gated : down;
-    scratch_.allocate(arena, (most > router ? most : router) + sizeof(float) * (size_t)(2 * PANEL * rows));
+    scratch_.allocate(arena, most > router ? most : router);
 }
 
 // Activation formats for any number of rows that an expert may get.
@@ -48,6 +52,7 @@ void Experts::route(ThreadPool &pool, int index, const float *x) {
         ops.rms_norm(x + n * hidden, experts_.router_scale, layer_.eps, hidden, row);
         routed_.convert(n);
         ops.rms_norm(x + n * hidden, experts_.norm, layer_.eps, hidden, normed_ + n * hidden);
+        convert_row(rows_ > 1 ? row_rows_ : pair_rows_, n, normed_ + n * hidden);
     }
     pool.barrier();
     parallel_gemm(pool, index, &experts_.router, 1, routed_.converted.rows, router_logits_, experts_.experts, scratch_.of(index),
@@ -57,12 +62,9 @@ void Experts::route(ThreadPool &pool, int index, const float *x) {
     pool.barrier();
     if (index == 0) group();
     pool.barrier();
+    if (rows_ == 1) return;
     Range pairs = own_rows(pair_rows_.rows.count, index, pool.size);
-    for (int64_t pair = pairs.first; pair < pairs.last; ++pair) {
-        const float *row = normed_ + row_of_[pair] * hidden;
-        if (gathered_ && gathered_ != normed_) memcpy(gathered_ + pair * hidden, row, sizeof(float) * (size_t)hidden);
-        convert_row(pair_rows_, pair, row);
-    }
+    for (int64_t pair = pairs.first; pair < pairs.last; ++pair) copy_row(row_rows_.rows, row_of_[pair], pair_rows_.rows, pair);
     pool.barrier();
 }
 
@@ -122,39 +124,34 @@ Rows Experts::rows_of(const Rows &all, const Group &group) const {
     return rows;
 }
 
-// Calls item(group, panel) once for every panel of every chosen expert, on some thread.
+// Calls item(group, panels) once for all panels of every chosen expert, some of them at a time, on some thread.
 template <typename Item>
-void Experts::for_each_panel(ThreadPool &pool, int counter, int64_t panels, Item item) const {
-    int64_t items = num_groups_ * panels, piece = items / (16 * pool.size) + 1;
+void Experts::for_each_panels(ThreadPool &pool, int counter, const gc_matrix &like, int64_t at_once, Item item) const {
+    int64_t each = groups_of(like, at_once), items = num_groups_ * each, piece = items / (PIECES_OF_THREAD * pool.size) + 1;
     for (int64_t start; (start = pool.counters[counter].fetch_add(piece, std::memory_order_relaxed)) < items;)
-        for (int64_t i = start; i < start + piece && i < items; ++i) item(groups_[i / panels], i % panels);
+        for (int64_t i = start; i < start + piece && i < items; ++i)
+            item(groups_[i / each], panels_of_group(like, i % each, at_once));
 }
 
 void Experts::run(ThreadPool &pool, int index) {
-    int64_t hidden = layer_.hidden, width = experts_.width;
-    float *gates = static_cast<float *>(scratch_.of(index));
-    void *rest = gates + 2 * PANEL * rows_;
-    for_each_panel(pool, COUNT_EXPERTS_IN, (width + PANEL - 1) / PANEL, [&](const Group &group, int64_t panel) {
+    int64_t hidden = layer_.hidden;
+    void *scratch = scratch_.of(index);
+    int64_t at_once = rows_ > 1 ? panels_at_once(experts_.gate[0], experts_.up[0]) : 1;
+    for_each_panels(pool, COUNT_EXPERTS_IN, experts_.gate[0], at_once, [&](const Group &group, const Panels &panels) {
         const gc_matrix &gate = experts_.gate[group.expert], &up = experts_.up[group.expert];
-        int64_t left = width - panel * PANEL, columns = left < PANEL ? left : PANEL;
-        float *ups = gates + group.count * PANEL;
         Rows rows = rows_of(pair_rows_.rows, group);
-        if (columns < PANEL) memset(gates, 0, sizeof(float) * (size_t)(2 * PANEL * group.count));
-        matmul_kernels(gate).gemm_panels(&gate, panel, 1, &rows, 0, group.count, gates, PANEL, rest, panel_at(up, panel));
-        matmul_kernels(up).gemm_panels(&up, panel, 1, &rows, 0, group.count, ups, PANEL, rest, panel_at(gate, panel + 1));
-        kernels().vector_ops->gelu_mul(gates, ups, group.count * PANEL, gates);
-        for (int64_t m = 0; m < group.count; ++m)
-            memcpy(gated_.row(group.first + m) + panel * PANEL, gates + m * PANEL, sizeof(float) * (size_t)columns);
+        geglu_panels(gate, up, panels, rows, 0, group.count, gated_.row(group.first), experts_.width, scratch);
     });
     pool.barrier();
     Range pairs = own_rows(rows_ * experts_.top_k, index, pool.size);
     for (int64_t pair = pairs.first; pair < pairs.last; ++pair) gated_.convert(pair);
     pool.barrier();
-    for_each_panel(pool, COUNT_EXPERTS_OUT, (hidden + PANEL - 1) / PANEL, [&](const Group &group, int64_t panel) {
+    at_once = rows_ > 1 ? panels_at_once(experts_.down[0], experts_.down[0]) : 1;
+    for_each_panels(pool, COUNT_EXPERTS_OUT, experts_.down[0], at_once, [&](const Group &group, const Panels &panels) {
         const gc_matrix &down = experts_.down[group.expert];
         Rows rows = rows_of(gated_.converted.rows, group);
-        matmul_kernels(down).gemm_panels(&down, panel, 1, &rows, 0, group.count, product_ + group.first * hidden + panel * PANEL,
-                                         hidden, rest, nullptr);
+        float *out = product_ + group.first * hidden + panels.first * PANEL;
+        matmul_kernels(down).gemm_panels(&down, panels.first, panels.count, &rows, 0, group.count, out, hidden, scratch, nullptr);
     });
     pool.barrier();
 }

@@ -144,7 +144,8 @@ Mlp::Mlp(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(layer), row
     normed_.allocate(arena, in, 2, rows, layer.hidden, layer.activations);
     gated_.allocate(arena, &layer.down, 1, rows, layer.down.columns, layer.activations);
     product_ = arena.array<float>(rows * layer.hidden);
-    size_t bytes = geglu_scratch_bytes(&layer.gate, &layer.up), down = scratch_bytes(&layer.down, 1);
+    size_t bytes = geglu_scratch_bytes(&layer.gate, &layer.up, most_chunk_rows(layer.gate, rows)),
+           down = scratch_bytes(&layer.down, 1);
     scratch_.allocate(arena, bytes > down ? bytes : down);
     if (layer.experts) experts_.emplace(arena, layer, rows);
 }

@@ -103,15 +103,15 @@ class Experts {
     Rows rows_of(const Rows &all, const Group &group) const;
     int formats_at_any_count(const gc_matrix *parts, int num_parts) const;
     template <typename Item>
-    void for_each_panel(ThreadPool &pool, int counter, int64_t panels, Item item) const;
+    void for_each_panels(ThreadPool &pool, int counter, const gc_matrix &like, int64_t at_once, Item item) const;
 
     const gc_layer &layer_;
     const gc_experts &experts_;
     int64_t rows_, num_groups_ = 0;
     ActivationBuffer routed_, gated_;
     float *normed_;            // [N, D]
+    ConvertedRows row_rows_;   // normed_ in the experts' formats, where there are several rows
     ConvertedRows pair_rows_;  // one for each (row, expert) pair, sorted by expert; a single one where there is one row
-    float *gathered_ = nullptr;
     float *router_logits_, *weights_, *product_;  // [N, X], [N, top_k], [pairs, D]
     int64_t *chosen_, *places_;                   // [N, top_k]: a row's experts in ascending order, and the pair of each
     int64_t *row_of_;                             // [pairs]

@@ -11,8 +11,8 @@ namespace gemcutter {
 namespace {
 
 constexpr int TILE_M = 4;
-constexpr int64_t TILE_RUN = 12;    // blocks: 18 KB of codes for three panels, so that rows fit beside them in the L1 cache
-constexpr int64_t TILE_ROWS = 256;  // at a time: their sums for three panels take 48 KB of the L2 cache
+constexpr int64_t TILE_RUN = 12;  // blocks: 18 KB of codes for three panels, so that rows fit beside them in the L1 cache
+constexpr int64_t TILE_ROWS = CHUNK_ROWS + FEW_ROWS;  // at a time: their sums for three panels take 52 KB of the L2 cache
 
 #if !defined(GC_LEVEL_AVX512)
 

@@ -11,36 +11,16 @@
 #include <string.h>
 
 #include <new>
+#include <type_traits>
 
 namespace gemcutter {
 namespace {
 
 constexpr size_t ALIGNMENT = 64, LEAST_CHUNK = (size_t)1 << 20;
-constexpr int64_t FEW_ROWS = 16;  // up to here a thread has its own range of panels
 constexpr int64_t ROW_UNIT = 32;  // chunks are multiples of the rows that any micro-kernel takes at once
 constexpr int64_t ITEMS_OF_THREAD = 16;
 
 size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
-int64_t panels_of(const gc_matrix &m) { return (m.rows + PANEL - 1) / PANEL; }
-
-// Neighbouring panels that share the work on rows, where there are many; and their groups.
-int64_t panels_at_once(const gc_matrix &a, const gc_matrix &b) {
-    int64_t of_a = matmul_kernels(a).panels_at_once, of_b = matmul_kernels(b).panels_at_once;
-    return of_a < of_b ? of_a : of_b;
-}
-
-int64_t groups_of(const gc_matrix &m, int64_t at_once) { return (panels_of(m) + at_once - 1) / at_once; }
-
-struct Panels {
-    int64_t first, count, width;  // width: rows of the matrix
-};
-
-Panels panels_of_group(const gc_matrix &m, int64_t group, int64_t at_once) {
-    int64_t first = group * at_once, left = panels_of(m) - first, count = left < at_once ? left : at_once;
-    int64_t rows = m.rows - first * PANEL;
-    return {first, count, rows < count * PANEL ? rows : count * PANEL};
-}
 
 // Rows that are multiplied with one group of panels after the other: what fits the caches, and fewer where threads would else
 // get too little work to share evenly.
@@ -49,22 +29,22 @@ int64_t chunk_rows(const MatmulKernels &level, const Rows &rows, int64_t groups,
     int64_t most = fit < ROW_UNIT ? ROW_UNIT : fit > level.chunk_rows ? level.chunk_rows : fit;
     int64_t chunks = (rows.count + most - 1) / most, wanted = (ITEMS_OF_THREAD * threads + groups - 1) / groups;
     if (threads > 1 && chunks < wanted) chunks = wanted;
-    int64_t each = ((rows.count + chunks - 1) / chunks + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT;
-    // The last chunk has many rows, too: kernels for few may round otherwise, and threads must not change results.
-    while (rows.count > each && rows.count % each > 0 && rows.count % each <= FEW_ROWS) each += ROW_UNIT;
-    return each;
+    int64_t each = (rows.count + chunks - 1) / chunks;
+    return (each + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT;
 }
 
 // The panels that are assigned to a thread in products of few rows.
 Range own_panels(int64_t panels, int index, int size) { return share(size == 1 ? panels : panels - panels / 4, 1, index, size); }
 
-// Calls item(group of panels, first row, last row) once for all groups and rows, on some thread of the pool; `chunk` rows at a time.
+// Calls item(group of panels, first row, last row) once for all groups and rows, on some thread of the pool; `chunk` rows at a
+// time. FEW_ROWS or less at the end join the chunk before: kernels for few rows round otherwise, and how many chunks there are
+// depends on the threads.
 template <typename Item>
 void for_each_group(ThreadPool &pool, int64_t groups, int64_t rows, int64_t chunk, int counter, Item item) {
-    int64_t items = groups * ((rows + chunk - 1) / chunk);
+    int64_t chunks = rows > chunk + FEW_ROWS ? (rows - FEW_ROWS + chunk - 1) / chunk : 1, items = groups * chunks;
     for (int64_t i; (i = pool.counters[counter].fetch_add(1, std::memory_order_relaxed)) < items;) {
-        int64_t first = i / groups * chunk, last = first + chunk < rows ? first + chunk : rows;
-        item(i % groups, first, last);
+        int64_t index = i / groups, first = index * chunk;
+        item(i % groups, first, index + 1 < chunks ? first + chunk : rows);
     }
 }
 
@@ -102,6 +82,21 @@ void gemm_of_many(ThreadPool &pool, const gc_matrix *parts, int num_parts, const
 }
 
 }  // namespace
+
+int64_t panels_of(const gc_matrix &m) { return (m.rows + PANEL - 1) / PANEL; }
+
+int64_t panels_at_once(const gc_matrix &a, const gc_matrix &b) {
+    int64_t of_a = matmul_kernels(a).panels_at_once, of_b = matmul_kernels(b).panels_at_once;
+    return of_a < of_b ? of_a : of_b;
+}
+
+int64_t groups_of(const gc_matrix &m, int64_t at_once) { return (panels_of(m) + at_once - 1) / at_once; }
+
+Panels panels_of_group(const gc_matrix &m, int64_t group, int64_t at_once) {
+    int64_t first = group * at_once, left = panels_of(m) - first, count = left < at_once ? left : at_once;
+    int64_t rows = m.rows - first * PANEL;
+    return {first, count, rows < count * PANEL ? rows : count * PANEL};
+}
 
 struct Arena::Chunk {
     Chunk *next;
@@ -191,6 +186,21 @@ void convert_row(ConvertedRows &converted, int64_t row, const float *x_row) {
     }
 }
 
+void copy_row(const Rows &from, int64_t row, Rows &to, int64_t place) {
+    int64_t columns = from.columns, blocks = columns / BLOCK;
+    auto copy = [&](auto *source, auto *target, int64_t size) {
+        if (!source || !target) return;
+        using Element = std::remove_const_t<std::remove_pointer_t<decltype(target)>>;
+        memcpy(const_cast<Element *>(target) + place * size, source + row * size, sizeof(Element) * (size_t)size);
+    };
+    copy(from.x, to.x, columns);
+    copy(from.q, to.q, columns);
+    copy(from.scale, to.scale, blocks);
+    copy(from.sum, to.sum, blocks);
+    copy(from.halves, to.halves, 2 * blocks);
+    copy(from.bf16, to.bf16, columns);
+}
+
 void convert_rows(ThreadPool &pool, int index, ConvertedRows &converted, const float *x) {
     bool keeps_x = converted.formats & FORMAT_FLOAT && converted.rows.activations != GC_BF16_ROWS;
     if (keeps_x && index == 0) converted.rows.x = x;  // visible to all threads after the caller's barrier
@@ -216,27 +226,33 @@ void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_
     });
 }
 
+void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &panels, const Rows &rows, int64_t first, int64_t last,
+                  float *out, int64_t ld, void *scratch) {
+    int64_t count = last - first, across = panels.count * PANEL, size = count * across;
+    float *gates = static_cast<float *>(scratch), *ups = gates + size;
+    void *rest = ups + size;
+    if (panels.width < across) memset(gates, 0, sizeof(float) * (size_t)(2 * size));
+    const void *up_at = panel_at(up, panels.first), *next = panel_at(gate, panels.first + panels.count);
+    matmul_kernels(gate).gemm_panels(&gate, panels.first, panels.count, &rows, first, last, gates, across, rest, up_at);
+    matmul_kernels(up).gemm_panels(&up, panels.first, panels.count, &rows, first, last, ups, across, rest, next);
+    kernels().vector_ops->gelu_mul(gates, ups, size, gates);
+    float *target = out + panels.first * PANEL;
+    for (int64_t m = 0; m < count; ++m) memcpy(target + m * ld, gates + m * across, sizeof(float) * (size_t)panels.width);
+}
+
 void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out,
                     int64_t ld, void *scratch, int counter) {
-    const MatmulKernels &gate_level = matmul_kernels(*gate), &up_level = matmul_kernels(*up);
-    bool is_many = rows.count > FEW_ROWS;
-    int64_t at_once = is_many ? panels_at_once(*gate, *up) : 1, groups = groups_of(*gate, at_once);
-    int64_t chunk = is_many ? chunk_rows(gate_level, rows, groups, pool.size) : rows.count;
-    float *gates = static_cast<float *>(scratch), *ups = gates + chunk * at_once * PANEL;
-    void *rest = ups + chunk * at_once * PANEL;
-    auto item = [&](int64_t group, int64_t first, int64_t last) {
-        Panels some = panels_of_group(*gate, group, at_once);
-        int64_t count = last - first, across = some.count * PANEL;
-        if (some.width < across) memset(scratch, 0, sizeof(float) * (size_t)(2 * chunk * at_once * PANEL));
-        gate_level.gemm_panels(gate, some.first, some.count, &rows, first, last, gates, across, rest, panel_at(*up, some.first));
-        up_level.gemm_panels(up, some.first, some.count, &rows, first, last, ups, across, rest,
-                             panel_at(*gate, some.first + some.count));
-        kernels().vector_ops->gelu_mul(gates, ups, count * across, gates);
-        float *target = out + first * ld + some.first * PANEL;
-        for (int64_t m = 0; m < count; ++m) memcpy(target + m * ld, gates + m * across, sizeof(float) * (size_t)some.width);
+    auto item = [&](const Panels &panels, int64_t first, int64_t last) {
+        geglu_panels(*gate, *up, panels, rows, first, last, out + first * ld, ld, scratch);
     };
-    if (is_many) return for_each_group(pool, groups, rows.count, chunk, counter, item);
-    for_each_panel(pool, index, groups, counter, [&](int64_t panel) { item(panel, 0, rows.count); });
+    if (rows.count <= FEW_ROWS)
+        return for_each_panel(pool, index, panels_of(*gate), counter,
+                              [&](int64_t panel) { item(panels_of_group(*gate, panel, 1), 0, rows.count); });
+    int64_t at_once = panels_at_once(*gate, *up), groups = groups_of(*gate, at_once);
+    int64_t chunk = chunk_rows(matmul_kernels(*gate), rows, groups, pool.size);
+    for_each_group(pool, groups, rows.count, chunk, counter, [&](int64_t group, int64_t first, int64_t last) {
+        item(panels_of_group(*gate, group, at_once), first, last);
+    });
 }
 
 void prefetch_weights(const ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, int64_t count) {
@@ -259,9 +275,13 @@ size_t scratch_bytes(const gc_matrix *parts, int num_parts) {
     return most;
 }
 
-size_t geglu_scratch_bytes(const gc_matrix *gate, const gc_matrix *up) {
-    const MatmulKernels &level = matmul_kernels(*gate);
-    size_t products = align(sizeof(float) * (size_t)(2 * level.chunk_rows * level.panels_at_once * PANEL));
+int64_t most_chunk_rows(const gc_matrix &m, int64_t rows) {
+    int64_t most = matmul_kernels(m).chunk_rows + FEW_ROWS;
+    return rows < most ? rows : most;
+}
+
+size_t geglu_scratch_bytes(const gc_matrix *gate, const gc_matrix *up, int64_t rows) {
+    size_t products = align(sizeof(float) * (size_t)(2 * rows * panels_at_once(*gate, *up) * PANEL));
     size_t a = scratch_bytes(gate, 1), b = scratch_bytes(up, 1);
     return products + (a > b ? a : b);
 }

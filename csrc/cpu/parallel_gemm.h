@@ -51,13 +51,29 @@ ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t co
 // Converts x_row to all formats of row `row`. Rows are independent: share them among threads in any way, then barrier().
 void convert_row(ConvertedRows &converted, int64_t row, const float *x_row);
 
-// The same for all rows x [count, columns], shared among threads; no barrier at the end.
+// Copies all formats of a row that both have.
+void copy_row(const Rows &from, int64_t row, Rows &to, int64_t place);
+
+// convert_row for all rows x [count, columns], shared among threads; no barrier at the end.
 void convert_rows(ThreadPool &pool, int index, ConvertedRows &converted, const float *x);
+
+// Neighbouring panels of both matrices that share the work on rows, where there are many; their groups.
+int64_t panels_of(const gc_matrix &m);
+int64_t panels_at_once(const gc_matrix &a, const gc_matrix &b);
+int64_t groups_of(const gc_matrix &m, int64_t at_once);
+struct Panels {
+    int64_t first, count, width;  // width: rows of the matrix
+};
+Panels panels_of_group(const gc_matrix &m, int64_t group, int64_t at_once);
 
 // out[m * ld + r] = rows times the matrices stacked by rows; no barrier at the end. `scratch` is this thread's own, of
 // scratch_bytes(). `counter` is the index of a pool counter that nothing else in this region uses.
 void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
                    void *scratch, int counter);
+
+// Rows first..last-1 of the next product for some panels: out[m * ld + f], m counted from `first`, f from the matrices' first row.
+void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &panels, const Rows &rows, int64_t first, int64_t last,
+                  float *out, int64_t ld, void *scratch);
 
 // out[m * ld + f] = gelu_tanh(gate row f) * (up row f), with matrices [gate parts..., up parts...] given as two stacks of equally
 // many rows; no barrier at the end. The two products are never stored as a whole.
@@ -67,7 +83,8 @@ void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc
 // Prefetches the weights that this thread reads first in a product of `count` rows; does nothing where there are many rows.
 void prefetch_weights(const ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, int64_t count);
 
-size_t scratch_bytes(const gc_matrix *parts, int num_parts);             // for parallel_gemm
-size_t geglu_scratch_bytes(const gc_matrix *gate, const gc_matrix *up);  // for parallel_geglu
+size_t scratch_bytes(const gc_matrix *parts, int num_parts);                           // for parallel_gemm
+int64_t most_chunk_rows(const gc_matrix &m, int64_t rows);                             // that parallel_geglu multiplies at a time
+size_t geglu_scratch_bytes(const gc_matrix *gate, const gc_matrix *up, int64_t rows);  // for `rows` rows at a time
 
 }  // namespace gemcutter
