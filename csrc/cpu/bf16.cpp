@@ -1,8 +1,8 @@
-// GEMM on processors with AVX512_BF16: bfloat16 matrices times many bfloat16 rows, sums in float32.
+// GEMM on processors with AVX512_BF16: bfloat16 matrices times many rows rounded to bfloat16, sums in float32.
 //
-// Owns the order of a panel's values: 16 matrix rows side by side, two neighbouring columns in each lane, as one instruction
-// multiplies them. Serves rows that are asked for in bfloat16: a decoder's prompts would else depend on how many rows a step has.
-// Few rows and other matrices go to the AVX-512 kernels. Refuses to know threads. Read `matmul_bf16.h` for the micro-kernel,
+// Owns the order of loops: a run of columns of three panels is brought into pairs, 16 matrix rows side by side, two neighbouring
+// columns in each lane as one instruction multiplies them; 8 rows at a time meet all three, and their sums wait in scratch memory
+// from run to run. Few rows, rows that stay float32 and other matrices go to the AVX-512 kernels. Refuses to know threads. Read
 // `matmul_f32.h` for how panels are transposed, `parallel_gemm.cpp` for the caller.
 #include "kernels.h"
 #include "matmul_bf16.h"
@@ -12,28 +12,103 @@ namespace gemcutter {
 namespace {
 
 // Up to 16 rows a row's result must not depend on the rows beside it: AVX-512 computes those.
-constexpr int64_t LEAST_ROWS = 17;
-constexpr int64_t PAIR_CHUNK = 256;  // pairs of columns of one transposed chunk: 16 KB, half of an L1 cache
-constexpr int64_t SPARE_ROWS = 64;   // activation rows at a time of a panel that lacks rows
-void gemm(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t begin, int64_t count, float *out, int64_t ld,
-          float *transposed) {
-    const float *starts[PANEL], *some[PANEL];  // pairs of columns as one element
-    for (int64_t r = 0; r < PANEL; ++r) {
-        int64_t row = panel * PANEL + r < m.rows ? panel * PANEL + r : m.rows - 1;
-        starts[r] = reinterpret_cast<const float *>(static_cast<const char *>(m.data) + row * m.stride);
+constexpr int64_t LEAST_ROWS = FEW_ROWS + 1;
+constexpr int PANELS_AT_ONCE = 3, TILE_M = 8;
+constexpr int64_t RUN_PAIRS = 128;  // of columns: 24 KB for three panels, half of an L1 cache
+constexpr int64_t MOST_ROWS = 2 * CHUNK_ROWS + FEW_ROWS;
+static_assert(TILE_M - 1 <= SPARE_ROWS, "tiles read along rows that must exist");
+
+struct BfloatScratch {
+    alignas(64) uint32_t pairs[PANELS_AT_ONCE][RUN_PAIRS * PANEL];
+    alignas(64) float sums[(MOST_ROWS + TILE_M) * PANELS_AT_ONCE * PANEL];
+};
+
+// to [TILE_M, H * 16] = from (null: 0) + rows of pairs times a run of pairs.
+template <int H>
+void multiply_tile(const uint32_t *a, int64_t lda, const uint32_t (*pairs)[RUN_PAIRS * PANEL], int64_t count, const float *from,
+                   float *to, int64_t ld) {
+    V total[TILE_M][H];
+#pragma GCC unroll 8
+    for (int m = 0; m < TILE_M; ++m)
+#pragma GCC unroll 3
+        for (int h = 0; h < H; ++h) total[m][h] = from ? load(from + (m * H + h) * W) : set1(0.0f);
+    const uint32_t *row[(TILE_M + 2) / 3];  // every third row, so that pointers and strides fit in the registers
+    for (int m = 0; m < TILE_M; m += 3) row[m / 3] = a + m * lda;
+    for (int64_t i = 0; i < count; ++i) {
+        __m512i b[H];
+#pragma GCC unroll 3
+        for (int h = 0; h < H; ++h) b[h] = _mm512_load_si512(pairs[h] + i * PANEL);
+#pragma GCC unroll 8
+        for (int m = 0; m < TILE_M; ++m) {
+            __m512i x = _mm512_set1_epi32((int)row[m / 3][m % 3 * lda + i]);
+            in_register(x);
+#pragma GCC unroll 3
+            for (int h = 0; h < H; ++h) total[m][h] = dot_pairs(total[m][h], b[h], x);
+        }
     }
-    const uint32_t *a = reinterpret_cast<const uint32_t *>(rows.bf16 + begin * rows.columns);
-    int64_t pairs = m.columns / 2;
-    for (int64_t i = 0; i < pairs; i += PAIR_CHUNK) {
-        int64_t some_pairs = pairs - i < PAIR_CHUNK ? pairs - i : PAIR_CHUNK;
-        for (int r = 0; r < PANEL; ++r) some[r] = starts[r] + i;
-        pack_panel<F32>(some, some_pairs, transposed);
-        pair_panel(a + i, pairs, count, reinterpret_cast<uint32_t *>(transposed), PANEL, some_pairs, out, ld, i > 0);
+#pragma GCC unroll 8
+    for (int m = 0; m < TILE_M; ++m)
+#pragma GCC unroll 3
+        for (int h = 0; h < H; ++h) store(to + m * ld + h * W, total[m][h]);
+}
+
+// Matrix rows of some panels from a column on, two columns as one element; the last row stands for those that are missing.
+struct MatrixRows {
+    const gc_matrix &m;
+    int64_t first;
+
+    const float *at(int64_t r, int64_t pair) const {
+        int64_t row = first + r < m.rows ? first + r : m.rows - 1;
+        return reinterpret_cast<const float *>(static_cast<const char *>(m.data) + row * m.stride) + pair;
+    }
+};
+
+// Asks for the lines of the next run, some rows at a time: each row's is on another page, where the hardware does not look.
+struct AheadOfRows {
+    MatrixRows rows;
+    int64_t pair, pairs, count;
+    int64_t next = 0;
+
+    void some(int64_t rows_at_once) {
+        for (; rows_at_once > 0 && next < count; --rows_at_once, ++next)
+            for (int64_t i = 0; i < pairs; i += 16) __builtin_prefetch(rows.at(next, pair + i), 0, IN_L2);
+    }
+};
+
+// Rows first..last-1, MOST_ROWS at most, times H panels. Up to TILE_M - 1 rows beyond the last are read, and what follows from
+// them is dropped.
+template <int H>
+void multiply_panels(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
+                     BfloatScratch &scratch) {
+    const int64_t all = m.columns / 2, left = m.rows - panel * PANEL, width = left < H * PANEL ? left : H * PANEL;
+    const int64_t tiles = (last - first + TILE_M - 1) / TILE_M;
+    const uint32_t *a = reinterpret_cast<const uint32_t *>(rows.bf16 + first * rows.columns);
+    const MatrixRows matrix = {m, panel * PANEL}, next = {m, (panel + H) * PANEL};
+    for (int64_t start = 0; start < all; start += RUN_PAIRS) {
+        const int64_t count = all - start < RUN_PAIRS ? all - start : RUN_PAIRS;
+        for (int h = 0; h < H; ++h) {
+            const float *some[PANEL];
+            for (int r = 0; r < PANEL; ++r) some[r] = matrix.at(h * PANEL + r, start);
+            pack_panel<F32>(some, count, reinterpret_cast<float *>(scratch.pairs[h]));
+        }
+        const bool is_last = start + count == all;
+        const int64_t then = is_last ? 0 : start + count;
+        AheadOfRows ahead = {is_last ? next : matrix, then, all - then < RUN_PAIRS ? all - then : RUN_PAIRS, H * PANEL};
+        for (int64_t tile = 0, row = 0; tile < tiles; ++tile, row += TILE_M) {
+            ahead.some(H * PANEL / tiles + 1);
+            float *sums = scratch.sums + row * H * PANEL;
+            const bool is_whole = is_last && first + row + TILE_M <= last && width == H * PANEL;
+            multiply_tile<H>(a + row * all + start, all, scratch.pairs, count, start ? sums : nullptr,
+                             is_whole ? out + row * ld : sums, is_whole ? ld : H * PANEL);
+            if (!is_last || is_whole) continue;
+            for (int64_t i = row; i < row + TILE_M && first + i < last; ++i)
+                memcpy(out + i * ld, sums + (i - row) * H * PANEL, sizeof(float) * (size_t)width);
+        }
     }
 }
 
 bool fits(const gc_matrix &m, int64_t rows, int activations) {
-    return rows >= LEAST_ROWS && activations == GC_BF16_ROWS && m.columns % 2 == 0 && m.stride % 4 == 0 && m.codes == GC_BF16;
+    return rows >= LEAST_ROWS && activations != GC_FLOAT_ROWS && m.columns % 2 == 0 && m.stride % 4 == 0 && m.codes == GC_BF16;
 }
 
 int formats(const gc_matrix *m, int64_t rows, int activations) {
@@ -42,27 +117,28 @@ int formats(const gc_matrix *m, int64_t rows, int activations) {
 
 void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *rows, int64_t first, int64_t last, float *out,
                  int64_t ld, void *scratch, const void *next) {
-    if (!fits(*m, rows->count, rows->activations))
-        return dense_avx512.gemm_panels(m, panel, panels, rows, first, last, out, ld, scratch, next);
-    float *transposed = static_cast<float *>(scratch), *spare = transposed + PAIR_CHUNK * PANEL;
-    int64_t left = m->rows - panel * PANEL;
-    if (left >= PANEL) return gemm(*m, panel, *rows, first, last - first, out, ld, transposed);
-    for (; first < last; first += SPARE_ROWS, out += SPARE_ROWS * ld) {
-        int64_t count = last - first < SPARE_ROWS ? last - first : SPARE_ROWS;
-        gemm(*m, panel, *rows, first, count, spare, PANEL, transposed);
-        for (int64_t i = 0; i < count; ++i) memcpy(out + i * ld, spare + i * PANEL, sizeof(float) * (size_t)left);
+    if (!fits(*m, rows->count, rows->activations)) {
+        for (; panels > 0; --panels, ++panel, out += PANEL)
+            dense_avx512.gemm_panels(m, panel, 1, rows, first, last, out, ld, scratch, next);
+        return;
+    }
+    auto *run = panels == 3 ? multiply_panels<3> : panels == 2 ? multiply_panels<2> : multiply_panels<1>;
+    for (; first < last; first += MOST_ROWS, out += MOST_ROWS * ld) {
+        int64_t end = last < first + MOST_ROWS ? last : first + MOST_ROWS;
+        run(*m, panel, *rows, first, end, out, ld, *static_cast<BfloatScratch *>(scratch));
     }
 }
 
 size_t scratch_bytes(const gc_matrix *m) {
-    size_t own = sizeof(float) * (PAIR_CHUNK + SPARE_ROWS) * PANEL, other = dense_avx512.scratch_bytes(m);
-    return own > other ? own : other;
+    size_t other = dense_avx512.scratch_bytes(m);
+    return sizeof(BfloatScratch) > other ? sizeof(BfloatScratch) : other;
 }
 
 void gather(const gc_matrix *m, int64_t row, float *out) { dense_avx512.gather(m, row, out); }
 
 }  // namespace
 
-extern const MatmulKernels dense_avx512_bf16 = {formats, gemm_panels, scratch_bytes, gather, 1, 2 * CHUNK_ELEMENTS, CHUNK_ROWS};
+extern const MatmulKernels dense_avx512_bf16 = {formats,        gemm_panels, scratch_bytes, gather,
+                                                PANELS_AT_ONCE, INT64_MAX,   2 * CHUNK_ROWS};
 
 }  // namespace gemcutter

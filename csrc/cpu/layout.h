@@ -25,10 +25,10 @@
 
 namespace gemcutter {
 
-constexpr int PANEL = 16;           // rows of a panel
-constexpr int BLOCK = 32;           // columns of a code block, and of one activation scale
-constexpr int SPARE_INT8_ROWS = 3;  // behind the last one, which kernels may read along and drop
-constexpr int SUPER = 256;          // columns of a super-block
+constexpr int PANEL = 16;      // rows of a panel
+constexpr int BLOCK = 32;      // columns of a code block, and of one activation scale
+constexpr int SPARE_ROWS = 7;  // of activations behind the last one, which kernels may read along and drop
+constexpr int SUPER = 256;     // columns of a super-block
 // Prefetch distance: without it a core does not use its share of memory bandwidth.
 constexpr int64_t PREFETCH_BYTES = 6144;
 // Where prefetched codes wait: in the L1 cache they would take its few misses at a time from the rows' own loads.

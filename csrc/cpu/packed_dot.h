@@ -58,13 +58,6 @@ struct CodeReader : Code {
     }
 };
 
-// Keeps the compiler from loading a value anew for every use of it.
-#if defined(GC_EMULATE)
-inline void in_register(N &) {}
-#else
-inline void in_register(N &n) { __asm__("" : "+v"(n)); }
-#endif
-
 template <class CodeReader, int COUNT, int M, int H>
 GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
     for (int m = 0; m < M; ++m) out[m][0] = _mm512_setzero_si512();

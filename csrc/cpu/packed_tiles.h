@@ -24,6 +24,8 @@ constexpr int64_t PACKED_CHUNK_ELEMENTS = CHUNK_ELEMENTS;
 constexpr int PANELS_AT_ONCE = 3;
 constexpr int64_t PACKED_CHUNK_ELEMENTS = INT64_MAX;  // rows are read a run at a time, so that any number of columns fits
 
+static_assert(TILE_M - 1 <= SPARE_ROWS, "tiles read along rows that must exist");
+
 // A run of columns of up to three panels, unpacked.
 template <int PIECES>
 struct PanelRuns {

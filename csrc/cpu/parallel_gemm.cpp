@@ -150,7 +150,7 @@ int formats_of(const gc_matrix *parts, int num_parts, int64_t count, int activat
 }
 
 ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations) {
-    int64_t all = count + SPARE_INT8_ROWS;
+    int64_t all = count + SPARE_ROWS;
     Rows rows = {count, columns, activations, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     if (formats & FORMAT_INT8) {
         rows.q = arena.array<int8_t>(all * columns);
@@ -158,7 +158,7 @@ ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t co
         rows.sum = arena.array<float>(all * (columns / BLOCK));
     }
     if (formats & FORMAT_HALVES) rows.halves = arena.array<float>(all * 2 * (columns / BLOCK));
-    if (formats & FORMAT_BF16) rows.bf16 = arena.array<uint16_t>(count * columns);
+    if (formats & FORMAT_BF16) rows.bf16 = arena.array<uint16_t>(all * columns);
     if (formats & FORMAT_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);
     return {formats, rows};
 }

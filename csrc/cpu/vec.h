@@ -27,6 +27,13 @@ inline V load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 inline V load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+
+// Keeps the compiler from loading a value anew for every use of it.
+#if defined(GC_EMULATE)
+inline void in_register(__m512i &) {}
+#else
+inline void in_register(__m512i &value) { __asm__("" : "+v"(value)); }
+#endif
 #elif defined(GC_LEVEL_AVX2)
 constexpr int W = 8;
 typedef __m256 V;
