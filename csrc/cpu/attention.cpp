@@ -7,8 +7,8 @@
 // padded copies of rows. Shape letters: M query rows times heads, G heads, E head dim, T keys.
 #include <math.h>
 
+#include "attention_rows.h"
 #include "exp.h"
-#include "kernels.h"
 #include "matmul_f32.h"
 
 namespace gemcutter {
@@ -33,14 +33,9 @@ const Element *pad(const Element *row, int64_t count, int64_t size, Element *spa
     return spare;
 }
 
-int64_t slot_of(const Keys &keys, int64_t position) {
-    int64_t at = position - keys.start;
-    return keys.first_slot >= 0 ? keys.first_slot + at : keys.slots[at];
-}
-
 template <typename Type>
 const typename Type::Element *row_of(const void *base, const Keys &keys, int64_t position) {
-    return static_cast<const typename Type::Element *>(base) + slot_of(keys, position) * keys.stride;
+    return elements_of<typename Type::Element>(base, keys, position);
 }
 
 template <typename Type>
@@ -263,19 +258,11 @@ void decode(const DecodeRow *rows, int64_t count, int64_t heads, int64_t dim, co
 
 // The running softmax state of one block of query rows. The output is stored as [E / 16][M][16], E rounded up, so that both
 // products read and write whole cache lines of it.
-struct Block {
-    int64_t heads, dim, rows;  // rows are positions, each with one query vector per head
-    const int64_t *positions, *last_visible;
-    int64_t window;
+struct Block : QueryRows {
+    int64_t heads, dim;                                      // each row has one query vector per head
     float *q, *out, *scores, *panel, *top, *total, *shrink;  // [M, E], [E / 16, M, 16], [M, KEY_BLOCK], panel, [M]...
 
     int64_t queries() const { return rows * heads; }
-    int64_t newest(int64_t row) const {  // the last position that a row sees
-        return last_visible && last_visible[row] > positions[row] ? last_visible[row] : positions[row];
-    }
-    bool sees(int64_t row, int64_t first, int64_t last) const {  // any of the positions first..last-1
-        return newest(row) >= first && (!window || positions[row] - window < last - 1);
-    }
 };
 
 // Scores of query vectors first..last-1 with up to KEY_BLOCK keys.
@@ -344,14 +331,12 @@ void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
 // Online-softmax update of all rows that see any of the positions low..high-1.
 template <typename Type>
 void update_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
-    int64_t first = 0, last = b.rows;
-    while (first < last && !b.sees(first, low, high)) ++first;
-    while (last > first && !b.sees(last - 1, low, high)) --last;
+    const auto [first, last] = SeeingRows(b, low, high);
     if (first == last) return;
     score_block<Type>(b, first * b.heads, last * b.heads, keys, low, high);
     bool shrinks = false;
     for (int64_t row = first; row < last; ++row) {
-        int64_t oldest = b.window && b.positions[row] - b.window + 1 > low ? b.positions[row] - b.window + 1 : low;
+        int64_t oldest = b.oldest(row) > low ? b.oldest(row) : low;
         int64_t newest = b.newest(row) < high - 1 ? b.newest(row) : high - 1;
         for (int64_t query = row * b.heads; query < (row + 1) * b.heads; ++query) {
             softmax_query(b, query, oldest - low, newest + 1 - low, high - low);
@@ -390,7 +375,7 @@ void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t h
     memset(b.out, 0, sizeof(float) * (size_t)(b.queries() * padded_to(dim, PANEL)));
     for (int64_t query = 0; query < b.queries(); ++query) b.top[query] = -INFINITY, b.total[query] = 0;
 
-    int64_t low = window && positions[0] - window + 1 > keys->start ? positions[0] - window + 1 : keys->start;
+    int64_t low = b.oldest(0) > keys->start ? b.oldest(0) : keys->start;
     int64_t high = b.newest(rows - 1) + 1;
     while (low < high) {
         int64_t next = low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;

@@ -23,35 +23,6 @@ struct BfloatScratch {
     alignas(64) float sums[(MOST_ROWS + TILE_M) * PANELS_AT_ONCE * PANEL];
 };
 
-// to [TILE_M, H * 16] = from (null: 0) + rows of pairs times a run of pairs.
-template <int H>
-void multiply_tile(const uint32_t *a, int64_t lda, const uint32_t (*pairs)[RUN_PAIRS * PANEL], int64_t count, const float *from,
-                   float *to, int64_t ld) {
-    V total[TILE_M][H];
-#pragma GCC unroll 8
-    for (int m = 0; m < TILE_M; ++m)
-#pragma GCC unroll 3
-        for (int h = 0; h < H; ++h) total[m][h] = from ? load(from + (m * H + h) * W) : set1(0.0f);
-    const uint32_t *row[(TILE_M + 2) / 3];  // every third row, so that pointers and strides fit in the registers
-    for (int m = 0; m < TILE_M; m += 3) row[m / 3] = a + m * lda;
-    for (int64_t i = 0; i < count; ++i) {
-        __m512i b[H];
-#pragma GCC unroll 3
-        for (int h = 0; h < H; ++h) b[h] = _mm512_load_si512(pairs[h] + i * PANEL);
-#pragma GCC unroll 8
-        for (int m = 0; m < TILE_M; ++m) {
-            __m512i x = _mm512_set1_epi32((int)row[m / 3][m % 3 * lda + i]);
-            in_register(x);
-#pragma GCC unroll 3
-            for (int h = 0; h < H; ++h) total[m][h] = dot_pairs(total[m][h], b[h], x);
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < TILE_M; ++m)
-#pragma GCC unroll 3
-        for (int h = 0; h < H; ++h) store(to + m * ld + h * W, total[m][h]);
-}
-
 // Matrix rows of some panels from a column on, two columns as one element; the last row stands for those that are missing.
 struct MatrixRows {
     const gc_matrix &m;
@@ -98,8 +69,8 @@ void multiply_panels(const gc_matrix &m, int64_t panel, const Rows &rows, int64_
             ahead.some(H * PANEL / tiles + 1);
             float *sums = scratch.sums + row * H * PANEL;
             const bool is_whole = is_last && first + row + TILE_M <= last && width == H * PANEL;
-            multiply_tile<H>(a + row * all + start, all, scratch.pairs, count, start ? sums : nullptr,
-                             is_whole ? out + row * ld : sums, is_whole ? ld : H * PANEL);
+            pair_tiles<TILE_M, H>(a + row * all + start, all, scratch.pairs[0], RUN_PAIRS * PANEL, count, start ? sums : nullptr,
+                                  H * PANEL, is_whole ? out + row * ld : sums, is_whole ? ld : H * PANEL);
             if (!is_last || is_whole) continue;
             for (int64_t i = row; i < row + TILE_M && first + i < last; ++i)
                 memcpy(out + i * ld, sums + (i - row) * H * PANEL, sizeof(float) * (size_t)width);

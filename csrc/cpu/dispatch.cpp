@@ -24,9 +24,9 @@ const Kernels LEVELS[] = {
 #if defined(__x86_64__)
     {"avx2", &vector_ops_avx2, &packed_avx2, &dense_avx2, &attention_avx2, nullptr, peaks_avx2},
     {"avx512", &vector_ops_avx512, &packed_avx512, &dense_avx512, &attention_avx512, nullptr, peaks_avx512},
-    {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512, &pair_attention_avx512_bf16,
+    {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512_bf16, &pair_attention_avx512_bf16,
      peaks_avx512_bf16},
-    {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512, &pair_attention_avx512_bf16, peaks_amx},
+    {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512_bf16, &pair_attention_avx512_bf16, peaks_amx},
 #endif
 };
 constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;

@@ -165,6 +165,7 @@ GC_DECLARE(portable)
 GC_DECLARE(avx2)
 GC_DECLARE(avx512)
 extern const MatmulKernels dense_avx512_bf16, packed_amx, dense_amx;
+extern const AttentionKernels attention_avx512_bf16;
 extern const PairAttention pair_attention_avx512_bf16;
 extern const PeakLoop peaks_avx512_bf16[], peaks_amx[];
 #endif

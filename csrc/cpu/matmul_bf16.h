@@ -34,6 +34,35 @@ inline void pair_tile(const uint32_t *a, int64_t lda, const uint32_t *panel, int
     for (int r = 0; r < R; ++r) store(out + r * ldo, acc[r]);
 }
 
+// to [M, H * 16] = from (null: 0) + M rows of pairs, `lda` apart, times `count` pairs of H panels, `ldp` apart.
+template <int M, int H>
+inline void pair_tiles(const uint32_t *a, int64_t lda, const uint32_t *panels, int64_t ldp, int64_t count, const float *from,
+                       int64_t ldf, float *to, int64_t ldo) {
+    V total[M][H];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+        for (int h = 0; h < H; ++h) total[m][h] = from ? load(from + m * ldf + h * W) : set1(0.0f);
+    const uint32_t *row[(M + 2) / 3];
+    for (int m = 0; m < M; m += 3) row[m / 3] = a + m * lda;
+    for (int64_t i = 0; i < count; ++i) {
+        __m512i b[H];
+#pragma GCC unroll 3
+        for (int h = 0; h < H; ++h) b[h] = _mm512_loadu_si512(panels + h * ldp + i * PANEL);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            __m512i x = _mm512_set1_epi32((int)row[m / 3][m % 3 * lda + i]);
+            in_register(x);
+#pragma GCC unroll 3
+            for (int h = 0; h < H; ++h) total[m][h] = dot_pairs(total[m][h], b[h], x);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+        for (int h = 0; h < H; ++h) store(to + m * ldo + h * W, total[m][h]);
+}
+
 template <int R>
 inline void pair_rest(int64_t rows, const uint32_t *a, int64_t lda, const uint32_t *panel, int64_t ldp, int64_t pairs, float *out,
                       int64_t ldo, bool add) {

@@ -4,9 +4,8 @@
 // how keys and values became pairs: read `vision.cpp` for that, `kernels.h` for their order, `attention.cpp` for other attention.
 #include <math.h>
 
-#include "exp.h"
 #include "kernels.h"
-#include "matmul_bf16.h"
+#include "softmax_bf16.h"
 
 namespace gemcutter {
 namespace {
@@ -14,31 +13,6 @@ namespace {
 constexpr int64_t QUERIES = 8 * BF16_ROWS, KEYS = 256;  // of a block
 // From one query to the next: no power of two, or rows would compete for a few sets of the L1 cache.
 constexpr int64_t SCORES_LD = KEYS + PANEL, WEIGHTS_LD = KEYS + 2 * PANEL;
-
-float highest(const float *scores, int64_t count) {
-    V best = load(scores);
-    for (int64_t t = W; t < count; t += W) best = vmax(best, load(scores + t));
-    return top(best);
-}
-
-inline void store_bf16(uint16_t *to, V x) {
-#if defined(GC_EMULATE)
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtneps_pbh(x));
-#else
-    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
-#endif
-}
-
-// Weights of scores: their exponentials relative to `anchor`, in bfloat16; returns the sum before they are rounded.
-float exponentiate(const float *scores, int64_t count, float anchor, uint16_t *weights) {
-    V shift = set1(anchor), total = set1(0.0f);
-    for (int64_t t = 0; t < count; t += W) {
-        V weight = exp(load(scores + t) - shift);
-        store_bf16(weights + t, weight);
-        total = total + weight;
-    }
-    return sum(total);
-}
 
 struct Buffers {
     float *scores, *sums, *top, *total;  // [QUERIES, SCORES_LD], [QUERIES, E'], [QUERIES] each

@@ -29,6 +29,8 @@ pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native
 
 F32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = 2e-5  # largest difference over largest value
+ROUNDED = 2.0**-8  # the same where softmax weights are rounded to bfloat16, by 2^-9 of each at most
+ROUNDS = ("avx512_bf16", "amx")  # levels that do so for many rows over a bfloat16 cache
 LAYER = 3
 MODEL = ModelPlan((), 8, 8, None, 1e-6, 99, 0, 0, 0, True, False)  # of which attention reads nothing
 CODES = {BF16: 3, F32: 5}
@@ -109,7 +111,8 @@ def make(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype, listed: bo
     for part in parts:
         query_start.append(query_start[-1] + len(part.positions))
     step = prepared(Step(positions, positions, positions, tuple(query_start), {layer.group: tuple(spans)}, {}, None, {}), layer)
-    return q_NHE * (2 * layer.head_dim**-0.5), step, Cache(keys.to(dtype), values.to(dtype))
+    q_NHE *= 2 * layer.head_dim**-0.5
+    return q_NHE.to(dtype).float(), step, Cache(keys.to(dtype), values.to(dtype))  # levels that round queries find them rounded
 
 
 def prepared(step: Step, layer: LayerPlan) -> Step:
@@ -140,7 +143,8 @@ def check(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype = F32, lis
     wanted = opinion(tuple(parts), layer, dtype)
     q_NHE, step, pool = make(parts, layer, dtype, listed, torch.nan)
     found = attend(q_NHE, step, pool, layer)
-    assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+    tolerance = ROUNDED if dtype is BF16 and native.level() in ROUNDS else TOLERANCE
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 SHAPES = [(8, 1, 256), (8, 1, 512), (16, 8, 64), (4, 2, 128), (1, 1, 64), (6, 2, 32), (3, 1, 96)]

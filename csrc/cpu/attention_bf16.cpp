@@ -1,0 +1,217 @@
+// Attention of many query rows over a bfloat16 cache on processors with AVX512_BF16: bfloat16 products, float32 softmax and sums.
+//
+// Owns the blocks: the keys of a block become pairs of columns, its values pairs of keys, and 8 query vectors at a time meet two
+// panels of them. Queries and softmax weights are rounded to bfloat16, as the models' own code rounds them; few rows, and a
+// float32 cache, go to the AVX-512 kernels. A key that no row of a call sees changes nothing, whatever its memory holds. Refuses to
+// know sequences, pages and threads; read `attention.cpp` for the same in float32, `attention_split.cpp` for the caller.
+#include <math.h>
+
+#include "attention_rows.h"
+#include "matmul_f32.h"
+#include "softmax_bf16.h"
+
+namespace gemcutter {
+namespace {
+
+constexpr int TILE_M = 8, TILE_PANELS = 2;
+constexpr int64_t KEY_BLOCK = 128;  // keys of one softmax update, aligned to absolute positions
+constexpr int64_t TILE_COLUMNS = TILE_PANELS * PANEL;
+constexpr int64_t DIM_RUN = 256;             // head dims of keys that are brought into pairs at once: 16 KB for two panels
+constexpr int64_t BLOCK_ELEMENTS = 1 << 16;  // of a block of query rows: 128 KB, and 256 KB of output
+// From one query to the next: no power of two, or rows would compete for a few sets of the L1 cache.
+constexpr int64_t SCORES_LD = KEY_BLOCK + PANEL, WEIGHTS_LD = KEY_BLOCK + 2 * PANEL;
+
+// The running softmax state of a block of query rows, whose query vectors are rounded up to whole tiles; E' is the head dim
+// rounded up to TILE_COLUMNS.
+struct Block : QueryRows {
+    int64_t heads, dim, width, queries;
+    uint16_t *q, *weights;                       // [M, E'], [M, WEIGHTS_LD]
+    float *out, *scores, *top, *total, *shrink;  // [E' / 32, M, 32], [M, SCORES_LD], [M]...
+    uint32_t *pairs;
+};
+
+// Pairs of columns of two panels of keys from dim `e` on; keys from `high` on repeat the one before.
+void pair_keys(const Block &b, const Keys &keys, int64_t t, int64_t high, int64_t e, int64_t dims) {
+    for (int h = 0; h < TILE_PANELS; ++h) {
+        const float *rows[PANEL];
+        for (int64_t i = 0; i < PANEL; ++i) {
+            int64_t at = t + h * PANEL + i < high ? t + h * PANEL + i : high - 1;
+            rows[i] = reinterpret_cast<const float *>(elements_of<uint16_t>(keys.k, keys, at) + e);
+        }
+        pack_panel<F32>(rows, dims / 2, reinterpret_cast<float *>(b.pairs + h * DIM_RUN / 2 * PANEL));
+    }
+}
+
+// Scores of query vectors first..last-1 with the keys low..high-1.
+void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high) {
+    const uint32_t *q = reinterpret_cast<const uint32_t *>(b.q);
+    for (int64_t t = low; t < high; t += TILE_COLUMNS)
+        for (int64_t e = 0; e < b.dim; e += DIM_RUN) {
+            int64_t dims = b.dim - e < DIM_RUN ? b.dim - e : DIM_RUN;
+            pair_keys(b, keys, t, high, e, dims);
+            for (int64_t m = first; m < last; m += TILE_M) {
+                float *to = b.scores + m * SCORES_LD + t - low;
+                pair_tiles<TILE_M, TILE_PANELS>(q + (m * b.width + e) / 2, b.width / 2, b.pairs, DIM_RUN / 2 * PANEL, dims / 2,
+                                                e ? to : nullptr, SCORES_LD, to, SCORES_LD);
+            }
+        }
+}
+
+// Turns the scores of one query vector, which sees keys from..to-1 of a block, into softmax weights of `padded` keys, zero elsewhere.
+void weigh_query(const Block &b, int64_t query, int64_t from, int64_t to, int64_t padded) {
+    float *scores = b.scores + query * SCORES_LD;
+    for (int64_t t = 0; t < from; ++t) scores[t] = -INFINITY;
+    for (int64_t t = to; t < padded; ++t) scores[t] = -INFINITY;
+    float best = highest(scores, padded), top = b.top[query] > best ? b.top[query] : best;
+    b.shrink[query] = expf(b.top[query] - top);
+    b.total[query] = b.total[query] * b.shrink[query] + exponentiate(scores, padded, top, b.weights + query * WEIGHTS_LD);
+    b.top[query] = top;
+}
+
+// 16 columns of two neighbouring keys as pairs; a null row is zero.
+inline __m512i pair_values(const uint16_t *even, const uint16_t *odd) {
+    const __m512i low = even ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)even)) : _mm512_setzero_si512();
+    if (!odd) return low;
+    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)odd)), 16));
+}
+
+// Adds the weighted values of positions low..high-1 to query vectors first..last-1. Values that no query sees are not read.
+void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high, bool shrinks) {
+    const uint16_t *rows[KEY_BLOCK + 2] = {};
+    int64_t row = first / b.heads, count = (high - low + 1) / 2;
+    for (int64_t t = low; t < high; ++t) {
+        while (b.newest(row) < t && row < b.rows - 1) ++row;
+        if (b.sees(row, t, t + 1)) rows[t - low] = elements_of<uint16_t>(keys.v, keys, t);
+    }
+    const uint32_t *weights = reinterpret_cast<const uint32_t *>(b.weights);
+    for (int64_t e = 0; e < b.dim; e += TILE_COLUMNS) {
+        for (int h = 0; h < TILE_PANELS; ++h) {
+            uint32_t *to = b.pairs + h * KEY_BLOCK / 2 * PANEL;
+            int64_t column = e + h * PANEL, left = b.dim - column;
+            for (int64_t i = 0; i < count; ++i) {
+                const uint16_t *even = rows[2 * i], *odd = rows[2 * i + 1];
+                alignas(32) uint16_t spare[2][PANEL] = {};
+                if (left < PANEL) {  // the rest of a row, which must not be read beyond its end
+                    size_t bytes = left > 0 ? sizeof(uint16_t) * (size_t)left : 0;
+                    if (even && bytes) memcpy(spare[0], even + column, bytes);
+                    if (odd && bytes) memcpy(spare[1], odd + column, bytes);
+                    _mm512_storeu_si512(to + i * PANEL, pair_values(spare[0], spare[1]));
+                } else {
+                    _mm512_storeu_si512(to + i * PANEL,
+                                        pair_values(even ? even + column : nullptr, odd ? odd + column : nullptr));
+                }
+            }
+        }
+        float *out = b.out + e * b.queries;
+        for (int64_t m = first; shrinks && m < last; ++m) {
+            const V by = set1(b.shrink[m]);
+            for (int64_t c = 0; c < TILE_COLUMNS; c += W)
+                store(out + m * TILE_COLUMNS + c, load(out + m * TILE_COLUMNS + c) * by);
+        }
+        for (int64_t m = first; m < last; m += TILE_M) {
+            float *to = out + m * TILE_COLUMNS;
+            pair_tiles<TILE_M, TILE_PANELS>(weights + m * WEIGHTS_LD / 2, WEIGHTS_LD / 2, b.pairs, KEY_BLOCK / 2 * PANEL, count,
+                                            to, TILE_COLUMNS, to, TILE_COLUMNS);
+        }
+    }
+}
+
+// Online-softmax update of all rows that see any of the positions low..high-1.
+void update_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
+    const auto [first, last] = SeeingRows(b, low, high);
+    if (first == last) return;
+    const int64_t begin = first * b.heads, end = last * b.heads, padded = padded_to(high - low, PANEL);
+    score_block(b, begin, end, keys, low, high);
+    bool shrinks = false;
+    for (int64_t row = first; row < last; ++row) {
+        int64_t oldest = b.oldest(row) > low ? b.oldest(row) : low, newest = b.newest(row) < high - 1 ? b.newest(row) : high - 1;
+        for (int64_t query = row * b.heads; query < (row + 1) * b.heads; ++query) {
+            weigh_query(b, query, oldest - low, newest + 1 - low, padded);
+            shrinks |= b.shrink[query] != 1.0f;
+        }
+    }
+    // The last tile's rows beyond the end: nothing is added to them.
+    for (int64_t query = end; query < begin + padded_to(end - begin, TILE_M); ++query)
+        memset(b.weights + query * WEIGHTS_LD, 0, sizeof(uint16_t) * WEIGHTS_LD);
+    value_block(b, begin, end, keys, low, high, shrinks);
+}
+
+Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
+    Block b = {};
+    b.rows = rows, b.heads = heads, b.dim = dim, b.width = padded_to(dim, TILE_COLUMNS);
+    b.queries = padded_to(rows * heads, TILE_M) + TILE_M;
+    b.pairs = static_cast<uint32_t *>(scratch);
+    b.out = reinterpret_cast<float *>(b.pairs + TILE_PANELS * DIM_RUN / 2 * PANEL);
+    b.scores = b.out + b.queries * b.width;
+    b.top = b.scores + b.queries * SCORES_LD;
+    b.total = b.top + b.queries;
+    b.shrink = b.total + b.queries;
+    b.q = reinterpret_cast<uint16_t *>(b.shrink + b.queries);
+    b.weights = b.q + b.queries * b.width;
+    return b;
+}
+
+size_t block_bytes(int64_t rows, int64_t heads, int64_t dim) {
+    const int64_t width = padded_to(dim, TILE_COLUMNS), queries = padded_to(rows * heads, TILE_M) + TILE_M;
+    return sizeof(uint32_t) * (size_t)(TILE_PANELS * DIM_RUN / 2 * PANEL) +
+           sizeof(float) * (size_t)(queries * (width + SCORES_LD + 3)) +
+           sizeof(uint16_t) * (size_t)(queries * (width + WEIGHTS_LD));
+}
+
+void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const int64_t *positions,
+             const int64_t *last_visible, int64_t window, const Keys *keys, void *scratch) {
+    if (keys->dtype != GC_BF16 || dim % 2) {
+        const int64_t most = attention_avx512.prefill_rows(heads, dim);
+        for (int64_t row = 0; row < rows; row += most)
+            attention_avx512.prefill(q + row * stride, out + row * stride, stride, rows - row < most ? rows - row : most, heads,
+                                     dim, positions + row, last_visible ? last_visible + row : nullptr, window, keys, scratch);
+        return;
+    }
+    Block b = make_block(scratch, rows, heads, dim);
+    b.positions = positions, b.last_visible = last_visible, b.window = window;
+    const int64_t count = rows * heads;
+    memset(b.q, 0, sizeof(uint16_t) * (size_t)(b.queries * b.width));
+    for (int64_t query = 0; query < count; ++query)
+        vector_ops_avx512.to_bf16(q + query / heads * stride + query % heads * dim, dim, b.q + query * b.width);
+    memset(b.out, 0, sizeof(float) * (size_t)(b.queries * b.width));
+    for (int64_t query = 0; query < count; ++query) b.top[query] = -INFINITY, b.total[query] = 0;
+
+    int64_t low = b.oldest(0) > keys->start ? b.oldest(0) : keys->start, high = b.newest(rows - 1) + 1;
+    while (low < high) {
+        int64_t next = low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;
+        if (next > high) next = high;
+        update_block(b, *keys, low, next);
+        low = next;
+    }
+    for (int64_t query = 0; query < count; ++query) {
+        const V scale = set1(b.total[query] > 0 ? 1.0f / b.total[query] : 0.0f);
+        float *to = out + query / heads * stride + query % heads * dim;
+        for (int64_t e = 0; e < dim; e += W) {
+            float whole[W];
+            const float *from = b.out + e / TILE_COLUMNS * TILE_COLUMNS * b.queries + query * TILE_COLUMNS + e % TILE_COLUMNS;
+            store(whole, load(from) * scale);
+            memcpy(to + e, whole, sizeof(float) * (size_t)(dim - e < W ? dim - e : W));
+        }
+    }
+}
+
+int64_t prefill_rows(int64_t heads, int64_t dim) {
+    int64_t queries = BLOCK_ELEMENTS / padded_to(dim, TILE_COLUMNS), other = attention_avx512.prefill_rows(heads, dim);
+    int64_t rows = queries < heads ? 1 : queries / heads;
+    return rows > other ? rows : other;
+}
+
+size_t scratch_bytes(int64_t heads, int64_t dim) {
+    size_t own = block_bytes(prefill_rows(heads, dim), heads, dim), other = attention_avx512.scratch_bytes(heads, dim);
+    return own > other ? own : other;
+}
+
+void decode(const DecodeRow *rows, int64_t count, int64_t heads, int64_t dim, const Keys *keys, int64_t base, void *scratch) {
+    attention_avx512.decode(rows, count, heads, dim, keys, base, scratch);
+}
+
+}  // namespace
+
+extern const AttentionKernels attention_avx512_bf16 = {decode, prefill, scratch_bytes, prefill_rows};
+
+}  // namespace gemcutter

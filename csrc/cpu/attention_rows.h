@@ -1,0 +1,45 @@
+// What both kernels for blocks of query rows share: which keys a row sees, and where a key's elements lie. Included by level
+// sources only; read `attention.cpp` and `attention_bf16.cpp`, which use it.
+#pragma once
+#include "kernels.h"
+#include "vec.h"
+
+namespace gemcutter {
+namespace {
+
+inline int64_t slot_of(const Keys &keys, int64_t position) {
+    int64_t at = position - keys.start;
+    return keys.first_slot >= 0 ? keys.first_slot + at : keys.slots[at];
+}
+
+template <typename Element>
+inline const Element *elements_of(const void *base, const Keys &keys, int64_t position) {
+    return static_cast<const Element *>(base) + slot_of(keys, position) * keys.stride;
+}
+
+// Query rows at ascending positions.
+struct QueryRows {
+    int64_t rows;
+    const int64_t *positions, *last_visible;
+    int64_t window;
+
+    int64_t newest(int64_t row) const {  // the last position that a row sees
+        return last_visible && last_visible[row] > positions[row] ? last_visible[row] : positions[row];
+    }
+    int64_t oldest(int64_t row) const { return window ? positions[row] - window + 1 : 0; }
+    bool sees(int64_t row, int64_t first, int64_t last) const {  // any of the positions first..last-1
+        return newest(row) >= first && (!window || positions[row] - window < last - 1);
+    }
+};
+
+// The rows first..last-1 that see any of the positions low..high-1.
+struct SeeingRows {
+    int64_t first = 0, last;
+    SeeingRows(const QueryRows &rows, int64_t low, int64_t high) : last(rows.rows) {
+        while (first < last && !rows.sees(first, low, high)) ++first;
+        while (last > first && !rows.sees(last - 1, low, high)) --last;
+    }
+};
+
+}  // namespace
+}  // namespace gemcutter
