@@ -16,7 +16,7 @@ int formats(const gc_matrix *m, int64_t, int activations) {
 template <class Code, int PIECES>
 void int8_panels(const gc_matrix &m, int64_t panel, int64_t panels, const Rows &rows, int64_t first, int64_t last, float *out,
                  int64_t ld, void *scratch, const void *next) {
-#if defined(GC_LEVEL_AVX512)
+#if defined(GC_DOT_BYTES)
     if (last - first > STREAM_ROWS) return int8_tiles<Code, PIECES>(m, panel, panels, rows, first, last, out, ld, scratch, next);
 #endif
     for (; panels > 0; --panels, ++panel, out += PANEL) {
@@ -49,7 +49,7 @@ constexpr size_t larger(size_t bytes) {
 }
 
 size_t scratch_bytes(const gc_matrix *) {
-#if defined(GC_LEVEL_AVX512)
+#if defined(GC_DOT_BYTES)
     return larger<FloatRun>(larger<TileScratch<1>>(sizeof(TileScratch<2>)));
 #else
     return larger<FloatRun>(larger<Run<1>>(sizeof(Run<2>)));

@@ -32,6 +32,21 @@ inline int32_t four_bytes(const int8_t *p) {
     return all;
 }
 
+// Products of four unsigned bytes with four signed ones in one instruction, each sum exact in int32.
+#if defined(GC_LEVEL_AVX512)
+#define GC_DOT_BYTES
+inline N no_sums() { return _mm512_setzero_si512(); }
+inline N load_codes(const uint8_t *p) { return _mm512_loadu_si512(p); }
+inline N broadcast_columns(const int8_t *p) { return _mm512_set1_epi32(four_bytes(p)); }
+inline N add_dots(N sums, N codes, N row) { return _mm512_dpbusd_epi32(sums, codes, row); }
+#elif defined(GC_LEVEL_AVX_VNNI)
+#define GC_DOT_BYTES
+inline N no_sums() { return _mm256_setzero_si256(); }
+inline N load_codes(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+inline N broadcast_columns(const int8_t *p) { return _mm256_set1_epi32(four_bytes(p)); }
+inline N add_dots(N sums, N codes, N row) { return _mm256_dpbusd_avx_epi32(sums, codes, row); }
+#endif
+
 #if defined(GC_LEVEL_AVX512)
 
 constexpr int ROWS_AT_ONCE = 8;
@@ -58,20 +73,6 @@ struct CodeReader : Code {
     }
 };
 
-template <class CodeReader, int COUNT, int M, int H>
-GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
-    for (int m = 0; m < M; ++m) out[m][0] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int j = first; j < first + COUNT; ++j) {
-        const N w = CodeReader::quad(codes, part, j);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            const N row = _mm512_set1_epi32(four_bytes(q + m * stride + 4 * j));
-            out[m][0] = _mm512_dpbusd_epi32(out[m][0], w, row);
-        }
-    }
-}
-
 #elif defined(GC_LEVEL_AVX2)
 
 constexpr int ROWS_AT_ONCE = 4;
@@ -79,10 +80,15 @@ constexpr int64_t STREAM_ROWS = 16;
 
 template <class Code, bool IS_UNPACKED>
 struct CodeReader : Code {
+#if defined(GC_DOT_BYTES)
+    static constexpr int SHIFT = Code::IS_SIGNED ? 128 : 0;
+#else
     static constexpr int SHIFT = 0;
+#endif
 
     static N quad(const uint8_t *codes, int part, int j) {
         codes += part * 32;
+        if (SHIFT) return _mm256_xor_si256(at(codes, j), _mm256_set1_epi8((char)0x80));
         if (IS_UNPACKED || Code::KIND == GC_S8) return at(codes, j);
         const N both = at(codes, j % 4);
         const N low = _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
@@ -98,6 +104,8 @@ struct CodeReader : Code {
   private:
     static N at(const uint8_t *codes, int j) { return _mm256_loadu_si256((const __m256i *)(codes + j * QUAD_BYTES)); }
 };
+
+#if !defined(GC_DOT_BYTES)
 
 // Makes the compiler add here; otherwise it postpones the sums of a block and runs out of registers for the products.
 inline void keep(N &n) { __asm__("" : "+x"(n)); }
@@ -138,6 +146,8 @@ GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, i
     }
 }
 
+#endif
+
 #else
 
 constexpr int ROWS_AT_ONCE = 2;
@@ -170,6 +180,26 @@ void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t str
     memcpy(out, sums, sizeof sums);
 }
 
+#endif
+
+#if defined(GC_DOT_BYTES)
+template <class CodeReader, int COUNT, int M, int H>
+GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
+    for (int m = 0; m < M; ++m)
+        for (int h = 0; h < H; ++h) out[m][h] = no_sums();
+#pragma GCC unroll 8
+    for (int j = first; j < first + COUNT; ++j) {
+        N w[H];
+#pragma GCC unroll 2
+        for (int h = 0; h < H; ++h) w[h] = CodeReader::quad(codes, part + h, j);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const N row = broadcast_columns(q + m * stride + 4 * j);
+#pragma GCC unroll 2
+            for (int h = 0; h < H; ++h) out[m][h] = add_dots(out[m][h], w[h], row);
+        }
+    }
+}
 #endif
 
 }  // namespace

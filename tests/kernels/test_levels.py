@@ -20,7 +20,7 @@ from gemcutter import native
 
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = sorted(path.name for path in Path(__file__).parent.glob("test_native_*.py"))
-EMULATED = ("avx512", "avx512_bf16", "amx")
+EMULATED = ("avx_vnni", "avx512", "avx512_bf16", "amx")
 # What a level does otherwise than the one below it, where that is little: the rest would only be emulated twice.
 OWN = {
     "avx512_bf16": ("test_native_dense.py", "test_native_vision.py"),
