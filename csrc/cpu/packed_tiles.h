@@ -1,9 +1,8 @@
-// Products of neighbouring panels with many int8 rows, where an instruction multiplies and adds four bytes: 4 rows times 3 panels
-// in the registers of AVX-512, 6 rows times one panel in those of AVX-VNNI.
+// Products of neighbouring panels with many int8 rows, a tile of rows and panels in registers at a time.
 //
 // Owns the order of loops: runs of columns are unpacked once for all rows, a broadcast of a row's columns serves all panels, and
-// a row's sums wait in scratch memory from run to run. What is left is 8 integer products for two float ones, so that products
-// can reach 80 % of the instruction's rate. The float operations are those of `packed_int8.h` in the same order: a row's result is
+// a row's sums wait in scratch memory from run to run. Where an instruction multiplies and adds
+// four bytes, what is left is 8 integer products for two float ones: products can reach 80 % of the instruction's rate. The float operations are those of `packed_int8.h` in the same order: a row's result is
 // the same in both. Included by level sources only; refuses to know threads and few rows. Read `packed.cpp` for the choice.
 #pragma once
 #include "packed_int8.h"
@@ -11,19 +10,15 @@
 namespace gemcutter {
 namespace {
 
-#if !defined(GC_DOT_BYTES)
-
-constexpr int PANELS_AT_ONCE = 1;
-constexpr int64_t PACKED_CHUNK_ELEMENTS = CHUNK_ELEMENTS;
-
-#else
-
 #if defined(GC_LEVEL_AVX512)
 constexpr int PANELS_AT_ONCE = 3, TILE_M = 4;
-#else
+#elif defined(GC_DOT_BYTES)
 constexpr int PANELS_AT_ONCE = 1, TILE_M = 6;  // their sums of a block take 12 of 16 registers
+#elif defined(GC_LEVEL_AVX2)
+constexpr int PANELS_AT_ONCE = 1, TILE_M = 4;
+#else
+constexpr int PANELS_AT_ONCE = 1, TILE_M = 2;
 #endif
-constexpr int64_t PACKED_CHUNK_ELEMENTS = INT64_MAX;  // rows are read a run at a time, so that any number of columns fits
 constexpr int64_t TILE_RUN = 12;  // blocks: 18 KB of codes for three panels, so that rows fit beside them in the L1 cache
 constexpr int64_t TILE_ROWS = CHUNK_ROWS + FEW_ROWS;  // at a time: their sums for three panels take 52 KB of the L2 cache
 constexpr int PART_BYTES = QUAD_BYTES / PARTS;        // of a quad's codes for W rows of the matrix
@@ -73,7 +68,7 @@ GC_INLINE void shift_rows(const Rows &rows, int64_t first, int64_t last, int64_t
 }
 
 // to [TILE_M, H * W] = from (null: 0) + the products of a run with H parts of panels.
-template <int PIECES, bool IS_BIASED, int H>
+template <class Code, int PIECES, bool IS_BIASED, int H>
 void multiply_tile(const PanelRuns<PIECES> &runs, int64_t blocks, const TileRows<PIECES> &rows, const float *from, float *to,
                    int64_t ld) {
     constexpr int COUNT = QUADS / PIECES;
@@ -87,23 +82,8 @@ void multiply_tile(const PanelRuns<PIECES> &runs, int64_t blocks, const TileRows
 #pragma GCC unroll 2
         for (int piece = 0; piece < PIECES; ++piece) {
             N sums[TILE_M][H];
-#pragma GCC unroll 6
-            for (int m = 0; m < TILE_M; ++m)
-#pragma GCC unroll 3
-                for (int h = 0; h < H; ++h) sums[m][h] = no_sums();
-#pragma GCC unroll 8
-            for (int j = piece * COUNT; j < (piece + 1) * COUNT; ++j) {
-                N codes[H];
-#pragma GCC unroll 3
-                for (int h = 0; h < H; ++h) codes[h] = load_codes(runs.codes[h][b] + j * PART_BYTES);
-#pragma GCC unroll 6
-                for (int m = 0; m < TILE_M; ++m) {
-                    N row = broadcast_columns(q + m * rows.columns + 4 * j);
-                    in_register(row);
-#pragma GCC unroll 3
-                    for (int h = 0; h < H; ++h) sums[m][h] = add_dots(sums[m][h], codes[h], row);
-                }
-            }
+            const auto quads = [&runs, b](int h, int j) { return load_codes(runs.codes[h][b] + j * PART_BYTES); };
+            dot<Code, COUNT, TILE_M, H>(quads, piece * COUNT, q, rows.columns, sums);
 #pragma GCC unroll 6
             for (int m = 0; m < TILE_M; ++m) {
                 const V a = rows.scale_of(m, b), shift = rows.shift_of(m, piece, b);
@@ -125,21 +105,27 @@ void multiply_tile(const PanelRuns<PIECES> &runs, int64_t blocks, const TileRows
 // Unpacks the next `blocks` blocks of a panel, whose first part becomes part h of the run.
 template <class Code, int PIECES>
 GC_INLINE void unpack_run(PanelDecoder<PIECES> &decoder, int64_t blocks, int h, PanelRuns<PIECES> &runs) {
-    using From = CodeReader<Code, false>;
     for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t *codes = decoder.next();
+#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2)
 #pragma GCC unroll 2
-        for (int part = 0; part < PARTS; ++part) {
+        for (int part = 0; part < PARTS; ++part)
 #pragma GCC unroll 8
             for (int j = 0; j < QUADS; ++j) {
-                const N quad = From::quad(codes, part, j);
+                const N quad = CodeReader<Code>::quad(codes, part, j);
                 memcpy(runs.codes[h + part][b] + j * PART_BYTES, &quad, sizeof quad);
             }
+#else
+        uint8_t bytes[QUADS * QUAD_BYTES];
+        unpack_block(Code::KIND, codes, bytes);
+        for (int i = 0; i < QUADS * PARTS; ++i)
+            memcpy(runs.codes[h + i % PARTS][b] + i / PARTS * PART_BYTES, bytes + i * PART_BYTES, PART_BYTES);
+#endif
+        for (int part = 0; part < PARTS; ++part)
             for (int piece = 0; piece < PIECES; ++piece) {
                 runs.scale[b][piece][h + part] = decoder.scales.scale[piece][part];
                 runs.bias[b][piece][h + part] = decoder.scales.bias[piece][part];
             }
-        }
     }
 }
 
@@ -164,10 +150,15 @@ struct AheadOfPanels {
 template <class Code, int PIECES, bool IS_BIASED, int H>
 void multiply_panels(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
                      TileScratch<PIECES> &scratch, const void *next) {
+#if defined(GC_DOT_BYTES)
+    using TileCode = Code8;  // unpacked codes are bytes, whatever they were: one kernel for all
+#else
+    using TileCode = Code;
+#endif
     PanelRuns<PIECES> &runs = scratch.runs;
     const int64_t all = rows.columns / BLOCK, left = m.rows - panel * PANEL, width = left < H * PANEL ? left : H * PANEL;
     const int64_t tiles = (last - first + TILE_M - 1) / TILE_M;
-    const float offset = (float)(m.offset - CodeReader<Code, false>::SHIFT);
+    const float offset = (float)(m.offset - CodeReader<Code>::SHIFT);
     PanelDecoder<PIECES> decoders[] = {{m, panel}, {m, panel + (H > 1 ? 1 : 0)}, {m, panel + (H > 2 ? 2 : 0)}};
     for (int64_t start = 0; start < all; start += TILE_RUN) {
         const int64_t blocks = all - start < TILE_RUN ? all - start : TILE_RUN;
@@ -189,8 +180,8 @@ void multiply_panels(const gc_matrix &m, int64_t panel, const Rows &rows, int64_
             float *sums = scratch.sums + (row - first) * H * PANEL;
             const float *from = start ? sums : nullptr;
             const bool is_whole = is_last && row + TILE_M <= last && width == H * PANEL;
-            multiply_tile<PIECES, IS_BIASED, H * PARTS>(runs, blocks, own, from, is_whole ? out + (row - first) * ld : sums,
-                                                        is_whole ? ld : H * PANEL);
+            multiply_tile<TileCode, PIECES, IS_BIASED, H * PARTS>(
+                runs, blocks, own, from, is_whole ? out + (row - first) * ld : sums, is_whole ? ld : H * PANEL);
             if (!is_last || is_whole) continue;
             for (int64_t i = row; i < row + TILE_M && i < last; ++i)
                 memcpy(out + (i - first) * ld, sums + (i - row) * H * PANEL, sizeof(float) * (size_t)width);
@@ -210,8 +201,6 @@ void int8_tiles(const gc_matrix &m, int64_t panel, [[maybe_unused]] int64_t pane
     for (; first < last; first += TILE_ROWS, out += TILE_ROWS * ld)
         run(m, panel, rows, first, last < first + TILE_ROWS ? last : first + TILE_ROWS, out, ld, own, next);
 }
-
-#endif
 
 }  // namespace
 }  // namespace gemcutter
