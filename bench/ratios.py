@@ -1,7 +1,7 @@
-"""Keeps what `peers.py` measured, one file a day and machine, and makes the README's table of the newest.
+"""Keeps what `peers.py` measured, one file a day and machine, and makes the README's tables of each kind's newest.
 
-Owns the files' names and the table; refuses to measure. `python bench/ratios.py --write` puts the table into the README,
-without `--write` it is printed. A test holds that the README shows what the newest file says.
+Owns the files' names and the table; refuses to measure. `python bench/ratios.py --write` puts the tables into the README,
+without `--write` they are printed. A test holds that the README shows what the newest files say.
 """
 
 from __future__ import annotations
@@ -43,10 +43,19 @@ def _key(run: Mapping[str, Any]) -> tuple[Any, ...]:
     return run["model"], run["quant"], run["layers"], run["threads"]
 
 
-def newest(folder: Path = RESULTS) -> dict[str, Any] | None:
-    """Read the file of the latest day; None if there is none."""
-    paths = sorted(path for path in folder.glob("*.json") if NAME.fullmatch(path.name))
-    return json.loads(paths[-1].read_text()) if paths else None
+def newest(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Read the file of the latest day of each kind of machine, the latest first."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in sorted((path for path in folder.glob("*.json") if NAME.fullmatch(path.name)), reverse=True):
+        day = json.loads(path.read_text())
+        here = day["machine"]
+        found.setdefault((here["cpu"], here["cores"], *here["features"]), day)
+    return list(found.values())
+
+
+def blocks(days: Sequence[Mapping[str, Any]]) -> str:
+    """Lay the runs on several machines out for the README."""
+    return "\n\n".join(map(block, days))
 
 
 def block(found: Mapping[str, Any]) -> str:
@@ -139,13 +148,13 @@ def _speed(speed: float) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the README's block, or put it there."""
-    parser = argparse.ArgumentParser(description="Make the README's table of the newest comparison.")
+    parser = argparse.ArgumentParser(description="Make the README's tables of the newest comparisons.")
     parser.add_argument("--write", action="store_true", help="put it into the README")
     found = newest()
-    if found is None:
+    if not found:
         print("there is no result yet; run bench/peers.py", file=sys.stderr)
         return 1
-    made = block(found)
+    made = blocks(found)
     if not parser.parse_args(arguments).write:
         print(made)
         return 0

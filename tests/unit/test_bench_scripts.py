@@ -64,10 +64,11 @@ def test_a_result_joins_those_of_its_day_and_machine_and_replaces_its_like(tmp_p
     ratios.keep(comparison() | {"rates": {"read_bytes_per_s": 1.0}}, MACHINE, "2026-01-05", tmp_path)
     ratios.keep(comparison("12B"), MACHINE, "2025-12-31", tmp_path)
     (tmp_path / "contexts-2027-01-01-x.json").write_text("{}")
-    found = ratios.newest(tmp_path)
-    assert found is not None
-    assert [(run["model"], run["rates"]["read_bytes_per_s"]) for run in found["runs"]] == [("E4B", 32e9), ("E2B", 1.0)]
-    assert ratios.newest(tmp_path / "nowhere") is None
+    ratios.keep(comparison("31B"), MACHINE | {"features": ["avx2", "amx_int8"]}, "2025-11-30", tmp_path)  # of another kind
+    newest, other = ratios.newest(tmp_path)
+    assert [(run["model"], run["rates"]["read_bytes_per_s"]) for run in newest["runs"]] == [("E4B", 32e9), ("E2B", 1.0)]
+    assert [run["model"] for run in other["runs"]] == ["31B"]
+    assert ratios.newest(tmp_path / "nowhere") == []
 
 
 def test_the_table_has_a_row_a_test_and_a_column_an_engine() -> None:
@@ -88,8 +89,7 @@ def test_the_table_has_a_row_a_test_and_a_column_an_engine() -> None:
 def test_the_readme_shows_the_newest_result() -> None:
     shown = ratios.README.read_text().partition(ratios.BEGIN)[2].partition(ratios.END)
     assert shown[1], "the README has lost its markers"
-    found = ratios.newest()
-    assert shown[0].strip() == ("" if found is None else ratios.block(found))
+    assert shown[0].strip() == ratios.blocks(ratios.newest())
 
 
 # ---- turns ----
