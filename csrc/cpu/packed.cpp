@@ -64,7 +64,6 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
 
 }  // namespace
 
-extern const MatmulKernels GC_NAME(packed) = {formats,        gemm_panels,           scratch_bytes, gather,
-                                              PANELS_AT_ONCE, INT64_MAX, CHUNK_ROWS};
+extern const MatmulKernels GC_NAME(packed) = {formats, gemm_panels, scratch_bytes, gather, PANELS_AT_ONCE, INT64_MAX, CHUNK_ROWS};
 
 }  // namespace gemcutter
