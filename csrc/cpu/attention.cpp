@@ -22,6 +22,12 @@ constexpr int64_t SCORES = DECODE_KEYS + 16;  // stride of scores: no power of t
 constexpr int64_t PREFETCH_KEYS = 8;          // keys prefetched ahead: the hardware prefetcher stops at the end of every row
 constexpr int64_t BLOCK_ELEMENTS = 49152;     // of a block of query rows: 384 KB with its output
 
+#if defined(GC_LEVEL_AVX512)
+constexpr int MOST_HEADS = 8;  // of one tile: a vector that is loaded and widened once for more of them takes fewer instructions
+#else
+constexpr int MOST_HEADS = 4;  // for which 16 registers suffice
+#endif
+
 // The head dim as `decode` computes with it: whole pairs of vectors.
 int64_t padded(int64_t dim) { return padded_to(dim, 2 * W); }
 
@@ -82,18 +88,26 @@ inline void unorder(const float *x, int64_t n, float *out, Bf16) {
 template <typename Type, int H, int T>
 void score_tile(const float *q, int64_t dim, const typename Type::Element *const *rows, float *scores, int64_t ld) {
     V acc[H][T];
+#pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) acc[h][t] = set1(0.0f);
     for (int64_t e = 0; e < dim; e += 2 * W) {
         V a[T], b[T];
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) load_pair(rows[t] + e, a[t], b[t], Type());
+#pragma GCC unroll 8
         for (int h = 0; h < H; ++h) {
             V x = load(q + h * dim + e), y = load(q + h * dim + e + W);
+#pragma GCC unroll 8
             for (int t = 0; t < T; ++t) acc[h][t] = fma(x, a[t], acc[h][t]);
+#pragma GCC unroll 8
             for (int t = 0; t < T; ++t) acc[h][t] = fma(y, b[t], acc[h][t]);
         }
     }
+#pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) scores[h * ld + t] = sum(acc[h][t]);
 }
 
@@ -109,6 +123,8 @@ template <typename Type>
 void score_keys(const float *q, int64_t heads, int64_t dim, const typename Type::Element *const *rows, int64_t count,
                 float *scores) {
     int64_t h = 0;
+    if constexpr (MOST_HEADS == 8)
+        for (; h + 8 <= heads; h += 8) score_heads<Type, 8>(q + h * dim, dim, rows, count, scores + h * SCORES);
     for (; h + 4 <= heads; h += 4) score_heads<Type, 4>(q + h * dim, dim, rows, count, scores + h * SCORES);
     for (; h + 2 <= heads; h += 2) score_heads<Type, 2>(q + h * dim, dim, rows, count, scores + h * SCORES);
     if (h < heads) score_heads<Type, 1>(q + h * dim, dim, rows, count, scores + h * SCORES);
@@ -119,17 +135,24 @@ template <typename Type, int H, int P>
 void value_tile(const float *weights, int64_t ld, int64_t count, const typename Type::Element *const *rows, int64_t e, float *out,
                 int64_t dim) {
     V acc[H][2 * P];
+#pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
+#pragma GCC unroll 8
         for (int p = 0; p < 2 * P; ++p) acc[h][p] = load(out + h * dim + e + p * W);
     for (int64_t t = 0; t < count; ++t) {
         V v[2 * P];
+#pragma GCC unroll 8
         for (int p = 0; p < P; ++p) load_pair(rows[t] + e + 2 * p * W, v[2 * p], v[2 * p + 1], Type());
+#pragma GCC unroll 8
         for (int h = 0; h < H; ++h) {
             V x = set1(weights[h * ld + t]);
+#pragma GCC unroll 8
             for (int p = 0; p < 2 * P; ++p) acc[h][p] = fma(x, v[p], acc[h][p]);
         }
     }
+#pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
+#pragma GCC unroll 8
         for (int p = 0; p < 2 * P; ++p) store(out + h * dim + e + p * W, acc[h][p]);
 }
 
@@ -150,6 +173,9 @@ template <typename Type>
 void value_keys(const float *weights, int64_t ld, int64_t heads, int64_t count, const typename Type::Element *const *rows,
                 const typename Type::Element *const *next, float *out, int64_t dim) {
     int64_t h = 0;
+    if constexpr (MOST_HEADS == 8)
+        for (; h + 8 <= heads; h += 8, next = nullptr)
+            value_heads<Type, 8>(weights + h * ld, ld, count, rows, next, out + h * dim, dim);
     for (; h + 4 <= heads; h += 4, next = nullptr)
         value_heads<Type, 4>(weights + h * ld, ld, count, rows, next, out + h * dim, dim);
     for (; h + 2 <= heads; h += 2, next = nullptr)
