@@ -51,7 +51,7 @@ def spell_positions(counts: Mapping[GroupId, PoolSize]) -> str:
 
 
 def scale_bytes(dtype: torch.dtype) -> int:
-    """Return the bytes of the scale that each key and value vector of a head has in a cache of this dtype; 0 where it has none."""
+    """Return the bytes of the scale beside each key and value vector of a head in a cache of this dtype; 0: it has none."""
     return INT8_SCALE_BYTES if dtype == torch.int8 else 0
 
 

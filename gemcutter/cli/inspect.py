@@ -124,8 +124,10 @@ def inspect(
     asked = None if contexts is None else options.parse_integers("--context", contexts)
     if asked is not None and (not asked or min(asked) < 1):
         raise UsageError(f"--context: expected positive numbers, found {contexts!r}")
-    if kv is not None and device == "cpu":
-        raise UsageError(f"--kv {kv}: keys and values are kept in 8 bits on a GPU only; add --device cuda")
+    if kv == "fp8" and device == "cpu":
+        raise UsageError("--kv fp8: keys and values are kept as 8-bit floats on a GPU only; use --kv int8, or add --device cuda")
+    if kv == "int8" and device != "cpu":
+        raise UsageError("--kv int8: a choice for models on a CPU; on a GPU use kv fp8")
     from gemcutter.checkpoint.remote.remote_source import (
         open_source,
     )  # which knows the web, and takes as long to import as all the rest

@@ -78,7 +78,7 @@ class Cache:
 
 
 def cache_of(keys: Tensor, values: Tensor, dtype: torch.dtype) -> Cache:
-    """Round a cache to a dtype. In int8, vectors of NaN, which nobody sees, become codes that nobody writes beside scales of NaN."""
+    """Round a cache to a dtype. In int8, vectors of NaN, which nobody sees, get codes that nobody writes and scales of NaN."""
     if dtype is not INT8:
         return Cache(keys.to(dtype), values.to(dtype))
     (key_codes, key_scales), (value_codes, value_scales) = map(quantize_vectors, (keys, values))
