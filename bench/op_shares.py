@@ -1,9 +1,9 @@
 """What each kind of CPU op reaches of the machine, level by level, and what bounds it: instructions or memory.
 
 Owns the list of ops: products of every stored format with few and with many rows, and attention of prompts and of single rows,
-over windows and over whole contexts. An op can't take less time than its operations at the highest rate of the level's multiplying
-instructions, nor than its bytes at the memory's: the longer of the two is its floor, and the floor over the time is its share. Sizes
-are those of a preset's first layers. Refuses to know whole models; read `gemcutter bench --breakdown` for those.
+over windows and over whole contexts. An op can't take less time than its operations at the highest rate of the level's
+multiplying instructions, nor than its bytes at the memory's: the longer of the two is its floor, and the floor over the time is
+its share. Sizes are those of a preset's first layers. Refuses to know whole models; read `gemcutter bench --breakdown` for those.
 
     python bench/op_shares.py --preset E2B -t 2 --levels avx2 avx512_bf16 --json bench/results/ops.json
 """
@@ -11,6 +11,8 @@ are those of a preset's first layers. Refuses to know whole models; read `gemcut
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import statistics
 import sys
@@ -39,6 +41,7 @@ QUANTS = ("q4_0", "mlx4", "q8_0", "q6_k", "bf16")
 ROWS = (1, 4, 16, 32, 512)
 CONTEXTS = (512, 4096, 32768)
 PROMPT_ROWS = 512
+STREAMED_BYTES = 256 << 20  # of matrices in turn: more than any cache holds
 LEAST_S = 0.25  # of a measurement, whose median counts
 LEAST_RUNS = 5
 
@@ -62,10 +65,12 @@ def product_ops(preset: str, quant: str) -> Iterator[Op]:
     if quant == "q6_k":
         head = matrix(params, "embed.tokens")
         weight = head.slice(0, weight.rows // 16 * 16)
+    copies = [copy.deepcopy(weight) for _ in range(STREAMED_BYTES // weight.nbytes + 1)]
     for rows in ROWS:
         x = torch.randn(rows, weight.columns)
-        work = CPU.matmul(weight, x, "int8")
-        yield Op(f"product, {quant}, {rows} rows", 2.0 * rows * weight.rows * weight.columns, weight.nbytes, work)
+        calls = itertools.cycle([CPU.matmul(each, x, "int8") for each in copies])  # as a model's layers follow each other
+        operations = 2.0 * rows * weight.rows * weight.columns
+        yield Op(f"product, {quant}, {rows} rows", operations, weight.nbytes, lambda calls=calls: next(calls)())
 
 
 class FilledCache:

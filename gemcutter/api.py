@@ -462,7 +462,7 @@ def load(
     quant: str | None = None,
     adapter: str | Path | None = None,
     adapters: Mapping[str, str | Path] | None = None,
-    repack_cache: bool = False,
+    repack_cache: bool | None = None,
     ple: str | None = None,
     kv: str | None = None,
     chat_template: str | Path | None = None,

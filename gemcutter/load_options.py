@@ -92,7 +92,8 @@ class LoadOptions:
     `quant` ("q4", "q8", "mlx4", "mlx8", "Q4_0", "Q8_0") quantizes dense matrices while they are loaded; packed ones stay as
     they are. `adapter` is a LoRA adapter (a folder or a hub id) that is merged into the weights, before they are quantized;
     `adapters`, by name, stay apart, and a request with `adapter="name"` gets that one's changes. `repack_cache` keeps what the
-    CPU kernels repack in the user's cache folder, for later loads to map. `ple` says where the table of per-layer embeddings is
+    CPU kernels repack in the user's cache folder, for later loads to map; None: where that is more than 256 MiB and the disk has
+    room, of which the folder takes a tenth at most. `ple` says where the table of per-layer embeddings is
     kept for a GPU: "gpu", "host" (pinned memory) or "mmap"; None: on the GPU if there is room. `kv` keeps keys and values in 8
     bits: "fp8" on a GPU that has them (compute capability 8.9), "int8" with a scale for each vector on a CPU; None: in the
     compute dtype. `chat_template` is "own" (the checkpoint's), "canonical" (Google's
@@ -126,7 +127,7 @@ class LoadOptions:
     quant: str | None = None
     adapter: str | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
-    repack_cache: bool = False
+    repack_cache: bool | None = None
     ple: str | None = None
     kv: str | None = None
     chat_template: str | None = None
@@ -188,8 +189,8 @@ class LoadOptions:
         if not isinstance(adapters, Mapping) or not all(isinstance(each, str) for pair in adapters.items() for each in pair):
             problems.append(f"adapters: expected paths by name, such as {{'lamp': 'path/to/it'}}, found {spell_value(adapters)}")
         flag: object = self.repack_cache
-        if not isinstance(flag, bool):
-            problems.append(f"repack_cache: expected True or False, found {spell_value(flag)}")
+        if not isinstance(flag, bool | None):
+            problems.append(f"repack_cache: expected True, False or None, found {spell_value(flag)}")
         if problems:
             raise RequestError("the model can't be loaded with these options", problems)
 

@@ -106,7 +106,9 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     apart = {name: find_adapter(path, checkpoint, plans, options.ignore) for name, path in options.adapters.items()}
     backend = select_backend(device.type, options.kernels)
     packer = backend.packer(device, dtype)
-    cache = PackedWeightCache.of(checkpoint, options.quant) if options.repack_cache and packer.makes_panels else None
+    cache, keeps = None, options.repack_cache
+    if packer.makes_panels and keeps is not False:
+        cache = PackedWeightCache.of(checkpoint, options.quant, is_asked=keeps is not None)
     changed = frozenset() if merged is None else changed_pieces(merged, checkpoint)
     params = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache, changed)
     if checkpoint.plan.ple_dim:
@@ -203,7 +205,7 @@ def panel_notes(options: LoadOptions, params: Mapping[str, Param]) -> list[str]:
     weights = [param for param in params.values() if isinstance(param, Weight)]
     if any(isinstance(part, CpuPackedWeight) for weight in weights for part in weight.parts):
         return []
-    given = {"repack_cache": options.repack_cache, f"activations {options.activations}": options.activations is not None}
+    given = {"repack_cache": options.repack_cache is True, f"activations {options.activations}": options.activations is not None}
     return [f"{name} has no effect: no weight is repacked for the CPU kernels" for name, is_given in given.items() if is_given]
 
 

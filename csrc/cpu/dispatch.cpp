@@ -23,6 +23,7 @@ const Kernels LEVELS[] = {
     {"portable", &vector_ops_portable, &packed_portable, &dense_portable, &attention_portable, nullptr, peaks_portable},
 #if defined(__x86_64__)
     {"avx2", &vector_ops_avx2, &packed_avx2, &dense_avx2, &attention_avx2, nullptr, peaks_avx2},
+    {"avx_vnni", &vector_ops_avx2, &packed_avx_vnni, &dense_avx2, &attention_avx2, nullptr, peaks_avx_vnni},
     {"avx512", &vector_ops_avx512, &packed_avx512, &dense_avx512, &attention_avx512, nullptr, peaks_avx512},
     {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512_bf16, &pair_attention_avx512_bf16,
      peaks_avx512_bf16},
@@ -47,28 +48,43 @@ bool may_use_tiles() {
 #endif
 }
 
-// The highest level that processor and system allow; CPU model names are ignored, since virtual machines mask them.
-int best_level() {
+// Levels by their place in the table, as bits; CPU model names are ignored, since virtual machines mask them.
+enum Level { PORTABLE = 1, AVX2 = 2, AVX_VNNI = 4, AVX512 = 8, AVX512_BF16 = 16, AMX = 32 };
+
+int supported_levels() {
     uint32_t a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return PORTABLE;
     bool has_xsave = c >> 27 & 1, has_avx = c >> 28 & 1, has_fma = c >> 12 & 1, has_f16c = c >> 29 & 1;
-    if (!has_xsave || (xcr0() & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    if (!(has_avx && has_fma && has_f16c && (b >> 5 & 1) && (b >> 8 & 1))) return 0;                   // AVX2, BMI2
+    if (!has_xsave || (xcr0() & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return PORTABLE;
+    if (!(has_avx && has_fma && has_f16c && (b >> 5 & 1) && (b >> 8 & 1))) return PORTABLE;            // AVX2, BMI2
     bool has_512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 11 & 1);  // F DQ BW VL VNNI
-    if (!has_512 || (xcr0() & 0xe6) != 0xe6) return 1;
-    bool has_amx = (d >> 22 & 1) && (d >> 24 & 1) && (xcr0() >> 17 & 3) == 3;  // BF16, TILE
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 2;   // AVX512_BF16
-    return has_amx && may_use_tiles() ? 4 : 3;
+    has_512 = has_512 && (xcr0() & 0xe6) == 0xe6;
+    bool has_tiles = (d >> 22 & 1) && (d >> 24 & 1) && (xcr0() >> 17 & 3) == 3;  // BF16, TILE
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) a = 0;
+    int levels = PORTABLE | AVX2;
+    if (a >> 4 & 1) levels |= AVX_VNNI;
+    if (has_512) levels |= AVX512;
+    if (has_512 && (a >> 5 & 1)) levels |= AVX512_BF16;
+    if (levels & AVX512_BF16 && has_tiles && may_use_tiles()) levels |= AMX;
+    return levels;
 }
 #else
-int best_level() { return 0; }
+int supported_levels() { return 1; }
 #endif
 
+int best_level() {
+    int levels = supported_levels(), best = 0;
+    while (levels >>= 1) ++best;
+    return best;
+}
+
+bool is_supported(int level) {
 #if defined(GC_EMULATE)
-int highest_level() { return best_level() > 0 ? COUNT - 1 : 0; }  // levels above AVX2 are emulated
+    return level == 0 || best_level() > 0;  // levels above AVX2 are emulated
 #else
-int highest_level() { return best_level(); }
+    return supported_levels() >> level & 1;
 #endif
+}
 
 std::atomic<const Kernels *> chosen{nullptr};
 
@@ -91,7 +107,7 @@ GC_EXPORT int gc_set_level(const char *name) {
     if (!name) return chosen.store(&LEVELS[best_level()]), 0;
     for (int index = 0; index < COUNT; ++index)
         if (!strcmp(LEVELS[index].name, name)) {
-            if (index > highest_level()) return 1;
+            if (!is_supported(index)) return 1;
             return chosen.store(&LEVELS[index]), 0;
         }
     return 2;

@@ -3,6 +3,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(GC_EMULATE) && defined(GC_LEVEL_AVX_VNNI)
+#include "../emulate/avx_vnni.h"
+#endif
 #if defined(GC_EMULATE) && defined(GC_LEVEL_AVX512)
 #include "../emulate/avx512.h"
 #endif

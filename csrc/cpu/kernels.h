@@ -152,7 +152,7 @@ struct PeakLoop {
 };
 
 struct Kernels {
-    const char *name;  // "portable", "avx2", "avx512", "avx512_bf16", "amx"
+    const char *name;  // "portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx"
     const VectorOps *vector_ops;
     const MatmulKernels *packed, *dense;
     const AttentionKernels *attention;
@@ -170,10 +170,10 @@ GC_DECLARE(portable)
 #if defined(__x86_64__)
 GC_DECLARE(avx2)
 GC_DECLARE(avx512)
-extern const MatmulKernels dense_avx512_bf16, packed_amx, dense_amx;
+extern const MatmulKernels packed_avx_vnni, dense_avx512_bf16, packed_amx, dense_amx;
 extern const AttentionKernels attention_avx512_bf16;
 extern const PairAttention pair_attention_avx512_bf16;
-extern const PeakLoop peaks_avx512_bf16[], peaks_amx[];
+extern const PeakLoop peaks_avx_vnni[], peaks_avx512_bf16[], peaks_amx[];
 #endif
 
 const Kernels &kernels();  // of the level in use

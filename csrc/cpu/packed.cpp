@@ -16,13 +16,10 @@ int formats(const gc_matrix *m, int64_t, int activations) {
 template <class Code, int PIECES>
 void int8_panels(const gc_matrix &m, int64_t panel, int64_t panels, const Rows &rows, int64_t first, int64_t last, float *out,
                  int64_t ld, void *scratch, const void *next) {
-#if defined(GC_LEVEL_AVX512)
     if (last - first > STREAM_ROWS) return int8_tiles<Code, PIECES>(m, panel, panels, rows, first, last, out, ld, scratch, next);
-#endif
-    for (; panels > 0; --panels, ++panel, out += PANEL) {
-        if (last - first > STREAM_ROWS) int8_gemm<Code, PIECES>(m, panel, rows, first, last, out, ld, scratch);
-        else int8_stream<Code, PIECES>(m, panel, rows, first, last, out, ld, panels > 1 ? nullptr : next);
-    }
+    if constexpr (STREAM_ROWS > 0)
+        for (; panels > 0; --panels, ++panel, out += PANEL)
+            int8_stream<Code, PIECES>(m, panel, rows, first, last, out, ld, panels > 1 ? nullptr : next);
 }
 
 template <int PIECES>
@@ -48,13 +45,7 @@ constexpr size_t larger(size_t bytes) {
     return sizeof(Needed) > bytes ? sizeof(Needed) : bytes;
 }
 
-size_t scratch_bytes(const gc_matrix *) {
-#if defined(GC_LEVEL_AVX512)
-    return larger<FloatRun>(larger<TileScratch<1>>(sizeof(TileScratch<2>)));
-#else
-    return larger<FloatRun>(larger<Run<1>>(sizeof(Run<2>)));
-#endif
-}
+size_t scratch_bytes(const gc_matrix *) { return larger<FloatRun>(larger<TileScratch<1>>(sizeof(TileScratch<2>))); }
 
 template <int PIECES>
 void gather_in_pieces(const gc_matrix &m, int64_t row, float *out) {
@@ -74,6 +65,6 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
 }  // namespace
 
 extern const MatmulKernels GC_NAME(packed) = {formats,        gemm_panels,           scratch_bytes, gather,
-                                              PANELS_AT_ONCE, PACKED_CHUNK_ELEMENTS, CHUNK_ROWS};
+                                              PANELS_AT_ONCE, INT64_MAX, CHUNK_ROWS};
 
 }  // namespace gemcutter

@@ -1,8 +1,8 @@
 // Dot products of codes with int8 activations, in the integer instructions of each level.
 //
-// Owns `dot`: quads of a code block times the same columns of M rows, exact in int32. A `CodeReader` loads one quad
-// vector of codes, from a packed block or from one that was unpacked before; SHIFT is what it adds to signed codes to make them
-// unsigned. Refuses to know scales. Read `packed_int8.h` next.
+// Owns `dot`: quads of a code block times the same columns of M rows, exact in int32. quads(h, j) loads quad vector j of part h: a
+// `CodeReader` from a packed block, `load_codes` from one that was unpacked before; SHIFT is what is added to signed codes to make
+// them unsigned. Refuses to know scales. Read `packed_int8.h` next.
 #pragma once
 #include "packed_decode.h"
 
@@ -32,17 +32,36 @@ inline int32_t four_bytes(const int8_t *p) {
     return all;
 }
 
+// Products of four unsigned bytes with four signed ones in one instruction, each sum exact in int32.
+#if defined(GC_LEVEL_AVX512)
+#define GC_DOT_BYTES
+inline N no_sums() { return _mm512_setzero_si512(); }
+inline N load_codes(const uint8_t *p) { return _mm512_loadu_si512(p); }
+inline N broadcast_columns(const int8_t *p) { return _mm512_set1_epi32(four_bytes(p)); }
+inline N add_dots(N sums, N codes, N row) { return _mm512_dpbusd_epi32(sums, codes, row); }
+#elif defined(GC_LEVEL_AVX_VNNI)
+#define GC_DOT_BYTES
+inline N no_sums() { return _mm256_setzero_si256(); }
+inline N load_codes(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+inline N broadcast_columns(const int8_t *p) { return _mm256_set1_epi32(four_bytes(p)); }
+inline N add_dots(N sums, N codes, N row) { return _mm256_dpbusd_avx_epi32(sums, codes, row); }
+#endif
+
+#if defined(GC_LEVEL_AVX2) && !defined(GC_DOT_BYTES)
+inline N load_codes(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+#endif
+
 #if defined(GC_LEVEL_AVX512)
 
 constexpr int ROWS_AT_ONCE = 8;
 constexpr int64_t STREAM_ROWS = 16;
 
-template <class Code, bool IS_UNPACKED>
+template <class Code>
 struct CodeReader : Code {
     static constexpr int SHIFT = Code::IS_SIGNED ? 128 : 0;
 
     static N quad(const uint8_t *codes, int, int j) {
-        if (IS_UNPACKED || Code::KIND == GC_S8) {
+        if (Code::KIND == GC_S8) {
             N all = _mm512_loadu_si512(codes + j * QUAD_BYTES);
             return Code::IS_SIGNED ? _mm512_xor_si512(all, _mm512_set1_epi8((char)0x80)) : all;
         }
@@ -58,32 +77,23 @@ struct CodeReader : Code {
     }
 };
 
-template <class CodeReader, int COUNT, int M, int H>
-GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
-    for (int m = 0; m < M; ++m) out[m][0] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int j = first; j < first + COUNT; ++j) {
-        const N w = CodeReader::quad(codes, part, j);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            const N row = _mm512_set1_epi32(four_bytes(q + m * stride + 4 * j));
-            out[m][0] = _mm512_dpbusd_epi32(out[m][0], w, row);
-        }
-    }
-}
-
 #elif defined(GC_LEVEL_AVX2)
 
 constexpr int ROWS_AT_ONCE = 4;
 constexpr int64_t STREAM_ROWS = 16;
 
-template <class Code, bool IS_UNPACKED>
+template <class Code>
 struct CodeReader : Code {
+#if defined(GC_DOT_BYTES)
+    static constexpr int SHIFT = Code::IS_SIGNED ? 128 : 0;
+#else
     static constexpr int SHIFT = 0;
+#endif
 
     static N quad(const uint8_t *codes, int part, int j) {
         codes += part * 32;
-        if (IS_UNPACKED || Code::KIND == GC_S8) return at(codes, j);
+        if (SHIFT) return _mm256_xor_si256(at(codes, j), _mm256_set1_epi8((char)0x80));
+        if (Code::KIND == GC_S8) return at(codes, j);
         const N both = at(codes, j % 4);
         const N low = _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
         if (Code::KIND == GC_U4) return low;
@@ -99,12 +109,14 @@ struct CodeReader : Code {
     static N at(const uint8_t *codes, int j) { return _mm256_loadu_si256((const __m256i *)(codes + j * QUAD_BYTES)); }
 };
 
+#if !defined(GC_DOT_BYTES)
+
 // Makes the compiler add here; otherwise it postpones the sums of a block and runs out of registers for the products.
 inline void keep(N &n) { __asm__("" : "+x"(n)); }
 
-template <class CodeReader, int COUNT, int M, int H>
-GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
-    constexpr int DEPTH = CodeReader::DEPTH < COUNT ? CodeReader::DEPTH : COUNT;
+template <class Code, int COUNT, int M, int H, typename Quads>
+GC_INLINE void dot(const Quads &quads, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
+    constexpr int DEPTH = Code::DEPTH < COUNT ? Code::DEPTH : COUNT;
     const N ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
     for (int start = first; start < first + COUNT; start += DEPTH) {
@@ -113,15 +125,17 @@ GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, i
         for (int j = start; j < start + DEPTH; ++j) {
             N w[H];
 #pragma GCC unroll 2
-            for (int h = 0; h < H; ++h) w[h] = CodeReader::quad(codes, part + h, j);
+            for (int h = 0; h < H; ++h) {
+                w[h] = quads(h, j);
+                if (M > 1) in_register(w[h]);
+            }
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
                 const N row = _mm256_set1_epi32(four_bytes(q + m * stride + 4 * j));
 #pragma GCC unroll 2
                 for (int h = 0; h < H; ++h) {
-                    const N pair = CodeReader::IS_SIGNED
-                                       ? _mm256_maddubs_epi16(_mm256_abs_epi8(w[h]), _mm256_sign_epi8(row, w[h]))
-                                       : _mm256_maddubs_epi16(w[h], row);
+                    const N pair = Code::IS_SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(w[h]), _mm256_sign_epi8(row, w[h]))
+                                                   : _mm256_maddubs_epi16(w[h], row);
                     pairs[m][h] = j == start ? pair : _mm256_add_epi16(pairs[m][h], pair);
                     keep(pairs[m][h]);
                 }
@@ -138,29 +152,29 @@ GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, i
     }
 }
 
+#endif
+
 #else
 
 constexpr int ROWS_AT_ONCE = 2;
 constexpr int64_t STREAM_ROWS = 0;
 
-template <class Code, bool>
+template <class Code>
 struct CodeReader : Code {
     static constexpr int SHIFT = 0;
-
-    // The codes of quad j, W rows of them.
-    static void quad(const uint8_t *codes, int part, int j, int16_t *out) {
-        const uint8_t *own = codes + j * QUAD_BYTES + part * W * 4;
-        for (int i = 0; i < W * 4; ++i) out[i] = Code::IS_SIGNED ? (int16_t)(int8_t)own[i] : (int16_t)own[i];
-    }
 };
 
-template <class CodeReader, int COUNT, int M, int H>
-void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
+// Four codes of each of W rows, one after the other.
+inline const uint8_t *load_codes(const uint8_t *p) { return p; }
+
+template <class Code, int COUNT, int M, int H, typename Quads>
+void dot(const Quads &quads, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
     int32_t sums[M][H][W] = {};
     for (int j = first; j < first + COUNT; ++j)
         for (int h = 0; h < H; ++h) {
+            const uint8_t *codes = quads(h, j);
             int16_t w[W * 4];
-            CodeReader::quad(codes, part + h, j, w);
+            for (int i = 0; i < W * 4; ++i) w[i] = Code::IS_SIGNED ? (int16_t)(int8_t)codes[i] : (int16_t)codes[i];
             for (int m = 0; m < M; ++m) {
                 const int8_t *row = q + m * stride + 4 * j;
                 for (int r = 0; r < W; ++r)
@@ -170,6 +184,29 @@ void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t str
     memcpy(out, sums, sizeof sums);
 }
 
+#endif
+
+#if defined(GC_DOT_BYTES)
+template <class Code, int COUNT, int M, int H, typename Quads>
+GC_INLINE void dot(const Quads &quads, int first, const int8_t *q, int64_t stride, N (*out)[H]) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+        for (int h = 0; h < H; ++h) out[m][h] = no_sums();
+#pragma GCC unroll 8
+    for (int j = first; j < first + COUNT; ++j) {
+        N codes[H];
+#pragma GCC unroll 3
+        for (int h = 0; h < H; ++h) codes[h] = quads(h, j);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            N row = broadcast_columns(q + m * stride + 4 * j);
+            if (H > 1) in_register(row);
+#pragma GCC unroll 3
+            for (int h = 0; h < H; ++h) out[m][h] = add_dots(out[m][h], codes[h], row);
+        }
+    }
+}
 #endif
 
 }  // namespace

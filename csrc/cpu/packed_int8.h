@@ -1,9 +1,8 @@
-// Products of a panel with int8 activations: straight from the packed codes, in passes of a few rows, or from unpacked runs of
-// columns where a level has too few registers to unpack for many rows.
+// Products of a panel with a few int8 rows, straight from the packed codes.
 //
-// Owns the float side: the sum over blocks of scale * (a * dot(code, q) + offset * sum) + bias * sum. Both do the
-// same operations in the same order, so a row's result does not depend on how many rows there are. Included by level sources
-// only; refuses to know threads. Read `packed_dot.h` for the integer side, `packed.cpp` for the choice of kernel.
+// Owns the float side: the sum over blocks of scale * (a * dot(code, q) + offset * sum) + bias * sum, in the order of blocks, so
+// that a row's result does not depend on how many rows there are. Included by level sources only; refuses to know threads. Read
+// `packed_dot.h` for the integer side, `packed_tiles.h` for many rows, `packed.cpp` for the choice of kernel.
 #pragma once
 #include "packed_dot.h"
 
@@ -22,7 +21,10 @@ GC_INLINE void scale_run(const float *from, float by, int64_t count, float *to) 
 #if defined(GC_LEVEL_AVX512) && !defined(GC_EMULATE)
     _mm512_storeu_ps(to, _mm512_maskz_loadu_ps((__mmask16)((1 << count) - 1), from) * set1(by));
 #else
-    for (int64_t b = 0; b < count; ++b) to[b] = from[b] * by;
+    int64_t b = 0;
+    for (; b + 4 <= count; b += 4)
+        for (int i = 0; i < 4; ++i) to[b + i] = from[b + i] * by;
+    for (; b < count; ++b) to[b] = from[b] * by;
 #endif
 }
 
@@ -50,26 +52,24 @@ struct RowRun {
     }
 };
 
-// Adds the products of block b to the totals of H parts of the panel from `part` on: all columns of one scale at a time.
-template <class CodeReader, int PIECES, int M, int H>
+// Adds the products of block b to the totals of one part of the panel: all columns of one scale at a time.
+template <class Code, int PIECES, int M>
 GC_INLINE void add_block(const uint8_t *codes, int part, const Scales<PIECES> &scales, bool is_biased,
                          const RowRun<PIECES, M> &rows, int64_t b, V (*total)[PARTS]) {
     constexpr int COUNT = QUADS / PIECES;
 #pragma GCC unroll 2
     for (int piece = 0; piece < PIECES; ++piece) {
-        N sums[M][H];
-        dot<CodeReader, COUNT, M, H>(codes, part, piece * COUNT, rows.q + b * BLOCK, rows.columns, sums);
+        N sums[M][1];
+        const auto quads = [codes, part](int, int j) { return CodeReader<Code>::quad(codes, part, j); };
+        dot<Code, COUNT, M, 1>(quads, piece * COUNT, rows.q + b * BLOCK, rows.columns, sums);
         int64_t at = b;
         if (piece > 0) __asm__("" : "+r"(at));  // both pieces' row scales, were they known to be equal, would crowd out the sums
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const V a = set1(rows.scale[m][at]), shift = set1(rows.shift[m][piece][b]);
-#pragma GCC unroll 2
-            for (int h = 0; h < H; ++h) {
-                V &t = total[m][part + h];
-                t = fma(scales.scale[piece][part + h], fma(to_float(sums[m][h]), a, shift), t);
-                if (is_biased) t = fma(scales.bias[piece][part + h], set1(rows.sum[m][piece][b]), t);
-            }
+            V &t = total[m][part];
+            t = fma(scales.scale[piece][part], fma(to_float(sums[m][0]), a, shift), t);
+            if (is_biased) t = fma(scales.bias[piece][part], set1(rows.sum[m][piece][b]), t);
         }
     }
 }
@@ -94,13 +94,12 @@ inline int width_of(const gc_matrix &m, int64_t panel) {
 // GEMV-like: M rows times a panel in one pass over its packed codes.
 template <class Code, int PIECES, int M>
 void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out, int64_t ld, const void *next) {
-    using From = CodeReader<Code, false>;
     PanelDecoder<PIECES> decoder(m, panel);
     V total[M][PARTS];
     for (int i = 0; i < M; ++i)
         for (int h = 0; h < PARTS; ++h) total[i][h] = zero();
     constexpr int CODE_BYTES = Code::KIND == GC_U4 ? 256 : Code::KIND == GC_U6 ? 384 : 512;
-    const float offset = (float)(m.offset - From::SHIFT);
+    const float offset = (float)(m.offset - CodeReader<Code>::SHIFT);
     const int64_t all = rows.columns / BLOCK;
     const uint8_t *end = panel_of(m, panel) + m.stride;
     const int64_t jump = next ? static_cast<const uint8_t *>(next) - end : 0;
@@ -114,56 +113,10 @@ void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row,
             for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(ahead + i, 0, IN_L2);
 #pragma GCC unroll 2
             for (int part = 0; part < PARTS; ++part)
-                add_block<From, PIECES, M, 1>(codes, part, decoder.scales, decoder.is_biased, own, b, total);
+                add_block<Code, PIECES, M>(codes, part, decoder.scales, decoder.is_biased, own, b, total);
         }
     }
     for (int i = 0; i < M; ++i) store_row(out + i * ld, width_of(m, panel), total[i]);
-}
-
-// Blocks that were unpacked, with their scales.
-template <int PIECES>
-struct Run {
-    alignas(64) uint8_t codes[RUN][QUADS * QUAD_BYTES];
-    Scales<PIECES> scales[RUN];
-};
-
-// M rows times a run's blocks, added to out unless it is the first run.
-template <class Code, int PIECES, int M>
-void tile(const gc_matrix &m, const Run<PIECES> &run, int64_t first_block, int64_t blocks, const Rows &rows, int64_t row,
-          float *out, int64_t ld, int width) {
-    using From = CodeReader<Code, true>;
-    const bool is_biased = has_bias(m);
-    const RowRun<PIECES, M> own(rows, row, first_block, blocks, (float)(m.offset - From::SHIFT), is_biased);
-    V total[M][PARTS];
-    for (int i = 0; i < M; ++i)
-        for (int h = 0; h < PARTS; ++h) total[i][h] = zero();
-    if (first_block)
-        for (int i = 0; i < M; ++i) load_row(out + i * ld, width, total[i]);
-    for (int64_t b = 0; b < blocks; ++b)
-        add_block<From, PIECES, M, PARTS>(run.codes[b], 0, run.scales[b], is_biased, own, b, total);
-    for (int i = 0; i < M; ++i) store_row(out + i * ld, width, total[i]);
-}
-
-template <class Code, int PIECES>
-void int8_gemm(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
-               void *scratch) {
-    Run<PIECES> &run = *static_cast<Run<PIECES> *>(scratch);
-    PanelDecoder<PIECES> decoder(m, panel);
-    const int64_t all = rows.columns / BLOCK;
-    const int width = width_of(m, panel);
-    for (int64_t start = 0; start < all; start += RUN) {
-        const int64_t blocks = all - start < RUN ? all - start : RUN;
-        for (int64_t b = 0; b < blocks; ++b) {
-            unpack_block(Code::KIND, decoder.next(), run.codes[b]);
-            run.scales[b] = decoder.scales;
-        }
-        int64_t row = first;
-        float *to = out;
-        for (; row + ROWS_AT_ONCE <= last; row += ROWS_AT_ONCE, to += ROWS_AT_ONCE * ld)
-            tile<Code, PIECES, ROWS_AT_ONCE>(m, run, start, blocks, rows, row, to, ld, width);
-        for (; row + 2 <= last; row += 2, to += 2 * ld) tile<Code, PIECES, 2>(m, run, start, blocks, rows, row, to, ld, width);
-        for (; row < last; ++row, to += ld) tile<Code, PIECES, 1>(m, run, start, blocks, rows, row, to, ld, width);
-    }
 }
 
 template <class Code, int PIECES, int M>

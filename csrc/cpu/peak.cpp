@@ -79,6 +79,12 @@ void int8(int64_t rounds) {
     repeat(rounds, ones, ones, _mm512_setzero_si512(),
            [](__m512i &a, __m512i &b, __m512i &sum) { sum = _mm512_dpbusd_epi32(sum, a, b); });
 }
+#elif defined(GC_LEVEL_AVX_VNNI)
+void int8(int64_t rounds) {
+    const __m256i ones = _mm256_set1_epi8(1);
+    repeat(rounds, ones, ones, _mm256_setzero_si256(),
+           [](__m256i &a, __m256i &b, __m256i &sum) { sum = _mm256_dpbusd_avx_epi32(sum, a, b); });
+}
 #elif defined(GC_LEVEL_AVX2)
 void int8(int64_t rounds) {  // pairs of products, which are added in 16 bits
     const __m256i ones = _mm256_set1_epi8(1);

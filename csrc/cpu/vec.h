@@ -28,12 +28,6 @@ inline V load_bf16(const uint16_t *p) {
 }
 inline V load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 
-// Keeps the compiler from loading a value anew for every use of it.
-#if defined(GC_EMULATE)
-inline void in_register(__m512i &) {}
-#else
-inline void in_register(__m512i &value) { __asm__("" : "+v"(value)); }
-#endif
 #elif defined(GC_LEVEL_AVX2)
 constexpr int W = 8;
 typedef __m256 V;
@@ -105,6 +99,18 @@ inline V load_f16(const uint16_t *p) {
     return v;
 }
 #endif
+
+// Keeps the compiler from loading a value anew for every use of it.
+template <typename Vector>
+inline void in_register(Vector &value) {
+#if defined(GC_EMULATE) || !defined(__x86_64__)
+    (void)value;
+#elif defined(GC_LEVEL_AVX512)
+    __asm__("" : "+v"(value));
+#else
+    __asm__("" : "+x"(value));
+#endif
+}
 
 }  // namespace
 }  // namespace gemcutter

@@ -44,7 +44,7 @@ def first_token_s(how: LoadOptions, threads: int, repeats: int = 1) -> tuple[flo
 
 
 def _once(how: LoadOptions, threads: int, cache: str | None) -> tuple[float, float]:
-    small = replace(how, context=64, max_num_seqs=1, prefix_cache_bytes=0)
+    small = replace(how, context=64, max_num_seqs=1, prefix_cache_bytes=0, repack_cache=bool(how.repack_cache))
     command = [sys.executable, "-c", PROGRAM, json.dumps(asdict(small))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} | ({"XDG_CACHE_HOME": cache} if cache else {})
     started = time.monotonic()

@@ -7,7 +7,7 @@ Refuses to know tests. Read `synthetic.py` for synthetic weights, `drafts.py` fo
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,7 +67,11 @@ def from_preset(preset: str, quant: str, layers: int | None, how: LoadOptions) -
 
 
 def from_file(how: LoadOptions) -> BenchTarget:
-    """Load a checkpoint as `gemcutter.load` does, without tokenizer and templates. Raises GemcutterError."""
+    """Load a checkpoint as `gemcutter.load` does, without tokenizer and templates. Raises GemcutterError.
+
+    Repacked weights are kept only if that was asked for: nothing is to be written while speed is measured.
+    """
+    how = replace(how, repack_cache=bool(how.repack_cache))
     started = time.perf_counter()
     opened = open_model(how)
     weights = [param for param in opened.decoder.params.values() if isinstance(param, Weight)]

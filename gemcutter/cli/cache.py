@@ -1,4 +1,4 @@
-"""`gemcutter cache`: what --repack-cache has left on disk, and how to get rid of it.
+"""`gemcutter cache`: which repacked weights are on disk, and how to get rid of it.
 
 Owns the two actions and what a reader sees of them; imports no torch. Refuses to know what is in the files; read
 `gemcutter/checkpoint/load/packed_weight_files.py` for that.
@@ -16,7 +16,7 @@ from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import print_json, spell_bytes
 
 HELP = """
-List or clear the weights that --repack-cache keeps.
+List or clear the repacked weights that loads have kept.
 
 They are in ~/.cache/gemcutter, or in XDG_CACHE_HOME, and may go at any time: the next load makes them again. "list" shows each
 file's size and the checkpoint that it was made of; "clear" removes all of them, with --stale only those whose checkpoint has

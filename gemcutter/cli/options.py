@@ -226,11 +226,14 @@ class Loading:
     adapter: Adapter = None
     quant: Quant = None
     repack_cache: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--repack-cache", help="Keep repacked weights in the user's cache folder, so that later starts only map them."
+            "--repack-cache/--no-repack-cache",
+            help="Keep repacked weights in the user's cache folder, so that later starts only map them.  [default: more than "
+            "256 MiB of them, where the disk has room]",
+            show_default=False,
         ),
-    ] = False
+    ] = None
     ple: Annotated[
         str | None,
         typer.Option(

@@ -20,10 +20,11 @@ from gemcutter import native
 
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = sorted(path.name for path in Path(__file__).parent.glob("test_native_*.py"))
-EMULATED = ("avx512", "avx512_bf16", "amx")
+EMULATED = ("avx_vnni", "avx512", "avx512_bf16", "amx")
 # What a level does otherwise than the one below it, where that is little: the rest would only be emulated twice.
 OWN = {
-    "avx512_bf16": ("test_native_dense.py", "test_native_vision.py"),
+    "avx_vnni": ("test_native_packed.py",),
+    "avx512_bf16": ("test_native_attention.py", "test_native_dense.py", "test_native_vision.py"),
     "amx": tuple(name for name in KERNEL_TESTS if name != "test_native_audio.py"),  # whose products are the others'
 }
 

@@ -233,7 +233,7 @@ def test_notes_and_timings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
         ({"kernels": 3, "quant": 4}, "quant: expected a text or None, found 4"),
         ({"dtype": ["float32"]}, "dtype: expected a text or None, found ['float32']"),
         ({"adapter": ["x"]}, "adapter: expected a text or None"),
-        ({"repack_cache": "yes"}, "repack_cache: expected True or False, found 'yes'"),
+        ({"repack_cache": "yes"}, "repack_cache: expected True, False or None, found 'yes'"),
         ({"progress": True}, "progress: expected a function"),
         ({"model": None}, "model: expected a text, found None"),
         ({"model": ""}, "model: expected a text, found ''"),

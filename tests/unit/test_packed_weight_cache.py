@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import torch
 
 from gemcutter.checkpoint.convert.convert import convert
 from gemcutter.checkpoint.load import packed_weight_cache as module
+from gemcutter.checkpoint.load import packed_weight_files
 from gemcutter.checkpoint.load.load_params import load_params
 from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
+from gemcutter.checkpoint.load.packed_weight_files import make_room
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.quant import Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
@@ -165,7 +168,7 @@ def test_writers_and_readers_at_once_never_meet(model: Path, tmp_path: Path) -> 
     weights = kept(model, tmp_path / "first")
     writers = [cache.write(weights) for _ in range(4)]
     seen = [0]
-    while any(writer.is_alive() for writer in writers) or not seen[-1]:
+    while any(writer is not None and writer.is_alive() for writer in writers) or not seen[-1]:
         seen.append(len(cache.read()))
     assert set(seen) <= {0, len(weights)}
     assert len(weights) == len(made)
@@ -180,6 +183,80 @@ def test_what_a_killed_writer_left_is_removed_after_a_day(model: Path, tmp_path:
     load(model, tmp_path)
     assert not old.exists()
     assert new.exists()
+
+
+def unasked(model: Path, folder: Path) -> PackedWeightCache:
+    return PackedWeightCache.of(open_checkpoint(model), folder=folder, is_asked=False)
+
+
+def finished(thread: threading.Thread | None) -> bool:
+    if thread is not None:
+        thread.join()
+    return thread is not None
+
+
+def test_small_weights_are_not_kept_unasked(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(model, tmp_path / "first")
+    weights = kept(model, tmp_path / "first")
+    assert not finished(unasked(model, tmp_path / "second").write(weights))
+    monkeypatch.setattr(module, "LEAST_BYTES", sum(each.nbytes for each in weights.values()))
+    assert finished(unasked(model, tmp_path / "second").write(weights))
+    assert len(unasked(model, tmp_path / "second").read()) == len(weights)
+
+
+def test_nothing_is_said_or_kept_unasked_where_there_is_no_room(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(model, tmp_path / "first")
+    weights = kept(model, tmp_path / "first")
+    monkeypatch.setattr(module, "LEAST_BYTES", 1)
+    (tmp_path / "file").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert finished(unasked(model, tmp_path / "file" / "cache").write(weights))  # no folder can be made there
+        monkeypatch.setattr(packed_weight_files, "LEAST_FREE", 1.0)
+        assert finished(unasked(model, tmp_path / "full").write(weights))
+    assert not list(tmp_path.glob("full/*"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_unasked_file_is_given_up_when_the_program_ends(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(model, tmp_path / "first")
+    weights = kept(model, tmp_path / "first")
+    monkeypatch.setattr(module, "LEAST_BYTES", 1)
+    monkeypatch.setattr(module.threading, "main_thread", lambda: threading.Thread())  # one that does not run
+    assert finished(unasked(model, tmp_path / "second").write(weights))
+    assert not list(tmp_path.glob("second/*"))
+    assert finished(PackedWeightCache.of(open_checkpoint(model), folder=tmp_path / "second").write(weights))
+    assert len(list(tmp_path.glob("second/*"))) == 1
+
+
+def test_the_folder_is_bounded_and_what_was_used_longest_ago_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Disk = namedtuple("Disk", "total used free")
+    monkeypatch.setattr(packed_weight_files.shutil, "disk_usage", lambda _: Disk(10_000, 0, 10_000))
+    monkeypatch.setattr(packed_weight_files, "MOST_SHARE", 0.1)
+    own, paths = tmp_path / f"own{module.SUFFIX}", [tmp_path / f"{age}{module.SUFFIX}" for age in (3, 1, 2)]
+    for path in paths:
+        path.write_bytes(bytes(300))
+        os.utime(path, (time.time() - 1000 * int(path.stem),) * 2)
+    (tmp_path / f"other{module.UNFINISHED}").write_bytes(bytes(300))
+    assert not make_room(tmp_path, 1001, own)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert make_room(tmp_path, 500, own)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["1", "other"]
+    own.write_bytes(bytes(600))
+    assert make_room(tmp_path, 700, own)  # in the place of its older self
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["1", "other", "own"]
+    monkeypatch.setattr(packed_weight_files.shutil, "disk_usage", lambda _: Disk(10_000, 9_600, 400))
+    assert not make_room(tmp_path, 600, tmp_path / "new")  # a tenth of the disk stays free
+
+
+def test_a_load_marks_what_it_maps_as_used(model: Path, tmp_path: Path) -> None:
+    load(model, tmp_path)
+    (path,) = tmp_path.iterdir()
+    os.utime(path, (1000, 1000))
+    assert kept(model, tmp_path)
+    assert path.stat().st_mtime > 1000
 
 
 def test_the_folder_is_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

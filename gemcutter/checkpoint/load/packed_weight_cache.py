@@ -3,8 +3,10 @@
 Owns one file a checkpoint in the user's cache folder: a header that names the checkpoint's files as they were (paths, sizes,
 times, a digest of their headers), how they were read, and sums of every block, then the weights. Nothing depends on it. A file
 that is damaged, foreign, of another version or of an older checkpoint counts as none and is replaced; it is written under
-another name and renamed when whole, so that readers and several writers never meet; where the disk is full or the folder is not
-to be written to, one warning is all. Read `load_params.py` for who asks, `packed_weight_files.py` for the folder.
+another name and renamed when whole, so that readers and several writers never meet. A cache that was asked for keeps all it can,
+and where the disk is full or the folder is not to be written to, one warning is all; one that was not asked for keeps only what
+is worth it and has room, gives up when the program ends, and never says a word. Read `load_params.py` for who asks,
+`packed_weight_files.py` for the folder.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,24 @@ from torch import Tensor
 
 from gemcutter import native
 from gemcutter.checkpoint.load.match import Checkpoint
-from gemcutter.checkpoint.load.packed_weight_files import HEAD, MAGIC, SUFFIX, UNFINISHED, file_identity, read_header, user_folder
+from gemcutter.checkpoint.load.packed_weight_files import (
+    HEAD,
+    MAGIC,
+    SUFFIX,
+    UNFINISHED,
+    file_identity,
+    make_room,
+    mark_used,
+    read_header,
+    user_folder,
+)
 from gemcutter.quant.cpu_layout import PANEL, PackedLayout
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 VERSION = 3  # of this file's layout and of csrc/cpu/layout.h
 SUM_BYTES = 16 << 20  # of one sum
 STALE_S = 24 * 3600  # after which an unfinished file has no writer any more
+LEAST_BYTES = 256 << 20  # that are kept without being asked for: less is repacked in no time
 
 _PAGE_BYTES = 4096  # weights begin on one
 _ALIGN_BYTES = 64
@@ -49,9 +62,12 @@ class PackedWeightCache:
 
     path: Path
     key: Mapping[str, Any]
+    is_asked: bool = True  # by the user
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, quant: str | None = None, folder: Path | None = None) -> PackedWeightCache:
+    def of(
+        cls, checkpoint: Checkpoint, quant: str | None = None, folder: Path | None = None, is_asked: bool = True
+    ) -> PackedWeightCache:
         """Return where a checkpoint's packed weights belong: in `folder`, or in the user's cache.
 
         Raises OSError if its files are gone.
@@ -67,7 +83,7 @@ class PackedWeightCache:
             "tensors": hashlib.sha256(json.dumps(tensors).encode()).hexdigest(),
         }
         place = hashlib.sha256(f"{source.path.resolve()} {quant}".encode()).hexdigest()[:24]
-        return cls((folder or user_folder()) / f"{source.path.stem}-{place}{SUFFIX}", key)
+        return cls((folder or user_folder()) / f"{source.path.stem}-{place}{SUFFIX}", key, is_asked)
 
     def read(self) -> dict[str, CpuPackedWeight]:
         """Map the weights that are kept, by name; none where there is no such file, or not of this checkpoint as it is now."""
@@ -79,31 +95,54 @@ class PackedWeightCache:
                 memory = _map(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             found = {name: _weight(memory, entry) for name, entry in content["weights"].items()}
             is_whole = all(sums_of(found[name].data) == entry["sums"] for name, entry in content["weights"].items())
-            return found if is_whole else {}
+            if not is_whole:
+                return {}
+            mark_used(self.path)
+            return found
         except (OSError, struct.error, ValueError, KeyError, TypeError, RuntimeError):  # whatever it is, it is not ours
             return {}
 
-    def write(self, weights: Mapping[str, CpuPackedWeight]) -> threading.Thread:
-        """Keep weights for later loads, in a thread of its own that a program waits for when it ends."""
-        thread = threading.Thread(target=self._write, args=(dict(weights),), name="packed weight cache")
+    def write(self, weights: Mapping[str, CpuPackedWeight]) -> threading.Thread | None:
+        """Keep weights for later loads, in a thread of its own; a program waits for it when it ends if it was asked for.
+
+        Returns None where so few bytes are not kept without being asked for.
+        """
+        nbytes = sum(each.nbytes for each in weights.values())
+        if not self.is_asked and nbytes < LEAST_BYTES:
+            return None
+        thread = threading.Thread(target=self._write, args=(dict(weights), nbytes), name="packed weight cache")
         thread.start()
         return thread
 
-    def _write(self, weights: Mapping[str, CpuPackedWeight]) -> None:
+    def _write(self, weights: Mapping[str, CpuPackedWeight], nbytes: int) -> None:
         try:
+            if not make_room(self.path.parent, nbytes, self.path) and not self.is_asked:
+                return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(self.path.parent)
             file, name = tempfile.mkstemp(UNFINISHED, self.path.stem, self.path.parent)
             try:
                 with os.fdopen(file, "wb", buffering=0) as target:
-                    _write_in_blocks(target.fileno(), _pieces(self.key, weights))
+                    _write_in_blocks(target.fileno(), _pieces(self.key, weights), self._check_wanted)
                     os.fsync(target.fileno())
                 os.replace(name, self.path)
             except BaseException:
                 os.unlink(name)
                 raise
+        except _Abandoned:
+            return
         except OSError as error:
-            warnings.warn(f"repacked weights are not kept in {self.path.parent}: {error.strerror or error}", stacklevel=2)
+            if self.is_asked:
+                warnings.warn(f"repacked weights are not kept in {self.path.parent}: {error.strerror or error}", stacklevel=2)
+
+    def _check_wanted(self) -> None:
+        """Raise _Abandoned where the program is about to end: it waits for what was asked for only."""
+        if not self.is_asked and not threading.main_thread().is_alive():
+            raise _Abandoned
+
+
+class _Abandoned(Exception):
+    """A file that nobody waits for is not finished."""
 
 
 def sums_of(data: Tensor) -> list[int]:
@@ -157,8 +196,11 @@ def _header(key: Mapping[str, Any], entries: Mapping[str, dict[str, Any]], nbyte
         start = -(-(HEAD.size + len(header)) // _PAGE_BYTES) * _PAGE_BYTES + _PAGE_BYTES
 
 
-def _write_in_blocks(file: int, pieces: Iterator[memoryview]) -> None:
-    """Write in large blocks at multiples of their size: some file systems then keep, and map, them in huge pages."""
+def _write_in_blocks(file: int, pieces: Iterator[memoryview], check: Callable[[], None]) -> None:
+    """Write in large blocks at multiples of their size: some file systems then keep, and map, them in huge pages.
+
+    `check` is called before each, and may raise.
+    """
     block, used = memoryview(bytearray(_WRITE_BYTES)), 0
     for piece in pieces:
         while piece:
@@ -166,8 +208,10 @@ def _write_in_blocks(file: int, pieces: Iterator[memoryview]) -> None:
             block[used : used + count] = piece[:count]
             used, piece = used + count, piece[count:]
             if used == _WRITE_BYTES:
+                check()
                 _write_all(file, block)
                 used = 0
+    check()
     _write_all(file, block[:used])
 
 

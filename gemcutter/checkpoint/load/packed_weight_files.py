@@ -1,7 +1,7 @@
 """The folder of repacked weights: which files lie in it, what they were made of, and how they are removed.
 
-Owns the folder, the names and the head of its files; imports no torch, so that they are listed at once. Refuses to know weights:
-`packed_weight_cache.py` writes and maps these files.
+Owns the folder, its bounds, the names and the head of its files; imports no torch, so that they are listed at once. Refuses to
+know weights: `packed_weight_cache.py` writes and maps these files.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +21,8 @@ SUFFIX, UNFINISHED = ".packed", ".unfinished"
 HEAD = struct.Struct("<8s32sQ")  # magic, digest of the header, its length
 MAGIC = b"GCPACKED"
 _MAX_HEADER_BYTES = 1 << 26
+LEAST_FREE = 0.1  # of the disk, which stays free
+MOST_SHARE = 0.1  # of the disk, which the folder may take
 
 
 def user_folder() -> Path:
@@ -80,6 +84,44 @@ def file_identity(path: Path) -> tuple[Any, ...]:
     """Return what tells a checkpoint's file from a later one of the same name. Raises OSError if it is gone."""
     found = os.stat(path)
     return (str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def make_room(folder: Path, nbytes: int, own: Path) -> bool:
+    """Remove what was used longest ago from `folder` until `nbytes` fit there in the place of `own`.
+
+    Files that no checkpoint of this machine can use any more go first.
+
+    The folder is bounded by MOST_SHARE of its disk, of which LEAST_FREE stays free. Returns False, with nothing removed, where
+    even an empty folder would have no room. Raises OSError where the disk can't be looked at.
+    """
+    disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
+    others = [file for file in packed_files(folder) if file.path != own and file.path.suffix == SUFFIX]  # whole ones
+    others.sort(key=lambda file: (file.is_current, _used(file.path)))
+    own_bytes = own.stat().st_size if own.exists() else 0
+    held = sum(file.nbytes for file in others)
+    room = min(disk.free + own_bytes + held - LEAST_FREE * disk.total, MOST_SHARE * disk.total)
+    if nbytes > room:
+        return False
+    for file in others:
+        if nbytes + held <= room:
+            break
+        with suppress(OSError):  # of somebody else, or gone by now: the next one, then
+            remove(file)
+            held -= file.nbytes
+    return nbytes + held <= room
+
+
+def mark_used(path: Path) -> None:
+    """Note that a file was used just now."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def _used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def remove(file: PackedFile) -> None:
