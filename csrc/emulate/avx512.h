@@ -98,6 +98,7 @@ INTRINSIC __m512i _mm512_load_si512(const void *p) {
     return load_any<__m512i>(p);
 }
 INTRINSIC void _mm512_storeu_ps(void *p, __m512 a) { memcpy(p, &a, sizeof a); }
+INTRINSIC void _mm512_storeu_si512(void *p, __m512i a) { memcpy(p, &a, sizeof a); }
 INTRINSIC void _mm512_store_si512(void *p, __m512i a) {
     if ((uintptr_t)p % 64) __builtin_trap();
     memcpy(p, &a, sizeof a);
