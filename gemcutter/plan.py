@@ -153,8 +153,8 @@ class LayerPlan:
 
     def kv_elements(self, compact: bool = False) -> int:
         """Count the cache elements that one token costs in this layer: keys and values, 0 for a reader."""
-        keys = self.rotary_dims if compact and self.can_compact else self.head_dim
-        return self.kv_heads * (keys + self.head_dim) if self.writes else 0
+        key_dims = self.rotary_dims if compact and self.can_compact else self.head_dim
+        return self.kv_heads * (key_dims + self.head_dim) if self.writes else 0
 
     def kv_bytes(self, itemsize: float, compact: bool = False, scale_bytes: int = 0) -> float:
         """Count the cache bytes that one token costs in this layer; each key and value vector of a head has a scale beside it."""
@@ -372,15 +372,10 @@ class ModelPlan:
         self, tokens: int = 0, itemsize: float = 2.0, kv_itemsize: float = 2.0, compact: bool = False, kv_scale_bytes: int = 0
     ) -> int:
         """Count the bytes that decoding one token must read: weights once, its embedding rows, keys and values of `tokens`."""
-        weights = sum(self._read_elements(spec) for spec in self.params())
-        if self.tied_head:
-            weights += self.hidden  # the table is read whole as the head, and one row of it as the embedding
-        kv = sum(
-            self.layers[layer.kv_layer].kv_bytes(kv_itemsize, compact, kv_scale_bytes) * layer.visible(tokens)
-            for layer in self.layers
-            if layer.kv_layer >= 0
-        )
-        return int(itemsize * weights + kv)
+        # A tied table is read whole as the head, and one row of it as the embedding.
+        weights = sum(self._read_elements(spec) for spec in self.params()) + (self.hidden if self.tied_head else 0)
+        read = ((self.layers[layer.kv_layer], layer.visible(tokens)) for layer in self.layers if layer.kv_layer >= 0)
+        return int(itemsize * weights + sum(own.kv_bytes(kv_itemsize, compact, kv_scale_bytes) * seen for own, seen in read))
 
     def _read_elements(self, spec: ParamSpec) -> int:
         if spec.access is Access.ROWS or (spec.name == "embed.tokens" and not self.tied_head):
