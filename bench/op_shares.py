@@ -91,6 +91,9 @@ class FilledCache:
         """Return all of both."""
         return self.keys, self.values
 
+    def int8(self, layer: int) -> None:
+        """Return that nothing is stored in 8 bits."""
+
 
 def attention_ops(preset: str) -> Iterator[Op]:
     """List prompts of PROMPT_ROWS rows and single rows behind contexts, in a sliding and in a global layer."""

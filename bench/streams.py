@@ -41,6 +41,7 @@ from gemcutter.benchmark import hardware, roofline
 from gemcutter.benchmark.harness import BenchCase
 from gemcutter.benchmark.report import best_products, ceiling
 from gemcutter.benchmark.target import BenchTarget, from_file
+from gemcutter.cache.kv_cache import scale_bytes
 from gemcutter.checkpoint.write.synth import SIZES
 from gemcutter.errors import GemcutterError
 from gemcutter.load_options import LoadOptions
@@ -152,7 +153,7 @@ def ceiling_of(target: BenchTarget, streams: int, prompt: int, tokens: int, rate
     """Return the most tokens per second that memory and products allow to so many streams."""
     case = BenchCase("tg", tokens, prompt, streams)
     reads = roofline.token_bytes(target.plan, target.decoder.params, streams)
-    memory = ceiling(target.plan, reads, target.kv_dtype.itemsize, case, rates)["ceiling_tok_s"]
+    memory = ceiling(target.plan, reads, target.kv_dtype.itemsize, case, rates, scale_bytes(target.kv_dtype))["ceiling_tok_s"]
     seen = prompt + tokens // 2
     products = rates[best_products(rates)] / (target.plan.flops(seen + 1) - target.plan.flops(seen, wanted=0))
     return {"ceiling_tok_s": min(memory, products), "bound_by": "memory" if memory < products else "products"}

@@ -19,7 +19,7 @@ DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16"
 HALVES = ("float16", "f16", "fp16", "half")
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 PLE_PLACES = ("gpu", "host", "mmap")
-KV_DTYPES = ("fp8",)
+KV_DTYPES = ("fp8", "int8")
 SPECULATORS = ("auto", "mtp", "ngram", "off")
 MEDIA = ("image", "audio", "video")  # what requests may bring beside text, where the model was loaded for it
 AUTO_MEDIA = "auto"  # whatever the checkpoint has a tower for; of other names beside it, those
@@ -94,8 +94,9 @@ class LoadOptions:
     `adapters`, by name, stay apart, and a request with `adapter="name"` gets that one's changes. `repack_cache` keeps what the
     CPU kernels repack in the user's cache folder, for later loads to map; None: where that is more than 256 MiB and the disk has
     room, of which the folder takes a tenth at most. `ple` says where the table of per-layer embeddings is
-    kept for a GPU: "gpu", "host" (pinned memory) or "mmap"; None: on the GPU if there is room. `kv` "fp8" keeps keys and values
-    in 8 bits on a GPU that has them (compute capability 8.9). `chat_template` is "own" (the checkpoint's), "canonical" (Google's
+    kept for a GPU: "gpu", "host" (pinned memory) or "mmap"; None: on the GPU if there is room. `kv` keeps keys and values in 8
+    bits: "fp8" on a GPU that has them (compute capability 8.9), "int8" with a scale for each vector on a CPU; None: in the
+    compute dtype. `chat_template` is "own" (the checkpoint's), "canonical" (Google's
     of July 2026) or a Jinja file; None: the checkpoint's own, unless that is an older generation of Google's.
     `generation_config` says where the defaults of sampling come from: "auto" (the checkpoint), "none" (greedy) or a
     generation_config.json, or the folder of one.
@@ -158,8 +159,11 @@ class LoadOptions:
             raise KernelError(f"{found}: a choice of the native CPU kernels, which are not used here: {reason}")
         if self.ple not in (None, "mmap") and place != "cuda":
             raise KernelError(f"ple {self.ple}: a choice for models on a GPU; on a CPU the table stays mapped")
-        if self.kv is not None and (reason := TRITON.refusal(place, self.kernels)):
-            raise KernelError(f"kv {self.kv}: a choice of the Triton kernels, which are not used here: {reason}")
+        if self.kv == "int8" and place != "cpu":
+            raise KernelError("kv int8: a choice for models on a CPU; on a GPU use kv fp8")
+        if self.kv == "fp8" and (reason := TRITON.refusal(place, self.kernels)):
+            remedy = "; on a CPU use kv int8" if place == "cpu" else ""
+            raise KernelError(f"kv fp8: a choice of the Triton kernels, which are not used here: {reason}{remedy}")
 
     @property
     def drafts_by_model(self) -> bool:

@@ -70,7 +70,7 @@ class OpenModel:
             how.max_batched_tokens,
             how.max_num_seqs,
             how.prefix_cache_bytes,
-            kv_dtype=None if how.kv is None else torch.float8_e4m3fn,
+            kv_dtype=cache_dtype(how.kv),
             max_stall_ms=how.max_stall_ms,
             speculator=self.speculator(),
             largest_block=max(BUDGETS) if self.vision is not None and self.checkpoint.plan.bidirectional else 0,
@@ -136,6 +136,11 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     for name, each in apart.items():
         add_to_towers([tower for tower in (vision, audio) if tower is not None], name, each, device)
     return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns)
+
+
+def cache_dtype(kv: str | None) -> torch.dtype | None:
+    """Return the dtype of a cache that is kept as the option `kv` says; None: the compute dtype."""
+    return None if kv is None else {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[kv]
 
 
 def match_towers(options: LoadOptions, checkpoint: Checkpoint) -> tuple[MatchedVision | None, MatchedAudio | None]:
@@ -223,7 +228,7 @@ def find_device(options: LoadOptions) -> torch.device:
         raise KernelError("device cuda: torch finds no CUDA device here; use the device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise KernelError(f"device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    if options.kv is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+    if options.kv == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise KernelError(f"kv {options.kv}: this GPU has no 8-bit floats")
     return device
 

@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 6  # of the interface, gc_version()
+VERSION = 7  # of the interface, gc_version()
 OFF = ("off", "0", "no", "false")  # what GEMCUTTER_NATIVE may say to do without the library
 LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 
@@ -61,7 +61,15 @@ class StepView(ctypes.Structure):
 class KVView(ctypes.Structure):
     """`gc_kv`: the tensors of the cache that hold one layer's keys and values."""
 
-    _fields_ = (("k", c_void_p), ("v", c_void_p), ("slots", c_int64), ("dtype", c_int32), ("reserved", c_int32))
+    _fields_ = (
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_scale", c_void_p),
+        ("v_scale", c_void_p),
+        ("slots", c_int64),
+        ("dtype", c_int32),
+        ("exact", c_int32),
+    )
 
 
 class AttentionView(ctypes.Structure):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # which was distilled with 0, a pass gives 2.43 and 2.44 tokens with 2 drafts, 3.25 and 3.41 with 4: either will do.
 QUERY_OFFSET = 0
 UNBOUND = -1  # kv_layer of a drafter's layer that is not bound to its target yet
+INT8_SCALE_BYTES = 4  # of the float32 scale that each key and value vector of a head has in an int8 cache
 
 GroupId = NewType("GroupId", str)  # of layers whose keys and values share one block table
 GLOBAL_GROUP = GroupId("global")
@@ -152,8 +153,12 @@ class LayerPlan:
 
     def kv_elements(self, compact: bool = False) -> int:
         """Count the cache elements that one token costs in this layer: keys and values, 0 for a reader."""
-        keys = self.rotary_dims if compact and self.can_compact else self.head_dim
-        return self.kv_heads * (keys + self.head_dim) if self.writes else 0
+        key_dims = self.rotary_dims if compact and self.can_compact else self.head_dim
+        return self.kv_heads * (key_dims + self.head_dim) if self.writes else 0
+
+    def kv_bytes(self, itemsize: float, compact: bool = False, scale_bytes: int = 0) -> float:
+        """Count the cache bytes that one token costs in this layer; each key and value vector of a head has a scale beside it."""
+        return itemsize * self.kv_elements(compact) + (2 * self.kv_heads * scale_bytes if self.writes else 0)
 
     def visible(self, tokens: int) -> int:
         """Count the keys that the query at position tokens - 1 sees."""
@@ -356,24 +361,21 @@ class ModelPlan:
         """Count the bytes of all tensors at `itemsize` bytes an element; `rows_access=False` leaves the PLE table out."""
         return int(itemsize * sum(spec.elements for spec in self.params() if rows_access or spec.access is Access.DENSE))
 
-    def kv_bytes(self, tokens: int, itemsize: float = 2.0, compact: bool = False) -> int:
+    def kv_bytes(self, tokens: int, itemsize: float = 2.0, compact: bool = False, scale_bytes: int = 0) -> int:
         """Count the cache bytes that a sequence of `tokens` needs: windows for windowed writers, nothing for readers.
 
-        `compact` stores every layer compactly that can be.
+        `compact` stores every layer compactly that can be; each key and value vector of a head has a scale of `scale_bytes`.
         """
-        return int(itemsize * sum(layer.kv_elements(compact) * layer.visible(tokens) for layer in self.writers))
+        return int(sum(layer.kv_bytes(itemsize, compact, scale_bytes) * layer.visible(tokens) for layer in self.writers))
 
-    def read_bytes(self, tokens: int = 0, itemsize: float = 2.0, kv_itemsize: float = 2.0, compact: bool = False) -> int:
+    def read_bytes(
+        self, tokens: int = 0, itemsize: float = 2.0, kv_itemsize: float = 2.0, compact: bool = False, kv_scale_bytes: int = 0
+    ) -> int:
         """Count the bytes that decoding one token must read: weights once, its embedding rows, keys and values of `tokens`."""
-        weights = sum(self._read_elements(spec) for spec in self.params())
-        if self.tied_head:
-            weights += self.hidden  # the table is read whole as the head, and one row of it as the embedding
-        kv = sum(
-            self.layers[layer.kv_layer].kv_elements(compact) * layer.visible(tokens)
-            for layer in self.layers
-            if layer.kv_layer >= 0
-        )
-        return int(itemsize * weights + kv_itemsize * kv)
+        # A tied table is read whole as the head, and one row of it as the embedding.
+        weights = sum(self._read_elements(spec) for spec in self.params()) + (self.hidden if self.tied_head else 0)
+        read = ((self.layers[layer.kv_layer], layer.visible(tokens)) for layer in self.layers if layer.kv_layer >= 0)
+        return int(itemsize * weights + sum(own.kv_bytes(kv_itemsize, compact, kv_scale_bytes) * seen for own, seen in read))
 
     def _read_elements(self, spec: ParamSpec) -> int:
         if spec.access is Access.ROWS or (spec.name == "embed.tokens" and not self.tied_head):

@@ -286,15 +286,34 @@ def oracle(model: PreTrainedModel, ids: tuple[int, ...]) -> Trace:
     return Trace(tuple(layers), states[0], logits, min(margins))
 
 
+def poison(pool: PagedKVCache) -> None:
+    """Fill a cache with NaN; where it is int8, with codes that nobody writes beside scales of NaN."""
+    for layer in pool.keys:
+        scaled = pool.int8(layer)
+        for tensor in (pool.keys[layer], pool.values[layer]):
+            tensor.fill_(torch.nan if scaled is None else -128)
+        if scaled is not None:
+            scaled.key_scales_TK.fill_(torch.nan)
+            scaled.value_scales_TK.fill_(torch.nan)
+
+
 @torch.inference_mode()
-def run_alone(decoder: Decoder, ids: tuple[int, ...], chunk: int, page_tokens: int = 64, keep_all: bool = True) -> Trace:
+def run_alone(
+    decoder: Decoder,
+    ids: tuple[int, ...],
+    chunk: int,
+    page_tokens: int = 64,
+    keep_all: bool = True,
+    kv_dtype: torch.dtype | None = None,
+) -> Trace:
     """Run a prompt alone, `chunk` rows a step, in a cache of `page_tokens` a page that holds NaN wherever nothing was written.
 
-    With `keep_all` every row goes through all layers; else only the last, and the trace holds what was left of the rows.
+    With `keep_all` every row goes through all layers; else only the last, and the trace holds what was left of the rows. The
+    cache is kept in `kv_dtype`, None: in the decoder's dtype.
     """
-    pool = PagedKVCache(decoder.plan, page_counts(decoder.plan, len(ids), chunk, page_tokens=page_tokens), decoder.dtype)
-    for tensor in (*pool.keys.values(), *pool.values.values()):
-        tensor.fill_(torch.nan)
+    counts = page_counts(decoder.plan, len(ids), chunk, page_tokens=page_tokens)
+    pool = PagedKVCache(decoder.plan, counts, kv_dtype or decoder.dtype)
+    poison(pool)
     sequence = SequenceState(0, Request(ids, hidden_states=keep_all))
     sequence.table = table = BlockTable(pool)
     layers: list[list[Tensor]] = [[] for _ in decoder.plan.layers]

@@ -61,9 +61,10 @@ typedef struct {
 // The tensors [T, K, E] of the KV cache that hold one layer's keys and values.
 typedef struct {
     void *k, *v;
-    int64_t slots;  // T
-    int32_t dtype;  // GC_BF16 or GC_F32
-    int32_t reserved;
+    float *k_scale, *v_scale;  // [T, K], of GC_S8: an element is its code times its vector's scale; null in other types
+    int64_t slots;             // T
+    int32_t dtype;             // GC_S8, GC_BF16 or GC_F32
+    int32_t exact;             // 1: queries and softmax weights stay float32, even where products of bfloat16 are faster
 } gc_kv;
 
 // The shape of one layer's attention.

@@ -1,10 +1,11 @@
 // The two attention kernels over one key head: `decode` streams the keys past few query rows, `prefill` multiplies many query
 // rows with packed blocks of keys.
 //
-// Owns softmax and products in float32, with the scale 1. A key that no row of a call sees, outside the window or later than the
-// row, changes nothing, whatever its memory holds. Refuses to know sequences, pages and threads; read `attention_split.cpp` for
-// the caller that splits the work, `matmul_f32.h` for the micro-kernel. Head dims that are no multiple of a kernel's unit go through
-// padded copies of rows. Shape letters: M query rows times heads, G heads, E head dim, T keys.
+// Owns softmax and products in float32, with the scale 1. Of an int8 cache the products are with codes: scores are multiplied by
+// the keys' scales afterwards, softmax weights by the values' scales beforehand. A key that no row of a call sees, outside the
+// window or later than the row, changes nothing, whatever its memory holds. Refuses to know sequences, pages and threads; read
+// `attention_split.cpp` for the caller that splits the work, `matmul_f32.h` for the micro-kernel. Head dims that are no multiple of
+// a kernel's unit go through padded copies of rows. Shape letters: M query rows times heads, G heads, E head dim, T keys.
 #include <math.h>
 
 #include "attention_rows.h"
@@ -20,6 +21,12 @@ constexpr int VALUE_KEYS = 16;    // values summed in registers before the outpu
 constexpr int64_t SCORES = DECODE_KEYS + 16;  // stride of scores: no power of two, which would crowd into few sets of the cache
 constexpr int64_t PREFETCH_KEYS = 8;          // keys prefetched ahead: the hardware prefetcher stops at the end of every row
 constexpr int64_t BLOCK_ELEMENTS = 49152;     // of a block of query rows: 384 KB with its output
+
+#if defined(GC_LEVEL_AVX512)
+constexpr int MOST_HEADS = 8;  // of one tile: a vector that is loaded and widened once for more of them takes fewer instructions
+#else
+constexpr int MOST_HEADS = 4;  // for which 16 registers suffice
+#endif
 
 // The head dim as `decode` computes with it: whole pairs of vectors.
 int64_t padded(int64_t dim) { return padded_to(dim, 2 * W); }
@@ -46,6 +53,7 @@ void prefetch(const typename Type::Element *row, int64_t dim) {
 
 // Two vectors at once in whatever order is cheapest; `order` puts a plain row into the same order and `unorder` takes it back.
 inline void load_pair(const float *p, V &a, V &b, F32) { a = load(p), b = load(p + W); }
+inline void load_pair(const int8_t *p, V &a, V &b, S8) { a = S8::vector(p), b = S8::vector(p + W); }
 inline void load_pair(const uint16_t *p, V &even, V &odd, Bf16) {  // 32 bits hold an even and an odd column
 #if defined(GC_LEVEL_AVX512)
     __m512i pair = _mm512_loadu_si512(p);
@@ -59,8 +67,14 @@ inline void load_pair(const uint16_t *p, V &even, V &odd, Bf16) {  // 32 bits ho
     for (int i = 0; i < W; ++i) even[i] = Bf16::one(p + 2 * i), odd[i] = Bf16::one(p + 2 * i + 1);
 #endif
 }
-inline void order(const float *x, int64_t n, float *out, F32) { memcpy(out, x, sizeof(float) * (size_t)n); }
-inline void unorder(const float *x, int64_t n, float *out, F32) { memcpy(out, x, sizeof(float) * (size_t)n); }
+template <typename Type>
+inline void order(const float *x, int64_t n, float *out, Type) {
+    memcpy(out, x, sizeof(float) * (size_t)n);
+}
+template <typename Type>
+inline void unorder(const float *x, int64_t n, float *out, Type) {
+    memcpy(out, x, sizeof(float) * (size_t)n);
+}
 inline void order(const float *x, int64_t n, float *out, Bf16) {
     for (int64_t i = 0; i < n; i += 2 * W)
         for (int j = 0; j < W; ++j) out[i + j] = x[i + 2 * j], out[i + W + j] = x[i + 2 * j + 1];
@@ -74,18 +88,26 @@ inline void unorder(const float *x, int64_t n, float *out, Bf16) {
 template <typename Type, int H, int T>
 void score_tile(const float *q, int64_t dim, const typename Type::Element *const *rows, float *scores, int64_t ld) {
     V acc[H][T];
+#pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) acc[h][t] = set1(0.0f);
     for (int64_t e = 0; e < dim; e += 2 * W) {
         V a[T], b[T];
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) load_pair(rows[t] + e, a[t], b[t], Type());
+#pragma GCC unroll 8
         for (int h = 0; h < H; ++h) {
             V x = load(q + h * dim + e), y = load(q + h * dim + e + W);
+#pragma GCC unroll 8
             for (int t = 0; t < T; ++t) acc[h][t] = fma(x, a[t], acc[h][t]);
+#pragma GCC unroll 8
             for (int t = 0; t < T; ++t) acc[h][t] = fma(y, b[t], acc[h][t]);
         }
     }
+#pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) scores[h * ld + t] = sum(acc[h][t]);
 }
 
@@ -101,6 +123,8 @@ template <typename Type>
 void score_keys(const float *q, int64_t heads, int64_t dim, const typename Type::Element *const *rows, int64_t count,
                 float *scores) {
     int64_t h = 0;
+    if constexpr (MOST_HEADS == 8)
+        for (; h + 8 <= heads; h += 8) score_heads<Type, 8>(q + h * dim, dim, rows, count, scores + h * SCORES);
     for (; h + 4 <= heads; h += 4) score_heads<Type, 4>(q + h * dim, dim, rows, count, scores + h * SCORES);
     for (; h + 2 <= heads; h += 2) score_heads<Type, 2>(q + h * dim, dim, rows, count, scores + h * SCORES);
     if (h < heads) score_heads<Type, 1>(q + h * dim, dim, rows, count, scores + h * SCORES);
@@ -111,17 +135,24 @@ template <typename Type, int H, int P>
 void value_tile(const float *weights, int64_t ld, int64_t count, const typename Type::Element *const *rows, int64_t e, float *out,
                 int64_t dim) {
     V acc[H][2 * P];
+#pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
+#pragma GCC unroll 8
         for (int p = 0; p < 2 * P; ++p) acc[h][p] = load(out + h * dim + e + p * W);
     for (int64_t t = 0; t < count; ++t) {
         V v[2 * P];
+#pragma GCC unroll 8
         for (int p = 0; p < P; ++p) load_pair(rows[t] + e + 2 * p * W, v[2 * p], v[2 * p + 1], Type());
+#pragma GCC unroll 8
         for (int h = 0; h < H; ++h) {
             V x = set1(weights[h * ld + t]);
+#pragma GCC unroll 8
             for (int p = 0; p < 2 * P; ++p) acc[h][p] = fma(x, v[p], acc[h][p]);
         }
     }
+#pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
+#pragma GCC unroll 8
         for (int p = 0; p < 2 * P; ++p) store(out + h * dim + e + p * W, acc[h][p]);
 }
 
@@ -142,6 +173,9 @@ template <typename Type>
 void value_keys(const float *weights, int64_t ld, int64_t heads, int64_t count, const typename Type::Element *const *rows,
                 const typename Type::Element *const *next, float *out, int64_t dim) {
     int64_t h = 0;
+    if constexpr (MOST_HEADS == 8)
+        for (; h + 8 <= heads; h += 8, next = nullptr)
+            value_heads<Type, 8>(weights + h * ld, ld, count, rows, next, out + h * dim, dim);
     for (; h + 4 <= heads; h += 4, next = nullptr)
         value_heads<Type, 4>(weights + h * ld, ld, count, rows, next, out + h * dim, dim);
     for (; h + 2 <= heads; h += 2, next = nullptr)
@@ -226,6 +260,13 @@ void weigh_row(const DecodeRow &row, int64_t heads, int64_t base, float *scores)
     }
 }
 
+// Multiplies the columns of positions first..last-1, DECODE_KEYS at most, in the rows of `heads` heads by the positions' scales.
+void scale_columns(const float *scales, const Keys &keys, int64_t first, int64_t last, int64_t heads, float *columns) {
+    float by[SCORES] = {};
+    for (int64_t t = first; t < last; ++t) by[t - first] = scales[slot_of(keys, t) * keys.scale_stride];
+    for (int64_t h = 0; h < heads; ++h) multiply(columns + h * SCORES, by, last - first);
+}
+
 template <typename Type, bool Pads>
 void decode_type(const DecodeRow *rows, int64_t count, int64_t heads, int64_t dim, const Keys &keys, int64_t base,
                  float *scratch) {
@@ -237,7 +278,12 @@ void decode_type(const DecodeRow *rows, int64_t count, int64_t heads, int64_t di
             order(pad(rows[m].q + h * dim, dim, width, sums), width, ordered + m * size + h * width, Type());
     int64_t first = rows[0].first;
     score_range<Type, Pads>(ordered, all, dim, keys, first, rows[count - 1].last, scores + first - base, spare);
-    for (int64_t m = 0; m < count; ++m) weigh_row(rows[m], heads, base, scores + m * heads * SCORES);
+    if (keys.k_scale) scale_columns(keys.k_scale, keys, first, rows[count - 1].last, all, scores + first - base);
+    for (int64_t m = 0; m < count; ++m) {
+        float *own = scores + m * heads * SCORES;
+        weigh_row(rows[m], heads, base, own);
+        if (keys.v_scale) scale_columns(keys.v_scale, keys, rows[m].first, rows[m].last, heads, own + rows[m].first - base);
+    }
     value_range<Type, Pads>(rows, count, scores, heads, dim, keys, base, sums, spare);
     for (int64_t m = 0; m < count; ++m) {
         if constexpr (!Pads) {
@@ -249,10 +295,15 @@ void decode_type(const DecodeRow *rows, int64_t count, int64_t heads, int64_t di
     }
 }
 
+template <typename Type>
+void decode_keys(const DecodeRow *rows, int64_t count, int64_t heads, int64_t dim, const Keys &keys, int64_t base,
+                 float *scratch) {
+    auto *run = padded(dim) == dim ? decode_type<Type, false> : decode_type<Type, true>;
+    run(rows, count, heads, dim, keys, base, scratch);
+}
+
 void decode(const DecodeRow *rows, int64_t count, int64_t heads, int64_t dim, const Keys *keys, int64_t base, void *scratch) {
-    auto *run = padded(dim) == dim      ? keys->dtype == GC_F32 ? decode_type<F32, false> : decode_type<Bf16, false>
-                : keys->dtype == GC_F32 ? decode_type<F32, true>
-                                        : decode_type<Bf16, true>;
+    auto *run = keys->dtype == GC_F32 ? decode_keys<F32> : keys->dtype == GC_S8 ? decode_keys<S8> : decode_keys<Bf16>;
     run(rows, count, heads, dim, *keys, base, static_cast<float *>(scratch));
 }
 
@@ -261,6 +312,7 @@ void decode(const DecodeRow *rows, int64_t count, int64_t heads, int64_t dim, co
 struct Block : QueryRows {
     int64_t heads, dim;                                      // each row has one query vector per head
     float *q, *out, *scores, *panel, *top, *total, *shrink;  // [M, E], [E / 16, M, 16], [M, KEY_BLOCK], panel, [M]...
+    float *key_scales, *value_scales;                        // [KEY_BLOCK] of this block, where the cache has scales
 
     int64_t queries() const { return rows * heads; }
 };
@@ -284,11 +336,13 @@ void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
 // Turns the scores of one query vector, which sees keys from..to-1, into softmax weights, zero elsewhere.
 void softmax_query(const Block &b, int64_t query, int64_t from, int64_t to, int64_t count) {
     float *scores = b.scores + query * KEY_BLOCK;
+    if (b.key_scales) multiply(scores, b.key_scales, count);
     for (int64_t t = 0; t < from; ++t) scores[t] = -INFINITY;
     for (int64_t t = to; t < count; ++t) scores[t] = -INFINITY;
     float best = highest(scores, count), top = b.top[query] > best ? b.top[query] : best;
     b.shrink[query] = expf(b.top[query] - top);
     b.total[query] = b.total[query] * b.shrink[query] + exponentiate(scores, count, top);
+    if (b.value_scales) multiply(scores, b.value_scales, count);
     b.top[query] = top;
 }
 
@@ -334,6 +388,7 @@ void update_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
     const auto [first, last] = SeeingRows(b, low, high);
     if (first == last) return;
     score_block<Type>(b, first * b.heads, last * b.heads, keys, low, high);
+    if (b.key_scales) gather_scales(b, first, keys, low, high, b.key_scales, b.value_scales);
     bool shrinks = false;
     for (int64_t row = first; row < last; ++row) {
         int64_t oldest = b.oldest(row) > low ? b.oldest(row) : low;
@@ -352,12 +407,13 @@ void store_first(float *to, V x, int64_t count) {
     memcpy(to, whole, sizeof(float) * (size_t)count);
 }
 
-Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
+Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim, bool has_scales) {
     int64_t queries = rows * heads;
     Block b = {};
     b.heads = heads, b.dim = dim, b.rows = rows;
     b.panel = static_cast<float *>(scratch);
-    b.q = b.panel + K_CHUNK * PANEL;
+    if (has_scales) b.key_scales = b.panel + K_CHUNK * PANEL, b.value_scales = b.key_scales + KEY_BLOCK;
+    b.q = b.panel + K_CHUNK * PANEL + 2 * KEY_BLOCK;
     b.out = b.q + queries * dim;
     b.scores = b.out + queries * padded_to(dim, PANEL);
     b.top = b.scores + queries * KEY_BLOCK;
@@ -368,7 +424,8 @@ Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
 
 void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const int64_t *positions,
              const int64_t *last_visible, int64_t window, const Keys *keys, void *scratch) {
-    Block b = make_block(scratch, rows, heads, dim);
+    Block b = make_block(scratch, rows, heads, dim, keys->dtype == GC_S8);
+    auto *update = keys->dtype == GC_F32 ? update_block<F32> : keys->dtype == GC_S8 ? update_block<S8> : update_block<Bf16>;
     b.positions = positions, b.last_visible = last_visible, b.window = window;
     for (int64_t row = 0; row < rows; ++row)
         memcpy(b.q + row * heads * dim, q + row * stride, sizeof(float) * (size_t)(heads * dim));
@@ -380,7 +437,7 @@ void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t h
     while (low < high) {
         int64_t next = low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;
         if (next > high) next = high;
-        (keys->dtype == GC_F32 ? update_block<F32> : update_block<Bf16>)(b, *keys, low, next);
+        update(b, *keys, low, next);
         low = next;
     }
     for (int64_t query = 0; query < b.queries(); ++query) {
@@ -401,7 +458,7 @@ int64_t prefill_rows(int64_t heads, int64_t dim) {
 
 size_t scratch_bytes(int64_t heads, int64_t dim) {
     int64_t queries = prefill_rows(heads, dim) * heads;
-    int64_t blocks = K_CHUNK * PANEL + queries * (dim + padded_to(dim, PANEL) + KEY_BLOCK + 3);
+    int64_t blocks = K_CHUNK * PANEL + 2 * KEY_BLOCK + queries * (dim + padded_to(dim, PANEL) + KEY_BLOCK + 3);
     int64_t vectors = heads > DECODE_QUERIES ? heads : DECODE_QUERIES;
     int64_t streams = vectors * (2 * padded(dim) + SCORES) + VALUE_KEYS * padded(dim);  // the last for padded copies of rows
     return sizeof(float) * (size_t)(blocks > streams ? blocks : streams);

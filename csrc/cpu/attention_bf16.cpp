@@ -1,8 +1,10 @@
-// Attention of many query rows over a bfloat16 cache on processors with AVX512_BF16: bfloat16 products, float32 softmax and sums.
+// Attention of many query rows over a cache of bfloat16 or int8 on processors with AVX512_BF16: bfloat16 products, float32 softmax
+// and sums.
 //
 // Owns the blocks: the keys of a block become pairs of columns, its values pairs of keys, and 8 query vectors at a time meet two
-// panels of them. Queries and softmax weights are rounded to bfloat16, as the models' own code rounds them; few rows, and a
-// float32 cache, go to the AVX-512 kernels. A key that no row of a call sees changes nothing, whatever its memory holds. Refuses to
+// panels of them. Queries and softmax weights are rounded to bfloat16, as the models' own code rounds them; codes of int8 are exact
+// in it, and their scales are multiplied into float32 scores and into weights before they are rounded. Few rows, and a cache that
+// is float32 or computed with in float32, go to the AVX-512 kernels. A key that no row of a call sees changes nothing, whatever its memory holds. Refuses to
 // know sequences, pages and threads; read `attention.cpp` for the same in float32, `attention_split.cpp` for the caller.
 #include <math.h>
 
@@ -27,28 +29,46 @@ struct Block : QueryRows {
     int64_t heads, dim, width, queries;
     uint16_t *q, *weights;                       // [M, E'], [M, WEIGHTS_LD]
     float *out, *scores, *top, *total, *shrink;  // [E' / 32, M, 32], [M, SCORES_LD], [M]...
+    float *key_scales, *value_scales;            // [KEY_BLOCK] of this block, where the cache has scales
     uint32_t *pairs;
 };
 
+// A row of keys from dim `e` on as bfloat16: itself, or a copy in `spare`, which has room for DIM_RUN.
+inline const uint16_t *as_bf16(const uint16_t *row, int64_t, uint16_t *) { return row; }
+inline const uint16_t *as_bf16(const int8_t *codes, int64_t dims, uint16_t *spare) {
+    int64_t e = 0;
+    for (; e + W <= dims; e += W) store_bf16(spare + e, S8::vector(codes + e));
+    if (e == dims) return spare;
+    int8_t rest[W] = {};
+    uint16_t wide[W];
+    memcpy(rest, codes + e, (size_t)(dims - e));
+    store_bf16(wide, S8::vector(rest));
+    memcpy(spare + e, wide, sizeof(uint16_t) * (size_t)(dims - e));
+    return spare;
+}
+
 // Pairs of columns of two panels of keys from dim `e` on; keys from `high` on repeat the one before.
+template <typename Element>
 void pair_keys(const Block &b, const Keys &keys, int64_t t, int64_t high, int64_t e, int64_t dims) {
+    alignas(64) uint16_t spare[PANEL][DIM_RUN];
     for (int h = 0; h < TILE_PANELS; ++h) {
         const float *rows[PANEL];
         for (int64_t i = 0; i < PANEL; ++i) {
             int64_t at = t + h * PANEL + i < high ? t + h * PANEL + i : high - 1;
-            rows[i] = reinterpret_cast<const float *>(elements_of<uint16_t>(keys.k, keys, at) + e);
+            rows[i] = reinterpret_cast<const float *>(as_bf16(elements_of<Element>(keys.k, keys, at) + e, dims, spare[i]));
         }
         pack_panel<F32>(rows, dims / 2, reinterpret_cast<float *>(b.pairs + h * DIM_RUN / 2 * PANEL));
     }
 }
 
 // Scores of query vectors first..last-1 with the keys low..high-1.
+template <typename Element>
 void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high) {
     const uint32_t *q = reinterpret_cast<const uint32_t *>(b.q);
     for (int64_t t = low; t < high; t += TILE_COLUMNS)
         for (int64_t e = 0; e < b.dim; e += DIM_RUN) {
             int64_t dims = b.dim - e < DIM_RUN ? b.dim - e : DIM_RUN;
-            pair_keys(b, keys, t, high, e, dims);
+            pair_keys<Element>(b, keys, t, high, e, dims);
             for (int64_t m = first; m < last; m += TILE_M) {
                 float *to = b.scores + m * SCORES_LD + t - low;
                 pair_tiles<TILE_M, TILE_PANELS>(q + (m * b.width + e) / 2, b.width / 2, b.pairs, DIM_RUN / 2 * PANEL, dims / 2,
@@ -60,28 +80,35 @@ void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
 // Turns the scores of one query vector, which sees keys from..to-1 of a block, into softmax weights of `padded` keys, zero elsewhere.
 void weigh_query(const Block &b, int64_t query, int64_t from, int64_t to, int64_t padded) {
     float *scores = b.scores + query * SCORES_LD;
+    if (b.key_scales) multiply(scores, b.key_scales, padded);
     for (int64_t t = 0; t < from; ++t) scores[t] = -INFINITY;
     for (int64_t t = to; t < padded; ++t) scores[t] = -INFINITY;
     float best = highest(scores, padded), top = b.top[query] > best ? b.top[query] : best;
     b.shrink[query] = expf(b.top[query] - top);
-    b.total[query] = b.total[query] * b.shrink[query] + exponentiate(scores, padded, top, b.weights + query * WEIGHTS_LD);
+    b.total[query] =
+        b.total[query] * b.shrink[query] + exponentiate(scores, padded, top, b.weights + query * WEIGHTS_LD, b.value_scales);
     b.top[query] = top;
 }
 
+// 16 columns of a key as bfloat16 in the lower halves of 32 bits.
+inline __m512i lower_halves(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+inline __m512i lower_halves(const int8_t *p) { return _mm512_srli_epi32(_mm512_castps_si512(S8::vector(p)), 16); }
+
 // 16 columns of two neighbouring keys as pairs; a null row is zero.
-inline __m512i pair_values(const uint16_t *even, const uint16_t *odd) {
-    const __m512i low = even ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)even)) : _mm512_setzero_si512();
-    if (!odd) return low;
-    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)odd)), 16));
+template <typename Element>
+inline __m512i pair_values(const Element *even, const Element *odd) {
+    const __m512i low = even ? lower_halves(even) : _mm512_setzero_si512();
+    return odd ? _mm512_or_si512(low, _mm512_slli_epi32(lower_halves(odd), 16)) : low;
 }
 
 // Adds the weighted values of positions low..high-1 to query vectors first..last-1. Values that no query sees are not read.
+template <typename Element>
 void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high, bool shrinks) {
-    const uint16_t *rows[KEY_BLOCK + 2] = {};
+    const Element *rows[KEY_BLOCK + 2] = {};
     int64_t row = first / b.heads, count = (high - low + 1) / 2;
     for (int64_t t = low; t < high; ++t) {
         while (b.newest(row) < t && row < b.rows - 1) ++row;
-        if (b.sees(row, t, t + 1)) rows[t - low] = elements_of<uint16_t>(keys.v, keys, t);
+        if (b.sees(row, t, t + 1)) rows[t - low] = elements_of<Element>(keys.v, keys, t);
     }
     const uint32_t *weights = reinterpret_cast<const uint32_t *>(b.weights);
     for (int64_t e = 0; e < b.dim; e += TILE_COLUMNS) {
@@ -89,13 +116,13 @@ void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
             uint32_t *to = b.pairs + h * KEY_BLOCK / 2 * PANEL;
             int64_t column = e + h * PANEL, left = b.dim - column;
             for (int64_t i = 0; i < count; ++i) {
-                const uint16_t *even = rows[2 * i], *odd = rows[2 * i + 1];
-                alignas(32) uint16_t spare[2][PANEL] = {};
+                const Element *even = rows[2 * i], *odd = rows[2 * i + 1];
+                alignas(32) Element spare[2][PANEL] = {};
                 if (left < PANEL) {  // the rest of a row, which must not be read beyond its end
-                    size_t bytes = left > 0 ? sizeof(uint16_t) * (size_t)left : 0;
+                    size_t bytes = left > 0 ? sizeof(Element) * (size_t)left : 0;
                     if (even && bytes) memcpy(spare[0], even + column, bytes);
                     if (odd && bytes) memcpy(spare[1], odd + column, bytes);
-                    _mm512_storeu_si512(to + i * PANEL, pair_values(spare[0], spare[1]));
+                    _mm512_storeu_si512(to + i * PANEL, pair_values<Element>(spare[0], spare[1]));
                 } else {
                     _mm512_storeu_si512(to + i * PANEL,
                                         pair_values(even ? even + column : nullptr, odd ? odd + column : nullptr));
@@ -117,11 +144,13 @@ void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
 }
 
 // Online-softmax update of all rows that see any of the positions low..high-1.
+template <typename Element>
 void update_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
     const auto [first, last] = SeeingRows(b, low, high);
     if (first == last) return;
     const int64_t begin = first * b.heads, end = last * b.heads, padded = padded_to(high - low, PANEL);
-    score_block(b, begin, end, keys, low, high);
+    score_block<Element>(b, begin, end, keys, low, high);
+    if (b.key_scales) { gather_scales(b, first, keys, low, high, b.key_scales, b.value_scales); }
     bool shrinks = false;
     for (int64_t row = first; row < last; ++row) {
         int64_t oldest = b.oldest(row) > low ? b.oldest(row) : low, newest = b.newest(row) < high - 1 ? b.newest(row) : high - 1;
@@ -133,15 +162,17 @@ void update_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
     // The last tile's rows beyond the end: nothing is added to them.
     for (int64_t query = end; query < begin + padded_to(end - begin, TILE_M); ++query)
         memset(b.weights + query * WEIGHTS_LD, 0, sizeof(uint16_t) * WEIGHTS_LD);
-    value_block(b, begin, end, keys, low, high, shrinks);
+    value_block<Element>(b, begin, end, keys, low, high, shrinks);
 }
 
-Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
+Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim, bool has_scales) {
     Block b = {};
     b.rows = rows, b.heads = heads, b.dim = dim, b.width = padded_to(dim, TILE_COLUMNS);
     b.queries = padded_to(rows * heads, TILE_M) + TILE_M;
     b.pairs = static_cast<uint32_t *>(scratch);
-    b.out = reinterpret_cast<float *>(b.pairs + TILE_PANELS * DIM_RUN / 2 * PANEL);
+    float *scales = reinterpret_cast<float *>(b.pairs + TILE_PANELS * DIM_RUN / 2 * PANEL);
+    if (has_scales) b.key_scales = scales, b.value_scales = scales + KEY_BLOCK;
+    b.out = scales + 2 * KEY_BLOCK;
     b.scores = b.out + b.queries * b.width;
     b.top = b.scores + b.queries * SCORES_LD;
     b.total = b.top + b.queries;
@@ -154,20 +185,21 @@ Block make_block(void *scratch, int64_t rows, int64_t heads, int64_t dim) {
 size_t block_bytes(int64_t rows, int64_t heads, int64_t dim) {
     const int64_t width = padded_to(dim, TILE_COLUMNS), queries = padded_to(rows * heads, TILE_M) + TILE_M;
     return sizeof(uint32_t) * (size_t)(TILE_PANELS * DIM_RUN / 2 * PANEL) +
-           sizeof(float) * (size_t)(queries * (width + SCORES_LD + 3)) +
+           sizeof(float) * (size_t)(2 * KEY_BLOCK + queries * (width + SCORES_LD + 3)) +
            sizeof(uint16_t) * (size_t)(queries * (width + WEIGHTS_LD));
 }
 
 void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const int64_t *positions,
              const int64_t *last_visible, int64_t window, const Keys *keys, void *scratch) {
-    if (keys->dtype != GC_BF16 || dim % 2) {
+    if (keys->dtype == GC_F32 || keys->exact || dim % 2) {
         const int64_t most = attention_avx512.prefill_rows(heads, dim);
         for (int64_t row = 0; row < rows; row += most)
             attention_avx512.prefill(q + row * stride, out + row * stride, stride, rows - row < most ? rows - row : most, heads,
                                      dim, positions + row, last_visible ? last_visible + row : nullptr, window, keys, scratch);
         return;
     }
-    Block b = make_block(scratch, rows, heads, dim);
+    Block b = make_block(scratch, rows, heads, dim, keys->dtype == GC_S8);
+    auto *update = keys->dtype == GC_S8 ? update_block<int8_t> : update_block<uint16_t>;
     b.positions = positions, b.last_visible = last_visible, b.window = window;
     const int64_t count = rows * heads;
     memset(b.q, 0, sizeof(uint16_t) * (size_t)(b.queries * b.width));
@@ -180,7 +212,7 @@ void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t h
     while (low < high) {
         int64_t next = low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;
         if (next > high) next = high;
-        update_block(b, *keys, low, next);
+        update(b, *keys, low, next);
         low = next;
     }
     for (int64_t query = 0; query < count; ++query) {

@@ -1,4 +1,4 @@
-// What both kernels for blocks of query rows share: which keys a row sees, and where a key's elements lie. Included by level
+// What both kernels for blocks of query rows share: which keys a row sees, and where a key's elements and scales lie. Included by level
 // sources only; read `attention.cpp` and `attention_bf16.cpp`, which use it.
 #pragma once
 #include "kernels.h"
@@ -40,6 +40,24 @@ struct SeeingRows {
         while (last > first && !rows.sees(last - 1, low, high)) --last;
     }
 };
+
+// Scales of the keys and values at positions low..high-1, and zeros up to a whole vector behind them. Those that no row from
+// `row` on sees are 0, whatever memory holds.
+inline void gather_scales(const QueryRows &rows, int64_t row, const Keys &keys, int64_t low, int64_t high, float *k, float *v) {
+    for (int64_t t = low; t < high; ++t) {
+        while (rows.newest(row) < t && row < rows.rows - 1) ++row;
+        const bool is_seen = rows.sees(row, t, t + 1);
+        const int64_t at = is_seen ? slot_of(keys, t) * keys.scale_stride : 0;
+        k[t - low] = is_seen ? keys.k_scale[at] : 0.0f;
+        v[t - low] = is_seen ? keys.v_scale[at] : 0.0f;
+    }
+    for (int64_t t = high - low; t < padded_to(high - low, W); ++t) k[t] = v[t] = 0.0f;
+}
+
+// x *= y over `count` elements, and those that fill the last vector.
+inline void multiply(float *x, const float *y, int64_t count) {
+    for (int64_t i = 0; i < count; i += W) store(x + i, load(x + i) * load(y + i));
+}
 
 }  // namespace
 }  // namespace gemcutter

@@ -126,11 +126,12 @@ int64_t block_rows(const gc_step &step, const gc_attention &layer) {
     return block;
 }
 
+int64_t element_bytes(int32_t dtype) { return dtype == GC_F32 ? 4 : dtype == GC_S8 ? 1 : 2; }
+
 Keys keys_of(const AttentionPlan &plan, const AttentionItem &item) {
     const gc_attention &layer = plan.layer;
     const gc_step &step = *plan.step;
-    int64_t offset = item.kv_head * layer.head_dim * (plan.kv.dtype == GC_F32 ? 4 : 2),
-            first_slot = step.kv_first_slot[item.sequence];
+    int64_t offset = item.kv_head * layer.head_dim * element_bytes(plan.kv.dtype), first_slot = step.kv_first_slot[item.sequence];
     Keys keys = {};
     keys.k = static_cast<const char *>(plan.kv.k) + offset;
     keys.v = static_cast<const char *>(plan.kv.v) + offset;
@@ -139,6 +140,10 @@ Keys keys_of(const AttentionPlan &plan, const AttentionItem &item) {
     keys.start = step.kv_start[item.sequence];
     keys.first_slot = first_slot;
     keys.slots = first_slot < 0 ? step.kv_slots[item.sequence] : nullptr;
+    keys.exact = plan.kv.exact;
+    if (plan.kv.dtype != GC_S8) return keys;
+    keys.scale_stride = layer.kv_heads;
+    keys.k_scale = plan.kv.k_scale + item.kv_head, keys.v_scale = plan.kv.v_scale + item.kv_head;
     return keys;
 }
 

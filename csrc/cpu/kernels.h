@@ -62,6 +62,9 @@ struct VectorOps {
     void (*clamp)(const float *x, float low, float high, int64_t n, float *out);
     // The largest of n > 0 numbers, and the sum of exp(x - largest): the softmax of the largest is 1 / sum.
     void (*softmax_top)(const float *x, int64_t n, float *largest, float *sum);
+    // Quantize n numbers to int8 with one scale, the largest magnitude / 127; rounded to nearest even. Where the largest magnitude
+    // is 1e-36 or less, scale and codes are 0; where a number is not finite, codes are 0 and the scale is NaN.
+    void (*quantize_vector)(const float *x, int64_t n, int8_t *q, float *scale);
 };
 
 // Products of activation rows with neighbouring panels of a matrix.
@@ -85,9 +88,12 @@ struct MatmulKernels {
 struct Keys {
     const void *k, *v;          // first element of the key head in slot 0
     int64_t stride;             // elements from one slot to the next
-    int32_t dtype;              // GC_BF16 or GC_F32
+    int32_t dtype;              // GC_S8, GC_BF16 or GC_F32
     int64_t start, first_slot;  // first cached position; its slot, or -1 if `slots` lists them
     const int64_t *slots;
+    int64_t scale_stride = 0;                            // from the scale of one slot to the next, of GC_S8
+    const float *k_scale = nullptr, *v_scale = nullptr;  // of the key head in slot 0
+    bool exact = false;                                  // as in gc_kv
 };
 
 constexpr int64_t CHUNK_ELEMENTS = 96 * 1024;  // a part of the L2 cache, which also holds a panel's codes

@@ -98,7 +98,7 @@ void Qkv::finish_query(int64_t m, int64_t head, float *q) const {
 void Qkv::write_keys(int64_t n, int64_t head, float *spare) const {
     const VectorOps &ops = *kernels().vector_ops;
     const gc_attention &shape = layer_.attention;
-    int64_t dim = shape.head_dim, at = n * (dim / 2), slot = (step_.slot_mapping[n] * shape.kv_heads + head) * dim;
+    int64_t dim = shape.head_dim, at = n * (dim / 2), vector = step_.slot_mapping[n] * shape.kv_heads + head, slot = vector * dim;
     const float *raw_k = kv_ + n * kv_stride_ + head * dim, *raw_v = raw_k + (num_kv_ == 2 ? layer_.attn_in[1].rows : 0);
     float *k = spare, *v = spare + dim;
     ops.rms_norm(raw_k, layer_.k_norm, layer_.eps, dim, k);
@@ -108,6 +108,9 @@ void Qkv::write_keys(int64_t n, int64_t head, float *spare) const {
     if (cache_->dtype == GC_BF16) {
         ops.to_bf16(k, dim, (uint16_t *)cache_->k + slot);
         ops.to_bf16(v, dim, (uint16_t *)cache_->v + slot);
+    } else if (cache_->dtype == GC_S8) {
+        ops.quantize_vector(k, dim, (int8_t *)cache_->k + slot, cache_->k_scale + vector);
+        ops.quantize_vector(v, dim, (int8_t *)cache_->v + slot, cache_->v_scale + vector);
     } else {
         memcpy((float *)cache_->k + slot, k, sizeof(float) * (size_t)dim);
         memcpy((float *)cache_->v + slot, v, sizeof(float) * (size_t)dim);

@@ -76,6 +76,22 @@ struct F16 {
         return wide[0];
     }
 };
+// Codes that a scale, which whoever reads them knows, makes numbers of.
+struct S8 {
+    typedef int8_t Element;
+    static float one(const Element *p) { return (float)*p; }
+    static V vector(const Element *p) {
+#if defined(GC_LEVEL_AVX512)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(GC_LEVEL_AVX2)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+        float wide[W];
+        for (int i = 0; i < W; ++i) wide[i] = (float)p[i];
+        return load(wide);
+#endif
+    }
+};
 struct F32 {
     typedef float Element;
     static float one(const Element *p) { return *p; }
@@ -85,6 +101,7 @@ struct F32 {
 #if defined(GC_LEVEL_AVX2) || defined(GC_LEVEL_AVX512)
 inline __m256 eight(const float *p) { return _mm256_loadu_ps(p); }
 inline __m256 eight_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+inline __m256 eight_s8(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
 
 // Transposes 8 vectors of 8 32-bit lanes.
 inline void transpose(__m256 (&v)[8]) {
@@ -131,6 +148,9 @@ inline int64_t pack_elements(const Element *const *rows, int64_t columns, float 
 }
 inline int64_t pack_eight(const uint16_t *const *rows, int64_t columns, float *out, F16) {
     return pack_elements<uint16_t, eight_f16>(rows, columns, out);
+}
+inline int64_t pack_eight(const int8_t *const *rows, int64_t columns, float *out, S8) {
+    return pack_elements<int8_t, eight_s8>(rows, columns, out);
 }
 inline int64_t pack_eight(const float *const *rows, int64_t columns, float *out, F32) {
     return pack_elements<float, eight>(rows, columns, out);

@@ -22,12 +22,13 @@ inline void store_bf16(uint16_t *to, V x) {
 #endif
 }
 
-// Weights of scores: their exponentials relative to `anchor`, in bfloat16; returns the sum before they are rounded.
-inline float exponentiate(const float *scores, int64_t count, float anchor, uint16_t *weights) {
+// Weights of scores: their exponentials relative to `anchor`, times `scales` where they are given, in bfloat16; returns the sum
+// of the exponentials before they are rounded.
+inline float exponentiate(const float *scores, int64_t count, float anchor, uint16_t *weights, const float *scales = nullptr) {
     V shift = set1(anchor), total = set1(0.0f);
     for (int64_t t = 0; t < count; t += W) {
         V weight = exp(load(scores + t) - shift);
-        store_bf16(weights + t, weight);
+        store_bf16(weights + t, scales ? weight * load(scales + t) : weight);
         total = total + weight;
     }
     return sum(total);

@@ -208,6 +208,45 @@ void quantize(const float *x, int64_t n, int8_t *q, float *scale, float *sum_of)
     *first += sum(poison);  // so that NaN or infinity in a row stays visible
 }
 
+// W numbers between -127 and 127 as bytes, rounded to nearest even.
+inline void round_codes(V x, int8_t *q) {
+#if defined(GC_LEVEL_AVX512)
+    _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+#elif defined(GC_LEVEL_AVX2)
+    const __m256i whole = _mm256_cvtps_epi32(x);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i *)q, _mm_packs_epi16(words, words));
+#else
+    float numbers[W];
+    store(numbers, x);
+    for (int i = 0; i < W; ++i) q[i] = (int8_t)lrintf(numbers[i]);
+#endif
+}
+
+void quantize_vector(const float *x, int64_t n, int8_t *q, float *scale) {
+    const int64_t whole = n / W * W;
+    Tail tail(n);
+    const V rest = load(tail.in(x)), zero = set1(0.0f);
+    V most = vmax(rest, -rest), poison = fma(rest, zero, zero);  // the latter becomes NaN where anything is not finite
+    for (int64_t i = 0; i < whole; i += W) {
+        const V v = load(x + i);
+        most = vmax(most, vmax(v, -v));
+        poison = fma(v, zero, poison);
+    }
+    if (!(sum(poison) == 0.0f)) {
+        memset(q, 0, (size_t)n);
+        *scale = NAN;
+        return;
+    }
+    const float largest = top(most), inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
+    *scale = inverse > 0 ? largest / 127.0f : 0.0f;
+    const V by = set1(inverse);
+    for (int64_t i = 0; i < whole; i += W) round_codes(load(x + i) * by, q + i);
+    int8_t codes[W];
+    round_codes(rest * by, codes);
+    memcpy(q + whole, codes, (size_t)tail.count);
+}
+
 void sum_halves(const int8_t *q, const float *scale, int64_t n, float *out) {
     const int64_t blocks = n / BLOCK, stride = blocks;
     int64_t b = 0;
@@ -288,8 +327,8 @@ void softmax_top(const float *x, int64_t n, float *largest, float *sum_of) {
 
 }  // namespace
 
-extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm,  gelu_mul, gate,       rope,       softcap,
-                                              to_bf16,  from_bf16, quantize, sum_halves, add_scaled, add_product,
-                                              dot,      scale_by,  clamp,    softmax_top};
+extern const VectorOps GC_NAME(vector_ops) = {rms_norm, add_norm,  gelu_mul, gate,        rope,           softcap,
+                                              to_bf16,  from_bf16, quantize, sum_halves,  add_scaled,     add_product,
+                                              dot,      scale_by,  clamp,    softmax_top, quantize_vector};
 
 }  // namespace gemcutter

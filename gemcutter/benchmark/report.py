@@ -22,6 +22,7 @@ from gemcutter.benchmark.drafts import measure as measure_drafts
 from gemcutter.benchmark.harness import MAX_ROWS, BenchCase, BenchEngine
 from gemcutter.benchmark.peak import KINDS
 from gemcutter.benchmark.target import BenchTarget
+from gemcutter.cache.kv_cache import scale_bytes
 from gemcutter.checkpoint.doctor.fingerprint import sampled_sha256
 from gemcutter.errors import RequestError
 from gemcutter.model.text import Decoder
@@ -55,7 +56,7 @@ def measure(
         rates["native_flops_per_s"] = native
     reads = {test.batch: roofline.token_bytes(target.plan, target.decoder.params, test.batch) for test in tests}
     for row, test in zip(rows, tests, strict=True):
-        row |= ceiling(target.plan, reads[test.batch], target.kv_dtype.itemsize, test, rates)
+        row |= ceiling(target.plan, reads[test.batch], target.kv_dtype.itemsize, test, rates, scale_bytes(target.kv_dtype))
         row["share"] = row["tok_s"] / row["ceiling_tok_s"]
     return describe(target, max_rows) | {
         "rates": rates,
@@ -117,14 +118,22 @@ def _speeds(test: BenchCase, runs: Sequence[tuple[int, float]]) -> dict[str, Any
     }
 
 
-def ceiling(plan: ModelPlan, weight_bytes: int, kv_itemsize: int, test: BenchCase, rates: Mapping[str, float]) -> dict[str, Any]:
+def ceiling(
+    plan: ModelPlan,
+    weight_bytes: int,
+    kv_itemsize: int,
+    test: BenchCase,
+    rates: Mapping[str, float],
+    kv_scale_bytes: int = 0,
+) -> dict[str, Any]:
     """Return the speed that a machine of these rates allows, and the rate that bounds it.
 
-    `weight_bytes` are those that decoding one token of each sequence reads.
+    `weight_bytes` are those that decoding one token of each sequence reads; keys and values take `kv_itemsize` bytes an element,
+    and `kv_scale_bytes` a vector of a head.
     """
     if test.kind == "tg":
         seen = test.depth + 1 + (test.tokens + 1) // 2  # of a reply's steps, on average
-        read = weight_bytes / test.batch + plan.read_bytes(seen, 0, kv_itemsize)
+        read = weight_bytes / test.batch + plan.read_bytes(seen, 0, kv_itemsize, kv_scale_bytes=kv_scale_bytes)
         return {"ceiling_tok_s": rates["read_bytes_per_s"] / read, "ceiling": "read_bytes_per_s", "read_bytes_per_token": read}
     flops = roofline.prefill_flops(plan, test.depth, test.tokens)
     best = best_products(rates)

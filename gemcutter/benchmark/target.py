@@ -18,7 +18,7 @@ from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.engine.speculate.speculator import Speculator
 from gemcutter.load_options import LoadOptions, check_dtype
-from gemcutter.loading import OpenModel, find_device, make_decoder, open_model
+from gemcutter.loading import OpenModel, cache_dtype, find_device, make_decoder, open_model
 from gemcutter.model.drafter import Drafter
 from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import CPU, select_backend
@@ -52,7 +52,7 @@ class BenchTarget:
     @property
     def kv_dtype(self) -> torch.dtype:
         """Return the dtype of keys and values."""
-        return self.decoder.dtype if self.how.kv is None else torch.float8_e4m3fn
+        return cache_dtype(self.how.kv) or self.decoder.dtype
 
 
 def from_preset(preset: str, quant: str, layers: int | None, how: LoadOptions) -> BenchTarget:

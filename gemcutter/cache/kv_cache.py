@@ -2,8 +2,8 @@
 
 Owns one pair of tensors per KV-*writing* layer and the page allocators of every group; layers that only read have no storage.
 Refuses to know sequences: a page is taken, shared and dropped by `block_table.py`. Pages of a group are numbered alike in all its
-layers. A layer whose values are its normalised keys may be stored compactly (`ops/step.py:KEqVCache`). Shape letters: T slots, K
-key heads, E head dim.
+layers. A layer whose values are its normalised keys may be stored compactly (`ops/step.py:KEqVCache`); int8 comes with scales
+(`ops/step.py:Int8KVCache`). Shape letters: T slots, K key heads, E head dim.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gemcutter.errors import CapacityError, KernelError
-from gemcutter.ops.step import KEqVCache, KVRange, store
-from gemcutter.plan import GroupId, ModelPlan
+from gemcutter.ops.step import Int8KVCache, KEqVCache, KVRange, store
+from gemcutter.plan import INT8_SCALE_BYTES, GroupId, ModelPlan
 
 PAGE_BOOK_BYTES = 136  # of Python's memory for one free page: an integer, and its places in a list, a set and a heap
 LARGEST_BOOK = 1 / 8  # of the machine's memory
@@ -48,6 +48,11 @@ def check_books(counts: Mapping[GroupId, PoolSize]) -> None:
 def spell_positions(counts: Mapping[GroupId, PoolSize]) -> str:
     """Return how many positions each group of layers has room for."""
     return ", ".join(f"{each.pages * each.tokens} {group}" for group, each in counts.items())
+
+
+def scale_bytes(dtype: torch.dtype) -> int:
+    """Return the bytes of the scale beside each key and value vector of a head in a cache of this dtype; 0: it has none."""
+    return INT8_SCALE_BYTES if dtype == torch.int8 else 0
 
 
 def machine_bytes() -> int:
@@ -104,6 +109,7 @@ class PagedKVCache:
     """Keys and values of all writing layers: [T, K, E] each, T = pages x tokens of the layer's group.
 
     `compact` names the layers to store compactly, by the weight of their key norm: of keys, only the rotary columns are kept.
+    In torch.int8, each key and value vector of a head has a float32 scale beside it; then no layer can be compact.
     """
 
     def __init__(
@@ -117,9 +123,12 @@ class PagedKVCache:
         self.groups = plan.groups()
         self.windows = {group.id: group.window for group in self.groups}
         check_books(counts)
+        if dtype == torch.int8 and compact:
+            raise KernelError("a cache of int8 stores no layer compactly; keep keys and values in another dtype")
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._compact: dict[int, KEqVCache] = {}
+        self._int8: dict[int, Int8KVCache] = {}
         for layer in plan.writers:
             count, weight = counts[layer.group], (compact or {}).get(layer.index)
             shape = (count.pages * count.tokens, layer.kv_heads, layer.head_dim)
@@ -127,10 +136,13 @@ class PagedKVCache:
             try:
                 self.keys[layer.index] = torch.empty(key_shape, dtype=dtype, device=device)
                 self.values[layer.index] = torch.empty(shape, dtype=dtype, device=device)
+                scales = [torch.empty(shape[:2], device=device) for _ in range(2)] if scale_bytes(dtype) else []
             except (RuntimeError, MemoryError) as error:  # torch reports a refused allocation as a RuntimeError
                 raise CapacityError(
                     f"no memory for a cache of {spell_positions(counts)} positions ({dtype}); lower the context or the batch"
                 ) from error
+            if scales:
+                self._int8[layer.index] = Int8KVCache(self.keys[layer.index], self.values[layer.index], *scales)
             if weight is not None:
                 still = weight.to(device, torch.float32, copy=True)
                 found = KEqVCache(self.values[layer.index], self.keys[layer.index], still)
@@ -142,38 +154,51 @@ class PagedKVCache:
     @property
     def nbytes(self) -> int:
         """Count the bytes of all storage, touched or not."""
-        return sum(tensor.nbytes for tensor in (*self.keys.values(), *self.values.values()))
+        return sum(tensor.nbytes for layer in self.keys for tensor in self._tensors(layer))
 
     def page_bytes(self, group: GroupId) -> int:
         """Count the bytes of one page of a group in all its layers."""
         layers = next(each.layers for each in self.groups if each.id == group)
         tokens = self.allocators[group].tokens
-        return sum(tensor[:tokens].nbytes for layer in layers for tensor in (self.keys[layer], self.values[layer]))
+        return sum(tensor[:tokens].nbytes for layer in layers for tensor in self._tensors(layer))
 
     def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         """Store keys and values of a writing layer, one slot a row."""
-        compact = self._compact.get(layer)
-        if compact is not None:
-            compact.write(slots_N, k_NKE, v_NKE)
+        special = self._compact.get(layer) or self._int8.get(layer)
+        if special is not None:
+            special.write(slots_N, k_NKE, v_NKE)
             return
         store(self.keys[layer], slots_N, k_NKE)
         store(self.values[layer], slots_N, v_NKE)
 
     def read(self, layer: int, kv_range: KVRange) -> tuple[Tensor, Tensor]:
-        """Return keys and values [T, K, E] of a KV range: views of consecutive pages, else copies, as rebuilt keys always are."""
+        """Return keys and values [T, K, E] of a KV range: views of consecutive pages, else copies, as rebuilt keys always are.
+
+        An int8 cache gives float32, whatever the rows' dtype.
+        """
+        if layer in self._int8:
+            return self._int8[layer].read(kv_range.where)
         compact = self._compact.get(layer)
         keys = self.keys[layer][kv_range.where] if compact is None else compact.keys(kv_range.where)
         return keys, self.values[layer][kv_range.where]
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the tensors [T, K, E] in which a writing layer's slots lie. Raises KernelError for a compact layer."""
-        if layer in self._compact:
-            raise KernelError(f"layer {layer} is stored compactly, which this kernel can't read or write")
+        """Return the tensors [T, K, E] in which a writing layer's slots lie.
+
+        Raises KernelError for a layer that is stored compactly, or in 8 bits with scales.
+        """
+        for how, layers in (("compactly", self._compact), ("in 8 bits with scales", self._int8)):
+            if layer in layers:
+                raise KernelError(f"layer {layer} is stored {how}, which this kernel can't read or write")
         return self.keys[layer], self.values[layer]
 
     def compact(self, layer: int) -> KEqVCache | None:
         """Return the slots of a layer that is stored compactly; None for all others."""
         return self._compact.get(layer)
+
+    def int8(self, layer: int) -> Int8KVCache | None:
+        """Return the slots of a layer that is stored in 8 bits with scales; None for all others."""
+        return self._int8.get(layer)
 
     def copy_page(self, group: GroupId, source: int, target: int) -> None:
         """Copy one page of a group in all its layers."""
@@ -181,5 +206,11 @@ class PagedKVCache:
         old, new = (slice(page * tokens, (page + 1) * tokens) for page in (source, target))
         layers = next(each.layers for each in self.groups if each.id == group)
         for layer in layers:
-            self.keys[layer][new] = self.keys[layer][old]
-            self.values[layer][new] = self.values[layer][old]
+            for tensor in self._tensors(layer):
+                tensor[new] = tensor[old]
+
+    def _tensors(self, layer: int) -> tuple[Tensor, ...]:
+        """Return all tensors, indexed by slot, that hold a writing layer's keys and values."""
+        scaled = self._int8.get(layer)
+        scales = () if scaled is None else (scaled.key_scales_TK, scaled.value_scales_TK)
+        return (self.keys[layer], self.values[layer], *scales)

@@ -40,7 +40,7 @@ from gemcutter.errors import ConfigError, RequestError
 from gemcutter.load_options import DEFAULT_CONTEXT, own_dtype
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, Selection, select_backend
-from gemcutter.plan import Access, LayerPlan
+from gemcutter.plan import INT8_SCALE_BYTES, Access, LayerPlan
 from gemcutter.tower_plan import TowerPlan, derive_audio, derive_vision
 
 if TYPE_CHECKING:
@@ -101,6 +101,11 @@ class Use:
         """Return the bytes of one element of the cache."""
         return ITEM_BYTES[self.dtype] if self.kv is None else 1
 
+    @property
+    def kv_scale_bytes(self) -> int:
+        """Return the bytes of the scale beside each key and value vector of a head."""
+        return INT8_SCALE_BYTES if self.kv == "int8" else 0
+
 
 def inspect(
     model: options.Model,
@@ -119,8 +124,10 @@ def inspect(
     asked = None if contexts is None else options.parse_integers("--context", contexts)
     if asked is not None and (not asked or min(asked) < 1):
         raise UsageError(f"--context: expected positive numbers, found {contexts!r}")
-    if kv is not None and device == "cpu":
-        raise UsageError(f"--kv {kv}: keys and values are kept in 8 bits on a GPU only; add --device cuda")
+    if kv == "fp8" and device == "cpu":
+        raise UsageError("--kv fp8: keys and values are kept as 8-bit floats on a GPU only; use --kv int8, or add --device cuda")
+    if kv == "int8" and device != "cpu":
+        raise UsageError("--kv int8: a choice for models on a CPU; on a GPU use kv fp8")
     from gemcutter.checkpoint.remote.remote_source import (
         open_source,
     )  # which knows the web, and takes as long to import as all the rest
@@ -176,7 +183,7 @@ def describe(
         "ignored": _pile(checkpoint.matched.ignored),
         "notes": list_notes(checkpoint, use, changed, [f"{name} tower" for name, tower in towers.items() if tower.get("stored")]),
         "weights": weights,
-        "contexts": [describe_context(checkpoint, tokens, item_bytes, use.kv_item_bytes, is_compact) for tokens in contexts],
+        "contexts": [describe_context(checkpoint, tokens, item_bytes, use, is_compact) for tokens in contexts],
         "memory": describe_memory(checkpoint, contexts, use, held, is_compact),
         "kernels": [describe_kernel(selection, layers, plan.layers) for selection, layers in selections],
     }
@@ -212,7 +219,7 @@ def describe_memory(
     is_packing = use.quant is not None or use.adapter is not None or (is_packed and held.resident > held.mapped)
     other = other_memory(checkpoint, is_packing) if use.place == "cpu" else step_memory(plan)
     weights = held.mapped + held.resident
-    sizes = {tokens: plan.kv_bytes(tokens, use.kv_item_bytes, is_compact) for tokens in contexts}
+    sizes = {tokens: plan.kv_bytes(tokens, use.kv_item_bytes, is_compact, use.kv_scale_bytes) for tokens in contexts}
     return {
         "device": use.device,
         "mapped_weight_bytes": held.mapped,
@@ -261,17 +268,15 @@ def describe_kernel(selection: Selection, layers: tuple[int, ...], among: Sequen
     }
 
 
-def describe_context(
-    checkpoint: Checkpoint, tokens: int, item_bytes: float, kv_item_bytes: int, is_compact: bool
-) -> dict[str, Any]:
+def describe_context(checkpoint: Checkpoint, tokens: int, item_bytes: float, use: Use, is_compact: bool) -> dict[str, Any]:
     """Return memory and work at one context length."""
     plan = checkpoint.plan
     # a drafter has no prefill: its target's keys and values are there already
     flops = (None, None) if plan.is_drafter else (plan.flops(tokens), plan.flops(tokens, skip_rows=False))
     return {
         "tokens": tokens,
-        "kv_bytes": plan.kv_bytes(tokens, kv_item_bytes, is_compact),
-        "read_bytes_per_token": plan.read_bytes(tokens, item_bytes, kv_item_bytes, is_compact),
+        "kv_bytes": plan.kv_bytes(tokens, use.kv_item_bytes, is_compact, use.kv_scale_bytes),
+        "read_bytes_per_token": plan.read_bytes(tokens, item_bytes, use.kv_item_bytes, is_compact, use.kv_scale_bytes),
         "prefill_flops": flops[0],
         "prefill_flops_all_rows": flops[1],
     }

@@ -269,7 +269,10 @@ Context = Annotated[
 Kv = Annotated[
     str | None,
     typer.Option(
-        metavar="fp8", help="Keep keys and values in 8 bits on a GPU.  [default: as rows are computed]", callback=_checked("kv")
+        metavar="fp8|int8",
+        help="Keep keys and values in 8 bits: fp8 on a GPU, int8 on a CPU.  [default: as rows are computed]",
+        callback=_checked("kv"),
+        show_default=False,
     ),
 ]
 

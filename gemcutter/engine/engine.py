@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gemcutter.cache.kv_cache import PagedKVCache
+from gemcutter.cache.kv_cache import PagedKVCache, scale_bytes
 from gemcutter.cache.prefix_cache import PrefixCache
 from gemcutter.engine.cuda_graphs import CapturedSteps
 from gemcutter.engine.media import problems_of
@@ -66,7 +66,15 @@ class Engine:
         self.context = min(context, decoder.plan.context)
         dtype, compact = kv_dtype or decoder.dtype, compact_weights(decoder)
         self._most_rows = max(max_batched_tokens, largest_block)
-        prefixes = prefix_pages(decoder.plan, self.context, max_num_seqs, prefix_cache_bytes, dtype.itemsize, compact)
+        prefixes = prefix_pages(
+            decoder.plan,
+            self.context,
+            max_num_seqs,
+            prefix_cache_bytes,
+            dtype.itemsize,
+            compact,
+            scale_bytes=scale_bytes(dtype),
+        )
         counts = page_counts(decoder.plan, self.context, self._most_rows, max_num_seqs, prefixes)
         self.pool = PagedKVCache(decoder.plan, counts, dtype, decoder.device, compact)
         self.prefix = PrefixCache(self.pool, prefixes)

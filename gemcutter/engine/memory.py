@@ -48,18 +48,20 @@ def prefix_pages(
     itemsize: int,
     compact: Collection[int] = (),
     page_tokens: int = PAGE_TOKENS,
+    scale_bytes: int = 0,
 ) -> dict[GroupId, int]:
     """Return how many pages of each group cached prefixes may hold in `nbytes` of memory; None: as many as serve `sequences`.
 
     That is half the contexts that run at once, at least one, in global groups, and as many bytes of windows, but at least
     one for each sequence and MIN_WINDOWS, and no more than these contexts have. Other budgets are shared out alike, above the
-    least that is of any use: a page, and one boundary's windows. Raises RequestError for a budget between 0 and that.
+    least that is of any use: a page, and one boundary's windows. Keys and values take `itemsize` bytes an element, and each
+    vector of a head `scale_bytes` more. Raises RequestError for a budget between 0 and that.
     """
     groups = plan.groups()
     if nbytes == 0 or not groups:
         return {group.id: 0 for group in groups}
     page_bytes = {
-        group.id: page_tokens * itemsize * sum(plan.layers[layer].kv_elements(layer in compact) for layer in group.layers)
+        group.id: page_tokens * int(sum(plan.layers[at].kv_bytes(itemsize, at in compact, scale_bytes) for at in group.layers))
         for group in groups
     }
     whole = -(-context // page_tokens)

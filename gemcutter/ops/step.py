@@ -22,6 +22,8 @@ from torch import Tensor
 from gemcutter.plan import GroupId, RopeSpec
 
 ALIGNMENT = 16  # bytes
+INT8_STEPS = 127.0  # from 0 to the largest magnitude of a vector
+LEAST_MAGNITUDE = 1e-36  # the inverse of anything smaller overflows: such a vector is stored as zeros
 
 Rows = slice | Tensor  # neighbours as a slice, others as row numbers
 AdapterRows = Mapping[str, Rows]  # which rows of a step get which adapter's changes
@@ -74,6 +76,44 @@ class KEqVCache:
         return keys
 
 
+@dataclass(frozen=True, slots=True)
+class Int8KVCache:
+    """A layer's slots in 8 bits: codes [T, K, E] of keys and values, and scales [T, K], one for each of these vectors.
+
+    A vector is its codes times its scale, in float32. The scale is the vector's largest magnitude over 127, and 0 for a vector
+    of zeros; codes are rounded to nearest, ties to even. A vector with an element that is not finite becomes NaN as a whole.
+    """
+
+    keys_TKE: Tensor
+    values_TKE: Tensor
+    key_scales_TK: Tensor
+    value_scales_TK: Tensor
+
+    def write(self, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
+        """Quantize and store keys and values [N, K, E], one slot a row."""
+        stored = ((k_NKE, self.keys_TKE, self.key_scales_TK), (v_NKE, self.values_TKE, self.value_scales_TK))
+        for rows_NKE, slots_TKE, scales_TK in stored:
+            codes_NKE, scales_NK = quantize_vectors(rows_NKE)
+            slots_TKE.index_copy_(0, slots_N, codes_NKE)
+            scales_TK.index_copy_(0, slots_N, scales_NK)
+
+    def read(self, where: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [T, K, E] of some slots in float32."""
+        keys_TKE = self.keys_TKE[where].float() * self.key_scales_TK[where].unsqueeze(-1)
+        return keys_TKE, self.values_TKE[where].float() * self.value_scales_TK[where].unsqueeze(-1)
+
+
+def quantize_vectors(x_NKE: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes [N, K, E] and float32 scales [N, K] of vectors, as `Int8KVCache` describes them."""
+    wide = x_NKE.float()
+    largest = wide.abs().amax(-1, keepdim=True)
+    is_finite = largest.isfinite()
+    by = torch.where(largest > LEAST_MAGNITUDE, INT8_STEPS / largest, 0.0)
+    codes = torch.where(is_finite, (wide * by).round(), 0.0).to(torch.int8)
+    scales = torch.where(is_finite, torch.where(by > 0, largest / INT8_STEPS, 0.0), torch.nan)
+    return codes, scales.squeeze(-1)
+
+
 def store(slots_TKX: Tensor, slots_N: Tensor, rows_NKX: Tensor) -> None:
     """Put rows into slots, rounded to the dtype that the slots have."""
     rows = rows_NKX.to(slots_TKX.dtype)
@@ -94,11 +134,14 @@ class KVCache(Protocol):
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the tensors [T, K, E] that hold a writing layer's slots; the same ones as long as the cache lives.
 
-        Raises KernelError for a compact layer.
+        Raises KernelError for a layer that is stored compactly, or in 8 bits with scales.
         """
 
     def compact(self, layer: int) -> KEqVCache | None:
         """Return the slots of a layer that is stored compactly; None for all others."""
+
+    def int8(self, layer: int) -> Int8KVCache | None:
+        """Return the slots of a layer that is stored in 8 bits with scales; None for all others."""
 
 
 @dataclass(frozen=True, slots=True)

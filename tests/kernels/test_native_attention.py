@@ -21,19 +21,20 @@ from gemcutter.ops import reference
 from gemcutter.ops.cpu.attn_metadata import of_group
 from gemcutter.ops.cpu.bindings import KVBinding
 from gemcutter.ops.registry import CPU
-from gemcutter.ops.step import KVRange, Step, prepare
+from gemcutter.ops.step import Int8KVCache, KVRange, Step, prepare, quantize_vectors
 from gemcutter.ops.types import OpContext
 from gemcutter.plan import Attn, LayerPlan, ModelPlan, Proj, RopeSpec
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 TOLERANCE = 2e-5  # largest difference over largest value
 ROUNDED = 2.0**-8  # the same where softmax weights are rounded to bfloat16, by 2^-9 of each at most
-ROUNDS = ("avx512_bf16", "amx")  # levels that do so for many rows over a bfloat16 cache
+ROUNDS = ("avx512_bf16", "amx")  # levels that do so for many rows over a cache of bfloat16 or int8
 LAYER = 3
 MODEL = ModelPlan((), 8, 8, None, 1e-6, 99, 0, 0, 0, True, False)  # of which attention reads nothing
-CODES = {BF16: 3, F32: 5}
+CODES = {INT8: 2, BF16: 3, F32: 5}
+POISON_CODE = -128  # which no vector is quantized to
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -57,19 +58,33 @@ class Part:
 
 @dataclass
 class Cache:
-    """One layer's keys and values [T, K, E]."""
+    """One layer's keys and values [T, K, E]; of int8 as codes with scales."""
 
     keys: Tensor
     values: Tensor
+    scaled: Int8KVCache | None = None
 
     def write(self, layer: int, slots_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         raise AssertionError("attention writes nothing")
 
     def read(self, layer: int, span: KVRange) -> tuple[Tensor, Tensor]:
-        return self.keys[span.where], self.values[span.where]
+        return (self.keys[span.where], self.values[span.where]) if self.scaled is None else self.scaled.read(span.where)
 
     def storage(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys, self.values
+
+    def int8(self, layer: int) -> Int8KVCache | None:
+        return self.scaled
+
+
+def cache_of(keys: Tensor, values: Tensor, dtype: torch.dtype) -> Cache:
+    """Round a cache to a dtype. In int8, vectors of NaN, which nobody sees, get codes that nobody writes and scales of NaN."""
+    if dtype is not INT8:
+        return Cache(keys.to(dtype), values.to(dtype))
+    (key_codes, key_scales), (value_codes, value_scales) = map(quantize_vectors, (keys, values))
+    for codes, scales in ((key_codes, key_scales), (value_codes, value_scales)):
+        codes[scales.isnan()] = POISON_CODE
+    return Cache(key_codes, value_codes, Int8KVCache(key_codes, value_codes, key_scales, value_scales))
 
 
 def rows(count: int, past: int, start: int = 0) -> Part:
@@ -112,18 +127,27 @@ def make(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype, listed: bo
         query_start.append(query_start[-1] + len(part.positions))
     step = prepared(Step(positions, positions, positions, tuple(query_start), {layer.group: tuple(spans)}, {}, None, {}), layer)
     q_NHE *= 2 * layer.head_dim**-0.5
-    return q_NHE.to(dtype).float(), step, Cache(keys.to(dtype), values.to(dtype))  # levels that round queries find them rounded
+    rounded = q_NHE if dtype is F32 else q_NHE.bfloat16().float()  # levels that round queries find them rounded
+    return rounded, step, cache_of(keys, values, dtype)
 
 
 def prepared(step: Step, layer: LayerPlan) -> Step:
     return prepare(step, lambda rows: CPU.attn_metadata(rows, [(layer.group, layer.rope)]))
 
 
-def attend(q_NHE: Tensor, step: Step, pool: Cache, layer: LayerPlan) -> Tensor:
+def view_of(pool: Cache, exact: bool) -> native.KVView:
+    found = native.KVView(k=pool.keys.data_ptr(), v=pool.values.data_ptr(), slots=len(pool.keys), dtype=CODES[pool.keys.dtype])
+    found.exact = exact
+    if pool.scaled is not None:
+        found.k_scale, found.v_scale = pool.scaled.key_scales_TK.data_ptr(), pool.scaled.value_scales_TK.data_ptr()
+    return found
+
+
+def attend(q_NHE: Tensor, step: Step, pool: Cache, layer: LayerPlan, exact: bool = False) -> Tensor:
     library = native.load_library()
     assert library is not None
     struct = native.AttentionView(heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim, window=layer.window or 0)
-    kv = native.KVView(pool.keys.data_ptr(), pool.values.data_ptr(), len(pool.keys), CODES[pool.keys.dtype])
+    kv = view_of(pool, exact)
     out = torch.full_like(q_NHE, torch.nan)
     metadata = ctypes.c_void_p(of_group(step, layer.group, layer.rope))
     q, to = ctypes.c_void_p(q_NHE.data_ptr()), ctypes.c_void_p(out.data_ptr())
@@ -142,9 +166,11 @@ def check(parts: Sequence[Part], layer: LayerPlan, dtype: torch.dtype = F32, lis
     """Compare with the reference; the kernel gets a cache with poison where nobody looks."""
     wanted = opinion(tuple(parts), layer, dtype)
     q_NHE, step, pool = make(parts, layer, dtype, listed, torch.nan)
-    found = attend(q_NHE, step, pool, layer)
-    tolerance = ROUNDED if dtype is BF16 and native.level() in ROUNDS else TOLERANCE
-    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+    rounds = dtype is not F32 and native.level() in ROUNDS
+    for exact in (False, True) if rounds else (False,):
+        found = attend(q_NHE, step, pool, layer, exact)
+        tolerance = ROUNDED if rounds and not exact else TOLERANCE
+        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 SHAPES = [(8, 1, 256), (8, 1, 512), (16, 8, 64), (4, 2, 128), (1, 1, 64), (6, 2, 32), (3, 1, 96)]
@@ -153,7 +179,7 @@ MIXED = [rows(1, 700), rows(9, 0), rows(2, 131), rows(40, 300), rows(0, 17), row
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["view", "listed"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [F32, BF16, INT8], ids=["f32", "bf16", "int8"])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
 @pytest.mark.usefixtures("level")
@@ -164,7 +190,8 @@ def test_mixed_batch(heads: int, kv_heads: int, dim: int, window: int | None, dt
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.usefixtures("level")
 def test_threads(threads: int, window: int | None) -> None:
-    check(MIXED, plan(8, 2, 64, window), BF16, listed=True)
+    for dtype in (BF16, INT8):
+        check(MIXED, plan(8, 2, 64, window), dtype, listed=True)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9, 16, 23, 65, 600])
@@ -172,6 +199,7 @@ def test_threads(threads: int, window: int | None) -> None:
 @pytest.mark.usefixtures("level")
 def test_row_counts(count: int, window: int | None) -> None:
     check([rows(count, 0)], plan(4, 1, 64, window), BF16)
+    check([rows(count, 0)], plan(4, 1, 64, window), INT8)
     check([rows(count, 77)], plan(2, 2, 64, window))
 
 
@@ -181,11 +209,11 @@ def test_row_counts(count: int, window: int | None) -> None:
 def test_window_edges(window: int, around: int) -> None:
     """The oldest key that a row sees is one after, at, or one before the first held; alone and at the end of a chunk."""
     last = max(window + around, 0)
-    layer = plan(4, 1, 64, window)
-    check([rows(1, last)], layer)
-    check([rows(last + 1, 0)], layer)
-    released = max(last + 1 - window, 0)
-    check([rows(1, last, released), rows(20, last, max(released - 1, 0))], layer)
+    layer, released = plan(4, 1, 64, window), max(last + 1 - window, 0)
+    for dtype in (F32, INT8):
+        check([rows(1, last)], layer, dtype)
+        check([rows(last + 1, 0)], layer, dtype)
+        check([rows(1, last, released), rows(20, last, max(released - 1, 0))], layer, dtype)
 
 
 @pytest.mark.parametrize("window", [None, 3, 50])
@@ -193,26 +221,34 @@ def test_window_edges(window: int, around: int) -> None:
 def test_kept_rows_with_gaps(window: int | None) -> None:
     """Rows that are kept from a chunk are not neighbours; what only dropped rows saw may hold anything."""
     few, many = (2, 90, 91, 199), tuple(range(0, 220, 13))
-    check([Part(few, 240), Part(many, 250)], plan(4, 2, 64, window), BF16, listed=True)
+    for dtype in (BF16, INT8):
+        check([Part(few, 240), Part(many, 250)], plan(4, 2, 64, window), dtype, listed=True)
 
 
 @pytest.mark.parametrize("past", [127, 128, 129, 4095, 5000])
 @pytest.mark.usefixtures("level")
 def test_long_context_is_cut_and_merged(past: int) -> None:
     for dim in (32, 20):
-        check([rows(2, past)], plan(4, 1, dim, None), BF16)
+        for dtype in (BF16, INT8):
+            check([rows(2, past)], plan(4, 1, dim, None), dtype)
 
 
 @pytest.mark.usefixtures("level")
 def test_chunks_equal_the_whole() -> None:
+    for dtype in (F32, INT8):
+        assert_chunks_equal_the_whole(dtype)
+
+
+def assert_chunks_equal_the_whole(dtype: torch.dtype) -> None:
     layer = plan(4, 1, 64, 30)
-    q_NHE, step, pool = make([rows(150, 0)], layer, F32, listed=False, poison=0.0)
-    whole = attend(q_NHE, step, pool, layer)
+    q_NHE, step, pool = make([rows(150, 0)], layer, dtype, listed=False, poison=0.0)
+    whole = attend(q_NHE, step, pool, layer, exact=True)
     for first, last in ((0, 11), (11, 12), (12, 100), (100, 150)):
         part = slice(first, last)
         positions = step.positions_N[part]
         piece = prepared(Step(positions, positions, positions, (0, last - first), step.kv_ranges, {}, None, {}), layer)
-        assert torch.allclose(attend(q_NHE[part].contiguous(), piece, pool, layer), whole[part], rtol=0, atol=1e-5)
+        found = attend(q_NHE[part].contiguous(), piece, pool, layer, exact=True)
+        assert torch.allclose(found, whole[part], rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("level")

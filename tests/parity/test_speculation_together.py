@@ -121,23 +121,22 @@ def prefixes(engine: Engine) -> Events:
     return found
 
 
-def pages(engine: Engine) -> Events:
+def pages(engine: Engine, tokens: int = 80) -> Events:
     """Sequences that are sent back to wait in the middle of their replies, and computed anew."""
     plan, rows = engine.decoder.plan, engine.scheduler.max_batched_tokens
     sizes = page_counts(plan, CONTEXT, rows, page_tokens=8)
     roomier = {group: PoolSize(size.pages + 4, size.tokens) for group, size in sizes.items()}
-    engine.pool = engine.scheduler.pool = engine.runner.pool = PagedKVCache(
-        plan, roomier, engine.decoder.dtype, engine.decoder.device
-    )
+    (dtype,) = {kept.dtype for kept in engine.pool.keys.values()}
+    engine.pool = engine.scheduler.pool = engine.runner.pool = PagedKVCache(plan, roomier, dtype, engine.decoder.device)
     engine.prefix = engine.scheduler.prefix = PrefixCache(engine.pool, dict.fromkeys(sizes, 0))
-    found = run(engine, requests(tokens=80), stagger=1)[0]
+    found = run(engine, requests(tokens=tokens), stagger=1)[0]
     assert engine.stats().preemptions > 0
     return found
 
 
 def eight_bits(engine: Engine) -> Events:
     """Keys and values rounded to 8 bits, which the assistant reads as they are."""
-    assert {kept.dtype for kept in engine.pool.keys.values()} == {torch.float8_e4m3fn}
+    assert {kept.itemsize for kept in engine.pool.keys.values()} == {1}
     return run(engine, requests(), stagger=2)[0]
 
 
@@ -164,6 +163,10 @@ SCENES = {
     "conversation": Scene(prefixes, prefix_bytes=None),
     "few pages": Scene(pages),
     "8 bits": Scene(eight_bits, "reference", torch.float8_e4m3fn),
+    "int8": Scene(eight_bits, kv_dtype=torch.int8),
+    "int8, conversation": Scene(prefixes, kv_dtype=torch.int8, prefix_bytes=None),
+    "int8, one prompt": Scene(seeds, kv_dtype=torch.int8, prefix_bytes=None),
+    "int8, few pages": Scene(functools.partial(pages, tokens=100), kv_dtype=torch.int8),
 }
 
 

@@ -23,6 +23,7 @@ from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write.synth import COPIED
 from gemcutter.checkpoint.write.write_safetensors import write_json, write_safetensors
 from gemcutter.engine.sampling import TokenLogprobs
+from gemcutter.load_options import LoadOptions
 from gemcutter.ops.triton import backend as triton_backend
 
 ROOT = Path(__file__).parents[2]
@@ -75,9 +76,12 @@ def assert_all_free(model: Model) -> None:
 
 
 def test_eight_bit_keys_are_refused_where_no_kernel_reads_them() -> None:
-    with pytest.raises(KernelError, match="kv fp8: a choice of the Triton kernels"):
+    with pytest.raises(KernelError, match=r"kv fp8: a choice of the Triton kernels.*; on a CPU use kv int8"):
         gemcutter.load("demo", kv="fp8")
-    with pytest.raises(KernelError, match="kv: expected fp8, found 'fp4'"):
+    for kernels in ("auto", "reference"):
+        with pytest.raises(KernelError, match="kv int8: a choice for models on a CPU; on a GPU use kv fp8"):
+            LoadOptions(model="demo", kv="int8", device="cuda:0", kernels=kernels)
+    with pytest.raises(KernelError, match="kv: expected fp8 or int8, found 'fp4'"):
         gemcutter.load("demo", kv="fp4")
 
 

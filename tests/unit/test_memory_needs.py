@@ -22,6 +22,7 @@ from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write.synth import SIZES, write_size
 from gemcutter.cli import main
 from gemcutter.loading import find_adapter
+from gemcutter.plan import INT8_SCALE_BYTES
 from gemcutter.quant import affine
 from gemcutter.quant.cpu_layout import PANEL
 from gemcutter.quant.cpu_packing import BLOCK_TYPES, cpu_layout_of
@@ -110,7 +111,16 @@ def test_needs_follow_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[
     half = inspect_json(capsys, "demo", "--device", "cuda", "--kv", "fp8")["memory"]
     assert 2 * half["by_context"][0]["kv_bytes"] == plain["by_context"][0]["kv_bytes"]
     assert main(["inspect", "demo", "--kv", "fp8"]) == 2
-    assert "on a GPU only" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "on a GPU only" in refused
+    assert "use --kv int8" in refused
+    scaled = inspect_json(capsys, "demo", "--kv", "int8")
+    tokens = scaled["memory"]["by_context"][0]["tokens"]
+    assert scaled["memory"]["by_context"][0]["kv_bytes"] == plan.kv_bytes(tokens, 1, scale_bytes=INT8_SCALE_BYTES)
+    assert scaled["contexts"][0]["kv_bytes"] == plan.kv_bytes(scaled["contexts"][0]["tokens"], 1, scale_bytes=INT8_SCALE_BYTES)
+    assert half["by_context"][0]["kv_bytes"] < scaled["memory"]["by_context"][0]["kv_bytes"]
+    assert main(["inspect", "demo", "--device", "cuda", "--kv", "int8"]) == 2
+    assert "on a GPU use kv fp8" in capsys.readouterr().err
     plan = open_checkpoint(DEMO_FOLDER).plan
     adapter = str(write_adapter(tmp_path / "mine", tensors_of(draw(plan, places(plan)))))
     merged = inspect_json(capsys, "demo", "--adapter", adapter)

@@ -21,10 +21,12 @@ from gemcutter.cores import quota_cores
 from gemcutter.errors import CapacityError, KernelError
 from gemcutter.native import KVView, Matrix
 from gemcutter.ops.step import KVCache
+from gemcutter.ops.types import OpContext
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # enum gc_codes
+KV_CODES = {**CODES, torch.int8: 2}
 OUT_OF_BOUNDS = 2  # what an entry point returns, csrc/cpu/bounds.h
 ACTIVATIONS = {"int8": 0, "bf16": 1, "float32": 2}  # enum gc_activations
 
@@ -104,14 +106,20 @@ def array_of(parts: Sequence[Part]) -> ctypes.Array[Matrix]:
     return (Matrix * len(parts))(*map(matrix_of, parts))
 
 
+def bind_kv(layer: int, ctx: OpContext) -> KVBinding:
+    """Return the binding of a layer's keys and values for ops of a precision: in float32 nothing is rounded."""
+    return KVBinding(layer, exact=ctx.precision.compute == torch.float32)
+
+
 class KVBinding:
     """The tensors that hold one layer's keys and values, described once for the cache that every step brings.
 
-    The cache keeps its tensors alive, and nothing here keeps a cache alive.
+    The cache keeps its tensors alive, and nothing here keeps a cache alive. `exact`: queries and softmax weights stay float32
+    even where rounding them to bfloat16 would be faster.
     """
 
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
+    def __init__(self, layer: int, exact: bool = False) -> None:
+        self.layer, self.exact = layer, exact
         self._last: tuple[Callable[[], KVCache | None], KVView] = (lambda: None), KVView()
 
     def view(self, cache: KVCache) -> KVView:
@@ -121,7 +129,11 @@ class KVBinding:
         """
         known, found = self._last  # both at once
         if known() is not cache:
-            keys, values = cache.storage(self.layer)
-            found = KVView(keys.data_ptr(), values.data_ptr(), keys.shape[0], CODES[keys.dtype])
+            scaled = cache.int8(self.layer)
+            keys, values = cache.storage(self.layer) if scaled is None else (scaled.keys_TKE, scaled.values_TKE)
+            found = KVView(k=keys.data_ptr(), v=values.data_ptr(), slots=keys.shape[0], dtype=KV_CODES[keys.dtype])
+            found.exact = self.exact
+            if scaled is not None:
+                found.k_scale, found.v_scale = scaled.key_scales_TK.data_ptr(), scaled.value_scales_TK.data_ptr()
             self._last = weakref.ref(cache), found
         return found

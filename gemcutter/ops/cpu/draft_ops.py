@@ -16,7 +16,7 @@ from torch import Tensor
 from gemcutter.native import DrafterView, Matrix
 from gemcutter.ops import LAYER_OPS
 from gemcutter.ops.cpu.attn_metadata import of_group
-from gemcutter.ops.cpu.bindings import ACTIVATIONS, KVBinding, entry, rows_of, whole_matrix
+from gemcutter.ops.cpu.bindings import ACTIVATIONS, bind_kv, entry, rows_of, whole_matrix
 from gemcutter.ops.cpu.layer_ops import BoundLayer
 from gemcutter.ops.step import KVCache, Step
 from gemcutter.ops.types import Draft, Drafts, OpContext, Param, matrix, vector
@@ -34,7 +34,7 @@ def build_draft(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext, em
         return None
     ops = [op for op in LAYER_OPS if op != "ple_gate"]
     layers = [BoundLayer(plan, layer, _of_layer(params, layer.index), ctx, ops) for layer in plan.layers]
-    bindings, call = [KVBinding(layer.kv_layer) for layer in plan.layers], entry("gc_draft")
+    bindings, call = [bind_kv(layer.kv_layer, ctx) for layer in plan.layers], entry("gc_draft")
     norm, addresses = rows_of(vector(params, "norm")), _pointers([layer.address for layer in layers])
     order = vector(params, "draft.order").contiguous() if plan.centroids else None
     assert plan.backbone is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemcutter.native import AttentionView, ExpertsView, LayerView, Matrix
 from gemcutter.ops.cpu.attn_metadata import of_group
-from gemcutter.ops.cpu.bindings import ACTIVATIONS, KVBinding, array_of, entry, rows_of, whole_matrix
+from gemcutter.ops.cpu.bindings import ACTIVATIONS, array_of, bind_kv, entry, rows_of, whole_matrix
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Step
 from gemcutter.ops.types import Attention, LayerOutput, OpContext, Param, closing_scale, matrix, vector
 from gemcutter.plan import LayerPlan, ModelPlan
@@ -41,7 +41,7 @@ def bind_matmul(weight: Weight, rows_ND: Tensor, activations: str) -> Callable[[
 def build_attention(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext) -> Attention:
     """Build attention over the cache's pages as they are."""
     shape, call = attention_view(layer), entry("gc_attention_forward")
-    address, binding, group, rope = ctypes.addressof(shape), KVBinding(layer.kv_layer), layer.group, layer.rope
+    address, binding, group, rope = ctypes.addressof(shape), bind_kv(layer.kv_layer, ctx), layer.group, layer.rope
 
     def attention(q_NHE: Tensor, step: Step, cache: KVCache, shape: AttentionView = shape) -> Tensor:
         q, kv = rows_of(q_NHE), binding.view(cache)
@@ -161,7 +161,7 @@ class BoundLayer:
 def build_qkv(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[..., Tensor]:
     """Build norm, in-projection, q/k/v norms, RoPE and cache write."""
     bound, call = BoundLayer(plan, layer, params, ctx, ("qkv",)), entry("gc_qkv")
-    binding = KVBinding(layer.index) if layer.writes else None
+    binding = bind_kv(layer.index, ctx) if layer.writes else None
 
     def qkv(x_ND: Tensor, step: Step, cache: KVCache) -> Tensor:
         x, (kept, rows) = rows_of(x_ND), bound.logit_rows(step)
@@ -225,7 +225,7 @@ def build_layer(
     """Build all ops of a layer as one call: [N, D] to [M, D], M the rows that go on. The next layer norms its rows itself."""
     ops = ("qkv", "attention", "attn_out", "mlp", *(["ple_gate"] if layer.ple_dim else []))
     bound, call = BoundLayer(plan, layer, params, ctx, ops), entry("gc_layer_forward")
-    group, rope, binding, hidden = layer.group, layer.rope, KVBinding(layer.kv_layer), plan.hidden
+    group, rope, binding, hidden = layer.group, layer.rope, bind_kv(layer.kv_layer, ctx), plan.hidden
 
     def forward(x_ND: Tensor, step: Step, cache: KVCache, ple_MP: Tensor | None, normed_ND: Tensor | None = None) -> LayerOutput:
         x, kv, (kept, rows) = rows_of(x_ND), binding.view(cache), bound.logit_rows(step)
