@@ -1,6 +1,6 @@
 // Selects the processor level: the best one at first use, or the one that gc_set_level names.
 //
-// Owns the table of levels and the CPUID checks; refuses to know what kernels compute. Read `kernels.h` for what a level has.
+// Owns the table of levels and the checks of what the processor has; refuses to know what kernels compute. Read `kernels.h` for what a level has.
 #include <string.h>
 
 #include <atomic>
@@ -11,7 +11,11 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -27,6 +31,9 @@ const Kernels LEVELS[] = {
     {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512_bf16, &pair_attention_avx512_bf16,
      peaks_avx512_bf16},
     {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512_bf16, &pair_attention_avx512_bf16, peaks_amx},
+#elif defined(__aarch64__)
+    {"neon", &vector_ops_neon, &packed_neon, &dense_neon, &attention_neon, nullptr, peaks_neon},
+    {"neon_i8mm", &vector_ops_neon, &packed_neon_i8mm, &dense_neon_i8mm, &attention_neon, nullptr, peaks_neon_i8mm},
 #endif
 };
 constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;
@@ -59,6 +66,35 @@ int best_level() {
     bool has_amx = (d >> 22 & 1) && (d >> 24 & 1) && (xcr0() >> 17 & 3) == 3;  // BF16, TILE
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 2;   // AVX512_BF16
     return has_amx && may_use_tiles() ? 4 : 3;
+}
+#elif defined(__aarch64__)
+// What processor and system offer beyond ARMv8.0; older headers lack the names of Linux' bits.
+struct Features {
+    bool has_dot, has_i8mm, has_bf16;
+};
+
+#if defined(__APPLE__)
+bool has(const char *name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+}
+Features features() {
+    return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM"), has("hw.optional.arm.FEAT_BF16")};
+}
+#elif defined(__linux__)
+Features features() {
+    constexpr int DOT = 20, I8MM = 13, BF16 = 14;
+    const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+    return {(first >> DOT & 1) != 0, (second >> I8MM & 1) != 0, (second >> BF16 & 1) != 0};
+}
+#else
+Features features() { return {}; }
+#endif
+
+int best_level() {
+    const Features found = features();
+    return !found.has_dot ? 0 : found.has_i8mm && found.has_bf16 ? 2 : 1;
 }
 #else
 int best_level() { return 0; }

@@ -138,7 +138,7 @@ GC_INLINE void dot(const uint8_t *codes, int part, int first, const int8_t *q, i
     }
 }
 
-#else
+#elif !defined(GC_LEVEL_NEON)  // which packed_dot_neon.h has
 
 constexpr int ROWS_AT_ONCE = 2;
 constexpr int64_t STREAM_ROWS = 0;
@@ -174,3 +174,7 @@ void dot(const uint8_t *codes, int part, int first, const int8_t *q, int64_t str
 
 }  // namespace
 }  // namespace gemcutter
+
+#if defined(GC_LEVEL_NEON)
+#include "packed_dot_neon.h"
+#endif

@@ -10,12 +10,17 @@
 namespace gemcutter {
 namespace {
 
+#if defined(GC_LEVEL_NEON)
+constexpr int PARTS_AT_ONCE = PARTS;  // a row's columns, once loaded, meet all rows of a panel
+#else
+constexpr int PARTS_AT_ONCE = 1;
+#endif
 constexpr int64_t RUN = 16;  // blocks unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
 
 // to = from * by for the blocks of a run; a whole run takes a few vectors, and nothing beyond `count` is read.
 GC_INLINE void scale_run(const float *from, float by, int64_t count, float *to) {
     if (count == RUN) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < RUN; i += W) store(to + i, load(from + i) * set1(by));
         return;
     }
@@ -64,7 +69,7 @@ GC_INLINE void add_block(const uint8_t *codes, int part, const Scales<PIECES> &s
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const V a = set1(rows.scale[m][at]), shift = set1(rows.shift[m][piece][b]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int h = 0; h < H; ++h) {
                 V &t = total[m][part + h];
                 t = fma(scales.scale[piece][part + h], fma(to_float(sums[m][h]), a, shift), t);
@@ -113,8 +118,8 @@ void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row,
 #pragma GCC unroll 9
             for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(ahead + i, 0, IN_L2);
 #pragma GCC unroll 2
-            for (int part = 0; part < PARTS; ++part)
-                add_block<From, PIECES, M, 1>(codes, part, decoder.scales, decoder.is_biased, own, b, total);
+            for (int part = 0; part < PARTS; part += PARTS_AT_ONCE)
+                add_block<From, PIECES, M, PARTS_AT_ONCE>(codes, part, decoder.scales, decoder.is_biased, own, b, total);
         }
     }
     for (int i = 0; i < M; ++i) store_row(out + i * ld, width_of(m, panel), total[i]);
