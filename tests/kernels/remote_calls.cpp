@@ -58,7 +58,9 @@ bool is_fetched(const char *at) {
 // A page appears at its address all at once: other threads that touch it meanwhile wait for `busy`.
 void fetch(char *at) {
     constexpr int KIND = MAP_PRIVATE | MAP_ANONYMOUS;
-    if (mmap(at, PAGE, PROT_NONE, KIND | MAP_FIXED_NOREPLACE, -1, 0) != at) {
+    void *held = mmap(at, PAGE, PROT_NONE, KIND | MAP_FIXED_NOREPLACE, -1, 0);
+    if (held != at) {  // of which emulators know the hint alone, and map another place
+        if (held != MAP_FAILED) munmap(held, PAGE);
         if (is_fetched(at)) return;
         fail("this process has memory of its own", at);
     }
