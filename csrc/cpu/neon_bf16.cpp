@@ -35,8 +35,7 @@ inline void pack_squares(const gc_matrix &m, int64_t panel, int64_t start, int64
             const char *at = static_cast<const char *>(m.data) + (row < last ? row : last) * m.stride;
             from[i] = reinterpret_cast<const uint16_t *>(at) + start;
         }
-        for (int64_t k = 0; k < count; ++k)
-            vst1q_u16(scratch.panel[k][pair], square(from[0] + k * SQUARE, from[1] + k * SQUARE));
+        for (int64_t k = 0; k < count; ++k) vst1q_u16(scratch.panel[k][pair], square(from[0] + k * SQUARE, from[1] + k * SQUARE));
     }
 }
 

@@ -81,7 +81,8 @@ class Remote(ctypes.CDLL):
     def ask(self, name: str, integers: list[int], floats: list[float]) -> int:
         """Call a function there and wait. Raises RuntimeError if the process ended instead."""
         signed = [(number + WRAP // 2) % WRAP - WRAP // 2 for number in integers] + [0] * (16 - len(integers))
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         with self._lock:
             self._process.stdin.write(REQUEST.pack(name.encode(), *signed, *floats, *[0.0] * (8 - len(floats))))
             self._process.stdin.flush()

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_levels import ARM, KERNEL_TESTS, ROOT, check_objects, tests_of
+from test_levels import ARM, KERNEL_TESTS, ROOT, check_objects, chosen_tests
 
 BUILT = os.environ.get("GEMCUTTER_ARM", "")  # the folder with the library and the program that calls it
 SYSTEM = "/usr/aarch64-linux-gnu"  # where the compiler's C library is
@@ -65,7 +65,7 @@ def test_a_processor_gets_the_level_that_it_has(cpu: str) -> None:
 def test_kernels(cpu: str, name: str) -> None:
     level = PROCESSORS[cpu]
     command = ["-m", "pytest", "-p", "remote", "-p", "no:xdist", "-q", "-x", "-rs", Path(__file__).with_name(name)]
-    printed = run([*command, "-k", tests_of(level)], cpu, level)
+    printed = run([*command, "-k", chosen_tests(level)], cpu, level)
     assert " passed" in printed
     assert "kernel level" not in printed, "the library lacks a level"
 

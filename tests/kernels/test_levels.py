@@ -41,7 +41,7 @@ def emulated() -> Path:
     return folder
 
 
-def tests_of(level: str) -> str:
+def chosen_tests(level: str) -> str:
     """Return what -k takes to run the tests that name this level, and those that name none."""
     longer = [other for other in native.LEVELS if level in other and other != level]  # -k looks for parts of names
     own = f"({level} and not ({' or '.join(longer)}))" if longer else level
@@ -54,7 +54,7 @@ def tests_of(level: str) -> str:
 def test_kernels_of_wider_processors(name: str, level: str, emulated: Path) -> None:
     """Run the kernel tests in a process of their own."""
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", Path(__file__).with_name(name), "-k", tests_of(level)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", Path(__file__).with_name(name), "-k", chosen_tests(level)],
         env={**os.environ, "GEMCUTTER_NATIVE": str(emulated / "_cpu.so"), "GEMCUTTER_LEVEL": level, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
