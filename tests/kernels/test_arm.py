@@ -66,8 +66,7 @@ def test_kernels(cpu: str, name: str) -> None:
     level = PROCESSORS[cpu]
     command = ["-m", "pytest", "-p", "remote", "-p", "no:xdist", "-q", "-x", "-rs", Path(__file__).with_name(name)]
     printed = run([*command, "-k", chosen_tests(level)], cpu, level)
-    assert " passed" in printed
-    assert "kernel level" not in printed, "the library lacks a level"
+    assert "SKIPPED" not in printed, printed
 
 
 def test_levels_share_no_code() -> None:
