@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
 # While you work, `make quick` takes less than a minute; CONTRIBUTING.md says which tests belong to which change.
-.PHONY: serve load clients demo quick check check-peers native sanitize fuzz soak kills wheel docs lint types test test-rest clean
+.PHONY: serve load clients demo quick check check-peers native sanitize arm fuzz soak kills wheel docs lint types test test-rest clean
 SOURCES := gemcutter tests bench examples tools
 CPP_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/kernels/*.cpp)
 
@@ -45,6 +45,10 @@ native: .venv/.installed-dev
 # The kernels' tests once more under the compiler's address, undefined-behaviour and thread sanitizers.
 sanitize: .venv/.installed-dev
 	tools/sanitize.sh
+
+# The kernels' tests once more on emulated ARM processors; needs qemu-user and g++-aarch64-linux-gnu.
+arm: .venv/.installed-dev
+	tools/arm.sh
 
 # Mutated files against every parser, in forked workers with limits; FUZZ="--headers 1000000 --texts 20000" takes half an hour.
 FUZZ ?= --headers 4000 --texts 300 --values 30 --media 3000

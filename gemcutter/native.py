@@ -18,7 +18,7 @@ from gemcutter.errors import KernelError
 FILE = "_cpu.so"
 VERSION = 7  # of the interface, gc_version()
 OFF = ("off", "0", "no", "false")  # what GEMCUTTER_NATIVE may say to do without the library
-LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
+LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon", "neon_i8mm")
 
 
 class Matrix(ctypes.Structure):

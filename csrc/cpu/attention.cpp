@@ -63,6 +63,10 @@ inline void load_pair(const uint16_t *p, V &even, V &odd, Bf16) {  // 32 bits ho
     __m256i pair = _mm256_loadu_si256((const __m256i *)p);
     even = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
     odd = _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32((int)0xffff0000)));
+#elif defined(GC_LEVEL_NEON)
+    const uint32x4_t pair = vreinterpretq_u32_u16(vld1q_u16(p));
+    even = vreinterpretq_f32_u32(vshlq_n_u32(pair, 16));
+    odd = vreinterpretq_f32_u32(vandq_u32(pair, vdupq_n_u32(0xffff0000)));
 #else
     for (int i = 0; i < W; ++i) even[i] = Bf16::one(p + 2 * i), odd[i] = Bf16::one(p + 2 * i + 1);
 #endif

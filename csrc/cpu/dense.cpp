@@ -52,7 +52,12 @@ void gemv_tile(const gc_matrix &matrix, int64_t row, const float *x, float *out,
 
 template <typename Type, int M>
 void gemv_rows(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, float *out, int64_t ld) {
-    constexpr int R = M > 2 && W < 16 ? 2 : 4;  // sums that fit the registers
+    // Sums that fit the registers, and are enough for the latency of their additions.
+#if defined(GC_LEVEL_NEON)
+    constexpr int R = M == 1 ? 8 : 4;
+#else
+    constexpr int R = M > 2 && W < 16 ? 2 : 4;
+#endif
     int64_t row = first;
     for (; row + R <= last; row += R) gemv_tile<Type, M, R>(matrix, row, x, out + row - first, ld);
     for (; row < last; ++row) gemv_tile<Type, M, 1>(matrix, row, x, out + row - first, ld);

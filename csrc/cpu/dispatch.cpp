@@ -1,6 +1,7 @@
 // Selects the processor level: the best one at first use, or the one that gc_set_level names.
 //
-// Owns the table of levels and the CPUID checks; refuses to know what kernels compute. Read `kernels.h` for what a level has.
+// Owns the table of levels and the checks of what the processor has; refuses to know what kernels compute. Read `kernels.h` for
+// what a level has.
 #include <string.h>
 
 #include <atomic>
@@ -11,7 +12,11 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -28,6 +33,9 @@ const Kernels LEVELS[] = {
     {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512_bf16, &pair_attention_avx512_bf16,
      peaks_avx512_bf16},
     {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512_bf16, &pair_attention_avx512_bf16, peaks_amx},
+#elif defined(__aarch64__)
+    {"neon", &vector_ops_neon, &packed_neon, &dense_neon, &attention_neon, nullptr, peaks_neon},
+    {"neon_i8mm", &vector_ops_neon, &packed_neon_i8mm, &dense_neon_i8mm, &attention_neon, nullptr, peaks_neon_i8mm},
 #endif
 };
 constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;
@@ -67,6 +75,39 @@ int supported_levels() {
     if (has_512 && (a >> 5 & 1)) levels |= AVX512_BF16;
     if (levels & AVX512_BF16 && has_tiles && may_use_tiles()) levels |= AMX;
     return levels;
+}
+#elif defined(__aarch64__)
+// What processor and system offer beyond ARMv8.0; older headers lack the names of Linux' bits.
+struct Features {
+    bool has_dot, has_i8mm, has_bf16;
+};
+
+#if defined(__APPLE__)
+bool has(const char *name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+}
+Features features() {
+    return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM"), has("hw.optional.arm.FEAT_BF16")};
+}
+#elif defined(__linux__)
+Features features() {
+    constexpr int DOT = 20, I8MM = 13, BF16 = 14;
+    const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+    return {(first >> DOT & 1) != 0, (second >> I8MM & 1) != 0, (second >> BF16 & 1) != 0};
+}
+#else
+Features features() { return {}; }
+#endif
+
+// Levels by their place in the table, as bits.
+enum Level { PORTABLE = 1, NEON = 2, NEON_I8MM = 4 };
+
+int supported_levels() {
+    const Features found = features();
+    if (!found.has_dot) return PORTABLE;
+    return PORTABLE | NEON | (found.has_i8mm && found.has_bf16 ? NEON_I8MM : 0);
 }
 #else
 int supported_levels() { return 1; }

@@ -13,6 +13,8 @@ namespace {
 inline V where_less(V a, V b, V yes, V no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
 #elif defined(GC_LEVEL_AVX2)
 inline V where_less(V a, V b, V yes, V no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+#elif defined(GC_LEVEL_NEON)
+inline V where_less(V a, V b, V yes, V no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
 #else
 inline V where_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
 #endif
@@ -27,6 +29,10 @@ inline V power_of_two(V x) {
 #elif defined(GC_LEVEL_AVX2)
 inline V power_of_two(V x) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(x), 23), _mm256_set1_epi32(127 << 23)));
+}
+#elif defined(GC_LEVEL_NEON)
+inline V power_of_two(V x) {
+    return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23), vdupq_n_u32(127u << 23)));
 }
 #else
 inline V power_of_two(V x) {

@@ -2,6 +2,8 @@
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(GC_EMULATE) && defined(GC_LEVEL_AVX_VNNI)
 #include "../emulate/avx_vnni.h"

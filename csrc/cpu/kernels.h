@@ -152,7 +152,7 @@ struct PeakLoop {
 };
 
 struct Kernels {
-    const char *name;  // "portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx"
+    const char *name;  // "portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon", "neon_i8mm"
     const VectorOps *vector_ops;
     const MatmulKernels *packed, *dense;
     const AttentionKernels *attention;
@@ -174,6 +174,10 @@ extern const MatmulKernels packed_avx_vnni, dense_avx512_bf16, packed_amx, dense
 extern const AttentionKernels attention_avx512_bf16;
 extern const PairAttention pair_attention_avx512_bf16;
 extern const PeakLoop peaks_avx_vnni[], peaks_avx512_bf16[], peaks_amx[];
+#elif defined(__aarch64__)
+GC_DECLARE(neon)
+extern const MatmulKernels packed_neon_i8mm, dense_neon_i8mm;
+extern const PeakLoop peaks_neon_i8mm[];
 #endif
 
 const Kernels &kernels();  // of the level in use

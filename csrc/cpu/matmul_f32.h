@@ -15,6 +15,8 @@ constexpr int PANEL_VECTORS = PANEL / W;
 constexpr int TILE_ROWS = 14;  // accumulators fill the registers except those for the panel and the broadcast
 #elif defined(GC_LEVEL_AVX2)
 constexpr int TILE_ROWS = 6;
+#elif defined(GC_LEVEL_NEON)
+constexpr int TILE_ROWS = 6;
 #else
 constexpr int TILE_ROWS = 2;
 #endif
@@ -154,6 +156,27 @@ inline int64_t pack_eight(const int8_t *const *rows, int64_t columns, float *out
 }
 inline int64_t pack_eight(const float *const *rows, int64_t columns, float *out, F32) {
     return pack_elements<float, eight>(rows, columns, out);
+}
+#elif defined(GC_LEVEL_NEON)
+// Transposes 4 vectors of 4 lanes.
+inline void transpose(V (&v)[4]) {
+    const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(v[0], v[1])), b = vreinterpretq_f64_f32(vtrn2q_f32(v[0], v[1]));
+    const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(v[2], v[3])), d = vreinterpretq_f64_f32(vtrn2q_f32(v[2], v[3]));
+    v[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c)), v[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+    v[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c)), v[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
+}
+
+template <typename Type>
+inline int64_t pack_eight(const typename Type::Element *const *rows, int64_t columns, float *out, Type) {
+    int64_t i = 0;
+    for (; i + W <= columns; i += W)
+        for (int half = 0; half < 8; half += W) {
+            V v[W];
+            for (int r = 0; r < W; ++r) v[r] = Type::vector(rows[half + r] + i);
+            transpose(v);
+            for (int c = 0; c < W; ++c) store(out + (i + c) * PANEL + half, v[c]);
+        }
+    return i;
 }
 #else
 template <typename Type>

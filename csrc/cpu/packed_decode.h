@@ -26,6 +26,16 @@ typedef __m256i N;
 inline V to_float(N n) { return _mm256_cvtepi32_ps(n); }
 inline V load_u8(const uint8_t *p) { return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
 inline V load_s8(const uint8_t *p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+#elif defined(GC_LEVEL_NEON)
+typedef int32x4_t N;
+inline V to_float(N n) { return vcvtq_f32_s32(n); }
+inline uint8x8_t load_four(const uint8_t *p) {
+    uint32_t all;
+    memcpy(&all, p, 4);
+    return vcreate_u8(all);
+}
+inline V load_u8(const uint8_t *p) { return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load_four(p))))); }
+inline V load_s8(const uint8_t *p) { return to_float(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_four(p)))))); }
 #else
 typedef int32_t N __attribute__((vector_size(4 * W)));
 inline V to_float(N n) { return __builtin_convertvector(n, V); }
@@ -153,6 +163,9 @@ GC_INLINE V column_of(const uint8_t *quad, int part, bool is_signed) {
 #elif defined(GC_LEVEL_AVX2)
     const N top = _mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)(quad + part * W * 4)), 24 - 8 * COLUMN);
     return to_float(is_signed ? _mm256_srai_epi32(top, 24) : _mm256_srli_epi32(top, 24));
+#elif defined(GC_LEVEL_NEON)
+    const uint32x4_t top = vshlq_n_u32(vreinterpretq_u32_u8(vld1q_u8(quad + part * W * 4)), 24 - 8 * COLUMN);
+    return is_signed ? to_float(vshrq_n_s32(vreinterpretq_s32_u32(top), 24)) : vcvtq_f32_u32(vshrq_n_u32(top, 24));
 #else
     V v;
     for (int i = 0; i < W; ++i) {

@@ -154,7 +154,7 @@ GC_INLINE void dot(const Quads &quads, int first, const int8_t *q, int64_t strid
 
 #endif
 
-#else
+#elif !defined(GC_LEVEL_NEON)  // which packed_dot_neon.h has
 
 constexpr int ROWS_AT_ONCE = 2;
 constexpr int64_t STREAM_ROWS = 0;
@@ -211,3 +211,7 @@ GC_INLINE void dot(const Quads &quads, int first, const int8_t *q, int64_t strid
 
 }  // namespace
 }  // namespace gemcutter
+
+#if defined(GC_LEVEL_NEON)
+#include "packed_dot_neon.h"
+#endif

@@ -9,12 +9,17 @@
 namespace gemcutter {
 namespace {
 
+#if defined(GC_LEVEL_NEON)
+constexpr int PARTS_AT_ONCE = PARTS;  // a row's columns, once loaded, meet all rows of a panel
+#else
+constexpr int PARTS_AT_ONCE = 1;
+#endif
 constexpr int64_t RUN = 16;  // blocks unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
 
 // to = from * by for the blocks of a run; a whole run takes a few vectors, and nothing beyond `count` is read.
 GC_INLINE void scale_run(const float *from, float by, int64_t count, float *to) {
     if (count == RUN) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < RUN; i += W) store(to + i, load(from + i) * set1(by));
         return;
     }
@@ -52,24 +57,27 @@ struct RowRun {
     }
 };
 
-// Adds the products of block b to the totals of one part of the panel: all columns of one scale at a time.
-template <class Code, int PIECES, int M>
+// Adds the products of block b to the totals of H parts of the panel from `part` on: all columns of one scale at a time.
+template <class Code, int PIECES, int M, int H>
 GC_INLINE void add_block(const uint8_t *codes, int part, const Scales<PIECES> &scales, bool is_biased,
                          const RowRun<PIECES, M> &rows, int64_t b, V (*total)[PARTS]) {
     constexpr int COUNT = QUADS / PIECES;
 #pragma GCC unroll 2
     for (int piece = 0; piece < PIECES; ++piece) {
-        N sums[M][1];
-        const auto quads = [codes, part](int, int j) { return CodeReader<Code>::quad(codes, part, j); };
-        dot<Code, COUNT, M, 1>(quads, piece * COUNT, rows.q + b * BLOCK, rows.columns, sums);
+        N sums[M][H];
+        const auto quads = [codes, part](int h, int j) { return CodeReader<Code>::quad(codes, part + h, j); };
+        dot<Code, COUNT, M, H>(quads, piece * COUNT, rows.q + b * BLOCK, rows.columns, sums);
         int64_t at = b;
         if (piece > 0) __asm__("" : "+r"(at));  // both pieces' row scales, were they known to be equal, would crowd out the sums
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const V a = set1(rows.scale[m][at]), shift = set1(rows.shift[m][piece][b]);
-            V &t = total[m][part];
-            t = fma(scales.scale[piece][part], fma(to_float(sums[m][0]), a, shift), t);
-            if (is_biased) t = fma(scales.bias[piece][part], set1(rows.sum[m][piece][b]), t);
+#pragma GCC unroll 4
+            for (int h = 0; h < H; ++h) {
+                V &t = total[m][part + h];
+                t = fma(scales.scale[piece][part + h], fma(to_float(sums[m][h]), a, shift), t);
+                if (is_biased) t = fma(scales.bias[piece][part + h], set1(rows.sum[m][piece][b]), t);
+            }
         }
     }
 }
@@ -112,8 +120,8 @@ void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row,
 #pragma GCC unroll 9
             for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(ahead + i, 0, IN_L2);
 #pragma GCC unroll 2
-            for (int part = 0; part < PARTS; ++part)
-                add_block<Code, PIECES, M>(codes, part, decoder.scales, decoder.is_biased, own, b, total);
+            for (int part = 0; part < PARTS; part += PARTS_AT_ONCE)
+                add_block<Code, PIECES, M, PARTS_AT_ONCE>(codes, part, decoder.scales, decoder.is_biased, own, b, total);
         }
     }
     for (int i = 0; i < M; ++i) store_row(out + i * ld, width_of(m, panel), total[i]);

@@ -14,7 +14,7 @@ namespace {
 constexpr int PANELS_AT_ONCE = 3, TILE_M = 4;
 #elif defined(GC_DOT_BYTES)
 constexpr int PANELS_AT_ONCE = 1, TILE_M = 6;  // their sums of a block take 12 of 16 registers
-#elif defined(GC_LEVEL_AVX2)
+#elif defined(GC_LEVEL_AVX2) || defined(GC_LEVEL_NEON)
 constexpr int PANELS_AT_ONCE = 1, TILE_M = 4;
 #else
 constexpr int PANELS_AT_ONCE = 1, TILE_M = 2;
@@ -75,7 +75,7 @@ void multiply_tile(const PanelRuns<PIECES> &runs, int64_t blocks, const TileRows
     V total[TILE_M][H];
 #pragma GCC unroll 6
     for (int m = 0; m < TILE_M; ++m)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int h = 0; h < H; ++h) total[m][h] = from ? load(from + (m * H + h) * W) : zero();
     const int8_t *q = rows.q;
     for (int64_t b = 0; b < blocks; ++b, q += BLOCK) {
@@ -87,7 +87,7 @@ void multiply_tile(const PanelRuns<PIECES> &runs, int64_t blocks, const TileRows
 #pragma GCC unroll 6
             for (int m = 0; m < TILE_M; ++m) {
                 const V a = rows.scale_of(m, b), shift = rows.shift_of(m, piece, b);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
                 for (int h = 0; h < H; ++h) {
                     V &t = total[m][h];
                     t = fma(runs.scale[b][piece][h], fma(to_float(sums[m][h]), a, shift), t);
@@ -98,7 +98,7 @@ void multiply_tile(const PanelRuns<PIECES> &runs, int64_t blocks, const TileRows
     }
 #pragma GCC unroll 6
     for (int m = 0; m < TILE_M; ++m)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int h = 0; h < H; ++h) store(to + m * ld + h * W, total[m][h]);
 }
 
@@ -107,12 +107,12 @@ template <class Code, int PIECES>
 GC_INLINE void unpack_run(PanelDecoder<PIECES> &decoder, int64_t blocks, int h, PanelRuns<PIECES> &runs) {
     for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t *codes = decoder.next();
-#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2)
-#pragma GCC unroll 2
+#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2) || defined(GC_LEVEL_NEON)
+#pragma GCC unroll 4
         for (int part = 0; part < PARTS; ++part)
 #pragma GCC unroll 8
             for (int j = 0; j < QUADS; ++j) {
-                const N quad = CodeReader<Code>::quad(codes, part, j);
+                const auto quad = CodeReader<Code>::quad(codes, part, j);
                 memcpy(runs.codes[h + part][b] + j * PART_BYTES, &quad, sizeof quad);
             }
 #else

@@ -16,7 +16,7 @@ namespace gemcutter {
 namespace {
 
 // Independent sums: enough for the latency of every instruction here, few enough for the registers.
-#if defined(GC_LEVEL_AVX512)
+#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_NEON)
 constexpr int SUMS = 24;
 #else
 constexpr int SUMS = 12;
@@ -56,7 +56,7 @@ inline void repeat(int64_t rounds, T a, T b, S zero, const Multiply &multiply) {
     }
 }
 
-#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2)
+#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2) || defined(GC_LEVEL_NEON)
 constexpr int LANES = W;
 void float32(int64_t rounds) {
     repeat(rounds, set1(1.0f), set1(1e-9f), set1(0.0f), [](V &a, V &b, V &sum) { sum = fma(a, b, sum); });
@@ -94,6 +94,22 @@ void int8(int64_t rounds) {  // pairs of products, which are added in 16 bits
         sum = _mm256_add_epi16(sum, pairs);
     });
 }
+#elif defined(GC_LEVEL_NEON)
+void int8(int64_t rounds) {
+    const int8x16_t ones = vdupq_n_s8(1);
+    repeat(rounds, ones, ones, vdupq_n_s32(0), [](int8x16_t &a, int8x16_t &b, int32x4_t &sum) {
+#if defined(GC_LEVEL_NEON_I8MM)
+        sum = vmmlaq_s32(sum, a, b);
+#else
+        sum = vdotq_s32(sum, a, b);
+#endif
+    });
+}
+#endif
+#if defined(GC_LEVEL_NEON_I8MM)
+constexpr double INT8_OPERATIONS = SUMS * W * 16.0;  // a lane is a product of 8 columns
+#else
+constexpr double INT8_OPERATIONS = SUMS * W * 8.0;
 #endif
 
 #if defined(GC_LEVEL_AVX512_BF16)
@@ -131,16 +147,24 @@ void bfloat16(int64_t rounds) {  // four tiles of sums, of two tiles of rows and
     _tile_release();
 }
 constexpr double BF16_OPERATIONS = 4.0 * 16 * 16 * 32 * 2;
+#elif defined(GC_LEVEL_NEON_I8MM)
+void bfloat16(int64_t rounds) {
+    uint16x8_t bits = vdupq_n_u16(0x3f80);
+    forget(bits);  // GCC 12 makes a float16 of a bfloat16 that it knows
+    const bfloat16x8_t ones = vreinterpretq_bf16_u16(bits);
+    repeat(rounds, ones, ones, set1(0.0f), [](bfloat16x8_t &a, bfloat16x8_t &b, V &sum) { sum = vbfmmlaq_f32(sum, a, b); });
+}
+constexpr double BF16_OPERATIONS = SUMS * W * 8.0;
 #endif
 
 }  // namespace
 
 extern const PeakLoop GC_NAME(peaks)[] = {
     {"float32", SUMS * LANES * 2.0, float32},
-#if defined(__x86_64__) && (defined(GC_LEVEL_AVX2) || defined(GC_LEVEL_AVX512))
-    {"int8", SUMS * W * 8.0, int8},
+#if defined(GC_LEVEL_AVX2) || defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_NEON)
+    {"int8", INT8_OPERATIONS, int8},
 #endif
-#if defined(GC_LEVEL_AVX512_BF16) || defined(GC_LEVEL_AMX)
+#if defined(GC_LEVEL_AVX512_BF16) || defined(GC_LEVEL_AMX) || defined(GC_LEVEL_NEON_I8MM)
     {"bfloat16", BF16_OPERATIONS, bfloat16},
 #endif
     {nullptr, 0, nullptr},

@@ -51,6 +51,19 @@ inline V load_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 inline V load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+#elif defined(GC_LEVEL_NEON)
+constexpr int W = 4;
+typedef float32x4_t V;
+inline V load(const float *p) { return vld1q_f32(p); }
+inline void store(float *p, V v) { vst1q_f32(p, v); }
+inline V set1(float x) { return vdupq_n_f32(x); }
+inline V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+inline V vmax(V a, V b) { return vmaxq_f32(a, b); }
+inline V vmin(V a, V b) { return vminq_f32(a, b); }
+inline float sum(V v) { return vaddvq_f32(v); }
+inline float top(V v) { return vmaxvq_f32(v); }
+inline V load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+inline V load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 #else
 constexpr int W = 8;
 typedef float V __attribute__((vector_size(32)));

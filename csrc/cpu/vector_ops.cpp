@@ -173,6 +173,16 @@ inline int32_t round_block(const float *x, V by, int8_t *q) {
     half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
+#elif defined(GC_LEVEL_NEON)
+inline int32_t round_block(const float *x, V by, int8_t *q) {
+    int32x4_t total = vdupq_n_s32(0);
+    for (int i = 0; i < 32; i += 8) {
+        const int32x4_t a = vcvtnq_s32_f32(load(x + i) * by), b = vcvtnq_s32_f32(load(x + i + 4) * by);
+        vst1_s8(q + i, vmovn_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b))));
+        total = vaddq_s32(total, vaddq_s32(a, b));
+    }
+    return vaddvq_s32(total);
+}
 #else
 inline int32_t round_block(const float *x, V by, int8_t *q) {
     float shifted[32];
@@ -263,6 +273,11 @@ void sum_halves(const int8_t *q, const float *scale, int64_t n, float *out) {
         _mm_storeu_ps(out + b, _mm_mul_ps(a, _mm_cvtepi32_ps(_mm256_castsi256_si128(all))));
         _mm_storeu_ps(out + stride + b, _mm_mul_ps(a, _mm_cvtepi32_ps(_mm256_extracti128_si256(all, 1))));
     }
+#endif
+#if defined(GC_LEVEL_NEON)
+    for (; b < blocks; ++b)
+        for (int half = 0; half < 2; ++half)
+            out[half * stride + b] = scale[b] * (float)vaddlvq_s8(vld1q_s8(q + b * BLOCK + half * 16));
 #endif
     for (; b < blocks; ++b)
         for (int half = 0; half < 2; ++half) {

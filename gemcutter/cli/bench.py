@@ -87,7 +87,7 @@ Layers = Annotated[int | None, typer.Option(metavar="N", min=1, help="The preset
 Level = Annotated[
     str | None,
     typer.Option(
-        metavar="portable|avx2|avx_vnni|avx512|avx512_bf16|amx",
+        metavar="portable|avx2|avx_vnni|avx512|avx512_bf16|amx|neon|neon_i8mm",
         help="Native kernels of this level.  [default: the best]",
         show_default=False,
     ),

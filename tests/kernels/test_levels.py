@@ -21,6 +21,7 @@ from gemcutter import native
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = sorted(path.name for path in Path(__file__).parent.glob("test_native_*.py"))
 EMULATED = ("avx_vnni", "avx512", "avx512_bf16", "amx")
+ARM = ("neon", "neon_i8mm")  # levels that `test_arm.py` tests
 # What a level does otherwise than the one below it, where that is little: the rest would only be emulated twice.
 OWN = {
     "avx_vnni": ("test_native_packed.py",),
@@ -41,16 +42,20 @@ def emulated() -> Path:
     return folder
 
 
+def chosen_tests(level: str) -> str:
+    """Return what -k takes to run the tests that name this level, and those that name none."""
+    longer = [other for other in native.LEVELS if level in other and other != level]  # -k looks for parts of names
+    own = f"({level} and not ({' or '.join(longer)}))" if longer else level
+    return f"{own} or not ({' or '.join(native.LEVELS)})"
+
+
 @pytest.mark.parametrize(
     ("name", "level"), [(name, level) for name in KERNEL_TESTS for level in EMULATED if name in OWN.get(level, KERNEL_TESTS)]
 )
 def test_kernels_of_wider_processors(name: str, level: str, emulated: Path) -> None:
-    """Run the tests that name this level, and those that name none."""
-    longer = [other for other in native.LEVELS if level in other and other != level]  # -k looks for parts of names
-    own = f"({level} and not ({' or '.join(longer)}))" if longer else level
-    chosen = f"{own} or not ({' or '.join(native.LEVELS)})"
+    """Run the kernel tests in a process of their own."""
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", Path(__file__).with_name(name), "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", Path(__file__).with_name(name), "-k", chosen_tests(level)],
         env={**os.environ, "GEMCUTTER_NATIVE": str(emulated / "_cpu.so"), "GEMCUTTER_LEVEL": level, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -66,15 +71,18 @@ def test_levels_share_no_code(emulated: Path) -> None:
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
-    objects = sorted((emulated / "CMakeFiles").glob("level_*.dir/**/*.o"))
-    assert {path.relative_to(emulated / "CMakeFiles").parts[0] for path in objects} == {
-        f"level_{name}.dir" for name in native.LEVELS
-    }
+    check_objects(emulated, nm, set(native.LEVELS) - set(ARM))
+
+
+def check_objects(built: Path, nm: str, levels: set[str]) -> None:
+    """Check the objects of all levels of a library, which are these."""
+    objects = sorted((built / "CMakeFiles").glob("level_*.dir/**/*.o"))
+    assert {path.relative_to(built / "CMakeFiles").parts[0] for path in objects} == {f"level_{name}.dir" for name in levels}
     for path in objects:
-        level = path.relative_to(emulated / "CMakeFiles").parts[0].removeprefix("level_").removesuffix(".dir")
+        level = path.relative_to(built / "CMakeFiles").parts[0].removeprefix("level_").removesuffix(".dir")
         listed = subprocess.run([nm, "-C", path], check=True, capture_output=True, text=True).stdout
         for kind, name in re.findall(r"^(?:[0-9a-f]+| +) (\w) (.*)$", listed, re.MULTILINE):
             if kind in "TDBRVWuvwi":  # seen by, or merged with, other objects
                 assert re.fullmatch(rf"gemcutter::\w+_{level}", name), f"{path.name} of {level} offers {name}"
-            if kind == "U":  # and it calls nothing but the C library, and the tables that AMX falls back on
+            if kind == "U":  # and it calls nothing but the C library, and the tables that higher levels fall back on
                 assert not name.startswith(("std::", "operator ")), f"{path.name} of {level} needs {name}"

@@ -182,6 +182,8 @@ def test_processors_multiply_bytes_faster_than_float32() -> None:
             "avx512": {"int8"},
             "avx512_bf16": {"int8", "bfloat16"},
             "amx": {"int8", "bfloat16"},
+            "neon": {"int8"},
+            "neon_i8mm": {"int8", "bfloat16"},
         }[str(native.level())]
     )
     assert all(rate > 1e8 for rate in rates.values())
