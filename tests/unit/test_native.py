@@ -107,7 +107,9 @@ def test_the_environment_chooses_a_level() -> None:
     found = run("from gemcutter import native; print(native.level())", GEMCUTTER_LEVEL="Portable")
     assert found.stdout.strip() == "portable", found.stderr
     found = run("from gemcutter import native; print(native.level())", GEMCUTTER_LEVEL="SSE9")
-    assert "KernelError: GEMCUTTER_LEVEL=SSE9: expected one of portable, avx2, avx_vnni, avx512, avx512_bf16, amx," in found.stderr
+    assert (
+        "KernelError: GEMCUTTER_LEVEL=SSE9: expected one of portable, avx2, avx_vnni, avx512, avx512_bf16, amx," in found.stderr
+    )
 
 
 @needs_library
