@@ -92,9 +92,6 @@ class FilledCache:
         return self.keys, self.values
 
     def int8(self, layer: int) -> None:
-        """Return nothing: no layer is stored in 8 bits."""
-
-    def int8(self, layer: int) -> None:
         """Return that nothing is stored in 8 bits."""
 
 
