@@ -1,9 +1,10 @@
 // Products of neighbouring panels with many int8 rows, a tile of rows and panels in registers at a time.
 //
 // Owns the order of loops: runs of columns are unpacked once for all rows, a broadcast of a row's columns serves all panels, and
-// a row's sums wait in scratch memory from run to run. Where an instruction multiplies and adds
-// four bytes, what is left is 8 integer products for two float ones: products can reach 80 % of the instruction's rate. The float operations are those of `packed_int8.h` in the same order: a row's result is
-// the same in both. Included by level sources only; refuses to know threads and few rows. Read `packed.cpp` for the choice.
+// a row's sums wait in scratch memory from run to run. Where an instruction multiplies and adds four bytes, what is left is 8
+// integer products for two float ones: products can reach 80 % of the instruction's rate. The float operations are those of
+// `packed_int8.h` in the same order: a row's result is the same in both. Included by level sources only; refuses to know threads
+// and few rows. Read `packed.cpp` for the choice.
 #pragma once
 #include "packed_int8.h"
 

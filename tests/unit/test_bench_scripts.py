@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench import busy, contexts, peers, ratios
+from bench import busy, contexts, op_shares, peers, ratios
 from bench.engines.state import grow
 from bench.synthetic import write_model
+from gemcutter import native
 from gemcutter.benchmark.harness import BenchCase
 from gemcutter.benchmark.synthetic import plan_of
 from gemcutter.benchmark.target import from_file
@@ -90,6 +92,32 @@ def test_the_readme_shows_the_newest_result() -> None:
     shown = ratios.README.read_text().partition(ratios.BEGIN)[2].partition(ratios.END)
     assert shown[1], "the README has lost its markers"
     assert shown[0].strip() == ratios.blocks(ratios.newest())
+
+
+# ---- shares of ops ----
+
+
+def test_an_op_is_compared_with_the_longer_of_its_floors() -> None:
+    peaks = {"float32": 10.0, "bfloat16": 20.0, "int8": 50.0}
+    read = op_shares.measure(op_shares.Op("product, q4_0, 1 rows", 100.0, 1000.0, lambda: None), "avx2", peaks, 100.0)
+    assert (read["floor_ms"], read["limit"]) == (10_000.0, "memory")
+    computed = op_shares.measure(op_shares.Op("product, q4_0, 9 rows", 1000.0, 1000.0, lambda: None), "avx2", peaks, 100.0)
+    assert (computed["floor_ms"], computed["limit"]) == (20_000.0, "int8 products")
+    dense = op_shares.measure(op_shares.Op("attention, global, 9 rows of 9", 1000.0, 1.0, lambda: None), "avx2", peaks, 100.0)
+    assert (dense["floor_ms"], dense["limit"]) == (50_000.0, "bfloat16 products")
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="measures the native kernels")
+def test_the_ops_whose_shares_are_measured_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_shares, "STREAMED_BYTES", 1)
+    for quant in op_shares.QUANTS:
+        for op in op_shares.product_ops("tiny:E2B", quant):
+            op.work()
+    model = op_shares.plan_of("tiny:E2B")
+    for layer in model.layers[:6]:
+        found = op_shares.attention_op(model, layer, 64, 8).work()
+        assert isinstance(found, torch.Tensor)
+        assert found.isfinite().all()
 
 
 # ---- turns ----
