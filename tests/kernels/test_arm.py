@@ -66,7 +66,7 @@ def test_kernels(cpu: str, name: str) -> None:
     level = PROCESSORS[cpu]
     command = ["-m", "pytest", "-p", "remote", "-p", "no:xdist", "-q", "-x", "-rs", Path(__file__).with_name(name)]
     printed = run([*command, "-k", f"({chosen_tests(level)}) and not ({WHOLE_TEXTS})"], cpu, level)
-    assert "SKIPPED" not in printed, printed
+    assert "kernel level" not in printed, "the library lacks a level"
 
 
 def test_levels_share_no_code() -> None:
