@@ -12,5 +12,5 @@ python="${PYTHON:-.venv/bin/python}"
 export GEMCUTTER_ARM="$PWD/build/arm"
 tools/native.sh "$GEMCUTTER_ARM" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
     -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_CXX_FLAGS=-Werror
-aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Werror tests/kernels/remote_calls.cpp -o "$GEMCUTTER_ARM/remote_calls" -ldl -pthread
+aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Werror tests/kernels/remote_calls.cpp -o "$GEMCUTTER_ARM/remote_calls" -rdynamic -ldl -pthread
 "$python" -m pytest -q "$@" tests/kernels/test_arm.py
