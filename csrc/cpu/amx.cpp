@@ -184,6 +184,6 @@ constexpr MatmulKernels TABLE = {formats<FALLBACK>,  gemm_panels<FALLBACK>, scra
 }  // namespace
 
 extern const MatmulKernels packed_amx = TABLE<packed_avx512>;
-extern const MatmulKernels dense_amx = TABLE<dense_avx512>;
+extern const MatmulKernels dense_amx = TABLE<dense_avx512_bf16>;
 
 }  // namespace gemcutter

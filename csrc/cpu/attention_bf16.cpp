@@ -16,6 +16,8 @@ namespace gemcutter {
 namespace {
 
 constexpr int TILE_M = 8, TILE_PANELS = 2;
+// Rows that see fewer keys attend in float32: that costs little, and short prompts do not depend on how they are cut into steps.
+constexpr int64_t LEAST_KEYS = 256;
 constexpr int64_t KEY_BLOCK = 128;  // keys of one softmax update, aligned to absolute positions
 constexpr int64_t TILE_COLUMNS = TILE_PANELS * PANEL;
 constexpr int64_t DIM_RUN = 256;             // head dims of keys that are brought into pairs at once: 16 KB for two panels
@@ -191,7 +193,9 @@ size_t block_bytes(int64_t rows, int64_t heads, int64_t dim) {
 
 void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const int64_t *positions,
              const int64_t *last_visible, int64_t window, const Keys *keys, void *scratch) {
-    if (keys->dtype == GC_F32 || keys->exact || dim % 2) {
+    const QueryRows seen = {rows, positions, last_visible, window};
+    int64_t low = seen.oldest(0) > keys->start ? seen.oldest(0) : keys->start, high = seen.newest(rows - 1) + 1;
+    if (keys->dtype == GC_F32 || keys->exact || dim % 2 || high - low < LEAST_KEYS) {
         const int64_t most = attention_avx512.prefill_rows(heads, dim);
         for (int64_t row = 0; row < rows; row += most)
             attention_avx512.prefill(q + row * stride, out + row * stride, stride, rows - row < most ? rows - row : most, heads,
@@ -208,7 +212,6 @@ void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t h
     memset(b.out, 0, sizeof(float) * (size_t)(b.queries * b.width));
     for (int64_t query = 0; query < count; ++query) b.top[query] = -INFINITY, b.total[query] = 0;
 
-    int64_t low = b.oldest(0) > keys->start ? b.oldest(0) : keys->start, high = b.newest(rows - 1) + 1;
     while (low < high) {
         int64_t next = low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;
         if (next > high) next = high;

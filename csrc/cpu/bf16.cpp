@@ -11,7 +11,7 @@
 namespace gemcutter {
 namespace {
 
-// Up to 16 rows a row's result must not depend on the rows beside it: AVX-512 computes those.
+// Up to 16 rows a row's result must not depend on the rows beside it: AVX-512 computes those, from rows that are rounded alike.
 constexpr int64_t LEAST_ROWS = FEW_ROWS + 1;
 constexpr int PANELS_AT_ONCE = 3, TILE_M = 8;
 constexpr int64_t RUN_PAIRS = 128;  // of columns: 24 KB for three panels, half of an L1 cache
@@ -78,17 +78,17 @@ void multiply_panels(const gc_matrix &m, int64_t panel, const Rows &rows, int64_
     }
 }
 
-bool fits(const gc_matrix &m, int64_t rows, int activations) {
-    return rows >= LEAST_ROWS && activations != GC_FLOAT_ROWS && m.columns % 2 == 0 && m.stride % 4 == 0 && m.codes == GC_BF16;
+bool fits(const gc_matrix &m, int activations) {
+    return activations != GC_FLOAT_ROWS && m.columns % 2 == 0 && m.stride % 4 == 0 && m.codes == GC_BF16;
 }
 
 int formats(const gc_matrix *m, int64_t rows, int activations) {
-    return fits(*m, rows, activations) ? FORMAT_BF16 : dense_avx512.formats(m, rows, activations);
+    return fits(*m, activations) ? FORMAT_BF16 : dense_avx512.formats(m, rows, activations);
 }
 
 void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *rows, int64_t first, int64_t last, float *out,
                  int64_t ld, void *scratch, const void *next) {
-    if (!fits(*m, rows->count, rows->activations)) {
+    if (last - first < LEAST_ROWS || !fits(*m, rows->activations)) {
         for (; panels > 0; --panels, ++panel, out += PANEL)
             dense_avx512.gemm_panels(m, panel, 1, rows, first, last, out, ld, scratch, next);
         return;

@@ -22,9 +22,15 @@ const typename Type::Element *row_of(const gc_matrix &m, int64_t row) {
     return reinterpret_cast<const typename Type::Element *>(static_cast<const char *>(m.data) + row * m.stride);
 }
 
+// Activations are float32, or bfloat16 where the level rounds them.
+inline V load_row(const float *p) { return load(p); }
+inline V load_row(const uint16_t *p) { return load_bf16(p); }
+inline float one_of(const float *p) { return *p; }
+inline float one_of(const uint16_t *p) { return Bf16::one(p); }
+
 // out[m * ld + r] = products of M activation rows with R matrix rows.
-template <typename Type, int M, int R>
-void gemv_tile(const gc_matrix &matrix, int64_t row, const float *x, float *out, int64_t ld) {
+template <typename Type, int M, int R, typename X>
+void gemv_tile(const gc_matrix &matrix, int64_t row, const X *x, float *out, int64_t ld) {
     constexpr int64_t LINE = 64 / sizeof(typename Type::Element);
     const typename Type::Element *w[R];
     for (int r = 0; r < R; ++r) w[r] = row_of<Type>(matrix, row + r);
@@ -38,20 +44,20 @@ void gemv_tile(const gc_matrix &matrix, int64_t row, const float *x, float *out,
         V wide[R];
         for (int r = 0; r < R; ++r) wide[r] = Type::vector(w[r] + k);
         for (int m = 0; m < M; ++m) {
-            V value = load(x + m * columns + k);
+            V value = load_row(x + m * columns + k);
             for (int r = 0; r < R; ++r) acc[m][r] = fma(value, wide[r], acc[m][r]);
         }
     }
     for (int m = 0; m < M; ++m)
         for (int r = 0; r < R; ++r) {
             float total = sum(acc[m][r]);
-            for (int64_t i = k; i < columns; ++i) total += x[m * columns + i] * Type::one(w[r] + i);
+            for (int64_t i = k; i < columns; ++i) total += one_of(x + m * columns + i) * Type::one(w[r] + i);
             out[m * ld + r] = total;
         }
 }
 
-template <typename Type, int M>
-void gemv_rows(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, float *out, int64_t ld) {
+template <typename Type, int M, typename X>
+void gemv_rows(const gc_matrix &matrix, int64_t first, int64_t last, const X *x, float *out, int64_t ld) {
     // Sums that fit the registers, and are enough for the latency of their additions.
 #if defined(GC_LEVEL_NEON)
     constexpr int R = M == 1 ? 8 : 4;
@@ -64,14 +70,14 @@ void gemv_rows(const gc_matrix &matrix, int64_t first, int64_t last, const float
 }
 
 // In equal passes; after the first one the panel is in the cache.
-template <typename Type>
-void gemv(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, int64_t count, float *out, int64_t ld) {
+template <typename Type, typename X>
+void gemv(const gc_matrix &matrix, int64_t first, int64_t last, const X *x, int64_t count, float *out, int64_t ld) {
     for (int64_t passes = (count + TILE_GEMV - 1) / TILE_GEMV; passes > 0; --passes) {
         const int64_t some = (count + passes - 1) / passes;
-        auto *run = some == 1   ? gemv_rows<Type, 1>
-                    : some == 2 ? gemv_rows<Type, 2>
-                    : some == 3 ? gemv_rows<Type, 3>
-                                : gemv_rows<Type, TILE_GEMV>;
+        auto *run = some == 1   ? gemv_rows<Type, 1, X>
+                    : some == 2 ? gemv_rows<Type, 2, X>
+                    : some == 3 ? gemv_rows<Type, 3, X>
+                                : gemv_rows<Type, TILE_GEMV, X>;
         run(matrix, first, last, x, out, ld);
         count -= some, x += some * matrix.columns, out += some * ld;
     }
@@ -141,7 +147,12 @@ void panel_type(const gc_matrix &matrix, int64_t panel, const Rows &rows, int64_
                 float *scratch) {
     int64_t first = panel * PANEL, last = first + PANEL < matrix.rows ? first + PANEL : matrix.rows, count = end - begin;
     const float *x = rows.x + begin * matrix.columns;
-    if (count <= GEMV_ROWS) return gemv<Type>(matrix, first, last, x, count, out, ld);
+    if (count <= GEMV_ROWS) {
+        // A level that multiplies many rows in bfloat16 rounds few ones, too: results hardly depend on their number, then.
+        const bool is_rounded = rows.bf16 && matrix.codes == GC_BF16 && rows.activations != GC_FLOAT_ROWS;
+        if (is_rounded) return gemv<Type>(matrix, first, last, rows.bf16 + begin * matrix.columns, count, out, ld);
+        return gemv<Type>(matrix, first, last, x, count, out, ld);
+    }
     auto *run = last - first == PANEL ? gemm<Type> : gemm_ragged<Type>;
     run(matrix, first, last, x, count, out, ld, scratch);
 }
