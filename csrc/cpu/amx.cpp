@@ -16,7 +16,7 @@ namespace gemcutter {
 namespace {
 
 // Up to 16 rows, which would fill one tile, a row's result must not depend on the rows beside it: AVX-512 computes those.
-constexpr int64_t LEAST_ROWS = 17;
+constexpr int64_t LEAST_ROWS = FEW_ROWS + 1;
 constexpr int TILES = 4;      // tiles of rows that share one load of the matrix
 constexpr int64_t STEP = 32;  // columns of one tile multiplication
 constexpr int TILE_FLOATS = PANEL * PANEL;

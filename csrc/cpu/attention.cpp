@@ -341,8 +341,7 @@ void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
 void softmax_query(const Block &b, int64_t query, int64_t from, int64_t to, int64_t count) {
     float *scores = b.scores + query * KEY_BLOCK;
     if (b.key_scales) multiply(scores, b.key_scales, count);
-    for (int64_t t = 0; t < from; ++t) scores[t] = -INFINITY;
-    for (int64_t t = to; t < count; ++t) scores[t] = -INFINITY;
+    hide_unseen(scores, from, to, count);
     float best = highest(scores, count), top = b.top[query] > best ? b.top[query] : best;
     b.shrink[query] = expf(b.top[query] - top);
     b.total[query] = b.total[query] * b.shrink[query] + exponentiate(scores, count, top);
@@ -436,8 +435,7 @@ void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t h
     memset(b.out, 0, sizeof(float) * (size_t)(b.queries() * padded_to(dim, PANEL)));
     for (int64_t query = 0; query < b.queries(); ++query) b.top[query] = -INFINITY, b.total[query] = 0;
 
-    int64_t low = b.oldest(0) > keys->start ? b.oldest(0) : keys->start;
-    int64_t high = b.newest(rows - 1) + 1;
+    auto [low, high] = SeenKeys(b, *keys);
     while (low < high) {
         int64_t next = low / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK;
         if (next > high) next = high;

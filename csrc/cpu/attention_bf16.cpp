@@ -3,9 +3,10 @@
 //
 // Owns the blocks: the keys of a block become pairs of columns, its values pairs of keys, and 8 query vectors at a time meet two
 // panels of them. Queries and softmax weights are rounded to bfloat16, as the models' own code rounds them; codes of int8 are exact
-// in it, and their scales are multiplied into float32 scores and into weights before they are rounded. Few rows, and a cache that
-// is float32 or computed with in float32, go to the AVX-512 kernels. A key that no row of a call sees changes nothing, whatever its memory holds. Refuses to
-// know sequences, pages and threads; read `attention.cpp` for the same in float32, `attention_split.cpp` for the caller.
+// in it, and their scales are multiplied into float32 scores and into weights before they are rounded. Few rows, few keys, and a
+// cache that is float32 or computed with in float32, go to the AVX-512 kernels. A key that no row of a call sees changes nothing,
+// whatever its memory holds. Refuses to know sequences, pages and threads; read `attention.cpp` for the same in float32,
+// `attention_split.cpp` for the caller.
 #include <math.h>
 
 #include "attention_rows.h"
@@ -79,12 +80,12 @@ void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
         }
 }
 
-// Turns the scores of one query vector, which sees keys from..to-1 of a block, into softmax weights of `padded` keys, zero elsewhere.
+// Turns the scores of one query vector, which sees keys from..to-1 of a block, into softmax weights of `padded` keys, zero
+// elsewhere.
 void weigh_query(const Block &b, int64_t query, int64_t from, int64_t to, int64_t padded) {
     float *scores = b.scores + query * SCORES_LD;
     if (b.key_scales) multiply(scores, b.key_scales, padded);
-    for (int64_t t = 0; t < from; ++t) scores[t] = -INFINITY;
-    for (int64_t t = to; t < padded; ++t) scores[t] = -INFINITY;
+    hide_unseen(scores, from, to, padded);
     float best = highest(scores, padded), top = b.top[query] > best ? b.top[query] : best;
     b.shrink[query] = expf(b.top[query] - top);
     b.total[query] =
@@ -193,8 +194,7 @@ size_t block_bytes(int64_t rows, int64_t heads, int64_t dim) {
 
 void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const int64_t *positions,
              const int64_t *last_visible, int64_t window, const Keys *keys, void *scratch) {
-    const QueryRows seen = {rows, positions, last_visible, window};
-    int64_t low = seen.oldest(0) > keys->start ? seen.oldest(0) : keys->start, high = seen.newest(rows - 1) + 1;
+    auto [low, high] = SeenKeys({rows, positions, last_visible, window}, *keys);
     if (keys->dtype == GC_F32 || keys->exact || dim % 2 || high - low < LEAST_KEYS) {
         const int64_t most = attention_avx512.prefill_rows(heads, dim);
         for (int64_t row = 0; row < rows; row += most)

@@ -1,5 +1,5 @@
-// What both kernels for blocks of query rows share: which keys a row sees, and where a key's elements and scales lie. Included by level
-// sources only; read `attention.cpp` and `attention_bf16.cpp`, which use it.
+// What both kernels for blocks of query rows share: which keys a row sees, and where a key's elements and scales lie. Included by
+// level sources only; read `attention.cpp` and `attention_bf16.cpp`, which use it.
 #pragma once
 #include "kernels.h"
 #include "vec.h"
@@ -31,6 +31,19 @@ struct QueryRows {
         return newest(row) >= first && (!window || positions[row] - window < last - 1);
     }
 };
+
+// The positions low..high-1 that a cache holds and some row may see.
+struct SeenKeys {
+    int64_t low, high;
+    SeenKeys(const QueryRows &rows, const Keys &keys)
+        : low(rows.oldest(0) > keys.start ? rows.oldest(0) : keys.start), high(rows.newest(rows.rows - 1) + 1) {}
+};
+
+// Takes the keys out that a row does not see: only from..to-1 of `count` stay.
+inline void hide_unseen(float *scores, int64_t from, int64_t to, int64_t count) {
+    for (int64_t t = 0; t < from; ++t) scores[t] = -INFINITY;
+    for (int64_t t = to; t < count; ++t) scores[t] = -INFINITY;
+}
 
 // The rows first..last-1 that see any of the positions low..high-1.
 struct SeeingRows {

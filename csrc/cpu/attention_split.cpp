@@ -27,7 +27,6 @@ struct AttentionMerge {
 
 namespace {
 
-constexpr int64_t FEW_ROWS = 16;     // a sequence with at most so many rows is split along the keys
 constexpr int64_t MIN_PIECE = 128;   // keys: fewer would cost more to merge than the split gains
 constexpr int64_t MAX_PIECES = 32;   // of one row, unless the kernel's limit on keys asks for more
 constexpr int64_t MIN_QUERIES = 48;  // query vectors (rows times heads) of a block, below which packing its keys does not pay

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t K_CHUNK = 256;  // columns of one converted chunk: 16 KB, half of an L1 cache
 // Up to here a row's result must not depend on the rows beside it, and converting a panel costs about what it saves.
-constexpr int64_t GEMV_ROWS = 16;
+constexpr int64_t GEMV_ROWS = FEW_ROWS;
 constexpr int TILE_GEMV = 4;         // activation rows of one pass over a panel
 constexpr int64_t SHORT_ROW = 8192;  // bytes: prefetched by hand, since the hardware prefetcher stops at every row's end
 constexpr int64_t AHEAD_ROWS = 2 * TILE_ROWS, AHEAD_LINES = 16;  // rows between which some lines of the next chunk are asked for

@@ -98,7 +98,9 @@ struct Keys {
 
 constexpr int64_t CHUNK_ELEMENTS = 96 * 1024;  // a part of the L2 cache, which also holds a panel's codes
 constexpr int64_t CHUNK_ROWS = 256;
-constexpr int64_t FEW_ROWS = 16;  // up to here products are bound by memory: a thread has its own range of panels
+// Up to here products are bound by memory, a thread has its own range of panels, and a row's result must not depend on the rows
+// beside it: kernels for more rows may round otherwise.
+constexpr int64_t FEW_ROWS = 16;
 
 constexpr int64_t DECODE_KEYS = 512;    // the most keys of one call of `decode`
 constexpr int64_t DECODE_QUERIES = 64;  // and the most query vectors, unless one row has more heads

@@ -23,8 +23,8 @@ struct Code8 {
     static constexpr bool IS_SIGNED = true;
 };
 
-// Each level has ROWS_AT_ONCE, which its registers hold, and STREAM_ROWS, up to which rows are multiplied while codes are unpacked
-// in registers: with AVX-512 always, since unpacking is cheap and a panel's packed codes fit the L1 cache where unpacked ones do not.
+// Each level has STREAM_ROWS, up to which rows are multiplied while codes are unpacked in registers, and ROWS_AT_ONCE, of which the
+// registers hold the sums meanwhile.
 
 inline int32_t four_bytes(const int8_t *p) {
     int32_t all;
@@ -42,19 +42,18 @@ inline N add_dots(N sums, N codes, N row) { return _mm512_dpbusd_epi32(sums, cod
 #elif defined(GC_LEVEL_AVX_VNNI)
 #define GC_DOT_BYTES
 inline N no_sums() { return _mm256_setzero_si256(); }
-inline N load_codes(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 inline N broadcast_columns(const int8_t *p) { return _mm256_set1_epi32(four_bytes(p)); }
 inline N add_dots(N sums, N codes, N row) { return _mm256_dpbusd_avx_epi32(sums, codes, row); }
 #endif
 
-#if defined(GC_LEVEL_AVX2) && !defined(GC_DOT_BYTES)
+#if defined(GC_LEVEL_AVX2)
 inline N load_codes(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 #endif
 
 #if defined(GC_LEVEL_AVX512)
 
 constexpr int ROWS_AT_ONCE = 8;
-constexpr int64_t STREAM_ROWS = 16;
+constexpr int64_t STREAM_ROWS = FEW_ROWS;
 
 template <class Code>
 struct CodeReader : Code {
@@ -80,7 +79,7 @@ struct CodeReader : Code {
 #elif defined(GC_LEVEL_AVX2)
 
 constexpr int ROWS_AT_ONCE = 4;
-constexpr int64_t STREAM_ROWS = 16;
+constexpr int64_t STREAM_ROWS = FEW_ROWS;
 
 template <class Code>
 struct CodeReader : Code {
@@ -106,7 +105,7 @@ struct CodeReader : Code {
     }
 
   private:
-    static N at(const uint8_t *codes, int j) { return _mm256_loadu_si256((const __m256i *)(codes + j * QUAD_BYTES)); }
+    static N at(const uint8_t *codes, int j) { return load_codes(codes + j * QUAD_BYTES); }
 };
 
 #if !defined(GC_DOT_BYTES)

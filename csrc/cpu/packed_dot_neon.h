@@ -11,7 +11,7 @@ namespace gemcutter {
 namespace {
 
 constexpr int ROWS_AT_ONCE = 4;  // sums of 4 x 16 fill half of the registers
-constexpr int64_t STREAM_ROWS = 16;
+constexpr int64_t STREAM_ROWS = FEW_ROWS;
 
 // A quad is 4 rows of it from `part` on: 16 signed bytes.
 template <class Code>

@@ -14,7 +14,7 @@ constexpr int PARTS_AT_ONCE = PARTS;  // a row's columns, once loaded, meet all 
 #else
 constexpr int PARTS_AT_ONCE = 1;
 #endif
-constexpr int64_t RUN = 16;  // blocks unpacked at once: 8 KB of codes, which fit the L1 cache together with scales and rows
+constexpr int64_t RUN = 16;  // blocks whose row scales are brought into one place at once
 
 // to = from * by for the blocks of a run; a whole run takes a few vectors, and nothing beyond `count` is read.
 GC_INLINE void scale_run(const float *from, float by, int64_t count, float *to) {
