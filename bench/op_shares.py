@@ -34,7 +34,7 @@ from gemcutter.ops import reference
 from gemcutter.ops.cpu.layer_ops import build_attention
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.ops.step import KVRange, Step, prepare
-from gemcutter.ops.types import OpContext, matrix
+from gemcutter.ops.types import OpContext, Precision, matrix
 from gemcutter.plan import LayerPlan, ModelPlan
 
 QUANTS = ("q4_0", "mlx4", "q8_0", "q6_k", "bf16")
@@ -44,6 +44,7 @@ PROMPT_ROWS = 512
 STREAMED_BYTES = 256 << 20  # of matrices in turn: more than any cache holds
 LEAST_S = 0.25  # of a measurement, whose median counts
 LEAST_RUNS = 5
+FAST = Precision(torch.bfloat16, torch.float32, "int8")  # as models are computed with by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def attention_op(model: ModelPlan, layer: LayerPlan, context: int, rows: int) ->
     spans = {layer.group: (KVRange(0, slice(0, context)),)}
     step = Step(positions, positions, positions, (0, rows), spans, {}, None, {})
     step = prepare(step, lambda of: CPU.attn_metadata(of, [(layer.group, layer.rope)]))
-    run = build_attention(model, layer, {}, OpContext(reference.linear))
+    run = build_attention(model, layer, {}, OpContext(reference.linear, FAST))
     q_NHE = torch.randn(rows, layer.heads, layer.head_dim) * layer.head_dim**-0.5
     seen = sum(layer.visible(int(position) + 1) for position in positions)
     nbytes = 2 * min(context, (layer.window or context) + rows) * layer.kv_heads * layer.head_dim * cache.keys.itemsize

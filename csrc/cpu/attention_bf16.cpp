@@ -3,21 +3,20 @@
 //
 // Owns the blocks: the keys of a block become pairs of columns, its values pairs of keys, and 8 query vectors at a time meet two
 // panels of them. Queries and softmax weights are rounded to bfloat16, as the models' own code rounds them; codes of int8 are exact
-// in it, and their scales are multiplied into float32 scores and into weights before they are rounded. Few rows, few keys, and a
-// cache that is float32 or computed with in float32, go to the AVX-512 kernels. A key that no row of a call sees changes nothing,
+// in it, and their scales are multiplied into float32 scores and into weights before they are rounded. Few keys, and a cache
+// that is float32 or computed with in float32, go to the AVX-512 kernels. A key that no row of a call sees changes nothing,
 // whatever its memory holds. Refuses to know sequences, pages and threads; read `attention.cpp` for the same in float32,
-// `attention_split.cpp` for the caller.
+// `attention_few_bf16.h` for few rows, `attention_split.cpp` for the caller.
 #include <math.h>
 
-#include "attention_rows.h"
-#include "matmul_f32.h"
-#include "softmax_bf16.h"
+#include "attention_few_bf16.h"
 
 namespace gemcutter {
 namespace {
 
 constexpr int TILE_M = 8, TILE_PANELS = 2;
-// Rows that see fewer keys attend in float32: that costs little, and short prompts do not depend on how they are cut into steps.
+// The first keys, and rows of prompts that see no more, are attended to in float32: that costs little, and short prompts do not
+// depend on how they are cut into steps.
 constexpr int64_t LEAST_KEYS = 256;
 constexpr int64_t KEY_BLOCK = 128;  // keys of one softmax update, aligned to absolute positions
 constexpr int64_t TILE_COLUMNS = TILE_PANELS * PANEL;
@@ -237,12 +236,17 @@ int64_t prefill_rows(int64_t heads, int64_t dim) {
 }
 
 size_t scratch_bytes(int64_t heads, int64_t dim) {
-    size_t own = block_bytes(prefill_rows(heads, dim), heads, dim), other = attention_avx512.scratch_bytes(heads, dim);
+    size_t own = block_bytes(prefill_rows(heads, dim), heads, dim), few = few_bytes(heads, dim);
+    size_t other = attention_avx512.scratch_bytes(heads, dim);
+    if (few > own) own = few;
     return own > other ? own : other;
 }
 
 void decode(const DecodeRow *rows, int64_t count, int64_t heads, int64_t dim, const Keys *keys, int64_t base, void *scratch) {
-    attention_avx512.decode(rows, count, heads, dim, keys, base, scratch);
+    if (keys->dtype == GC_F32 || keys->exact || dim % COLUMNS || base < LEAST_KEYS)
+        return attention_avx512.decode(rows, count, heads, dim, keys, base, scratch);
+    auto *run = keys->dtype == GC_S8 ? attend_few<int8_t> : attend_few<uint16_t>;
+    run(rows, count, heads, dim, *keys, scratch);
 }
 
 }  // namespace

@@ -199,6 +199,12 @@ INTRINSIC __m256i _mm512_cvtneps_pbh(__m512 a) {  // to the nearest, ties to eve
     memcpy(&result, out, sizeof result);
     return result;
 }
+INTRINSIC __m512i _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+    const __m256i halves[2] = {_mm512_cvtneps_pbh(low), _mm512_cvtneps_pbh(high)};
+    __m512i result;
+    memcpy(&result, halves, sizeof result);
+    return result;
+}
 INTRINSIC __m512 _mm512_dpbf16_ps(__m512 sum, __m512i a, __m512i b) {  // the odd pair first; operands as plain words
     auto wide = [](uint16_t half) {
         uint32_t bits = (uint32_t)half << 16;

@@ -233,6 +233,34 @@ def test_long_context_is_cut_and_merged(past: int) -> None:
             check([rows(2, past)], plan(4, 1, dim, None), dtype)
 
 
+FEW = [Part((600,), 601), Part((601,), 602), Part((300, 301, 305, 306), 307), rows(16, 700), Part((519, 1030), 1031)]
+
+
+@pytest.mark.parametrize("dim", [32, 64, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (3, 1), (4, 1), (6, 1), (16, 2), (11, 1)])
+@pytest.mark.parametrize("window", [None, 1, 8, 101, 512])
+@pytest.mark.usefixtures("level")
+def test_few_rows_behind_many_keys(heads: int, kv_heads: int, dim: int, window: int | None) -> None:
+    """Windows begin and end at odd and at even positions, with poison in the other half of a pair."""
+    for dtype in (BF16, INT8):
+        check(FEW, plan(heads, kv_heads, dim, window), dtype, listed=dim == 64)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (3, 1), (8, 1)])
+@pytest.mark.parametrize("window", [None, 37, 512])
+@pytest.mark.usefixtures("level")
+def test_a_row_does_not_depend_on_those_beside_it(heads: int, kv_heads: int, window: int | None) -> None:
+    """Bit for bit, for every number of rows up to 16."""
+    layer = plan(heads, kv_heads, 64, window)
+    for dtype in (F32, BF16, INT8):
+        q_NHE, step, pool = make([rows(16, 611)], layer, dtype, listed=False, poison=0.0)
+        whole = attend(q_NHE, step, pool, layer)
+        for first, last in ((0, 1), (1, 2), (2, 4), (3, 6), (4, 9), (9, 16), (15, 16)):
+            positions = step.positions_N[first:last]
+            piece = prepared(Step(positions, positions, positions, (0, last - first), step.kv_ranges, {}, None, {}), layer)
+            assert torch.equal(attend(q_NHE[first:last].contiguous(), piece, pool, layer), whole[first:last])
+
+
 @pytest.mark.usefixtures("level")
 def test_chunks_equal_the_whole() -> None:
     for dtype in (F32, INT8):
