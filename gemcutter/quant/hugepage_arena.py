@@ -14,6 +14,8 @@ import threading
 import torch
 from torch import Tensor
 
+from gemcutter.numa import interleave
+
 SLAB_BYTES = 64 << 20
 _HUGE_BYTES = 2 << 20
 _ALIGN_BYTES = 64
@@ -42,4 +44,6 @@ def _new_slab(size: int) -> Tensor:
     memory = mmap.mmap(-1, whole + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     slab = torch.frombuffer(memory, dtype=torch.uint8)
-    return slab[-slab.data_ptr() % _HUGE_BYTES :][:whole]
+    slab = slab[-slab.data_ptr() % _HUGE_BYTES :][:whole]
+    interleave(slab.data_ptr(), whole)  # threads of every node read every weight
+    return slab
