@@ -23,7 +23,8 @@ from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write.synth import distribution, spell_config
 from gemcutter.checkpoint.write.write_gguf import write_gguf
 from gemcutter.checkpoint.write.write_safetensors import Spec
-from gemcutter.plan import ModelPlan, ParamSpec
+from gemcutter.param_spec import ParamSpec
+from gemcutter.plan import ModelPlan
 from gemcutter.quant.gguf_blocks import TYPES, Blocks
 
 FILE_TYPES = {"q4_0": "Q4_0", "q8_0": "Q8_0", "bf16": "BF16"}  # how most bytes are stored

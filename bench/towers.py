@@ -32,7 +32,7 @@ from gemcutter.model.audio import AudioTower
 from gemcutter.model.vision import VisionTower
 from gemcutter.ops.cpu.bindings import array_of, entry
 from gemcutter.ops.types import Param
-from gemcutter.plan import ParamKind, ParamSpec
+from gemcutter.param_spec import ParamKind, ParamSpec
 from gemcutter.quant import Weight
 from gemcutter.tower_config import AudioConfig, VisionConfig
 from gemcutter.tower_plan import AudioPlan, VisionPlan, plan_audio, plan_vision

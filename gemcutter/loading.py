@@ -37,7 +37,8 @@ from gemcutter.model.vision import VisionTower
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import AdapterDeltas, Param, matrix
-from gemcutter.plan import Access, ModelPlan, derive
+from gemcutter.param_spec import Access
+from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.tower_plan import TowerPlan, TowerPlans

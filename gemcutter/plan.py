@@ -8,7 +8,6 @@ themselves. Refuses to know tensors, files and devices: standard library only, `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -16,6 +15,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NewType
 
 from gemcutter.errors import ConfigError
+from gemcutter.param_spec import Access, ParamKind, ParamSpec
 from gemcutter.shard import Shard, Slice
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 QUERY_OFFSET = 0
 UNBOUND = -1  # kv_layer of a drafter's layer that is not bound to its target yet
 INT8_SCALE_BYTES = 4  # of the float32 scale that each key and value vector of a head has in an int8 cache
+
+HEAD_UNIT = 16  # rows of the head that tensor parallelism keeps together: a panel of the CPU kernels
+HEAD_CUT: dict[str, Any] = {"shard_axis": -2, "shard_unit": HEAD_UNIT, "is_even": False}
 
 GroupId = NewType("GroupId", str)  # of layers whose keys and values share one block table
 GLOBAL_GROUP = GroupId("global")
@@ -55,26 +58,6 @@ class Proj(Enum):
     def writes(self) -> bool:
         """Return whether the layer writes keys and values to the cache."""
         return self is not Proj.Q_ONLY
-
-
-class Access(Enum):
-    """How a tensor is read: whole in every step, or only by the rows that a step's tokens name."""
-
-    DENSE = "dense"
-    ROWS = "rows"
-
-
-class ParamKind(Enum):
-    """What a tensor is, which decides how it is loaded, counted and cut."""
-
-    MATRIX = "matrix"  # multiplied with, or gathered from by rows
-    EXPERTS = "experts"  # one matrix an expert, of which a token reads `top_k`
-    NORM = "norm"  # the weight of an RMSNorm
-    VECTOR = "vector"  # factors of single columns or experts
-    SCALAR = "scalar"
-    INDEX = "index"  # integers
-    CONV = "conv"  # kernel of a convolution, (out, in / groups, width, ...)
-    BIAS = "bias"  # added to columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +101,7 @@ class LayerPlan:
     mlp_width: int
     moe: MoEPlan | None
     ple_dim: int
+    mlp_unit: int = 1  # columns of the MLP that tensor parallelism keeps together: a group of quantized weights, say
     q_scale: float = 1.0  # of the queries; the loader folds it into their norm's weight (Gemma 3)
     has_v_norm: bool = True  # values are normed, without a weight, before they are written (not in Gemma 3)
     drops_rows: bool = False  # the model's last writer, where rows end whose logits nobody wants; set by ModelPlan
@@ -177,55 +161,6 @@ class KVGroup:
     def name(self) -> str:
         """Return "sliding" or "global"."""
         return Attn.GLOBAL.value if self.window is None else Attn.SLIDING.value
-
-
-@dataclass(frozen=True, slots=True)
-class ParamSpec:
-    """One tensor that the model needs: the contract between checkpoint, model, memory planner and tests."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: ParamKind = ParamKind.MATRIX
-    parts: tuple[tuple[str, int], ...] = ()  # rows of the second-to-last axis, stored apart in most checkpoints
-    access: Access = Access.DENSE
-    default: float | None = None  # what a checkpoint that lacks the tensor means
-    scale: float = 1.0  # multiplied in when the tensor is loaded
-    buffer: bool = False  # not counted as a parameter (layer scalars, token order)
-    shard_axis: int | None = None  # cut here by tensor parallelism, counted from the end; None: every rank holds all of it
-    shard_unit: int = 1  # elements along that axis that stay together: a head, say
-    slices: tuple[Slice, ...] = ()  # in a rank's plan: what it holds of each part, or of the tensor where no part is cut
-
-    @property
-    def integer(self) -> bool:
-        """Return whether the elements are integers."""
-        return self.kind is ParamKind.INDEX
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Return the shape of the whole tensor, as checkpoints hold it, whatever this rank holds of it."""
-        shape = list(self.shape)
-        if self.slices:
-            shape[self.slices[0].axis] = sum(piece.of for piece in self.slices)
-        return tuple(shape)
-
-    def on_rank(self, shard: Shard) -> ParamSpec:
-        """Return what one rank holds of the tensor: its own shape, parts and slices. Raises ConfigError for uneven shares."""
-        if self.shard_axis is None:
-            return self
-        is_by_part = self.shard_axis == -2 and bool(self.parts)
-        sizes = [rows for _, rows in self.parts] if is_by_part else [self.shape[self.shard_axis]]
-        slices = tuple(shard.cut(self.shard_axis, size, self.shard_unit) for size in sizes)
-        shape = list(self.shape)
-        shape[self.shard_axis] = sum(piece.size for piece in slices)
-        parts = (
-            tuple((name, piece.size) for (name, _), piece in zip(self.parts, slices, strict=False)) if is_by_part else self.parts
-        )
-        return replace(self, shape=tuple(shape), parts=parts, slices=slices)
-
-    @property
-    def elements(self) -> int:
-        """Count the elements."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -310,25 +245,44 @@ class ModelPlan:
             found += [] if layer.writes else [(f"{name}.k_norm", None)]
         return frozenset(found)
 
-    def shard(self, rank: int, world: int) -> ModelPlan:
-        """Return the plan of one tensor-parallel rank: its heads, MLP columns, experts and rows of the head.
+    def shard(self, rank: int, world: int, mlp_unit: int = 1) -> ModelPlan:
+        """Return the plan of one tensor-parallel rank: its heads, MLP columns, experts and rows of the vocabulary.
 
-        Key heads fewer than ranks are held by several. Raises ConfigError for a model that so many ranks can't share evenly.
+        Key heads fewer than ranks are held by several; `mlp_unit` columns of an MLP stay together. A drafter's head stays whole,
+        since candidates come from all of it. Raises ConfigError for a model that so many ranks can't share.
         """
         shard = Shard(rank, world)
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} of {world}: expected 0 to {world - 1}")
-        for spec in self.params():
+        uneven = {layer.heads for layer in self.layers if layer.heads % world}
+        if uneven:
+            raise ConfigError(f"tensor parallelism over {world} ranks: {uneven.pop()} query heads can't be shared evenly by them")
+        whole = self
+        if mlp_unit > 1:
+            whole = replace(self, layers=tuple(replace(layer, mlp_unit=mlp_unit) for layer in self.layers))
+        for spec in whole.params():
             try:
                 spec.on_rank(shard)
             except ConfigError as error:
                 raise ConfigError(f"tensor parallelism over {world} ranks: {spec.name}: {error}") from None
-        return replace(self, layers=tuple(_layer_on_rank(layer, shard) for layer in self.layers), rank=shard, whole=self)
+        layers = tuple(_layer_on_rank(layer, shard) for layer in whole.layers)
+        return replace(self, layers=layers, rank=shard, whole=whole)
+
+    @property
+    def mlp_unit(self) -> int:
+        """Return how many columns of an MLP stay together when ranks share it."""
+        return self.layers[0].mlp_unit
+
+    @property
+    def cuts_head(self) -> bool:
+        """Return whether tensor-parallel ranks share the rows of the token table and the head."""
+        return not self.is_drafter
 
     @property
     def head_rows(self) -> Slice:
         """Return the rows of the vocabulary whose logits this rank computes; all of them outside a tensor-parallel group."""
-        return (self.rank or Shard(0, 1)).cut(-2, self.vocab)
+        whole = Slice(-2, 0, self.vocab, self.vocab)
+        return self.rank.cut(-2, self.vocab, HEAD_UNIT, is_even=False) if self.rank and self.cuts_head else whole
 
     def params(self) -> Iterator[ParamSpec]:
         """List every tensor of the decoder under its canonical name; in a rank's plan, what the rank holds of each."""
@@ -336,9 +290,10 @@ class ModelPlan:
             yield from (spec.on_rank(self.rank) for spec in self.whole.params())
             return
         hidden, ple_width = self.hidden, len(self.layers) * self.ple_dim
-        yield ParamSpec("embed.tokens", (self.vocab, hidden))
+        vocabulary: dict[str, Any] = HEAD_CUT if self.cuts_head else {}
+        yield ParamSpec("embed.tokens", (self.vocab, hidden), **vocabulary)
         if not self.tied_head:
-            yield ParamSpec("head", (self.vocab, hidden), shard_axis=-2)
+            yield ParamSpec("head", (self.vocab, hidden), **vocabulary)
         if self.ple_dim:
             yield ParamSpec("embed.ple", (self.ple_vocab, ple_width), access=Access.ROWS)
             yield ParamSpec("ple.in", (ple_width, hidden))
@@ -447,8 +402,9 @@ def _layer_params(layer: LayerPlan, hidden: int) -> Iterator[ParamSpec]:
     yield spec("attn.out", hidden, layer.heads * layer.head_dim, axis=-1, shard_unit=layer.head_dim)
     yield norm("attn.post_norm", hidden)
     yield norm("mlp.norm", hidden)
-    yield spec("mlp.in", 2 * width, hidden, parts=(("gate", width), ("up", width)), axis=-2)
-    yield spec("mlp.out", hidden, width, axis=-1)
+    cut: dict[str, Any] = {"shard_unit": layer.mlp_unit, "is_even": False}
+    yield spec("mlp.in", 2 * width, hidden, parts=(("gate", width), ("up", width)), axis=-2, **cut)
+    yield spec("mlp.out", hidden, width, axis=-1, **cut)
     yield norm("mlp.post_norm", hidden)
     if moe:
         experts, vector = ParamKind.EXPERTS, ParamKind.VECTOR
@@ -474,7 +430,8 @@ def _layer_on_rank(layer: LayerPlan, shard: Shard) -> LayerPlan:
     if moe is not None:
         share = shard.cut(-3, moe.experts)
         moe = replace(moe, first=share.start, held=share.size)
-    heads, kv_heads, width = (shard.cut(-2, size).size for size in (layer.heads, layer.kv_heads, layer.mlp_width))
+    heads, kv_heads = (shard.cut(-2, size).size for size in (layer.heads, layer.kv_heads))
+    width = shard.cut(-2, layer.mlp_width, layer.mlp_unit, is_even=False).size
     return replace(layer, heads=heads, kv_heads=kv_heads, mlp_width=width, moe=moe)
 
 

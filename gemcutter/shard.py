@@ -35,13 +35,19 @@ class Shard:
     rank: int
     world: int
 
-    def cut(self, axis: int, size: int, unit: int = 1) -> Slice:
+    def cut(self, axis: int, size: int, unit: int = 1, is_even: bool = True) -> Slice:
         """Return this rank's share of an axis whose blocks of `unit` elements stay whole; of few blocks several ranks hold one.
 
-        Raises ConfigError where the ranks can't share evenly.
+        The last block may be smaller. Where shares need not be even, some ranks hold one block more than others. Raises
+        ConfigError where the ranks can't share evenly, or there is no block for each of several that need not.
         """
-        blocks = size // unit
-        if blocks % self.world and self.world % blocks:
+        blocks = -(-size // unit)
+        if not is_even:
+            if blocks < self.world:
+                raise ConfigError(f"{blocks} blocks of {unit} can't be shared by {self.world} ranks")
+            first, last = (rank * blocks // self.world * unit for rank in (self.rank, self.rank + 1))
+            return Slice(axis, first, min(last, size), size)
+        if size % unit or (blocks % self.world and self.world % blocks):
             raise ConfigError(f"{blocks} blocks of {unit} can't be shared evenly by {self.world} ranks")
         first = self.rank * blocks // self.world
         return Slice(axis, first * unit, (first + max(1, blocks // self.world)) * unit, size)

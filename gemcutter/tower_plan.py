@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from gemcutter.errors import ConfigError
-from gemcutter.plan import Access, ParamKind, ParamSpec
+from gemcutter.param_spec import Access, ParamKind, ParamSpec
 from gemcutter.tower_config import AudioConfig, UnifiedAudioConfig, UnifiedVisionConfig, VisionConfig
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemcutter.checkpoint.formats import hf, hf_towers
-from gemcutter.plan import Access, ModelPlan, ParamKind
+from gemcutter.param_spec import Access, ParamKind
+from gemcutter.plan import ModelPlan
 from gemcutter.tower_plan import TowerPlans
 
 Place = tuple[str, str | None]  # a parameter and its part

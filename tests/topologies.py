@@ -31,7 +31,8 @@ from gemcutter.engine.request import Request, SequenceState
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.model.text import Decoder
-from gemcutter.plan import ModelPlan, ParamSpec, derive
+from gemcutter.param_spec import ParamSpec
+from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Weight
 
 transformers_logging.set_verbosity_error()  # it warns of rope keys that it then obeys

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.ops.types import Param
-from gemcutter.plan import ParamKind
+from gemcutter.param_spec import ParamKind
 from gemcutter.quant import Weight
 from gemcutter.tower_plan import AudioPlan, VisionPlan
 

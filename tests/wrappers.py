@@ -41,7 +41,7 @@ from gemcutter.model.audio import AudioTower
 from gemcutter.model.text import Decoder
 from gemcutter.model.vision import VisionTower
 from gemcutter.ops.types import Param
-from gemcutter.plan import ParamKind
+from gemcutter.param_spec import ParamKind
 from gemcutter.quant import Weight
 from gemcutter.tower_plan import AudioPlan, UnifiedAudioPlan, UnifiedVisionPlan, VisionPlan, derive_towers
 from tests.images import drawing

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gemcutter.ops.types import Param
-from gemcutter.plan import Access, ModelPlan, ParamSpec
+from gemcutter.param_spec import Access, ParamSpec
+from gemcutter.plan import ModelPlan
 
 
 def held_bytes(plan: ModelPlan, params: Mapping[str, Param]) -> int:

@@ -19,7 +19,8 @@ from gemcutter.checkpoint.write.synth import SIZES, Size, distribution, find_siz
 from gemcutter.checkpoint.write.synth_assistant import ASSISTANTS, shrink_assistant, spell_assistant
 from gemcutter.errors import ConfigError
 from gemcutter.ops.types import Param
-from gemcutter.plan import Access, ModelPlan, ParamSpec, derive
+from gemcutter.param_spec import Access, ParamSpec
+from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.affine import Affine
 from gemcutter.quant.cpu_layout import PANEL

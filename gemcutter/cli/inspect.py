@@ -40,7 +40,8 @@ from gemcutter.errors import ConfigError, RequestError
 from gemcutter.load_options import DEFAULT_CONTEXT, own_dtype
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, Selection, select_backend
-from gemcutter.plan import INT8_SCALE_BYTES, Access, LayerPlan
+from gemcutter.param_spec import Access
+from gemcutter.plan import INT8_SCALE_BYTES, LayerPlan
 from gemcutter.tower_plan import TowerPlan, derive_audio, derive_vision
 
 if TYPE_CHECKING:

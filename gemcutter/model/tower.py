@@ -22,7 +22,7 @@ from gemcutter.ops.reference import rms_norm
 from gemcutter.ops.registry import select_backend, select_kernel
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import AdapterDeltas, Linear, Param, matrix, vector
-from gemcutter.plan import ParamSpec
+from gemcutter.param_spec import ParamSpec
 from gemcutter.quant import Weight
 from gemcutter.quant.carried import carry, carrying_weights
 from gemcutter.quant.lora import Delta

@@ -15,7 +15,8 @@ from gemcutter.ops import DRAFT_MATRICES, LAYER_OPS, MATRICES, OPS, KernelSite
 from gemcutter.ops.backend import REFERENCE, TORCH, Backend, KernelImpl
 from gemcutter.ops.cpu.backend import ACTIVATIONS, CPU
 from gemcutter.ops.triton.backend import TRITON
-from gemcutter.plan import Access, LayerPlan, ModelPlan
+from gemcutter.param_spec import Access
+from gemcutter.plan import LayerPlan, ModelPlan
 
 __all__ = [
     "ACTIVATIONS",

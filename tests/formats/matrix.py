@@ -25,7 +25,8 @@ from torch import Tensor
 from gemcutter import config as configs
 from gemcutter.checkpoint.formats import compressed, gguf, hf, mlx
 from gemcutter.checkpoint.write.synth import SIZES, shrink, write_size
-from gemcutter.plan import ModelPlan, ParamSpec, Proj, derive
+from gemcutter.param_spec import ParamSpec
+from gemcutter.plan import ModelPlan, Proj, derive
 from tests import gguf_files, mlx_files
 from tests.formats.packers import BLOCK, GROUP, PACKERS, Packer, Stored
 from tests.formats.quantized import APART, FUSED, TEXT, WRAPPER, Raw, Tensors, quantize, wrap, write

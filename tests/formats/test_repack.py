@@ -17,7 +17,7 @@ from gemcutter.checkpoint.load.load_params import load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.model.text import Decoder
-from gemcutter.plan import Access
+from gemcutter.param_spec import Access
 from gemcutter.quant import Weight, affine, dequantize, native_repack
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.cpu_packing import join, pack_for_cpu

@@ -18,10 +18,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "errors": set(),
     "shard": set(),
-    "plan": {"shard", "config"},  # config for type checking only, see test_plan_is_standard_library_only
+    "param_spec": {"shard"},
+    "plan": {"shard", "param_spec", "config"},  # config for type checking only, see test_plan_is_standard_library_only
     "config_keys": set(),
     "tower_config": {"config_keys"},
-    "tower_plan": {"plan", "tower_config", "config"},  # config for type checking only
+    "tower_plan": {"plan", "param_spec", "tower_config", "config"},  # config for type checking only
     "config": {"config_keys", "tower_config"},
     "native": set(),
     "media": set(),
@@ -34,13 +35,24 @@ MAY_IMPORT = {
     "numa": set(),
     "quant_names": set(),
     "quant": {"native", "numa", "quant_names"},
-    "ops": {"plan", "tower_plan", "quant", "native", "cores"},
+    "ops": {"plan", "param_spec", "tower_plan", "quant", "native", "cores"},
     "load_options": {"ops", "quant_names", "engine"},
-    "loading": {"media", "load_options", "plan", "tower_plan", "checkpoint", "engine", "model", "ops", "quant"},
-    "model": {"plan", "tower_plan", "quant", "ops"},
-    "cache": {"plan", "ops"},
-    "engine": {"plan", "model", "cache", "ops"},
-    "checkpoint": {"plan", "tower_plan", "tower_config", "config", "quant", "quant_names", "native", "sidecar"},
+    "loading": {"media", "load_options", "plan", "param_spec", "tower_plan", "checkpoint", "engine", "model", "ops", "quant"},
+    "model": {"plan", "param_spec", "tower_plan", "quant", "ops"},
+    "cache": {"plan", "param_spec", "ops"},
+    "engine": {"plan", "param_spec", "model", "cache", "ops"},
+    "checkpoint": {
+        "shard",
+        "plan",
+        "param_spec",
+        "tower_plan",
+        "tower_config",
+        "config",
+        "quant",
+        "quant_names",
+        "native",
+        "sidecar",
+    },
     "text": {"sidecar"},
     "generation_config": {"config", "engine", "text"},
     "completion": {"engine", "text"},
@@ -67,10 +79,11 @@ MAY_IMPORT = {
     "tools": {"text", "completion"},  # completion for type checking only
     "text_assets": {"checkpoint", "text", "generation_config", "sidecar"},
     "evals": {"api", "completion", "engine", "generate_options", "load_options", "parity", "scoring", "text", "tools"},
-    "parity": {"plan", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
+    "parity": {"plan", "param_spec", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
     "benchmark": {
         "cores",
         "plan",
+        "param_spec",
         "checkpoint",
         "quant",
         "ops",
@@ -88,6 +101,7 @@ MAY_IMPORT = {
         "load_options",
         "quant_names",
         "plan",
+        "param_spec",
         "tower_plan",
         "checkpoint",
         "ops",
@@ -216,9 +230,10 @@ def test_headers_and_plans_need_no_torch(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "imported"),
     [
-        ("plan.py", {"gemcutter.errors", "gemcutter.shard"}),
+        ("plan.py", {"gemcutter.errors", "gemcutter.param_spec", "gemcutter.shard"}),
+        ("param_spec.py", {"gemcutter.shard"}),
         ("shard.py", {"gemcutter.errors"}),
-        ("tower_plan.py", {"gemcutter.errors", "gemcutter.plan", "gemcutter.tower_config"}),
+        ("tower_plan.py", {"gemcutter.errors", "gemcutter.param_spec", "gemcutter.tower_config"}),
         ("tower_config.py", {"gemcutter.errors", "gemcutter.config_keys"}),
     ],
 )

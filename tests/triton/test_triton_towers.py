@@ -15,7 +15,7 @@ from gemcutter.model.vision import VisionTower
 from gemcutter.ops import TOWER_OPS, KernelSite
 from gemcutter.ops.registry import select_kernel
 from gemcutter.ops.types import Param
-from gemcutter.plan import ParamKind
+from gemcutter.param_spec import ParamKind
 from gemcutter.quant import Weight
 from gemcutter.tower_config import AudioConfig, VisionConfig
 from gemcutter.tower_plan import AudioPlan, VisionPlan, plan_audio, plan_vision

@@ -19,7 +19,8 @@ from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write import synth
 from gemcutter.cli import main
 from gemcutter.ops import OPS
-from gemcutter.plan import ModelPlan, ParamSpec, derive
+from gemcutter.param_spec import ParamSpec
+from gemcutter.plan import ModelPlan, derive
 
 
 def inspect_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write.synth import SIZES, shrink, write_size
 from gemcutter.checkpoint.write.write_safetensors import Spec, write_json, write_sharded
-from gemcutter.plan import Access
+from gemcutter.param_spec import Access
 from gemcutter.quant import Weight
 from gemcutter.quant.packing import PlainPacker
 

@@ -21,7 +21,8 @@ from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
 from gemcutter.checkpoint.write.synth import SIZES, shrink, spell_config
 from gemcutter.checkpoint.write.write_safetensors import write_json, write_safetensors
 from gemcutter.errors import CheckpointError, ConfigError
-from gemcutter.plan import ModelPlan, ParamSpec, Proj, derive
+from gemcutter.param_spec import ParamSpec
+from gemcutter.plan import ModelPlan, Proj, derive
 
 Raw = dict[str, Any]
 Entries = dict[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype and shape; the data is zeros

@@ -8,11 +8,13 @@ import pytest
 
 from gemcutter import config as configs
 from gemcutter.checkpoint.write.synth import SIZES, spell_config
+from gemcutter.checkpoint.write.synth_assistant import ASSISTANTS, spell_assistant
 from gemcutter.errors import ConfigError
-from gemcutter.plan import ModelPlan, ParamKind, ParamSpec, derive
+from gemcutter.param_spec import ParamKind, ParamSpec
+from gemcutter.plan import ModelPlan, derive
 from gemcutter.shard import Shard, Slice
 
-REPLICATED = {"embed.tokens", "embed.ple", "ple.in", "moe.router", "ple.gate", "ple.out"}  # matrices that every rank holds
+REPLICATED = {"embed.ple", "ple.in", "moe.router", "ple.gate", "ple.out"}  # matrices that every rank holds
 
 
 def plan_of(size: str) -> ModelPlan:
@@ -101,12 +103,42 @@ def test_the_whole_plan_counts_once() -> None:
     [
         (2, 2, "rank 2 of 2: expected 0 to 1"),
         (-1, 4, "rank -1 of 4"),
-        (0, 3, "over 3 ranks: .*can't be shared evenly by 3 ranks"),
+        (0, 3, "over 3 ranks: 8 query heads can't be shared evenly"),
+        (0, 16, "over 16 ranks: 8 query heads can't be shared evenly"),
     ],
 )
 def test_uneven_shares_are_refused(rank: int, world: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of("E2B").shard(rank, world)
+
+
+def test_an_mlp_is_cut_between_groups_of_columns() -> None:
+    """The dense branch of 26B-A4B, 2112 columns in groups of 64: 16 and 17 of them."""
+    plan = plan_of("26B-A4B")
+    ranks = [plan.shard(rank, 2, mlp_unit=64) for rank in range(2)]
+    assert [rank.layers[0].mlp_width for rank in ranks] == [16 * 64, 17 * 64]
+    for rank in ranks:
+        specs = {spec.name: spec for spec in rank.params()}
+        (columns,), (gate, up) = specs["layers.0.mlp.out"].slices, specs["layers.0.mlp.in"].slices
+        assert (columns.start, columns.stop) == (gate.start, gate.stop) == (up.start, up.stop)
+        assert columns.start % 64 == 0
+    with pytest.raises(ConfigError, match="33 blocks of 64 can't be shared by 64 ranks"):
+        Shard(0, 64).cut(-1, 2112, 64, is_even=False)
+
+
+def test_the_last_block_may_be_smaller() -> None:
+    pieces = [Shard(rank, 3).cut(-2, 1000, 16, is_even=False) for rank in range(3)]
+    assert [(piece.start, piece.stop) for piece in pieces] == [(0, 336), (336, 672), (672, 1000)]
+    with pytest.raises(ConfigError, match="can't be shared evenly"):
+        Shard(0, 2).cut(-2, 1000, 16)
+
+
+def test_a_drafters_head_stays_whole() -> None:
+    drafter = derive(configs.read(spell_assistant(ASSISTANTS["E2B"], SIZES["E2B"])))
+    mine = drafter.shard(1, 2)
+    assert mine.tied_head == drafter.tied_head
+    assert mine.head_rows.size == drafter.vocab
+    assert {spec.name for spec in mine.params()} == {spec.name for spec in drafter.params()}
 
 
 def test_every_parameter_has_a_kind() -> None:

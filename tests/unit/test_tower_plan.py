@@ -20,7 +20,8 @@ from gemcutter import config
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import hf, hf_towers
 from gemcutter.errors import ConfigError
-from gemcutter.plan import ParamKind, derive
+from gemcutter.param_spec import ParamKind
+from gemcutter.plan import derive
 from gemcutter.tower_plan import AudioPlan, TowerPlans, UnifiedVisionPlan, VisionPlan, derive_towers
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"

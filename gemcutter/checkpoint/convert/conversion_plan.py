@@ -24,7 +24,8 @@ from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.row_chunks import Run, dense_dtype, whole
 from gemcutter.config import WRAPPER_TYPES
 from gemcutter.errors import CheckpointError, ConfigError
-from gemcutter.plan import ModelPlan, ParamSpec, Proj
+from gemcutter.param_spec import ParamSpec
+from gemcutter.plan import ModelPlan, Proj
 from gemcutter.quant.recipes import RECIPES, Recipe, Scheme
 from gemcutter.quant_names import find_quant
 

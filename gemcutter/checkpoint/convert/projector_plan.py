@@ -26,7 +26,7 @@ from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.match_towers import find_tower_files, match_audio, match_vision
 from gemcutter.checkpoint.load.row_chunks import dense_dtype, whole
 from gemcutter.errors import CheckpointError
-from gemcutter.plan import ParamKind, ParamSpec
+from gemcutter.param_spec import ParamKind, ParamSpec
 from gemcutter.tower_plan import (
     CHANNELS,
     MEL_BINS,

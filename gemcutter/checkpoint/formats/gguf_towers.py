@@ -20,7 +20,7 @@ from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import StoredTensor, rearranged
 from gemcutter.checkpoint.formats import gguf
 from gemcutter.errors import CheckpointError, ConfigError
-from gemcutter.plan import ParamKind
+from gemcutter.param_spec import ParamKind
 from gemcutter.sidecar.small_file import shown
 from gemcutter.tower_config import AudioConfig, UnifiedAudioConfig, UnifiedVisionConfig, VisionConfig, read_audio, read_vision
 from gemcutter.tower_plan import BOUNDS, CHANNELS, TowerPlan, UnifiedVisionPlan

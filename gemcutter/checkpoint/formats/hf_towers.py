@@ -15,7 +15,7 @@ from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import StoredTensor, rearranged
 from gemcutter.checkpoint.formats import hf
-from gemcutter.plan import ParamKind, ParamSpec
+from gemcutter.param_spec import ParamKind, ParamSpec
 from gemcutter.tower_plan import TowerPlan
 
 Name = tuple[str, str | None]  # canonical, and the part of it that is stored under the name

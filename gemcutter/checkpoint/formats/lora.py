@@ -20,7 +20,8 @@ from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import hf, hf_towers
 from gemcutter.errors import CheckpointError
-from gemcutter.plan import Access, ModelPlan, ParamKind, ParamSpec
+from gemcutter.param_spec import Access, ParamKind, ParamSpec
+from gemcutter.plan import ModelPlan
 from gemcutter.sidecar.small_file import shown
 from gemcutter.tower_plan import TowerPlans
 

@@ -20,7 +20,8 @@ from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTen
 from gemcutter.checkpoint.formats import hf, hf_towers
 from gemcutter.config import ModelConfig
 from gemcutter.errors import CheckpointError
-from gemcutter.plan import ModelPlan, ParamKind
+from gemcutter.param_spec import ParamKind
+from gemcutter.plan import ModelPlan
 from gemcutter.sidecar.small_file import shown
 from gemcutter.tower_plan import TowerPlan
 

@@ -21,7 +21,7 @@ from gemcutter.checkpoint.formats.lora import Adapter, Factors
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.row_chunks import CHUNK_ROWS, Run, row_chunks
 from gemcutter.errors import CheckpointError
-from gemcutter.plan import ParamSpec
+from gemcutter.param_spec import ParamSpec
 from gemcutter.quant import Part, Weight, dequantize
 from gemcutter.quant.carried import carry
 from gemcutter.quant.lora import Delta, cut_deltas

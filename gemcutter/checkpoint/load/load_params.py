@@ -20,12 +20,13 @@ from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTen
 from gemcutter.checkpoint.load.held import stays_mapped
 from gemcutter.checkpoint.load.match import Checkpoint, Piece
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
-from gemcutter.checkpoint.load.row_chunks import dense, row_chunks, unpack, whole
+from gemcutter.checkpoint.load.row_chunks import dense, row_chunks, unpack
+from gemcutter.checkpoint.load.slices import WHOLE, Cut, cuts_of
 from gemcutter.errors import CheckpointError
-from gemcutter.plan import Access, ParamKind, ParamSpec
+from gemcutter.param_spec import Access, ParamKind, ParamSpec
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
-from gemcutter.quant.packed import dtype_name
+from gemcutter.quant.packed import Packed, dtype_name
 from gemcutter.quant.packing import Packer, PlainPacker
 from gemcutter.quant.recipes import RECIPES, Recipe, Scheme
 from gemcutter.quant_names import find_quant
@@ -45,7 +46,7 @@ def load_params(
     cache: PackedWeightCache | None = None,
     as_stored: Collection[Piece] = (),
 ) -> dict[str, Weight | Tensor]:
-    """Return every parameter of the plan: matrices as Weights, vectors as float32 tensors.
+    """Return every parameter of the plan: matrices as Weights, vectors as float32 tensors; of a rank's plan, its slices.
 
     `packer` brings packed matrices, but for rows-only tables, into the form that a backend reads; by default they stay as they
     are. Those that `cache` keeps are mapped instead, and if it keeps none they are kept there. `quant`, the name of a recipe,
@@ -128,35 +129,49 @@ class _Loader:
         if spec.access is Access.ROWS:
             return _table(pieces[0].data)
         dense_dtypes = [piece.data.dtype for piece in pieces if isinstance(piece.data, LazyTensor)]
-        scheme = None if self.recipe is None else self.recipe.scheme(spec.name, spec.shape[-1])
+        scheme = None if self.recipe is None else self.recipe.scheme(spec.name, spec.stored_shape[-1])
         waiting = [(spec.name, piece.part) in self.as_stored for piece in pieces]
-        found = [
-            _view(piece.data) if waits else self._part(f"{spec.name}/{index}", piece.data, dense_dtypes, scheme)
-            for index, (piece, waits) in enumerate(zip(pieces, waiting, strict=True))
-        ]
+        cuts = cuts_of(spec, pieces)
+        found = list[Part]()
+        for index, (piece, waits, own) in enumerate(zip(pieces, waiting, cuts, strict=True)):
+            for place, cut in enumerate(own):
+                name = f"{spec.name}/{index}" + (f".{place}" if place else "")
+                if waits:
+                    found.append(cut.of(_view(piece.data), piece.data.origin))
+                else:
+                    found.append(self._part(name, piece.data, cut, dense_dtypes, scheme))
         parts = tuple(found) if any(waiting) else self.packer.arrange(found)
         weight = Weight(parts, tuple(name for name, _ in spec.parts) if len(parts) > 1 else ())
         if len(parts) == 1 and spec.parts:  # stored as one: cut into its parts, so that all matrices of a kind look alike
             edges = list(accumulate((rows for _, rows in spec.parts), initial=0))
-            cut = (weight.slice(*edge).parts[0] for edge in pairwise(edges))
-            weight = Weight(tuple(cut), tuple(name for name, _ in spec.parts))
+            cut_up = (weight.slice(*edge).parts[0] for edge in pairwise(edges))
+            weight = Weight(tuple(cut_up), tuple(name for name, _ in spec.parts))
         return weight
 
-    def _part(self, name: str, data: LazyTensor | PackedTensor, dense_dtypes: list[str], scheme: Scheme | None) -> Part:
+    def _part(self, name: str, data: LazyTensor | PackedTensor, cut: Cut, dense_dtypes: list[str], scheme: Scheme | None) -> Part:
         if isinstance(data, PackedTensor):
-            return self.panels.get(name, lambda: self.packer.pack(unpack(data), data.release))
+            return self.panels.get(name, lambda: self.packer.pack(_packed(cut.of(unpack(data), data.origin)), data.release))
         if scheme is not None:
-            return self.panels.get(name, lambda: self._quantize(data, scheme))
+            return self.panels.get(name, lambda: self._quantize(data, cut, scheme))
         compute = dtype_name(self.dtype)
-        stays = stays_mapped(dense_dtypes, data.dtype, compute, self.device.type)
-        return data.torch() if stays else _copy(data, self.dtype, self.device)
+        if stays_mapped(dense_dtypes, data.dtype, compute, self.device.type):
+            return cut.of(data.torch(), data.origin)
+        return _copy(data, self.dtype, self.device) if cut == WHOLE else _copy_cut(data, cut, self.dtype, self.device)
 
-    def _quantize(self, data: LazyTensor, scheme: Scheme) -> Part:
+    def _quantize(self, data: LazyTensor, cut: Cut, scheme: Scheme) -> Part:
         """Quantize a mapped tensor. Raises CheckpointError for values that are not finite."""
+        columns = slice(*(cut.columns or (None, None)))
         try:
-            return self.packer.quantize((dense(part) for part in row_chunks(whole(data))), data.shape, scheme)
+            chunks = (dense(part)[:, columns] for part in row_chunks(cut.runs(data)))
+            return self.packer.quantize(chunks, cut.shape(data.shape), scheme)
         except ValueError as error:
             raise CheckpointError(f"{data.origin} can't be quantized: {error}; is the file damaged?") from error
+
+
+def _packed(part: Part) -> Packed:
+    """Return a part of a packed tensor, which cutting leaves packed."""
+    assert not isinstance(part, Tensor)
+    return part
 
 
 def _table(data: LazyTensor | PackedTensor) -> Weight:
@@ -186,3 +201,12 @@ def _copy(data: LazyTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         offset, count = start * mapped.element_size(), min(elements, flat.numel() - start) * mapped.element_size()
         data.mapped.release(data.offset + offset, count)
     return out
+
+
+def _copy_cut(data: LazyTensor, cut: Cut, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Convert what a rank takes of a mapped tensor into memory of its own."""
+    view = cut.of(data.torch(), data.origin)
+    assert isinstance(view, Tensor)
+    found = view.to(device, dtype, copy=True).contiguous()
+    data.release()
+    return found

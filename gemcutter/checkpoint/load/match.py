@@ -19,7 +19,8 @@ from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.formats import FORMATS, Format, hf
 from gemcutter.errors import CheckpointError
-from gemcutter.plan import ModelPlan, ParamSpec, derive
+from gemcutter.param_spec import ParamSpec
+from gemcutter.plan import ModelPlan, derive
 
 Piece = tuple[str, str | None]  # a parameter, and the part of it that is stored; None where it is stored whole
 Spell = Callable[[str, str | None], str]  # a parameter and its part to the name of a tensor in a file

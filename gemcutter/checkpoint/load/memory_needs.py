@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.load.held import ITEM_BYTES, stays_mapped
 from gemcutter.checkpoint.load.match import Checkpoint, Piece
-from gemcutter.plan import Access, ModelPlan, ParamSpec
+from gemcutter.param_spec import Access, ParamSpec
+from gemcutter.plan import ModelPlan
 
 # Bits of a value in the panels of the CPU kernels, its scales included; `quant/cpu_layout.py` is the definition.
 PANEL_BITS = {

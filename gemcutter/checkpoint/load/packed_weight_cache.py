@@ -77,12 +77,13 @@ class PackedWeightCache:
         key = {
             "version": VERSION,
             "quant": quant,
+            "rank": None if checkpoint.plan.rank is None else [*asdict(checkpoint.plan.rank).values(), checkpoint.plan.mlp_unit],
             "config": hashlib.sha256(repr(checkpoint.config).encode()).hexdigest(),  # which says how weights are read
             "level": native.level(),
             "files": [list(file_identity(path)) for path in source.files],
             "tensors": hashlib.sha256(json.dumps(tensors).encode()).hexdigest(),
         }
-        place = hashlib.sha256(f"{source.path.resolve()} {quant}".encode()).hexdigest()[:24]
+        place = hashlib.sha256(f"{source.path.resolve()} {quant}{_rank_name(checkpoint)}".encode()).hexdigest()[:24]
         return cls((folder or user_folder()) / f"{source.path.stem}-{place}{SUFFIX}", key, is_asked)
 
     def read(self) -> dict[str, CpuPackedWeight]:
@@ -143,6 +144,12 @@ class PackedWeightCache:
 
 class _Abandoned(Exception):
     """A file that nobody waits for is not finished."""
+
+
+def _rank_name(checkpoint: Checkpoint) -> str:
+    """Return what tells apart the files of tensor-parallel ranks, each of which keeps its own slices."""
+    rank = checkpoint.plan.rank
+    return "" if rank is None else f" {rank.rank} of {rank.world}"
 
 
 def sums_of(data: Tensor) -> list[int]:

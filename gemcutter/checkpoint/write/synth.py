@@ -26,7 +26,8 @@ from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write.atomic_replace import put_in_place
 from gemcutter.checkpoint.write.write_safetensors import Spec, write_json, write_sharded
 from gemcutter.errors import CheckpointError, ConfigError
-from gemcutter.plan import ModelPlan, ParamSpec, derive
+from gemcutter.param_spec import ParamSpec
+from gemcutter.plan import ModelPlan, derive
 
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BLOCK_ELEMENTS = 1_048_583  # drawn once a tensor and repeated; a prime, so that no two rows of a table are the same
