@@ -67,6 +67,10 @@ class KernelError(GemcutterError):
     """No kernel accepts a site, or a kernel was asked for where it can't run."""
 
 
+class RankError(GemcutterError):
+    """A tensor-parallel rank that died, hangs or can't be reached: the whole group ends with it."""
+
+
 def spell_value(value: object, limit: int = 80) -> str:
     """Return a wrong value as an error shows it: its repr, cut where it is long; its type where it has none."""
     try:

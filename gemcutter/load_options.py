@@ -76,7 +76,7 @@ CHECKS: Mapping[str, Callable[[str], str]] = {
 }
 NEEDED = ("model", "device", "kernels", "generation_config")  # texts that can't be None
 TEXTS = (*NEEDED, "dtype", "activations", "quant", "adapter", "ple", "kv", "chat_template", "speculate", "draft_model", "mmproj")
-LEAST = {"context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_bytes": 0}
+LEAST = {"tensor_parallel": 1, "context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_bytes": 0}
 MAY_BE_NONE = ("context", "prefix_cache_bytes")
 
 
@@ -116,6 +116,9 @@ class LoadOptions:
     audio tower, "image,audio" or a list both towers; "auto" loads those that the checkpoint has, beside names those of them that
     they are read by. Nothing is read of other towers.
     `mmproj` is a file or folder that holds the towers; None: the model's own files, or else the mmproj file beside a GGUF model.
+
+    `tensor_parallel` is on how many processes of this host the model runs: each holds a slice of every layer, and its heads of
+    the cache. Replies are those of one process, but for rounding.
     """
 
     model: str
@@ -142,6 +145,7 @@ class LoadOptions:
     draft_tokens: int | None = None
     media: tuple[str, ...] = ()
     mmproj: str | None = None
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         self._check_kinds()

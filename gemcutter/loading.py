@@ -20,6 +20,7 @@ from gemcutter.checkpoint.load.match_towers import MatchedAudio, MatchedVision, 
 from gemcutter.checkpoint.load.memory_needs import quant_notes
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
+from gemcutter.checkpoint.load.slices import UNITS, column_unit
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.loop import EngineLoop
@@ -36,11 +37,15 @@ from gemcutter.model.text import Decoder
 from gemcutter.model.vision import VisionTower
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.ops.turns import Turns
-from gemcutter.ops.types import AdapterDeltas, Param, matrix
+from gemcutter.ops.types import AdapterDeltas, Param, Ranks, matrix
+from gemcutter.parallel.launch import await_ranks, launch
+from gemcutter.parallel.leader import Leader
 from gemcutter.param_spec import Access
 from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.recipes import RECIPES
+from gemcutter.shard import Shard
 from gemcutter.tower_plan import TowerPlan, TowerPlans
 
 FP8_CAPABILITY = (8, 9)
@@ -61,6 +66,7 @@ class OpenModel:
     vision: VisionTower | None = None
     audio: AudioTower | None = None
     turns: Turns = field(default_factory=Turns)  # of towers and engine on the cores
+    leader: Leader | None = None  # the way to other tensor-parallel ranks
 
     def engine(self) -> Engine:
         """Make an engine of the options' limits. Raises CapacityError if there is no memory for its cache."""
@@ -76,6 +82,7 @@ class OpenModel:
             speculator=self.speculator(),
             largest_block=max(BUDGETS) if self.vision is not None and self.checkpoint.plan.bidirectional else 0,
             turns=self.turns,
+            mirror=self.leader,
         )
 
     def speculator(self) -> Speculator | None:
@@ -95,6 +102,27 @@ class OpenModel:
 def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenModel:
     """Load a checkpoint as the options say. Raises GemcutterError with everything that is wrong."""
     checkpoint = open_checkpoint(locate(options.model), options.ignore)
+    if options.tensor_parallel == 1:
+        return _open(options, checkpoint, progress)
+    checkpoint = on_rank(checkpoint, Shard(0, options.tensor_parallel), options.quant)
+    check_ranks(options)
+    ranks, leader = launch(options)
+    try:
+        opened = _open(options, checkpoint, progress, ranks, leader)
+        await_ranks(leader)
+    except BaseException:
+        leader.close()
+        raise
+    return opened
+
+
+def _open(
+    options: LoadOptions,
+    checkpoint: Checkpoint,
+    progress: Progress | None,
+    ranks: Ranks | None = None,
+    leader: Leader | None = None,
+) -> OpenModel:
     device = find_device(options)
     name, note = own_dtype(checkpoint.config.dtype) if options.dtype is None else (check_dtype(options.dtype), None)
     dtype, notes = getattr(torch, name), [] if note is None else [note]
@@ -125,7 +153,7 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     notes += [note for each in filter(None, (merged, *apart.values())) for note in each.notes()]
     if backend is not CPU and device.type == "cpu" and options.kernels == "auto":
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
-    decoder = make_decoder(checkpoint.plan, params, options, dtype, device, tuple(apart))
+    decoder = make_decoder(checkpoint.plan, params, options, dtype, device, tuple(apart), ranks, leader)
     drafter = open_drafter(options, decoder, notes) if options.drafts_by_model else None
     vision, audio, turns = None, None, Turns()
     if seen is not None:
@@ -136,7 +164,41 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
         audio = AudioTower(heard[0], weights, dtype, device, options.kernels, turns)
     for name, each in apart.items():
         add_to_towers([tower for tower in (vision, audio) if tower is not None], name, each, device)
-    return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns)
+    return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns, leader)
+
+
+def open_rank(options: LoadOptions, ranks: Ranks) -> Decoder:
+    """Load a rank's slice of a checkpoint that another process leads. Raises GemcutterError with everything that is wrong."""
+    checkpoint = on_rank(open_checkpoint(locate(options.model), options.ignore), ranks.shard, options.quant)
+    device = find_device(options)
+    dtype = getattr(torch, own_dtype(checkpoint.config.dtype)[0] if options.dtype is None else check_dtype(options.dtype))
+    packer = select_backend(device.type, options.kernels).packer(device, dtype)
+    cache = None
+    if packer.makes_panels and options.repack_cache is not False:
+        cache = PackedWeightCache.of(checkpoint, options.quant, is_asked=options.repack_cache is not None)
+    params = load_params(checkpoint, dtype, device, None, options.quant, packer, cache)
+    if checkpoint.plan.ple_dim:
+        params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
+    return make_decoder(checkpoint.plan, params, options, dtype, device, ranks=ranks)
+
+
+def on_rank(checkpoint: Checkpoint, shard: Shard, quant: str | None) -> Checkpoint:
+    """Return a checkpoint with the plan of a tensor-parallel rank. Raises ConfigError for a model that can't be shared so."""
+    group = max((getattr(scheme, "group", UNITS[0]) for scheme in RECIPES[quant].usual), default=1) if quant else 1
+    unit = column_unit(checkpoint.matched.pieces, group)
+    return replace(checkpoint, plan=checkpoint.plan.shard(shard.rank, shard.world, unit))
+
+
+def check_ranks(options: LoadOptions) -> None:
+    """Raise KernelError for options that models on several ranks do not have."""
+    refused = {
+        "device": options.device != "cpu",
+        "adapter": options.adapter is not None,
+        "adapters": bool(options.adapters),
+        "draft_model": options.drafts_by_model,
+    }
+    if found := [name for name, is_given in refused.items() if is_given]:
+        raise KernelError(f"tensor_parallel {options.tensor_parallel}: can't be combined with {', '.join(found)} yet")
 
 
 def cache_dtype(kv: str | None) -> torch.dtype | None:
@@ -217,9 +279,14 @@ def make_decoder(
     dtype: torch.dtype,
     device: torch.device,
     adapters: tuple[str, ...] = (),
+    ranks: Ranks | None = None,
+    leader: Leader | None = None,
 ) -> Decoder:
-    """Make a decoder over parameters that are there already; `adapters` may be asked for, though they change only towers."""
-    return Decoder(plan, params, dtype, device, options.kernels, options.activations, adapters)
+    """Make a decoder over parameters that are there already; `adapters` may be asked for, though they change only towers.
+
+    Of a rank's plan it takes part with the others, whom `leader` tells of its steps.
+    """
+    return Decoder(plan, params, dtype, device, options.kernels, options.activations, adapters, ranks, leader)
 
 
 def find_device(options: LoadOptions) -> torch.device:

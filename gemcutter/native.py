@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 7  # of the interface, gc_version()
+VERSION = 8  # of the interface, gc_version()
 OFF = ("off", "0", "no", "false")  # what GEMCUTTER_NATIVE may say to do without the library
 LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon", "neon_i8mm")
 
@@ -83,6 +83,19 @@ class AttentionView(ctypes.Structure):
     )
 
 
+class RanksView(ctypes.Structure):
+    """`gc_ranks`: this process as one of several tensor-parallel ranks that share memory."""
+
+    _fields_ = (
+        ("segment", c_void_p),
+        ("slot", c_int64),
+        ("rank", c_int32),
+        ("world", c_int32),
+        ("step", c_uint32),
+        ("has_ended", c_int32),
+    )
+
+
 class ExpertsView(ctypes.Structure):
     """`gc_experts`: the matrices and scales of a mixture of experts."""
 
@@ -90,6 +103,8 @@ class ExpertsView(ctypes.Structure):
         ("experts", c_int64),
         ("top_k", c_int64),
         ("width", c_int64),
+        ("first", c_int64),
+        ("held", c_int64),
         ("router", Matrix),
         ("gate", c_void_p),
         ("up", c_void_p),
@@ -114,6 +129,7 @@ class LayerView(ctypes.Structure):
         *((name, c_void_p) for name in ("attn_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")),
         ("ple_post_norm", c_void_p),
         ("experts", c_void_p),
+        ("ranks", c_void_p),
         ("eps", c_float),
         ("mlp_scale", c_float),
         ("ple_scale", c_float),

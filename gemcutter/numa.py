@@ -42,12 +42,20 @@ def cpus_of(node: int, folder: Path = NODES) -> tuple[int, ...]:
     return read_list(folder / f"node{node}" / "cpulist")
 
 
-def interleave(address: int, nbytes: int, nodes: tuple[int, ...] | None = None) -> bool:
-    """Spread pages that nobody has written yet over `nodes`, or over all that have memory; return whether that was done.
+def _own_nodes() -> tuple[int, ...]:
+    """Return the nodes with memory beside which this process may run."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+    return tuple(node for node in memory_nodes() if allowed.intersection(cpus_of(node)))
 
-    `address` is a multiple of a page's size. One node needs nothing, unless it is asked for.
+
+def interleave(address: int, nbytes: int, nodes: tuple[int, ...] | None = None) -> bool:
+    """Spread pages that nobody has written yet over `nodes`, or over all whose processors this process may use; return whether
+    that was done.
+
+    `address` is a multiple of a page's size. One node needs nothing, unless it is asked for: a process that was bound to one
+    gets its memory there.
     """
-    asked = memory_nodes() if nodes is None else nodes
+    asked = _own_nodes() if nodes is None else nodes
     number = _MBIND.get(platform.machine())
     if number is None or os.name != "posix" or (nodes is None and len(asked) < 2) or max(asked, default=-1) >= _MOST_NODES:
         return False

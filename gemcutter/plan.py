@@ -284,6 +284,12 @@ class ModelPlan:
         whole = Slice(-2, 0, self.vocab, self.vocab)
         return self.rank.cut(-2, self.vocab, HEAD_UNIT, is_even=False) if self.rank and self.cuts_head else whole
 
+    @property
+    def head_widths(self) -> tuple[int, ...]:
+        """Return how many rows of the vocabulary each rank computes the logits of."""
+        ranks = () if self.rank is None else (Shard(rank, self.rank.world) for rank in range(self.rank.world))
+        return tuple(rank.cut(-2, self.vocab, HEAD_UNIT, is_even=False).size for rank in ranks)
+
     def params(self) -> Iterator[ParamSpec]:
         """List every tensor of the decoder under its canonical name; in a rank's plan, what the rank holds of each."""
         if self.whole is not None and self.rank is not None:

@@ -73,11 +73,21 @@ typedef struct {
     int64_t window;  // keys up to its own that a query may see; 0 for all
 } gc_attention;
 
-// A mixture of experts: matrices and scales of every expert, in order.
+// This process as one of `world` tensor-parallel ranks, which share a segment of memory (ranks.h).
+typedef struct {
+    void *segment;
+    int64_t slot;  // floats of one rank's part of one exchange
+    int32_t rank, world;
+    uint32_t step;      // exchanges so far
+    int32_t has_ended;  // 1: some rank is gone
+} gc_ranks;
+
+// A mixture of experts: scales of every expert, and matrices of those that this rank holds, in order.
 typedef struct {
     int64_t experts, top_k, width;
+    int64_t first, held;  // experts first..first+held-1 have matrices here
     gc_matrix router;
-    const gc_matrix *gate, *up, *down;                           // [X] each
+    const gc_matrix *gate, *up, *down;                           // [held] each
     const float *router_scale, *expert_scale;                    // [D], [X]
     const float *norm, *dense_branch_norm, *expert_branch_norm;  // [D]
 } gc_experts;
@@ -90,6 +100,7 @@ typedef struct {
     gc_matrix attn_out, gate, up, down, ple_gate, ple_out;
     const float *attn_norm, *q_norm, *k_norm, *attn_post_norm, *mlp_norm, *mlp_post_norm, *ple_post_norm;
     const gc_experts *experts;
+    gc_ranks *ranks;  // whose sums follow the products of attn_out, down and experts; null: there is one rank
     float eps;
     float mlp_scale, ple_scale;  // layer output scale: set in the layer's last op, 1 in the other
     int32_t has_v_norm;

@@ -10,6 +10,7 @@
 
 namespace gemcutter {
 
+constexpr int64_t ELSEWHERE = -1;         // the place of a pair whose expert another rank holds
 constexpr int64_t PIECES_OF_THREAD = 64;  // experts differ in rows: small pieces keep threads equally busy
 
 Experts::Experts(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(layer), experts_(*layer.experts), rows_(rows) {
@@ -30,7 +31,7 @@ Experts::Experts(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(lay
     chosen_ = arena.array<int64_t>(pairs);
     places_ = arena.array<int64_t>(pairs);
     row_of_ = arena.array<int64_t>(pairs);
-    groups_ = arena.array<Group>(moe.experts);
+    groups_ = arena.array<Group>(moe.held);
     size_t gated = geglu_scratch_bytes(&moe.gate[0], &moe.up[0], rows), down = scratch_bytes(moe.down, 1);
     size_t router = scratch_bytes(&moe.router, 1), most = gated > down ? gated : down;
     scratch_.allocate(arena, most > router ? most : router);
@@ -63,7 +64,7 @@ void Experts::route(ThreadPool &pool, int index, const float *x) {
     if (index == 0) group();
     pool.barrier();
     if (rows_ == 1) return;
-    Range pairs = own_rows(pair_rows_.rows.count, index, pool.size);
+    Range pairs = own_rows(placed_, index, pool.size);
     for (int64_t pair = pairs.first; pair < pairs.last; ++pair) copy_row(row_rows_.rows, row_of_[pair], pair_rows_.rows, pair);
     pool.barrier();
 }
@@ -91,24 +92,30 @@ void Experts::route(int64_t row) {
     for (int64_t k = 0; k < top_k; ++k) weights[k] = weights[k] / total * experts_.expert_scale[chosen[k]];
 }
 
-// Sorts all pairs by expert, then by row.
+// Sorts all pairs whose experts this rank holds by expert, then by row. Experts count from the first one held.
 void Experts::group() {
-    int64_t pairs = rows_ * experts_.top_k, first = 0;
-    for (int64_t expert = 0; expert < experts_.experts; ++expert) groups_[expert] = {expert, 0, 0};
-    for (int64_t pair = 0; pair < pairs; ++pair) ++groups_[chosen_[pair]].count;
-    for (int64_t expert = 0; expert < experts_.experts; ++expert) {
-        groups_[expert].first = first;
-        first += groups_[expert].count;
+    int64_t pairs = rows_ * experts_.top_k, held = experts_.held;
+    const auto number_of = [&](int64_t pair) { return chosen_[pair] - experts_.first; };
+    const auto is_held = [&](int64_t pair) { return number_of(pair) >= 0 && number_of(pair) < held; };
+    for (int64_t expert = 0; expert < held; ++expert) groups_[expert] = {expert, 0, 0};
+    for (int64_t pair = 0; pair < pairs; ++pair)
+        if (is_held(pair)) ++groups_[number_of(pair)].count;
+    placed_ = 0;
+    for (int64_t expert = 0; expert < held; ++expert) {
+        groups_[expert].first = placed_;
+        placed_ += groups_[expert].count;
         groups_[expert].count = 0;
     }
     for (int64_t pair = 0; pair < pairs; ++pair) {
-        Group &group = groups_[chosen_[pair]];
+        places_[pair] = ELSEWHERE;
+        if (!is_held(pair)) continue;
+        Group &group = groups_[number_of(pair)];
         int64_t place = group.first + group.count++;
         places_[pair] = place;
         row_of_[place] = pair / experts_.top_k;
     }
     num_groups_ = 0;
-    for (int64_t expert = 0; expert < experts_.experts; ++expert)
+    for (int64_t expert = 0; expert < held; ++expert)
         if (groups_[expert].count) groups_[num_groups_++] = groups_[expert];
 }
 
@@ -143,7 +150,7 @@ void Experts::run(ThreadPool &pool, int index) {
         geglu_panels(gate, up, panels, rows, 0, group.count, gated_.row(group.first), experts_.width, scratch);
     });
     pool.barrier();
-    Range pairs = own_rows(rows_ * experts_.top_k, index, pool.size);
+    Range pairs = own_rows(placed_, index, pool.size);
     for (int64_t pair = pairs.first; pair < pairs.last; ++pair) gated_.convert(pair);
     pool.barrier();
     at_once = rows_ > 1 ? panels_at_once(experts_.down[0], experts_.down[0]) : 1;
@@ -160,7 +167,7 @@ void Experts::sum(int64_t row, float *out) const {
     int64_t hidden = layer_.hidden, first = row * experts_.top_k;
     memset(out, 0, sizeof(float) * (size_t)hidden);
     for (int64_t k = first; k < first + experts_.top_k; ++k)
-        kernels().vector_ops->add_scaled(product_ + places_[k] * hidden, weights_[k], hidden, out);
+        if (places_[k] != ELSEWHERE) kernels().vector_ops->add_scaled(product_ + places_[k] * hidden, weights_[k], hidden, out);
 }
 
 }  // namespace gemcutter

@@ -8,6 +8,7 @@
 #include "bounds.h"
 #include "layer_ops.h"
 #include "parallel_region.h"
+#include "ranks.h"
 
 namespace gemcutter {
 
@@ -117,6 +118,13 @@ void Qkv::write_keys(int64_t n, int64_t head, float *spare) const {
     }
 }
 
+// A product [rows, D] of this rank's columns becomes that of all ranks; complete before and after.
+static void sum_product(ThreadPool &pool, int index, const gc_layer &layer, float *product, int64_t rows) {
+    if (!layer.ranks) return;
+    sum_over_ranks(pool, index, *layer.ranks, product, rows * layer.hidden);
+    pool.barrier();
+}
+
 // ---- attn_out ----
 
 AttnOut::AttnOut(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(layer), rows_(rows) {
@@ -133,6 +141,7 @@ void AttnOut::run(ThreadPool &pool, int index, const float *x, const int64_t *ke
     pool.barrier();
     parallel_gemm(pool, index, &layer_.attn_out, 1, converted_.rows, product_, hidden, scratch_.of(index), COUNT_OUT);
     pool.barrier();
+    sum_product(pool, index, layer_, product_, rows_);
     Range own = own_rows(rows_, index, pool.size);
     for (int64_t m = own.first; m < own.last; ++m) {
         const float *residual = x + (keep ? keep[m] : m) * hidden, *row = product_ + m * hidden;
@@ -173,6 +182,12 @@ void Mlp::run(ThreadPool &pool, int index, const float *x, float *out, float sca
     parallel_gemm(pool, index, &layer_.down, 1, gated_.converted.rows, product_, hidden, scratch, COUNT_DOWN);
     if (experts_) experts_->run(pool, index);
     else pool.barrier();
+    sum_product(pool, index, layer_, product_, rows_);
+    if (experts_) {
+        for (int64_t m = own.first; m < own.last; ++m) experts_->sum(m, normed_.row(m));  // no longer needed as input
+        if (layer_.ranks) pool.barrier();
+        sum_product(pool, index, layer_, normed_.x, rows_);
+    }
     for (int64_t m = own.first; m < own.last; ++m) join(m, x + m * hidden, out + m * hidden, scale);
 }
 
@@ -182,8 +197,7 @@ void Mlp::join(int64_t m, const float *x, float *out, float scale) {
     int64_t hidden = layer_.hidden;
     float *y = product_ + m * hidden;
     if (experts_) {
-        float *mixed = normed_.row(m);  // no longer needed as input
-        experts_->sum(m, mixed);
+        const float *mixed = normed_.row(m);
         ops.rms_norm(y, layer_.experts->dense_branch_norm, layer_.eps, hidden, y);
         ops.add_norm(y, mixed, layer_.experts->expert_branch_norm, layer_.eps, 1.0f, hidden, y);
     }
@@ -227,8 +241,8 @@ void PleGate::run(ThreadPool &pool, int index, const float *x, const float *ple,
 
 }  // namespace gemcutter
 
-// Every entry returns 0, 1 if memory for intermediate activations ran out, or OUT_OF_BOUNDS, with nothing read or written, if
-// a step names rows, slots or positions that are not there.
+// Every entry returns 0, 1 if memory for intermediate activations ran out, OUT_OF_BOUNDS, with nothing read or written, if a step
+// names rows, slots or positions that are not there, or RANKS_ENDED if a rank that it waited for is gone.
 
 // q [M, H, E]: queries of the M rows that `keep` lists (null: of all rows); writes keys and values of all rows to the cache.
 GC_EXPORT int gc_qkv(const gc_layer *layer, const gc_step *step, const gc_kv *kv, const float *x, const int64_t *keep,
@@ -244,19 +258,21 @@ GC_EXPORT int gc_qkv(const gc_layer *layer, const gc_step *step, const gc_kv *kv
 // out [rows, D] = x + norm(o [rows, H * E] times the out-projection).
 GC_EXPORT int gc_attn_out(const gc_layer *layer, const float *x, const float *o, int64_t rows, float *out) {
     using namespace gemcutter;
-    return in_arena([&](Arena &arena) {
+    const int code = in_arena([&](Arena &arena) {
         AttnOut attn_out(arena, *layer, rows);
         parallel_region([&](ThreadPool &pool, int index) { attn_out.run(pool, index, x, nullptr, o, out); });
     });
+    return code ? code : result_of(layer->ranks);
 }
 
 // out [rows, D] = (x + the feed-forward of x) * mlp_scale.
 GC_EXPORT int gc_mlp(const gc_layer *layer, const float *x, int64_t rows, float *out) {
     using namespace gemcutter;
-    return in_arena([&](Arena &arena) {
+    const int code = in_arena([&](Arena &arena) {
         Mlp mlp(arena, *layer, rows);
         parallel_region([&](ThreadPool &pool, int index) { mlp.run(pool, index, x, out, layer->mlp_scale); });
     });
+    return code ? code : result_of(layer->ranks);
 }
 
 // out [rows, D] = (x + the gated per-layer embeddings, `stride` elements from row to row) * ple_scale.
@@ -276,7 +292,7 @@ GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const
                                const int64_t *keep, const float *x, const float *ple, int64_t ple_stride, float *out) {
     using namespace gemcutter;
     if (!fits(*step, *kv) || !fits(*kept, *kv) || (keep && !are_inside(keep, kept->rows, step->rows))) return OUT_OF_BOUNDS;
-    return in_arena([&](Arena &arena) {
+    const int code = in_arena([&](Arena &arena) {
         const gc_attention &shape = layer->attention;
         const Arena::Mark start = arena.mark();
         int64_t rows = kept->rows, width = rows * shape.heads * shape.head_dim;
@@ -302,12 +318,13 @@ GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const
             if (ple_gate) ple_gate->run(pool, index, out, ple, ple_stride, out, layer->ple_scale);
         });
     });
+    return code ? code : result_of(layer->ranks);
 }
 
 // Size in bytes of the structs of api.h in their order there, checked against the ctypes structs; 0 beyond the last.
 GC_EXPORT int64_t gc_bytes_of(int which) {
-    constexpr int64_t BYTES[] = {sizeof(gc_matrix),  sizeof(gc_step),  sizeof(gc_kv),  sizeof(gc_attention),
-                                 sizeof(gc_experts), sizeof(gc_layer), sizeof(gc_ple), sizeof(gc_drafter)};
+    constexpr int64_t BYTES[] = {sizeof(gc_matrix), sizeof(gc_step), sizeof(gc_kv),      sizeof(gc_attention), sizeof(gc_experts),
+                                 sizeof(gc_layer),  sizeof(gc_ple),  sizeof(gc_drafter), sizeof(gc_ranks)};
     constexpr int COUNT = sizeof BYTES / sizeof *BYTES;
     return which >= 0 && which < COUNT ? BYTES[which] : 0;
 }

@@ -107,7 +107,7 @@ class Experts {
 
     const gc_layer &layer_;
     const gc_experts &experts_;
-    int64_t rows_, num_groups_ = 0;
+    int64_t rows_, num_groups_ = 0, placed_ = 0;  // placed_: pairs whose experts this rank holds
     ActivationBuffer routed_, gated_;
     float *normed_;            // [N, D]
     ConvertedRows row_rows_;   // normed_ in the experts' formats, where there are several rows

@@ -19,7 +19,7 @@ from gemcutter.model.rope import Rope
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, select_backend, select_kernel
 from gemcutter.ops.step import KVCache, Rotation, Step, prepare
-from gemcutter.ops.types import AdapterDeltas, LayerOutput, Linear, OpContext, Param, Precision, matrix
+from gemcutter.ops.types import AdapterDeltas, LayerOutput, Linear, OpContext, Param, Precision, Ranks, StepLeader, matrix
 from gemcutter.plan import LayerPlan, ModelPlan, RopeSpec
 from gemcutter.quant import Weight
 from gemcutter.quant.carried import adapters_of, carry, carrying_weights, without_adapter, without_deltas
@@ -96,7 +96,8 @@ class Decoder:
 
     `params` are those without deltas. Steps without adapters run over them, by ops that are bound once and know no adapter;
     `adapted` runs all other steps, and is replaced as a whole when adapters come and go. `adapters` names those that change
-    nothing here, but a tower, and that sequences may ask for all the same.
+    nothing here, but a tower, and that sequences may ask for all the same. Of a rank's plan the decoder holds a slice, and
+    `ranks` are the others; each of them runs the same steps, of which `leader`, in the first, tells them.
     """
 
     def __init__(
@@ -108,7 +109,10 @@ class Decoder:
         kernels: str = "auto",
         activations: str | None = None,
         adapters: Iterable[str] = (),
+        ranks: Ranks | None = None,
+        leader: StepLeader | None = None,
     ) -> None:
+        self.ranks, self._leader = ranks, leader
         self.plan, self.params, self.dtype, self.device = plan, without_deltas(params), dtype, torch.device(device)
         self._is_on_gpu = self.device.type == "cuda"
         self.backend = select_backend(self.device.type, kernels)
@@ -118,11 +122,12 @@ class Decoder:
         self.ropes: dict[RopeSpec, Rope] = {layer.rope: Rope(layer.rope, self.device, rows) for layer in plan.layers}
         self._attn_kinds = plan.attn_kinds()
 
-        site = KernelSite("linear", None, self.device.type, dtype_name(rows), compute, kernels)
+        how = "" if ranks is None else "group" if ranks.view is None else "native"
+        site = KernelSite("linear", None, self.device.type, dtype_name(rows), compute, kernels, ranks=how)
         self.kernel_plan = KernelPlan(plan, site, self._stored)
-        self.op_context = ctx = OpContext(bind_linear(self.params.values(), site), self.precision)
+        self.op_context = ctx = OpContext(bind_linear(self.params.values(), site), self.precision, ranks=ranks)
         self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
-        self.embed, self.final_norm, self.lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
+        self._embed, self.final_norm, self.lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
         self._next_norms = self._following_norms()
         self.layers = tuple(self._bind_layer(layer, self.params, ctx, self.kernel_plan) for layer in plan.layers)
         self.ple_embed: Callable[..., Tensor] | None = None
@@ -162,7 +167,7 @@ class Decoder:
 
         `observe` is called with every layer's output.
         """
-        with self.on_device():
+        with self._together(lambda leader: leader.step(step)), self.on_device():
             x_ND = self.embed(step.ids_N)
             if step.media is not None:
                 x_ND[step.media.rows_K] = step.media.embeds_KD.to(x_ND.dtype)
@@ -195,10 +200,25 @@ class Decoder:
                 observe(layer.plan.index, x_MD)
         return self.final_norm(x_MD)
 
+    def embed(self, ids_N: Tensor) -> Tensor:
+        """Return the embeddings [N, D] of tokens; of tensor-parallel ranks each brings those that it holds."""
+        if self.ranks is None or not self.plan.cuts_head:
+            return self._embed(ids_N)
+        own = self.plan.head_rows
+        is_own_N = (ids_N >= own.start) & (ids_N < own.stop)
+        found = self._embed((ids_N - own.start).clamp(0, own.size - 1)) * is_own_N[:, None]
+        return self.ranks.sum(found)
+
     def logits(self, h_RD: Tensor) -> Tensor:
         """Return the soft-capped logits [R, V] of final-normed states, in float32."""
-        with self.on_device():
-            return self.lm_head(h_RD)
+        with self._together(lambda leader: leader.head(h_RD)), self.on_device():
+            if self.ranks is None or not self.plan.cuts_head:
+                return self.lm_head(h_RD)
+            return self.ranks.join(self.lm_head(h_RD), self.plan.head_widths)
+
+    def _together(self, tell: Callable[[StepLeader], AbstractContextManager[None]]) -> AbstractContextManager[object]:
+        """Let other ranks do what follows, too, where this one leads them."""
+        return NO_CONTEXT if self._leader is None else tell(self._leader)
 
     def multiply(self, x_ND: Tensor, name: str) -> Tensor:
         """Multiply rows with a matrix that belongs to no layer, such as a drafter's projections."""

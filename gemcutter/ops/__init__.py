@@ -19,6 +19,7 @@ LAYER_OPS = ("qkv", "attention", "attn_out", "mlp", "ple_gate")
 MODEL_OPS = ("embed", "ple_embed", "final_norm", "lm_head")
 DRAFTER_OPS = ("draft",)  # beside those of its decoder
 TOWER_OPS = ("vision_layer", "audio_layer")
+SUMMED_OPS = ("attn_out", "mlp", "layer", "draft")  # in the middle of which tensor-parallel ranks sum a product
 OPS = (*PRIMITIVE_OPS, "embed", "ple_embed", *LAYER_OPS, "layer", "final_norm", "lm_head")  # in the order of a step
 
 # The matrices that an op multiplies with or gathers from, by canonical name within its layer or model. The LM head's depends on
@@ -41,7 +42,8 @@ class KernelSite:
 
     `device` and `dtype`, that of rows, are spelled as torch spells them ("cpu", "bfloat16"); `stored` is how the weights are
     held, a dtype or a packed scheme, "mixed" where the parts of one weight differ, several joined by "+" where those of an op
-    do; `kernels` is what was asked for, one of `registry.KERNELS`; `adapted` says that adapters change the products of some rows.
+    do; `kernels` is what was asked for, one of `registry.KERNELS`; `adapted` says that adapters change the products of some rows;
+    `ranks` how tensor-parallel ranks sum: "" where there is one, "native" where the CPU library does, else "group".
     """
 
     op: str
@@ -51,6 +53,7 @@ class KernelSite:
     stored: str
     kernels: str = "auto"
     adapted: bool = False
+    ranks: str = ""
 
     @property
     def invariant(self) -> bool:

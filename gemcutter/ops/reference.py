@@ -215,7 +215,7 @@ def build_attn_out(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param
     weight, post_norm = matrix(params, "attn.out"), vector(params, "attn.post_norm")
 
     def attn_out(x_MD: Tensor, o_MHE: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
-        return x_MD + rms_norm(ctx.linear_lora(o_MHE.flatten(1), weight, adapters), post_norm, plan.eps)
+        return x_MD + rms_norm(ctx.summed(ctx.linear_lora(o_MHE.flatten(1), weight, adapters)), post_norm, plan.eps)
 
     return attn_out
 
@@ -230,7 +230,7 @@ def build_mlp(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ct
 
     def dense(x_MD: Tensor, adapters: AdapterRows) -> Tensor:
         gate, up = ctx.linear_lora(rms_norm(x_MD, norm, plan.eps), w_in, adapters).chunk(2, dim=1)
-        return ctx.linear_lora(gelu_mul(gate, up), w_out, adapters)
+        return ctx.summed(ctx.linear_lora(gelu_mul(gate, up), w_out, adapters))
 
     def mlp(x_MD: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         return (x_MD + rms_norm(dense(x_MD, adapters), post_norm, plan.eps)) * scale
@@ -257,6 +257,7 @@ def _build_experts(
     norm, router = vector(params, "moe.norm"), matrix(params, "moe.router")
     scale, expert_scale = vector(params, "moe.router_scale") * plan.hidden**-0.5, vector(params, "moe.expert_scale")
     w_in, w_out = matrix(params, "moe.in"), matrix(params, "moe.out")
+    held = range(moe.first, moe.first + (moe.experts if moe.held is None else moe.held))
 
     def experts(x_MD: Tensor, adapters: AdapterRows) -> Tensor:
         chance_MX = ctx.linear_lora(rms_norm(x_MD.float(), None, plan.eps) * scale, router, adapters).softmax(-1)
@@ -265,11 +266,13 @@ def _build_experts(
         normed = rms_norm(x_MD, norm, plan.eps)
         out = torch.zeros(x_MD.shape, dtype=torch.float32, device=x_MD.device)
         for index in sorted(set(chosen.flatten().tolist())):  # ascending: a row sums its experts in one order in any batch
+            if index not in held:
+                continue
             rows, slots = (chosen == index).nonzero(as_tuple=True)
-            gate, up = ctx.linear(normed[rows], w_in.expert(index)).chunk(2, dim=1)
-            found = ctx.linear(gelu_mul(gate, up), w_out.expert(index))
+            gate, up = ctx.linear(normed[rows], w_in.expert(index - moe.first)).chunk(2, dim=1)
+            found = ctx.linear(gelu_mul(gate, up), w_out.expert(index - moe.first))
             out[rows] += found.float() * weights[rows, slots, None]
-        return out.to(x_MD.dtype)
+        return ctx.summed(out).to(x_MD.dtype)
 
     return experts
 

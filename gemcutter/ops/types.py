@@ -7,8 +7,10 @@ Owns the signatures of primitive ops and `OpContext`; refuses arithmetic. Read `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from gemcutter.ops.turns import Turns
 from gemcutter.plan import LayerPlan
 from gemcutter.quant import Weight, dequantize
 from gemcutter.quant.lora import Delta
+from gemcutter.shard import Shard
 
 CHUNK_ELEMENTS = 1 << 22  # of a weight that is dequantized at a time
 
@@ -105,17 +108,51 @@ class Precision:
     activations: str = "float32"
 
 
+class Ranks(Protocol):
+    """The tensor-parallel ranks of which this process is one. All of them make the same calls in the same order."""
+
+    @property
+    def shard(self) -> Shard:
+        """Return which rank of how many this is."""
+
+    @property
+    def view(self) -> int | None:
+        """Return the address of the native library's `gc_ranks`, whose sums it computes itself; None where it can't."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of all ranks' x: the same on each of them, bit for bit. Raises RankError if a rank is gone."""
+
+    def join(self, x_RV: Tensor, widths: Sequence[int]) -> Tensor:
+        """Return the rows of all ranks, [R, widths[rank]] each, side by side. Raises RankError if a rank is gone."""
+
+
+class StepLeader(Protocol):
+    """Who tells the other ranks of what this one is about to do with them; what goes wrong meanwhile ends them all."""
+
+    def step(self, step: Step) -> AbstractContextManager[None]:
+        """Let them run a step. Raises RankError if a rank is gone."""
+
+    def head(self, h_RD: Tensor) -> AbstractContextManager[None]:
+        """Let them run the head over some states. Raises RankError if a rank is gone."""
+
+
 @dataclass(frozen=True, slots=True)
 class OpContext:
     """The primitive ops that a layer op or model op is built from, and the precision.
 
     `low_rank` multiplies with adapters' factors; None where no adapter is loaded, or
-    where steps with adapters use another set of ops.
+    where steps with adapters use another set of ops. `ranks` are those that share the
+    model, None where one process holds all of it.
     """
 
     linear: Linear
     precision: Precision = Precision()
     low_rank: Linear | None = None
+    ranks: Ranks | None = None
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Return a product of this rank's columns as that of all columns: itself where there is one rank."""
+        return x if self.ranks is None else self.ranks.sum(x)
 
     @property
     def is_adapted(self) -> bool:

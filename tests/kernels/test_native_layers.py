@@ -108,9 +108,10 @@ def test_structs_have_the_same_size_on_both_sides() -> None:
         native.LayerView,
         native.PleView,
         native.DrafterView,
+        native.RanksView,
     )
     library.gc_bytes_of.restype = ctypes.c_int64
-    assert [library.gc_bytes_of(which) for which in range(9)] == [*map(ctypes.sizeof, views), 0]
+    assert [library.gc_bytes_of(which) for which in range(10)] == [*map(ctypes.sizeof, views), 0]
 
 
 # ---- whole decoders ----

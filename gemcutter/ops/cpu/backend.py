@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemcutter import native
 from gemcutter.errors import KernelError
-from gemcutter.ops import LAYER_OPS, MODEL_OPS, KernelSite
+from gemcutter.ops import LAYER_OPS, MODEL_OPS, SUMMED_OPS, KernelSite
 from gemcutter.ops.backend import ASKED, DENSE, NEIGHBOURS, NO_GPU, AttnKinds, KernelImpl
 
 if TYPE_CHECKING:  # what follows imports torch
@@ -111,6 +111,8 @@ class CpuBackend:
         return f"no native layout for {', '.join(foreign)}" if foreign else None
 
     def _accepts_op(self, site: KernelSite) -> str | None:
+        if site.ranks == "group" and site.op in SUMMED_OPS:
+            return "ranks sum in the middle of it, by other means than the library's"
         return self._accepts_matrices(site) or ("adapters change its products at run time" if site.adapted else None)
 
     def _accepts_attention(self, site: KernelSite) -> str | None:

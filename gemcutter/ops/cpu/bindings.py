@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemcutter import native
 from gemcutter.cores import quota_cores
-from gemcutter.errors import CapacityError, KernelError
+from gemcutter.errors import CapacityError, KernelError, RankError
 from gemcutter.native import KVView, Matrix
 from gemcutter.ops.step import KVCache
 from gemcutter.ops.types import OpContext
@@ -28,6 +28,7 @@ from gemcutter.quant.cpu_packed import CpuPackedWeight
 CODES = {torch.bfloat16: 3, torch.float16: 4, torch.float32: 5}  # enum gc_codes
 KV_CODES = {**CODES, torch.int8: 2}
 OUT_OF_BOUNDS = 2  # what an entry point returns, csrc/cpu/bounds.h
+RANKS_ENDED = 3  # and csrc/cpu/ranks.h
 ACTIVATIONS = {"int8": 0, "bf16": 1, "float32": 2}  # enum gc_activations
 
 _ENTRIES: dict[str, tuple[Any, ...]] = {
@@ -55,7 +56,7 @@ def entry(name: str) -> Callable[..., None]:
     """Return an entry point of the library.
 
     It raises CapacityError where it finds no memory for the rows on their way, and KernelError for ids, slots and row numbers
-    outside of their tables, before anything is read.
+    outside of their tables, before anything is read; RankError where a rank that it waited for is gone.
     """
     library = native.load_library()
     assert library is not None, native.missing()
@@ -65,6 +66,8 @@ def entry(name: str) -> Callable[..., None]:
     def call(*arguments: Any) -> None:
         _use_threads(torch.get_num_threads())
         if code := function(*arguments):
+            if code == RANKS_ENDED:
+                raise RankError("a tensor-parallel rank is gone: the steps of the whole group end with it")
             if code == OUT_OF_BOUNDS:
                 raise KernelError(f"{name}: a step names an id, a slot, a position or a row that is not there")
             raise CapacityError(f"no memory for the rows of a step in {name}; lower max_batched_tokens")

@@ -74,6 +74,7 @@ class BoundLayer:
             ple_scale=1.0,
             has_v_norm=layer.has_v_norm,
             activations=ACTIVATIONS[ctx.precision.activations],
+            ranks=None if ctx.ranks is None else ctx.ranks.view,
         )
         for op in ops:
             getattr(self, f"_fill_{op}")()
@@ -137,13 +138,16 @@ class BoundLayer:
         moe = self.layer.moe
         assert moe is not None
         halves, w_out = self._halves("moe.in"), matrix(self.params, "moe.out")
-        stacks = [[stack.expert(index) for index in range(moe.experts)] for stack in (*halves, w_out)]
+        held = moe.experts if moe.held is None else moe.held
+        stacks = [[stack.expert(index) for index in range(held)] for stack in (*halves, w_out)]
         gate, up, down = (array_of([part for expert in stack for part in expert.parts]) for stack in stacks)
         router_scale = rows_of(vector(self.params, "moe.router_scale") * self.view.hidden**-0.5)
         found = ExpertsView(
             experts=moe.experts,
             top_k=moe.top_k,
             width=moe.width,
+            first=moe.first,
+            held=held,
             router=self._whole("moe.router"),
             gate=ctypes.addressof(gate),
             up=ctypes.addressof(up),

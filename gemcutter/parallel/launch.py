@@ -1,0 +1,81 @@
+"""Starts the ranks of one host: as many processes of this program as the leader needs beside itself.
+
+Owns the processes, what they inherit (the shared memory, a connection to the leader), and how cores are shared among them. A
+process dies with its leader, however that ends. Refuses to know models. Read `gemcutter/rank_process.py` for what such a process
+runs, `monitor.py` for who watches it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from gemcutter import native
+from gemcutter.errors import KernelError, RankError
+from gemcutter.numa import cpus_of, memory_nodes
+from gemcutter.parallel.leader import Leader
+from gemcutter.parallel.messages import encode, receive
+from gemcutter.parallel.monitor import Monitor
+from gemcutter.parallel.shared_ranks import SharedRanks, new_segment
+from gemcutter.shard import Shard
+
+if TYPE_CHECKING:
+    from gemcutter.load_options import LoadOptions
+
+MOST_RANKS = 64
+
+
+def launch(options: LoadOptions) -> tuple[SharedRanks, Leader]:
+    """Start the other ranks, which begin to load their slices, and return this process's place among them and the way to them.
+
+    Raises KernelError where this host can't run ranks.
+    """
+    world = options.tensor_parallel
+    if reason := native.missing():
+        raise KernelError(f"tensor_parallel {world}: ranks of one host sum with the native CPU kernels: {reason}")
+    threads = max(1, torch.get_num_threads() // world)
+    torch.set_num_threads(threads)
+    file = new_segment(world)
+    ranks = SharedRanks(file, Shard(0, world))
+    processes, connections = list[subprocess.Popen[bytes]](), list[socket.socket]()
+    for rank in range(1, world):
+        here, there = socket.socketpair()
+        command = [sys.executable, "-m", "gemcutter.rank_process", str(there.fileno()), str(file), str(rank), str(world)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        processes.append(subprocess.Popen(command, pass_fds=(there.fileno(), file), env=environment, stdin=subprocess.DEVNULL))
+        there.close()
+        here.sendall(encode("open", {"options": json.dumps(asdict(options)), "cpus": cores_of(rank, world)}))
+        connections.append(here)
+    os.close(file)
+    leader = Leader(connections, Monitor(processes, connections, ranks.end, ranks.beats))
+    weakref.finalize(leader, leader.monitor.close)
+    if cores := cores_of(0, world):
+        os.sched_setaffinity(0, cores)
+    return ranks, leader
+
+
+def await_ranks(leader: Leader) -> None:
+    """Wait until all ranks have loaded their slices. Raises RankError with what one of them could not do."""
+    for index, connection in enumerate(leader.connections):
+        found = receive(connection)
+        if found is None or found[0] != "ready":
+            why = "it has ended" if found is None else found[1]["error"]
+            leader.monitor.end(f"tensor-parallel rank {index + 1} can't load its slice: {why}")
+            raise RankError(leader.monitor.problem or why)
+
+
+def cores_of(rank: int, world: int) -> list[int]:
+    """Return the cores beside a rank's own memory node; none, which means all, where ranks and nodes do not match."""
+    nodes = memory_nodes()
+    if len(nodes) < 2 or world % len(nodes) or not hasattr(os, "sched_getaffinity"):
+        return []
+    node = nodes[rank * len(nodes) // world]
+    return sorted(os.sched_getaffinity(0).intersection(cpus_of(node)))

@@ -1,0 +1,73 @@
+"""The process of a tensor-parallel rank other than the first: `python -m gemcutter.rank_process`, which a leader starts.
+
+Owns its life: it dies with the leader, beats while it lives, ignores interrupts, which are the leader's business, and tells the
+leader when its slice is loaded, or why it can't be. Read `parallel/launch.py` for who starts it, `parallel/follower.py` for what
+it does then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from gemcutter.errors import GemcutterError
+from gemcutter.load_options import LoadOptions
+from gemcutter.loading import open_rank
+from gemcutter.parallel.follower import Follower
+from gemcutter.parallel.messages import encode, receive
+from gemcutter.parallel.shared_ranks import SharedRanks
+from gemcutter.shard import Shard
+
+BEAT_S = 0.2
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+def main(connection: int, file: int, rank: int, world: int) -> int:
+    """Run a rank until the leader closes the connection; return the process's exit code."""
+    _die_with_leader()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    way, ranks = socket.socket(fileno=connection), SharedRanks(file, Shard(rank, world))
+    os.close(file)
+    threading.Thread(target=_beat, args=(ranks,), daemon=True).start()
+    found = receive(way)
+    if found is None:
+        return 0
+    content: dict[str, Any] = found[1]
+    if content["cpus"]:
+        os.sched_setaffinity(0, content["cpus"])
+    options = json.loads(content["options"])
+    lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    try:
+        decoder = open_rank(LoadOptions(**options | lists), ranks)
+    except GemcutterError as error:
+        way.sendall(encode("failed", {"error": str(error)}))
+        return 1
+    way.sendall(encode("ready", {}))
+    Follower(decoder).serve(way)
+    return 0
+
+
+def _beat(ranks: SharedRanks) -> None:
+    while True:
+        ranks.beat()
+        time.sleep(BEAT_S)
+
+
+def _die_with_leader() -> None:
+    """Let the kernel kill this process when its parent ends, or end now if that has happened already."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))
