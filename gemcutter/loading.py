@@ -82,7 +82,6 @@ class OpenModel:
             speculator=self.speculator(),
             largest_block=max(BUDGETS) if self.vision is not None and self.checkpoint.plan.bidirectional else 0,
             turns=self.turns,
-            mirror=self.leader,
         )
 
     def speculator(self) -> Speculator | None:

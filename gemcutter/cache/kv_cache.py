@@ -109,10 +109,7 @@ class PageAllocator:
 class PoolMirror(Protocol):
     """Who has caches of the same pages elsewhere: the other tensor-parallel ranks."""
 
-    def new_pool(self, counts: Mapping[GroupId, PoolSize], dtype: torch.dtype) -> None:
-        """Make caches of so many pages."""
-
-    def copy_page(self, group: GroupId, source: int, target: int) -> None:
+    def copy_page(self, pool: PagedKVCache, group: GroupId, source: int, target: int) -> None:
         """Copy one page of a group in all its layers."""
 
 
@@ -120,8 +117,8 @@ class PagedKVCache:
     """Keys and values of all writing layers: [T, K, E] each, T = pages x tokens of the layer's group.
 
     `compact` names the layers to store compactly, by the weight of their key norm: of keys, only the rotary columns are kept.
-    In torch.int8, each key and value vector of a head has a float32 scale beside it; then no layer can be compact. `mirror` is
-    told of what happens to whole pages.
+    In torch.int8, each key and value vector of a head has a float32 scale beside it; then no layer can be compact. A `mirror`
+    is told of whole pages that are copied.
     """
 
     def __init__(
@@ -131,9 +128,9 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         compact: Mapping[int, Tensor] | None = None,
-        mirror: PoolMirror | None = None,
     ) -> None:
-        self._mirror = mirror
+        self.counts, self.dtype = dict(counts), dtype
+        self.mirror: PoolMirror | None = None
         self.groups = plan.groups()
         self.windows = {group.id: group.window for group in self.groups}
         check_books(counts)
@@ -164,8 +161,6 @@ class PagedKVCache:
                     columns.fill_(1.0)
                 self._compact[layer.index] = found
         self.allocators = {group.id: PageAllocator(counts[group.id]) for group in self.groups}
-        if mirror is not None:
-            mirror.new_pool(counts, dtype)
 
     @property
     def nbytes(self) -> int:
@@ -218,8 +213,8 @@ class PagedKVCache:
 
     def copy_page(self, group: GroupId, source: int, target: int) -> None:
         """Copy one page of a group in all its layers."""
-        if self._mirror is not None:
-            self._mirror.copy_page(group, source, target)
+        if self.mirror is not None:
+            self.mirror.copy_page(self, group, source, target)
         tokens = self.allocators[group].tokens
         old, new = (slice(page * tokens, (page + 1) * tokens) for page in (source, target))
         layers = next(each.layers for each in self.groups if each.id == group)

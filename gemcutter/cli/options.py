@@ -242,6 +242,16 @@ class Loading:
             callback=_checked("ple"),
         ),
     ] = None
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel",
+            "--tp",
+            metavar="N",
+            min=1,
+            help="Run the model on so many processes of this host, each with a slice of every layer.",
+        ),
+    ] = 1
 
     mmproj: Mmproj = None
     chat_template: Annotated[

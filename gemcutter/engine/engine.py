@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gemcutter.cache.kv_cache import PagedKVCache, PoolMirror, scale_bytes
+from gemcutter.cache.kv_cache import PagedKVCache, scale_bytes
 from gemcutter.cache.prefix_cache import PrefixCache
 from gemcutter.engine.cuda_graphs import CapturedSteps
 from gemcutter.engine.media import problems_of
@@ -61,7 +61,6 @@ class Engine:
         max_stall_ms: float | None = None,
         largest_block: int = 0,
         turns: Turns | None = None,
-        mirror: PoolMirror | None = None,
     ) -> None:
         self.decoder, self.turns = decoder, turns or Turns()  # on the cores: whoever calls `step` takes one
         self.context = min(context, decoder.plan.context)
@@ -77,7 +76,7 @@ class Engine:
             scale_bytes=scale_bytes(dtype),
         )
         counts = page_counts(decoder.plan, self.context, self._most_rows, max_num_seqs, prefixes)
-        self.pool = PagedKVCache(decoder.plan, counts, dtype, decoder.device, compact, mirror)
+        self.pool = PagedKVCache(decoder.plan, counts, dtype, decoder.device, compact)
         self.prefix = PrefixCache(self.pool, prefixes)
         sizer = None if max_stall_ms is None else StepSizer(max_stall_ms / 1000)
         self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, speculator, sizer)

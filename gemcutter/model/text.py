@@ -167,7 +167,7 @@ class Decoder:
 
         `observe` is called with every layer's output.
         """
-        with self._together(lambda leader: leader.step(step)), self.on_device():
+        with self._together(lambda leader: leader.step(step, cache)), self.on_device():
             x_ND = self.embed(step.ids_N)
             if step.media is not None:
                 x_ND[step.media.rows_K] = step.media.embeds_KD.to(x_ND.dtype)

@@ -129,7 +129,7 @@ class Ranks(Protocol):
 class StepLeader(Protocol):
     """Who tells the other ranks of what this one is about to do with them; what goes wrong meanwhile ends them all."""
 
-    def step(self, step: Step) -> AbstractContextManager[None]:
+    def step(self, step: Step, cache: KVCache) -> AbstractContextManager[None]:
         """Let them run a step. Raises RankError if a rank is gone."""
 
     def head(self, h_RD: Tensor) -> AbstractContextManager[None]:

@@ -13,25 +13,17 @@ from typing import Any
 import torch
 
 from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
-from gemcutter.errors import RankError
 from gemcutter.model.text import Decoder
 from gemcutter.parallel.messages import receive, step_of
 from gemcutter.plan import GroupId
 
 
 class Follower:
-    """One rank's decoder and cache."""
+    """One rank's decoder and caches."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self._pool: PagedKVCache | None = None
-
-    @property
-    def pool(self) -> PagedKVCache:
-        """Return the cache. Raises RankError if the leader has not said how large it is."""
-        if self._pool is None:
-            raise RankError("the leader began a step before it told the size of the cache")
-        return self._pool
+        self.pools: dict[int, PagedKVCache] = {}
 
     @torch.inference_mode()
     def serve(self, connection: socket.socket) -> None:
@@ -40,19 +32,24 @@ class Follower:
             command, content = found
             getattr(self, f"do_{command}")(**content)
 
-    def do_pool(self, counts: dict[str, list[int]], dtype: str) -> None:
-        """Make the cache."""
+    def do_pool(self, number: int, counts: dict[str, list[int]], dtype: str) -> None:
+        """Make a cache."""
         sizes = {GroupId(group): PoolSize(*size) for group, size in counts.items()}
-        self._pool = PagedKVCache(self.decoder.plan, sizes, getattr(torch, dtype), self.decoder.device)
+        self.pools[number] = PagedKVCache(self.decoder.plan, sizes, getattr(torch, dtype), self.decoder.device)
 
-    def do_copy_page(self, group: str, source: int, target: int) -> None:
+    def do_drop(self, number: int) -> None:
+        """Let go of a cache."""
+        del self.pools[number]
+
+    def do_copy_page(self, number: int, group: str, source: int, target: int) -> None:
         """Copy a page."""
-        self.pool.copy_page(GroupId(group), source, target)
+        self.pools[number].copy_page(GroupId(group), source, target)
 
-    def do_forward(self, step: dict[str, Any]) -> None:
+    def do_forward(self, number: int, step: dict[str, Any]) -> None:
         """Run a step."""
         plain = step_of(step)
-        self.decoder.forward(self.decoder.prepare(replace(plain, rope=self.decoder.rope_tables(plain.positions_N))), self.pool)
+        prepared = self.decoder.prepare(replace(plain, rope=self.decoder.rope_tables(plain.positions_N)))
+        self.decoder.forward(prepared, self.pools[number])
 
     def do_logits(self, states: torch.Tensor) -> None:
         """Run the head."""

@@ -4,26 +4,30 @@ Owns the commands and what becomes of a group in which something went wrong: it 
 would wait for each other. Refuses to know how ranks are started. Read `follower.py` for the other side, `messages.py` for how
 commands are spelled.
 
-    pool        counts [pages, tokens] by group, dtype   the cache to write to from now on
-    copy_page   group, source, target                    copy one page of it
-    forward     step                                      run a step
-    logits      states                                    run the head
-    close                                                 end
+    pool        number, counts [pages, tokens] by group, dtype   make a cache
+    drop        number                                           let go of it
+    copy_page   number, group, source, target                    copy one of its pages
+    forward     number, step                                     run a step over it
+    logits      states                                           run the head
+
+A connection that is closed ends the others.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary, finalize
 
-import torch
 from torch import Tensor
 
-from gemcutter.cache.kv_cache import PoolSize
+from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.errors import RankError
-from gemcutter.ops.step import Step
+from gemcutter.ops.step import KVCache, Step
 from gemcutter.parallel.messages import encode, step_content
 from gemcutter.parallel.monitor import Monitor
 from gemcutter.plan import GroupId
@@ -35,6 +39,8 @@ class Leader:
 
     def __init__(self, connections: Sequence[socket.socket], monitor: Monitor) -> None:
         self.connections, self.monitor = connections, monitor
+        self._numbers = WeakKeyDictionary[PagedKVCache, int]()  # of caches that the other ranks have, too
+        self._new_number, self._dropped = count(), deque[int]()
 
     def tell(self, command: str, **content: Any) -> None:
         """Send a command to all other ranks. Raises RankError if one is gone."""
@@ -61,9 +67,9 @@ class Leader:
             raise
 
     @contextmanager
-    def step(self, step: Step) -> Iterator[None]:
-        """Let all ranks run a step. Raises RankError if a rank is gone."""
-        self.tell("forward", step=step_content(step))
+    def step(self, step: Step, cache: KVCache) -> Iterator[None]:
+        """Let all ranks run a step over their part of a cache. Raises RankError if a rank is gone."""
+        self.tell("forward", number=self._number_of(cache), step=step_content(step))
         with self._together():
             yield
 
@@ -74,14 +80,24 @@ class Leader:
         with self._together():
             yield
 
-    def new_pool(self, counts: Mapping[GroupId, PoolSize], dtype: torch.dtype) -> None:
-        """Let all ranks make a cache of as many pages as the leader's."""
-        sizes = {group: [size.pages, size.tokens] for group, size in counts.items()}
-        self.tell("pool", counts=sizes, dtype=dtype_name(dtype))
-
-    def copy_page(self, group: GroupId, source: int, target: int) -> None:
+    def copy_page(self, pool: PagedKVCache, group: GroupId, source: int, target: int) -> None:
         """Let all ranks copy a page."""
-        self.tell("copy_page", group=group, source=source, target=target)
+        self.tell("copy_page", number=self._number_of(pool), group=group, source=source, target=target)
+
+    def _number_of(self, cache: KVCache) -> int:
+        """Return by what number the other ranks know a cache; they make their parts of one that is new."""
+        assert isinstance(cache, PagedKVCache)
+        known = self._numbers.get(cache)
+        if known is not None:
+            return known
+        number = self._numbers[cache] = next(self._new_number)
+        while self._dropped:
+            self.tell("drop", number=self._dropped.popleft())
+        sizes = {group: [size.pages, size.tokens] for group, size in cache.counts.items()}
+        self.tell("pool", number=number, counts=sizes, dtype=dtype_name(cache.dtype))
+        cache.mirror = self
+        finalize(cache, self._dropped.append, number)
+        return number
 
     def close(self) -> None:
         """Let the other ranks end."""
