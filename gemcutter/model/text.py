@@ -127,7 +127,7 @@ class Decoder:
         self.kernel_plan = KernelPlan(plan, site, self._stored)
         self.op_context = ctx = OpContext(bind_linear(self.params.values(), site), self.precision, ranks=ranks)
         self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
-        self._embed, self.final_norm, self.lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
+        self._embed, self.final_norm, self._lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
         self._next_norms = self._following_norms()
         self.layers = tuple(self._bind_layer(layer, self.params, ctx, self.kernel_plan) for layer in plan.layers)
         self.ple_embed: Callable[..., Tensor] | None = None
@@ -213,8 +213,8 @@ class Decoder:
         """Return the soft-capped logits [R, V] of final-normed states, in float32."""
         with self._together(lambda leader: leader.head(h_RD)), self.on_device():
             if self.ranks is None or not self.plan.cuts_head:
-                return self.lm_head(h_RD)
-            return self.ranks.join(self.lm_head(h_RD), self.plan.head_widths)
+                return self._lm_head(h_RD)
+            return self.ranks.join(self._lm_head(h_RD), self.plan.head_widths)
 
     def _together(self, tell: Callable[[StepLeader], AbstractContextManager[None]]) -> AbstractContextManager[object]:
         """Let other ranks do what follows, too, where this one leads them."""

@@ -42,7 +42,7 @@ VERSION = 1  # of the certificate's layout
 BEYOND_WINDOW = 192  # tokens after which every windowed layer has let go of keys for more than a chunk
 SHOWN = 8  # differences of two plans that an error lists
 # What may differ between two checkpoints of one model: none of it changes a text's logits.
-IMMATERIAL = {"layers", "context", "pad_id", "tied_head", "bidirectional"}
+IMMATERIAL = {"layers", "context", "pad_id", "tied_head", "bidirectional", "mlp_unit"}
 # The processor's features that kernels are chosen by, here or in the libraries beneath.
 FEATURES = {"avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}  # x86
 FEATURES |= {"asimd", "i8mm", "bf16", "sve"}  # Arm
@@ -159,7 +159,8 @@ def _spell_token(side: Side, id: int | None) -> str:
 
 def check_same_plan(ours: Side, theirs: Side) -> None:
     """Raise CheckpointError, with what differs, unless two models are of the same shape and do the same things."""
-    differences = list(_differences(ours.model.plan, theirs.model.plan))
+    plans = [side.model.plan.whole or side.model.plan for side in (ours, theirs)]  # of a rank that of the whole model
+    differences = list(_differences(*plans))
     if differences:
         more = [f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
         raise CheckpointError(

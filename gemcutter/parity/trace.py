@@ -63,7 +63,7 @@ def trace(decoder: Decoder, ids: Sequence[int], kept_K: Tensor, progress: Progre
         states.append(decoder.forward(step, pool, _collect(layers, here)))
         table.commit(rows)
         progress(table.length, len(ids))
-    return Trace(tuple(map(torch.cat, layers)), torch.cat(states), decoder.lm_head)
+    return Trace(tuple(map(torch.cat, layers)), torch.cat(states), decoder.logits)
 
 
 def _chunks(tokens: int) -> Iterator[int]:
