@@ -1,0 +1,153 @@
+"""A rank that dies or hangs: every request ends once, with an error, soon; nothing is left behind, and the next start works."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemcutter import native
+from gemcutter.api import Model, load_model
+from gemcutter.engine.request import FinishReason, Request, RequestEvent
+from gemcutter.errors import RankError
+from gemcutter.load_options import LoadOptions
+
+pytestmark = [
+    pytest.mark.skipif(native.missing() is not None, reason=str(native.missing())),
+    pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc are Linux'"),
+]
+
+SOON_S = 10.0
+REQUESTS = 6
+ROUNDS = int(os.environ.get("GEMCUTTER_CASES", "3"))
+
+
+def load(ranks: int = 2) -> Model:
+    """Load the demo on some ranks."""
+    return load_model(LoadOptions(model="demo", dtype="float32", tensor_parallel=ranks, max_num_seqs=3))
+
+
+def followers_of(pid: int) -> list[int]:
+    """Return the ranks that a process has started and that still run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            command = (entry / "cmdline").read_text()
+        except OSError:
+            continue
+        if int(parent) == pid and "gemcutter.rank_process" in command and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    until = time.monotonic() + SOON_S
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < until, "a rank is left"
+        time.sleep(0.05)
+
+
+def shared_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("*gemcutter*")}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Let no test change what others compute with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_requests_end_once_with_an_error(fault: signal.Signals) -> None:
+    before, draw = shared_files(), random.Random(5)
+    for _ in range(ROUNDS if fault == signal.SIGKILL else 1):
+        model = load()
+        (rank,) = followers_of(os.getpid())
+        ends, errors = Counter[int](), list[Exception | None]()
+
+        def take(event: RequestEvent, ends: Counter[int] = ends, errors: list[Exception | None] = errors) -> None:
+            if event.finish is not None:
+                ends[event.request] += 1
+                errors.append(event.error if event.finish is FinishReason.ERROR else None)
+
+        prompts = [tuple(range(5, 5 + 40 * (index + 1))) for index in range(REQUESTS)]
+        numbers = [model.loop.submit(Request(prompt, max_tokens=10_000), take) for prompt in prompts]
+        time.sleep(draw.random())
+        os.kill(rank, fault)
+        broken = time.monotonic()
+        while len(ends) < REQUESTS:
+            assert time.monotonic() - broken < SOON_S
+            time.sleep(0.02)
+        time.sleep(0.1)
+        assert dict(ends) == dict.fromkeys(numbers, 1)
+        assert all(isinstance(error, RankError) and "rank 1" in str(error) for error in errors)
+        wait_until_gone([rank])
+        with pytest.raises(RankError, match="rank 1"):  # whoever asks now is told, too
+            model.generate("A lantern", max_tokens=4)
+        model.close()
+    with load() as again:
+        assert again.generate("A lantern", max_tokens=4).text
+    assert shared_files() == before
+
+
+def test_closing_a_model_ends_its_ranks() -> None:
+    model = load()
+    ranks = followers_of(os.getpid())
+    assert len(ranks) == 1
+    model.close()
+    wait_until_gone(ranks)
+
+
+def test_a_model_that_nobody_holds_ends_its_ranks() -> None:
+    model = load()
+    ranks = followers_of(os.getpid())
+    model.loop.close()
+    del model
+    import gc
+
+    gc.collect()
+    wait_until_gone(ranks)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None])
+def test_ranks_end_with_their_leader(end: signal.Signals | None) -> None:
+    program = """
+import gemcutter, sys, time, torch
+torch.set_num_threads(1)
+model = gemcutter.load("demo", tensor_parallel=2, dtype="float32")
+print("loaded", flush=True)
+sys.stdin.readline()
+"""
+    leader = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert leader.stdout is not None
+    assert leader.stdin is not None
+    assert leader.stdout.readline() == "loaded\n"
+    ranks = followers_of(leader.pid)
+    assert len(ranks) == 1
+    if end is None:
+        print(file=leader.stdin, flush=True)
+    else:
+        leader.send_signal(end)
+    leader.communicate(timeout=30)
+    wait_until_gone(ranks)
+
+
+def test_a_model_that_can_not_be_shared_is_refused_before_a_process_starts() -> None:
+    with pytest.raises(Exception, match="over 3 ranks: 4 query heads can't be shared evenly"):
+        load(3)
+    assert followers_of(os.getpid()) == []
