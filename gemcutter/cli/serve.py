@@ -18,7 +18,7 @@ from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model, spell_how
 from gemcutter.cli.terminal import Volume, say, spell_bytes, volume
-from gemcutter.errors import CapacityError, RequestError
+from gemcutter.errors import CapacityError, RankError, RequestError
 from gemcutter.load_options import AUTO_MEDIA
 from gemcutter.media_parts import KINDS
 from gemcutter.server.options import MIB, ServerOptions
@@ -44,6 +44,7 @@ Examples:
   gemcutter serve ./gemma-4-26B-A4B-it-4bit --served-model-name gemma --served-model-name '*'
 """
 KEY = "GEMCUTTER_API_KEY"
+GIVE_UP_S = 2.0  # that requests have to end with an error of their own when the model can't go on
 KEEP_ALIVE_S = 120  # agents think longer than uvicorn's 5 s between two requests on one connection
 DEFAULTS = ServerOptions()
 LIMITED = {"image": "max_images", "audio": "max_sounds", "video": "max_videos"}  # kinds of --limit-mm-per-prompt
@@ -303,6 +304,14 @@ def _run(app: FastAPI, model: Model, taken: socket.socket, chosen: ServerOptions
     class Server(uvicorn.Server):
         """Announces itself once it listens, and lets requests end when it is told to stop."""
 
+        problem: str | None = None
+
+        def give_up(self, problem: str) -> None:
+            """End because the model can't go on; any thread may say so."""
+            self.problem = problem
+            self._loop.call_soon_threadsafe(app.state.service.drain, GIVE_UP_S)
+            self.should_exit = True
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             self._loop = asyncio.get_running_loop()
@@ -323,7 +332,12 @@ def _run(app: FastAPI, model: Model, taken: socket.socket, chosen: ServerOptions
         timeout_graceful_shutdown=int(chosen.shutdown_timeout_s) + 2,
         server_header=False,
     )
-    Server(config).run([taken])
+    server = Server(config)
+    if model.decoder.leader is not None:
+        model.decoder.leader.watch(server.give_up)
+    server.run([taken])
+    if server.problem is not None:
+        raise RankError(server.problem)
 
 
 def announce(model: Model, taken: socket.socket, chosen: ServerOptions) -> None:

@@ -112,7 +112,7 @@ class Decoder:
         ranks: Ranks | None = None,
         leader: StepLeader | None = None,
     ) -> None:
-        self.ranks, self._leader = ranks, leader
+        self.ranks, self.leader = ranks, leader
         self.plan, self.params, self.dtype, self.device = plan, without_deltas(params), dtype, torch.device(device)
         self._is_on_gpu = self.device.type == "cuda"
         self.backend = select_backend(self.device.type, kernels)
@@ -218,7 +218,7 @@ class Decoder:
 
     def _together(self, tell: Callable[[StepLeader], AbstractContextManager[None]]) -> AbstractContextManager[object]:
         """Let other ranks do what follows, too, where this one leads them."""
-        return NO_CONTEXT if self._leader is None else tell(self._leader)
+        return NO_CONTEXT if self.leader is None else tell(self.leader)
 
     def multiply(self, x_ND: Tensor, name: str) -> Tensor:
         """Multiply rows with a matrix that belongs to no layer, such as a drafter's projections."""

@@ -132,6 +132,9 @@ class StepLeader(Protocol):
     def step(self, step: Step, cache: KVCache) -> AbstractContextManager[None]:
         """Let them run a step. Raises RankError if a rank is gone."""
 
+    def watch(self, watcher: Callable[[str], None]) -> None:
+        """Let somebody know, in any thread, when the ranks end because of a problem, and of which."""
+
     def head(self, h_RD: Tensor) -> AbstractContextManager[None]:
         """Let them run the head over some states. Raises RankError if a rank is gone."""
 

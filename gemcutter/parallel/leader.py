@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -79,6 +79,10 @@ class Leader:
         self.tell("logits", states=h_RD)
         with self._together():
             yield
+
+    def watch(self, watcher: Callable[[str], None]) -> None:
+        """Let somebody know, in any thread, when the group ends because of a problem, and of which."""
+        self.monitor.watch(watcher)
 
     def copy_page(self, pool: PagedKVCache, group: GroupId, source: int, target: int) -> None:
         """Let all ranks copy a page."""

@@ -35,6 +35,7 @@ class Monitor:
         self._processes, self._connections = processes, connections
         self._end_waits, self._beats = end_waits, beats
         self._lock, self._closing = threading.Lock(), threading.Event()
+        self._watchers = list[Callable[[str], None]]()
         self._thread = threading.Thread(target=self._watch, name="gemcutter-ranks", daemon=True)
         self._thread.start()
 
@@ -46,6 +47,12 @@ class Monitor:
             self.problem = problem
         self._end_waits()
         self._stop(0.0)
+        for watcher in self._watchers:
+            watcher(problem)
+
+    def watch(self, watcher: Callable[[str], None]) -> None:
+        """Let somebody know when the group ends with a problem; from whatever thread finds it."""
+        self._watchers.append(watcher)
 
     def close(self) -> None:
         """End the group in good order."""

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from gemcutter.errors import CapacityError, GemcutterError, NumericError, RequestError
+from gemcutter.errors import CapacityError, GemcutterError, NumericError, RankError, RequestError
 from gemcutter.server.wire.fields import FieldError
 
 ANTHROPIC = "/v1/messages"  # how the paths begin whose errors have the other shape
@@ -140,6 +140,8 @@ def as_api_error(error: BaseException) -> ApiError:
             text = f"maximum context length exceeded: prompt is too long: {error}"
             return ApiError(400, text, param=_param(error), code="context_length_exceeded")
         return ApiError(400, str(error), param=_param(error))
+    if isinstance(error, RankError):
+        return ApiError(503, str(error))
     if isinstance(error, CapacityError):
         return ApiError(503, str(error))
     if isinstance(error, NumericError):

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gemcutter import native
 from gemcutter.cli import main
 from gemcutter.errors import RequestError
 
@@ -180,3 +181,20 @@ def test_without_its_packages_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "demo"]) == 1
     assert "pip install 'gemcutter[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_a_server_whose_rank_dies_ends_its_requests_and_itself() -> None:
+    with process("--tensor-parallel", "2") as (server, lines):
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+        (rank,) = [int(pid) for pid in children if "rank_process" in Path(f"/proc/{pid}/cmdline").read_text()]
+        body = {"model": "demo", "messages": [{"role": "user", "content": "Go on."}], "stream": True}
+        body |= {"max_tokens": 30_000, "ignore_eos": True, "temperature": 0}
+        with httpx.stream("POST", f"{url_of(lines)}/chat/completions", json=body, timeout=60) as answer:
+            found = answer.iter_lines()
+            next(found)
+            os.kill(rank, signal.SIGKILL)
+            rest = [line for line in found if line]
+        assert "rank 1" in "".join(rest[-2:])
+        assert server.wait(30) == 1
+        assert not Path(f"/proc/{rank}").exists()
