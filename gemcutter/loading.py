@@ -166,8 +166,11 @@ def _open(
     return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns, leader)
 
 
-def open_rank(options: LoadOptions, ranks: Ranks) -> Decoder:
-    """Load a rank's slice of a checkpoint that another process leads. Raises GemcutterError with everything that is wrong."""
+def open_rank(options: LoadOptions, ranks: Ranks) -> tuple[Decoder, Drafter | None]:
+    """Load a rank's slice of a checkpoint that another process leads, and of its assistant.
+
+    Raises GemcutterError with everything that is wrong.
+    """
     checkpoint = on_rank(open_checkpoint(locate(options.model), options.ignore), ranks.shard, options.quant)
     device = find_device(options)
     dtype = getattr(torch, own_dtype(checkpoint.config.dtype)[0] if options.dtype is None else check_dtype(options.dtype))
@@ -178,7 +181,15 @@ def open_rank(options: LoadOptions, ranks: Ranks) -> Decoder:
     params = load_params(checkpoint, dtype, device, None, options.quant, packer, cache)
     if checkpoint.plan.ple_dim:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
-    return make_decoder(checkpoint.plan, params, options, dtype, device, ranks=ranks)
+    decoder = make_decoder(checkpoint.plan, params, options, dtype, device, ranks=ranks)
+    drafter = open_drafter(options, decoder, []) if drafts_by_assistant(options) else None
+    return decoder, drafter if isinstance(drafter, Drafter) else None
+
+
+def drafts_by_assistant(options: LoadOptions) -> bool:
+    """Return whether an assistant is to be loaded, of which each rank holds a slice."""
+    named = options.draft_model if options.drafts_by_model else None
+    return named is not None and open_checkpoint(locate(named), options.ignore).plan.is_drafter
 
 
 def on_rank(checkpoint: Checkpoint, shard: Shard, quant: str | None) -> Checkpoint:
@@ -194,7 +205,6 @@ def check_ranks(options: LoadOptions) -> None:
         "device": options.device != "cpu",
         "adapter": options.adapter is not None,
         "adapters": bool(options.adapters),
-        "draft_model": options.drafts_by_model,
     }
     if found := [name for name, is_given in refused.items() if is_given]:
         raise KernelError(f"tensor_parallel {options.tensor_parallel}: can't be combined with {', '.join(found)} yet")
@@ -241,7 +251,10 @@ def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Dra
     if not found.plan.is_drafter and found.plan.vocab != target.plan.vocab:
         vocabs = f"{found.plan.vocab:,} tokens, {options.model} has {target.plan.vocab:,}"
         raise RequestError(f"draft_model: {options.draft_model} knows {vocabs}; name its assistant, or a smaller Gemma 4")
-    bound = replace(found, plan=derive(found.config, target.plan)) if found.plan.is_drafter else found
+    ranks = target.ranks if found.plan.is_drafter else None  # a smaller model runs whole, in the process that leads
+    bound = replace(found, plan=derive(found.config, target.plan.whole or target.plan)) if found.plan.is_drafter else found
+    if ranks is not None:
+        bound = on_rank(bound, ranks.shard, options.quant)
     quant = options.quant
     if quant is None and _has_four_bits(target):
         quant = QUANT_OF_DRAFTERS
@@ -251,7 +264,7 @@ def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Dra
     if bound.plan.ple_dim:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, target.device)
     params = sort_under_centroids(bound.plan, params)
-    decoder = make_decoder(bound.plan, params, options, target.dtype, target.device)
+    decoder = make_decoder(bound.plan, params, options, target.dtype, target.device, ranks=ranks)
     return Drafter(decoder, target) if found.plan.is_drafter else decoder
 
 

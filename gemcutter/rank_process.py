@@ -45,12 +45,12 @@ def main(connection: int, file: int, rank: int, world: int) -> int:
     options = json.loads(content["options"])
     lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     try:
-        decoder = open_rank(LoadOptions(**options | lists), ranks)
+        decoder, drafter = open_rank(LoadOptions(**options | lists), ranks)
     except GemcutterError as error:
         way.sendall(encode("failed", {"error": str(error)}))
         return 1
     way.sendall(encode("ready", {}))
-    Follower(decoder).serve(way)
+    Follower(decoder, drafter).serve(way)
     return 0
 
 

@@ -9,13 +9,14 @@ vocabulary, C candidates, K drafts in a row.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gemcutter.errors import CheckpointError, ConfigError
-from gemcutter.model.text import Decoder
+from gemcutter.model.text import NO_CONTEXT, Decoder
 from gemcutter.ops.registry import select_kernel
 from gemcutter.ops.step import KVCache, Step
 from gemcutter.ops.types import Draft, Drafts, Param, matrix, rounded_root, vector
@@ -81,6 +82,10 @@ class Drafter:
         """
         if self._fused is not None:
             return self._fused(ids_S, states_ST, step, cache, count, False)
+        with self._together(ids_S, states_ST, step, cache, count):
+            return self._burst(ids_S, states_ST, step, cache, count)
+
+    def _burst(self, ids_S: Tensor, states_ST: Tensor, step: Step, cache: KVCache, count: int) -> Drafts:
         tokens, chances = list[Tensor](), list[Tensor]()
         for _ in range(count):
             found, states_ST = self._forward(ids_S, states_ST, step, cache)
@@ -92,10 +97,22 @@ class Drafter:
     def draft(self, ids_S: Tensor, states_ST: Tensor, step: Step, cache: KVCache) -> tuple[DraftLogits, Tensor]:
         """Return the logits of the tokens after `ids_S`, and the states [S, T] from which the tokens after those are drafted."""
         if self._fused is None:
-            return self._forward(ids_S, states_ST, step, cache)
+            with self._together(ids_S, states_ST, step, cache, None):
+                return self._forward(ids_S, states_ST, step, cache)
         found = self._fused(ids_S, states_ST, step, cache, 1, True)
         assert found.logits_SC is not None
         return DraftLogits(found.logits_SC, found.ids_SC), found.states_ST
+
+    def turned(self, positions_N: Tensor) -> Tensor:
+        """Return the positions that queries are turned to, of rows that see the keys up to `positions_N`."""
+        return (positions_N + 1 + self.decoder.plan.query_offset).clamp(min=0)
+
+    def _together(
+        self, ids_S: Tensor, states_ST: Tensor, step: Step, cache: KVCache, count: int | None
+    ) -> AbstractContextManager[object]:
+        """Let other ranks draft, too, where this one leads them."""
+        leader = self.target.leader
+        return NO_CONTEXT if leader is None else leader.drafts(ids_S, states_ST, step, cache, count)
 
     def _bind_fused(self) -> Draft | None:
         """Return what makes a burst at once, where the kernels of both models can; otherwise it is made op by op."""

@@ -135,6 +135,11 @@ class StepLeader(Protocol):
     def watch(self, watcher: Callable[[str], None]) -> None:
         """Let somebody know, in any thread, when the ranks end because of a problem, and of which."""
 
+    def drafts(
+        self, ids_S: Tensor, states_ST: Tensor, step: Step, cache: KVCache, count: int | None
+    ) -> AbstractContextManager[None]:
+        """Let them draft so many tokens in a row, or the logits of one (None). Raises RankError if a rank is gone."""
+
     def head(self, h_RD: Tensor) -> AbstractContextManager[None]:
         """Let them run the head over some states. Raises RankError if a rank is gone."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
+from gemcutter.model.drafter import Drafter
 from gemcutter.model.text import Decoder
 from gemcutter.parallel.messages import receive, step_of
 from gemcutter.plan import GroupId
@@ -21,8 +22,8 @@ from gemcutter.plan import GroupId
 class Follower:
     """One rank's decoder and caches."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, drafter: Drafter | None = None) -> None:
+        self.decoder, self.drafter = decoder, drafter
         self.pools: dict[int, PagedKVCache] = {}
 
     @torch.inference_mode()
@@ -50,6 +51,17 @@ class Follower:
         plain = step_of(step)
         prepared = self.decoder.prepare(replace(plain, rope=self.decoder.rope_tables(plain.positions_N)))
         self.decoder.forward(prepared, self.pools[number])
+
+    def do_draft(self, number: int, ids: torch.Tensor, states: torch.Tensor, step: dict[str, Any], count: int | None) -> None:
+        """Draft."""
+        drafter, plain = self.drafter, step_of(step)
+        assert drafter is not None
+        rope = drafter.decoder.rope_tables(drafter.turned(plain.positions_N))
+        started, cache = drafter.start(replace(plain, rope=rope)), self.pools[number]
+        if count is None:
+            drafter.draft(ids, states, started, cache)
+        else:
+            drafter.draft_likeliest(ids, states, started, cache, count)
 
     def do_logits(self, states: torch.Tensor) -> None:
         """Run the head."""

@@ -9,6 +9,7 @@ commands are spelled.
     copy_page   number, group, source, target                    copy one of its pages
     forward     number, step                                     run a step over it
     logits      states                                           run the head
+    draft       number, ids, states, step, count                 draft so many tokens, or the logits of one
 
 A connection that is closed ends the others.
 """
@@ -77,6 +78,14 @@ class Leader:
     def head(self, h_RD: Tensor) -> Iterator[None]:
         """Let all ranks run the head. Raises RankError if a rank is gone."""
         self.tell("logits", states=h_RD)
+        with self._together():
+            yield
+
+    @contextmanager
+    def drafts(self, ids_S: Tensor, states_ST: Tensor, step: Step, cache: KVCache, count: int | None) -> Iterator[None]:
+        """Let all ranks draft. Raises RankError if a rank is gone."""
+        number = self._number_of(cache)
+        self.tell("draft", number=number, ids=ids_S, states=states_ST, step=step_content(step), count=count)
         with self._together():
             yield
 

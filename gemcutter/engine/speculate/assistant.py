@@ -94,8 +94,7 @@ class AssistantProposer:
         decoder = self._drafter.decoder
         tables = [_table(sequence) for sequence in sequences]
         last_keys = [table.length - 1 for table in tables]  # the last token itself has no key yet
-        turned = [self._turned(table) for table in tables]
-        positions_N, turned_N = send((last_keys, turned), torch.long, decoder.device)
+        (positions_N,) = send((last_keys,), torch.long, decoder.device)
         return Step(
             ids_N=positions_N,
             ple_ids_N=positions_N,
@@ -104,7 +103,7 @@ class AssistantProposer:
             kv_ranges={group: tuple(table.kv_range(group) for table in tables) for group in tables[0].cache.allocators},
             slot_mapping={},
             logit_rows=None,
-            rope=decoder.rope_tables(turned_N),
+            rope=decoder.rope_tables(self._drafter.turned(positions_N)),
         )
 
 

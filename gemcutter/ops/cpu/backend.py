@@ -111,6 +111,8 @@ class CpuBackend:
         return f"no native layout for {', '.join(foreign)}" if foreign else None
 
     def _accepts_op(self, site: KernelSite) -> str | None:
+        if site.ranks and site.op == "draft":
+            return "ranks share the token table"
         if site.ranks == "group" and site.op in SUMMED_OPS:
             return "ranks sum in the middle of it, by other means than the library's"
         return self._accepts_matrices(site) or ("adapters change its products at run time" if site.adapted else None)
