@@ -27,6 +27,7 @@ void panels_in_pieces(const gc_matrix &m, int64_t panel, int64_t panels, const R
                       float *out, int64_t ld, void *scratch, const void *next) {
     if (rows.q && rows.activations == GC_INT8) {
         auto *run = m.codes == GC_U4   ? int8_panels<Code4, PIECES>
+                    : m.codes == GC_T4 ? int8_panels<CodeT4, PIECES>
                     : m.codes == GC_U6 ? int8_panels<Code6, PIECES>
                                        : int8_panels<Code8, PIECES>;
         return run(m, panel, panels, rows, first, last, out, ld, scratch, next);

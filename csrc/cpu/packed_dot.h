@@ -2,7 +2,8 @@
 //
 // Owns `dot`: quads of a code block times the same columns of M rows, exact in int32. quads(h, j) loads quad vector j of part h: a
 // `CodeReader` from a packed block, `load_codes` from one that was unpacked before; SHIFT is what is added to signed codes to make
-// them unsigned. Refuses to know scales. Read `packed_int8.h` next.
+// them unsigned; where codes have a table it is added to that, once for a panel. Refuses to know scales. Read `packed_int8.h`
+// next.
 #pragma once
 #include "packed_decode.h"
 
@@ -17,6 +18,11 @@ struct Code4 {
 struct Code6 {
     static constexpr int KIND = GC_U6, DEPTH = 2;
     static constexpr bool IS_SIGNED = false;
+};
+// Codes that stand for the signed bytes of a table, which may be as large as those of Code8.
+struct CodeT4 {
+    static constexpr int KIND = GC_T4, DEPTH = 1;
+    static constexpr bool IS_SIGNED = true;
 };
 struct Code8 {
     static constexpr int KIND = GC_S8, DEPTH = 1;
@@ -59,7 +65,9 @@ template <class Code>
 struct CodeReader : Code {
     static constexpr int SHIFT = Code::IS_SIGNED ? 128 : 0;
 
-    static N quad(const uint8_t *codes, int, int j) {
+    explicit CodeReader(const gc_matrix &m) : levels_(Code::KIND == GC_T4 ? table_of(m, SHIFT) : N{}) {}
+
+    N quad(const uint8_t *codes, int, int j) const {
         if (Code::KIND == GC_S8) {
             N all = _mm512_loadu_si512(codes + j * QUAD_BYTES);
             return Code::IS_SIGNED ? _mm512_xor_si512(all, _mm512_set1_epi8((char)0x80)) : all;
@@ -67,6 +75,7 @@ struct CodeReader : Code {
         N both = _mm512_loadu_si512(codes + j % 4 * QUAD_BYTES);
         N low = _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
         if (Code::KIND == GC_U4) return low;
+        if (Code::KIND == GC_T4) return look_up(levels_, low);
         N upper = _mm512_loadu_si512(codes + (4 + j / 4) * QUAD_BYTES), mask = _mm512_set1_epi8(0x30);
         N placed = j % 4 == 0   ? _mm512_slli_epi16(upper, 4)
                    : j % 4 == 1 ? _mm512_slli_epi16(upper, 2)
@@ -74,6 +83,9 @@ struct CodeReader : Code {
                                 : _mm512_srli_epi16(upper, 2);
         return _mm512_ternarylogic_epi32(low, placed, mask, 0xf8);  // low | (placed & mask)
     }
+
+  private:
+    N levels_;
 };
 
 #elif defined(GC_LEVEL_AVX2)
@@ -89,13 +101,16 @@ struct CodeReader : Code {
     static constexpr int SHIFT = 0;
 #endif
 
-    static N quad(const uint8_t *codes, int part, int j) {
+    explicit CodeReader(const gc_matrix &m) : levels_(Code::KIND == GC_T4 ? table_of(m, SHIFT) : N{}) {}
+
+    N quad(const uint8_t *codes, int part, int j) const {
         codes += part * 32;
-        if (SHIFT) return _mm256_xor_si256(at(codes, j), _mm256_set1_epi8((char)0x80));
+        if (Code::KIND == GC_S8 && SHIFT) return _mm256_xor_si256(at(codes, j), _mm256_set1_epi8((char)0x80));
         if (Code::KIND == GC_S8) return at(codes, j);
         const N both = at(codes, j % 4);
         const N low = _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
         if (Code::KIND == GC_U4) return low;
+        if (Code::KIND == GC_T4) return look_up(levels_, low);
         const N upper = at(codes, 4 + j / 4);
         const N placed = j % 4 == 0   ? _mm256_slli_epi16(upper, 4)
                          : j % 4 == 1 ? _mm256_slli_epi16(upper, 2)
@@ -106,6 +121,8 @@ struct CodeReader : Code {
 
   private:
     static N at(const uint8_t *codes, int j) { return load_codes(codes + j * QUAD_BYTES); }
+
+    N levels_;
 };
 
 #if !defined(GC_DOT_BYTES)
@@ -161,6 +178,8 @@ constexpr int64_t STREAM_ROWS = 0;
 template <class Code>
 struct CodeReader : Code {
     static constexpr int SHIFT = 0;
+
+    explicit CodeReader(const gc_matrix &) {}
 };
 
 // Four codes of each of W rows, one after the other.

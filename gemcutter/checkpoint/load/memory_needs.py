@@ -25,17 +25,17 @@ PANEL_BITS = {
     "Q5_0": 6.5,
     "Q5_1": 7.0,
     "Q8_0": 8.5,
-    "IQ4_NL": 8.5,
-    "MXFP4": 8.5,
-    "NVFP4": 9.0,
+    "IQ4_NL": 4.5,
+    "MXFP4": 4.5,
+    "NVFP4": 5.0,
     "Q2_K": 8.0,
     "Q3_K": 4.5625,
     "Q4_K": 4.625,
     "Q5_K": 6.625,
     "Q6_K": 6.5625,
-    "IQ4_XS": 8.5625,
-    "mxfp4": 8.5,
-    "nvfp4": 9.0,
+    "IQ4_XS": 4.5625,
+    "mxfp4": 4.5,
+    "nvfp4": 5.0,
 }
 INTEGERS = re.compile(r"(?P<kind>affine|packed|int|awq)(?P<bits>[1-8])(?:g(?P<group>\d+))?(?P<zeros>z?)")
 SCALE_BITS = {"affine": 32, "packed": 16, "int": 16, "awq": 64}  # of a group: a scale, and a bias beside it in two of them
