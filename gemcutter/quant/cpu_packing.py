@@ -36,7 +36,9 @@ from gemcutter.quant.cpu_layout import (
 )
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.gguf_blocks import Blocks
+from gemcutter.quant.gguf_blocks_iq import LEVEL_TYPES
 from gemcutter.quant.gguf_blocks_short import NONLINEAR
+from gemcutter.quant.gguf_blocks_ternary import codes_tq1_0, codes_tq2_0
 from gemcutter.quant.hugepage_arena import allocate
 from gemcutter.quant.microscaling import Micro
 from gemcutter.quant.native_repack import BLOCK_KINDS, STREAM_KINDS, RepackSource, repack
@@ -312,6 +314,12 @@ BLOCK_TYPES: dict[str, tuple[PackedLayout, Callable[[Tensor], tuple[Tensor, ...]
     "Q5_K": (PackedLayout(U6, SUPER32, 32), _q5_k),
     "Q6_K": (PackedLayout(U6, SUPER16, 16, offset=-32), _q6_k),
     "IQ4_XS": (PackedLayout(T4, SUPER16, 16, levels=NONLINEAR), _iq4_xs),
+    **{
+        name: (PackedLayout(T4, SUPER16, 16, levels=each.levels, exponent=each.exponent), each.split)
+        for name, each in LEVEL_TYPES.items()
+    },
+    "TQ1_0": (PackedLayout(U4, F16, 256, offset=-1), lambda blocks: (codes_tq1_0(blocks), _half(blocks, 52))),
+    "TQ2_0": (PackedLayout(U4, F16, 256, offset=-1), lambda blocks: (codes_tq2_0(blocks), _half(blocks, 64))),
 }
 
 
