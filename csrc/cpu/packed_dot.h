@@ -10,23 +10,26 @@
 namespace gemcutter {
 namespace {
 
-// How many products of a pair of columns, each below 2 * largest code * 127, can be added in 16 bits.
+// DEPTH: how many products of a pair of columns, each below 2 * largest code * 127, can be added in 16 bits. SHIFT: what makes
+// signed codes unsigned.
 struct Code4 {
-    static constexpr int KIND = GC_U4, DEPTH = 8;
+    static constexpr int KIND = GC_U4, DEPTH = 8, SHIFT = 0;
     static constexpr bool IS_SIGNED = false;
 };
 struct Code6 {
-    static constexpr int KIND = GC_U6, DEPTH = 2;
+    static constexpr int KIND = GC_U6, DEPTH = 2, SHIFT = 0;
     static constexpr bool IS_SIGNED = false;
 };
-// Codes that stand for the signed bytes of a table, which may be as large as those of Code8.
-struct CodeT4 {
-    static constexpr int KIND = GC_T4, DEPTH = 1;
+struct Code8 {
+    static constexpr int KIND = GC_S8, DEPTH = 1, SHIFT = 128;
     static constexpr bool IS_SIGNED = true;
 };
-struct Code8 {
-    static constexpr int KIND = GC_S8, DEPTH = 1;
-    static constexpr bool IS_SIGNED = true;
+// Codes that stand for the bytes of a table, which lie from -BELOW to BELOW - 1. Only where products of bytes are added in 16 bits
+// smaller ones gain something: there they are unsigned, once they are shifted, while any byte needs its sign.
+template <int BELOW>
+struct CodeT4 {
+    static constexpr int KIND = GC_T4, DEPTH = BELOW <= 16 ? 4 : 1, SHIFT = BELOW;
+    static constexpr bool IS_SIGNED = BELOW == 128;
 };
 
 // Each level has STREAM_ROWS, up to which rows are multiplied while codes are unpacked in registers, and ROWS_AT_ONCE, of which the
@@ -63,7 +66,7 @@ constexpr int64_t STREAM_ROWS = FEW_ROWS;
 
 template <class Code>
 struct CodeReader : Code {
-    static constexpr int SHIFT = Code::IS_SIGNED ? 128 : 0;
+    static constexpr int SHIFT = Code::SHIFT;
 
     explicit CodeReader(const gc_matrix &m) : levels_(Code::KIND == GC_T4 ? table_of(m, SHIFT) : N{}) {}
 
@@ -96,9 +99,9 @@ constexpr int64_t STREAM_ROWS = FEW_ROWS;
 template <class Code>
 struct CodeReader : Code {
 #if defined(GC_DOT_BYTES)
-    static constexpr int SHIFT = Code::IS_SIGNED ? 128 : 0;
+    static constexpr int SHIFT = Code::SHIFT;
 #else
-    static constexpr int SHIFT = 0;
+    static constexpr int SHIFT = Code::IS_SIGNED ? 0 : Code::SHIFT;
 #endif
 
     explicit CodeReader(const gc_matrix &m) : levels_(Code::KIND == GC_T4 ? table_of(m, SHIFT) : N{}) {}

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native
 U4, U6, S8, T4 = 0, 1, 2, 6
 CODES = {U4: (0, 16), T4: (0, 16), U6: (0, 64), S8: (-128, 128)}  # the first, and the one after the last
 SPREAD = (-128, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 127)  # from end to end
+HALF_RANGE = (-64, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, 63)
+SMALL = (*range(-16, 14, 2), 15)
 FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 F16, BF16, F32, SUPER32, SUPER16 = range(5)
 INT8, BF16_ROWS, FLOAT_ROWS = range(3)
@@ -59,6 +61,8 @@ FORMATS = (
     Format("iq4_xs", T4, SUPER16, 16, levels=SPREAD),
     Format("iq2_s", T4, SUPER16, 16, levels=FLOAT4, exponent=-3),
     Format("table-biased-g64", T4, BF16, 64, has_bias=True, offset=3, levels=SPREAD),
+    Format("iq3_xxs", T4, SUPER16, 16, levels=HALF_RANGE, exponent=-2),
+    Format("table-16", T4, F16, 32, levels=SMALL),
     Format("q4_k-units", U4, SUPER32, 32, exponent=-2),
 )
 BY_NAME = {each.name: each for each in FORMATS}
