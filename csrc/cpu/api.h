@@ -32,7 +32,17 @@ typedef struct {
     int8_t levels[16];  // of GC_T4: what each code stands for
 } gc_matrix;
 
-enum gc_kinds { GC_Q4_0 = 0, GC_Q8_0 = 1, GC_Q4_K = 2, GC_Q5_K = 3, GC_Q6_K = 4, GC_STREAM4 = 5, GC_STREAM8 = 6 };
+enum gc_kinds {
+    GC_Q4_0 = 0,  // and IQ4_NL, whose blocks are alike
+    GC_Q8_0 = 1,
+    GC_Q4_K = 2,
+    GC_Q5_K = 3,
+    GC_Q6_K = 4,
+    GC_STREAM4 = 5,
+    GC_STREAM8 = 6,
+    GC_MXFP4 = 7,
+    GC_IQ4_XS = 8
+};
 
 // Rows in a file's format. Blocks hold codes and scales; streams of 4 or 8 bits have separate scales and biases (or null), of
 // the same type as the target's.
