@@ -1,7 +1,7 @@
 // Repacking: from the quantized rows of a file to panels of 16 rows, at memory bandwidth.
 //
 // Owns the source formats that are common enough for a loop of their own; the others are repacked, more slowly, in Python
-// (gemcutter/quant/tiling.py), which is also the definition that this file is tested against. Every row of a block writes 4 codes
+// (gemcutter/quant/cpu_packing.py), which is also the definition that this file is tested against. Every row of a block writes 4 codes
 // at a stride of 64 bytes, so a block stays in the L1 cache until all of its 16 rows are written. Read `layout.h` for the
 // target.
 #include <string.h>
