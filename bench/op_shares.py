@@ -37,7 +37,7 @@ from gemcutter.ops.step import KVRange, Step, prepare
 from gemcutter.ops.types import OpContext, Precision, matrix
 from gemcutter.plan import LayerPlan, ModelPlan
 
-QUANTS = ("q4_0", "mlx4", "q8_0", "q6_k", "bf16")
+QUANTS = ("q4_0", "mlx4", "q8_0", "q6_k", "mxfp4", "iq4_xs", "bf16")
 ROWS = (1, 4, 16, 32, 512)
 CONTEXTS = (512, 4096, 32768)
 PROMPT_ROWS = 512

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_float, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import c_float, c_int8, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 8  # of the interface, gc_version()
+VERSION = 9  # of the interface, gc_version()
 OFF = ("off", "0", "no", "false")  # what GEMCUTTER_NATIVE may say to do without the library
 LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon", "neon_i8mm")
 
@@ -34,7 +34,8 @@ class Matrix(ctypes.Structure):
         ("group", c_int32),
         ("has_bias", c_int32),
         ("offset", c_int32),
-        ("reserved", c_int32),
+        ("exponent", c_int32),
+        ("levels", c_int8 * 16),
     )
 
 

@@ -23,6 +23,7 @@ from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.model.text import Decoder
 from gemcutter.plan import Attn, ModelPlan
 from gemcutter.quant import Weight
+from tests.unit.test_quant_gguf_blocks import spread
 
 Tensors = dict[tuple[str, str | None], Tensor]  # by canonical name and part
 Choice = Callable[[str, Tensor], str]  # how to store a matrix, by its canonical name
@@ -36,7 +37,14 @@ SCALES = {
     "Q6_K": (208, 210),
     "IQ4_NL": (0, 2),
     "IQ4_XS": (0, 2),
+    "IQ3_S": (0, 2),
+    "IQ3_XXS": (0, 2),
+    "IQ2_S": (0, 2),
+    "IQ2_XS": (0, 2),
+    "IQ2_XXS": (0, 2),
+    "IQ1_S": (0, 2),
 }
+OTHER_SCALES = ("NVFP4", "IQ1_M")  # types alike whose scales have another form
 
 
 def tensors_of(checkpoint: Checkpoint) -> Tensors:
@@ -48,13 +56,16 @@ def tensors_of(checkpoint: Checkpoint) -> Tensors:
 def store(values: Tensor, name: str) -> np.ndarray:
     """Store a matrix in a type: bytes [..., rows, bytes of a row]."""
     kind = Kind[name]
-    if name not in SCALES and name != "NVFP4":
+    if name not in SCALES and name not in OTHER_SCALES:
         return gguf.quantize(values.float().numpy(), kind)
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     generator = np.random.default_rng(values.shape[-1] + values.shape[-2])
     blocks = generator.integers(0, 256, (values.numel() // per_block, block_bytes), dtype=np.uint8)
     if name == "NVFP4":  # 8-bit floats, small ones
         blocks[:, :4] = generator.integers(8, 24, (len(blocks), 4))
+        return blocks.reshape(*values.shape[:-1], -1)
+    if name == "IQ1_M":
+        spread(torch.from_numpy(blocks), torch.from_numpy(generator.uniform(1e-4, 8e-4, len(blocks))))
         return blocks.reshape(*values.shape[:-1], -1)
     first, last = SCALES[name]
     small = generator.uniform(1e-4, 8e-4, (len(blocks), (last - first) // 2)) * (20 if name == "IQ4_NL" else 1)

@@ -58,16 +58,16 @@ void pairs_of_packed(const gc_matrix &m, int64_t panel, uint16_t *pairs) {
     alignas(64) uint8_t bytes[QUADS * QUAD_BYTES];
     PanelDecoder<PIECES> decoder(m, panel);
     const V offset = set1((float)m.offset);
-    const bool is_signed = m.codes == GC_S8;
+    const bool has_signs = is_signed(m);
     for (int64_t block = 0; block < m.columns / BLOCK; ++block) {
-        unpack_block(m.codes, decoder.next(), bytes);
+        unpack_block(m, decoder.next(), bytes);
         for (int j = 0; j < QUADS; ++j, pairs += 2 * 2 * PANEL) {
             const int piece = PIECES == 1 ? 0 : j / (QUADS / 2);
             const V scale = decoder.scales.scale[piece][0];
             const V base = decoder.is_biased ? fma(scale, offset, decoder.scales.bias[piece][0]) : scale * offset;
             const __m512i quad = _mm512_load_si512(bytes + j * QUAD_BYTES);
-            const V values[] = {fma(scale, codes_of<0>(quad, is_signed), base), fma(scale, codes_of<1>(quad, is_signed), base),
-                                fma(scale, codes_of<2>(quad, is_signed), base), fma(scale, codes_of<3>(quad, is_signed), base)};
+            const V values[] = {fma(scale, codes_of<0>(quad, has_signs), base), fma(scale, codes_of<1>(quad, has_signs), base),
+                                fma(scale, codes_of<2>(quad, has_signs), base), fma(scale, codes_of<3>(quad, has_signs), base)};
             _mm512_store_si512(pairs, pair(values[0], values[1]));
             _mm512_store_si512(pairs + 2 * PANEL, pair(values[2], values[3]));
         }

@@ -12,7 +12,7 @@
 #define GC_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-enum gc_codes { GC_U4 = 0, GC_U6 = 1, GC_S8 = 2, GC_BF16 = 3, GC_F16 = 4, GC_F32 = 5 };  // from GC_BF16 on: dense
+enum gc_codes { GC_U4 = 0, GC_U6 = 1, GC_S8 = 2, GC_BF16 = 3, GC_F16 = 4, GC_F32 = 5, GC_T4 = 6 };  // BF16, F16, F32: dense
 enum gc_scales { GC_SCALE_F16 = 0, GC_SCALE_BF16 = 1, GC_SCALE_F32 = 2, GC_SUPER32 = 3, GC_SUPER16 = 4 };
 enum gc_activations {
     GC_INT8 = 0,
@@ -25,13 +25,24 @@ typedef struct {
     int64_t rows, columns;
     int64_t stride;  // bytes from one panel, or dense row, to the next
     int32_t codes, scales;
-    int32_t group;     // columns of one scale
-    int32_t has_bias;  // each scale is followed by a bias
-    int32_t offset;    // added to every code
-    int32_t reserved;
+    int32_t group;      // columns of one scale
+    int32_t has_bias;   // each scale is followed by a bias
+    int32_t offset;     // added to every code
+    int32_t exponent;   // float16 scales of super-blocks count in units of 2^exponent
+    int8_t levels[16];  // of GC_T4: what each code stands for
 } gc_matrix;
 
-enum gc_kinds { GC_Q4_0 = 0, GC_Q8_0 = 1, GC_Q4_K = 2, GC_Q5_K = 3, GC_Q6_K = 4, GC_STREAM4 = 5, GC_STREAM8 = 6 };
+enum gc_kinds {
+    GC_Q4_0 = 0,  // and IQ4_NL, whose blocks are alike
+    GC_Q8_0 = 1,
+    GC_Q4_K = 2,
+    GC_Q5_K = 3,
+    GC_Q6_K = 4,
+    GC_STREAM4 = 5,
+    GC_STREAM8 = 6,
+    GC_MXFP4 = 7,
+    GC_IQ4_XS = 8
+};
 
 // Rows in a file's format. Blocks hold codes and scales; streams of 4 or 8 bits have separate scales and biases (or null), of
 // the same type as the target's.

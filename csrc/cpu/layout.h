@@ -9,6 +9,7 @@
 //   GC_SUPER32, per 256 columns: d f16[16], dmin f16[16], then 8 times: sc u8[16], m u8[16], one code block;
 //       scale = d * sc, bias = -(dmin * m), for 32 columns each
 //   GC_SUPER16, per 256 columns: d f16[16], then 8 times: sc s8[2][16], one code block; scale = d * sc for 16 columns each
+//       (d and dmin count in units of 2^exponent: what a format multiplies its scales with would not fit into small float16)
 //
 // value = scale * (code + offset) + bias, scale and bias in float32.
 //
@@ -16,6 +17,7 @@
 // has 64 codes; that of row r and column c of the quad is at r * 4 + c.
 //   GC_S8: 8 quad vectors of signed bytes, 512 bytes
 //   GC_U4: 4 vectors of 64 bytes; vector j has quad j in the low and quad j + 4 in the high nibbles, 256 bytes
+//   GC_T4: as GC_U4, where a code is a place in the matrix' table of signed bytes, and counts as the byte there
 //   GC_U6: as GC_U4 for the low four bits, then 2 vectors of 64 bytes: vector h has the upper two bits of quad 4h + k at bits
 //          2k and 2k + 1, 384 bytes
 #pragma once
@@ -34,9 +36,11 @@ constexpr int64_t PREFETCH_BYTES = 6144;
 // Where prefetched codes wait: in the L1 cache they would take its few misses at a time from the rows' own loads.
 constexpr int IN_L2 = 2;
 
-inline bool is_dense(const gc_matrix &m) { return m.codes >= GC_BF16; }
+inline bool is_dense(const gc_matrix &m) { return m.codes >= GC_BF16 && m.codes <= GC_F32; }
 
-inline int64_t code_block_bytes(int codes) { return codes == GC_U4 ? 256 : codes == GC_U6 ? 384 : 512; }
+inline bool is_signed(const gc_matrix &m) { return m.codes == GC_S8 || m.codes == GC_T4; }
+
+constexpr int64_t code_block_bytes(int codes) { return codes == GC_U4 || codes == GC_T4 ? 256 : codes == GC_U6 ? 384 : 512; }
 
 inline int64_t scale_bytes(int scales) { return scales == GC_SCALE_F32 ? 4 : 2; }
 

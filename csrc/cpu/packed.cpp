@@ -22,15 +22,30 @@ void int8_panels(const gc_matrix &m, int64_t panel, int64_t panels, const Rows &
             int8_stream<Code, PIECES>(m, panel, rows, first, last, out, ld, panels > 1 ? nullptr : next);
 }
 
+// Whether the table of a matrix of GC_T4 lies from -below to below - 1.
+[[maybe_unused]] bool lies_within(const gc_matrix &m, int below) {
+    bool is_inside = true;
+    for (int8_t level : m.levels) is_inside = is_inside && level >= -below && level < below;
+    return is_inside;
+}
+
+template <int PIECES>
+auto *int8_panels_of(const gc_matrix &m) {
+    if (m.codes == GC_U4) return int8_panels<Code4, PIECES>;
+    if (m.codes == GC_U6) return int8_panels<Code6, PIECES>;
+    if (m.codes == GC_S8) return int8_panels<Code8, PIECES>;
+#if defined(GC_LEVEL_AVX2) && !defined(GC_DOT_BYTES)
+    if (lies_within(m, 16)) return int8_panels<CodeT4<16>, PIECES>;
+    if (lies_within(m, 64)) return int8_panels<CodeT4<64>, PIECES>;
+#endif
+    return int8_panels<CodeT4<128>, PIECES>;
+}
+
 template <int PIECES>
 void panels_in_pieces(const gc_matrix &m, int64_t panel, int64_t panels, const Rows &rows, int64_t first, int64_t last,
                       float *out, int64_t ld, void *scratch, const void *next) {
-    if (rows.q && rows.activations == GC_INT8) {
-        auto *run = m.codes == GC_U4   ? int8_panels<Code4, PIECES>
-                    : m.codes == GC_U6 ? int8_panels<Code6, PIECES>
-                                       : int8_panels<Code8, PIECES>;
-        return run(m, panel, panels, rows, first, last, out, ld, scratch, next);
-    }
+    if (rows.q && rows.activations == GC_INT8)
+        return int8_panels_of<PIECES>(m)(m, panel, panels, rows, first, last, out, ld, scratch, next);
     for (; panels > 0; --panels, ++panel, out += PANEL) float_panel<PIECES>(m, panel, rows, first, last, out, ld, scratch);
 }
 

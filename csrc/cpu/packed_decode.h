@@ -1,7 +1,8 @@
 // Reading packed panels: scales as float vectors, codes as bytes, values as floats.
 //
 // Owns the iteration over a panel (layout.h) for every kind of scales, and the unpacking of 4-bit and 6-bit codes to the layout
-// of an 8-bit code block. Included by level sources only. Refuses to know activations and products. Read `packed_dot.h` next.
+// of an 8-bit code block, codes that have a table to what it has for them. Included by level sources only. Refuses to know
+// activations and products. Read `packed_dot.h` next.
 #pragma once
 #include "kernels.h"
 #include "vec.h"
@@ -52,6 +53,42 @@ inline V load_s8(const uint8_t *p) {
 #endif
 inline V zero() { return set1(0.0f); }
 
+inline V power_of_two(int exponent) {
+    const uint32_t bits = (uint32_t)(127 + exponent) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return set1(power);
+}
+
+// The table of a matrix of GC_T4 in every 16 bytes of a vector; with `shift`, added to each, as unsigned bytes.
+inline N table_of(const gc_matrix &m, int shift) {
+    uint8_t all[sizeof(N)];
+    for (size_t i = 0; i < sizeof all; ++i) all[i] = (uint8_t)(m.levels[i % sizeof m.levels] + shift);
+    N table;
+    memcpy(&table, all, sizeof table);
+    return table;
+}
+
+// Replaces bytes below 16 by what a table has for them.
+#if defined(GC_LEVEL_AVX512)
+inline N look_up(N table, N codes) { return _mm512_shuffle_epi8(table, codes); }
+#elif defined(GC_LEVEL_AVX2)
+inline N look_up(N table, N codes) { return _mm256_shuffle_epi8(table, codes); }
+#elif defined(GC_LEVEL_NEON)
+inline N look_up(N table, N codes) {
+    return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(codes)));
+}
+#else
+inline N look_up(N table, N codes) {
+    uint8_t values[sizeof table], found[sizeof codes];
+    memcpy(values, &table, sizeof table);
+    memcpy(found, &codes, sizeof codes);
+    for (uint8_t &each : found) each = values[each];
+    memcpy(&codes, found, sizeof codes);
+    return codes;
+}
+#endif
+
 // The scales of one code block, a vector lane for each row: with PIECES 2, one for each 16 columns.
 template <int PIECES>
 struct Scales {
@@ -72,7 +109,7 @@ struct PanelDecoder {
     int64_t code_bytes;
     int kind, blocks_of_scale, until_scale = 0;
     bool is_biased;
-    V super[2][PARTS];
+    V unit, super[2][PARTS];  // unit: of super-blocks' float16 scales
     Scales<PIECES> scales = {};
 
     GC_INLINE PanelDecoder(const gc_matrix &m, int64_t panel)
@@ -82,7 +119,8 @@ struct PanelDecoder {
           blocks_of_scale(kind >= GC_SUPER32 ? SUPER / BLOCK
                           : m.group > BLOCK  ? m.group / BLOCK
                                              : 1),
-          is_biased(has_bias(m)) {}
+          is_biased(has_bias(m)),
+          unit(power_of_two(m.exponent)) {}
 
     // Reads the scales before the next block's codes into `scales`, and returns the codes.
     GC_INLINE const uint8_t *next() {
@@ -114,7 +152,7 @@ struct PanelDecoder {
 
     GC_INLINE void read_super() {
         for (int i = 0; i < (kind == GC_SUPER32 ? 2 : 1); ++i) {
-            for (int h = 0; h < PARTS; ++h) super[i][h] = load_f16((const uint16_t *)at + h * W);
+            for (int h = 0; h < PARTS; ++h) super[i][h] = load_f16((const uint16_t *)at + h * W) * unit;
             at += PANEL * 2;
         }
     }
@@ -136,8 +174,8 @@ struct PanelDecoder {
 };
 
 // Unpacks a code block to 8 quad vectors of bytes, 512 in all; signed codes stay signed.
-inline void unpack_block(int codes, const uint8_t *from, uint8_t *to) {
-    if (codes == GC_S8) {
+inline void unpack_block(const gc_matrix &m, const uint8_t *from, uint8_t *to) {
+    if (m.codes == GC_S8) {
         memcpy(to, from, QUADS * QUAD_BYTES);
         return;
     }
@@ -145,13 +183,21 @@ inline void unpack_block(int codes, const uint8_t *from, uint8_t *to) {
     for (int j = 0; j < QUADS / 2; ++j)
         for (int i = 0; i < QUAD_BYTES; ++i) {
             uint8_t both = from[j * QUAD_BYTES + i], low = both & 15, high = both >> 4;
-            if (codes == GC_U6) {
+            if (m.codes == GC_U6) {
                 low |= (uint8_t)((upper[i] >> (2 * j) & 3) << 4);
                 high |= (uint8_t)((upper[QUAD_BYTES + i] >> (2 * j) & 3) << 4);
             }
             to[j * QUAD_BYTES + i] = low;
             to[(j + 4) * QUAD_BYTES + i] = high;
         }
+    if (m.codes != GC_T4) return;
+    const N table = table_of(m, 0);
+    for (int i = 0; i < QUADS * QUAD_BYTES; i += (int)sizeof(N)) {
+        N codes;
+        memcpy(&codes, to + i, sizeof codes);
+        codes = look_up(table, codes);
+        memcpy(to + i, &codes, sizeof codes);
+    }
 }
 
 // One column of a quad vector of bytes, W rows of it from `part` on, as floats.
@@ -205,8 +251,8 @@ GC_INLINE void each_value(const uint8_t *bytes, const Scales<PIECES> &scales, bo
 template <int PIECES, typename Sink>
 GC_INLINE void each_value(const gc_matrix &m, PanelDecoder<PIECES> &decoder, Sink sink) {
     alignas(64) uint8_t bytes[QUADS * QUAD_BYTES];
-    unpack_block(m.codes, decoder.next(), bytes);
-    if (m.codes == GC_S8) each_value(bytes, decoder.scales, decoder.is_biased, (float)m.offset, true, sink);
+    unpack_block(m, decoder.next(), bytes);
+    if (is_signed(m)) each_value(bytes, decoder.scales, decoder.is_biased, (float)m.offset, true, sink);
     else each_value(bytes, decoder.scales, decoder.is_biased, (float)m.offset, false, sink);
 }
 

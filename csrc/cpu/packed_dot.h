@@ -2,25 +2,34 @@
 //
 // Owns `dot`: quads of a code block times the same columns of M rows, exact in int32. quads(h, j) loads quad vector j of part h: a
 // `CodeReader` from a packed block, `load_codes` from one that was unpacked before; SHIFT is what is added to signed codes to make
-// them unsigned. Refuses to know scales. Read `packed_int8.h` next.
+// them unsigned; where codes have a table it is added to that, once for a panel. Refuses to know scales. Read `packed_int8.h`
+// next.
 #pragma once
 #include "packed_decode.h"
 
 namespace gemcutter {
 namespace {
 
-// How many products of a pair of columns, each below 2 * largest code * 127, can be added in 16 bits.
+// DEPTH: how many products of a pair of columns, each below 2 * largest code * 127, can be added in 16 bits. SHIFT: what makes
+// signed codes unsigned.
 struct Code4 {
-    static constexpr int KIND = GC_U4, DEPTH = 8;
+    static constexpr int KIND = GC_U4, DEPTH = 8, SHIFT = 0;
     static constexpr bool IS_SIGNED = false;
 };
 struct Code6 {
-    static constexpr int KIND = GC_U6, DEPTH = 2;
+    static constexpr int KIND = GC_U6, DEPTH = 2, SHIFT = 0;
     static constexpr bool IS_SIGNED = false;
 };
 struct Code8 {
-    static constexpr int KIND = GC_S8, DEPTH = 1;
+    static constexpr int KIND = GC_S8, DEPTH = 1, SHIFT = 128;
     static constexpr bool IS_SIGNED = true;
+};
+// Codes that stand for the bytes of a table, which lie from -BELOW to BELOW - 1. Only where products of bytes are added in 16 bits
+// smaller ones gain something: there they are unsigned, once they are shifted, while any byte needs its sign.
+template <int BELOW>
+struct CodeT4 {
+    static constexpr int KIND = GC_T4, DEPTH = BELOW <= 16 ? 4 : 1, SHIFT = BELOW;
+    static constexpr bool IS_SIGNED = BELOW == 128;
 };
 
 // Each level has STREAM_ROWS, up to which rows are multiplied while codes are unpacked in registers, and ROWS_AT_ONCE, of which the
@@ -57,9 +66,11 @@ constexpr int64_t STREAM_ROWS = FEW_ROWS;
 
 template <class Code>
 struct CodeReader : Code {
-    static constexpr int SHIFT = Code::IS_SIGNED ? 128 : 0;
+    static constexpr int SHIFT = Code::SHIFT;
 
-    static N quad(const uint8_t *codes, int, int j) {
+    explicit CodeReader(const gc_matrix &m) : levels_(Code::KIND == GC_T4 ? table_of(m, SHIFT) : N{}) {}
+
+    N quad(const uint8_t *codes, int, int j) const {
         if (Code::KIND == GC_S8) {
             N all = _mm512_loadu_si512(codes + j * QUAD_BYTES);
             return Code::IS_SIGNED ? _mm512_xor_si512(all, _mm512_set1_epi8((char)0x80)) : all;
@@ -67,6 +78,7 @@ struct CodeReader : Code {
         N both = _mm512_loadu_si512(codes + j % 4 * QUAD_BYTES);
         N low = _mm512_and_si512(j < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
         if (Code::KIND == GC_U4) return low;
+        if (Code::KIND == GC_T4) return look_up(levels_, low);
         N upper = _mm512_loadu_si512(codes + (4 + j / 4) * QUAD_BYTES), mask = _mm512_set1_epi8(0x30);
         N placed = j % 4 == 0   ? _mm512_slli_epi16(upper, 4)
                    : j % 4 == 1 ? _mm512_slli_epi16(upper, 2)
@@ -74,6 +86,9 @@ struct CodeReader : Code {
                                 : _mm512_srli_epi16(upper, 2);
         return _mm512_ternarylogic_epi32(low, placed, mask, 0xf8);  // low | (placed & mask)
     }
+
+  private:
+    N levels_;
 };
 
 #elif defined(GC_LEVEL_AVX2)
@@ -84,18 +99,21 @@ constexpr int64_t STREAM_ROWS = FEW_ROWS;
 template <class Code>
 struct CodeReader : Code {
 #if defined(GC_DOT_BYTES)
-    static constexpr int SHIFT = Code::IS_SIGNED ? 128 : 0;
+    static constexpr int SHIFT = Code::SHIFT;
 #else
-    static constexpr int SHIFT = 0;
+    static constexpr int SHIFT = Code::IS_SIGNED ? 0 : Code::SHIFT;
 #endif
 
-    static N quad(const uint8_t *codes, int part, int j) {
+    explicit CodeReader(const gc_matrix &m) : levels_(Code::KIND == GC_T4 ? table_of(m, SHIFT) : N{}) {}
+
+    N quad(const uint8_t *codes, int part, int j) const {
         codes += part * 32;
-        if (SHIFT) return _mm256_xor_si256(at(codes, j), _mm256_set1_epi8((char)0x80));
+        if (Code::KIND == GC_S8 && SHIFT) return _mm256_xor_si256(at(codes, j), _mm256_set1_epi8((char)0x80));
         if (Code::KIND == GC_S8) return at(codes, j);
         const N both = at(codes, j % 4);
         const N low = _mm256_and_si256(j < 4 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
         if (Code::KIND == GC_U4) return low;
+        if (Code::KIND == GC_T4) return look_up(levels_, low);
         const N upper = at(codes, 4 + j / 4);
         const N placed = j % 4 == 0   ? _mm256_slli_epi16(upper, 4)
                          : j % 4 == 1 ? _mm256_slli_epi16(upper, 2)
@@ -106,6 +124,8 @@ struct CodeReader : Code {
 
   private:
     static N at(const uint8_t *codes, int j) { return load_codes(codes + j * QUAD_BYTES); }
+
+    N levels_;
 };
 
 #if !defined(GC_DOT_BYTES)
@@ -161,6 +181,8 @@ constexpr int64_t STREAM_ROWS = 0;
 template <class Code>
 struct CodeReader : Code {
     static constexpr int SHIFT = 0;
+
+    explicit CodeReader(const gc_matrix &) {}
 };
 
 // Four codes of each of W rows, one after the other.

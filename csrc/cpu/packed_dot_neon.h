@@ -18,12 +18,15 @@ template <class Code>
 struct CodeReader : Code {
     static constexpr int SHIFT = 0;
 
-    static GC_INLINE int8x16_t quad(const uint8_t *codes, int part, int j) {
+    explicit CodeReader(const gc_matrix &m) : levels_(Code::KIND == GC_T4 ? table_of(m, SHIFT) : N{}) {}
+
+    GC_INLINE int8x16_t quad(const uint8_t *codes, int part, int j) const {
         codes += part * 16;
         if (Code::KIND == GC_S8) return vreinterpretq_s8_u8(at(codes, j));
         const uint8x16_t both = at(codes, j % 4);
         const uint8x16_t low = j < 4 ? vandq_u8(both, vdupq_n_u8(15)) : vshrq_n_u8(both, 4);
         if (Code::KIND == GC_U4) return vreinterpretq_s8_u8(low);
+        if (Code::KIND == GC_T4) return vreinterpretq_s8_s32(look_up(levels_, vreinterpretq_s32_u8(low)));
         const uint8x16_t upper = at(codes, 4 + j / 4);
         const uint8x16_t placed = j % 4 == 0   ? vshlq_n_u8(upper, 4)
                                   : j % 4 == 1 ? vshlq_n_u8(upper, 2)
@@ -34,6 +37,8 @@ struct CodeReader : Code {
 
   private:
     static GC_INLINE uint8x16_t at(const uint8_t *codes, int j) { return vld1q_u8(codes + j * QUAD_BYTES); }
+
+    N levels_;
 };
 
 inline int8x16_t load_codes(const uint8_t *p) { return vreinterpretq_s8_u8(vld1q_u8(p)); }

@@ -59,13 +59,13 @@ struct RowRun {
 
 // Adds the products of block b to the totals of H parts of the panel from `part` on: all columns of one scale at a time.
 template <class Code, int PIECES, int M, int H>
-GC_INLINE void add_block(const uint8_t *codes, int part, const Scales<PIECES> &scales, bool is_biased,
-                         const RowRun<PIECES, M> &rows, int64_t b, V (*total)[PARTS]) {
+GC_INLINE void add_block(const CodeReader<Code> &reader, const uint8_t *codes, int part, const Scales<PIECES> &scales,
+                         bool is_biased, const RowRun<PIECES, M> &rows, int64_t b, V (*total)[PARTS]) {
     constexpr int COUNT = QUADS / PIECES;
 #pragma GCC unroll 2
     for (int piece = 0; piece < PIECES; ++piece) {
         N sums[M][H];
-        const auto quads = [codes, part](int h, int j) { return CodeReader<Code>::quad(codes, part + h, j); };
+        const auto quads = [&reader, codes, part](int h, int j) { return reader.quad(codes, part + h, j); };
         dot<Code, COUNT, M, H>(quads, piece * COUNT, rows.q + b * BLOCK, rows.columns, sums);
         int64_t at = b;
         if (piece > 0) __asm__("" : "+r"(at));  // both pieces' row scales, were they known to be equal, would crowd out the sums
@@ -103,10 +103,11 @@ inline int width_of(const gc_matrix &m, int64_t panel) {
 template <class Code, int PIECES, int M>
 void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out, int64_t ld, const void *next) {
     PanelDecoder<PIECES> decoder(m, panel);
+    const CodeReader<Code> reader(m);
     V total[M][PARTS];
     for (int i = 0; i < M; ++i)
         for (int h = 0; h < PARTS; ++h) total[i][h] = zero();
-    constexpr int CODE_BYTES = Code::KIND == GC_U4 ? 256 : Code::KIND == GC_U6 ? 384 : 512;
+    constexpr int CODE_BYTES = (int)code_block_bytes(Code::KIND);
     const float offset = (float)(m.offset - CodeReader<Code>::SHIFT);
     const int64_t all = rows.columns / BLOCK;
     const uint8_t *end = panel_of(m, panel) + m.stride;
@@ -121,7 +122,7 @@ void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row,
             for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(ahead + i, 0, IN_L2);
 #pragma GCC unroll 2
             for (int part = 0; part < PARTS; part += PARTS_AT_ONCE)
-                add_block<Code, PIECES, M, PARTS_AT_ONCE>(codes, part, decoder.scales, decoder.is_biased, own, b, total);
+                add_block<Code, PIECES, M, PARTS_AT_ONCE>(reader, codes, part, decoder.scales, decoder.is_biased, own, b, total);
         }
     }
     for (int i = 0; i < M; ++i) store_row(out + i * ld, width_of(m, panel), total[i]);

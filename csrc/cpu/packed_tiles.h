@@ -105,7 +105,8 @@ void multiply_tile(const PanelRuns<PIECES> &runs, int64_t blocks, const TileRows
 
 // Unpacks the next `blocks` blocks of a panel, whose first part becomes part h of the run.
 template <class Code, int PIECES>
-GC_INLINE void unpack_run(PanelDecoder<PIECES> &decoder, int64_t blocks, int h, PanelRuns<PIECES> &runs) {
+GC_INLINE void unpack_run(const gc_matrix &m, PanelDecoder<PIECES> &decoder, int64_t blocks, int h, PanelRuns<PIECES> &runs) {
+    [[maybe_unused]] const CodeReader<Code> reader(m);
     for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t *codes = decoder.next();
 #if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2) || defined(GC_LEVEL_NEON)
@@ -113,12 +114,12 @@ GC_INLINE void unpack_run(PanelDecoder<PIECES> &decoder, int64_t blocks, int h, 
         for (int part = 0; part < PARTS; ++part)
 #pragma GCC unroll 8
             for (int j = 0; j < QUADS; ++j) {
-                const auto quad = CodeReader<Code>::quad(codes, part, j);
+                const auto quad = reader.quad(codes, part, j);
                 memcpy(runs.codes[h + part][b] + j * PART_BYTES, &quad, sizeof quad);
             }
 #else
         uint8_t bytes[QUADS * QUAD_BYTES];
-        unpack_block(Code::KIND, codes, bytes);
+        unpack_block(m, codes, bytes);
         for (int i = 0; i < QUADS * PARTS; ++i)
             memcpy(runs.codes[h + i % PARTS][b] + i / PARTS * PART_BYTES, bytes + i * PART_BYTES, PART_BYTES);
 #endif
@@ -163,7 +164,7 @@ void multiply_panels(const gc_matrix &m, int64_t panel, const Rows &rows, int64_
     PanelDecoder<PIECES> decoders[] = {{m, panel}, {m, panel + (H > 1 ? 1 : 0)}, {m, panel + (H > 2 ? 2 : 0)}};
     for (int64_t start = 0; start < all; start += TILE_RUN) {
         const int64_t blocks = all - start < TILE_RUN ? all - start : TILE_RUN;
-        for (int h = 0; h < H; ++h) unpack_run<Code>(decoders[h], blocks, h * PARTS, runs);
+        for (int h = 0; h < H; ++h) unpack_run<Code>(m, decoders[h], blocks, h * PARTS, runs);
         const bool is_last = start + blocks == all;
         const char *ahead_at = reinterpret_cast<const char *>(decoders[0].at);
         if (is_last) ahead_at = next ? static_cast<const char *>(next) : ahead_at + (H - 1) * m.stride;

@@ -1,7 +1,7 @@
 // Repacking: from the quantized rows of a file to panels of 16 rows, at memory bandwidth.
 //
 // Owns the source formats that are common enough for a loop of their own; the others are repacked, more slowly, in Python
-// (gemcutter/quant/tiling.py), which is also the definition that this file is tested against. Every row of a block writes 4 codes
+// (gemcutter/quant/cpu_packing.py), which is also the definition that this file is tested against. Every row of a block writes 4 codes
 // at a stride of 64 bytes, so a block stays in the L1 cache until all of its 16 rows are written. Read `layout.h` for the
 // target.
 #include <string.h>
@@ -31,6 +31,13 @@ inline void store_u16(uint8_t *heads, int row, const uint8_t *value) { memcpy(he
 void q4_0(const uint8_t *source, uint8_t *out, int row) {
     store_u16(out, row, source);
     for (int j = 0; j < 4; ++j) store_u32(out + 32, j, row, load_u32(source + 2 + 4 * j));  // pairs nibbles as panels do
+}
+
+// 2^(e - 128) as bfloat16, of which the two smallest are subnormal; nibbles as in q4_0.
+void mxfp4(const uint8_t *source, uint8_t *out, int row) {
+    const uint16_t scale = source[0] < 2 ? (uint16_t)(0x20 << source[0]) : (uint16_t)((source[0] - 1) << 7);
+    memcpy(out + row * 2, &scale, 2);
+    for (int j = 0; j < 4; ++j) store_u32(out + 32, j, row, load_u32(source + 1 + 4 * j));
 }
 
 void q8_0(const uint8_t *source, uint8_t *out, int row) {
@@ -88,6 +95,17 @@ void q6_k(const uint8_t *source, uint8_t *out, int row) {
         out[16 + row] = source[192 + 2 * run + 1];
         nibbles(source + half * 64 + quarter % 2 * 32, quarter / 2, out + 32, row);
         upper_bits(source + 128 + half * 32, 2 * quarter, 0x03030303, out + 32 + 256, row);
+    }
+}
+
+// d, upper bits of the scales of 8 runs [2], their nibbles [4], codes [128]; a scale serves both halves of its run.
+void iq4_xs(const uint8_t *source, uint8_t *out, int row) {
+    store_u16(out, row, source);
+    out += 32;
+    for (int run = 0; run < 8; ++run, out += 32 + 256) {
+        const int low = source[4 + run / 2] >> run % 2 * 4 & 15, high = source[2 + run / 4] >> run % 4 * 2 & 3;
+        out[row] = out[16 + row] = (uint8_t)((low | high << 4) - 32);
+        for (int j = 0; j < 4; ++j) store_u32(out + 32, j, row, load_u32(source + 8 + 16 * run + 4 * j));
     }
 }
 
@@ -172,6 +190,8 @@ const Kind KINDS[] = {
     {256, panel_of_blocks<210, 32 + 8 * (32 + 384), q6_k>},
     {0, panel_of_streams<16, stream4>},
     {0, panel_of_streams<32, stream8>},
+    {32, panel_of_blocks<17, 32 + 256, mxfp4>},
+    {256, panel_of_blocks<136, 32 + 8 * (32 + 256), iq4_xs>},
 };
 
 Work work_of(const gc_source &source, const gc_matrix &target) {
@@ -207,7 +227,7 @@ void repack_row(const gc_source &source, int64_t row, const gc_matrix &target) {
 // Writes rows of a file as the panels that `target` describes, whose memory is written to; returns 1 for an unknown kind.
 GC_EXPORT int gc_repack(const gc_source *source, const gc_matrix *target) {
     using namespace gemcutter;
-    if (source->kind < 0 || source->kind > GC_STREAM8) return 1;
+    if (source->kind < 0 || source->kind > GC_IQ4_XS) return 1;
     Work work = work_of(*source, *target);
     gemcutter::run_parallel(repack, &work);
     return 0;

@@ -171,6 +171,10 @@ INTRINSIC __m512i _mm512_slli_epi32(__m512i a, unsigned n) { return n > 31 ? __m
 INTRINSIC __m512i _mm512_srli_epi32(__m512i a, unsigned n) { return n > 31 ? __m512i{} : (__m512i)((U32)a >> (int)n); }
 INTRINSIC __m512i _mm512_srai_epi32(__m512i a, unsigned n) { return (__m512i)((S32)a >> (n > 31 ? 31 : (int)n)); }
 INTRINSIC __m512i _mm512_mask_blend_epi16(__mmask32 k, __m512i off, __m512i on) { return select<uint16_t>(k, on, off); }
+INTRINSIC __m512i _mm512_shuffle_epi8(__m512i a, __m512i b) {  // within 16 bytes each; a place above 127 gives zero
+    Lanes<uint8_t, __m512i> x(a), places(b);
+    return make<uint8_t, __m512i>([&](int i) { return places.at[i] & 0x80 ? 0 : x.at[i / 16 * 16 + places.at[i] % 16]; });
+}
 INTRINSIC int _mm512_reduce_add_epi32(__m512i a) {
     uint32_t sum = 0;
     for (uint32_t lane : Lanes<uint32_t, __m512i>(a).at) sum += lane;

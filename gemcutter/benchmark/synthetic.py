@@ -8,10 +8,12 @@ for the sizes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gemcutter import config as configs
@@ -23,9 +25,11 @@ from gemcutter.param_spec import Access, ParamSpec
 from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Part, Weight
 from gemcutter.quant.affine import Affine
+from gemcutter.quant.bits import E2M1_DOUBLED
 from gemcutter.quant.cpu_layout import PANEL
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.gguf_blocks import TYPES, Blocks
+from gemcutter.quant.gguf_blocks_short import NONLINEAR
 from gemcutter.quant.gpu_packing import GpuPackedWeight
 from gemcutter.quant.hugepage_arena import allocate
 from gemcutter.quant.packing import Packer, PlainPacker
@@ -33,7 +37,9 @@ from gemcutter.quant.recipes import DENSE, RECIPES, BlockScheme, Recipe, Scheme
 
 CPU = torch.device("cpu")
 SMALL = "tiny:"  # before the name of a size: all of its traits, little of its width
-Q6_K = (BlockScheme("Q6_K"), BlockScheme("Q8_0"))  # the second where super-blocks do not fill a row
+Q8_0 = (BlockScheme("Q8_0"),)
+Q6_K = (BlockScheme("Q6_K"), *Q8_0)  # the second where super-blocks do not fill a row
+IQ4_XS = (BlockScheme("IQ4_XS"), BlockScheme("IQ4_NL"), *Q8_0)
 # As the files of each kind are found: llama.cpp keeps the head in 6 bits, the routers and the per-layer projection dense.
 QUANTS = {
     "q4_0": Recipe((BlockScheme("Q4_0"),), {"embed.tokens": Q6_K, "head": Q6_K, "ple.in": DENSE, "moe.router": DENSE}),
@@ -43,9 +49,16 @@ QUANTS = {
     "q4": RECIPES["q4"],
     "q8": RECIPES["q8"],
     "mlx8": RECIPES["mlx8"],
+    "mxfp4": Recipe(
+        (BlockScheme("MXFP4"),), {"embed.tokens": Q8_0, "head": Q8_0, "embed.ple": Q8_0, "ple.in": DENSE, "moe.router": DENSE}
+    ),
+    "iq4_xs": Recipe(IQ4_XS, {"embed.tokens": Q6_K, "head": Q6_K, "embed.ple": Q8_0, "ple.in": DENSE, "moe.router": DENSE}),
 }
 PIECE_ELEMENTS = 1 << 20  # drawn for a kind of matrix
 Q6_K_DEVIATION = 18.5 * 40  # of 6-bit codes around 32, times the mean of their runs' scales
+E2M1_DEVIATION = math.sqrt(sum(level**2 for level in E2M1_DOUBLED) / 16)
+NONLINEAR_DEVIATION = math.sqrt(sum(level**2 for level in NONLINEAR) / 16)
+IQ4_XS_DEVIATION = NONLINEAR_DEVIATION * 18.5  # of 6-bit scales around 32
 
 
 def size_of(preset: str) -> Size:
@@ -141,15 +154,38 @@ def draw_piece(columns: int, scheme: Scheme | None, spread: float, generator: to
 
 
 def _pack(values: Tensor, scheme: Scheme, spread: float) -> Blocks | Affine:
-    """Quantize values, but for 6-bit super-blocks, which nothing here writes: their codes and scales are drawn."""
-    if scheme.name != "Q6_K":
+    """Quantize values, but for blocks that nothing here writes: their codes and scales are drawn."""
+    if scheme.name not in _SCALERS:
         return scheme.quantize(values)
     kind = TYPES[scheme.name]
     rows, columns = values.shape
     blocks = np.random.default_rng(0).integers(0, 256, (rows * columns // kind.values, kind.nbytes), np.uint8)
-    blocks[:, 192:208] = blocks[:, 192:208] % 40 + 20  # the scales of 16 runs
-    blocks[:, 208:] = np.array([spread / Q6_K_DEVIATION], np.float16).view(np.uint8)  # their common factor
+    _SCALERS[scheme.name](blocks, spread)
     return Blocks(torch.from_numpy(blocks).view(rows, -1), kind)
+
+
+def _scale_q6_k(blocks: NDArray[np.uint8], spread: float) -> None:
+    blocks[:, 192:208] = blocks[:, 192:208] % 40 + 20  # the scales of 16 runs
+    blocks[:, 208:] = _half(spread / Q6_K_DEVIATION)  # their common factor
+
+
+def _scale_mxfp4(blocks: NDArray[np.uint8], spread: float) -> None:
+    blocks[:, 0] = 128 + round(math.log2(spread / E2M1_DEVIATION))  # the nearest power of two
+
+
+def _scale_iq4_nl(blocks: NDArray[np.uint8], spread: float) -> None:
+    blocks[:, :2] = _half(spread / NONLINEAR_DEVIATION)
+
+
+def _scale_iq4_xs(blocks: NDArray[np.uint8], spread: float) -> None:
+    blocks[:, :2] = _half(spread / IQ4_XS_DEVIATION)
+
+
+_SCALERS = {"Q6_K": _scale_q6_k, "MXFP4": _scale_mxfp4, "IQ4_NL": _scale_iq4_nl, "IQ4_XS": _scale_iq4_xs}
+
+
+def _half(value: float) -> NDArray[np.uint8]:
+    return np.array([value], np.float16).view(np.uint8)
 
 
 def _repeated(piece: Tensor, lead: tuple[int, ...]) -> Tensor:

@@ -26,7 +26,7 @@ Measure speed and memory on this machine, each beside its physical limit.
 
 The model is MODEL, or --preset: the geometry of a released size (tiny:E2B is a narrow one) with synthetic weights, which are
 made in memory, so that nothing is downloaded; speed does not depend on their values. --quant says how these are stored: q4_0
-(with a Q6_K head) and q8_0 as llama.cpp's files, mlx4 as mlx-lm's, bf16 dense.
+(with a Q6_K head), q8_0, mxfp4 and iq4_xs as llama.cpp's files, mlx4 as mlx-lm's, bf16 dense.
 
 pp512 is a prompt of 512 tokens until the next one is chosen; tg128 are 128 tokens of a reply, one at a time; tg128@d16384 the
 same behind 16384 positions that are there already, tg128x8 eight such replies side by side. Sizes may be listed: -p 512 2048,
@@ -52,7 +52,7 @@ Examples:
 """
 LISTS = ("-p", "--prompt", "-n", "--tokens", "--depth", "--batch", "--acceptance")
 PRESET_QUANT = "q4_0"
-QUANTS = ("q4_0", "mlx4", "q8_0", "bf16", "q4", "q8", "mlx8")
+QUANTS = ("q4_0", "mlx4", "q8_0", "bf16", "q4", "q8", "mlx8", "mxfp4", "iq4_xs")
 
 
 def join_values(words: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # by 4-bit code
+E2M1_DOUBLED = tuple(int(2 * value) for value in E2M1)  # as integers; scales are halved in return
 
 
 def in_runs(x: Tensor, width: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-U4, U6, S8 = range(3)  # enum gc_codes
+U4, U6, S8, T4 = 0, 1, 2, 6  # enum gc_codes
 F16, BF16, F32, SUPER32, SUPER16 = range(5)  # enum gc_scales
 
 PANEL, BLOCK, SUPER = 16, 32, 256  # rows of a panel, columns of a code block and of a super-block
@@ -22,20 +22,26 @@ ALIGN_BYTES = 64  # of panels
 
 SCALE_DTYPES = {F16: torch.float16, BF16: torch.bfloat16, F32: torch.float32}
 SCALES_OF = {dtype: scales for scales, dtype in SCALE_DTYPES.items()}
-_CODE_BYTES = {U4: 256, U6: 384, S8: 512}  # of a code block
+_CODE_BYTES = {U4: 256, T4: 256, U6: 384, S8: 512}  # of a code block
 
 Head = tuple[torch.dtype, int]  # numbers of this dtype, so many for each row
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """How a matrix is coded: value = scale * (code + offset) + bias. Codes are unsigned but for S8; fields as in `gc_matrix`."""
+    """How a matrix is coded: value = scale * (code + offset) + bias. Codes are unsigned but for S8; fields as in `gc_matrix`.
+
+    Codes of T4 count as what `levels` has for them, 16 signed bytes. The float16 scales of super-blocks count in units of
+    2^exponent: where a format multiplies them with a fraction, the product would not always be a float16.
+    """
 
     codes: int
     scales: int
     group: int
     has_bias: bool = False
     offset: int = 0
+    levels: tuple[int, ...] = ()
+    exponent: int = 0
 
     @property
     def run(self) -> int:
@@ -86,18 +92,27 @@ class UnpackedWeight:
 
     def values(self) -> Tensor:
         """Compute scale * (code + offset) + bias in float32, each operation rounded once: [rows, columns]."""
-        scale, bias = self._scales()
-        codes = self.codes.view(torch.int8) if self.layout.codes == S8 else self.codes
+        scale, bias = self.scales()
+        codes = self.codes if self.layout.codes in (U4, U6) else self.signed()
         wide = _split(codes.float().add_(self.layout.offset), scale.shape[-1]).mul_(scale.unsqueeze(-1))
         return (wide if bias is None else wide.add_(bias.unsqueeze(-1))).flatten(-2)
 
-    def _scales(self) -> tuple[Tensor, Tensor | None]:
+    def signed(self) -> Tensor:
+        """Return what the codes of S8 and T4 count as, int8 [rows, columns]."""
+        if self.layout.codes == S8:
+            return self.codes.view(torch.int8)
+        return torch.tensor(self.layout.levels, dtype=torch.int8, device=self.codes.device)[self.codes.int()]
+
+    def scales(self) -> tuple[Tensor, Tensor | None]:
+        """Compute the scale of every group in float32, and the bias where there are any: [rows, groups]."""
         arrays = [array.float() for array in self.arrays]
+        unit = 2.0**self.layout.exponent
         if self.layout.scales == SUPER32:
             d, minimum, sc, m = arrays
-            return _times(d, sc), -_times(minimum, m)
+            return _times(d * unit, sc), -_times(minimum * unit, m)
         if self.layout.scales == SUPER16:
-            return _times(*arrays), None
+            d, sc = arrays
+            return _times(d * unit, sc), None
         return arrays[0], arrays[1] if self.layout.has_bias else None
 
 
@@ -154,7 +169,7 @@ def _codes_in(codes: Tensor, kind: int) -> Tensor:
     if kind == S8:
         return quads.flatten(2)
     low = quads[:, :, :4] & 15 | quads[:, :, 4:] << 4
-    if kind == U4:
+    if kind != U6:
         return low.flatten(2)
     upper = (quads >> 4).view(*quads.shape[:2], 2, 4, 64)
     high = upper[:, :, :, 0] | upper[:, :, :, 1] << 2 | upper[:, :, :, 2] << 4 | upper[:, :, :, 3] << 6

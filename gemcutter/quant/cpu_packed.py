@@ -102,4 +102,6 @@ class CpuPackedWeight:
             group=form.group,
             has_bias=form.has_bias,
             offset=form.offset,
+            exponent=form.exponent,
+            levels=form.levels,
         )

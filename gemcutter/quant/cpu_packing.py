@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemcutter.native import Matrix
 from gemcutter.quant.affine import Affine
-from gemcutter.quant.bits import E2M1, float8, planes, unpack
+from gemcutter.quant.bits import E2M1_DOUBLED, float8, planes, unpack
 from gemcutter.quant.cpu_layout import (
     BF16,
     BLOCK,
@@ -27,6 +27,7 @@ from gemcutter.quant.cpu_layout import (
     SCALES_OF,
     SUPER16,
     SUPER32,
+    T4,
     U4,
     U6,
     PackedLayout,
@@ -35,7 +36,9 @@ from gemcutter.quant.cpu_layout import (
 )
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.gguf_blocks import Blocks
+from gemcutter.quant.gguf_blocks_iq import LEVEL_TYPES
 from gemcutter.quant.gguf_blocks_short import NONLINEAR
+from gemcutter.quant.gguf_blocks_ternary import codes_tq1_0, codes_tq2_0
 from gemcutter.quant.hugepage_arena import allocate
 from gemcutter.quant.microscaling import Micro
 from gemcutter.quant.native_repack import BLOCK_KINDS, STREAM_KINDS, RepackSource, repack
@@ -44,8 +47,6 @@ from gemcutter.quant.scaled_int import Awq, ScaledInt
 
 CHUNK_ELEMENTS = 1 << 20  # of a matrix taken apart at a time: some 10 MB while they are repacked
 NATIVE_CHUNK_ELEMENTS = 1 << 24  # of a matrix read at a time, whose mapped pages are given back: 9 to 17 MB
-
-_DOUBLED = tuple(int(2 * value) for value in E2M1)  # the values of 4-bit floats as integers; scales are halved in return
 
 
 def pack_for_cpu(part: Packed, after_chunk: Callable[[], None] | None = None) -> CpuPackedWeight | None:
@@ -135,7 +136,8 @@ def cpu_layout_of(part: Packed) -> PackedLayout | None:
     elif isinstance(part, Affine):
         layout = _affine_layout(part)
     elif isinstance(part, Micro) and part.scheme != "mxfp8":
-        layout = PackedLayout(S8, BF16 if part.scheme == "mxfp4" else F16 if part.factor is None else F32, part.group)
+        scales = BF16 if part.scheme == "mxfp4" else F16 if part.factor is None else F32
+        layout = PackedLayout(T4, scales, part.group, levels=E2M1_DOUBLED)
     elif isinstance(part, ScaledInt) and part.kind != "fp" and part.group_of is None:
         layout = _scaled_layout(part)
     elif isinstance(part, Awq):
@@ -157,7 +159,7 @@ def take_apart(part: Packed) -> UnpackedWeight:
         codes, dtype = unpack(part.codes, part.bits, dtype=torch.uint8), _affine_dtype(part)
         return UnpackedWeight(layout, codes ^ 128 if part.bits == 8 else codes, (part.scales.to(dtype), part.biases.to(dtype)))
     if isinstance(part, Micro):
-        return UnpackedWeight(layout, _levels(_DOUBLED, unpack(part.codes, 4, dtype=torch.uint8)), (_micro_scales(part),))
+        return UnpackedWeight(layout, unpack(part.codes, 4, dtype=torch.uint8), (_micro_scales(part),))
     if isinstance(part, ScaledInt):
         return _scaled_grid(part, layout)
     assert isinstance(part, Awq)
@@ -216,11 +218,6 @@ def _half(blocks: Tensor, start: int) -> Tensor:
     return blocks[:, start : start + 2].contiguous().view(torch.float16)
 
 
-def _levels(table: tuple[int, ...], codes: Tensor) -> Tensor:
-    """Replace 4-bit codes by small signed integers, as bytes."""
-    return torch.tensor(table, dtype=torch.int8, device=codes.device).view(torch.uint8)[codes.int()]
-
-
 def _fifth_bits(blocks: Tensor, start: int) -> Tensor:
     return planes(blocks[:, start + 4 :], 4, 16) | unpack(blocks[:, start : start + 4], 1, dtype=torch.uint8) << 4
 
@@ -253,20 +250,20 @@ def _q8_0(blocks: Tensor) -> tuple[Tensor, ...]:
 
 
 def _iq4_nl(blocks: Tensor) -> tuple[Tensor, ...]:
-    return _levels(NONLINEAR, planes(blocks[:, 2:], 4, 16)), _half(blocks, 0)
+    return planes(blocks[:, 2:], 4, 16), _half(blocks, 0)
 
 
 def _mxfp4(blocks: Tensor) -> tuple[Tensor, ...]:
     """2^(e - 128), also for e = 255; the two smallest are subnormal."""
     exponent = blocks[:, :1].int()
     bits = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), (exponent - 1) << 23)
-    return _levels(_DOUBLED, planes(blocks[:, 1:], 4, 16)), bits.view(torch.float32).bfloat16()
+    return planes(blocks[:, 1:], 4, 16), bits.view(torch.float32).bfloat16()
 
 
 def _nvfp4(blocks: Tensor) -> tuple[Tensor, ...]:
     """Scales without a sign: 0x7F is zero, and 0xFF is 480."""
     scales = float8(blocks[:, :4] & 0x7F, torch.float8_e4m3fn).nan_to_num_(480).mul_(0.5)
-    return _levels(_DOUBLED, planes(blocks[:, 4:], 4, 8)), torch.where(blocks[:, :4] == 0x7F, 0.0, scales).half()
+    return planes(blocks[:, 4:], 4, 8), torch.where(blocks[:, :4] == 0x7F, 0.0, scales).half()
 
 
 def _q2_k(blocks: Tensor) -> tuple[Tensor, ...]:
@@ -299,7 +296,7 @@ def _iq4_xs(blocks: Tensor) -> tuple[Tensor, ...]:
     """Runs of 32 as two of 16 with one scale."""
     scales = unpack(blocks[:, 4:8], 4, dtype=torch.uint8) | unpack(blocks[:, 2:4], 2, dtype=torch.uint8) << 4
     signed = scales.view(torch.int8).sub(32).repeat_interleave(2, -1)
-    return _levels(NONLINEAR, planes(blocks[:, 8:], 4, 16)), _half(blocks, 0), signed
+    return planes(blocks[:, 8:], 4, 16), _half(blocks, 0), signed
 
 
 BLOCK_TYPES: dict[str, tuple[PackedLayout, Callable[[Tensor], tuple[Tensor, ...]]]] = {
@@ -308,15 +305,21 @@ BLOCK_TYPES: dict[str, tuple[PackedLayout, Callable[[Tensor], tuple[Tensor, ...]
     "Q5_0": (PackedLayout(U6, F16, 32, offset=-16), _q5_0),
     "Q5_1": (PackedLayout(U6, F16, 32, has_bias=True), _q5_1),
     "Q8_0": (PackedLayout(S8, F16, 32), _q8_0),
-    "IQ4_NL": (PackedLayout(S8, F16, 32), _iq4_nl),
-    "MXFP4": (PackedLayout(S8, BF16, 32), _mxfp4),
-    "NVFP4": (PackedLayout(S8, F16, 16), _nvfp4),
+    "IQ4_NL": (PackedLayout(T4, F16, 32, levels=NONLINEAR), _iq4_nl),
+    "MXFP4": (PackedLayout(T4, BF16, 32, levels=E2M1_DOUBLED), _mxfp4),
+    "NVFP4": (PackedLayout(T4, F16, 16, levels=E2M1_DOUBLED), _nvfp4),
     "Q2_K": (PackedLayout(U4, F32, 16, has_bias=True), _q2_k),
     "Q3_K": (PackedLayout(U4, SUPER16, 16, offset=-4), _q3_k),
     "Q4_K": (PackedLayout(U4, SUPER32, 32), _q4_k),
     "Q5_K": (PackedLayout(U6, SUPER32, 32), _q5_k),
     "Q6_K": (PackedLayout(U6, SUPER16, 16, offset=-32), _q6_k),
-    "IQ4_XS": (PackedLayout(S8, SUPER16, 16), _iq4_xs),
+    "IQ4_XS": (PackedLayout(T4, SUPER16, 16, levels=NONLINEAR), _iq4_xs),
+    **{
+        name: (PackedLayout(T4, SUPER16, 16, levels=each.levels, exponent=each.exponent), each.split)
+        for name, each in LEVEL_TYPES.items()
+    },
+    "TQ1_0": (PackedLayout(U4, F16, 256, offset=-1), lambda blocks: (codes_tq1_0(blocks), _half(blocks, 52))),
+    "TQ2_0": (PackedLayout(U4, F16, 256, offset=-1), lambda blocks: (codes_tq2_0(blocks), _half(blocks, 64))),
 }
 
 

@@ -1,8 +1,8 @@
 """GGUF's block formats: rows of blocks of 32 or 256 values, each with its own scales inside.
 
 Owns `Blocks`, the table of block types under their GGUF names, and quantizers for Q8_0 and Q4_0. Refuses to know files and
-names; F32, F16 and BF16 are dense tensors and not found here. Read `gguf_blocks_short.py` and `gguf_blocks_k.py` for the
-bytes of a block.
+names; F32, F16 and BF16 are dense tensors and not found here. Read `gguf_blocks_short.py`, `gguf_blocks_k.py`,
+`gguf_blocks_iq.py` and `gguf_blocks_ternary.py` for the bytes of a block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemcutter.quant import gguf_blocks_k, gguf_blocks_short
+from gemcutter.quant import gguf_blocks_k, gguf_blocks_short, gguf_blocks_ternary
+from gemcutter.quant.gguf_blocks_iq import LEVEL_TYPES
 from gemcutter.quant.packed import FLOATS, cut_columns, cut_expert, cut_rows, dtype_name, gather_rows, refuse, stored_bytes
 
 
@@ -53,6 +54,15 @@ TYPES = {
         BlockType("Q5_K", 256, 176, gguf_blocks_k.decode_q5_k, scales_at=(0, 2)),
         BlockType("Q6_K", 256, 210, gguf_blocks_k.decode_q6_k, scales_at=(208,)),
         BlockType("IQ4_XS", 256, 136, gguf_blocks_k.decode_iq4_xs, scales_at=(0,)),
+        BlockType("IQ3_S", 256, 110, LEVEL_TYPES["IQ3_S"].decode, scales_at=(0,)),
+        BlockType("IQ3_XXS", 256, 98, LEVEL_TYPES["IQ3_XXS"].decode, scales_at=(0,)),
+        BlockType("IQ2_S", 256, 82, LEVEL_TYPES["IQ2_S"].decode, scales_at=(0,)),
+        BlockType("IQ2_XS", 256, 74, LEVEL_TYPES["IQ2_XS"].decode, scales_at=(0,)),
+        BlockType("IQ2_XXS", 256, 66, LEVEL_TYPES["IQ2_XXS"].decode, scales_at=(0,)),
+        BlockType("IQ1_M", 256, 56, LEVEL_TYPES["IQ1_M"].decode),
+        BlockType("IQ1_S", 256, 50, LEVEL_TYPES["IQ1_S"].decode, scales_at=(0,)),
+        BlockType("TQ2_0", 256, 66, gguf_blocks_ternary.decode_tq2_0, scales_at=(64,)),
+        BlockType("TQ1_0", 256, 54, gguf_blocks_ternary.decode_tq1_0, scales_at=(52,)),
     )
 }
 

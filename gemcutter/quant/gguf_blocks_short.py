@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemcutter.quant.bits import float8, in_runs, look_up, planes, unpack
+from gemcutter.quant.bits import E2M1_DOUBLED, float8, in_runs, look_up, planes, unpack
 
 # IQ4_NL's sixteen levels, denser around zero.
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # scales are halved in return
 
 
 def half(blocks: Tensor, start: int) -> Tensor:
@@ -56,14 +55,14 @@ def decode_mxfp4(blocks: Tensor) -> Tensor:
     """Compute 2^(e - 127) * E2M1; unlike OCP's E8M0, e = 255 is finite here."""
     exponent = blocks[:, :1].int()
     bits = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), (exponent - 1) << 23)
-    return look_up(_E2M1_DOUBLED, planes(blocks[:, 1:], 4, 16)).mul_(bits.view(torch.float32))
+    return look_up(E2M1_DOUBLED, planes(blocks[:, 1:], 4, 16)).mul_(bits.view(torch.float32))
 
 
 def decode_nvfp4(blocks: Tensor) -> Tensor:
     """Compute E4M3 * E2M1 in four runs of 16; the sign of a scale means nothing, 0x7F is zero instead of NaN, and 0xFF is 480."""
     scales = float8(blocks[:, :4] & 0x7F, torch.float8_e4m3fn).nan_to_num_(480).mul_(0.5)
     scales = torch.where(blocks[:, :4] == 0x7F, 0.0, scales)
-    values = look_up(_E2M1_DOUBLED, planes(blocks[:, 4:], 4, 8))
+    values = look_up(E2M1_DOUBLED, planes(blocks[:, 4:], 4, 8))
     return in_runs(values, 16).mul_(scales.unsqueeze(-1)).flatten(1)
 
 

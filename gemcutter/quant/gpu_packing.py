@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gemcutter.quant.bits import E2M1, float8, in_runs
-from gemcutter.quant.cpu_layout import BF16, S8, SCALES_OF, U6, PackedLayout, UnpackedWeight
+from gemcutter.quant.bits import E2M1_DOUBLED, float8, in_runs
+from gemcutter.quant.cpu_layout import BF16, F32, S8, SCALES_OF, T4, U6, PackedLayout, UnpackedWeight
 from gemcutter.quant.cpu_packing import cpu_layout_of, take_apart
 from gemcutter.quant.microscaling import Micro
 from gemcutter.quant.packed import Packed, check_cut
@@ -109,12 +109,9 @@ class GpuPackedWeight:
             runs = float8(in_runs(codes.flatten(0, -2), self.layout.group), torch.float8_e4m3fn)
             return runs.mul_(arrays[0].float().unsqueeze(-1)).view(*lead, self.num_columns)
         codes = codes.flatten(0, -2)
-        if self.layout.codes == F4:
-            levels = torch.tensor([int(2 * value) for value in E2M1], dtype=torch.int8, device=codes.device)
-            codes = levels.view(torch.uint8)[codes.int()]
-        elif self.layout.codes == S8:
+        if self.layout.codes == S8:
             codes = codes ^ 128
-        layout = replace(self.layout, codes=S8) if self.layout.codes == F4 else self.layout
+        layout = replace(self.layout, codes=T4, levels=E2M1_DOUBLED) if self.layout.codes == F4 else self.layout
         return UnpackedWeight(layout, codes, arrays).values().view(*lead, self.num_columns)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> GpuPackedWeight:
@@ -195,7 +192,11 @@ def pack_for_gpu(
 
 
 def gpu_layout_of(part: Packed) -> PackedLayout | None:
-    """Return how a part would be coded; None if it can't be."""
+    """Return how a part would be coded; None if it can't be.
+
+    Kernels know no tables but that of 4-bit floats, and no units of super-blocks' scales: other levels become bytes there,
+    scales with a unit become float32.
+    """
     if isinstance(part, ScaledInt) and part.kind == "fp":
         group = part.group or part.num_columns
         if part.group_of is not None or part.num_columns % group or group % 32:
@@ -204,9 +205,11 @@ def gpu_layout_of(part: Packed) -> PackedLayout | None:
     if isinstance(part, Micro) and part.scheme == "mxfp8":
         return PackedLayout(F8, BF16, part.group)
     layout = cpu_layout_of(part)
-    if layout is not None and part.scheme in FLOAT4:
-        return replace(layout, codes=F4)
-    return layout
+    if layout is None or layout.codes != T4:
+        return layout
+    if layout.exponent:
+        return PackedLayout(S8, F32, layout.group)
+    return replace(layout, codes=F4 if part.scheme in FLOAT4 else S8, levels=())
 
 
 def place(part: P, device: torch.device | str) -> P:
@@ -228,13 +231,10 @@ def _cut(part: Packed, layout: PackedLayout) -> tuple[Tensor, ...] | None:
             return None
         return to_words(codes, F8)[0], scales
     grid = take_apart(part)
-    codes = grid.codes
-    if layout.codes == F4:
-        codes = _nibbles(codes.device)[codes.int()]
-    elif layout.codes == S8:
-        codes = codes ^ 128
+    codes = grid.signed().view(torch.uint8) ^ 128 if layout.codes == S8 else grid.codes
     words, high = to_words(codes.contiguous(), layout.codes)
-    return (words, *(() if high is None else (high,)), *grid.arrays)
+    arrays = (grid.scales()[0],) if grid.layout.exponent else grid.arrays
+    return (words, *(() if high is None else (high,)), *arrays)
 
 
 def _floats(part: Packed) -> tuple[Tensor, Tensor]:
@@ -243,14 +243,6 @@ def _floats(part: Packed) -> tuple[Tensor, Tensor]:
         return part.codes, float8(part.scales, torch.float8_e8m0fnu).bfloat16()
     assert isinstance(part, ScaledInt)
     return part.codes.view(torch.uint8), part.scales
-
-
-def _nibbles(device: torch.device) -> Tensor:
-    """Return the 4-bit float of every doubled value that one can have, by the byte of its int8."""
-    table = torch.zeros(256, dtype=torch.uint8)
-    for code, value in reversed(list(enumerate(E2M1))):  # of the two zeros the positive one stays
-        table[int(2 * value) & 255] = code
-    return table.to(device)
 
 
 def allocate_gpu_packed(

@@ -11,7 +11,8 @@ from ctypes import c_int32, c_int64, c_void_p
 
 from gemcutter.native import Matrix, load_library
 
-BLOCK_KINDS = {"Q4_0": 0, "Q8_0": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}  # enum gc_kinds, by GGUF's name
+# enum gc_kinds, by GGUF's name
+BLOCK_KINDS = {"Q4_0": 0, "IQ4_NL": 0, "Q8_0": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4, "MXFP4": 7, "IQ4_XS": 8}
 STREAM_KINDS = {4: 5, 8: 6}  # by bits: codes without gaps, lowest bits first, with scales of their own
 
 

@@ -246,7 +246,6 @@ TOWER_FILE = Note(
 OWN_VALUES = Note(
     "GGUF has no key for values that are the raw keys: `attn_v` is absent, or it is stored and used, with equal results."
 )
-ONLY_BLOCKS = Note(f"GGUF's block types {', '.join(gguf.BLOCKS)} are read.", "is not read, only")
 NO_BITSANDBYTES = Note("Use the checkpoint that it was made from, and `--quant q4`.", "quant_method 'bitsandbytes'")
 NO_TRANSFORMS = Note("The weights fit rotated activations only, which are not made here.", "transform_config")
 NO_SMOOTHING = Note("Its inputs want a scale for each channel, `pre_quant_scale`, which is not applied here.", "pre_quant_scale")
@@ -261,8 +260,8 @@ def _mlx(scheme: str, stored: str, recipe: mlx_files.Recipe) -> Layout:
     return Layout(mlx.NAME, "MLX", scheme, stored, partial(write_mlx, recipe))
 
 
-def _gguf(scheme: str, kind: str, width: int = NARROW, why: Note | None = None) -> Layout:
-    return Layout(gguf.NAME, "GGUF", scheme, kind, partial(write_gguf, kind), why, (TOWER_FILE, OWN_VALUES), width)
+def _gguf(scheme: str, kind: str, width: int = NARROW) -> Layout:
+    return Layout(gguf.NAME, "GGUF", scheme, kind, partial(write_gguf, kind), None, (TOWER_FILE, OWN_VALUES), width)
 
 
 def _quantized(title: str, scheme: str, stored: str, packer: str) -> Layout:
@@ -281,8 +280,7 @@ LAYOUTS = (
     _mlx("affine 8-bit", "affine8g64", mlx_files.like_mlx(8, 64)),
     *(_mlx(mode, mode, mlx_files.micro(mode)) for mode in ("mxfp4", "mxfp8", "nvfp4")),
     *(_gguf(kind, kind) for kind in ("F16", "Q8_0", "Q4_0")),
-    _gguf("Q4_K", "Q4_K", WIDE),
-    _gguf("IQ1, IQ2, IQ3, TQ1, TQ2", "TQ2_0", WIDE, ONLY_BLOCKS),
+    *(_gguf(kind, kind, WIDE) for kind in ("Q4_K", "IQ4_XS", "IQ3_S", "IQ2_XXS", "IQ1_M", "TQ2_0")),
     _quantized("compressed-tensors", "FP8, by row", "fp8", "ct-FP8_DYNAMIC"),
     _quantized("compressed-tensors", "FP8, by block", f"fp8g{BLOCK[1]}", "ct-FP8_BLOCK"),
     _quantized("compressed-tensors", "W8A8-int8", "int8", "ct-W8A8"),

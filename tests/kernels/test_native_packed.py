@@ -14,7 +14,12 @@ from gemcutter import native
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
-U4, U6, S8 = 0, 1, 2
+U4, U6, S8, T4 = 0, 1, 2, 6
+CODES = {U4: (0, 16), T4: (0, 16), U6: (0, 64), S8: (-128, 128)}  # the first, and the one after the last
+SPREAD = (-128, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 127)  # from end to end
+HALF_RANGE = (-64, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, 63)
+SMALL = (*range(-16, 14, 2), 15)
+FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 F16, BF16, F32, SUPER32, SUPER16 = range(5)
 INT8, BF16_ROWS, FLOAT_ROWS = range(3)
 TILE_ROWS = 17  # from so many on, AMX takes rows as bfloat16
@@ -31,6 +36,8 @@ class Format:
     group: int
     has_bias: bool = False
     offset: int = 0
+    levels: tuple[int, ...] = ()
+    exponent: int = 0
 
 
 FORMATS = (
@@ -48,6 +55,15 @@ FORMATS = (
     Format("affine8-g64", S8, BF16, 64, has_bias=True, offset=128),
     Format("row8", S8, F32, 0),
     Format("block8-g16", S8, F32, 16),
+    Format("iq4_nl", T4, F16, 32, levels=SPREAD),
+    Format("mxfp4", T4, BF16, 32, levels=FLOAT4),
+    Format("nvfp4", T4, F32, 16, levels=FLOAT4),
+    Format("iq4_xs", T4, SUPER16, 16, levels=SPREAD),
+    Format("iq2_s", T4, SUPER16, 16, levels=FLOAT4, exponent=-3),
+    Format("table-biased-g64", T4, BF16, 64, has_bias=True, offset=3, levels=SPREAD),
+    Format("iq3_xxs", T4, SUPER16, 16, levels=HALF_RANGE, exponent=-2),
+    Format("table-16", T4, F16, 32, levels=SMALL),
+    Format("q4_k-units", U4, SUPER32, 32, exponent=-2),
 )
 BY_NAME = {each.name: each for each in FORMATS}
 
@@ -87,7 +103,7 @@ def code_block(codes_RK: Array, kind: int) -> Array:
     quads = quads.astype(np.uint8)
     low, high = quads & 15, quads >> 4
     lower = (low[:4] | low[4:] << 4).reshape(-1)
-    if kind == U4:
+    if kind != U6:
         return lower
     upper = [sum((high[4 * half + k] << 2 * k for k in range(4)), np.zeros(64, np.uint8)) for half in range(2)]
     return np.concatenate([lower, *upper])
@@ -97,9 +113,10 @@ def make(kind: Format, rows: int, columns: int, seed: int = 0, code: int | None 
     """Make a packed matrix of random codes, or of one code; the scales of rows that do not exist are not numbers."""
     rng = np.random.default_rng(seed)
     padded, group = -(-rows // 16) * 16, kind.group or columns
-    low, high = ((0, 16), (0, 64), (-128, 128))[kind.codes]
+    low, high = CODES[kind.codes]
     codes = rng.integers(low, high, (padded, columns)) if code is None else np.full((padded, columns), code)
-    pieces, values = [], np.zeros((padded, columns))
+    pieces, values, unit = [], np.zeros((padded, columns)), 2.0**kind.exponent
+    counted = np.array(kind.levels)[codes] if kind.codes == T4 else codes
 
     def put(x: Array, scales: int) -> Array:
         data, exact = stored(x, scales)
@@ -121,13 +138,13 @@ def make(kind: Format, rows: int, columns: int, seed: int = 0, code: int | None 
             halves = (slice(32 * block, 32 * block + 16), slice(32 * block + 16, 32 * block + 32))
             if kind.scales == SUPER32:
                 if block % 8 == 0:
-                    d, least = put(floats(), F16), put(floats(), F16)
+                    d, least = put(floats(), F16) * unit, put(floats(), F16) * unit
                 fine = rng.integers(0, 64, (2, 16)).astype(np.uint8)
                 pieces.append(fine.reshape(-1))
                 scale[:, at], bias[:, at] = (d * fine[0])[:, None], -(least * fine[1])[:, None]
             elif kind.scales == SUPER16:
                 if block % 8 == 0:
-                    d = put(floats(), F16)
+                    d = put(floats(), F16) * unit
                 fine8 = rng.integers(-128, 128, (2, 16)).astype(np.int8)
                 pieces.append(fine8.view(np.uint8).reshape(-1))
                 for half in range(2):
@@ -140,7 +157,7 @@ def make(kind: Format, rows: int, columns: int, seed: int = 0, code: int | None 
                 for target in (scale, bias)[: 1 + kind.has_bias]:
                     target[:, 32 * block : 32 * block + group] = put(floats(), kind.scales)[:, None]
             pieces.append(code_block(codes[panel, at], kind.codes))
-        values[panel] = scale * (codes[panel] + kind.offset) + bias
+        values[panel] = scale * (counted[panel] + kind.offset) + bias
         used = sum(len(piece) for piece in pieces) - offset_bytes
         pieces.append(np.full(-used % 64, 0xFF, np.uint8))
     data = np.concatenate(pieces)
@@ -157,6 +174,8 @@ def make(kind: Format, rows: int, columns: int, seed: int = 0, code: int | None 
         group,
         kind.has_bias,
         kind.offset,
+        kind.exponent,
+        kind.levels,
     )
     return Packed(matrix, values[:rows], memory)
 
@@ -254,7 +273,7 @@ def test_float_rows(kind: Format, activations: int, level: str) -> None:
 
 @pytest.mark.parametrize("activations", [INT8, FLOAT_ROWS])
 def test_parts_are_stacked_whatever_their_formats_and_the_threads(activations: int, threads: int, level: str) -> None:
-    names = ("q4_0", "q6_k", "q8_0", "affine4-g64", "q4_k")
+    names = ("q4_0", "q6_k", "iq4_xs", "affine4-g64", "q4_k")
     parts = [make(BY_NAME[name], rows, 512, seed=rows) for name, rows in zip(names, (200, 16, 7, 90, 33), strict=True)]
     values = np.concatenate([part.values for part in parts])
     for count in (1, 4, 17, 300):
@@ -263,7 +282,7 @@ def test_parts_are_stacked_whatever_their_formats_and_the_threads(activations: i
 
 
 @pytest.mark.parametrize("columns", [32, 96, 544, 1056])
-@pytest.mark.parametrize("name", ["q4_0", "q8_0", "offset6-g16"])
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "offset6-g16", "iq4_nl"])
 def test_columns_that_fill_no_run(name: str, columns: int, level: str) -> None:
     packed = make(BY_NAME[name], 21, columns)
     for count in (1, 7, 33):
@@ -274,7 +293,8 @@ def test_columns_that_fill_no_run(name: str, columns: int, level: str) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_extreme_codes_and_rows_do_not_overflow(kind: Format, level: str) -> None:
-    for code in ((0, 15), (0, 63), (-128, 127))[kind.codes]:
+    first, end = CODES[kind.codes]
+    for code in (first, end - 1):
         packed = make(kind, 16, 256, code=code)
         for count, sign in ((1, -1), (1, 1), (5, -1), (5, 1)):
             x = np.full((count, 256), 127.0 * sign, np.float32)

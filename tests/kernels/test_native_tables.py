@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native
 
 ROWS, LAYERS, DIM, HIDDEN = 40, 3, 256, 64
 VALUES = torch.randn(ROWS, LAYERS * DIM, generator=torch.Generator().manual_seed(0))
-BLOCK_TYPES = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "Q5_0")  # the last has no native loop
+BLOCK_TYPES = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q5_0")  # the last has no native loop
 
 
 def block_rows(name: str) -> Blocks:

@@ -10,7 +10,7 @@ from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.microscaling import from_compressed, from_mlx
 from gemcutter.quant.packed import Packed
 from gemcutter.quant.scaled_int import from_packed, from_values
-from tests.unit.test_quant_gguf_blocks import HALVES
+from tests.unit.test_quant_gguf_blocks import HALVES, spread
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
@@ -32,6 +32,8 @@ def blocks(name: str, rows: int, columns: int) -> Blocks:
     data = random_bytes(rows * columns // kind.values, kind.nbytes)
     for start in HALVES[name]:
         data[:, start : start + 2] = small(len(data), 1, seed=start).half().view(torch.uint8)
+    if name == "IQ1_M":
+        spread(data, small(len(data)))
     if name in ("MXFP4", "NVFP4"):
         data[:, : 1 if name == "MXFP4" else 4] %= 8
         data[:, : 1 if name == "MXFP4" else 4] += 118 if name == "MXFP4" else 32

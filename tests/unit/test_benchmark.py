@@ -66,6 +66,8 @@ def test_every_size_and_quantization_runs(size: str, quant: str) -> None:
         ("E2B", "q4_0", {"embed.tokens": "Q6_K", "layers.0.mlp.in": "Q4_0", "ple.in": None, "embed.ple": "Q4_0"}),
         ("26B-A4B", "q4_0", {"layers.3.moe.in": "Q4_0", "layers.3.moe.router": None, "layers.3.moe.out": "Q4_0"}),
         ("26B-A4B", "mlx4", {"embed.tokens": "affine4g64", "layers.3.moe.router": "affine8g64"}),
+        ("E4B", "mxfp4", {"embed.tokens": "Q8_0", "layers.0.mlp.in": "MXFP4", "ple.in": None}),
+        ("31B", "iq4_xs", {"embed.tokens": "Q6_K", "layers.0.mlp.in": "IQ4_XS"}),
         ("31B", "q8_0", {"embed.tokens": "Q8_0", "layers.0.attn.in": "Q8_0"}),
         ("12B", "bf16", {"embed.tokens": None, "layers.0.mlp.out": None}),
     ],
@@ -100,8 +102,9 @@ def test_packed_and_plain_presets_have_equal_values() -> None:
 
 
 def test_super_blocks_have_the_spread_that_was_asked_for() -> None:
-    piece = synthetic.draw_piece(1536, synthetic.Q6_K[0], 0.02, torch.Generator())
-    assert float(piece.dequantize().std()) == pytest.approx(0.02, rel=0.1)
+    for scheme in (synthetic.Q6_K[0], *synthetic.IQ4_XS):
+        piece = synthetic.draw_piece(1536, scheme, 0.02, torch.Generator())
+        assert float(piece.dequantize().std()) == pytest.approx(0.02, rel=0.1)
 
 
 def test_cut_models_keep_the_first_layers() -> None:

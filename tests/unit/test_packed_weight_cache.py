@@ -24,6 +24,8 @@ from gemcutter.checkpoint.load.packed_weight_files import make_room
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.quant import Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.cpu_packing import pack_for_cpu
+from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.packing import CpuPacker
 
 CPU = torch.device("cpu")
@@ -76,6 +78,21 @@ def test_the_second_load_maps_what_the_first_has_made(model: Path, tmp_path: Pat
     assert same(first, second)
     assert all(part.data.data_ptr() % 64 == 0 for part in second)
     assert [path] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["IQ4_XS", "MXFP4"])
+def test_tables_of_codes_are_kept_with_them(name: str, model: Path, tmp_path: Path) -> None:
+    kind = TYPES[name]
+    data = torch.randint(0, 256, (16, kind.row_bytes(256)), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = pack_for_cpu(Blocks(data, kind))
+    assert made is not None
+    cache = PackedWeightCache.of(open_checkpoint(model), folder=tmp_path)
+    writer = cache.write({"a": made})
+    assert writer is not None
+    writer.join()
+    found = cache.read()["a"]
+    assert len(made.layout.levels) == 16
+    assert same([found], [made])
 
 
 def test_what_is_quantized_at_load_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

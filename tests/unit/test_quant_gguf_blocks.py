@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.quant.gguf_blocks import TYPES, Blocks, from_arrays, quantize
+from gemcutter.quant.gguf_codebooks import codebook
 
 # Where the float16 numbers of a block lie.
 HALVES = {
@@ -30,6 +31,15 @@ HALVES = {
     "Q5_K": (0, 2),
     "Q6_K": (208,),
     "IQ4_XS": (0,),
+    "IQ3_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ2_S": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_XXS": (0,),
+    "IQ1_M": (),  # a quarter in each of four words
+    "IQ1_S": (0,),
+    "TQ2_0": (64,),
+    "TQ1_0": (52,),
 }
 EXTREMES = (0.0, -0.0, 6e-8, -6e-8, 6e-5, 65504.0, -65504.0, 1.0, -0.3, math.inf, -math.inf, math.nan)
 
@@ -47,9 +57,18 @@ def random_blocks(name: str, num_blocks: int) -> Tensor:
     for order, start in enumerate(HALVES[name]):
         extremes = torch.tensor(EXTREMES if order == 0 else EXTREMES[::-1]).half().view(torch.uint8).view(-1, 2)
         data[: len(EXTREMES), start : start + 2] = extremes
-    if not HALVES[name]:
+    if name == "IQ1_M":
+        spread(data[: len(EXTREMES)], torch.tensor(EXTREMES))
+    elif not HALVES[name]:
         data[:256, 0] = torch.arange(256)  # every scale of a byte
     return data
+
+
+def spread(data: Tensor, scales: Tensor) -> None:
+    """Write float16 scales into blocks of IQ1_M: a quarter each into the upper halves of four bytes."""
+    bits = scales.half().view(torch.int16).int()
+    for quarter, at in enumerate(range(49, 56, 2)):
+        data[:, at] = data[:, at] & 15 | (bits >> 4 * quarter & 15).to(torch.uint8) << 4
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -67,6 +86,22 @@ def test_dequantize_equals_gguf(gguf: ModuleType, name: str) -> None:
     weight = from_arrays(data, name, (200, 3 * kind.values))
     assert weight.scheme == name
     assert same(weight.dequantize(), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_block_alone_and_none_are_read_too(name: str) -> None:
+    kind, data = TYPES[name], random_blocks(name, 300)
+    together = from_arrays(data, name, (300, kind.values))
+    assert same(together.rows(133, 134).dequantize(), together.dequantize()[133:134])
+    assert together.rows(7, 7).dequantize().shape == (0, kind.values)
+
+
+@pytest.mark.parametrize("name", ["IQ1", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+def test_codebooks_are_those_of_gguf(gguf: ModuleType, name: str) -> None:
+    library = getattr(gguf.quants, name.replace("IQ1", "IQ1_S"))
+    library.init_grid()
+    _, places = np.unique(library.grid, return_inverse=True)
+    assert codebook(name).tolist() == places.reshape(library.grid_shape).tolist()
 
 
 # ---- formulas, one value after the other ----
@@ -118,9 +153,36 @@ def plain_iq4_nl(block: bytes) -> list[float]:
     return [half_at(block, 0) * levels[q] for q in [byte & 15 for byte in block[2:]] + [byte >> 4 for byte in block[2:]]]
 
 
+def plain_iq3_s(block: bytes) -> list[float]:
+    d, low, ninth, signs, scales = half_at(block, 0), block[2:66], block[66:74], block[74:106], block[106:]
+    out = []
+    for index in range(256):
+        four, place = divmod(index, 4)
+        pattern = low[four] | (ninth[four // 8] >> four % 8 & 1) << 8
+        magnitude = 2 * int(codebook("IQ3_S")[pattern][place]) + 1
+        scale = 2 * (scales[index // 64] >> 4 * (index // 32 % 2) & 15) + 1
+        out.append(d * scale * (-magnitude if signs[index // 8] >> index % 8 & 1 else magnitude))
+    return out
+
+
+def plain_tq1_0(block: bytes) -> list[float]:
+    digits = []
+    for start, stop, count in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
+        digits += [block[at] * 3**place % 256 * 3 // 256 for place in range(count) for at in range(start, stop)]
+    return [half_at(block, 52) * (digit - 1) for digit in digits]
+
+
 @pytest.mark.parametrize(
     ("name", "plain"),
-    [("Q4_0", plain_q4_0), ("Q5_1", plain_q5_1), ("Q4_K", plain_q4_k), ("Q6_K", plain_q6_k), ("IQ4_NL", plain_iq4_nl)],
+    [
+        ("Q4_0", plain_q4_0),
+        ("Q5_1", plain_q5_1),
+        ("Q4_K", plain_q4_k),
+        ("Q6_K", plain_q6_k),
+        ("IQ4_NL", plain_iq4_nl),
+        ("IQ3_S", plain_iq3_s),
+        ("TQ1_0", plain_tq1_0),
+    ],
 )
 def test_dequantize_is_the_formula(name: str, plain: Callable[[bytes], list[float]]) -> None:
     data = random_blocks(name, 60)

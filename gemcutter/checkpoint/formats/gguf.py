@@ -35,7 +35,10 @@ ARCHITECTURE = "general.architecture"
 CENTROIDS = 32  # nearest ones whose tokens an assistant may draft, as in all that are published; no key says so
 DENSE = ("F32", "F16", "BF16")
 # Those that `quant/gguf_blocks.py` decodes, listed here so that a header can be judged without torch.
-BLOCKS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split()  # noqa: SIM905
+BLOCKS = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+    *("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0", "MXFP4", "NVFP4"),
+)
 BLOCK_VALUES = {name: values for name, values, _ in TENSOR_TYPES.values()}
 # Projectors and towers that Ollama puts into the same file.
 TOWER_PREFIXES = {"v.": "(vision tower)", "mm.a.": "(audio tower)", "mm.": "(vision tower)", "a.": "(audio tower)"}
