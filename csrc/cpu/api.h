@@ -20,6 +20,8 @@ enum gc_activations {
     GC_FLOAT_ROWS = 2
 };  // precision of activations in products with packed matrices
 
+typedef struct gc_delta gc_delta;
+
 typedef struct {
     const void *data;  // panels of 16 rows (layout.h), or dense rows
     int64_t rows, columns;
@@ -28,8 +30,18 @@ typedef struct {
     int32_t group;     // columns of one scale
     int32_t has_bias;  // each scale is followed by a bias
     int32_t offset;    // added to every code
-    int32_t reserved;
+    int32_t num_deltas;
+    const gc_delta *deltas;  // what adapters add to products with the matrix, ascending by adapter
 } gc_matrix;
+
+// What an adapter adds to some rows of a matrix, for the activation rows that ask for it: up times down, in float32.
+struct gc_delta {
+    gc_matrix down;       // dense, [R, columns]
+    const void *up;       // [P, R, 16], the columns of P panels of 16 rows; zero beyond the last row
+    int64_t start, rows;  // the first of the matrix' rows that change, a multiple of 16, and how many do
+    int32_t up_codes;     // GC_BF16 or GC_F32
+    int32_t adapter;      // the number that rows ask for it by
+};
 
 enum gc_kinds { GC_Q4_0 = 0, GC_Q8_0 = 1, GC_Q4_K = 2, GC_Q5_K = 3, GC_Q6_K = 4, GC_STREAM4 = 5, GC_STREAM8 = 6 };
 
@@ -55,6 +67,7 @@ typedef struct {
     const float *cos, *sin;          // [N, E / 2]; null where nothing is rotated
     const int64_t *
         last_visible;  // [N] the last position that a row sees if later than its own, never descending within a sequence; or null
+    const int32_t *adapters;        // [N] the number of the adapter that each row asks for, or -1; null where no row asks for any
     mutable int64_t checked_slots;  // set by the first layer: the step was found to fit a cache of so many slots (bounds.h)
 } gc_step;
 

@@ -63,7 +63,7 @@ void for_each_panel(ThreadPool &pool, int index, int64_t panels, int counter, It
 
 // parallel_gemm for many rows.
 void gemm_of_many(ThreadPool &pool, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
-                  void *scratch, int counter) {
+                  void *scratch, int counter, const LowRank &changes) {
     int64_t groups = 0;
     for (int i = 0; i < num_parts; ++i) groups += groups_of(parts[i], matmul_kernels(parts[i]).panels_at_once);
     int64_t chunk = chunk_rows(matmul_kernels(*parts), rows, groups, pool.size);
@@ -76,8 +76,10 @@ void gemm_of_many(ThreadPool &pool, const gc_matrix *parts, int num_parts, const
         }
         const MatmulKernels &level = matmul_kernels(*part);
         Panels some = panels_of_group(*part, group, level.panels_at_once);
-        level.gemm_panels(part, some.first, some.count, &rows, first, last, to + some.first * PANEL, ld, scratch,
+        to += some.first * PANEL;
+        level.gemm_panels(part, some.first, some.count, &rows, first, last, to, ld, scratch,
                           panel_at(*part, some.first + pool.size * level.panels_at_once));
+        changes.add(part - parts, some.first, some.count, first, last, to, ld);
     });
 }
 
@@ -209,8 +211,8 @@ void convert_rows(ThreadPool &pool, int index, ConvertedRows &converted, const f
 }
 
 void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
-                   void *scratch, int counter) {
-    if (rows.count > FEW_ROWS) return gemm_of_many(pool, parts, num_parts, rows, out, ld, scratch, counter);
+                   void *scratch, int counter, const LowRank &changes) {
+    if (rows.count > FEW_ROWS) return gemm_of_many(pool, parts, num_parts, rows, out, ld, scratch, counter, changes);
     int64_t panels = 0;
     for (int i = 0; i < num_parts; ++i) panels += panels_of(parts[i]);
     for_each_panel(pool, index, panels, counter, [&](int64_t panel) {
@@ -222,12 +224,14 @@ void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_
         }
         bool is_last = panel + 1 == panels_of(*part) && part + 1 < parts + num_parts;
         const void *next = is_last ? part[1].data : nullptr;
-        matmul_kernels(*part).gemm_panels(part, panel, 1, &rows, 0, rows.count, column + panel * PANEL, ld, scratch, next);
+        column += panel * PANEL;
+        matmul_kernels(*part).gemm_panels(part, panel, 1, &rows, 0, rows.count, column, ld, scratch, next);
+        changes.add(part - parts, panel, 1, 0, rows.count, column, ld);
     });
 }
 
 void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &panels, const Rows &rows, int64_t first, int64_t last,
-                  float *out, int64_t ld, void *scratch) {
+                  float *out, int64_t ld, void *scratch, const LowRank &changes) {
     int64_t count = last - first, across = panels.count * PANEL, size = count * across;
     float *gates = static_cast<float *>(scratch), *ups = gates + size;
     void *rest = ups + size;
@@ -235,15 +239,17 @@ void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &pane
     const void *up_at = panel_at(up, panels.first), *next = panel_at(gate, panels.first + panels.count);
     matmul_kernels(gate).gemm_panels(&gate, panels.first, panels.count, &rows, first, last, gates, across, rest, up_at);
     matmul_kernels(up).gemm_panels(&up, panels.first, panels.count, &rows, first, last, ups, across, rest, next);
+    changes.add(0, panels.first, panels.count, first, last, gates, across);
+    changes.add(1, panels.first, panels.count, first, last, ups, across);
     kernels().vector_ops->gelu_mul(gates, ups, size, gates);
     float *target = out + panels.first * PANEL;
     for (int64_t m = 0; m < count; ++m) memcpy(target + m * ld, gates + m * across, sizeof(float) * (size_t)panels.width);
 }
 
 void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out,
-                    int64_t ld, void *scratch, int counter) {
+                    int64_t ld, void *scratch, int counter, const LowRank &changes) {
     auto item = [&](const Panels &panels, int64_t first, int64_t last) {
-        geglu_panels(*gate, *up, panels, rows, first, last, out + first * ld, ld, scratch);
+        geglu_panels(*gate, *up, panels, rows, first, last, out + first * ld, ld, scratch, changes);
     };
     if (rows.count <= FEW_ROWS)
         return for_each_panel(pool, index, panels_of(*gate), counter,

@@ -41,7 +41,7 @@ class KernelSite:
 
     `device` and `dtype`, that of rows, are spelled as torch spells them ("cpu", "bfloat16"); `stored` is how the weights are
     held, a dtype or a packed scheme, "mixed" where the parts of one weight differ, several joined by "+" where those of an op
-    do; `kernels` is what was asked for, one of `registry.KERNELS`; `adapted` says that adapters change the products of some rows.
+    do; `kernels` is what was asked for, one of `registry.KERNELS`.
     """
 
     op: str
@@ -50,7 +50,6 @@ class KernelSite:
     dtype: str
     stored: str
     kernels: str = "auto"
-    adapted: bool = False
 
     @property
     def invariant(self) -> bool:

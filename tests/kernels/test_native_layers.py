@@ -101,6 +101,7 @@ def test_structs_have_the_same_size_on_both_sides() -> None:
     assert library is not None
     views = (
         native.Matrix,
+        native.DeltaView,
         native.StepView,
         native.KVView,
         native.AttentionView,
@@ -110,7 +111,7 @@ def test_structs_have_the_same_size_on_both_sides() -> None:
         native.DrafterView,
     )
     library.gc_bytes_of.restype = ctypes.c_int64
-    assert [library.gc_bytes_of(which) for which in range(9)] == [*map(ctypes.sizeof, views), 0]
+    assert [library.gc_bytes_of(which) for which in range(10)] == [*map(ctypes.sizeof, views), 0]
 
 
 # ---- whole decoders ----

@@ -40,14 +40,14 @@ class CpuBackend:
         accepts = {"attention": self._accepts_attention}
         self.kernels = (
             KernelImpl("linear", "native", "cpu.layer_ops:linear", self._accepts_matrices),
-            *(KernelImpl(op, "native", f"cpu.model_ops:build_{op}", self._accepts_op) for op in MODEL_OPS),
+            *(KernelImpl(op, "native", f"cpu.model_ops:build_{op}", self._accepts_matrices) for op in MODEL_OPS),
             *(
-                KernelImpl(op, "native", f"cpu.layer_ops:build_{op}", accepts.get(op, self._accepts_op))
+                KernelImpl(op, "native", f"cpu.layer_ops:build_{op}", accepts.get(op, self._accepts_matrices))
                 for op in (*LAYER_OPS, "layer")
             ),
-            KernelImpl("draft", "native", "cpu.draft_ops:build_draft", self._accepts_op),
-            KernelImpl("vision_layer", "native", "cpu.vision_ops:build_vision_layer", self._accepts_op),
-            KernelImpl("audio_layer", "native", "cpu.audio_ops:build_audio_layer", self._accepts_op),
+            KernelImpl("draft", "native", "cpu.draft_ops:build_draft", self._accepts_matrices),
+            KernelImpl("vision_layer", "native", "cpu.vision_ops:build_vision_layer", self._accepts_matrices),
+            KernelImpl("audio_layer", "native", "cpu.audio_ops:build_audio_layer", self._accepts_matrices),
         )
 
     def refusal(self, device: str, kernels: str) -> str | None:
@@ -109,9 +109,6 @@ class CpuBackend:
         if reason := self.refusal(site.device, site.kernels):
             return reason
         return f"no native layout for {', '.join(foreign)}" if foreign else None
-
-    def _accepts_op(self, site: KernelSite) -> str | None:
-        return self._accepts_matrices(site) or ("adapters change its products at run time" if site.adapted else None)
 
     def _accepts_attention(self, site: KernelSite) -> str | None:
         return self.refusal(site.device, site.kernels)
