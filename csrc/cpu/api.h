@@ -12,7 +12,7 @@
 #define GC_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-enum gc_codes { GC_U4 = 0, GC_U6 = 1, GC_S8 = 2, GC_BF16 = 3, GC_F16 = 4, GC_F32 = 5 };  // from GC_BF16 on: dense
+enum gc_codes { GC_U4 = 0, GC_U6 = 1, GC_S8 = 2, GC_BF16 = 3, GC_F16 = 4, GC_F32 = 5, GC_E4M3 = 7 };  // GC_BF16 to GC_F32: dense
 enum gc_scales { GC_SCALE_F16 = 0, GC_SCALE_BF16 = 1, GC_SCALE_F32 = 2, GC_SUPER32 = 3, GC_SUPER16 = 4 };
 enum gc_activations {
     GC_INT8 = 0,

@@ -18,6 +18,8 @@
 //   GC_U4: 4 vectors of 64 bytes; vector j has quad j in the low and quad j + 4 in the high nibbles, 256 bytes
 //   GC_U6: as GC_U4 for the low four bits, then 2 vectors of 64 bytes: vector h has the upper two bits of quad 4h + k at bits
 //          2k and 2k + 1, 384 bytes
+//   GC_E4M3: no quads, but the 16 rows of each column side by side, 512 bytes; the codes are 8-bit floats (e4m3: 4 bits of exponent,
+//            3 of mantissa, no infinity), which stand for themselves, without offset and bias
 #pragma once
 #include <stdint.h>
 
@@ -34,7 +36,7 @@ constexpr int64_t PREFETCH_BYTES = 6144;
 // Where prefetched codes wait: in the L1 cache they would take its few misses at a time from the rows' own loads.
 constexpr int IN_L2 = 2;
 
-inline bool is_dense(const gc_matrix &m) { return m.codes >= GC_BF16; }
+inline bool is_dense(const gc_matrix &m) { return m.codes >= GC_BF16 && m.codes <= GC_F32; }
 
 inline int64_t code_block_bytes(int codes) { return codes == GC_U4 ? 256 : codes == GC_U6 ? 384 : 512; }
 

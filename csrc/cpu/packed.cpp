@@ -9,7 +9,7 @@ namespace gemcutter {
 namespace {
 
 int formats(const gc_matrix *m, int64_t, int activations) {
-    if (activations != GC_INT8) return FORMAT_FLOAT;
+    if (activations != GC_INT8 || m->codes == GC_E4M3) return FORMAT_FLOAT;
     return pieces_of(*m) == 2 ? FORMAT_INT8 | FORMAT_HALVES : FORMAT_INT8;
 }
 
@@ -25,7 +25,7 @@ void int8_panels(const gc_matrix &m, int64_t panel, int64_t panels, const Rows &
 template <int PIECES>
 void panels_in_pieces(const gc_matrix &m, int64_t panel, int64_t panels, const Rows &rows, int64_t first, int64_t last,
                       float *out, int64_t ld, void *scratch, const void *next) {
-    if (rows.q && rows.activations == GC_INT8) {
+    if (rows.q && rows.activations == GC_INT8 && m.codes != GC_E4M3) {
         auto *run = m.codes == GC_U4   ? int8_panels<Code4, PIECES>
                     : m.codes == GC_U6 ? int8_panels<Code6, PIECES>
                                        : int8_panels<Code8, PIECES>;

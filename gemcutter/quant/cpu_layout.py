@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gemcutter.quant.bits import float8
+
 U4, U6, S8 = range(3)  # enum gc_codes
+E4M3 = 7  # 8-bit floats, of the same enum
 F16, BF16, F32, SUPER32, SUPER16 = range(5)  # enum gc_scales
 
 PANEL, BLOCK, SUPER = 16, 32, 256  # rows of a panel, columns of a code block and of a super-block
@@ -22,14 +25,17 @@ ALIGN_BYTES = 64  # of panels
 
 SCALE_DTYPES = {F16: torch.float16, BF16: torch.bfloat16, F32: torch.float32}
 SCALES_OF = {dtype: scales for scales, dtype in SCALE_DTYPES.items()}
-_CODE_BYTES = {U4: 256, U6: 384, S8: 512}  # of a code block
+_CODE_BYTES = {U4: 256, U6: 384, S8: 512, E4M3: 512}  # of a code block
 
 Head = tuple[torch.dtype, int]  # numbers of this dtype, so many for each row
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """How a matrix is coded: value = scale * (code + offset) + bias. Codes are unsigned but for S8; fields as in `gc_matrix`."""
+    """How a matrix is coded: value = scale * (code + offset) + bias. Fields as in `gc_matrix`.
+
+    Codes are unsigned but for S8; those of E4M3 are 8-bit floats, which have neither offset nor bias.
+    """
 
     codes: int
     scales: int
@@ -87,9 +93,14 @@ class UnpackedWeight:
     def values(self) -> Tensor:
         """Compute scale * (code + offset) + bias in float32, each operation rounded once: [rows, columns]."""
         scale, bias = self._scales()
-        codes = self.codes.view(torch.int8) if self.layout.codes == S8 else self.codes
-        wide = _split(codes.float().add_(self.layout.offset), scale.shape[-1]).mul_(scale.unsqueeze(-1))
+        wide = _split(self._numbers(), scale.shape[-1]).mul_(scale.unsqueeze(-1))
         return (wide if bias is None else wide.add_(bias.unsqueeze(-1))).flatten(-2)
+
+    def _numbers(self) -> Tensor:
+        if self.layout.codes == E4M3:
+            return float8(self.codes, torch.float8_e4m3fn)
+        codes = self.codes.view(torch.int8) if self.layout.codes == S8 else self.codes
+        return codes.float().add_(self.layout.offset)
 
     def _scales(self) -> tuple[Tensor, Tensor | None]:
         arrays = [array.float() for array in self.arrays]
@@ -150,6 +161,8 @@ def _heads_out(units: Tensor, heads: tuple[Head, ...]) -> tuple[list[Tensor], Te
 def _codes_in(codes: Tensor, kind: int) -> Tensor:
     """Interleave codes [rows, columns] into code blocks: [panels, blocks, bytes]."""
     rows, columns = codes.shape
+    if kind == E4M3:
+        return codes.view(rows // PANEL, PANEL, columns // BLOCK, BLOCK).permute(0, 2, 3, 1).flatten(2)
     quads = codes.view(rows // PANEL, PANEL, columns // BLOCK, 8, 4).permute(0, 2, 3, 1, 4).flatten(3)  # 8 vectors of 64
     if kind == S8:
         return quads.flatten(2)
@@ -163,6 +176,8 @@ def _codes_in(codes: Tensor, kind: int) -> Tensor:
 
 def _codes_out(blocks: Tensor, kind: int) -> Tensor:
     """Undo `_codes_in`."""
+    if kind == E4M3:
+        return _split(blocks, BLOCK).permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
     vectors = _split(blocks, blocks.shape[-1] // 64)
     if kind == S8:
         quads = vectors

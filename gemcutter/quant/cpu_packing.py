@@ -1,10 +1,9 @@
 """From every scheme to panels, without loss: which schemes have such a form, and which numbers theirs are.
 
 Owns `pack_for_cpu`, which repacks a part a few panels at a time, and one small function a scheme that takes its bytes apart
-into a `UnpackedWeight`. Values stay what the scheme's own `dequantize` says, bit for bit; only zero points that differ by
-group become biases, which rounds once more where the scales are float32. Schemes of 8-bit floats have no integer codes and
-stay as they are. Refuses to know files. Read `cpu_layout.py` for grids, `csrc/cpu/repack.cpp` for the same work done
-natively.
+into a `UnpackedWeight`. Values stay what the scheme's own `dequantize` says, bit for bit; only zero points that differ by group
+become biases, which rounds once more where the scales are float32. 8-bit floats stay such. Refuses to know files. Read
+`cpu_layout.py` for grids, `csrc/cpu/repack.cpp` for the same work done natively.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from gemcutter.quant.bits import E2M1, float8, planes, unpack
 from gemcutter.quant.cpu_layout import (
     BF16,
     BLOCK,
+    E4M3,
     F16,
     F32,
     PANEL,
@@ -134,9 +134,11 @@ def cpu_layout_of(part: Packed) -> PackedLayout | None:
         layout = None if found is None else found[0]
     elif isinstance(part, Affine):
         layout = _affine_layout(part)
-    elif isinstance(part, Micro) and part.scheme != "mxfp8":
+    elif isinstance(part, Micro) and part.scheme == "mxfp8":
+        layout = PackedLayout(E4M3, BF16, part.group)
+    elif isinstance(part, Micro):
         layout = PackedLayout(S8, BF16 if part.scheme == "mxfp4" else F16 if part.factor is None else F32, part.group)
-    elif isinstance(part, ScaledInt) and part.kind != "fp" and part.group_of is None:
+    elif isinstance(part, ScaledInt) and part.group_of is None:
         layout = _scaled_layout(part)
     elif isinstance(part, Awq):
         layout = PackedLayout(U4, F32, part.group, has_bias=True)
@@ -156,6 +158,8 @@ def take_apart(part: Packed) -> UnpackedWeight:
     if isinstance(part, Affine):
         codes, dtype = unpack(part.codes, part.bits, dtype=torch.uint8), _affine_dtype(part)
         return UnpackedWeight(layout, codes ^ 128 if part.bits == 8 else codes, (part.scales.to(dtype), part.biases.to(dtype)))
+    if isinstance(part, Micro) and part.scheme == "mxfp8":
+        return UnpackedWeight(layout, part.codes, (float8(part.scales, torch.float8_e8m0fnu).bfloat16(),))
     if isinstance(part, Micro):
         return UnpackedWeight(layout, _levels(_DOUBLED, unpack(part.codes, 4, dtype=torch.uint8)), (_micro_scales(part),))
     if isinstance(part, ScaledInt):
@@ -182,6 +186,8 @@ def _scaled_layout(part: ScaledInt) -> PackedLayout | None:
     group = part.group or part.num_columns
     if part.num_columns % group:
         return None  # the last group is shorter
+    if part.kind == "fp":
+        return None if part.zeros is not None else PackedLayout(E4M3, SCALES_OF[part.scales.dtype], group)
     codes = U4 if part.bits <= 4 else U6 if part.bits <= 6 else S8
     offset = 128 if part.bits == 8 and part.kind != "int" else 0
     if part.zeros is not None:
@@ -190,6 +196,8 @@ def _scaled_layout(part: ScaledInt) -> PackedLayout | None:
 
 
 def _scaled_grid(part: ScaledInt, layout: PackedLayout) -> UnpackedWeight:
+    if part.kind == "fp":
+        return UnpackedWeight(layout, part.codes.contiguous().view(torch.uint8), (part.scales,))
     codes = part.integers().contiguous().view(torch.uint8)
     if part.bits == 8 and part.kind != "int":
         codes = codes ^ 128

@@ -28,7 +28,9 @@ from gemcutter.ops.cpu import layer_ops, model_ops
 from gemcutter.ops.types import OpContext, Param, Precision
 from gemcutter.parity.passage import PASSAGE
 from gemcutter.plan import ModelPlan, Proj
-from gemcutter.quant import Weight
+from gemcutter.quant import Part, Weight, dequantize
+from gemcutter.quant.cpu_packing import pack_for_cpu
+from gemcutter.quant.scaled_int import from_values
 from tests.parity.batches import Answer, Job, drive
 from tests.topologies import SIZES, Trace, mismatches, plan_of, prompt, relative_error, run_alone
 
@@ -146,6 +148,33 @@ def test_sentences_apart_give_the_bits_of_the_whole_layer(name: str) -> None:
     apart = run_alone(fast, ids, 33)
     assert all(mine.equal(theirs) for mine, theirs in zip(apart.layers, whole.layers, strict=True))
     assert apart.logits.equal(whole.logits)
+
+
+@pytest.mark.parametrize("group", [None, 32], ids=["scale of a row", "scales of blocks"])
+@pytest.mark.parametrize("name", ["E2B", "26B-A4B"])
+def test_layers_of_8_bit_floats_equal_the_reference(name: str, group: int | None) -> None:
+    held = dict(params(name, F32))
+    for key, param in held.items():
+        if isinstance(param, Weight) and not key.startswith("embed.ple"):
+            held[key] = replace(param, parts=tuple(_float8(dequantize(part), group) for part in param.parts))
+    fast, plain = (Decoder(plan(name), held, F32, "cpu", kernels) for kernels in ("auto", "reference"))
+    assert all(layer.fused is not None for layer in fast.layers)
+    assert fast.kernel_names == {"native"}
+    with threads(1):
+        wanted = run_alone(plain, prompt(40), 40)
+    for rows in (40, 9, 1):
+        assert mismatches(run_alone(fast, prompt(40), rows), wanted, 1e-4) == {}
+
+
+def _float8(part: torch.Tensor, group: int | None) -> Part:
+    """Round a matrix, or a stack, to 8-bit floats times scales of rows or blocks of 16 rows, where 32 divides its columns."""
+    if part.shape[-1] % 32:
+        return part
+    top = part.abs().amax(-1, keepdim=True) / 448 if group is None else part.abs().amax((-1, -2), keepdim=True) / 448
+    scales = top if group is None else top.expand(*part.shape[:-2], -(-part.shape[-2] // 16), part.shape[-1] // group)
+    packed = pack_for_cpu(from_values((part / top).to(torch.float8_e4m3fn), scales.contiguous(), block=group and (16, group)))
+    assert packed is not None
+    return packed
 
 
 def test_many_rows_and_the_window_edge() -> None:

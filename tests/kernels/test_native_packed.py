@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gemcutter import native
+from gemcutter.quant.cpu_layout import PackedLayout, UnpackedWeight, to_panels
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
-U4, U6, S8 = 0, 1, 2
+U4, U6, S8, E4M3 = 0, 1, 2, 7
 F16, BF16, F32, SUPER32, SUPER16 = range(5)
 INT8, BF16_ROWS, FLOAT_ROWS = range(3)
 TILE_ROWS = 17  # from so many on, AMX takes rows as bfloat16
@@ -48,7 +51,12 @@ FORMATS = (
     Format("affine8-g64", S8, BF16, 64, has_bias=True, offset=128),
     Format("row8", S8, F32, 0),
     Format("block8-g16", S8, F32, 16),
+    Format("mxfp8", E4M3, BF16, 32),
+    Format("float8-g128", E4M3, F16, 128),
+    Format("float8-row", E4M3, F32, 0),
 )
+CODES = {U4: range(16), U6: range(64), S8: range(-128, 128), E4M3: [code for code in range(256) if code % 128 != 127]}
+EXTREMES = {U4: (0, 15), U6: (0, 63), S8: (-128, 127), E4M3: (0x7E, 0xFE)}
 BY_NAME = {each.name: each for each in FORMATS}
 
 
@@ -79,8 +87,19 @@ def stored(x: Array, scales: int) -> tuple[Array, Array]:
     return rounded.view(np.uint8), rounded.astype(np.float64)
 
 
+def numbers(codes: Array, kind: int) -> Array:
+    """Return what codes stand for; 8-bit floats by their definition, NaN apart."""
+    if kind != E4M3:
+        return codes.astype(np.float64)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    return np.where(codes >> 7 & 1, -size, size)
+
+
 def code_block(codes_RK: Array, kind: int) -> Array:
     """Lay out 16 rows x 32 columns of codes as layout.h says."""
+    if kind == E4M3:
+        return codes_RK.T.astype(np.uint8).reshape(-1)
     quads = codes_RK.reshape(16, 8, 4).transpose(1, 0, 2).reshape(8, 64)
     if kind == S8:
         return quads.astype(np.int8).view(np.uint8).reshape(-1)
@@ -97,8 +116,7 @@ def make(kind: Format, rows: int, columns: int, seed: int = 0, code: int | None 
     """Make a packed matrix of random codes, or of one code; the scales of rows that do not exist are not numbers."""
     rng = np.random.default_rng(seed)
     padded, group = -(-rows // 16) * 16, kind.group or columns
-    low, high = ((0, 16), (0, 64), (-128, 128))[kind.codes]
-    codes = rng.integers(low, high, (padded, columns)) if code is None else np.full((padded, columns), code)
+    codes = rng.choice(CODES[kind.codes], (padded, columns)) if code is None else np.full((padded, columns), code)
     pieces, values = [], np.zeros((padded, columns))
 
     def put(x: Array, scales: int) -> Array:
@@ -140,7 +158,7 @@ def make(kind: Format, rows: int, columns: int, seed: int = 0, code: int | None 
                 for target in (scale, bias)[: 1 + kind.has_bias]:
                     target[:, 32 * block : 32 * block + group] = put(floats(), kind.scales)[:, None]
             pieces.append(code_block(codes[panel, at], kind.codes))
-        values[panel] = scale * (codes[panel] + kind.offset) + bias
+        values[panel] = scale * (numbers(codes[panel], kind.codes) + kind.offset) + bias
         used = sum(len(piece) for piece in pieces) - offset_bytes
         pieces.append(np.full(-used % 64, 0xFF, np.uint8))
     data = np.concatenate(pieces)
@@ -254,7 +272,7 @@ def test_float_rows(kind: Format, activations: int, level: str) -> None:
 
 @pytest.mark.parametrize("activations", [INT8, FLOAT_ROWS])
 def test_parts_are_stacked_whatever_their_formats_and_the_threads(activations: int, threads: int, level: str) -> None:
-    names = ("q4_0", "q6_k", "q8_0", "affine4-g64", "q4_k")
+    names = ("q4_0", "q6_k", "float8-row", "affine4-g64", "q4_k")
     parts = [make(BY_NAME[name], rows, 512, seed=rows) for name, rows in zip(names, (200, 16, 7, 90, 33), strict=True)]
     values = np.concatenate([part.values for part in parts])
     for count in (1, 4, 17, 300):
@@ -263,7 +281,7 @@ def test_parts_are_stacked_whatever_their_formats_and_the_threads(activations: i
 
 
 @pytest.mark.parametrize("columns", [32, 96, 544, 1056])
-@pytest.mark.parametrize("name", ["q4_0", "q8_0", "offset6-g16"])
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "offset6-g16", "mxfp8", "float8-row"])
 def test_columns_that_fill_no_run(name: str, columns: int, level: str) -> None:
     packed = make(BY_NAME[name], 21, columns)
     for count in (1, 7, 33):
@@ -274,7 +292,7 @@ def test_columns_that_fill_no_run(name: str, columns: int, level: str) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_extreme_codes_and_rows_do_not_overflow(kind: Format, level: str) -> None:
-    for code in ((0, 15), (0, 63), (-128, 127))[kind.codes]:
+    for code in EXTREMES[kind.codes]:
         packed = make(kind, 16, 256, code=code)
         for count, sign in ((1, -1), (1, 1), (5, -1), (5, 1)):
             x = np.full((count, 256), 127.0 * sign, np.float32)
@@ -292,3 +310,21 @@ def test_gather_gives_rows_in_the_order_asked(kind: Format, level: str, threads:
         ctypes.byref(packed.matrix), ctypes.c_void_p(ids.ctypes.data), ctypes.c_int64(len(ids)), ctypes.c_void_p(out.ctypes.data)
     )
     np.testing.assert_allclose(out, packed.values[ids], rtol=2e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-120, 3e38, 1e-41, np.inf], ids=str)
+def test_eight_bit_floats_are_read_exactly(scale: float, level: str) -> None:
+    """Every code: subnormal ones, both zeros, and those that are not numbers; scales at both ends of float32."""
+    library = native.load_library()
+    assert library is not None
+    codes = torch.arange(256, dtype=torch.uint8).repeat(16, 1)
+    grid = UnpackedWeight(PackedLayout(E4M3, F32, 32), codes, (torch.full((16, 8), scale),))
+    whole = CpuPackedWeight(to_panels(grid), 16, 256, grid.layout, "fp8")
+    wanted, out = whole.dequantize(), torch.empty(1, 256)
+    assert torch.equal(wanted.nan_to_num(nan=7.0), (codes.view(torch.float8_e4m3fn).float() * scale).nan_to_num(nan=7.0))
+    ids = torch.tensor([3])
+    library.gc_gather(
+        ctypes.byref(whole.matrix()), ctypes.c_void_p(ids.data_ptr()), ctypes.c_int64(1), ctypes.c_void_p(out.data_ptr())
+    )
+    same = out[0].view(torch.int32) == wanted[3].view(torch.int32)
+    assert (same | (out[0].isnan() & wanted[3].isnan())).all()

@@ -240,7 +240,7 @@ def test_native_kernels_keep_rows_in_float32_and_pack_weights() -> None:
     assert forms == ["float32", "int8", "bf16", "int8", "int8", "bf16"]
     assert select_backend("cuda", "auto").activations(BF16, None) == F32
     held = [cpu.packing(stored) for stored in ("Q4_0", "affine4g64", "mxfp8", "packed4-indexed", BF16)]
-    assert held == ["cpu-packed-Q4_0", "cpu-packed-affine4g64", "mxfp8", "packed4-indexed", BF16]
+    assert held == ["cpu-packed-Q4_0", "cpu-packed-affine4g64", "cpu-packed-mxfp8", "packed4-indexed", BF16]
     assert cpu.unpacked("cpu-packed-Q4_0") == "Q4_0"
     assert select_backend("cpu", "reference").packing("Q4_0") == "Q4_0"
 

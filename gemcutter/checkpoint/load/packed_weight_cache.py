@@ -45,7 +45,7 @@ from gemcutter.checkpoint.load.packed_weight_files import (
 from gemcutter.quant.cpu_layout import PANEL, PackedLayout
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 
-VERSION = 3  # of this file's layout and of csrc/cpu/layout.h
+VERSION = 4  # of this file's layout and of csrc/cpu/layout.h
 SUM_BYTES = 16 << 20  # of one sum
 STALE_S = 24 * 3600  # after which an unfinished file has no writer any more
 LEAST_BYTES = 256 << 20  # that are kept without being asked for: less is repacked in no time

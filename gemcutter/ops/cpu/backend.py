@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what follows imports torch
 
 ACTIVATIONS = ("int8", "bf16")  # how matmuls can take the rows of packed weights, where these are not float32
 PACKED = "cpu-packed-"  # begins the name of a scheme that was repacked for these kernels
-UNPACKED = re.compile(r"mxfp8|fp8|.*-indexed")  # begin the schemes that stay as they are: 8-bit floats, scattered groups
+UNPACKED = re.compile(r".*-indexed")  # begins the schemes that stay as they are: scattered groups
 
 
 class CpuBackend:
