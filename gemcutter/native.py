@@ -36,6 +36,7 @@ class Matrix(ctypes.Structure):
         ("offset", c_int32),
         ("num_deltas", c_int32),
         ("deltas", c_void_p),
+        ("order", c_void_p),
     )
 
 

@@ -32,6 +32,7 @@ typedef struct {
     int32_t offset;    // added to every code
     int32_t num_deltas;
     const gc_delta *deltas;  // what adapters add to products with the matrix, ascending by adapter
+    const int32_t *order;    // the column of activation rows that each column stands for, where groups are scattered; or null
 } gc_matrix;
 
 // What an adapter adds to some rows of a matrix, for the activation rows that ask for it: up times down, in float32.

@@ -18,12 +18,13 @@ void Scratch::allocate(Arena &arena, size_t bytes) {
 
 void ActivationBuffer::allocate(Arena &arena, const gc_matrix *parts, int num_parts, int64_t count, int64_t columns,
                                 int activations) {
-    allocate(arena, formats_of(parts, num_parts, count, activations), count, columns, activations);
+    allocate(arena, formats_of(parts, num_parts, count, activations), count, columns, activations, parts->order);
 }
 
-void ActivationBuffer::allocate(Arena &arena, int wanted, int64_t count, int64_t columns, int activations) {
+void ActivationBuffer::allocate(Arena &arena, int wanted, int64_t count, int64_t columns, int activations,
+                                const int32_t *order) {
     x = arena.array<float>(count * columns);
-    converted = allocate_rows(arena, wanted, count, columns, activations);
+    converted = allocate_rows(arena, wanted, count, columns, activations, order);
     if (!converted.rows.x) converted.rows.x = x;
 }
 
@@ -131,7 +132,8 @@ void Qkv::write_keys(int64_t n, int64_t head, float *spare) const {
 
 AttnOut::AttnOut(Arena &arena, const gc_layer &layer, int64_t rows, const AdapterRuns &adapters) : layer_(layer), rows_(rows) {
     const gc_matrix &weight = layer.attn_out;
-    converted_ = allocate_rows(arena, formats_of(&weight, 1, rows, layer.activations), rows, weight.columns, layer.activations);
+    converted_ = allocate_rows(arena, formats_of(&weight, 1, rows, layer.activations), rows, weight.columns, layer.activations,
+                               weight.order);
     changes_.allocate(arena, adapters, {&weight});
     product_ = arena.array<float>(rows * layer.hidden);
     scratch_.allocate(arena, scratch_bytes(&weight, 1));

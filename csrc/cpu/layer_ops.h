@@ -42,7 +42,7 @@ struct ActivationBuffer {
     float *x = nullptr;
     ConvertedRows converted;
     void allocate(Arena &arena, const gc_matrix *parts, int num_parts, int64_t count, int64_t columns, int activations);
-    void allocate(Arena &arena, int wanted, int64_t count, int64_t columns, int activations);
+    void allocate(Arena &arena, int wanted, int64_t count, int64_t columns, int activations, const int32_t *order = nullptr);
     float *row(int64_t m) { return x + m * converted.rows.columns; }
     void convert(int64_t m) { convert_row(converted, m, row(m)); }  // call once row(m) is filled
 };

@@ -151,7 +151,7 @@ int formats_of(const gc_matrix *parts, int num_parts, int64_t count, int activat
     return formats;
 }
 
-ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations) {
+ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations, const int32_t *order) {
     int64_t all = count + SPARE_ROWS;
     Rows rows = {count, columns, activations, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     if (formats & FORMAT_INT8) {
@@ -161,14 +161,21 @@ ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t co
     }
     if (formats & FORMAT_HALVES) rows.halves = arena.array<float>(all * 2 * (columns / BLOCK));
     if (formats & FORMAT_BF16) rows.bf16 = arena.array<uint16_t>(all * columns);
-    if (formats & FORMAT_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);
-    return {formats, rows};
+    float *gathered = order ? arena.array<float>(count * columns) : nullptr;
+    if (gathered) rows.x = gathered;
+    else if (formats & FORMAT_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);
+    return {formats, order, gathered, rows};
 }
 
 void convert_row(ConvertedRows &converted, int64_t row, const float *x_row) {
     const VectorOps &ops = *kernels().vector_ops;
     const Rows &rows = converted.rows;  // its pointers are const for kernels; allocate_rows allocated the memory for writing here
     int64_t columns = rows.columns, at = row * columns, block = row * (columns / BLOCK);
+    if (converted.order) {
+        float *gathered = converted.gathered + at;
+        for (int64_t i = 0; i < columns; ++i) gathered[i] = x_row[converted.order[i]];
+        x_row = gathered;
+    }
     if (converted.formats & FORMAT_INT8)
         ops.quantize(x_row, columns, const_cast<int8_t *>(rows.q) + at, const_cast<float *>(rows.scale) + block,
                      const_cast<float *>(rows.sum) + block);
@@ -204,7 +211,7 @@ void copy_row(const Rows &from, int64_t row, Rows &to, int64_t place) {
 }
 
 void convert_rows(ThreadPool &pool, int index, ConvertedRows &converted, const float *x) {
-    bool keeps_x = converted.formats & FORMAT_FLOAT && converted.rows.activations != GC_BF16_ROWS;
+    bool keeps_x = converted.formats & FORMAT_FLOAT && converted.rows.activations != GC_BF16_ROWS && !converted.order;
     if (keeps_x && index == 0) converted.rows.x = x;  // visible to all threads after the caller's barrier
     Range own = share(converted.rows.count, 1, index, pool.size);
     for (int64_t row = own.first; row < own.last; ++row) convert_row(converted, row, x + row * converted.rows.columns);
@@ -296,14 +303,14 @@ size_t geglu_scratch_bytes(const gc_matrix *gate, const gc_matrix *up, int64_t r
 
 // Both entries return 0, or 1 if memory for intermediate activations ran out.
 
-// out [rows, sum of the parts' rows] = x [rows, columns] times the parts.
+// out [rows, sum of the parts' rows] = x [rows, columns] times the parts, which have one order of columns.
 GC_EXPORT int gc_linear(const gc_matrix *parts, int num_parts, const float *x, int64_t rows, int activations, float *out) {
     using namespace gemcutter;
     return in_arena([&](Arena &arena) {
         int64_t ld = 0;
         for (int i = 0; i < num_parts; ++i) ld += parts[i].rows;
         ConvertedRows converted =
-            allocate_rows(arena, formats_of(parts, num_parts, rows, activations), rows, parts->columns, activations);
+            allocate_rows(arena, formats_of(parts, num_parts, rows, activations), rows, parts->columns, activations, parts->order);
         size_t bytes = scratch_bytes(parts, num_parts);
         char *scratch = arena.array<char>((int64_t)bytes * threads());
         parallel_region([&](ThreadPool &pool, int index) {

@@ -39,6 +39,8 @@ Arena &thread_arena();  // one for each calling thread, as large as its largest 
 // Activations in the formats that a product reads; allocated before the region.
 struct ConvertedRows {
     int formats;
+    const int32_t *order;  // of the matrix that reads them, as in gc_matrix
+    float *gathered;       // [count, columns] in that order; null where there is none
     Rows rows;  // points to arena memory, which convert_rows fills
 };
 
@@ -47,7 +49,8 @@ int formats_of(const gc_matrix *parts, int num_parts, int64_t count, int activat
 
 // Allocates [count, columns] rows in `formats` (from formats_of). FORMAT_FLOAT needs memory only if rows are rounded to bfloat16:
 // otherwise convert_rows sets rows.x to x itself.
-ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations);
+ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations,
+                            const int32_t *order = nullptr);
 
 // Converts x_row to all formats of row `row`. Rows are independent: share them among threads in any way, then barrier().
 void convert_row(ConvertedRows &converted, int64_t row, const float *x_row);

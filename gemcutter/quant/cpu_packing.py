@@ -57,7 +57,8 @@ def pack_for_cpu(part: Packed, after_chunk: Callable[[], None] | None = None) ->
     if layout is None:
         return None
     *experts, rows, columns = part.shape
-    whole = CpuPackedWeight(allocate((*experts, -(-rows // PANEL), layout.stride(columns))), rows, columns, layout, part.scheme)
+    data = allocate((*experts, -(-rows // PANEL), layout.stride(columns)))
+    whole = CpuPackedWeight(data, rows, columns, layout, part.scheme, order_of(part))
     for index in range(part.shape[0] if experts else 1):
         source, target = (part.expert(index), whole.expert(index)) if experts else (part, whole)
         assert not isinstance(source, Tensor)
@@ -84,7 +85,8 @@ def source_of(part: Packed) -> RepackSource | None:
         return RepackSource(codes=part.data.data_ptr(), code_stride=part.data.stride(-2), kind=BLOCK_KINDS[part.scheme])
     if isinstance(part, Affine) and part.bits in STREAM_KINDS and _affine_dtype(part) == part.scales.dtype:
         return _stream(part.codes, part.scales, part.biases, part.bits, 128)
-    if isinstance(part, ScaledInt) and part.kind in ("packed", "int") and part.bits in STREAM_KINDS and part.zeros is None:
+    is_stream = isinstance(part, ScaledInt) and part.kind in ("packed", "int") and part.bits in STREAM_KINDS
+    if isinstance(part, ScaledInt) and is_stream and part.zeros is None and part.group_of is None:
         return _stream(part.codes, part.scales, None, part.bits, 0 if part.kind == "int" else 128)
     return None
 
@@ -138,7 +140,7 @@ def cpu_layout_of(part: Packed) -> PackedLayout | None:
         layout = PackedLayout(E4M3, BF16, part.group)
     elif isinstance(part, Micro):
         layout = PackedLayout(S8, BF16 if part.scheme == "mxfp4" else F16 if part.factor is None else F32, part.group)
-    elif isinstance(part, ScaledInt) and part.group_of is None:
+    elif isinstance(part, ScaledInt):
         layout = _scaled_layout(part)
     elif isinstance(part, Awq):
         layout = PackedLayout(U4, F32, part.group, has_bias=True)
@@ -182,10 +184,29 @@ def _affine_layout(part: Affine) -> PackedLayout:
     return PackedLayout(codes, SCALES_OF[_affine_dtype(part)], part.group, True, 128 if codes == S8 else 0)
 
 
+def order_of(part: Packed) -> Tensor | None:
+    """Return the columns of a matrix sorted by group, int32; None where groups lie one after the other."""
+    if not isinstance(part, ScaledInt) or part.group_of is None:
+        return None
+    return part.group_of.argsort(stable=True).to(torch.int32)
+
+
+def _group_size(part: ScaledInt) -> int | None:
+    """Return how many columns each group has; None where they differ, or experts have groups of their own."""
+    if part.group_of is None:
+        group = part.group or part.num_columns
+        return None if part.num_columns % group else group  # the last group may be shorter
+    groups = part.scales.shape[-1]
+    if len(part.shape) > 2:
+        return None
+    counts = part.group_of.bincount(minlength=groups)
+    return part.num_columns // groups if bool((counts * groups == part.num_columns).all()) else None
+
+
 def _scaled_layout(part: ScaledInt) -> PackedLayout | None:
-    group = part.group or part.num_columns
-    if part.num_columns % group:
-        return None  # the last group is shorter
+    group = _group_size(part)
+    if group is None:
+        return None
     if part.kind == "fp":
         return None if part.zeros is not None else PackedLayout(E4M3, SCALES_OF[part.scales.dtype], group)
     codes = U4 if part.bits <= 4 else U6 if part.bits <= 6 else S8
@@ -196,9 +217,10 @@ def _scaled_layout(part: ScaledInt) -> PackedLayout | None:
 
 
 def _scaled_grid(part: ScaledInt, layout: PackedLayout) -> UnpackedWeight:
+    codes, order = (part.codes if part.kind == "fp" else part.integers()).view(torch.uint8), order_of(part)
+    codes = codes.contiguous() if order is None else codes.index_select(-1, order)
     if part.kind == "fp":
-        return UnpackedWeight(layout, part.codes.contiguous().view(torch.uint8), (part.scales,))
-    codes = part.integers().contiguous().view(torch.uint8)
+        return UnpackedWeight(layout, codes, (part.scales,))
     if part.bits == 8 and part.kind != "int":
         codes = codes ^ 128
     if part.zeros is None:

@@ -14,6 +14,8 @@ import torch
 from gemcutter import native
 from gemcutter.quant.cpu_layout import PackedLayout, UnpackedWeight, to_panels
 from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.cpu_packing import pack_for_cpu
+from gemcutter.quant.scaled_int import from_packed
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
@@ -328,3 +330,17 @@ def test_eight_bit_floats_are_read_exactly(scale: float, level: str) -> None:
     )
     same = out[0].view(torch.int32) == wanted[3].view(torch.int32)
     assert (same | (out[0].isnan() & wanted[3].isnan())).all()
+
+
+@pytest.mark.parametrize("activations", [INT8, BF16_ROWS, FLOAT_ROWS])
+def test_rows_meet_sorted_columns_in_their_order(activations: int, level: str) -> None:
+    """Rows that every form holds exactly, whatever the order of their columns."""
+    generator = torch.Generator().manual_seed(4)
+    group_of = torch.randperm(256, generator=generator) // 64
+    codes = torch.randint(-(2**31), 2**31, (39, 32), generator=generator, dtype=torch.int64).to(torch.int32)
+    whole = pack_for_cpu(from_packed(codes, torch.rand(39, 4, generator=generator), 4, 256, group_of=group_of))
+    assert whole is not None
+    packed = Packed(whole.matrix(), whole.dequantize().double().numpy(), whole.data.numpy())
+    for count in (1, 3, 17, 64):
+        x = np.random.default_rng(count).choice([-127.0, 0.0, 127.0], (count, 256)).astype(np.float32)
+        check(multiply([packed], x, activations), x, packed.values)

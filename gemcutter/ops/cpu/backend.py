@@ -7,7 +7,6 @@ packed weights are repacked, attention is told of a step through `gc_step`. Impo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,8 @@ if TYPE_CHECKING:  # what follows imports torch
 
 ACTIVATIONS = ("int8", "bf16")  # how matmuls can take the rows of packed weights, where these are not float32
 PACKED = "cpu-packed-"  # begins the name of a scheme that was repacked for these kernels
-UNPACKED = re.compile(r".*-indexed")  # begins the schemes that stay as they are: scattered groups
+SCATTERED, APART = "-indexed", "-apart"  # in schemes whose columns are sorted by group; of parts that are not sorted alike
+SORTED_OPS = ("linear", *LAYER_OPS, "layer")  # which take rows in the order of such columns
 
 
 class CpuBackend:
@@ -68,11 +68,11 @@ class CpuBackend:
 
     def packing(self, stored: str) -> str:
         """Return the name of the packing that weights stored so get."""
-        return stored if stored in DENSE or UNPACKED.match(stored) else PACKED + stored
+        return stored if stored in DENSE else PACKED + stored
 
     def unpacked(self, held: str) -> str:
         """Return the name of the stored scheme of weights that are held so."""
-        return held.removeprefix(PACKED)
+        return held.removeprefix(PACKED).removesuffix(APART)
 
     def packer(self, device: Device, dtype: Dtype) -> Packer:
         """Return what repacks packed weights into panels."""
@@ -108,6 +108,10 @@ class CpuBackend:
         foreign = [kind for kind in site.stored.split("+") if kind not in DENSE and not kind.startswith(PACKED)]
         if reason := self.refusal(site.device, site.kernels):
             return reason
+        if SCATTERED in site.stored and site.op not in SORTED_OPS:
+            return "takes no rows in the order of scattered groups"
+        if APART in site.stored and site.op != "linear":
+            return "the groups of its matrices are scattered each in another way"
         return f"no native layout for {', '.join(foreign)}" if foreign else None
 
     def _accepts_attention(self, site: KernelSite) -> str | None:

@@ -22,10 +22,13 @@ from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Step
 from gemcutter.ops.types import Attention, LayerOutput, OpContext, Param, closing_scale, matrix, vector
 from gemcutter.plan import LayerPlan, ModelPlan
 from gemcutter.quant import Weight
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 
 def linear(x_ND: Tensor, weight: Weight) -> Tensor:
     """Multiply float32 rows as they are, whatever the weight; layer ops may round theirs."""
+    if len(weight.parts) > 1 and any(isinstance(part, CpuPackedWeight) and part.order is not None for part in weight.parts):
+        return torch.cat([linear(x_ND, Weight((part,))) for part in weight.parts], dim=1)  # each in its own order of columns
     x, parts = rows_of(x_ND), array_of(weight.parts)
     out = torch.empty(x.shape[0], weight.rows)
     entry("gc_linear")(ctypes.addressof(parts), len(parts), x.data_ptr(), x.shape[0], ACTIVATIONS["float32"], out.data_ptr())
