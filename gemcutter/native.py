@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 9  # of the interface, gc_version()
+VERSION = 10  # of the interface, gc_version()
 OFF = ("off", "0", "no", "false")  # what GEMCUTTER_NATIVE may say to do without the library
 LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon", "neon_i8mm")
 
@@ -36,6 +36,23 @@ class Matrix(ctypes.Structure):
         ("offset", c_int32),
         ("exponent", c_int32),
         ("levels", c_int8 * 16),
+        ("num_deltas", c_int32),
+        ("reserved", c_int32),
+        ("deltas", c_void_p),
+        ("order", c_void_p),
+    )
+
+
+class DeltaView(ctypes.Structure):
+    """`gc_delta`: what an adapter adds to some rows of a matrix, for the rows of a step that ask for it."""
+
+    _fields_ = (
+        ("down", Matrix),
+        ("up", c_void_p),
+        ("start", c_int64),
+        ("rows", c_int64),
+        ("up_codes", c_int32),
+        ("adapter", c_int32),
     )
 
 
@@ -55,6 +72,7 @@ class StepView(ctypes.Structure):
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("last_visible", c_void_p),
+        ("adapters", c_void_p),
         ("checked_slots", c_int64),  # written by the library
     )
 

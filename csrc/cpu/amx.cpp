@@ -140,7 +140,8 @@ void gemm_pairs(const uint16_t *pairs, int width, const Rows &rows, int64_t firs
 // ---- the kernel tables ----
 
 bool fits(const gc_matrix &m, int64_t rows, int activations) {
-    return rows >= LEAST_ROWS && activations != GC_FLOAT_ROWS && m.columns % STEP == 0 && (!is_dense(m) || m.codes == GC_BF16);
+    if (is_dense(m) ? m.codes != GC_BF16 : m.codes == GC_E4M3) return false;
+    return rows >= LEAST_ROWS && activations != GC_FLOAT_ROWS && m.columns % STEP == 0;
 }
 
 template <const MatmulKernels &FALLBACK>

@@ -12,13 +12,24 @@
 #define GC_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-enum gc_codes { GC_U4 = 0, GC_U6 = 1, GC_S8 = 2, GC_BF16 = 3, GC_F16 = 4, GC_F32 = 5, GC_T4 = 6 };  // BF16, F16, F32: dense
+enum gc_codes {
+    GC_U4 = 0,
+    GC_U6 = 1,
+    GC_S8 = 2,
+    GC_BF16 = 3,  // this one and the two after it are dense
+    GC_F16 = 4,
+    GC_F32 = 5,
+    GC_T4 = 6,
+    GC_E4M3 = 7
+};
 enum gc_scales { GC_SCALE_F16 = 0, GC_SCALE_BF16 = 1, GC_SCALE_F32 = 2, GC_SUPER32 = 3, GC_SUPER16 = 4 };
 enum gc_activations {
     GC_INT8 = 0,
     GC_BF16_ROWS = 1,
     GC_FLOAT_ROWS = 2
 };  // precision of activations in products with packed matrices
+
+typedef struct gc_delta gc_delta;
 
 typedef struct {
     const void *data;  // panels of 16 rows (layout.h), or dense rows
@@ -30,7 +41,19 @@ typedef struct {
     int32_t offset;     // added to every code
     int32_t exponent;   // float16 scales of super-blocks count in units of 2^exponent
     int8_t levels[16];  // of GC_T4: what each code stands for
+    int32_t num_deltas, reserved;
+    const gc_delta *deltas;  // what adapters add to products with the matrix, ascending by adapter
+    const int32_t *order;    // the column of activation rows that each column stands for, where groups are scattered; or null
 } gc_matrix;
+
+// What an adapter adds to some rows of a matrix, for the activation rows that ask for it: up times down, in float32.
+struct gc_delta {
+    gc_matrix down;       // dense, [R, columns]
+    const void *up;       // [P, R, 16], the columns of P panels of 16 rows; zero beyond the last row
+    int64_t start, rows;  // the first of the matrix' rows that change, a multiple of 16, and how many do
+    int32_t up_codes;     // GC_BF16 or GC_F32
+    int32_t adapter;      // the number that rows ask for it by
+};
 
 enum gc_kinds {
     GC_Q4_0 = 0,  // and IQ4_NL, whose blocks are alike
@@ -66,6 +89,7 @@ typedef struct {
     const float *cos, *sin;          // [N, E / 2]; null where nothing is rotated
     const int64_t *
         last_visible;  // [N] the last position that a row sees if later than its own, never descending within a sequence; or null
+    const int32_t *adapters;        // [N] the number of the adapter that each row asks for, or -1; null where no row asks for any
     mutable int64_t checked_slots;  // set by the first layer: the step was found to fit a cache of so many slots (bounds.h)
 } gc_step;
 

@@ -65,8 +65,9 @@ class FeedForward {
             ops.rms_norm(row, norm_, layer_.eps, hidden, row);
             normed_.fill(m, row);
         }
-        pool.barrier();
-        parallel_gemm(pool, index, &in_.matrix, 1, normed_.rows(0), opened_.data(), width, scratch, in_.counter);
+        normed_.complete(pool, index);
+        parallel_gemm(pool, index, &in_.matrix, 1, normed_.rows(0), opened_.data(), width, scratch, in_.counter,
+                      normed_.changes(0));
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             float *row = opened_.row(m);
@@ -74,8 +75,8 @@ class FeedForward {
             ops.gate(row, row, width, row);
             opened_.fill(m, row);
         }
-        pool.barrier();
-        parallel_gemm(pool, index, &out_.matrix, 1, opened_.rows(0), product_, hidden, scratch, out_.counter);
+        opened_.complete(pool, index);
+        parallel_gemm(pool, index, &out_.matrix, 1, opened_.rows(0), product_, hidden, scratch, out_.counter, opened_.changes(0));
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             float *row = product_ + m * hidden;
@@ -122,10 +123,10 @@ class AudioKeys {
             ops.rms_norm(row, layer_.attn_norm, layer_.eps, hidden, row);
             inputs_.fill(m, row);
         }
-        pool.barrier();
-        parallel_gemm(pool, index, &layer_.q, 1, inputs_.rows(0), p_.q + start, hidden, scratch, 2);
-        parallel_gemm(pool, index, &layer_.k, 1, inputs_.rows(1), p_.k + start, hidden, scratch, 3);
-        parallel_gemm(pool, index, &layer_.v, 1, inputs_.rows(2), p_.v + start, hidden, scratch, 4);
+        inputs_.complete(pool, index);
+        parallel_gemm(pool, index, &layer_.q, 1, inputs_.rows(0), p_.q + start, hidden, scratch, 2, inputs_.changes(0));
+        parallel_gemm(pool, index, &layer_.k, 1, inputs_.rows(1), p_.k + start, hidden, scratch, 3, inputs_.changes(1));
+        parallel_gemm(pool, index, &layer_.v, 1, inputs_.rows(2), p_.v + start, hidden, scratch, 4, inputs_.changes(2));
         pool.barrier();
         for (int64_t row = run_.first + own.first; row < run_.first + own.last; ++row) finish(row * hidden);
     }
@@ -210,8 +211,8 @@ class AudioRows {
             for (int64_t head = 0; head < layer_.heads; ++head) attention(row, sound, head, static_cast<float *>(scratch));
             heard_.fill(m, p_.q + row * hidden);
         }
-        pool.barrier();
-        parallel_gemm(pool, index, &layer_.attn_out, 1, heard_.rows(0), product_, hidden, scratch, 0);
+        heard_.complete(pool, index);
+        parallel_gemm(pool, index, &layer_.attn_out, 1, heard_.rows(0), product_, hidden, scratch, 0, heard_.changes(0));
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             float *row = p_.x + (run_.first + m) * hidden, *found = product_ + m * hidden;
@@ -257,8 +258,8 @@ class AudioRows {
             ops.rms_norm(p_.x + (run_.first + m) * hidden, layer_.conv_norm, layer_.eps, hidden, row);
             normed_.fill(m, row);
         }
-        pool.barrier();
-        parallel_gemm(pool, index, &layer_.conv_in, 1, normed_.rows(0), halves_, 2 * hidden, scratch, 1);
+        normed_.complete(pool, index);
+        parallel_gemm(pool, index, &layer_.conv_in, 1, normed_.rows(0), halves_, 2 * hidden, scratch, 1, normed_.changes(0));
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             float *row = halves_ + m * 2 * hidden;
@@ -271,8 +272,8 @@ class AudioRows {
             convolve(run_.first + m, p_.edges[sound], mixed_.row(m));
             mixed_.fill(m, mixed_.row(m));
         }
-        pool.barrier();
-        parallel_gemm(pool, index, &layer_.conv_out, 1, mixed_.rows(0), product_, hidden, scratch, 2);
+        mixed_.complete(pool, index);
+        parallel_gemm(pool, index, &layer_.conv_out, 1, mixed_.rows(0), product_, hidden, scratch, 2, mixed_.changes(0));
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             p_.clip(product_ + m * hidden, layer_.conv_out_clip, hidden);

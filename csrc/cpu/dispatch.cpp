@@ -25,17 +25,20 @@ namespace gemcutter {
 namespace {
 
 const Kernels LEVELS[] = {
-    {"portable", &vector_ops_portable, &packed_portable, &dense_portable, &attention_portable, nullptr, peaks_portable},
+    {"portable", &vector_ops_portable, &packed_portable, &dense_portable, &attention_portable, nullptr, peaks_portable,
+     add_low_rank_portable},
 #if defined(__x86_64__)
-    {"avx2", &vector_ops_avx2, &packed_avx2, &dense_avx2, &attention_avx2, nullptr, peaks_avx2},
-    {"avx_vnni", &vector_ops_avx2, &packed_avx_vnni, &dense_avx2, &attention_avx2, nullptr, peaks_avx_vnni},
-    {"avx512", &vector_ops_avx512, &packed_avx512, &dense_avx512, &attention_avx512, nullptr, peaks_avx512},
+    {"avx2", &vector_ops_avx2, &packed_avx2, &dense_avx2, &attention_avx2, nullptr, peaks_avx2, add_low_rank_avx2},
+    {"avx_vnni", &vector_ops_avx2, &packed_avx_vnni, &dense_avx2, &attention_avx2, nullptr, peaks_avx_vnni, add_low_rank_avx2},
+    {"avx512", &vector_ops_avx512, &packed_avx512, &dense_avx512, &attention_avx512, nullptr, peaks_avx512, add_low_rank_avx512},
     {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512_bf16, &pair_attention_avx512_bf16,
-     peaks_avx512_bf16},
-    {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512_bf16, &pair_attention_avx512_bf16, peaks_amx},
+     peaks_avx512_bf16, add_low_rank_avx512},
+    {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_avx512_bf16, &pair_attention_avx512_bf16, peaks_amx,
+     add_low_rank_avx512},
 #elif defined(__aarch64__)
-    {"neon", &vector_ops_neon, &packed_neon, &dense_neon, &attention_neon, nullptr, peaks_neon},
-    {"neon_i8mm", &vector_ops_neon, &packed_neon_i8mm, &dense_neon_i8mm, &attention_neon, nullptr, peaks_neon_i8mm},
+    {"neon", &vector_ops_neon, &packed_neon, &dense_neon, &attention_neon, nullptr, peaks_neon, add_low_rank_neon},
+    {"neon_i8mm", &vector_ops_neon, &packed_neon_i8mm, &dense_neon_i8mm, &attention_neon, nullptr, peaks_neon_i8mm,
+     add_low_rank_neon},
 #endif
 };
 constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;
@@ -157,4 +160,4 @@ GC_EXPORT int gc_set_level(const char *name) {
 GC_EXPORT const char *gc_level() { return gemcutter::kernels().name; }
 GC_EXPORT void gc_set_threads(int count) { gemcutter::set_threads(count); }
 GC_EXPORT int gc_threads() { return gemcutter::threads(); }
-GC_EXPORT int gc_version() { return 9; }  // of this interface; Python refuses another
+GC_EXPORT int gc_version() { return 10; }  // of this interface; Python refuses another

@@ -40,8 +40,9 @@ GC_EXPORT int gc_embed(const gc_matrix *table, const int64_t *ids, int64_t count
 }
 
 // out [rows, layers, P] = (table rows * token_scale + norm(x [rows, D] projected * context_scale)) / sqrt(2). Table rows are
-// gathered by `ids`, or given as `tokens` [rows, layers, P].
-GC_EXPORT int gc_ple_embed(const gc_ple *ple, const float *x, const int64_t *ids, const float *tokens, int64_t rows, float *out) {
+// gathered by `ids`, or given as `tokens` [rows, layers, P]. `adapters` [rows], or null, are those that rows ask for.
+GC_EXPORT int gc_ple_embed(const gc_ple *ple, const float *x, const int64_t *ids, const float *tokens, int64_t rows,
+                           const int32_t *adapters, float *out) {
     using namespace gemcutter;
     if (!tokens && !are_inside(ids, rows, ple->vocab)) return OUT_OF_BOUNDS;
     return in_arena([&](Arena &arena) {
@@ -50,14 +51,18 @@ GC_EXPORT int gc_ple_embed(const gc_ple *ple, const float *x, const int64_t *ids
         ConvertedRows converted =
             allocate_rows(arena, formats_of(&weight, 1, rows, ple->activations), rows, weight.columns, ple->activations);
         float *context = arena.array<float>(rows * width);
+        const AdapterRuns runs(arena, adapters, rows);
+        LowRank changes;
+        changes.allocate(arena, runs, {&weight});
         Scratch scratch;
         size_t bytes = scratch_bytes(&weight, 1), panel = ple->source ? (size_t)ple->table.stride : 0;
         scratch.allocate(arena, bytes > panel ? bytes : panel);
         parallel_region([&](ThreadPool &pool, int index) {
             const VectorOps &ops = *kernels().vector_ops;
             convert_rows(pool, index, converted, x);
+            changes.reduce(pool, index, x);
             pool.barrier();
-            parallel_gemm(pool, index, &weight, 1, converted.rows, context, width, scratch.of(index), 0);
+            parallel_gemm(pool, index, &weight, 1, converted.rows, context, width, scratch.of(index), 0, changes);
             pool.barrier();
             Range own = own_rows(rows, index, pool.size);
             for (int64_t n = own.first; n < own.last; ++n) {

@@ -13,11 +13,13 @@ namespace gemcutter {
 constexpr int64_t ELSEWHERE = -1;         // the place of a pair whose expert another rank holds
 constexpr int64_t PIECES_OF_THREAD = 64;  // experts differ in rows: small pieces keep threads equally busy
 
-Experts::Experts(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(layer), experts_(*layer.experts), rows_(rows) {
+Experts::Experts(Arena &arena, const gc_layer &layer, int64_t rows, const AdapterRuns &adapters)
+    : layer_(layer), experts_(*layer.experts), rows_(rows) {
     const gc_experts &moe = experts_;
     const gc_matrix in[2] = {moe.gate[0], moe.up[0]};
     int64_t hidden = layer.hidden, pairs = rows * moe.top_k;
     routed_.allocate(arena, &moe.router, 1, rows, hidden, GC_FLOAT_ROWS);
+    router_changes_.allocate(arena, adapters, {&moe.router});
     normed_ = arena.array<float>(rows * hidden);
     if (rows > 1) row_rows_ = allocate_rows(arena, formats_at_any_count(in, 2), rows, hidden, layer.activations);
     pair_rows_ = allocate_rows(arena, formats_at_any_count(in, 2), rows == 1 ? 1 : pairs, hidden, layer.activations);
@@ -56,8 +58,9 @@ void Experts::route(ThreadPool &pool, int index, const float *x) {
         convert_row(rows_ > 1 ? row_rows_ : pair_rows_, n, normed_ + n * hidden);
     }
     pool.barrier();
+    if (router_changes_.reduce(pool, index, routed_.x)) pool.barrier();
     parallel_gemm(pool, index, &experts_.router, 1, routed_.converted.rows, router_logits_, experts_.experts, scratch_.of(index),
-                  COUNT_ROUTER);
+                  COUNT_ROUTER, router_changes_);
     pool.barrier();
     for (int64_t n = own.first; n < own.last; ++n) route(n);
     pool.barrier();

@@ -146,6 +146,11 @@ struct PairAttention {
     int64_t most_rows;
 };
 
+// out[m * ld + c] += the sum over i < rank of low[m * stride + i] * up[i * 16 + c], for `width` columns c, 16 at most. The sum is made
+// in the order of i, whatever other rows there are, and rounded before it is added. `codes`: GC_BF16 or GC_F32, those of `up`.
+typedef void AddLowRank(const void *up, int32_t codes, int64_t rank, const float *low, int64_t stride, int64_t rows,
+                        int64_t width, float *out, int64_t ld);
+
 // A loop of nothing but one kind of product, and how many operations, two for a product and its sum, one round of it has.
 struct PeakLoop {
     const char *name;  // "float32", "int8", "bfloat16"; null behind a level's last
@@ -160,6 +165,7 @@ struct Kernels {
     const AttentionKernels *attention;
     const PairAttention *pair_attention;  // null where there are no such products
     const PeakLoop *peaks;
+    AddLowRank *add_low_rank;
 };
 
 #define GC_DECLARE(level)                            \
@@ -167,7 +173,8 @@ struct Kernels {
     extern const MatmulKernels packed_##level;       \
     extern const MatmulKernels dense_##level;        \
     extern const AttentionKernels attention_##level; \
-    extern const PeakLoop peaks_##level[];
+    extern const PeakLoop peaks_##level[];           \
+    AddLowRank add_low_rank_##level;
 GC_DECLARE(portable)
 #if defined(__x86_64__)
 GC_DECLARE(avx2)

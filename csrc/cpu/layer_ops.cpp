@@ -19,18 +19,19 @@ void Scratch::allocate(Arena &arena, size_t bytes) {
 
 void ActivationBuffer::allocate(Arena &arena, const gc_matrix *parts, int num_parts, int64_t count, int64_t columns,
                                 int activations) {
-    allocate(arena, formats_of(parts, num_parts, count, activations), count, columns, activations);
+    allocate(arena, formats_of(parts, num_parts, count, activations), count, columns, activations, parts->order);
 }
 
-void ActivationBuffer::allocate(Arena &arena, int wanted, int64_t count, int64_t columns, int activations) {
+void ActivationBuffer::allocate(Arena &arena, int wanted, int64_t count, int64_t columns, int activations, const int32_t *order) {
     x = arena.array<float>(count * columns);
-    converted = allocate_rows(arena, wanted, count, columns, activations);
+    converted = allocate_rows(arena, wanted, count, columns, activations, order);
     if (!converted.rows.x) converted.rows.x = x;
 }
 
 // ---- qkv ----
 
-Qkv::Qkv(Arena &arena, const gc_layer &layer, const gc_step &step, const gc_kv *kv, const int64_t *keep, int64_t kept)
+Qkv::Qkv(Arena &arena, const gc_layer &layer, const gc_step &step, const gc_kv *kv, const int64_t *keep, int64_t kept,
+         const AdapterRuns &all, const AdapterRuns &wanted)
     : layer_(layer),
       step_(step),
       cache_(kv),
@@ -43,10 +44,13 @@ Qkv::Qkv(Arena &arena, const gc_layer &layer, const gc_step &step, const gc_kv *
     all_.allocate(arena, keep ? parts + 1 : parts, num_kv_ + !keep, step.rows, layer.hidden, layer.activations);
     if (keep) {
         wanted_.allocate(arena, parts, 1, kept_, layer.hidden, layer.activations);
+        all_changes_.allocate(arena, all, {parts + 1, parts + 2});
+        wanted_changes_.allocate(arena, wanted, {parts});
         kv_ = arena.array<float>(step.rows * kv_width_);
         raw_q_ = arena.array<float>(kept_ * q_width_);
         kv_stride_ = kv_width_, q_stride_ = q_width_;
     } else {
+        all_changes_.allocate(arena, all, {parts, parts + 1, parts + 2});
         raw_q_ = arena.array<float>(step.rows * (q_width_ + kv_width_));
         kv_ = raw_q_ + q_width_;
         kv_stride_ = q_stride_ = q_width_ + kv_width_;
@@ -73,12 +77,18 @@ void Qkv::run(ThreadPool &pool, int index, const float *x, float *q) {
         }
     }
     pool.barrier();
+    bool changes_all = all_changes_.reduce(pool, index, all_.x), changes_wanted = wanted_changes_.reduce(pool, index, wanted_.x);
+    if (changes_all || changes_wanted) pool.barrier();
     void *scratch = scratch_.of(index);
     if (keep_) {
-        parallel_gemm(pool, index, layer_.attn_in + 1, num_kv_, all_.converted.rows, kv_, kv_stride_, scratch, COUNT_KV);
-        if (kept_) parallel_gemm(pool, index, layer_.attn_in, 1, wanted_.converted.rows, raw_q_, q_stride_, scratch, COUNT_Q);
+        const gc_matrix *kv = layer_.attn_in + 1;
+        parallel_gemm(pool, index, kv, num_kv_, all_.converted.rows, kv_, kv_stride_, scratch, COUNT_KV, all_changes_);
+        if (kept_)
+            parallel_gemm(pool, index, layer_.attn_in, 1, wanted_.converted.rows, raw_q_, q_stride_, scratch, COUNT_Q,
+                          wanted_changes_);
     } else {
-        parallel_gemm(pool, index, layer_.attn_in, 1 + num_kv_, all_.converted.rows, raw_q_, q_stride_, scratch, COUNT_KV);
+        parallel_gemm(pool, index, layer_.attn_in, 1 + num_kv_, all_.converted.rows, raw_q_, q_stride_, scratch, COUNT_KV,
+                      all_changes_);
     }
     pool.barrier();
     Range heads = share(kept_ * shape.heads, 1, index, pool.size);
@@ -127,9 +137,11 @@ static void sum_product(ThreadPool &pool, int index, const gc_layer &layer, floa
 
 // ---- attn_out ----
 
-AttnOut::AttnOut(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(layer), rows_(rows) {
+AttnOut::AttnOut(Arena &arena, const gc_layer &layer, int64_t rows, const AdapterRuns &adapters) : layer_(layer), rows_(rows) {
     const gc_matrix &weight = layer.attn_out;
-    converted_ = allocate_rows(arena, formats_of(&weight, 1, rows, layer.activations), rows, weight.columns, layer.activations);
+    converted_ = allocate_rows(arena, formats_of(&weight, 1, rows, layer.activations), rows, weight.columns, layer.activations,
+                               weight.order);
+    changes_.allocate(arena, adapters, {&weight});
     product_ = arena.array<float>(rows * layer.hidden);
     scratch_.allocate(arena, scratch_bytes(&weight, 1));
 }
@@ -138,8 +150,9 @@ void AttnOut::run(ThreadPool &pool, int index, const float *x, const int64_t *ke
     int64_t hidden = layer_.hidden;
     prefetch_weights(pool, index, &layer_.attn_out, 1, rows_);
     convert_rows(pool, index, converted_, o);
+    changes_.reduce(pool, index, o);
     pool.barrier();
-    parallel_gemm(pool, index, &layer_.attn_out, 1, converted_.rows, product_, hidden, scratch_.of(index), COUNT_OUT);
+    parallel_gemm(pool, index, &layer_.attn_out, 1, converted_.rows, product_, hidden, scratch_.of(index), COUNT_OUT, changes_);
     pool.barrier();
     sum_product(pool, index, layer_, product_, rows_);
     Range own = own_rows(rows_, index, pool.size);
@@ -151,15 +164,17 @@ void AttnOut::run(ThreadPool &pool, int index, const float *x, const int64_t *ke
 
 // ---- mlp ----
 
-Mlp::Mlp(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(layer), rows_(rows) {
+Mlp::Mlp(Arena &arena, const gc_layer &layer, int64_t rows, const AdapterRuns &adapters) : layer_(layer), rows_(rows) {
     const gc_matrix in[2] = {layer.gate, layer.up};
     normed_.allocate(arena, in, 2, rows, layer.hidden, layer.activations);
     gated_.allocate(arena, &layer.down, 1, rows, layer.down.columns, layer.activations);
+    in_changes_.allocate(arena, adapters, {&layer.gate, &layer.up});
+    out_changes_.allocate(arena, adapters, {&layer.down});
     product_ = arena.array<float>(rows * layer.hidden);
     size_t bytes = geglu_scratch_bytes(&layer.gate, &layer.up, most_chunk_rows(layer.gate, rows)),
            down = scratch_bytes(&layer.down, 1);
     scratch_.allocate(arena, bytes > down ? bytes : down);
-    if (layer.experts) experts_.emplace(arena, layer, rows);
+    if (layer.experts) experts_.emplace(arena, layer, rows, adapters);
 }
 
 void Mlp::run(ThreadPool &pool, int index, const float *x, float *out, float scale) {
@@ -172,14 +187,16 @@ void Mlp::run(ThreadPool &pool, int index, const float *x, float *out, float sca
     }
     if (experts_) experts_->route(pool, index, x);
     else pool.barrier();
+    if (in_changes_.reduce(pool, index, normed_.x)) pool.barrier();
     void *scratch = scratch_.of(index);
     parallel_geglu(pool, index, &layer_.gate, &layer_.up, normed_.converted.rows, gated_.x, layer_.down.columns, scratch,
-                   COUNT_GATED);
+                   COUNT_GATED, in_changes_);
     prefetch_weights(pool, index, &layer_.down, 1, rows_);
     pool.barrier();
     convert_rows(pool, index, gated_.converted, gated_.x);
+    out_changes_.reduce(pool, index, gated_.x);
     pool.barrier();
-    parallel_gemm(pool, index, &layer_.down, 1, gated_.converted.rows, product_, hidden, scratch, COUNT_DOWN);
+    parallel_gemm(pool, index, &layer_.down, 1, gated_.converted.rows, product_, hidden, scratch, COUNT_DOWN, out_changes_);
     if (experts_) experts_->run(pool, index);
     else pool.barrier();
     sum_product(pool, index, layer_, product_, rows_);
@@ -206,9 +223,11 @@ void Mlp::join(int64_t m, const float *x, float *out, float scale) {
 
 // ---- ple_gate ----
 
-PleGate::PleGate(Arena &arena, const gc_layer &layer, int64_t rows) : layer_(layer), rows_(rows) {
+PleGate::PleGate(Arena &arena, const gc_layer &layer, int64_t rows, const AdapterRuns &adapters) : layer_(layer), rows_(rows) {
     input_.allocate(arena, &layer.ple_gate, 1, rows, layer.hidden, layer.activations);
     gated_.allocate(arena, &layer.ple_out, 1, rows, layer.ple_dim, layer.activations);
+    in_changes_.allocate(arena, adapters, {&layer.ple_gate});
+    out_changes_.allocate(arena, adapters, {&layer.ple_out});
     product_ = arena.array<float>(rows * layer.hidden);
     size_t in = scratch_bytes(&layer.ple_gate, 1), out = scratch_bytes(&layer.ple_out, 1);
     scratch_.allocate(arena, in > out ? in : out);
@@ -225,7 +244,8 @@ void PleGate::run(ThreadPool &pool, int index, const float *x, const float *ple,
         input_.convert(m);
     }
     pool.barrier();
-    parallel_gemm(pool, index, &layer_.ple_gate, 1, input_.converted.rows, gated_.x, dim, scratch, COUNT_PLE_GATE);
+    if (in_changes_.reduce(pool, index, input_.x)) pool.barrier();
+    parallel_gemm(pool, index, &layer_.ple_gate, 1, input_.converted.rows, gated_.x, dim, scratch, COUNT_PLE_GATE, in_changes_);
     prefetch_weights(pool, index, &layer_.ple_out, 1, rows_);
     pool.barrier();
     for (int64_t m = own.first; m < own.last; ++m) {
@@ -233,7 +253,8 @@ void PleGate::run(ThreadPool &pool, int index, const float *x, const float *ple,
         gated_.convert(m);
     }
     pool.barrier();
-    parallel_gemm(pool, index, &layer_.ple_out, 1, gated_.converted.rows, product_, hidden, scratch, COUNT_PLE_OUT);
+    if (out_changes_.reduce(pool, index, gated_.x)) pool.barrier();
+    parallel_gemm(pool, index, &layer_.ple_out, 1, gated_.converted.rows, product_, hidden, scratch, COUNT_PLE_OUT, out_changes_);
     pool.barrier();
     for (int64_t m = own.first; m < own.last; ++m)
         ops.add_norm(x + m * hidden, product_ + m * hidden, layer_.ple_post_norm, layer_.eps, scale, hidden, out + m * hidden);
@@ -245,41 +266,50 @@ void PleGate::run(ThreadPool &pool, int index, const float *x, const float *ple,
 // names rows, slots or positions that are not there, or RANKS_ENDED if a rank that it waited for is gone.
 
 // q [M, H, E]: queries of the M rows that `keep` lists (null: of all rows); writes keys and values of all rows to the cache.
+// `adapters` [M], or null, are those that the listed rows ask for.
 GC_EXPORT int gc_qkv(const gc_layer *layer, const gc_step *step, const gc_kv *kv, const float *x, const int64_t *keep,
-                     int64_t kept, float *q) {
+                     int64_t kept, const int32_t *adapters, float *q) {
     using namespace gemcutter;
     if ((kv && !fits(*step, *kv)) || (keep && !are_inside(keep, kept, step->rows))) return OUT_OF_BOUNDS;
     return in_arena([&](Arena &arena) {
-        Qkv qkv(arena, *layer, *step, kv, keep, kept);
+        const AdapterRuns all(arena, step->adapters, step->rows), wanted(arena, keep ? adapters : nullptr, kept);
+        Qkv qkv(arena, *layer, *step, kv, keep, kept, all, wanted);
         parallel_region([&](ThreadPool &pool, int index) { qkv.run(pool, index, x, q); });
     });
 }
 
+// Here and below, `adapters` [rows], or null, are the adapters that rows ask for, as in gc_step.
+
 // out [rows, D] = x + norm(o [rows, H * E] times the out-projection).
-GC_EXPORT int gc_attn_out(const gc_layer *layer, const float *x, const float *o, int64_t rows, float *out) {
+GC_EXPORT int gc_attn_out(const gc_layer *layer, const float *x, const float *o, int64_t rows, const int32_t *adapters,
+                          float *out) {
     using namespace gemcutter;
     const int code = in_arena([&](Arena &arena) {
-        AttnOut attn_out(arena, *layer, rows);
+        const AdapterRuns runs(arena, adapters, rows);
+        AttnOut attn_out(arena, *layer, rows, runs);
         parallel_region([&](ThreadPool &pool, int index) { attn_out.run(pool, index, x, nullptr, o, out); });
     });
     return code ? code : result_of(layer->ranks);
 }
 
 // out [rows, D] = (x + the feed-forward of x) * mlp_scale.
-GC_EXPORT int gc_mlp(const gc_layer *layer, const float *x, int64_t rows, float *out) {
+GC_EXPORT int gc_mlp(const gc_layer *layer, const float *x, int64_t rows, const int32_t *adapters, float *out) {
     using namespace gemcutter;
     const int code = in_arena([&](Arena &arena) {
-        Mlp mlp(arena, *layer, rows);
+        const AdapterRuns runs(arena, adapters, rows);
+        Mlp mlp(arena, *layer, rows, runs);
         parallel_region([&](ThreadPool &pool, int index) { mlp.run(pool, index, x, out, layer->mlp_scale); });
     });
     return code ? code : result_of(layer->ranks);
 }
 
 // out [rows, D] = (x + the gated per-layer embeddings, `stride` elements from row to row) * ple_scale.
-GC_EXPORT int gc_ple_gate(const gc_layer *layer, const float *x, const float *ple, int64_t stride, int64_t rows, float *out) {
+GC_EXPORT int gc_ple_gate(const gc_layer *layer, const float *x, const float *ple, int64_t stride, int64_t rows,
+                          const int32_t *adapters, float *out) {
     using namespace gemcutter;
     return in_arena([&](Arena &arena) {
-        PleGate ple_gate(arena, *layer, rows);
+        const AdapterRuns runs(arena, adapters, rows);
+        PleGate ple_gate(arena, *layer, rows, runs);
         parallel_region([&](ThreadPool &pool, int index) { ple_gate.run(pool, index, x, ple, stride, out, layer->ple_scale); });
     });
 }
@@ -294,18 +324,20 @@ GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const
     if (!fits(*step, *kv) || !fits(*kept, *kv) || (keep && !are_inside(keep, kept->rows, step->rows))) return OUT_OF_BOUNDS;
     const int code = in_arena([&](Arena &arena) {
         const gc_attention &shape = layer->attention;
+        const AdapterRuns all(arena, step->adapters, step->rows), some(arena, keep ? kept->adapters : nullptr, kept->rows);
+        const AdapterRuns &runs = keep ? some : all;
         const Arena::Mark start = arena.mark();
         int64_t rows = kept->rows, width = rows * shape.heads * shape.head_dim;
         float *q = arena.array<float>(width), *o = arena.array<float>(width);
-        Qkv qkv(arena, *layer, *step, kv, keep, rows);
+        Qkv qkv(arena, *layer, *step, kv, keep, rows, all, runs);
         AttentionPlan plan = plan_attention(arena, *kept, shape, *kv);
-        AttnOut attn_out(arena, *layer, rows);
+        AttnOut attn_out(arena, *layer, rows, runs);
         bool shares = rows >= MANY_ROWS;
         if (shares) arena.rewind(start);
-        Mlp mlp(arena, *layer, rows);
+        Mlp mlp(arena, *layer, rows, runs);
         std::optional<PleGate> ple_gate;
         if (shares) arena.rewind(start);
-        if (layer->ple_gate.rows) ple_gate.emplace(arena, *layer, rows);
+        if (layer->ple_gate.rows) ple_gate.emplace(arena, *layer, rows, runs);
         parallel_region([&](ThreadPool &pool, int index) {
             qkv.run(pool, index, x, q);
             pool.barrier();
@@ -323,8 +355,8 @@ GC_EXPORT int gc_layer_forward(const gc_layer *layer, const gc_step *step, const
 
 // Size in bytes of the structs of api.h in their order there, checked against the ctypes structs; 0 beyond the last.
 GC_EXPORT int64_t gc_bytes_of(int which) {
-    constexpr int64_t BYTES[] = {sizeof(gc_matrix), sizeof(gc_step), sizeof(gc_kv),      sizeof(gc_attention), sizeof(gc_experts),
-                                 sizeof(gc_layer),  sizeof(gc_ple),  sizeof(gc_drafter), sizeof(gc_ranks)};
+    constexpr int64_t BYTES[] = {sizeof(gc_matrix),  sizeof(gc_delta), sizeof(gc_step), sizeof(gc_kv),      sizeof(gc_attention),
+                                 sizeof(gc_experts), sizeof(gc_layer), sizeof(gc_ple),  sizeof(gc_drafter), sizeof(gc_ranks)};
     constexpr int COUNT = sizeof BYTES / sizeof *BYTES;
     return which >= 0 && which < COUNT ? BYTES[which] : 0;
 }

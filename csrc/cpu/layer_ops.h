@@ -42,15 +42,16 @@ struct ActivationBuffer {
     float *x = nullptr;
     ConvertedRows converted;
     void allocate(Arena &arena, const gc_matrix *parts, int num_parts, int64_t count, int64_t columns, int activations);
-    void allocate(Arena &arena, int wanted, int64_t count, int64_t columns, int activations);
+    void allocate(Arena &arena, int wanted, int64_t count, int64_t columns, int activations, const int32_t *order = nullptr);
     float *row(int64_t m) { return x + m * converted.rows.columns; }
     void convert(int64_t m) { convert_row(converted, m, row(m)); }  // call once row(m) is filled
 };
 
 class Qkv {
   public:
-    // `keep` lists the rows whose queries are computed; null means all.
-    Qkv(Arena &arena, const gc_layer &layer, const gc_step &step, const gc_kv *kv, const int64_t *keep, int64_t kept);
+    // `keep` lists the rows whose queries are computed; null means all. `all` are the adapters of all rows, `wanted` of those.
+    Qkv(Arena &arena, const gc_layer &layer, const gc_step &step, const gc_kv *kv, const int64_t *keep, int64_t kept,
+        const AdapterRuns &all, const AdapterRuns &wanted);
     // q [M, H, E], complete after the next barrier.
     void run(ThreadPool &pool, int index, const float *x, float *q);
 
@@ -64,15 +65,16 @@ class Qkv {
     const int64_t *keep_;
     int64_t kept_, q_width_, kv_width_;  // kv_width_: 0 in a layer that only reads the cache
     int num_kv_;
-    ActivationBuffer all_, wanted_;  // `wanted_` only where some rows are dropped
-    float *kv_, *raw_q_;             // projection outputs; one matrix [N, q + kv] where all rows are kept
+    ActivationBuffer all_, wanted_;         // `wanted_` only where some rows are dropped
+    LowRank all_changes_, wanted_changes_;  // as above
+    float *kv_, *raw_q_;                    // projection outputs; one matrix [N, q + kv] where all rows are kept
     int64_t kv_stride_, q_stride_;
     Scratch scratch_, spare_;
 };
 
 class AttnOut {
   public:
-    AttnOut(Arena &arena, const gc_layer &layer, int64_t rows);
+    AttnOut(Arena &arena, const gc_layer &layer, int64_t rows, const AdapterRuns &adapters);
     // out = x + norm(o times the out-projection); x row keep[m] where keep is given. Needs all of o complete (a barrier before).
     void run(ThreadPool &pool, int index, const float *x, const int64_t *keep, const float *o, float *out);
 
@@ -80,13 +82,14 @@ class AttnOut {
     const gc_layer &layer_;
     int64_t rows_;
     ConvertedRows converted_;
+    LowRank changes_;
     float *product_;
     Scratch scratch_;
 };
 
 class Experts {
   public:
-    Experts(Arena &arena, const gc_layer &layer, int64_t rows);
+    Experts(Arena &arena, const gc_layer &layer, int64_t rows, const AdapterRuns &adapters);
     // Chooses the experts of all rows x [N, D] and groups rows by expert; ends with a barrier.
     void route(ThreadPool &pool, int index, const float *x);
     // Runs the feed-forward of the chosen experts; ends with a barrier.
@@ -109,6 +112,7 @@ class Experts {
     const gc_experts &experts_;
     int64_t rows_, num_groups_ = 0, placed_ = 0;  // placed_: pairs whose experts this rank holds
     ActivationBuffer routed_, gated_;
+    LowRank router_changes_;
     float *normed_;            // [N, D]
     ConvertedRows row_rows_;   // normed_ in the experts' formats, where there are several rows
     ConvertedRows pair_rows_;  // one for each (row, expert) pair, sorted by expert; a single one where there is one row
@@ -121,7 +125,7 @@ class Experts {
 
 class Mlp {
   public:
-    Mlp(Arena &arena, const gc_layer &layer, int64_t rows);
+    Mlp(Arena &arena, const gc_layer &layer, int64_t rows, const AdapterRuns &adapters);
     // out = (x + the feed-forward of x) * scale; out may be x.
     void run(ThreadPool &pool, int index, const float *x, float *out, float scale);
 
@@ -131,6 +135,7 @@ class Mlp {
     const gc_layer &layer_;
     int64_t rows_;
     ActivationBuffer normed_, gated_;
+    LowRank in_changes_, out_changes_;
     float *product_;
     std::optional<Experts> experts_;
     Scratch scratch_;
@@ -138,7 +143,7 @@ class Mlp {
 
 class PleGate {
   public:
-    PleGate(Arena &arena, const gc_layer &layer, int64_t rows);
+    PleGate(Arena &arena, const gc_layer &layer, int64_t rows, const AdapterRuns &adapters);
     // out = (x + norm(gated per-layer embedding)) * scale, with ple rows `stride` elements apart; out may be x.
     void run(ThreadPool &pool, int index, const float *x, const float *ple, int64_t stride, float *out, float scale);
 
@@ -146,6 +151,7 @@ class PleGate {
     const gc_layer &layer_;
     int64_t rows_;
     ActivationBuffer input_, gated_;
+    LowRank in_changes_, out_changes_;
     float *product_;
     Scratch scratch_;
 };

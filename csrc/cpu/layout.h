@@ -20,6 +20,8 @@
 //   GC_T4: as GC_U4, where a code is a place in the matrix' table of signed bytes, and counts as the byte there
 //   GC_U6: as GC_U4 for the low four bits, then 2 vectors of 64 bytes: vector h has the upper two bits of quad 4h + k at bits
 //          2k and 2k + 1, 384 bytes
+//   GC_E4M3: no quads, but the 16 rows of each column side by side, 512 bytes; the codes are 8-bit floats (e4m3: 4 bits of exponent,
+//            3 of mantissa, no infinity), which stand for themselves, without offset and bias
 #pragma once
 #include <stdint.h>
 

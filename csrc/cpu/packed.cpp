@@ -9,7 +9,7 @@ namespace gemcutter {
 namespace {
 
 int formats(const gc_matrix *m, int64_t, int activations) {
-    if (activations != GC_INT8) return FORMAT_FLOAT;
+    if (activations != GC_INT8 || m->codes == GC_E4M3) return FORMAT_FLOAT;
     return pieces_of(*m) == 2 ? FORMAT_INT8 | FORMAT_HALVES : FORMAT_INT8;
 }
 
@@ -44,7 +44,7 @@ auto *int8_panels_of(const gc_matrix &m) {
 template <int PIECES>
 void panels_in_pieces(const gc_matrix &m, int64_t panel, int64_t panels, const Rows &rows, int64_t first, int64_t last,
                       float *out, int64_t ld, void *scratch, const void *next) {
-    if (rows.q && rows.activations == GC_INT8)
+    if (rows.q && rows.activations == GC_INT8 && m.codes != GC_E4M3)
         return int8_panels_of<PIECES>(m)(m, panel, panels, rows, first, last, out, ld, scratch, next);
     for (; panels > 0; --panels, ++panel, out += PANEL) float_panel<PIECES>(m, panel, rows, first, last, out, ld, scratch);
 }

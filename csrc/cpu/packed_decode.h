@@ -247,9 +247,57 @@ GC_INLINE void each_value(const uint8_t *bytes, const Scales<PIECES> &scales, bo
     }
 }
 
+// A column of 8-bit floats, 16 rows, as floats. Shifted into place they are half floats whose exponents are 8 too small, so that
+// subnormal ones, too, are exact; those that would stand for 480 are NaN.
+GC_INLINE void column_of_e4m3(const uint8_t *bytes, V (&values)[PARTS]) {
+    constexpr int PLACES = 0xbf80, SIZE = 0x3f80;  // where sign and the other seven bits go, and the latter alone
+#if defined(GC_LEVEL_AVX512) || defined(GC_LEVEL_AVX2)
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)bytes)), size = _mm256_set1_epi16(SIZE);
+    __m256i halves = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16((short)PLACES));
+    halves = _mm256_or_si256(halves, _mm256_cmpeq_epi16(_mm256_and_si256(halves, size), size));
+#if defined(GC_LEVEL_AVX512)
+    values[0] = _mm512_cvtph_ps(halves);
+#else
+    values[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    values[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+#endif
+#elif defined(GC_LEVEL_NEON)
+    const int8x16_t codes = vreinterpretq_s8_u8(vld1q_u8(bytes));
+    const int16x8_t both[2] = {vmovl_s8(vget_low_s8(codes)), vmovl_s8(vget_high_s8(codes))}, size = vdupq_n_s16(SIZE);
+    for (int i = 0; i < 2; ++i) {
+        const int16x8_t half = vandq_s16(vshlq_n_s16(both[i], 7), vdupq_n_s16((int16_t)PLACES));
+        const uint16x8_t found = vorrq_u16(vreinterpretq_u16_s16(half), vceqq_s16(vandq_s16(half, size), size));
+        values[2 * i] = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(found)));
+        values[2 * i + 1] = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(found)));
+    }
+#else
+    for (int row = 0; row < PANEL; ++row) {
+        const int half = (int8_t)bytes[row] * 128 & PLACES;
+        values[row / W][row % W] = half_to_float((uint16_t)((half & SIZE) == SIZE ? 0x7fff : half));
+    }
+#endif
+    for (int part = 0; part < PARTS; ++part) values[part] = values[part] * set1(256.0f);
+}
+
+// Calls sink(column, part, values of W rows) for the columns of a block of 8-bit floats, in order.
+template <int PIECES, typename Sink>
+GC_INLINE void each_float8(const uint8_t *bytes, const Scales<PIECES> &scales, Sink sink) {
+#pragma GCC unroll 8
+    for (int column = 0; column < BLOCK; ++column) {
+        if (column % 4 == 0) __builtin_prefetch(bytes + column * PANEL + PREFETCH_BYTES, 0, IN_L2);
+        V values[PARTS];
+        column_of_e4m3(bytes + column * PANEL, values);
+        for (int part = 0; part < PARTS; ++part) sink(column, part, values[part] * scales.scale[column * PIECES / BLOCK][part]);
+    }
+}
+
 // The same for the decoder's next block.
 template <int PIECES, typename Sink>
 GC_INLINE void each_value(const gc_matrix &m, PanelDecoder<PIECES> &decoder, Sink sink) {
+    if (m.codes == GC_E4M3) {
+        const uint8_t *codes = decoder.next();
+        return each_float8(codes, decoder.scales, sink);
+    }
     alignas(64) uint8_t bytes[QUADS * QUAD_BYTES];
     unpack_block(m, decoder.next(), bytes);
     if (is_signed(m)) each_value(bytes, decoder.scales, decoder.is_biased, (float)m.offset, true, sink);

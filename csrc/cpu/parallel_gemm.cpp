@@ -63,7 +63,7 @@ void for_each_panel(ThreadPool &pool, int index, int64_t panels, int counter, It
 
 // parallel_gemm for many rows.
 void gemm_of_many(ThreadPool &pool, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
-                  void *scratch, int counter) {
+                  void *scratch, int counter, const LowRank &changes) {
     int64_t groups = 0;
     for (int i = 0; i < num_parts; ++i) groups += groups_of(parts[i], matmul_kernels(parts[i]).panels_at_once);
     int64_t chunk = chunk_rows(matmul_kernels(*parts), rows, groups, pool.size);
@@ -76,8 +76,10 @@ void gemm_of_many(ThreadPool &pool, const gc_matrix *parts, int num_parts, const
         }
         const MatmulKernels &level = matmul_kernels(*part);
         Panels some = panels_of_group(*part, group, level.panels_at_once);
-        level.gemm_panels(part, some.first, some.count, &rows, first, last, to + some.first * PANEL, ld, scratch,
+        to += some.first * PANEL;
+        level.gemm_panels(part, some.first, some.count, &rows, first, last, to, ld, scratch,
                           panel_at(*part, some.first + pool.size * level.panels_at_once));
+        changes.add(part - parts, some.first, some.count, first, last, to, ld);
     });
 }
 
@@ -149,7 +151,7 @@ int formats_of(const gc_matrix *parts, int num_parts, int64_t count, int activat
     return formats;
 }
 
-ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations) {
+ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations, const int32_t *order) {
     int64_t all = count + SPARE_ROWS;
     Rows rows = {count, columns, activations, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     if (formats & FORMAT_INT8) {
@@ -159,14 +161,21 @@ ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t co
     }
     if (formats & FORMAT_HALVES) rows.halves = arena.array<float>(all * 2 * (columns / BLOCK));
     if (formats & FORMAT_BF16) rows.bf16 = arena.array<uint16_t>(all * columns);
-    if (formats & FORMAT_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);
-    return {formats, rows};
+    float *gathered = order ? arena.array<float>(count * columns) : nullptr;
+    if (gathered) rows.x = gathered;
+    else if (formats & FORMAT_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);
+    return {formats, order, gathered, rows};
 }
 
 void convert_row(ConvertedRows &converted, int64_t row, const float *x_row) {
     const VectorOps &ops = *kernels().vector_ops;
     const Rows &rows = converted.rows;  // its pointers are const for kernels; allocate_rows allocated the memory for writing here
     int64_t columns = rows.columns, at = row * columns, block = row * (columns / BLOCK);
+    if (converted.order) {
+        float *gathered = converted.gathered + at;
+        for (int64_t i = 0; i < columns; ++i) gathered[i] = x_row[converted.order[i]];
+        x_row = gathered;
+    }
     if (converted.formats & FORMAT_INT8)
         ops.quantize(x_row, columns, const_cast<int8_t *>(rows.q) + at, const_cast<float *>(rows.scale) + block,
                      const_cast<float *>(rows.sum) + block);
@@ -202,15 +211,15 @@ void copy_row(const Rows &from, int64_t row, Rows &to, int64_t place) {
 }
 
 void convert_rows(ThreadPool &pool, int index, ConvertedRows &converted, const float *x) {
-    bool keeps_x = converted.formats & FORMAT_FLOAT && converted.rows.activations != GC_BF16_ROWS;
+    bool keeps_x = converted.formats & FORMAT_FLOAT && converted.rows.activations != GC_BF16_ROWS && !converted.order;
     if (keeps_x && index == 0) converted.rows.x = x;  // visible to all threads after the caller's barrier
     Range own = share(converted.rows.count, 1, index, pool.size);
     for (int64_t row = own.first; row < own.last; ++row) convert_row(converted, row, x + row * converted.rows.columns);
 }
 
 void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
-                   void *scratch, int counter) {
-    if (rows.count > FEW_ROWS) return gemm_of_many(pool, parts, num_parts, rows, out, ld, scratch, counter);
+                   void *scratch, int counter, const LowRank &changes) {
+    if (rows.count > FEW_ROWS) return gemm_of_many(pool, parts, num_parts, rows, out, ld, scratch, counter, changes);
     int64_t panels = 0;
     for (int i = 0; i < num_parts; ++i) panels += panels_of(parts[i]);
     for_each_panel(pool, index, panels, counter, [&](int64_t panel) {
@@ -222,12 +231,14 @@ void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_
         }
         bool is_last = panel + 1 == panels_of(*part) && part + 1 < parts + num_parts;
         const void *next = is_last ? part[1].data : nullptr;
-        matmul_kernels(*part).gemm_panels(part, panel, 1, &rows, 0, rows.count, column + panel * PANEL, ld, scratch, next);
+        column += panel * PANEL;
+        matmul_kernels(*part).gemm_panels(part, panel, 1, &rows, 0, rows.count, column, ld, scratch, next);
+        changes.add(part - parts, panel, 1, 0, rows.count, column, ld);
     });
 }
 
 void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &panels, const Rows &rows, int64_t first, int64_t last,
-                  float *out, int64_t ld, void *scratch) {
+                  float *out, int64_t ld, void *scratch, const LowRank &changes) {
     int64_t count = last - first, across = panels.count * PANEL, size = count * across;
     float *gates = static_cast<float *>(scratch), *ups = gates + size;
     void *rest = ups + size;
@@ -235,15 +246,17 @@ void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &pane
     const void *up_at = panel_at(up, panels.first), *next = panel_at(gate, panels.first + panels.count);
     matmul_kernels(gate).gemm_panels(&gate, panels.first, panels.count, &rows, first, last, gates, across, rest, up_at);
     matmul_kernels(up).gemm_panels(&up, panels.first, panels.count, &rows, first, last, ups, across, rest, next);
+    changes.add(0, panels.first, panels.count, first, last, gates, across);
+    changes.add(1, panels.first, panels.count, first, last, ups, across);
     kernels().vector_ops->gelu_mul(gates, ups, size, gates);
     float *target = out + panels.first * PANEL;
     for (int64_t m = 0; m < count; ++m) memcpy(target + m * ld, gates + m * across, sizeof(float) * (size_t)panels.width);
 }
 
 void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out,
-                    int64_t ld, void *scratch, int counter) {
+                    int64_t ld, void *scratch, int counter, const LowRank &changes) {
     auto item = [&](const Panels &panels, int64_t first, int64_t last) {
-        geglu_panels(*gate, *up, panels, rows, first, last, out + first * ld, ld, scratch);
+        geglu_panels(*gate, *up, panels, rows, first, last, out + first * ld, ld, scratch, changes);
     };
     if (rows.count <= FEW_ROWS)
         return for_each_panel(pool, index, panels_of(*gate), counter,
@@ -290,14 +303,14 @@ size_t geglu_scratch_bytes(const gc_matrix *gate, const gc_matrix *up, int64_t r
 
 // Both entries return 0, or 1 if memory for intermediate activations ran out.
 
-// out [rows, sum of the parts' rows] = x [rows, columns] times the parts.
+// out [rows, sum of the parts' rows] = x [rows, columns] times the parts, which have one order of columns.
 GC_EXPORT int gc_linear(const gc_matrix *parts, int num_parts, const float *x, int64_t rows, int activations, float *out) {
     using namespace gemcutter;
     return in_arena([&](Arena &arena) {
         int64_t ld = 0;
         for (int i = 0; i < num_parts; ++i) ld += parts[i].rows;
-        ConvertedRows converted =
-            allocate_rows(arena, formats_of(parts, num_parts, rows, activations), rows, parts->columns, activations);
+        ConvertedRows converted = allocate_rows(arena, formats_of(parts, num_parts, rows, activations), rows, parts->columns,
+                                                activations, parts->order);
         size_t bytes = scratch_bytes(parts, num_parts);
         char *scratch = arena.array<char>((int64_t)bytes * threads());
         parallel_region([&](ThreadPool &pool, int index) {

@@ -4,6 +4,7 @@
 // intermediate memory. Functions that take a ThreadPool are called by every thread of the pool with the same arguments, inside a
 // parallel region; each comment says whether it ends with a barrier.
 #pragma once
+#include "adapters.h"
 #include "kernels.h"
 #include "thread_pool.h"
 
@@ -38,7 +39,9 @@ Arena &thread_arena();  // one for each calling thread, as large as its largest 
 // Activations in the formats that a product reads; allocated before the region.
 struct ConvertedRows {
     int formats;
-    Rows rows;  // points to arena memory, which convert_rows fills
+    const int32_t *order;  // of the matrix that reads them, as in gc_matrix
+    float *gathered;       // [count, columns] in that order; null where there is none
+    Rows rows;             // points to arena memory, which convert_rows fills
 };
 
 // Formats that any of these matrices reads for `count` rows.
@@ -46,7 +49,8 @@ int formats_of(const gc_matrix *parts, int num_parts, int64_t count, int activat
 
 // Allocates [count, columns] rows in `formats` (from formats_of). FORMAT_FLOAT needs memory only if rows are rounded to bfloat16:
 // otherwise convert_rows sets rows.x to x itself.
-ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations);
+ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations,
+                            const int32_t *order = nullptr);
 
 // Converts x_row to all formats of row `row`. Rows are independent: share them among threads in any way, then barrier().
 void convert_row(ConvertedRows &converted, int64_t row, const float *x_row);
@@ -67,18 +71,19 @@ struct Panels {
 Panels panels_of_group(const gc_matrix &m, int64_t group, int64_t at_once);
 
 // out[m * ld + r] = rows times the matrices stacked by rows; no barrier at the end. `scratch` is this thread's own, of
-// scratch_bytes(). `counter` is the index of a pool counter that nothing else in this region uses.
+// scratch_bytes(). `counter` is the index of a pool counter that nothing else in this region uses. `changes` are what adapters
+// add to these products, or none.
 void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
-                   void *scratch, int counter);
+                   void *scratch, int counter, const LowRank &changes = {});
 
 // Rows first..last-1 of the next product for some panels: out[m * ld + f], m counted from `first`, f from the matrices' first row.
 void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &panels, const Rows &rows, int64_t first, int64_t last,
-                  float *out, int64_t ld, void *scratch);
+                  float *out, int64_t ld, void *scratch, const LowRank &changes = {});
 
 // out[m * ld + f] = gelu_tanh(gate row f) * (up row f), with matrices [gate parts..., up parts...] given as two stacks of equally
 // many rows; no barrier at the end. The two products are never stored as a whole.
 void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out,
-                    int64_t ld, void *scratch, int counter);
+                    int64_t ld, void *scratch, int counter, const LowRank &changes = {});
 
 // Prefetches the weights that this thread reads first in a product of `count` rows; does nothing where there are many rows.
 void prefetch_weights(const ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, int64_t count);

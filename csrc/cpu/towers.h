@@ -1,6 +1,7 @@
 // What layers of vision and audio encoders share: rows that are clipped before products, and checks of a call's numbers.
 //
-// Owns one copy of the rows for all matrices that clip them alike. Refuses to know layers. Read `vision.cpp` and `audio.cpp`.
+// Owns one copy of the rows for all matrices that clip them alike, and what an adapter adds to their products: a tower's matrices
+// carry the changes of one adapter at most, which all rows ask for. Refuses to know layers. Read `vision.cpp` and `audio.cpp`.
 #pragma once
 #include <string.h>
 
@@ -27,6 +28,11 @@ class ClippedInputs {
                 if (of_[j] == i) formats |= formats_of(parts[j], 1, rows, activations);
             buffers_[i].allocate(arena, formats, rows, parts[i]->columns, activations);
         }
+        for (int i = 0; i < count; ++i) {
+            if (!parts[i]->num_deltas) continue;
+            runs_[i] = AdapterRuns(arena, parts[i]->deltas->adapter, rows);
+            changes_[i].allocate(arena, runs_[i], {parts[i]});
+        }
         count_ = count;
     }
     // Takes row m, clipped for each matrix. `from` may be row(m).
@@ -43,6 +49,14 @@ class ClippedInputs {
     float *row(int64_t m) { return buffers_[0].row(m); }
     float *data() { return buffers_[0].x; }
     const Rows &rows(int i) const { return buffers_[of_[i]].converted.rows; }
+    const LowRank &changes(int i) const { return changes_[i]; }
+    // A barrier, after which all rows are there; and what `changes` need, before another one.
+    void complete(ThreadPool &pool, int index) const {
+        pool.barrier();
+        bool has_changes = false;
+        for (int i = 0; i < count_; ++i) has_changes |= changes_[i].reduce(pool, index, buffers_[of_[i]].x);
+        if (has_changes) pool.barrier();
+    }
 
   private:
     static constexpr int MOST = 3;
@@ -50,6 +64,8 @@ class ClippedInputs {
         return a.input_min == b.input_min && a.input_max == b.input_max;
     }
     ActivationBuffer buffers_[MOST];
+    AdapterRuns runs_[MOST];
+    LowRank changes_[MOST];
     const gc_clip *clips_[MOST] = {};
     int of_[MOST] = {}, count_ = 0;
 };

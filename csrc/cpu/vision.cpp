@@ -78,12 +78,13 @@ class VisionKeys {
             kernels().vector_ops->rms_norm(x + (run_.first + m) * hidden, layer_.attn_norm, layer_.eps, hidden, row);
             inputs_.fill(m, row);
         }
-        pool.barrier();
+        inputs_.complete(pool, index);
         float *out = p_.qkv + run_.first * p_.qkv_width;
         void *scratch = scratch_.of(index);
-        parallel_gemm(pool, index, &layer_.q, 1, inputs_.rows(0), out, p_.qkv_width, scratch, 0);
-        parallel_gemm(pool, index, &layer_.k, 1, inputs_.rows(1), out + p_.q_width, p_.qkv_width, scratch, 1);
-        parallel_gemm(pool, index, &layer_.v, 1, inputs_.rows(2), out + p_.q_width + p_.kv_width, p_.qkv_width, scratch, 2);
+        parallel_gemm(pool, index, &layer_.q, 1, inputs_.rows(0), out, p_.qkv_width, scratch, 0, inputs_.changes(0));
+        parallel_gemm(pool, index, &layer_.k, 1, inputs_.rows(1), out + p_.q_width, p_.qkv_width, scratch, 1, inputs_.changes(1));
+        parallel_gemm(pool, index, &layer_.v, 1, inputs_.rows(2), out + p_.q_width + p_.kv_width, p_.qkv_width, scratch, 2,
+                      inputs_.changes(2));
         pool.barrier();
         int64_t image = 0, before = 0;
         for (int64_t row = run_.first + own.first; row < run_.first + own.last; ++row) {
@@ -161,8 +162,9 @@ class VisionRows {
             attention(items_[i], scratch);
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) out_of_attention_.fill(m, p_.qkv + (run_.first + m) * p_.qkv_width);
-        pool.barrier();
-        parallel_gemm(pool, index, &layer_.out, 1, out_of_attention_.rows(0), product_, hidden, scratch, 1);
+        out_of_attention_.complete(pool, index);
+        parallel_gemm(pool, index, &layer_.out, 1, out_of_attention_.rows(0), product_, hidden, scratch, 1,
+                      out_of_attention_.changes(0));
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             const float *before = x + (run_.first + m) * hidden;
@@ -172,7 +174,7 @@ class VisionRows {
             ops.rms_norm(after, layer_.mlp_norm, layer_.eps, hidden, row);
             into_mlp_.fill(m, row);
         }
-        pool.barrier();
+        into_mlp_.complete(pool, index);
         feed_forward(pool, index, own, out + run_.first * hidden);
     }
 
@@ -229,8 +231,8 @@ class VisionRows {
         const VectorOps &ops = *kernels().vector_ops;
         int64_t hidden = layer_.hidden, width = layer_.mlp_width;
         void *scratch = scratch_.of(index);
-        parallel_gemm(pool, index, &layer_.gate, 1, into_mlp_.rows(0), gates_.data(), width, scratch, 2);
-        parallel_gemm(pool, index, &layer_.up, 1, into_mlp_.rows(1), ups_, width, scratch, 3);
+        parallel_gemm(pool, index, &layer_.gate, 1, into_mlp_.rows(0), gates_.data(), width, scratch, 2, into_mlp_.changes(0));
+        parallel_gemm(pool, index, &layer_.up, 1, into_mlp_.rows(1), ups_, width, scratch, 3, into_mlp_.changes(1));
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             float *gate = gates_.row(m), *up = ups_ + m * width;
@@ -238,8 +240,8 @@ class VisionRows {
             ops.gelu_mul(gate, up, width, gate);
             gates_.fill(m, gate);
         }
-        pool.barrier();
-        parallel_gemm(pool, index, &layer_.down, 1, gates_.rows(0), product_, hidden, scratch, 4);
+        gates_.complete(pool, index);
+        parallel_gemm(pool, index, &layer_.down, 1, gates_.rows(0), product_, hidden, scratch, 4, gates_.changes(0));
         pool.barrier();
         for (int64_t m = own.first; m < own.last; ++m) {
             float *row = out + m * hidden;

@@ -268,10 +268,9 @@ class Decoder:
         """Bind ops of their own to the weights that carry deltas; all others are those of steps without adapters."""
         layers, ple_embed = self.layers, self.ple_embed
         if changed := {name for name, _ in carrying_weights(params)}:
-            site = self.kernel_plan.site
-            low_rank = select_kernel(replace(site, op="linear", dtype="float32", stored="float32")).impl.load()
+            kernels = self.kernel_plan
+            low_rank = select_kernel(replace(kernels.site, op="linear", dtype="float32", stored="float32")).impl.load()
             ctx = replace(self.op_context, low_rank=low_rank)
-            kernels = replace(self.kernel_plan, site=replace(site, adapted=True), adapted=changed.__contains__)
             indices = {int(name.split(".")[1]) for name in changed if name.startswith("layers.")}
             with self.on_stream():
                 layers = tuple(

@@ -24,7 +24,7 @@ from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import AdapterDeltas, Linear, Param, matrix, vector
 from gemcutter.param_spec import ParamSpec
 from gemcutter.quant import Weight
-from gemcutter.quant.carried import carry, carrying_weights
+from gemcutter.quant.carried import carry
 from gemcutter.quant.lora import Delta
 from gemcutter.quant.packed import dtype_name
 
@@ -120,9 +120,7 @@ def _digest(deltas: Mapping[str, Sequence[Delta]]) -> str:
 
 
 def build_whole(op: str, plan: Any, params: Params, ctx: TowerContext, *more: Any) -> Any:
-    """Build a layer of a tower as one op; None where there is no such kernel, or where weights carry an adapter's changes."""
-    if carrying_weights(params):
-        return None
+    """Build a layer of a tower as one op; None where there is no such kernel."""
     build, activations = _select_whole(op, params, ctx)
     return build(plan, params, activations, *more)
 

@@ -42,8 +42,8 @@ class KernelSite:
 
     `device` and `dtype`, that of rows, are spelled as torch spells them ("cpu", "bfloat16"); `stored` is how the weights are
     held, a dtype or a packed scheme, "mixed" where the parts of one weight differ, several joined by "+" where those of an op
-    do; `kernels` is what was asked for, one of `registry.KERNELS`; `adapted` says that adapters change the products of some rows;
-    `ranks` how tensor-parallel ranks sum: "" where there is one, "native" where the CPU library does, else "group".
+    do; `kernels` is what was asked for, one of `registry.KERNELS`; `ranks` how tensor-parallel ranks sum: "" where there is one,
+    "native" where the CPU library does, else "group".
     """
 
     op: str
@@ -52,7 +52,6 @@ class KernelSite:
     dtype: str
     stored: str
     kernels: str = "auto"
-    adapted: bool = False
     ranks: str = ""
 
     @property

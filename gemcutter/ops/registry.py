@@ -75,15 +75,13 @@ class KernelPlan:
     plan: ModelPlan
     site: KernelSite
     stored: Callable[[str], Sequence[str]]
-    adapted: Callable[[str], bool] = lambda name: False  # whether adapters change a parameter's products
 
     def at(self, op: str, layer: LayerPlan | None = None) -> KernelSite:
-        """Return the site of an op: how the matrices that it multiplies with are held, and whether adapters change them."""
+        """Return the site of an op: how the matrices that it multiplies with are held."""
         prefix = "" if layer is None else f"layers.{layer.index}."
         names = [prefix + name for name in self._matrices(op)]
         kinds = sorted({kind for name in names for kind in self.stored(name)})
-        adapted = self.site.adapted and any(map(self.adapted, names))
-        return replace(self.site, op=op, layer=layer, stored="+".join(kinds) or self.site.stored, adapted=adapted)
+        return replace(self.site, op=op, layer=layer, stored="+".join(kinds) or self.site.stored)
 
     def _matrices(self, op: str) -> tuple[str, ...]:
         head = "embed.tokens" if self.plan.tied_head else "head"

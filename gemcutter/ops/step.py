@@ -216,13 +216,14 @@ class Step:
 
 def prepare(step: Step, metadata: Callable[[Step], Mapping[GroupId, object]] = lambda step: {}) -> Step:
     """Complete a step: the rows that go on, the rows of every adapter, and the attention metadata of both sets of rows."""
-    adapter_rows = rows_of_adapters(step)
+    step = replace(step, adapter_rows=rows_of_adapters(step))
     if step.logit_rows is None:
-        return replace(step, adapter_rows=adapter_rows, attn_metadata=metadata(step), logit_rows_M=None, kept=None)
+        return replace(step, attn_metadata=metadata(step), logit_rows_M=None, kept=None)
     (rows_M,) = send((step.logit_rows,), torch.long, step.positions_N.device)
     kept = step.narrow(step.logit_rows, rows_M)
-    kept = replace(kept, adapter_rows=rows_of_adapters(kept), attn_metadata=metadata(kept) if step.logit_rows else {})
-    return replace(step, adapter_rows=adapter_rows, attn_metadata=metadata(step), logit_rows_M=rows_M, kept=kept)
+    kept = replace(kept, adapter_rows=rows_of_adapters(kept))
+    kept = replace(kept, attn_metadata=metadata(kept) if step.logit_rows else {})
+    return replace(step, attn_metadata=metadata(step), logit_rows_M=rows_M, kept=kept)
 
 
 def rows_of_adapters(step: Step) -> AdapterRows:

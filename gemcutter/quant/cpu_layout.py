@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-U4, U6, S8, T4 = 0, 1, 2, 6  # enum gc_codes
+from gemcutter.quant.bits import float8
+
+U4, U6, S8, T4, E4M3 = 0, 1, 2, 6, 7  # enum gc_codes; E4M3 are 8-bit floats
 F16, BF16, F32, SUPER32, SUPER16 = range(5)  # enum gc_scales
 
 PANEL, BLOCK, SUPER = 16, 32, 256  # rows of a panel, columns of a code block and of a super-block
@@ -22,7 +24,7 @@ ALIGN_BYTES = 64  # of panels
 
 SCALE_DTYPES = {F16: torch.float16, BF16: torch.bfloat16, F32: torch.float32}
 SCALES_OF = {dtype: scales for scales, dtype in SCALE_DTYPES.items()}
-_CODE_BYTES = {U4: 256, T4: 256, U6: 384, S8: 512}  # of a code block
+_CODE_BYTES = {U4: 256, T4: 256, U6: 384, S8: 512, E4M3: 512}  # of a code block
 
 Head = tuple[torch.dtype, int]  # numbers of this dtype, so many for each row
 
@@ -31,8 +33,9 @@ Head = tuple[torch.dtype, int]  # numbers of this dtype, so many for each row
 class PackedLayout:
     """How a matrix is coded: value = scale * (code + offset) + bias. Codes are unsigned but for S8; fields as in `gc_matrix`.
 
-    Codes of T4 count as what `levels` has for them, 16 signed bytes. The float16 scales of super-blocks count in units of
-    2^exponent: where a format multiplies them with a fraction, the product would not always be a float16.
+    Codes of T4 count as what `levels` has for them, 16 signed bytes; those of E4M3 are 8-bit floats, which have neither offset
+    nor bias. The float16 scales of super-blocks count in units of 2^exponent: where a format multiplies them with a fraction, the
+    product would not always be a float16.
     """
 
     codes: int
@@ -93,9 +96,14 @@ class UnpackedWeight:
     def values(self) -> Tensor:
         """Compute scale * (code + offset) + bias in float32, each operation rounded once: [rows, columns]."""
         scale, bias = self.scales()
-        codes = self.codes if self.layout.codes in (U4, U6) else self.signed()
-        wide = _split(codes.float().add_(self.layout.offset), scale.shape[-1]).mul_(scale.unsqueeze(-1))
+        wide = _split(self._numbers(), scale.shape[-1]).mul_(scale.unsqueeze(-1))
         return (wide if bias is None else wide.add_(bias.unsqueeze(-1))).flatten(-2)
+
+    def _numbers(self) -> Tensor:
+        if self.layout.codes == E4M3:
+            return float8(self.codes, torch.float8_e4m3fn)
+        codes = self.codes if self.layout.codes in (U4, U6) else self.signed()
+        return codes.float().add_(self.layout.offset)
 
     def signed(self) -> Tensor:
         """Return what the codes of S8 and T4 count as, int8 [rows, columns]."""
@@ -165,6 +173,8 @@ def _heads_out(units: Tensor, heads: tuple[Head, ...]) -> tuple[list[Tensor], Te
 def _codes_in(codes: Tensor, kind: int) -> Tensor:
     """Interleave codes [rows, columns] into code blocks: [panels, blocks, bytes]."""
     rows, columns = codes.shape
+    if kind == E4M3:
+        return codes.view(rows // PANEL, PANEL, columns // BLOCK, BLOCK).permute(0, 2, 3, 1).flatten(2)
     quads = codes.view(rows // PANEL, PANEL, columns // BLOCK, 8, 4).permute(0, 2, 3, 1, 4).flatten(3)  # 8 vectors of 64
     if kind == S8:
         return quads.flatten(2)
@@ -178,6 +188,8 @@ def _codes_in(codes: Tensor, kind: int) -> Tensor:
 
 def _codes_out(blocks: Tensor, kind: int) -> Tensor:
     """Undo `_codes_in`."""
+    if kind == E4M3:
+        return _split(blocks, BLOCK).permute(0, 3, 1, 2).flatten(0, 1).flatten(1)
     vectors = _split(blocks, blocks.shape[-1] // 64)
     if kind == S8:
         quads = vectors

@@ -7,23 +7,27 @@ repacked, `native.py` for what a kernel sees.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gemcutter.native import Matrix
+from gemcutter.quant import Part
 from gemcutter.quant.cpu_layout import PANEL, PackedLayout, UnpackedWeight, from_panels, to_panels
 from gemcutter.quant.packed import check_cut
 
 PREFIX = "cpu-packed-"  # of the schemes of packed weights, before the name of the scheme that was repacked
+APART = "-apart"  # behind it: no product takes these and other parts of their weight together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CpuPackedWeight:
     """A matrix as panels, uint8 [panels, bytes], or a stack of them, [experts, panels, bytes].
 
-    Panels may lie further apart than they are long, as those of a cut by columns do; rows beyond `num_rows` mean nothing.
+    Panels may lie further apart than they are long, as those of a cut by columns do; rows beyond `num_rows` mean nothing. Where
+    groups were scattered, panels hold the columns sorted by group, and `order` int32 [columns] says which column each one is.
     """
 
     data: Tensor
@@ -31,6 +35,7 @@ class CpuPackedWeight:
     num_columns: int
     layout: PackedLayout
     origin: str  # the scheme that was repacked
+    order: Tensor | None = None
 
     @property
     def scheme(self) -> str:
@@ -57,6 +62,8 @@ class CpuPackedWeight:
 
     def columns(self, start: int, stop: int) -> CpuPackedWeight:
         """Return columns start to stop - 1, whole groups or super-blocks, without copying."""
+        if self.order is not None:
+            raise ValueError(f"columns {start} to {stop}: the groups of {self.scheme} are scattered")
         run = self.layout.run
         check_cut(start, stop, self.num_columns, run)
         size = self.layout.unit_bytes
@@ -82,7 +89,8 @@ class CpuPackedWeight:
     def dequantize(self) -> Tensor:
         """Compute scale * (code + offset) + bias in float32, each operation rounded once."""
         flat = from_panels(self.data.flatten(0, -2), self.layout, self.num_columns).values()
-        return flat.view(*self.data.shape[:-2], -1, self.num_columns)[..., : self.num_rows, :].contiguous()
+        flat = flat.view(*self.data.shape[:-2], -1, self.num_columns)[..., : self.num_rows, :].contiguous()
+        return flat if self.order is None else flat.index_select(-1, self.order.argsort())
 
     def matrix(self) -> Matrix:
         """Describe a single matrix for the native kernels; valid as long as this weight lives.
@@ -104,4 +112,16 @@ class CpuPackedWeight:
             offset=form.offset,
             exponent=form.exponent,
             levels=form.levels,
+            order=None if self.order is None else self.order.data_ptr(),
         )
+
+
+def one_order(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Return the parts of a weight, told APART by their scheme where they do not take rows in the same order of columns."""
+    orders = [None if not isinstance(part, CpuPackedWeight) or part.order is None else part.order.tolist() for part in parts]
+    if all(order == orders[0] for order in orders):
+        return tuple(parts)
+    return tuple(
+        replace(part, origin=part.origin + APART) if isinstance(part, CpuPackedWeight) and part.order is not None else part
+        for part in parts
+    )

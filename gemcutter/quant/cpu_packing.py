@@ -1,10 +1,9 @@
 """From every scheme to panels, without loss: which schemes have such a form, and which numbers theirs are.
 
 Owns `pack_for_cpu`, which repacks a part a few panels at a time, and one small function a scheme that takes its bytes apart
-into a `UnpackedWeight`. Values stay what the scheme's own `dequantize` says, bit for bit; only zero points that differ by
-group become biases, which rounds once more where the scales are float32. Schemes of 8-bit floats have no integer codes and
-stay as they are. Refuses to know files. Read `cpu_layout.py` for grids, `csrc/cpu/repack.cpp` for the same work done
-natively.
+into a `UnpackedWeight`. Values stay what the scheme's own `dequantize` says, bit for bit; only zero points that differ by group
+become biases, which rounds once more where the scales are float32. 8-bit floats stay such. Refuses to know files. Read
+`cpu_layout.py` for grids, `csrc/cpu/repack.cpp` for the same work done natively.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from gemcutter.quant.bits import E2M1_DOUBLED, float8, planes, unpack
 from gemcutter.quant.cpu_layout import (
     BF16,
     BLOCK,
+    E4M3,
     F16,
     F32,
     PANEL,
@@ -58,7 +58,8 @@ def pack_for_cpu(part: Packed, after_chunk: Callable[[], None] | None = None) ->
     if layout is None:
         return None
     *experts, rows, columns = part.shape
-    whole = CpuPackedWeight(allocate((*experts, -(-rows // PANEL), layout.stride(columns))), rows, columns, layout, part.scheme)
+    data = allocate((*experts, -(-rows // PANEL), layout.stride(columns)))
+    whole = CpuPackedWeight(data, rows, columns, layout, part.scheme, order_of(part))
     for index in range(part.shape[0] if experts else 1):
         source, target = (part.expert(index), whole.expert(index)) if experts else (part, whole)
         assert not isinstance(source, Tensor)
@@ -85,7 +86,8 @@ def source_of(part: Packed) -> RepackSource | None:
         return RepackSource(codes=part.data.data_ptr(), code_stride=part.data.stride(-2), kind=BLOCK_KINDS[part.scheme])
     if isinstance(part, Affine) and part.bits in STREAM_KINDS and _affine_dtype(part) == part.scales.dtype:
         return _stream(part.codes, part.scales, part.biases, part.bits, 128)
-    if isinstance(part, ScaledInt) and part.kind in ("packed", "int") and part.bits in STREAM_KINDS and part.zeros is None:
+    is_stream = isinstance(part, ScaledInt) and part.kind in ("packed", "int") and part.bits in STREAM_KINDS
+    if isinstance(part, ScaledInt) and is_stream and part.zeros is None and part.group_of is None:
         return _stream(part.codes, part.scales, None, part.bits, 0 if part.kind == "int" else 128)
     return None
 
@@ -135,10 +137,12 @@ def cpu_layout_of(part: Packed) -> PackedLayout | None:
         layout = None if found is None else found[0]
     elif isinstance(part, Affine):
         layout = _affine_layout(part)
-    elif isinstance(part, Micro) and part.scheme != "mxfp8":
+    elif isinstance(part, Micro) and part.scheme == "mxfp8":
+        layout = PackedLayout(E4M3, BF16, part.group)
+    elif isinstance(part, Micro):
         scales = BF16 if part.scheme == "mxfp4" else F16 if part.factor is None else F32
         layout = PackedLayout(T4, scales, part.group, levels=E2M1_DOUBLED)
-    elif isinstance(part, ScaledInt) and part.kind != "fp" and part.group_of is None:
+    elif isinstance(part, ScaledInt):
         layout = _scaled_layout(part)
     elif isinstance(part, Awq):
         layout = PackedLayout(U4, F32, part.group, has_bias=True)
@@ -158,6 +162,8 @@ def take_apart(part: Packed) -> UnpackedWeight:
     if isinstance(part, Affine):
         codes, dtype = unpack(part.codes, part.bits, dtype=torch.uint8), _affine_dtype(part)
         return UnpackedWeight(layout, codes ^ 128 if part.bits == 8 else codes, (part.scales.to(dtype), part.biases.to(dtype)))
+    if isinstance(part, Micro) and part.scheme == "mxfp8":
+        return UnpackedWeight(layout, part.codes, (float8(part.scales, torch.float8_e8m0fnu).bfloat16(),))
     if isinstance(part, Micro):
         return UnpackedWeight(layout, unpack(part.codes, 4, dtype=torch.uint8), (_micro_scales(part),))
     if isinstance(part, ScaledInt):
@@ -180,10 +186,31 @@ def _affine_layout(part: Affine) -> PackedLayout:
     return PackedLayout(codes, SCALES_OF[_affine_dtype(part)], part.group, True, 128 if codes == S8 else 0)
 
 
+def order_of(part: Packed) -> Tensor | None:
+    """Return the columns of a matrix sorted by group, int32; None where groups lie one after the other."""
+    if not isinstance(part, ScaledInt) or part.group_of is None:
+        return None
+    return part.group_of.argsort(stable=True).to(torch.int32)
+
+
+def _group_size(part: ScaledInt) -> int | None:
+    """Return how many columns each group has; None where they differ, or experts have groups of their own."""
+    if part.group_of is None:
+        group = part.group or part.num_columns
+        return None if part.num_columns % group else group  # the last group may be shorter
+    groups = part.scales.shape[-1]
+    if len(part.shape) > 2:
+        return None
+    counts = part.group_of.bincount(minlength=groups)
+    return part.num_columns // groups if bool((counts * groups == part.num_columns).all()) else None
+
+
 def _scaled_layout(part: ScaledInt) -> PackedLayout | None:
-    group = part.group or part.num_columns
-    if part.num_columns % group:
-        return None  # the last group is shorter
+    group = _group_size(part)
+    if group is None:
+        return None
+    if part.kind == "fp":
+        return None if part.zeros is not None else PackedLayout(E4M3, SCALES_OF[part.scales.dtype], group)
     codes = U4 if part.bits <= 4 else U6 if part.bits <= 6 else S8
     offset = 128 if part.bits == 8 and part.kind != "int" else 0
     if part.zeros is not None:
@@ -192,7 +219,10 @@ def _scaled_layout(part: ScaledInt) -> PackedLayout | None:
 
 
 def _scaled_grid(part: ScaledInt, layout: PackedLayout) -> UnpackedWeight:
-    codes = part.integers().contiguous().view(torch.uint8)
+    codes, order = (part.codes if part.kind == "fp" else part.integers()).view(torch.uint8), order_of(part)
+    codes = codes.contiguous() if order is None else codes.index_select(-1, order)
+    if part.kind == "fp":
+        return UnpackedWeight(layout, codes, (part.scales,))
     if part.bits == 8 and part.kind != "int":
         codes = codes ^ 128
     if part.zeros is None:

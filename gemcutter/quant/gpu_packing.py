@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gemcutter.quant.bits import E2M1_DOUBLED, float8, in_runs
 from gemcutter.quant.cpu_layout import BF16, F32, S8, SCALES_OF, T4, U6, PackedLayout, UnpackedWeight
-from gemcutter.quant.cpu_packing import cpu_layout_of, take_apart
+from gemcutter.quant.cpu_packing import cpu_layout_of, order_of, take_apart
 from gemcutter.quant.microscaling import Micro
 from gemcutter.quant.packed import Packed, check_cut
 from gemcutter.quant.scaled_int import ScaledInt
@@ -204,7 +204,7 @@ def gpu_layout_of(part: Packed) -> PackedLayout | None:
         return PackedLayout(F8, SCALES_OF[part.scales.dtype], group)
     if isinstance(part, Micro) and part.scheme == "mxfp8":
         return PackedLayout(F8, BF16, part.group)
-    layout = cpu_layout_of(part)
+    layout = None if order_of(part) is not None else cpu_layout_of(part)  # whose columns would be sorted
     if layout is None or layout.codes != T4:
         return layout
     if layout.exponent:

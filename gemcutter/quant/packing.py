@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.quant import Part
+from gemcutter.quant.cpu_packed import one_order
 from gemcutter.quant.cpu_packing import join, pack_for_cpu
 from gemcutter.quant.gpu_packing import adjoin, pack_for_gpu, place
 from gemcutter.quant.packed import DenseStack, Packed
@@ -78,8 +79,8 @@ class CpuPacker:
         return join((scheme.quantize(chunk) for chunk in chunks), shape)
 
     def arrange(self, parts: Sequence[Part]) -> tuple[Part, ...]:
-        """Return the parts as they are."""
-        return tuple(parts)
+        """Return the parts as they are, or under another scheme where they do not take rows in one order of columns."""
+        return one_order(parts)
 
 
 class GpuPacker:

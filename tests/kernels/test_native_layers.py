@@ -28,7 +28,10 @@ from gemcutter.ops.cpu import layer_ops, model_ops
 from gemcutter.ops.types import OpContext, Param, Precision
 from gemcutter.parity.passage import PASSAGE
 from gemcutter.plan import ModelPlan, Proj
-from gemcutter.quant import Weight
+from gemcutter.quant import Part, Weight, dequantize
+from gemcutter.quant.cpu_packed import CpuPackedWeight, one_order
+from gemcutter.quant.cpu_packing import pack_for_cpu
+from gemcutter.quant.scaled_int import from_packed, from_values
 from tests.parity.batches import Answer, Job, drive
 from tests.topologies import SIZES, Trace, mismatches, plan_of, prompt, relative_error, run_alone
 
@@ -36,6 +39,7 @@ pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native
 
 F32, BF16 = torch.float32, torch.bfloat16
 WIDE = {"head_dim": 32, "global_head_dim": 64}
+WIDER = ", wide"
 # What differs between the plans: sizes of the family, and Gemma 3, whose values are not normed.
 PLANS = (*SIZES, "Gemma 3")
 TINY_A = Path(__file__).parents[1] / "goldens" / "tiny-a"
@@ -43,7 +47,9 @@ TINY_A = Path(__file__).parents[1] / "goldens" / "tiny-a"
 
 @cache
 def plan(name: str) -> ModelPlan:
-    """Derive a shrunk size whose heads fill whole vectors."""
+    """Derive a shrunk size whose heads fill whole vectors; "E2B, wide" is one whose rows fill blocks of 32 columns, too."""
+    if name.endswith(WIDER):
+        return plan_of({**SIZES[name.removesuffix(WIDER)], **WIDE, "hidden_size": 64})
     if name != "Gemma 3":
         return plan_of({**SIZES[name], **WIDE})
     found = plan_of({**SIZES["31B"], **WIDE, "attention_k_eq_v": False, "num_hidden_layers": 6, "layer_types": None})
@@ -101,6 +107,7 @@ def test_structs_have_the_same_size_on_both_sides() -> None:
     assert library is not None
     views = (
         native.Matrix,
+        native.DeltaView,
         native.StepView,
         native.KVView,
         native.AttentionView,
@@ -111,7 +118,7 @@ def test_structs_have_the_same_size_on_both_sides() -> None:
         native.RanksView,
     )
     library.gc_bytes_of.restype = ctypes.c_int64
-    assert [library.gc_bytes_of(which) for which in range(10)] == [*map(ctypes.sizeof, views), 0]
+    assert [library.gc_bytes_of(which) for which in range(11)] == [*map(ctypes.sizeof, views), 0]
 
 
 # ---- whole decoders ----
@@ -146,6 +153,65 @@ def test_sentences_apart_give_the_bits_of_the_whole_layer(name: str) -> None:
     apart = run_alone(fast, ids, 33)
     assert all(mine.equal(theirs) for mine, theirs in zip(apart.layers, whole.layers, strict=True))
     assert apart.logits.equal(whole.logits)
+
+
+@pytest.mark.parametrize("group", [None, 32], ids=["scale of a row", "scales of blocks"])
+@pytest.mark.parametrize("name", ["E2B, wide", "26B-A4B, wide"])
+def test_layers_of_8_bit_floats_equal_the_reference(name: str, group: int | None) -> None:
+    held = dict(params(name, F32))
+    for key, param in held.items():
+        if isinstance(param, Weight) and not key.startswith("embed.ple"):
+            held[key] = replace(param, parts=tuple(_float8(dequantize(part), group) for part in param.parts))
+    fast, plain = (Decoder(plan(name), held, F32, "cpu", kernels) for kernels in ("auto", "reference"))
+    assert all(layer.fused is not None for layer in fast.layers)
+    assert fast.kernel_names == {"native"}
+    with threads(1):
+        wanted = run_alone(plain, prompt(40), 40)
+    for rows in (40, 9, 1):
+        assert mismatches(run_alone(fast, prompt(40), rows), wanted, 1e-4) == {}
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8", "bf16"])
+@pytest.mark.parametrize("alike", [True, False], ids=["sorted alike", "apart"])
+def test_layers_of_scattered_groups_equal_the_reference(alike: bool, activations: str) -> None:
+    """Rows are taken in the order of the sorted columns; where the parts of a matrix differ in it, each is multiplied alone."""
+    held, seeds = dict(params("E2B, wide", F32)), iter(range(99))
+    for key, param in held.items():
+        if isinstance(param, Weight) and key.startswith("layers.") and param.columns % 32 == 0:
+            seed = next(seeds)
+            parts = [_scattered(dequantize(part), seed if alike else 1000 * at + seed) for at, part in enumerate(param.parts)]
+            held[key] = replace(param, parts=one_order(parts))
+    fast = Decoder(plan("E2B, wide"), held, F32, "cpu", activations=activations)
+    kinds = {layer.kernels["layer"] for layer in fast.layers}
+    assert kinds == ({"native"} if alike else {"reference"})
+    with threads(1):
+        wanted = run_alone(Decoder(plan("E2B, wide"), held, F32, "cpu", "reference"), prompt(40), 40)
+    for rows in (40, 9, 1):
+        found = run_alone(fast, prompt(40), rows)
+        if activations == "float32":
+            assert mismatches(found, wanted, 1e-4) == {}
+        assert relative_error(found.layers[0], wanted.layers[0]) < 0.1  # rounded rows; those in a wrong order are 1 off
+
+
+def _scattered(part: torch.Tensor, seed: int) -> Part:
+    """Round a matrix to 8 bits with groups of 32 columns that lie anywhere."""
+    group_of = torch.randperm(part.shape[1], generator=torch.Generator().manual_seed(seed)) // 32
+    scales = part.abs().amax(-1, keepdim=True).repeat(1, part.shape[1] // 32) / 127
+    codes = (part / scales.index_select(1, group_of)).round().add(128).to(torch.uint8)
+    packed = pack_for_cpu(from_packed(codes.view(torch.int32), scales, 8, part.shape[1], group_of=group_of))
+    assert isinstance(packed, CpuPackedWeight)
+    return packed
+
+
+def _float8(part: torch.Tensor, group: int | None) -> Part:
+    """Round a matrix, or a stack, to 8-bit floats times scales of rows or blocks of 16 rows, where 32 divides its columns."""
+    if part.shape[-1] % 32:
+        return part
+    top = part.abs().amax(-1, keepdim=True) / 448 if group is None else part.abs().amax((-1, -2), keepdim=True) / 448
+    scales = top if group is None else top.expand(*part.shape[:-2], -(-part.shape[-2] // 16), part.shape[-1] // group)
+    packed = pack_for_cpu(from_values((part / top).to(torch.float8_e4m3fn), scales.contiguous(), block=group and (16, group)))
+    assert packed is not None
+    return packed
 
 
 def test_many_rows_and_the_window_edge() -> None:

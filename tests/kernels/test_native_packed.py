@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gemcutter import native
+from gemcutter.quant.cpu_layout import PackedLayout, UnpackedWeight, to_panels
+from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.cpu_packing import pack_for_cpu
+from gemcutter.quant.scaled_int import from_packed
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
 
-U4, U6, S8, T4 = 0, 1, 2, 6
-CODES = {U4: (0, 16), T4: (0, 16), U6: (0, 64), S8: (-128, 128)}  # the first, and the one after the last
+U4, U6, S8, T4, E4M3 = 0, 1, 2, 6, 7
 SPREAD = (-128, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 127)  # from end to end
 HALF_RANGE = (-64, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, 63)
 SMALL = (*range(-16, 14, 2), 15)
@@ -64,7 +68,18 @@ FORMATS = (
     Format("iq3_xxs", T4, SUPER16, 16, levels=HALF_RANGE, exponent=-2),
     Format("table-16", T4, F16, 32, levels=SMALL),
     Format("q4_k-units", U4, SUPER32, 32, exponent=-2),
+    Format("mxfp8", E4M3, BF16, 32),
+    Format("float8-g128", E4M3, F16, 128),
+    Format("float8-row", E4M3, F32, 0),
 )
+CODES = {
+    U4: range(16),
+    T4: range(16),
+    U6: range(64),
+    S8: range(-128, 128),
+    E4M3: [code for code in range(256) if code % 128 != 127],
+}
+EXTREMES = {U4: (0, 15), T4: (0, 15), U6: (0, 63), S8: (-128, 127), E4M3: (0x7E, 0xFE)}
 BY_NAME = {each.name: each for each in FORMATS}
 
 
@@ -95,8 +110,19 @@ def stored(x: Array, scales: int) -> tuple[Array, Array]:
     return rounded.view(np.uint8), rounded.astype(np.float64)
 
 
+def numbers(codes: Array, kind: int) -> Array:
+    """Return what codes stand for; 8-bit floats by their definition, NaN apart."""
+    if kind != E4M3:
+        return codes.astype(np.float64)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    return np.where(codes >> 7 & 1, -size, size)
+
+
 def code_block(codes_RK: Array, kind: int) -> Array:
     """Lay out 16 rows x 32 columns of codes as layout.h says."""
+    if kind == E4M3:
+        return codes_RK.T.astype(np.uint8).reshape(-1)
     quads = codes_RK.reshape(16, 8, 4).transpose(1, 0, 2).reshape(8, 64)
     if kind == S8:
         return quads.astype(np.int8).view(np.uint8).reshape(-1)
@@ -113,10 +139,9 @@ def make(kind: Format, rows: int, columns: int, seed: int = 0, code: int | None 
     """Make a packed matrix of random codes, or of one code; the scales of rows that do not exist are not numbers."""
     rng = np.random.default_rng(seed)
     padded, group = -(-rows // 16) * 16, kind.group or columns
-    low, high = CODES[kind.codes]
-    codes = rng.integers(low, high, (padded, columns)) if code is None else np.full((padded, columns), code)
+    codes = rng.choice(CODES[kind.codes], (padded, columns)) if code is None else np.full((padded, columns), code)
     pieces, values, unit = [], np.zeros((padded, columns)), 2.0**kind.exponent
-    counted = np.array(kind.levels)[codes] if kind.codes == T4 else codes
+    counted = np.array(kind.levels)[codes] if kind.codes == T4 else numbers(codes, kind.codes)
 
     def put(x: Array, scales: int) -> Array:
         data, exact = stored(x, scales)
@@ -273,8 +298,8 @@ def test_float_rows(kind: Format, activations: int, level: str) -> None:
 
 @pytest.mark.parametrize("activations", [INT8, FLOAT_ROWS])
 def test_parts_are_stacked_whatever_their_formats_and_the_threads(activations: int, threads: int, level: str) -> None:
-    names = ("q4_0", "q6_k", "iq4_xs", "affine4-g64", "q4_k")
-    parts = [make(BY_NAME[name], rows, 512, seed=rows) for name, rows in zip(names, (200, 16, 7, 90, 33), strict=True)]
+    names = ("q4_0", "q6_k", "iq4_xs", "float8-row", "affine4-g64", "q4_k")
+    parts = [make(BY_NAME[name], rows, 512, seed=rows) for name, rows in zip(names, (200, 16, 48, 7, 90, 33), strict=True)]
     values = np.concatenate([part.values for part in parts])
     for count in (1, 4, 17, 300):
         x = exact_rows(count, 512, seed=count)
@@ -282,7 +307,7 @@ def test_parts_are_stacked_whatever_their_formats_and_the_threads(activations: i
 
 
 @pytest.mark.parametrize("columns", [32, 96, 544, 1056])
-@pytest.mark.parametrize("name", ["q4_0", "q8_0", "offset6-g16", "iq4_nl"])
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "offset6-g16", "iq4_nl", "mxfp8", "float8-row"])
 def test_columns_that_fill_no_run(name: str, columns: int, level: str) -> None:
     packed = make(BY_NAME[name], 21, columns)
     for count in (1, 7, 33):
@@ -293,8 +318,7 @@ def test_columns_that_fill_no_run(name: str, columns: int, level: str) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_extreme_codes_and_rows_do_not_overflow(kind: Format, level: str) -> None:
-    first, end = CODES[kind.codes]
-    for code in (first, end - 1):
+    for code in EXTREMES[kind.codes]:
         packed = make(kind, 16, 256, code=code)
         for count, sign in ((1, -1), (1, 1), (5, -1), (5, 1)):
             x = np.full((count, 256), 127.0 * sign, np.float32)
@@ -312,3 +336,35 @@ def test_gather_gives_rows_in_the_order_asked(kind: Format, level: str, threads:
         ctypes.byref(packed.matrix), ctypes.c_void_p(ids.ctypes.data), ctypes.c_int64(len(ids)), ctypes.c_void_p(out.ctypes.data)
     )
     np.testing.assert_allclose(out, packed.values[ids], rtol=2e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-120, 3e38, 1e-41, np.inf], ids=str)
+def test_eight_bit_floats_are_read_exactly(scale: float, level: str) -> None:
+    """Every code: subnormal ones, both zeros, and those that are not numbers; scales at both ends of float32."""
+    library = native.load_library()
+    assert library is not None
+    codes = torch.arange(256, dtype=torch.uint8).repeat(16, 1)
+    grid = UnpackedWeight(PackedLayout(E4M3, F32, 32), codes, (torch.full((16, 8), scale),))
+    whole = CpuPackedWeight(to_panels(grid), 16, 256, grid.layout, "fp8")
+    wanted, out = whole.dequantize(), torch.empty(1, 256)
+    assert torch.equal(wanted.nan_to_num(nan=7.0), (codes.view(torch.float8_e4m3fn).float() * scale).nan_to_num(nan=7.0))
+    ids = torch.tensor([3])
+    library.gc_gather(
+        ctypes.byref(whole.matrix()), ctypes.c_void_p(ids.data_ptr()), ctypes.c_int64(1), ctypes.c_void_p(out.data_ptr())
+    )
+    same = out[0].view(torch.int32) == wanted[3].view(torch.int32)
+    assert (same | (out[0].isnan() & wanted[3].isnan())).all()
+
+
+@pytest.mark.parametrize("activations", [INT8, BF16_ROWS, FLOAT_ROWS])
+def test_rows_meet_sorted_columns_in_their_order(activations: int, level: str) -> None:
+    """Rows that every form holds exactly, whatever the order of their columns."""
+    generator = torch.Generator().manual_seed(4)
+    group_of = torch.randperm(256, generator=generator) // 64
+    codes = torch.randint(-(2**31), 2**31, (39, 32), generator=generator, dtype=torch.int64).to(torch.int32)
+    whole = pack_for_cpu(from_packed(codes, torch.rand(39, 4, generator=generator), 4, 256, group_of=group_of))
+    assert whole is not None
+    packed = Packed(whole.matrix(), whole.dequantize().double().numpy(), whole.data.numpy())
+    for count in (1, 3, 17, 64):
+        x = np.random.default_rng(count).choice([-127.0, 0.0, 127.0], (count, 256)).astype(np.float32)
+        check(multiply([packed], x, activations), x, packed.values)

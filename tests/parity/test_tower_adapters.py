@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gemcutter import native
 from gemcutter.checkpoint.formats import hf
 from gemcutter.checkpoint.formats.lora import open_adapter
 from gemcutter.errors import CheckpointError
@@ -24,6 +25,7 @@ from gemcutter.load_options import LoadOptions
 from gemcutter.loading import OpenModel, open_model
 from gemcutter.media.audio import cut_sound
 from gemcutter.media.image import cut_image
+from gemcutter.ops.cpu.tower_ops import Pieces
 from gemcutter.tower_plan import TowerPlans
 from tests.adapters import tower_tensors, write_adapter
 from tests.images import drawing
@@ -152,6 +154,19 @@ def test_each_adapter_has_rows_of_its_own(tmp_path: Path) -> None:
     digests = {name: (model.vision.bodies.of(name).digest, model.audio.bodies.of(name).digest) for name in ("a", "b", None)}  # type: ignore[union-attr]
     assert digests[None] == ("", "")
     assert len({each for pair in digests.values() for each in pair}) == 5
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_adapted_layers_are_computed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, folder = save_base(tmp_path / "base", "E2B"), tmp_path / "adapter"
+    adapt(folder, "E2B")
+    model, ran, run = opened(base, "E2B", adapters={"a": str(folder)}), list[int](), Pieces.run
+    monkeypatch.setattr(Pieces, "run", lambda self, rows, *more: (ran.append(rows), run(self, rows, *more)))
+    rows(model)
+    plain, ran[:] = list(ran), []
+    rows(model, "a")
+    assert ran == plain
+    assert ran
 
 
 def test_bfloat16_adds_changes_of_full_precision(tmp_path: Path) -> None:

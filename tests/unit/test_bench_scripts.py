@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import busy, contexts, op_shares, peers, ratios
+from bench import adapters, busy, contexts, op_shares, peers, ratios
 from bench.engines.state import grow
 from bench.synthetic import write_model
 from gemcutter import native
@@ -19,6 +19,7 @@ from gemcutter.benchmark.synthetic import plan_of
 from gemcutter.benchmark.target import from_file
 from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.load_options import LoadOptions
+from gemcutter.plan import ModelPlan
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"cpu": "AMD EPYC (Zen 3)", "cores": 2, "features": ["avx2"]}
@@ -275,3 +276,27 @@ def test_the_chart_shows_every_context_and_both_lines() -> None:
 )
 def test_steps_are_round(rough: float, step: float) -> None:
     assert contexts.nice_step(rough) == step
+
+
+# ---- adapters ----
+
+
+def test_requests_with_an_adapter_are_measured_beside_those_without(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "tiny:E2B", "--layers", "5", "--rank", "3", "-p", "20", "-n", "2", "-r", "1", "-t", "1"]
+    assert adapters.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["reply of 2"] * 3 + ["prompt of 20"] * 3
+    assert adapters.main(["--preset", "E3B"]) == 1
+
+
+def test_the_drawn_adapter_changes_every_matrix_of_the_layers() -> None:
+    plan = plan_of("tiny:26B-A4B", 6)
+    deltas = adapters.draw_adapter(plan, 3, wide=True)
+    stacks = {spec.name for spec in plan.params() if len(spec.shape) == 3}
+    matrices = {spec.name for spec in plan.params() if len(spec.shape) == 2 and spec.name.startswith("layers.")}
+    assert deltas.keys() == matrices - stacks
+    assert all(sum(len(delta.up) for delta in found) == spec_rows(plan, name) for name, found in deltas.items())
+
+
+def spec_rows(plan: ModelPlan, name: str) -> int:
+    return next(spec.shape[0] for spec in plan.params() if spec.name == name)

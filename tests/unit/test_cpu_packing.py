@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gemcutter.quant import Weight, affine
 from gemcutter.quant.cpu_layout import (
+    E4M3,
     F16,
     F32,
     S8,
@@ -22,7 +23,7 @@ from gemcutter.quant.cpu_layout import (
     from_panels,
     to_panels,
 )
-from gemcutter.quant.cpu_packed import CpuPackedWeight
+from gemcutter.quant.cpu_packed import CpuPackedWeight, one_order
 from gemcutter.quant.cpu_packing import cpu_layout_of, join, pack_for_cpu
 from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.microscaling import Micro, from_mlx
@@ -150,17 +151,71 @@ def test_four_bit_floats_keep_their_values(factor: Tensor | None) -> None:
         assert agree(cpu_packed(mxfp4 := from_mlx(words(ROWS, 1024), every, 8192)).dequantize(), mxfp4.dequantize())
 
 
+def every_float8(columns: int) -> Tensor:
+    """Make a matrix in which every code occurs, those that are not numbers among them."""
+    return torch.arange(ROWS * columns, dtype=torch.int64).mul(7).to(torch.uint8).view(ROWS, columns)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eight_bit_floats_keep_their_values(dtype: torch.dtype) -> None:
+    """One scale for the tensor, for each row, for blocks; and powers of two for 32 columns, NaN among them."""
+    values = every_float8(COLUMNS).view(torch.float8_e4m3fn)
+    for found in (
+        from_values(values, scales(1).to(dtype)),
+        from_values(values, scales(ROWS).to(dtype)),
+        from_values(values, scales(3, 4).to(dtype), block=(16, 128)),
+    ):
+        packed = cpu_packed(found)
+        assert packed.layout.codes == E4M3
+        assert agree(packed.dequantize(), found.dequantize())
+        if found.group:
+            check_cuts(packed, found, ((0, 37), (16, 37), (5, 21), (36, 37)))
+    powers = torch.arange(ROWS * 16, dtype=torch.int64).to(torch.uint8).view(ROWS, 16)
+    mxfp8 = from_mlx(every_float8(COLUMNS).view(torch.int32), powers, COLUMNS)
+    assert isinstance(mxfp8, Micro)
+    packed = cpu_packed(mxfp8)
+    assert packed.scheme == "cpu-packed-mxfp8"
+    assert agree(packed.dequantize(), mxfp8.dequantize())
+    check_cuts(packed, mxfp8, ((0, 37), (16, 37), (5, 21), (36, 37)))
+
+
+def scattered(seed: int, columns: int = COLUMNS) -> ScaledInt:
+    groups = torch.randperm(columns, generator=torch.Generator().manual_seed(seed)) // 128
+    return from_gptq(words(columns // 8, 32), words(columns // 128, 4), scales(columns // 128, 32).half(), 4, group_of=groups)
+
+
+def test_scattered_groups_keep_their_values() -> None:
+    """Their columns lie sorted by group; rows, values and gathered rows come in the order of the file."""
+    for found in (scattered(1), from_packed(words(ROWS, 64), scales(ROWS, 4), 4, 512, group_of=scattered(2).group_of)):
+        packed = cpu_packed(found)
+        assert packed.order is not None
+        assert sorted(packed.order.tolist()) == list(range(COLUMNS))
+        assert agree(packed.dequantize(), found.dequantize())
+        assert agree(packed.rows(5, 21).dequantize(), found.rows(5, 21).dequantize())
+        assert agree(packed.gather(torch.tensor([3, 0, 17])).dequantize(), found.gather(torch.tensor([3, 0, 17])).dequantize())
+        with pytest.raises(ValueError, match="scattered"):
+            packed.columns(0, 256)
+
+
+def test_parts_that_are_sorted_otherwise_are_told_apart() -> None:
+    one, same, other = (cpu_packed(scattered(seed)) for seed in (1, 1, 2))
+    plain = cpu_packed(blocks("Q8_0"))
+    assert [part.scheme for part in one_order([one, same])] == ["cpu-packed-gptq4-indexedz"] * 2
+    assert [part.scheme for part in one_order([one, other])] == ["cpu-packed-gptq4-indexedz-apart"] * 2
+    assert [part.scheme for part in one_order([plain, one])] == ["cpu-packed-Q8_0", "cpu-packed-gptq4-indexedz-apart"]
+    assert one_order([plain, plain]) == (plain, plain)
+
+
 def test_what_has_no_form_as_panels_stays_as_it_is() -> None:
-    fp8 = from_values(words(ROWS, 16).view(torch.float8_e4m3fn), scales(ROWS))
-    mxfp8 = from_mlx(words(ROWS, 16), torch.zeros(ROWS, 2, dtype=torch.uint8), 64)
+    fp8 = from_values(words(ROWS, 12).view(torch.float8_e4m3fn), scales(ROWS))
+    zeros = from_values(words(ROWS, 16).view(torch.float8_e4m3fn), scales(ROWS), zeros=torch.ones(ROWS, dtype=torch.int8))
     order = torch.randperm(64, generator=torch.Generator().manual_seed(3))
-    indexed = from_packed(words(ROWS, 8), scales(ROWS, 2), 4, 64, group_of=order // 32)
+    uneven = from_packed(words(ROWS, 8), scales(ROWS, 2), 4, 64, group_of=(order // 31).clamp(max=1))
     narrow = Blocks(torch.zeros(ROWS, 36, dtype=torch.uint8), TYPES["Q4_0"]).columns(0, 32)
     short = from_packed(words(ROWS, 10), scales(ROWS, 2), 4, 80, group=64)
     ungrouped = from_packed(words(ROWS, 6), scales(ROWS, 1), 4, 48)
-    assert [pack_for_cpu(part) for part in (fp8, mxfp8, indexed, short, ungrouped)] == [None] * 5
+    assert [pack_for_cpu(part) for part in (fp8, zeros, uneven, short, ungrouped)] == [None] * 5
     assert isinstance(fp8, ScaledInt)
-    assert isinstance(mxfp8, Micro)
     assert pack_for_cpu(cpu_packed(narrow)) is None
 
 

@@ -130,13 +130,14 @@ NARROW = replace(plan_of("E2B").layers[0], head_dim=48)
         (linear("cpu", F32, "bfloat16+cpu-packed-Q4_0+cpu-packed-Q6_K"), None),
         (linear("cpu", F32, "mxfp8"), "no native layout for mxfp8"),
         (linear("cpu", F32, "mixed+cpu-packed-Q4_0"), "no native layout for mixed"),
+        (linear("cpu", F32, "cpu-packed-gptq4-indexedz-apart"), None),
+        (replace(linear("cpu", F32, "cpu-packed-gptq4-indexedz"), op="layer"), None),
+        (replace(linear("cpu", F32, "cpu-packed-gptq4-indexedz"), op="embed"), "takes no rows in the order"),
+        (replace(linear("cpu", F32, "cpu-packed-gptq4-indexedz-apart"), op="mlp"), "each in another way"),
         (linear("cuda", F32, F32), "runs on the CPU"),
         (linear("cpu", F32, F32, kernels="reference"), "how many rows run beside it"),
         (replace(linear("cpu", F32, BF16), op="mlp"), None),
         (replace(linear("cpu", F32, BF16, kernels="reference"), op="mlp"), "how many rows run beside it"),
-        (replace(linear("cpu", F32, BF16), op="mlp", adapted=True), "adapters change its products"),
-        (replace(linear("cpu", F32, BF16), op="layer", adapted=True), "adapters change its products"),
-        (replace(linear("cpu", F32, BF16), adapted=True), None),
         (replace(linear("cpu", F32, BF16), op="attention", layer=plan_of("E2B").layers[0]), None),
         (replace(linear("cpu", F32, BF16), op="attention", layer=NARROW), None),
         (replace(linear("cpu", F32, BF16), op="layer", layer=NARROW), None),
@@ -164,8 +165,6 @@ def test_native_kernels_come_first_and_say_why_not(site: KernelSite, reason: str
         (linear("cuda", BF16, BF16, "reference"), "how many rows run beside it"),
         (linear("cpu", BF16, BF16), "runs on CUDA"),
         (replace(linear("cuda", BF16, BF16), op="mlp"), None),
-        (replace(linear("cuda", BF16, BF16), op="mlp", adapted=True), None),
-        (replace(linear("cuda", BF16, BF16), adapted=True), None),
         (replace(linear("cuda", BF16, BF16), op="attention", layer=NARROW), "head_dim 48 is none of 16, 32"),
         (replace(linear("cuda", BF16, BF16), op="layer", layer=NARROW), "head_dim 48 is none of 16, 32"),
         (replace(linear("cuda", BF16, BF16), op="qkv", layer=NARROW), None),
@@ -245,7 +244,7 @@ def test_native_kernels_keep_rows_in_float32_and_pack_weights() -> None:
     assert forms == ["float32", "int8", "bf16", "int8", "int8", "bf16"]
     assert select_backend("cuda", "auto").activations(BF16, None) == F32
     held = [cpu.packing(stored) for stored in ("Q4_0", "affine4g64", "mxfp8", "packed4-indexed", BF16)]
-    assert held == ["cpu-packed-Q4_0", "cpu-packed-affine4g64", "mxfp8", "packed4-indexed", BF16]
+    assert held == ["cpu-packed-Q4_0", "cpu-packed-affine4g64", "cpu-packed-mxfp8", "cpu-packed-packed4-indexed", BF16]
     assert cpu.unpacked("cpu-packed-Q4_0") == "Q4_0"
     assert select_backend("cpu", "reference").packing("Q4_0") == "Q4_0"
 

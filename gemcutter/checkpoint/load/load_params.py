@@ -92,11 +92,11 @@ class PackedWeights:
     made: dict[str, CpuPackedWeight] = field(default_factory=dict)
 
     def get(self, name: str, make: Callable[[], Part]) -> Part:
-        """Return a kept weight, or make it; what has no form as panels is returned as it was made."""
+        """Return a kept weight, or make it; what has no form as panels, or an order, is returned as it was made."""
         if name in self.kept:
             return self.kept[name]
         part = make()
-        if isinstance(part, CpuPackedWeight):
+        if isinstance(part, CpuPackedWeight) and part.order is None:
             self.made[name] = part
         return part
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gemcutter.errors import KernelError
 from gemcutter.native import StepView
 from gemcutter.ops.backend import AttnKinds
+from gemcutter.ops.cpu.adapters import numbers_of_rows
 from gemcutter.ops.cpu.bindings import rows_of
 from gemcutter.ops.step import KVRange, Step
 from gemcutter.plan import GroupId, RopeSpec
@@ -64,7 +65,8 @@ def _build(step: Step, group: GroupId, ropes: list[RopeSpec]) -> CpuAttnMetadata
     slots = None if slots is None else _longs(slots)
     last = step.last_visible.get(group)
     last = None if last is None else _longs(last)
-    alive: list[Any] = [query_start, kv_start, kv_length, first_slot, slots_of, listed, positions, slots, last]
+    adapters = numbers_of_rows(step.adapter_rows, step.num_rows)
+    alive: list[Any] = [query_start, kv_start, kv_length, first_slot, slots_of, listed, positions, slots, last, adapters]
     addresses = list[tuple[RopeSpec, int]]()
     for rope in ropes:
         cos, sin = map(rows_of, step.rope[rope]) if rope in step.rope else (None, None)
@@ -81,6 +83,7 @@ def _build(step: Step, group: GroupId, ropes: list[RopeSpec]) -> CpuAttnMetadata
             cos=None if cos is None else cos.data_ptr(),
             sin=None if sin is None else sin.data_ptr(),
             last_visible=None if last is None else last.data_ptr(),
+            adapters=None if adapters is None else adapters.data_ptr(),
         )
         alive += [struct, cos, sin]
         addresses.append((rope, ctypes.addressof(struct)))

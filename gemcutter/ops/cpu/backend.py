@@ -7,7 +7,6 @@ packed weights are repacked, attention is told of a step through `gc_step`. Impo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,8 @@ if TYPE_CHECKING:  # what follows imports torch
 
 ACTIVATIONS = ("int8", "bf16")  # how matmuls can take the rows of packed weights, where these are not float32
 PACKED = "cpu-packed-"  # begins the name of a scheme that was repacked for these kernels
-UNPACKED = re.compile(r"mxfp8|fp8|.*-indexed")  # begin the schemes that stay as they are: 8-bit floats, scattered groups
+SCATTERED, APART = "-indexed", "-apart"  # in schemes whose columns are sorted by group; of parts that are not sorted alike
+SORTED_OPS = ("linear", *LAYER_OPS, "layer")  # which take rows in the order of such columns
 
 
 class CpuBackend:
@@ -40,14 +40,14 @@ class CpuBackend:
         accepts = {"attention": self._accepts_attention}
         self.kernels = (
             KernelImpl("linear", "native", "cpu.layer_ops:linear", self._accepts_matrices),
-            *(KernelImpl(op, "native", f"cpu.model_ops:build_{op}", self._accepts_op) for op in MODEL_OPS),
+            *(KernelImpl(op, "native", f"cpu.model_ops:build_{op}", self._accepts_matrices) for op in MODEL_OPS),
             *(
-                KernelImpl(op, "native", f"cpu.layer_ops:build_{op}", accepts.get(op, self._accepts_op))
+                KernelImpl(op, "native", f"cpu.layer_ops:build_{op}", accepts.get(op, self._accepts_matrices))
                 for op in (*LAYER_OPS, "layer")
             ),
-            KernelImpl("draft", "native", "cpu.draft_ops:build_draft", self._accepts_op),
-            KernelImpl("vision_layer", "native", "cpu.vision_ops:build_vision_layer", self._accepts_op),
-            KernelImpl("audio_layer", "native", "cpu.audio_ops:build_audio_layer", self._accepts_op),
+            KernelImpl("draft", "native", "cpu.draft_ops:build_draft", self._accepts_matrices),
+            KernelImpl("vision_layer", "native", "cpu.vision_ops:build_vision_layer", self._accepts_matrices),
+            KernelImpl("audio_layer", "native", "cpu.audio_ops:build_audio_layer", self._accepts_matrices),
         )
 
     def refusal(self, device: str, kernels: str) -> str | None:
@@ -68,11 +68,11 @@ class CpuBackend:
 
     def packing(self, stored: str) -> str:
         """Return the name of the packing that weights stored so get."""
-        return stored if stored in DENSE or UNPACKED.match(stored) else PACKED + stored
+        return stored if stored in DENSE else PACKED + stored
 
     def unpacked(self, held: str) -> str:
         """Return the name of the stored scheme of weights that are held so."""
-        return held.removeprefix(PACKED)
+        return held.removeprefix(PACKED).removesuffix(APART)
 
     def packer(self, device: Device, dtype: Dtype) -> Packer:
         """Return what repacks packed weights into panels."""
@@ -108,14 +108,15 @@ class CpuBackend:
         foreign = [kind for kind in site.stored.split("+") if kind not in DENSE and not kind.startswith(PACKED)]
         if reason := self.refusal(site.device, site.kernels):
             return reason
-        return f"no native layout for {', '.join(foreign)}" if foreign else None
-
-    def _accepts_op(self, site: KernelSite) -> str | None:
         if site.ranks and site.op == "draft":
             return "ranks share the token table"
         if site.ranks == "group" and site.op in SUMMED_OPS:
             return "ranks sum in the middle of it, by other means than the library's"
-        return self._accepts_matrices(site) or ("adapters change its products at run time" if site.adapted else None)
+        if SCATTERED in site.stored and site.op not in SORTED_OPS:
+            return "takes no rows in the order of scattered groups"
+        if APART in site.stored and site.op != "linear":
+            return "the groups of its matrices are scattered each in another way"
+        return f"no native layout for {', '.join(foreign)}" if foreign else None
 
     def _accepts_attention(self, site: KernelSite) -> str | None:
         return self.refusal(site.device, site.kernels)

@@ -15,16 +15,20 @@ import torch
 from torch import Tensor
 
 from gemcutter.native import AttentionView, ExpertsView, LayerView, Matrix
+from gemcutter.ops.cpu.adapters import carry_deltas, numbers_of_rows
 from gemcutter.ops.cpu.attn_metadata import of_group
 from gemcutter.ops.cpu.bindings import ACTIVATIONS, array_of, bind_kv, entry, rows_of, whole_matrix
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Step
 from gemcutter.ops.types import Attention, LayerOutput, OpContext, Param, closing_scale, matrix, vector
 from gemcutter.plan import LayerPlan, ModelPlan
 from gemcutter.quant import Weight
+from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 
 def linear(x_ND: Tensor, weight: Weight) -> Tensor:
     """Multiply float32 rows as they are, whatever the weight; layer ops may round theirs."""
+    if len(weight.parts) > 1 and any(isinstance(part, CpuPackedWeight) and part.order is not None for part in weight.parts):
+        return torch.cat([linear(x_ND, Weight((part,))) for part in weight.parts], dim=1)  # each in its own order of columns
     x, parts = rows_of(x_ND), array_of(weight.parts)
     out = torch.empty(x.shape[0], weight.rows)
     entry("gc_linear")(ctypes.addressof(parts), len(parts), x.data_ptr(), x.shape[0], ACTIVATIONS["float32"], out.data_ptr())
@@ -65,6 +69,7 @@ class BoundLayer:
     ) -> None:
         self.layer, self.params = layer, params
         self.alive: list[Any] = []  # what the struct points to beside the parameters
+        self._adapted = list[tuple[Matrix, Weight]]()  # matrices of the struct whose changes are still to be bound
         self.view = LayerView(
             attention=attention_view(layer),
             hidden=plan.hidden,
@@ -78,7 +83,18 @@ class BoundLayer:
         )
         for op in ops:
             getattr(self, f"_fill_{op}")()
-        self.address = ctypes.addressof(self.view)
+
+    @property
+    def address(self) -> int:
+        """Return the struct's address.
+
+        Adapters' changes are bound when it is first asked for: they are packed for it, and most ops run as part of a layer.
+        """
+        while self._adapted:
+            found, weight = self._adapted[-1]
+            self.alive.append(carry_deltas(found, weight.deltas))
+            self._adapted.pop()
+        return ctypes.addressof(self.view)
 
     def logit_rows(self, step: Step) -> tuple[int | None, int]:
         """Return the address and number of the rows whose queries are made; without an address all of them.
@@ -95,21 +111,26 @@ class BoundLayer:
         self.alive.append(found)
         return found.data_ptr()
 
-    def _whole(self, name: str) -> Matrix:
-        return whole_matrix(matrix(self.params, name))
+    def _fill(self, name: str, weight: Weight) -> None:
+        setattr(self.view, name, whole_matrix(weight))
+        self._adapt(getattr(self.view, name), weight)
+
+    def _adapt(self, found: Matrix, weight: Weight) -> None:
+        if weight.deltas:
+            self._adapted.append((found, weight))
 
     def _halves(self, name: str) -> tuple[Weight, Weight]:
-        """Return gate and up: as they are stored, or cut in the middle."""
+        """Return gate and up."""
         weight = matrix(self.params, name)
-        if len(weight.parts) == 2:
-            return Weight(weight.parts[:1]), Weight(weight.parts[1:])
         return weight.slice(0, weight.rows // 2), weight.slice(weight.rows // 2, weight.rows)
 
     def _fill_qkv(self) -> None:
         weight, names = matrix(self.params, "attn.in"), [name for name, _ in self.layer.attn_parts()]
         for place, name in enumerate(("q", "k", "v")):
             if name in names:
-                self.view.attn_in[place] = whole_matrix(weight.part(name) if weight.names else weight)
+                part = weight.part(name) if weight.names else weight
+                self.view.attn_in[place] = whole_matrix(part)
+                self._adapt(self.view.attn_in[place], part)
         self.view.attn_norm, self.view.q_norm = self._norm("attn.norm"), self._norm("attn.q_norm")
         if self.layer.writes:
             self.view.k_norm = self._norm("attn.k_norm")
@@ -118,19 +139,22 @@ class BoundLayer:
         """Attention has no parameters."""
 
     def _fill_attn_out(self) -> None:
-        self.view.attn_out, self.view.attn_post_norm = self._whole("attn.out"), self._norm("attn.post_norm")
+        self._fill("attn_out", matrix(self.params, "attn.out"))
+        self.view.attn_post_norm = self._norm("attn.post_norm")
 
     def _fill_mlp(self) -> None:
         gate, up = self._halves("mlp.in")
         self.alive += (gate, up)
-        self.view.gate, self.view.up, self.view.down = whole_matrix(gate), whole_matrix(up), self._whole("mlp.out")
+        for own, weight in (("gate", gate), ("up", up), ("down", matrix(self.params, "mlp.out"))):
+            self._fill(own, weight)
         self.view.mlp_norm, self.view.mlp_post_norm = self._norm("mlp.norm"), self._norm("mlp.post_norm")
         self.view.mlp_scale = closing_scale(self.layer, self.params, "mlp")
         if self.layer.moe is not None:
             self.view.experts = ctypes.addressof(self._experts())
 
     def _fill_ple_gate(self) -> None:
-        self.view.ple_gate, self.view.ple_out = self._whole("ple.gate"), self._whole("ple.out")
+        for own in ("ple_gate", "ple_out"):
+            self._fill(own, matrix(self.params, own.replace("_", ".")))
         self.view.ple_post_norm = self._norm("ple.post_norm")
         self.view.ple_scale = closing_scale(self.layer, self.params, "ple_gate")
 
@@ -141,6 +165,7 @@ class BoundLayer:
         held = moe.experts if moe.held is None else moe.held
         stacks = [[stack.expert(index) for index in range(held)] for stack in (*halves, w_out)]
         gate, up, down = (array_of([part for expert in stack for part in expert.parts]) for stack in stacks)
+        router = matrix(self.params, "moe.router")
         router_scale = rows_of(vector(self.params, "moe.router_scale") * self.view.hidden**-0.5)
         found = ExpertsView(
             experts=moe.experts,
@@ -148,7 +173,7 @@ class BoundLayer:
             width=moe.width,
             first=moe.first,
             held=held,
-            router=self._whole("moe.router"),
+            router=whole_matrix(router),
             gate=ctypes.addressof(gate),
             up=ctypes.addressof(up),
             down=ctypes.addressof(down),
@@ -158,6 +183,7 @@ class BoundLayer:
             dense_branch_norm=self._norm("mlp.branch_norm"),
             expert_branch_norm=self._norm("moe.branch_norm"),
         )
+        self._adapt(found.router, router)
         self.alive += (stacks, gate, up, down, router_scale, found)
         return found
 
@@ -173,7 +199,8 @@ def build_qkv(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ct
         q_MHE = torch.empty(rows, layer.heads, layer.head_dim)
         to = None if kv is None else ctypes.addressof(kv)
         metadata = of_group(step, layer.group, layer.rope)
-        call(bound.address, metadata, to, x.data_ptr(), kept, rows, q_MHE.data_ptr())
+        wanted = None if kept is None else numbers_of_rows(step.remaining.adapter_rows, rows)
+        call(bound.address, metadata, to, x.data_ptr(), kept, rows, _address(wanted), q_MHE.data_ptr())
         return q_MHE
 
     return qkv
@@ -184,9 +211,9 @@ def build_attn_out(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param
     bound, call = BoundLayer(plan, layer, params, ctx, ("attn_out",)), entry("gc_attn_out")
 
     def attn_out(x_MD: Tensor, o_MHE: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
-        x, o = rows_of(x_MD), rows_of(o_MHE)
+        x, o, wanted = rows_of(x_MD), rows_of(o_MHE), numbers_of_rows(adapters, len(x_MD))
         out = torch.empty_like(x)
-        call(bound.address, x.data_ptr(), o.data_ptr(), x.shape[0], out.data_ptr())
+        call(bound.address, x.data_ptr(), o.data_ptr(), x.shape[0], _address(wanted), out.data_ptr())
         return out
 
     return attn_out
@@ -197,9 +224,9 @@ def build_mlp(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ct
     bound, call = BoundLayer(plan, layer, params, ctx, ("mlp",)), entry("gc_mlp")
 
     def mlp(x_MD: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
-        x = rows_of(x_MD)
+        x, wanted = rows_of(x_MD), numbers_of_rows(adapters, len(x_MD))
         out = torch.empty_like(x)
-        call(bound.address, x.data_ptr(), x.shape[0], out.data_ptr())
+        call(bound.address, x.data_ptr(), x.shape[0], _address(wanted), out.data_ptr())
         return out
 
     return mlp
@@ -210,12 +237,16 @@ def build_ple_gate(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param
     bound, call = BoundLayer(plan, layer, params, ctx, ("ple_gate",)), entry("gc_ple_gate")
 
     def ple_gate(x_MD: Tensor, ple_MP: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
-        x, ple = rows_of(x_MD), _strided(ple_MP)
+        x, ple, wanted = rows_of(x_MD), _strided(ple_MP), numbers_of_rows(adapters, len(x_MD))
         out = torch.empty_like(x)
-        call(bound.address, x.data_ptr(), ple.data_ptr(), ple.stride(0), x.shape[0], out.data_ptr())
+        call(bound.address, x.data_ptr(), ple.data_ptr(), ple.stride(0), x.shape[0], _address(wanted), out.data_ptr())
         return out
 
     return ple_gate
+
+
+def _address(wanted: Tensor | None) -> int | None:
+    return None if wanted is None else wanted.data_ptr()
 
 
 def _strided(ple_MP: Tensor) -> Tensor:
@@ -229,7 +260,7 @@ def build_layer(
     """Build all ops of a layer as one call: [N, D] to [M, D], M the rows that go on. The next layer norms its rows itself."""
     ops = ("qkv", "attention", "attn_out", "mlp", *(["ple_gate"] if layer.ple_dim else []))
     bound, call = BoundLayer(plan, layer, params, ctx, ops), entry("gc_layer_forward")
-    group, rope, binding, hidden = layer.group, layer.rope, bind_kv(layer.kv_layer, ctx), plan.hidden
+    group, rope, binding, hidden, address = layer.group, layer.rope, bind_kv(layer.kv_layer, ctx), plan.hidden, bound.address
 
     def forward(x_ND: Tensor, step: Step, cache: KVCache, ple_MP: Tensor | None, normed_ND: Tensor | None = None) -> LayerOutput:
         x, kv, (kept, rows) = rows_of(x_ND), binding.view(cache), bound.logit_rows(step)
@@ -238,7 +269,7 @@ def build_layer(
         out = torch.empty(rows, hidden)
         ple = None if ple_MP is None else _strided(ple_MP)
         ple_rows, stride = (None, 0) if ple is None else (ple.data_ptr(), ple.stride(0))
-        call(bound.address, here, there, ctypes.addressof(kv), kept, x.data_ptr(), ple_rows, stride, out.data_ptr())
+        call(address, here, there, ctypes.addressof(kv), kept, x.data_ptr(), ple_rows, stride, out.data_ptr())
         return out, None
 
     return forward

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.native import Matrix, PleView
+from gemcutter.ops.cpu.adapters import carry_deltas, numbers_of_rows
 from gemcutter.ops.cpu.bindings import ACTIVATIONS, entry, matrix_of, rows_of, whole_matrix
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows
 from gemcutter.ops.types import OpContext, Param, matrix, rounded_root, vector
@@ -60,6 +61,7 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
             context_scale=plan.hidden**-0.5,
             activations=ACTIVATIONS[ctx.precision.activations],
         )
+        alive.append(carry_deltas(bound.projection, rows.deltas))
         (held,) = some.parts
         if isinstance(held, Tensor | CpuPackedWeight):
             bound.table = matrix_of(held)
@@ -71,11 +73,12 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
     def ple_embed(x_ND: Tensor, ple_ids_N: Tensor, first: int, last: int, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         found = ranges.get((first, last)) or ranges.setdefault((first, last), bind(first, last))
         bound, some, _ = found
-        x = rows_of(x_ND)
+        x, wanted = rows_of(x_ND), numbers_of_rows(adapters, len(x_ND))
         tokens = None if bound.table.rows else rows_of(some.gather(ple_ids_N, torch.float32))
         out = torch.empty(x.shape[0], last - first, dim)
         given = None if tokens is None else tokens.data_ptr()
-        call(ctypes.addressof(bound), x.data_ptr(), ple_ids_N.data_ptr(), given, x.shape[0], out.data_ptr())
+        asked = None if wanted is None else wanted.data_ptr()
+        call(ctypes.addressof(bound), x.data_ptr(), ple_ids_N.data_ptr(), given, x.shape[0], asked, out.data_ptr())
         return out
 
     return ple_embed

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from gemcutter.native import ClipView
-from gemcutter.ops.cpu.bindings import matrix_of
+from gemcutter.ops.cpu.adapters import carry_deltas
+from gemcutter.ops.cpu.bindings import whole_matrix
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import Param, matrix
-from gemcutter.quant import Part
+from gemcutter.quant import Weight
 from gemcutter.tower_plan import BOUNDS
 
 PIECE_SECONDS = 0.03  # that others wait for a piece of an image or a sound, at most by intention
@@ -23,16 +24,16 @@ UNIT_ROWS, FIRST_ROWS, MOST_ROWS = 64, 256, 1 << 16  # of a piece: a multiple, t
 
 
 class Products:
-    """The matrices of a layer and how they are clipped, by a struct's names; it keeps the matrices alive.
+    """The matrices of a layer and how they are clipped, by a struct's names; it keeps them, and what adapters add, alive.
 
     `names` says the parameter, and the part of it, of each.
     """
 
     def __init__(self, params: Mapping[str, Param], names: Mapping[str, tuple[str, str | None]]) -> None:
-        self._parts, self._clips = dict[str, Part](), dict[str, ClipView]()
+        self._weights, self._clips, self._alive = dict[str, Weight](), dict[str, ClipView](), list[Any]()
         for own, (name, part) in names.items():
             weight = matrix(params, name) if part is None else matrix(params, name).part(part)
-            (self._parts[own],) = weight.parts
+            self._weights[own] = weight
             prefix = name if part is None else f"{name}.{part}"
             given = [bound for each in BOUNDS if isinstance(bound := params.get(f"{prefix}.{each}"), Tensor)]
             if given:
@@ -45,7 +46,9 @@ class Products:
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of the layer's struct."""
-        return {own: matrix_of(part) for own, part in self._parts.items()} | self._clips
+        matrices = {own: whole_matrix(weight) for own, weight in self._weights.items()}
+        self._alive += [carry_deltas(matrices[own], weight.deltas) for own, weight in self._weights.items() if weight.deltas]
+        return matrices | self._clips
 
 
 class Pieces:
