@@ -38,6 +38,7 @@ from gemcutter.model.vision import VisionTower
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import AdapterDeltas, Param, Ranks, matrix
+from gemcutter.parallel.follower import Follower
 from gemcutter.parallel.launch import await_ranks, launch
 from gemcutter.parallel.leader import Leader
 from gemcutter.param_spec import Access
@@ -148,7 +149,7 @@ def _open(
         notes.append(note)
     notes += panel_notes(options, params)
     for name, each in apart.items():
-        params = attach(params, each, name, device)
+        params = attach(params, each, name, device, checkpoint.plan)
     notes += [note for each in filter(None, (merged, *apart.values())) for note in each.notes()]
     if backend is not CPU and device.type == "cpu" and options.kernels == "auto":
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
@@ -166,24 +167,22 @@ def _open(
     return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns, leader)
 
 
-def open_rank(options: LoadOptions, ranks: Ranks) -> tuple[Decoder, Drafter | None]:
+def open_rank(options: LoadOptions, ranks: Ranks) -> Follower:
     """Load a rank's slice of a checkpoint that another process leads, and of its assistant.
 
     Raises GemcutterError with everything that is wrong.
     """
     checkpoint = on_rank(open_checkpoint(locate(options.model), options.ignore), ranks.shard, options.quant)
-    device = find_device(options)
-    dtype = getattr(torch, own_dtype(checkpoint.config.dtype)[0] if options.dtype is None else check_dtype(options.dtype))
-    packer = select_backend(device.type, options.kernels).packer(device, dtype)
-    cache = None
-    if packer.makes_panels and options.repack_cache is not False:
-        cache = PackedWeightCache.of(checkpoint, options.quant, is_asked=options.repack_cache is not None)
-    params = load_params(checkpoint, dtype, device, None, options.quant, packer, cache)
-    if checkpoint.plan.ple_dim:
-        params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
-    decoder = make_decoder(checkpoint.plan, params, options, dtype, device, ranks=ranks)
-    drafter = open_drafter(options, decoder, []) if drafts_by_assistant(options) else None
-    return decoder, drafter if isinstance(drafter, Drafter) else None
+    own = replace(options, media=())  # towers are the leader's
+    if not drafts_by_assistant(options):
+        own = replace(own, draft_model=None, speculate=None)
+    opened = _open(own, checkpoint, None, ranks)
+    decoder = opened.decoder
+
+    def read_adapter(name: str, path: str, ignore: Sequence[str]) -> AdapterDeltas:
+        return read_deltas(decoder.params, find_adapter(path, checkpoint, None, ignore), name, decoder.device, decoder.plan)
+
+    return Follower(decoder, opened.drafter if isinstance(opened.drafter, Drafter) else None, read_adapter)
 
 
 def drafts_by_assistant(options: LoadOptions) -> bool:
@@ -201,13 +200,8 @@ def on_rank(checkpoint: Checkpoint, shard: Shard, quant: str | None) -> Checkpoi
 
 def check_ranks(options: LoadOptions) -> None:
     """Raise KernelError for options that models on several ranks do not have."""
-    refused = {
-        "device": options.device != "cpu",
-        "adapter": options.adapter is not None,
-        "adapters": bool(options.adapters),
-    }
-    if found := [name for name, is_given in refused.items() if is_given]:
-        raise KernelError(f"tensor_parallel {options.tensor_parallel}: can't be combined with {', '.join(found)} yet")
+    if options.device != "cpu":
+        raise KernelError(f"tensor_parallel {options.tensor_parallel}: processes of one host share a CPU's memory, not a GPU's")
 
 
 def cache_dtype(kv: str | None) -> torch.dtype | None:
@@ -317,7 +311,7 @@ def find_adapter(path: str, checkpoint: Checkpoint, towers: TowerPlans | None = 
     """Return an adapter, from a folder or the hub, that fits a checkpoint and its loaded towers. Raises CheckpointError with all
     that does not.
     """
-    return open_adapter(locate(path), checkpoint.plan, ignore, towers)
+    return open_adapter(locate(path), checkpoint.plan.whole or checkpoint.plan, ignore, towers)
 
 
 def load_adapter(
@@ -337,13 +331,17 @@ def load_adapter(
         is_read = True
         notes.extend(adapter.notes())
         add_to_towers(towers, name, adapter, decoder.device)  # before any request may ask for it
-        return read_deltas(decoder.params, adapter, name, decoder.device)
+        if decoder.leader is not None:
+            decoder.leader.load_adapter(name, path, ignore)
+        return read_deltas(decoder.params, adapter, name, decoder.device, decoder.plan)
 
     try:
         loop.load_adapter(name, read)
     except BaseException:
         for tower in towers if is_read else ():
             tower.bodies.remove(name)
+        if is_read and decoder.leader is not None:
+            decoder.leader.unload_adapter(name)
         raise
     return notes
 
@@ -351,6 +349,8 @@ def load_adapter(
 def unload_adapter(name: str, loop: EngineLoop, towers: Towers) -> None:
     """Unload an adapter that no request uses. Raises what `EngineLoop.unload_adapter` does."""
     loop.unload_adapter(name)
+    if (leader := loop.engine.decoder.leader) is not None:
+        leader.unload_adapter(name)
     for tower in towers:
         tower.bodies.remove(name)
 

@@ -20,7 +20,6 @@ from typing import Any
 from gemcutter.errors import GemcutterError
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_rank
-from gemcutter.parallel.follower import Follower
 from gemcutter.parallel.messages import encode, receive
 from gemcutter.parallel.shared_ranks import SharedRanks
 from gemcutter.shard import Shard
@@ -45,12 +44,12 @@ def main(connection: int, file: int, rank: int, world: int) -> int:
     options = json.loads(content["options"])
     lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     try:
-        decoder, drafter = open_rank(LoadOptions(**options | lists), ranks)
+        follower = open_rank(LoadOptions(**options | lists), ranks)
     except GemcutterError as error:
         way.sendall(encode("failed", {"error": str(error)}))
         return 1
     way.sendall(encode("ready", {}))
-    Follower(decoder, drafter).serve(way)
+    follower.serve(way)
     return 0
 
 

@@ -132,6 +132,12 @@ class StepLeader(Protocol):
     def step(self, step: Step, cache: KVCache) -> AbstractContextManager[None]:
         """Let them run a step. Raises RankError if a rank is gone."""
 
+    def load_adapter(self, name: str, path: str, ignore: Sequence[str]) -> None:
+        """Let them load an adapter that this rank found to fit; any thread may ask. Raises RankError if a rank is gone."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Let them forget an adapter; any thread may ask. Raises RankError if a rank is gone."""
+
     def watch(self, watcher: Callable[[str], None]) -> None:
         """Let somebody know, in any thread, when the ranks end because of a problem, and of which."""
 

@@ -7,6 +7,7 @@ decoder was loaded. Read `leader.py` for the commands.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +16,18 @@ import torch
 from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.model.drafter import Drafter
 from gemcutter.model.text import Decoder
+from gemcutter.ops.types import AdapterDeltas
 from gemcutter.parallel.messages import receive, step_of
 from gemcutter.plan import GroupId
 
+AdapterReader = Callable[[str, str, Sequence[str]], AdapterDeltas]  # of a name, a path and patterns to pass over
+
 
 class Follower:
-    """One rank's decoder and caches."""
+    """One rank's decoder and caches; `read_adapter` reads its share of an adapter."""
 
-    def __init__(self, decoder: Decoder, drafter: Drafter | None = None) -> None:
-        self.decoder, self.drafter = decoder, drafter
+    def __init__(self, decoder: Decoder, drafter: Drafter | None, read_adapter: AdapterReader) -> None:
+        self.decoder, self.drafter, self._read_adapter = decoder, drafter, read_adapter
         self.pools: dict[int, PagedKVCache] = {}
 
     @torch.inference_mode()
@@ -62,6 +66,14 @@ class Follower:
             drafter.draft(ids, states, started, cache)
         else:
             drafter.draft_likeliest(ids, states, started, cache, count)
+
+    def do_load_adapter(self, name: str, path: str, ignore: list[str]) -> None:
+        """Let steps ask for an adapter."""
+        self.decoder.adapted = self.decoder.with_adapter(name, self._read_adapter(name, path, ignore))
+
+    def do_unload_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        self.decoder.adapted = self.decoder.without_adapter(name)
 
     def do_logits(self, states: torch.Tensor) -> None:
         """Run the head."""

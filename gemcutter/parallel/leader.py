@@ -9,6 +9,8 @@ commands are spelled.
     copy_page   number, group, source, target                    copy one of its pages
     forward     number, step                                     run a step over it
     logits      states                                           run the head
+    load_adapter     name, path, ignore                          let steps ask for an adapter
+    unload_adapter   name                                        forget it
     draft       number, ids, states, step, count                 draft so many tokens, or the logits of one
 
 A connection that is closed ends the others.
@@ -17,6 +19,7 @@ A connection that is closed ends the others.
 from __future__ import annotations
 
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,12 +39,12 @@ from gemcutter.quant.packed import dtype_name
 
 
 class Leader:
-    """The way to the other ranks; one thread at a time."""
+    """The way to the other ranks: steps by one thread at a time, adapters by any."""
 
     def __init__(self, connections: Sequence[socket.socket], monitor: Monitor) -> None:
         self.connections, self.monitor = connections, monitor
         self._numbers = WeakKeyDictionary[PagedKVCache, int]()  # of caches that the other ranks have, too
-        self._new_number, self._dropped = count(), deque[int]()
+        self._new_number, self._dropped, self._telling = count(), deque[int](), threading.Lock()
 
     def tell(self, command: str, **content: Any) -> None:
         """Send a command to all other ranks. Raises RankError if one is gone."""
@@ -49,8 +52,9 @@ class Leader:
             raise RankError(self.monitor.problem)
         message = encode(command, content)
         try:
-            for connection in self.connections:
-                connection.sendall(message)
+            with self._telling:
+                for connection in self.connections:
+                    connection.sendall(message)
         except OSError as error:
             self.monitor.end(f"a tensor-parallel rank is gone: {error}")
             raise RankError(self.monitor.problem or "") from error
@@ -88,6 +92,14 @@ class Leader:
         self.tell("draft", number=number, ids=ids_S, states=states_ST, step=step_content(step), count=count)
         with self._together():
             yield
+
+    def load_adapter(self, name: str, path: str, ignore: Sequence[str]) -> None:
+        """Let all ranks load an adapter. Raises RankError if a rank is gone."""
+        self.tell("load_adapter", name=name, path=path, ignore=ignore)
+
+    def unload_adapter(self, name: str) -> None:
+        """Let all ranks forget an adapter. Raises RankError if a rank is gone."""
+        self.tell("unload_adapter", name=name)
 
     def watch(self, watcher: Callable[[str], None]) -> None:
         """Let somebody know, in any thread, when the group ends because of a problem, and of which."""

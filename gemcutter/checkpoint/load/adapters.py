@@ -20,8 +20,10 @@ from gemcutter.checkpoint.container.stored_tensor import StoredTensor
 from gemcutter.checkpoint.formats.lora import Adapter, Factors
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.row_chunks import CHUNK_ROWS, Run, row_chunks
+from gemcutter.checkpoint.load.slices import deltas_on_rank, first_row
 from gemcutter.errors import CheckpointError
 from gemcutter.param_spec import ParamSpec
+from gemcutter.plan import ModelPlan
 from gemcutter.quant import Part, Weight, dequantize
 from gemcutter.quant.carried import carry
 from gemcutter.quant.lora import Delta, cut_deltas
@@ -49,7 +51,7 @@ def fold(
     Raises CheckpointError for values that are not finite.
     """
     maker = Maker(dtype, device, quant, packer or PlainPacker(device), model_dtype(checkpoint))
-    folded, cost = fold_factors(params, adapter.factors, checkpoint.matched.pieces, maker)
+    folded, cost = fold_factors(params, adapter.factors, checkpoint.matched.pieces, maker, checkpoint.plan.params())
     return folded, f"adapter {adapter.path.name}: {len(adapter.factors)} changes merged; {cost}"
 
 
@@ -65,18 +67,21 @@ def fold_tower(
 
 
 def fold_factors(
-    params: Params, factors: Sequence[Factors], pieces: Pieces, maker: Maker
+    params: Params, factors: Sequence[Factors], pieces: Pieces, maker: Maker, specs: Iterable[ParamSpec] = ()
 ) -> tuple[dict[str, Weight | Tensor], str]:
     """Add changes to the weights, for all requests, and return the parameters and what that costs, in words.
+
+    `specs`, of a rank's plan, say which slices of weights and changes are there; without any they are whole.
 
     Only the parts that change are copied: dense and in the maker's dtype, whatever they were before, or quantized by its recipe
     once they are merged, some rows at a time. The others stay as they are. Raises CheckpointError for values that are not finite.
     """
     folded, before, after, kinds = dict(params), 0, 0, dict[str, None]()
+    known = {spec.name: spec for spec in specs}
     for name, changes in _by_parameter(factors).items():
         weight, stored = _weight(params, name), pieces[name]
         is_fused = len(weight.parts) > 1 and any(piece.part is None for piece in stored)  # one tensor, loaded for all its parts
-        deltas = [_delta("", each, _first_row(weight, each), maker.device) for each in changes]
+        deltas = _changes("", weight, changes, maker.device, known.get(name))
         parts, release = list[Part](), partial(_release, stored)
         for part, (start, stop) in zip(weight.parts, weight.edges(), strict=True):
             found = tuple(cut_deltas(deltas, start, stop))
@@ -109,14 +114,19 @@ def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
 
 
-def attach(params: Params, adapter: Adapter, name: str, device: torch.device) -> dict[str, Weight | Tensor]:
+def attach(
+    params: Params, adapter: Adapter, name: str, device: torch.device, plan: ModelPlan | None = None
+) -> dict[str, Weight | Tensor]:
     """Let the weights carry an adapter's changes under a name, for the requests that ask for it. Raises as `read_deltas` does."""
-    return carry(params, read_deltas(params, adapter, name, device))
+    return carry(params, read_deltas(params, adapter, name, device, plan))
 
 
-def read_deltas(params: Params, adapter: Adapter, name: str, device: torch.device) -> dict[str, list[Delta]]:
+def read_deltas(
+    params: Params, adapter: Adapter, name: str, device: torch.device, plan: ModelPlan | None = None
+) -> dict[str, list[Delta]]:
     """Read an adapter's changes of the decoder's parameters, by parameter, scaled and in float32, into memory of their own.
 
+    With the `plan` of a tensor-parallel rank, those are read that concern its slices.
     Raises CheckpointError for changes that can't be told apart by rows: of experts, which see only the rows sent to them, and of
     a head of its own, which sees only the rows that want logits.
     """
@@ -124,7 +134,7 @@ def read_deltas(params: Params, adapter: Adapter, name: str, device: torch.devic
     if stuck:
         problems = [f"{each.label}: {each.down.origin}" for each in stuck]
         raise CheckpointError(f"the adapter {adapter.path} can only be merged (adapter=, --adapter): it changes these", problems)
-    return _deltas(params, adapter.factors, name, device)
+    return _deltas(params, adapter.factors, name, device, () if plan is None else plan.params())
 
 
 def read_tower_deltas(params: Params, adapter: Adapter, tower: str, name: str, device: torch.device) -> dict[str, list[Delta]]:
@@ -132,11 +142,21 @@ def read_tower_deltas(params: Params, adapter: Adapter, tower: str, name: str, d
     return _deltas(params, adapter.of_tower(tower), name, device)
 
 
-def _deltas(params: Params, factors: Sequence[Factors], name: str, device: torch.device) -> dict[str, list[Delta]]:
+def _deltas(
+    params: Params, factors: Sequence[Factors], name: str, device: torch.device, specs: Iterable[ParamSpec] = ()
+) -> dict[str, list[Delta]]:
+    known = {spec.name: spec for spec in specs}
     return {
-        parameter: [_delta(name, each, _first_row(_weight(params, parameter), each), device) for each in changes]
+        parameter: _changes(name, _weight(params, parameter), changes, device, known.get(parameter))
         for parameter, changes in _by_parameter(factors).items()
     }
+
+
+def _changes(name: str, weight: Weight, changes: Sequence[Factors], device: torch.device, spec: ParamSpec | None) -> list[Delta]:
+    """Read changes of one weight; with a spec, as much of them as it says that the weight is of a whole."""
+    if spec is None or not spec.slices:
+        return [_delta(name, each, _first_row(weight, each), device) for each in changes]
+    return deltas_on_rank([_delta(name, each, first_row(spec, each.part), device) for each in changes], spec)
 
 
 def _by_parameter(factors: Sequence[Factors]) -> dict[str, list[Factors]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from gemcutter.checkpoint.load.row_chunks import Run, unpack
 from gemcutter.errors import CheckpointError
 from gemcutter.param_spec import ParamSpec
 from gemcutter.quant import Part
+from gemcutter.quant.lora import Delta, cut_deltas
 from gemcutter.quant.packed import DenseStack, Packed, Stack, stack
 from gemcutter.shard import Slice
 
@@ -78,6 +79,29 @@ def cuts_of(spec: ParamSpec, pieces: Sequence[StoredTensor]) -> list[list[Cut]]:
     assert len(pieces) == 1
     offsets = accumulate((each.of for each in spec.slices), initial=0)
     return [[Cut(rows=(at + each.start, at + each.stop)) for at, each in zip(offsets, spec.slices, strict=False)]]
+
+
+def first_row(spec: ParamSpec, part: str | None) -> int:
+    """Return the row of the whole tensor at which a part of it begins, whatever a rank holds."""
+    sizes = [piece.of for piece in spec.slices] if spec.slices and spec.slices[0].axis == -2 else [rows for _, rows in spec.parts]
+    names = [name for name, _ in spec.parts]
+    return 0 if part is None else sum(sizes[: names.index(part)])
+
+
+def deltas_on_rank(deltas: Sequence[Delta], spec: ParamSpec) -> list[Delta]:
+    """Return what a rank's share of changes of a whole tensor is: they are cut as the tensor is."""
+    if not spec.slices:
+        return list(deltas)
+    taken, offset, to, found = spec.slices[0], 0, 0, list[Delta]()
+    if taken.axis == -1:
+        return [replace(each, down=each.down[..., taken.start : taken.stop].contiguous()) for each in deltas]
+    if taken.axis == -3:
+        kept = slice(taken.start, taken.stop)
+        return [replace(each, down=each.down[kept], up=each.up[kept]) for each in deltas]
+    for piece in spec.slices:
+        found += cut_deltas(deltas, offset + piece.start, offset + piece.stop, to)
+        offset, to = offset + piece.of, to + piece.size
+    return found
 
 
 def column_unit(pieces: Mapping[str, Sequence[StoredTensor]], group: int = 1) -> int:
