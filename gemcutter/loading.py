@@ -41,6 +41,7 @@ from gemcutter.ops.types import AdapterDeltas, Param, Ranks, matrix
 from gemcutter.parallel.follower import Follower
 from gemcutter.parallel.launch import await_ranks, launch
 from gemcutter.parallel.leader import Leader
+from gemcutter.parallel.rendezvous import lead, torchrun_shard
 from gemcutter.param_spec import Access
 from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Weight
@@ -101,12 +102,14 @@ class OpenModel:
 
 def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenModel:
     """Load a checkpoint as the options say. Raises GemcutterError with everything that is wrong."""
-    checkpoint = open_checkpoint(locate(options.model), options.ignore)
+    checkpoint, started = open_checkpoint(locate(options.model), options.ignore), torchrun_shard()
+    if started is not None:
+        options = replace(options, tensor_parallel=started.world)
     if options.tensor_parallel == 1:
         return _open(options, checkpoint, progress)
     checkpoint = on_rank(checkpoint, Shard(0, options.tensor_parallel), options.quant)
     check_ranks(options)
-    ranks, leader = launch(options)
+    ranks, leader = launch(options) if started is None else lead(options, started)
     try:
         opened = _open(options, checkpoint, progress, ranks, leader)
         await_ranks(leader)

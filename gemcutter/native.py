@@ -16,7 +16,7 @@ import gemcutter
 from gemcutter.errors import KernelError
 
 FILE = "_cpu.so"
-VERSION = 10  # of the interface, gc_version()
+VERSION = 11  # of the interface, gc_version()
 OFF = ("off", "0", "no", "false")  # what GEMCUTTER_NATIVE may say to do without the library
 LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon", "neon_i8mm")
 
@@ -103,9 +103,10 @@ class AttentionView(ctypes.Structure):
 
 
 class RanksView(ctypes.Structure):
-    """`gc_ranks`: this process as one of several tensor-parallel ranks that share memory."""
+    """`gc_ranks`: this process as one of several tensor-parallel ranks that share memory, or sum by other means."""
 
     _fields_ = (
+        ("sum", c_void_p),
         ("segment", c_void_p),
         ("slot", c_int64),
         ("rank", c_int32),

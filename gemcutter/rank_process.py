@@ -17,10 +17,12 @@ import threading
 import time
 from typing import Any
 
-from gemcutter.errors import GemcutterError
+from gemcutter.errors import GemcutterError, RankError
 from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_rank
+from gemcutter.ops.types import Ranks
 from gemcutter.parallel.messages import encode, receive
+from gemcutter.parallel.rendezvous import follow
 from gemcutter.parallel.shared_ranks import SharedRanks
 from gemcutter.shard import Shard
 
@@ -29,12 +31,23 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def main(connection: int, file: int, rank: int, world: int) -> int:
-    """Run a rank until the leader closes the connection; return the process's exit code."""
+    """Run a rank that a leader of this host started until it closes the connection; return the process's exit code."""
     _die_with_leader()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    way, ranks = socket.socket(fileno=connection), SharedRanks(file, Shard(rank, world))
+    ranks = SharedRanks(file, Shard(rank, world))
     os.close(file)
     threading.Thread(target=_beat, args=(ranks,), daemon=True).start()
+    return serve(socket.socket(fileno=connection), ranks)
+
+
+def follow_torchrun(shard: Shard) -> int:
+    """Run a rank that torchrun started until its leader closes the connection; return the process's exit code."""
+    ranks, way = follow(shard)
+    return serve(way, ranks)
+
+
+def serve(way: socket.socket, ranks: Ranks) -> int:
+    """Load what the leader says, and do what it tells; return the process's exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     found = receive(way)
     if found is None:
         return 0
@@ -49,7 +62,10 @@ def main(connection: int, file: int, rank: int, world: int) -> int:
         way.sendall(encode("failed", {"error": str(error)}))
         return 1
     way.sendall(encode("ready", {}))
-    follower.serve(way)
+    try:
+        follower.serve(way)
+    except RankError:  # the leader says which
+        return 1
     return 0
 
 

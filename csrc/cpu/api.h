@@ -108,8 +108,9 @@ typedef struct {
     int64_t window;  // keys up to its own that a query may see; 0 for all
 } gc_attention;
 
-// This process as one of `world` tensor-parallel ranks, which share a segment of memory (ranks.h).
+// This process as one of `world` tensor-parallel ranks, which share a segment of memory (ranks.h), or sum by other means.
 typedef struct {
+    int (*sum)(float *x, int64_t n);  // x becomes the sum of all ranks' x; not 0: a rank is gone. Null: over the segment
     void *segment;
     int64_t slot;  // floats of one rank's part of one exchange
     int32_t rank, world;

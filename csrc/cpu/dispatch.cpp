@@ -160,4 +160,4 @@ GC_EXPORT int gc_set_level(const char *name) {
 GC_EXPORT const char *gc_level() { return gemcutter::kernels().name; }
 GC_EXPORT void gc_set_threads(int count) { gemcutter::set_threads(count); }
 GC_EXPORT int gc_threads() { return gemcutter::threads(); }
-GC_EXPORT int gc_version() { return 10; }  // of this interface; Python refuses another
+GC_EXPORT int gc_version() { return 11; }  // of this interface; Python refuses another

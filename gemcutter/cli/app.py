@@ -130,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_volume(Volume.NORMAL)
     warnings.showwarning = _show_warning
     try:
+        if arguments is None and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+            return _follow()
         if COMPLETION in os.environ:
             app(prog_name="gemcutter")  # a shell asks what a word may become; ends with SystemExit
         # The two steps of typer's own `app()`, without its handling of errors, which prints tracebacks and changes by version.
@@ -144,6 +146,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = report(error)
         return 0 if code == UNREAD and not set(words[:1]) & set(VERDICTS) else code
     return 0
+
+
+def _follow() -> int:
+    """Take part in the command that rank 0 runs, as one of the ranks that torchrun started; return the exit code."""
+    from gemcutter.parallel.rendezvous import torchrun_shard
+    from gemcutter.rank_process import follow_torchrun
+
+    shard = torchrun_shard()
+    return 0 if shard is None else follow_torchrun(shard)
 
 
 def _show_warning(

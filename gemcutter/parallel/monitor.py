@@ -18,8 +18,18 @@ HANG_S = 6.0  # without a beat, after which a process counts as hung: it is stop
 FAREWELL_S = 3.0  # that processes have to end by themselves
 
 
+def _has_ended(connection: socket.socket) -> bool:
+    """Return whether the other side of a connection is gone."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 class Monitor:
-    """The processes of ranks 1, 2 ... of a group, as rank 0 sees them.
+    """Ranks 1, 2 ... of a group, as rank 0 sees them: the processes that it started, or else connections to others.
 
     `end_waits` lets the waits of all ranks end, `beats` returns a number for each rank that grows as long as its process runs.
     """
@@ -80,6 +90,9 @@ class Monitor:
         seen = [(beat, time.monotonic()) for beat in self._beats()]
         while not self._closing.wait(LOOK_S) and self.problem is None:
             now, beats = time.monotonic(), self._beats()
+            for index, connection in enumerate(self._connections if not self._processes else ()):
+                if _has_ended(connection):
+                    return self.end(f"tensor-parallel rank {index + 1} has ended; the whole group ends with it")
             for index, process in enumerate(self._processes):
                 rank = index + 1
                 if (code := process.poll()) is not None:
