@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "ops": {"shard", "plan", "param_spec", "tower_plan", "quant", "native", "cores"},
     "load_options": {"ops", "quant_names", "engine"},
     "parallel": {"native", "numa", "plan", "shard", "ops", "cache", "model", "quant", "load_options"},
-    "rank_process": {"load_options", "loading", "parallel", "shard"},
+    "rank_process": {"load_options", "loading", "ops", "parallel", "shard"},
     "loading": {
         "shard",
         "parallel",
@@ -135,6 +135,8 @@ MAY_IMPORT = {
         "native",
         "server",
         "tools",
+        "parallel",
+        "rank_process",
     },
     "server": {"api", "completion", "engine", "generate_options", "media", "media_parts", "text"},
     "__main__": {"cli"},
