@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` (install, then text from the packaged model) and `make check` (lint, types, tests).
 # While you work, `make quick` takes less than a minute; CONTRIBUTING.md says which tests belong to which change.
-.PHONY: serve load clients demo quick check check-peers native sanitize arm fuzz soak kills wheel docs lint types test test-rest clean
+.PHONY: ranks serve load clients demo quick check check-peers native sanitize arm fuzz soak kills wheel docs lint types test test-rest clean
 SOURCES := gemcutter tests bench examples tools
 CPP_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/kernels/*.cpp)
 
@@ -54,6 +54,10 @@ arm: .venv/.installed-dev
 FUZZ ?= --headers 4000 --texts 300 --values 30 --media 3000
 fuzz: native
 	OMP_NUM_THREADS=1 .venv/bin/python tools/fuzz.py $(FUZZ)
+
+# The server's tests once more, over models on two tensor-parallel ranks.
+ranks: native
+	GEMCUTTER_TEST_RANKS=2 $(PYTEST) --dist loadfile tests/server tests/parallel
 
 # Random requests, cancels, interrupts and adapters on a tiny model for so many minutes; pages, handles, threads, memory watched.
 MINUTES ?= 2

@@ -1,7 +1,12 @@
-"""A server over the demo model, on a free port of loopback, for all tests of a module."""
+"""A server over the demo model, on a free port of loopback, for all tests of a module.
+
+With GEMCUTTER_TEST_RANKS=2 every model here runs on two tensor-parallel ranks (`make ranks`): a client must not see it.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,6 +24,9 @@ from gemcutter.server.options import ServerOptions
 from gemcutter.server.service import Service
 
 START_S = 20.0
+RANKS = int(os.environ.get("GEMCUTTER_TEST_RANKS", "1"))
+if RANKS > 1:
+    gemcutter.load = functools.partial(gemcutter.load, tensor_parallel=RANKS)
 
 
 @dataclass(frozen=True)
