@@ -261,7 +261,9 @@ class ModelPlan:
             raise ConfigError(f"rank {rank} of {world}: expected 0 to {world - 1}")
         uneven = {layer.heads for layer in self.layers if layer.heads % world}
         if uneven:
-            raise ConfigError(f"tensor parallelism over {world} ranks: {uneven.pop()} query heads can't be shared evenly by them")
+            heads = uneven.pop()
+            why = f"{heads} query heads can't be shared evenly by them; take a number of ranks that divides {heads}"
+            raise ConfigError(f"tensor parallelism over {world} ranks: {why}")
         whole = self
         if mlp_unit > 1:
             whole = replace(self, layers=tuple(replace(layer, mlp_unit=mlp_unit) for layer in self.layers))
