@@ -7,7 +7,8 @@ know devices' figures and times: read `scale.py` for these, `checkpoint/load/mem
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemcutter.benchmark.synthetic import QUANTS, plan_of
@@ -15,17 +16,17 @@ from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.memory_needs import Holding, StoredPart, WeightMemory
 from gemcutter.checkpoint.load.slices import UNITS, cuts_of
 from gemcutter.errors import ConfigError
-from gemcutter.loading import on_rank
 from gemcutter.ops.backend import Backend
 from gemcutter.ops.registry import CPU, TRITON
 from gemcutter.param_spec import ParamSpec
 from gemcutter.plan import ModelPlan
 from gemcutter.quant.gguf_blocks import TYPES
-from gemcutter.quant.recipes import BlockScheme, Recipe, Scheme
-from gemcutter.shard import Shard
+from gemcutter.quant.recipes import RECIPES, BlockScheme, Recipe, Scheme
 
 DENSE_BYTES = 2  # of an element of a preset's dense matrices, which are bfloat16
 SCALE_BYTES = 4  # of a group of MLX's affine layout: scale and bias
+GROUP = re.compile(r"g(\d+)")  # in a scheme's name
+MICRO_GROUPS = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 BACKENDS: Mapping[str, Backend] = {"cpu": CPU, "cuda": TRITON}  # that a device is planned with, whatever this machine has
 
 
@@ -38,16 +39,20 @@ class PlannedModel:
     plan: ModelPlan
     parts: Mapping[str, tuple[StoredPart, ...]]
     holding: Holding
-    checkpoint: Checkpoint | None = None
-    unit: int = 1
+    unit: int
 
     def of_rank(self, rank: int, world: int) -> ModelPlan:
         """Return the plan of one rank, the whole plan where there is one. Raises ConfigError for ranks that can't share it."""
         if world == 1:
             return self.plan
-        if self.checkpoint is None:
-            return self.plan.shard(rank, world, self.unit)
-        return on_rank(self.checkpoint, Shard(rank, world), self.holding.quant).plan
+        plan = self.plan.shard(rank, world, self.unit)
+        for spec in plan.params():
+            groups = [group_of(part.dtype) for part in self.parts.get(spec.name, ()) if part.is_packed]
+            for taken in spec.slices if spec.shard_axis == -1 else ():
+                if any(edge % group for edge in (taken.start, taken.stop) if edge != taken.of for group in groups):
+                    why = f"{spec.name} is packed in groups of {max(groups)} columns, one of which would be cut in two"
+                    raise ConfigError(f"tensor parallelism over {world} ranks: {why}; use fewer ranks")
+        return plan
 
     def weights(self, plan: ModelPlan) -> dict[str, WeightMemory]:
         """Return the bytes of every parameter of a rank's plan."""
@@ -70,7 +75,7 @@ def from_checkpoint(name: str, checkpoint: Checkpoint, compute: str, place: str,
     }
     kinds = sorted({part.dtype for found in parts.values() for part in found})
     holding = Holding(compute, place, BACKENDS[place].packing, quant)
-    return PlannedModel(name, ", ".join(kinds), checkpoint.plan, parts, holding, checkpoint)
+    return PlannedModel(name, ", ".join(kinds), checkpoint.plan, parts, holding, _column_unit(parts, quant))
 
 
 def from_preset(preset: str, quant: str, compute: str, place: str) -> PlannedModel:
@@ -80,7 +85,7 @@ def from_preset(preset: str, quant: str, compute: str, place: str) -> PlannedMod
     plan, recipe = plan_of(preset), QUANTS[quant]
     parts = {spec.name: tuple(_stored(spec, recipe)) for spec in plan.params() if len(spec.shape) > 1}
     holding = Holding(compute, place, BACKENDS[place].packing)
-    return PlannedModel(preset, quant, plan, parts, holding, unit=_column_unit(plan, recipe))
+    return PlannedModel(preset, quant, plan, parts, holding, _column_unit(parts, None))
 
 
 def _stored(spec: ParamSpec, recipe: Recipe) -> Iterator[StoredPart]:
@@ -101,16 +106,27 @@ def stored_bits(scheme: Scheme) -> float:
     return scheme.bits + 8 * SCALE_BYTES / scheme.group
 
 
-def _column_unit(plan: ModelPlan, recipe: Recipe) -> int:
-    """Return the fewest columns of an MLP's out-projection that cut no group of any layer, as `column_unit` does for files."""
-    groups = {_group(recipe.scheme(spec.name, spec.shape[-1])) for spec in plan.params() if spec.name.endswith(".mlp.out")}
-    return next(unit for unit in UNITS if all(unit % group == 0 for group in groups))
+def _column_unit(parts: Mapping[str, Sequence[StoredPart]], quant: str | None) -> int:
+    """Return the fewest columns of an MLP's out-projection that cut no group of any layer, as the loader finds them.
+
+    Raises ConfigError where no cut is possible.
+    """
+    packed = [part for name, found in parts.items() if name.endswith(".mlp.out") for part in found if part.is_packed]
+    groups = {group_of(part.dtype) for part in packed}
+    if quant is not None:
+        groups |= {getattr(scheme, "group", UNITS[0]) for scheme in RECIPES[quant].usual}
+    for unit in UNITS:
+        if all(unit % group == 0 for group in groups):
+            return unit
+    raise ConfigError(f"the MLP's columns are packed in groups of {max(groups)}, which no ranks can share")
 
 
-def _group(scheme: Scheme | None) -> int:
-    if scheme is None:
-        return 1
-    return TYPES[scheme.name].values if isinstance(scheme, BlockScheme) else scheme.group
+def group_of(scheme: str) -> int:
+    """Return how many columns of a packed matrix stay together: a block, or a group that has its scale; 1 where none do."""
+    if scheme in TYPES:
+        return TYPES[scheme].values
+    found = GROUP.search(scheme)
+    return int(found[1]) if found else MICRO_GROUPS.get(scheme, 1)
 
 
 EXPERTS, TABLE = "experts", "per-layer table"

@@ -289,8 +289,14 @@ def _speeds(speeds: Sequence[dict[str, Any]]) -> Table:
         many = f", {row['batch']} sequences" if row["batch"] > 1 else ""
         name = f"prompt of {row['tokens']}" if row["test"] == "prompt" else f"reply after {row['depth']} tokens{many}"
         times = (_time(row[key]) for key in ("seconds", "read_s", "compute_s", "exchange_s"))
-        table.add_row(name, "-" if row["tok_s"] is None else f"{row['tok_s']:.4g}", *times, row["bound"] or "-")
+        table.add_row(name, _speed(row["tok_s"]), *times, row["bound"] or "-")
     return table
+
+
+def _speed(tokens: float | None) -> str:
+    if tokens is None:
+        return "-"
+    return f"{tokens:.0f}" if tokens >= 1000 else f"{tokens:.3g}"
 
 
 def _time(seconds: float | None) -> str:
