@@ -188,7 +188,12 @@ def _parts(times: Sequence[StepTime]) -> dict[str, Any]:
         own = [getattr(each, name) for each in times]
         sums[name] = None if None in own else sum(own)
     most = max(sums, key=lambda name: sums[name] or 0.0)
-    return {"tok_s": None, "seconds": None, **sums, "bound": BOUNDS[most] if None not in sums.values() else None}
+    return {
+        "tok_s": None,
+        "seconds": None,
+        **sums,
+        "bound": None if sums["read_s"] is None or sums["exchange_s"] is None else BOUNDS[most],
+    }
 
 
 # ---- other numbers of ranks ----
