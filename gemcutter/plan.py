@@ -83,6 +83,11 @@ class MoEPlan:
     first: int = 0
     held: int | None = None
 
+    @property
+    def num_held(self) -> int:
+        """Count the experts that are held."""
+        return self.experts if self.held is None else self.held
+
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
@@ -256,7 +261,9 @@ class ModelPlan:
             raise ConfigError(f"rank {rank} of {world}: expected 0 to {world - 1}")
         uneven = {layer.heads for layer in self.layers if layer.heads % world}
         if uneven:
-            raise ConfigError(f"tensor parallelism over {world} ranks: {uneven.pop()} query heads can't be shared evenly by them")
+            heads = uneven.pop()
+            why = f"{heads} query heads can't be shared evenly by them; take a number of ranks that divides {heads}"
+            raise ConfigError(f"tensor parallelism over {world} ranks: {why}")
         whole = self
         if mlp_unit > 1:
             whole = replace(self, layers=tuple(replace(layer, mlp_unit=mlp_unit) for layer in self.layers))
@@ -362,15 +369,29 @@ class ModelPlan:
         2 per multiply-accumulate. With `skip_rows`, unwanted rows stop once the last writer has its keys and values;
         without it they pass every layer. The head runs on wanted rows either way. `attention` adds scores and values.
         """
-        total = 2 * self.vocab * self.hidden * wanted
-        for layer in self.layers:
-            rows = tokens if not skip_rows or layer.index < self.num_full_layers else wanted
-            total += 2 * _row_macs(layer, self.hidden) * rows
-            total += 2 * 2 * layer.heads * layer.head_dim * _seen(layer, tokens, rows) if attention else 0
-            if skip_rows and layer.drops_rows:  # keys and values are still made for all rows
-                kv_rows = sum(rows for part, rows in layer.attn_parts() if part != "q")
-                total += 2 * self.hidden * kv_rows * (tokens - wanted)
+        layers = sum(self.layer_flops(layer, tokens, wanted, skip_rows, attention) for layer in self.layers)
+        return 2 * self.head_rows.size * self.hidden * wanted + layers
+
+    def layer_flops(self, layer: LayerPlan, tokens: int, wanted: int = 1, skip_rows: bool = True, attention: bool = True) -> int:
+        """Count what one layer does in such a prefill; of experts a rank does its share, as chosen on average."""
+        rows = self.whole_rows(layer, tokens, wanted) if skip_rows else tokens
+        total = 2 * _row_macs(layer, self.hidden) * rows
+        total += 2 * 2 * layer.heads * layer.head_dim * _seen(layer, tokens, rows) if attention else 0
+        if skip_rows and layer.drops_rows:  # keys and values are still made for all rows
+            kv_rows = sum(rows for part, rows in layer.attn_parts() if part != "q")
+            total += 2 * self.hidden * kv_rows * (tokens - wanted)
         return total
+
+    def whole_rows(self, layer: LayerPlan, rows: int, wanted: int) -> int:
+        """Count those of a step's rows that pass a layer whole, when the states of `wanted` are wanted."""
+        return rows if layer.index < self.num_full_layers else wanted
+
+    @property
+    def stage_starts(self) -> tuple[int, ...]:
+        """List the layers, the first one apart, that a pipeline's stage may begin with: from there on nothing is read that a
+        layer before has written.
+        """
+        return tuple(first for first in range(1, len(self.layers)) if all(at.kv_layer >= first for at in self.layers[first:]))
 
 
 def _seen(layer: LayerPlan, tokens: int, rows: int) -> int:
@@ -386,8 +407,10 @@ def _row_macs(layer: LayerPlan, hidden: int) -> int:
     """Count the multiply-accumulates of one row in one layer's matrix products, its share of the PLE projection included."""
     attn = hidden * (sum(rows for _, rows in layer.attn_parts()) + layer.heads * layer.head_dim)
     mlp = 3 * hidden * layer.mlp_width
-    moe = hidden * (layer.moe.experts + 3 * layer.moe.top_k * layer.moe.width) if layer.moe else 0
-    return attn + mlp + moe + 3 * hidden * layer.ple_dim
+    moe, experts = layer.moe, 0
+    if moe is not None:
+        experts = hidden * (moe.experts + 3 * moe.width * moe.top_k * moe.num_held // moe.experts)
+    return attn + mlp + experts + 3 * hidden * layer.ple_dim
 
 
 def _layer_params(layer: LayerPlan, hidden: int) -> Iterator[ParamSpec]:

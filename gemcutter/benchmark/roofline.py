@@ -7,31 +7,40 @@ packed bytes), keys, values and operations by the plan. Refuses to know how the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
-from gemcutter.ops.types import Param
 from gemcutter.param_spec import Access, ParamSpec
 from gemcutter.plan import ModelPlan
 
 
-def held_bytes(plan: ModelPlan, params: Mapping[str, Param]) -> int:
+class HasBytes(Protocol):
+    """What is counted of a parameter: one that is there, or one that is only planned."""
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes that it takes, or would take."""
+
+
+def held_bytes(plan: ModelPlan, params: Mapping[str, HasBytes]) -> int:
     """Count the bytes of the weights that are read whole: all but the tables that are only gathered from by the row."""
     return sum(params[spec.name].nbytes for spec in plan.params() if not _is_gathered(plan, spec))
 
 
-def token_bytes(plan: ModelPlan, params: Mapping[str, Param], batch: int = 1) -> int:
+def token_bytes(plan: ModelPlan, params: Mapping[str, HasBytes], batch: int = 1) -> int:
     """Count the bytes of weights that decoding one token of each of `batch` sequences must read.
 
     All are read once, of experts those that some sequence chooses, as many as independent choices give, of tables a row each.
 
     Keys and values come on top: `plan.read_bytes(tokens, 0, itemsize)`.
     """
-    total = 0.0
-    for spec in plan.params():
-        if not _is_gathered(plan, spec):
-            total += params[spec.name].nbytes * plan.read_share(spec, batch)
-        elif spec.shape[0]:
-            total += batch * params[spec.name].nbytes / spec.shape[0]  # one row of a table
-    return int(total)
+    return int(sum(read_bytes(plan, spec, params[spec.name].nbytes, batch) for spec in plan.params()))
+
+
+def read_bytes(plan: ModelPlan, spec: ParamSpec, nbytes: int, batch: int) -> float:
+    """Count what such a step reads of one parameter of `nbytes`."""
+    if not _is_gathered(plan, spec):
+        return nbytes * plan.read_share(spec, batch)
+    return batch * nbytes / spec.shape[0] if spec.shape[0] else 0.0  # one row of a table for each
 
 
 def prefill_flops(plan: ModelPlan, depth: int, tokens: int) -> int:

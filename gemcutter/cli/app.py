@@ -29,6 +29,7 @@ from gemcutter.cli import (
     models,
     options,
     parse,
+    plan,
     run,
     score,
     serve,
@@ -67,6 +68,7 @@ SHORT = {  # of what does not fit beside the others on a terminal of 80 columns
     "verify": "Certify that two ways of computing a model agree.",
     "bench-serve": "Put a load on a server, and measure it.",
     "lm-eval": "Run lm-eval on a model, in one process.",
+    "plan": "Say what a model needs on several ranks, and how fast.",
     "bench": "Measure speed and memory beside this machine's limits.",
 }
 VERDICTS = ("doctor", "verify")  # whose exit code says something: it is not 0 where nobody has read the rest
@@ -75,6 +77,7 @@ for _module in (
     chat,
     serve,
     inspect,
+    plan,
     doctor,
     models,
     convert,

@@ -26,6 +26,7 @@ from gemcutter.checkpoint.load.match import Checkpoint, Piece, read_checkpoint
 from gemcutter.checkpoint.load.match_towers import find_tower_files
 from gemcutter.checkpoint.load.memory_needs import (
     WeightMemory,
+    kv_widths,
     other_memory,
     quant_notes,
     recipe_scheme,
@@ -35,13 +36,13 @@ from gemcutter.checkpoint.load.memory_needs import (
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
-from gemcutter.cli.terminal import spell_bytes, spell_count, spell_tower, spell_work, tables
+from gemcutter.cli.terminal import new_table, spell_bytes, spell_count, spell_tower, spell_work, tables
 from gemcutter.errors import ConfigError, RequestError
 from gemcutter.load_options import DEFAULT_CONTEXT, own_dtype
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, Selection, select_backend
 from gemcutter.param_spec import Access
-from gemcutter.plan import INT8_SCALE_BYTES, LayerPlan
+from gemcutter.plan import LayerPlan
 from gemcutter.tower_plan import TowerPlan, derive_audio, derive_vision
 
 if TYPE_CHECKING:
@@ -100,12 +101,12 @@ class Use:
     @property
     def kv_item_bytes(self) -> int:
         """Return the bytes of one element of the cache."""
-        return ITEM_BYTES[self.dtype] if self.kv is None else 1
+        return kv_widths(self.dtype, self.kv)[0]
 
     @property
     def kv_scale_bytes(self) -> int:
         """Return the bytes of the scale beside each key and value vector of a head."""
-        return INT8_SCALE_BYTES if self.kv == "int8" else 0
+        return kv_widths(self.dtype, self.kv)[1]
 
 
 def inspect(
@@ -430,20 +431,10 @@ def _files(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} files"
 
 
-def _table(title: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column.strip("<"), justify="left" if column.startswith("<") else "right", no_wrap=True)
-    return table
-
-
 def _layers(layers: Sequence[dict[str, Any]]) -> Table:
     optional = {"experts": any(row["experts"] for row in layers), "PLE": any(row["ple_dim"] for row in layers)}
     extra = [name for name, is_shown in optional.items() if is_shown]
-    table = _table("Layers", "layer", "<attention", "window", "<owns", "<reads", "heads", "kv", "dim", "MLP", *extra, "bytes")
+    table = new_table("Layers", "layer", "<attention", "window", "<owns", "<reads", "heads", "kv", "dim", "MLP", *extra, "bytes")
     for row in layers:
         source, moe = row["kv_source"], row["experts"]
         cells = {"experts": f"{moe['top_k']} of {moe['count']} x {moe['width']}" if moe else "", "PLE": str(row["ple_dim"])}
@@ -461,7 +452,7 @@ def _layers(layers: Sequence[dict[str, Any]]) -> Table:
 
 
 def _contexts(contexts: Sequence[dict[str, Any]]) -> Table:
-    table = _table("By context", "tokens", "KV memory", "read per token", "prefill", "if all rows ran", "saved")
+    table = new_table("By context", "tokens", "KV memory", "read per token", "prefill", "if all rows ran", "saved")
     for row in contexts:
         flops, whole = row["prefill_flops"], row["prefill_flops_all_rows"]
         work = ("-", "-", "-") if flops is None else (spell_work(flops), spell_work(whole), f"{1 - flops / whole:.0%}")
@@ -475,7 +466,7 @@ def _contexts(contexts: Sequence[dict[str, Any]]) -> Table:
 
 
 def _kernels(kernels: Sequence[dict[str, Any]]) -> Table:
-    table = _table("Kernels", "<op", "<kernel", "<weights", "<layers")
+    table = new_table("Kernels", "<op", "<kernel", "<weights", "<layers")
     table.add_column("why not a faster one")
     for row in kernels:
         reasons = "; ".join(f"{refusal['kernel']}: {refusal['reason']}" for refusal in row["refusals"])

@@ -32,8 +32,8 @@ def _checked(option: str) -> Callable[[typer.Context, str | None], str | None]:
     """Build the callback that checks a load option as `LoadOptions` does. It raises typer.BadParameter."""
 
     def check(context: typer.Context, value: str | None) -> str | None:
-        if option == "quant" and context.info_name == "bench":
-            return value  # which takes other names for a preset, and checks both itself
+        if option == "quant" and context.info_name in ("bench", "plan"):
+            return value  # which take other names for a preset, and check both themselves
         try:
             return value if value is None else CHECKS[option](value)
         except GemcutterError as error:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 PATIENCE_S = 1.0  # shorter work shows no bar
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -43,6 +44,17 @@ def tables(width: int) -> Iterator[Console]:
     kept = io.StringIO()
     yield Console(file=kept, width=width, markup=False, highlight=False, emoji=False)
     print("\n".join(line.rstrip() for line in kept.getvalue().splitlines()))
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """Return an empty table; a column whose name begins with < is of text, the others are of numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.strip("<"), justify="left" if column.startswith("<") else "right", no_wrap=True)
+    return table
 
 
 class Volume(Enum):

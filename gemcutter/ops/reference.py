@@ -257,7 +257,7 @@ def _build_experts(
     norm, router = vector(params, "moe.norm"), matrix(params, "moe.router")
     scale, expert_scale = vector(params, "moe.router_scale") * plan.hidden**-0.5, vector(params, "moe.expert_scale")
     w_in, w_out = matrix(params, "moe.in"), matrix(params, "moe.out")
-    held = range(moe.first, moe.first + (moe.experts if moe.held is None else moe.held))
+    held = range(moe.first, moe.first + moe.num_held)
 
     def experts(x_MD: Tensor, adapters: AdapterRows) -> Tensor:
         chance_MX = ctx.linear_lora(rms_norm(x_MD.float(), None, plan.eps) * scale, router, adapters).softmax(-1)

@@ -96,6 +96,8 @@ MAY_IMPORT = {
     "evals": {"api", "completion", "engine", "generate_options", "load_options", "parity", "scoring", "text", "tools"},
     "parity": {"plan", "param_spec", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
     "benchmark": {
+        "parallel",
+        "shard",
         "cores",
         "plan",
         "param_spec",

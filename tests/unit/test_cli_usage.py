@@ -29,7 +29,7 @@ from gemcutter.errors import GemcutterError
 from gemcutter.load_options import LoadOptions
 
 CLI = [sys.executable, "-m", "gemcutter.cli"]
-COMMANDS = ("run", "chat", "inspect", "models", "score", "verify", "bench", "bench-serve", "tiny", "cache")
+COMMANDS = ("run", "chat", "inspect", "plan", "models", "score", "verify", "bench", "bench-serve", "tiny", "cache")
 LOADERS = {"run": ["demo", "hi"], "chat": ["demo"], "score": ["demo", os.devnull], "verify": ["demo"]}
 LOADERS["serve"] = ["demo", "--port", "0"]
 LOADERS["eval"] = ["demo", "--task", "copy/chat"]

@@ -1,24 +1,29 @@
 """What a model will take in memory, told from headers and the plan before anything is loaded or downloaded.
 
-Owns the count of weights by how they are held (mapped, in memory, read by rows), which follows `held.py` and the loader, the
-estimate of all else, which was measured, and what a quantization leaves as it is. Refuses to know options and how numbers are
-shown. Imports no torch, unless weights are to be quantized: read `cli/inspect.py` for the user, `load_params.py` for what is
-counted here.
+Owns the count of weights by how they are held (mapped, in memory, read by rows), whole or what a rank takes of them, which
+follows `held.py` and the loader, the estimate of all else, which was measured, and what a quantization leaves as it is. Refuses
+to know options and how numbers are shown. Imports no torch, unless weights are to be quantized: read `cli/inspect.py` for the
+user, `load_params.py` for what is counted here.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
 from gemcutter.checkpoint.container.stored_tensor import PackedTensor, StoredTensor
 from gemcutter.checkpoint.load.held import ITEM_BYTES, stays_mapped
 from gemcutter.checkpoint.load.match import Checkpoint, Piece
 from gemcutter.param_spec import Access, ParamSpec
-from gemcutter.plan import ModelPlan
+from gemcutter.plan import INT8_SCALE_BYTES, ModelPlan
 
+Shape = tuple[int, ...]
+Shapes = Sequence[Shape]
+
+PANEL_ROWS, PANEL_ALIGN = 16, 64  # as in `quant/cpu_layout.py`, which imports torch
 # Bits of a value in the panels of the CPU kernels, its scales included; `quant/cpu_layout.py` is the definition.
 PANEL_BITS = {
     "Q4_0": 4.5,
@@ -63,9 +68,90 @@ BUFFER_SHARE = 0.8  # of what the rows of a step would take if nothing were reus
 class WeightMemory:
     """Bytes of weights by how they are held."""
 
-    mapped: int  # used where they lie in the file: in the page cache, which other processes share and the system may drop
-    resident: int  # in memory of the process's own, or of the GPU
-    by_rows: int  # tables that stay on disk: only the rows of the tokens in use are read
+    mapped: int = 0  # used where they lie in the file: in the page cache, which other processes share and the system may drop
+    resident: int = 0  # in memory of the process's own, or of the GPU
+    by_rows: int = 0  # tables that stay on disk: only the rows of the tokens in use are read
+
+    def __add__(self, other: WeightMemory) -> WeightMemory:
+        """Return both together."""
+        return WeightMemory(self.mapped + other.mapped, self.resident + other.resident, self.by_rows + other.by_rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Count the bytes, wherever they are."""
+        return self.mapped + self.resident + self.by_rows
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """A piece of a matrix as a file stores it: dtype or packed scheme, whole shape, bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    is_packed: bool
+
+    @staticmethod
+    def of(data: LazyTensor | PackedTensor) -> StoredPart:
+        """Return what headers tell of a stored tensor."""
+        return StoredPart(data.dtype, data.shape, data.nbytes, isinstance(data, PackedTensor))
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """How weights are held once they are loaded for a compute dtype on a type of device.
+
+    `packing` is a backend's name for how a stored scheme is held, `quant` the recipe by which dense weights are quantized.
+    """
+
+    compute: str
+    device: str
+    packing: Callable[[str], str]
+    quant: str | None = None
+
+    def weight(
+        self, spec: ParamSpec, parts: Sequence[StoredPart], shapes: Sequence[Shapes], changed: Sequence[bool]
+    ) -> WeightMemory:
+        """Count the bytes of one parameter, of which `shapes` are taken of each stored part.
+
+        An adapter is merged into the parts that are `changed`.
+        """
+        if len(spec.shape) < 2:
+            return WeightMemory(resident=4 * spec.elements)
+        if spec.access is Access.ROWS and self.device == "cpu":
+            return WeightMemory(by_rows=sum(part.nbytes for part in parts))
+        dense = [part.dtype for part in parts if not part.is_packed]
+        scheme = None if self.quant is None or spec.access is Access.ROWS else recipe_scheme(self.quant, spec)
+        found = {"mapped": 0, "resident": 0}
+        for part, taken, is_changed in zip(parts, shapes, changed, strict=True):
+            for shape in taken:
+                how, nbytes = self._part(part, shape, dense, scheme, is_changed)
+                found[how] += nbytes
+        return WeightMemory(**found)
+
+    def _part(self, part: StoredPart, shape: Shape, dense: list[str], scheme: str | None, is_changed: bool) -> tuple[str, int]:
+        """Return how what is taken of a stored part is held, and in how many bytes."""
+        elements = math.prod(shape)
+        stored, computed = part.nbytes * elements // max(1, math.prod(part.shape)), elements * ITEM_BYTES[self.compute]
+        if scheme is not None and (is_changed or not part.is_packed):
+            return "resident", self._packed_bytes(scheme, shape, computed)
+        if is_changed:
+            return "resident", computed
+        if part.is_packed:
+            is_repacked = self.packing(part.dtype) != part.dtype
+            if self.device != "cpu":
+                return "resident", stored
+            return ("resident", self._packed_bytes(part.dtype, shape, stored)) if is_repacked else ("mapped", stored)
+        if stays_mapped(dense, part.dtype, self.compute, self.device):
+            return "mapped", stored
+        return "resident", computed
+
+    def _packed_bytes(self, scheme: str, shape: Shape, otherwise: int) -> int:
+        """Count the bytes of a matrix in the form that kernels read; `otherwise` where it is not known."""
+        bits = panel_bits(scheme)
+        if bits is None:
+            return otherwise
+        return panel_bytes(shape, bits) if self.device == "cpu" else int(math.prod(shape) * bits / 8)
 
 
 def weight_memory(
@@ -76,60 +162,31 @@ def weight_memory(
     quant: str | None = None,
     changed: Collection[Piece] = (),
 ) -> WeightMemory:
-    """Count the bytes that the weights take, as they are loaded for a compute dtype on a type of device.
+    """Count the bytes that the weights of a whole model take, held as `Holding` says.
 
-    `packing` is a backend's name for how a stored scheme is held. `quant` names the recipe that dense weights are quantized by,
-    `changed` the pieces that an adapter is merged into.
+    `changed` are the pieces that an adapter is merged into.
     """
-    found = {"mapped": 0, "resident": 0, "by_rows": 0}
+    holding, found = Holding(compute, device, packing, quant), WeightMemory()
     for spec in checkpoint.plan.params():
         pieces = checkpoint.matched.pieces[spec.name]
-        if len(spec.shape) < 2:
-            found["resident"] += 4 * spec.elements
-        elif spec.access is Access.ROWS and device == "cpu":
-            found["by_rows"] += sum(piece.data.nbytes for piece in pieces)
-        else:
-            dense = [piece.data.dtype for piece in pieces if not isinstance(piece.data, PackedTensor)]
-            scheme = None if quant is None or spec.access is Access.ROWS else recipe_scheme(quant, spec)
-            for piece in pieces:
-                is_changed = (spec.name, piece.part) in changed
-                how, nbytes = _held(piece, dense, compute, device, packing, scheme, is_changed)
-                found[how] += nbytes
-    return WeightMemory(**found)
+        parts = [StoredPart.of(piece.data) for piece in pieces]
+        whole = [(part.shape,) for part in parts]
+        found += holding.weight(spec, parts, whole, [(spec.name, piece.part) in changed for piece in pieces])
+    return found
 
 
 def recipe_scheme(quant: str, spec: ParamSpec) -> str | None:
     """Return the scheme that a recipe gives a matrix; None where it stays dense."""
     from gemcutter.quant.recipes import RECIPES  # imports torch
 
-    scheme = RECIPES[quant].scheme(spec.name, spec.shape[-1])
+    scheme = RECIPES[quant].scheme(spec.name, spec.stored_shape[-1])
     return None if scheme is None else scheme.name
 
 
-def _held(
-    piece: StoredTensor,
-    dense: list[str],
-    compute: str,
-    device: str,
-    packing: Callable[[str], str],
-    scheme: str | None,
-    is_changed: bool,
-) -> tuple[str, int]:
-    """Return how one stored piece of a matrix is held, and in how many bytes."""
-    data, elements = piece.data, math.prod(piece.data.shape)
-    is_packed = isinstance(data, PackedTensor)
-    if scheme is not None and (is_changed or not is_packed):
-        return "resident", int(elements * (panel_bits(scheme) or 8 * ITEM_BYTES[compute]) / 8)
-    if is_changed:
-        return "resident", elements * ITEM_BYTES[compute]
-    if is_packed:
-        is_repacked = packing(data.dtype) != data.dtype
-        bits = panel_bits(data.dtype) if is_repacked and device == "cpu" else None
-        how = "resident" if is_repacked or device != "cpu" else "mapped"
-        return how, data.nbytes if bits is None else int(elements * bits / 8)
-    if stays_mapped(dense, data.dtype, compute, device):
-        return "mapped", data.nbytes
-    return "resident", elements * ITEM_BYTES[compute]
+def panel_bytes(shape: Shape, bits: float) -> int:
+    """Count the bytes of a matrix, or a stack of them, in panels of whole rows, each of which begins at a cache line."""
+    stride = -(-PANEL_ROWS * shape[-1] * bits // (8 * PANEL_ALIGN)) * PANEL_ALIGN
+    return math.prod(shape[:-2]) * -(-shape[-2] // PANEL_ROWS) * int(stride)
 
 
 def panel_bits(scheme: str) -> float | None:
@@ -145,6 +202,11 @@ def panel_bits(scheme: str) -> float | None:
     return codes + (scales / group if group else 0.0)
 
 
+def kv_widths(compute: str, kv: str | None) -> tuple[int, int]:
+    """Return the bytes of an element of the cache, and of the scale beside each key and value vector of a head."""
+    return ITEM_BYTES[compute] if kv is None else 1, INT8_SCALE_BYTES if kv == "int8" else 0
+
+
 def other_memory(checkpoint: Checkpoint, is_packing: bool) -> int:
     """Estimate what a process on a CPU takes beside weights, keys and values; `is_packing` where weights are packed at load."""
     plan = checkpoint.plan
@@ -156,13 +218,13 @@ def other_memory(checkpoint: Checkpoint, is_packing: bool) -> int:
     return PROCESS_BYTES + PIECE_BYTES * plan.vocab + packing + step_memory(plan)
 
 
-def step_memory(plan: ModelPlan) -> int:
+def step_memory(plan: ModelPlan, rows: int = STEP_ROWS) -> int:
     """Estimate the bytes of the rows of one step, in float32, on their way through the widest layer."""
     widest = 0
     for layer in plan.layers:
         experts = layer.moe.top_k * 2 * (plan.hidden + layer.moe.width) if layer.moe else 0
         widest = max(widest, 2 * layer.heads * layer.head_dim + 2 * layer.mlp_width + experts)
-    return int(BUFFER_SHARE * STEP_ROWS * 4 * (4 * plan.hidden + widest))
+    return int(BUFFER_SHARE * rows * 4 * (4 * plan.hidden + widest))
 
 
 def quant_notes(checkpoint: Checkpoint, quant: str, changed: Collection[Piece] = ()) -> list[str]:

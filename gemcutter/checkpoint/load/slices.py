@@ -68,7 +68,7 @@ class Cut:
 WHOLE = Cut()
 
 
-def cuts_of(spec: ParamSpec, pieces: Sequence[StoredTensor]) -> list[list[Cut]]:
+def cuts_of(spec: ParamSpec, pieces: Sequence[object]) -> list[list[Cut]]:
     """Return what a rank takes of each piece: several cuts where parts that are cut lie in one piece."""
     if not spec.slices:
         return [[WHOLE] for _ in pieces]

@@ -162,8 +162,7 @@ class BoundLayer:
         moe = self.layer.moe
         assert moe is not None
         halves, w_out = self._halves("moe.in"), matrix(self.params, "moe.out")
-        held = moe.experts if moe.held is None else moe.held
-        stacks = [[stack.expert(index) for index in range(held)] for stack in (*halves, w_out)]
+        stacks = [[stack.expert(index) for index in range(moe.num_held)] for stack in (*halves, w_out)]
         gate, up, down = (array_of([part for expert in stack for part in expert.parts]) for stack in stacks)
         router = matrix(self.params, "moe.router")
         router_scale = rows_of(vector(self.params, "moe.router_scale") * self.view.hidden**-0.5)
@@ -172,7 +171,7 @@ class BoundLayer:
             top_k=moe.top_k,
             width=moe.width,
             first=moe.first,
-            held=held,
+            held=moe.num_held,
             router=whole_matrix(router),
             gate=ctypes.addressof(gate),
             up=ctypes.addressof(up),
