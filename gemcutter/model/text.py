@@ -127,7 +127,9 @@ class Decoder:
         self.kernel_plan = KernelPlan(plan, site, self._stored)
         self.op_context = ctx = OpContext(bind_linear(self.params.values(), site), self.precision, ranks=ranks)
         self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
-        self._embed, self.final_norm, self._lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
+        self.embed, self.final_norm, self.lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
+        if ranks is not None and plan.cuts_head:
+            self.embed, self.lm_head = _summed_rows(plan, self.embed, ranks), _joined(plan, self.lm_head, ranks)
         self._next_norms = self._following_norms()
         self.layers = tuple(self._bind_layer(layer, self.params, ctx, self.kernel_plan) for layer in plan.layers)
         self.ple_embed: Callable[..., Tensor] | None = None
@@ -200,21 +202,10 @@ class Decoder:
                 observe(layer.plan.index, x_MD)
         return self.final_norm(x_MD)
 
-    def embed(self, ids_N: Tensor) -> Tensor:
-        """Return the embeddings [N, D] of tokens; of tensor-parallel ranks each brings those that it holds."""
-        if self.ranks is None or not self.plan.cuts_head:
-            return self._embed(ids_N)
-        own = self.plan.head_rows
-        is_own_N = (ids_N >= own.start) & (ids_N < own.stop)
-        found = self._embed((ids_N - own.start).clamp(0, own.size - 1)) * is_own_N[:, None]
-        return self.ranks.sum(found)
-
     def logits(self, h_RD: Tensor) -> Tensor:
         """Return the soft-capped logits [R, V] of final-normed states, in float32."""
         with self._together(lambda leader: leader.head(h_RD)), self.on_device():
-            if self.ranks is None or not self.plan.cuts_head:
-                return self._lm_head(h_RD)
-            return self.ranks.join(self._lm_head(h_RD), self.plan.head_widths)
+            return self.lm_head(h_RD)
 
     def _together(self, tell: Callable[[StepLeader], AbstractContextManager[None]]) -> AbstractContextManager[object]:
         """Let other ranks do what follows, too, where this one leads them."""
@@ -295,6 +286,22 @@ def bind_linear(params: Iterable[Param], site: KernelSite) -> Linear:
         (only,) = table.values()
         return only
     return lambda x_ND, weight: table[weight.stored](x_ND, weight)
+
+
+def _summed_rows(plan: ModelPlan, embed: Callable[[Tensor], Tensor], ranks: Ranks) -> Callable[[Tensor], Tensor]:
+    """Return the embedding of tokens to which each rank brings the rows that it holds."""
+    own = plan.head_rows
+
+    def rows(ids_N: Tensor) -> Tensor:
+        is_own_N = (ids_N >= own.start) & (ids_N < own.stop)
+        return ranks.sum(embed((ids_N - own.start).clamp(0, own.size - 1)) * is_own_N[:, None])
+
+    return rows
+
+
+def _joined(plan: ModelPlan, lm_head: Callable[[Tensor], Tensor], ranks: Ranks) -> Callable[[Tensor], Tensor]:
+    """Return the head whose logits are those of all ranks side by side."""
+    return lambda h_RD: ranks.join(lm_head(h_RD), plan.head_widths)
 
 
 def _embed_ple(

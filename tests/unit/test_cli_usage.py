@@ -48,6 +48,7 @@ LOADING: dict[str, Any] = {
     "chat_template": "own",
     "generation_config": "none",
     "mmproj": "projector",
+    "tensor_parallel": 2,
 }
 
 
