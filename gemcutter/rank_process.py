@@ -7,7 +7,6 @@ it does then.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -27,15 +26,13 @@ from gemcutter.parallel.shared_ranks import SharedRanks
 from gemcutter.shard import Shard
 
 BEAT_S = 0.2
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def main(connection: int, file: int, rank: int, world: int) -> int:
     """Run a rank that a leader of this host started until it closes the connection; return the process's exit code."""
-    _die_with_leader()
     ranks = SharedRanks(file, Shard(rank, world))
     os.close(file)
-    threading.Thread(target=_beat, args=(ranks,), daemon=True).start()
+    threading.Thread(target=_beat, args=(ranks, os.getppid()), daemon=True).start()
     return serve(socket.socket(fileno=connection), ranks)
 
 
@@ -69,19 +66,15 @@ def serve(way: socket.socket, ranks: Ranks) -> int:
     return 0
 
 
-def _beat(ranks: SharedRanks) -> None:
-    while True:
+def _beat(ranks: SharedRanks, leader: int) -> None:
+    """Count as long as the leader lives, and end this process when it does not, whatever else it is doing.
+
+    The kernel would do that, too, but asks for the thread that started a process, and models are loaded in threads that end.
+    """
+    while os.getppid() == leader:
         ranks.beat()
         time.sleep(BEAT_S)
-
-
-def _die_with_leader() -> None:
-    """Let the kernel kill this process when its parent ends, or end now if that has happened already."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:
-        sys.exit(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

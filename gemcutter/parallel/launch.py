@@ -50,7 +50,10 @@ def launch(options: LoadOptions) -> tuple[SharedRanks, Leader]:
         here, there = socket.socketpair()
         command = [sys.executable, "-m", "gemcutter.rank_process", str(there.fileno()), str(file), str(rank), str(world)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        processes.append(subprocess.Popen(command, pass_fds=(there.fileno(), file), env=environment, stdin=subprocess.DEVNULL))
+        given = (there.fileno(), file)  # in a session of its own: what a terminal interrupts is the leader's business
+        processes.append(
+            subprocess.Popen(command, pass_fds=given, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        )
         there.close()
         here.sendall(encode("open", {"options": json.dumps(asdict(options)), "cpus": cores_of(rank, world)}))
         connections.append(here)

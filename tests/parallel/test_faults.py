@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,14 @@ def test_closing_a_model_ends_its_ranks() -> None:
     assert len(ranks) == 1
     model.close()
     wait_until_gone(ranks)
+
+
+def test_ranks_outlive_the_thread_that_loaded_the_model() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        model = threads.submit(load).result()
+    time.sleep(0.5)
+    with model:
+        assert model.generate("A lantern", max_tokens=4).text
 
 
 def test_a_model_that_nobody_holds_ends_its_ranks() -> None:
