@@ -43,6 +43,11 @@ class Leader:
         self._numbers = WeakKeyDictionary[PagedKVCache, int]()  # of caches that the other ranks have, too
         self._new_number, self._dropped = count(), deque[int]()
 
+    @property
+    def problem(self) -> str | None:
+        """Return why the group has ended, None while it runs."""
+        return self.monitor.problem
+
     def tell(self, command: str, **content: Any) -> None:
         """Send a command to all other ranks. Raises RankError if one is gone."""
         if self.monitor.problem is not None:
