@@ -133,10 +133,12 @@ MAY_IMPORT = {
         "media",
         "media_parts",
         "native",
+        "ray",
         "server",
         "tools",
     },
     "server": {"api", "completion", "engine", "generate_options", "media", "media_parts", "text"},
+    "ray": {"api", "load_options", "server"},
     "__main__": {"cli"},
     "__init__": {"api", "engine", "completion", "gc_pause", "generate_options", "scoring", "text"},
 }
