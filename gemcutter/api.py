@@ -376,7 +376,7 @@ class Model:
 
     @property
     def problem(self) -> str | None:
-        """Return what keeps the model from serving, None if nothing does: it is closed, or its engine or one of its ranks is gone."""
+        """Return what keeps the model from serving: it is closed, or its engine or a rank of it is gone. None: nothing does."""
         if "loop" not in vars(self):
             return CLOSED
         leader = self.decoder.leader

@@ -107,7 +107,7 @@ class Dispatch:
         query: bytes = request.scope["query_string"]
         return Call(
             request.method,
-            request.url.path,
+            f"/{request.path_params['path']}",  # without the application's own prefix
             query,
             tuple(request.headers.raw),
             raw,
