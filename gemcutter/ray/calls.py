@@ -16,8 +16,7 @@ from typing import Any
 BEFORE = ("tools", "system", "instructions")  # of a body, what prompts have in front of the conversation
 CONVERSATION = ("messages", "input", "prompt")  # by API: one of them holds it
 MOST_CHARACTERS = 200_000  # of a prompt that are looked at; the router keeps them in a tree
-LONG = 2000  # characters of a word without blanks, such as an image in base64, of which a digest says as much
-FIRST = 2  # messages that tell conversations apart: a system prompt, and what the user asked first
+LONG = 2000  # characters of an ASCII word, such as an image in base64, of which a digest says as much
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -67,18 +66,24 @@ def prompt_of(body: Mapping[str, Any]) -> str:
 def session_of(body: Mapping[str, Any]) -> str:
     """Return what stays the same through a conversation: a digest of how it begins, an empty text where there is none."""
     told = [body.get(name) for name in BEFORE]
-    for name in CONVERSATION:
-        value = body.get(name)
-        told.append(value[:FIRST] if isinstance(value, list) else value)
+    told += [_opening(body.get(name)) for name in CONVERSATION]
     text = "\n".join(_words(told))
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest() if text else ""
+
+
+def _opening(value: object) -> object:
+    """Return the messages up to the user's first one; a prompt that is no conversation as it is."""
+    if not isinstance(value, list):
+        return value
+    asked = (place for place, each in enumerate(value) if isinstance(each, Mapping) and each.get("role") == "user")
+    return value[: next(asked, len(value)) + 1]
 
 
 def _words(value: object) -> Iterator[str]:
     """Yield the texts of a value in order, with the names that they stand under, whatever its shape."""
     if isinstance(value, str):
-        is_text = len(value) <= LONG or " " in value[:LONG]
-        yield value if is_text else hashlib.blake2b(value.encode(errors="replace"), digest_size=16).hexdigest()
+        is_data = len(value) > LONG and value.isascii() and len(value[:LONG].split()) == 1
+        yield value if not is_data else hashlib.blake2b(value.encode(errors="replace"), digest_size=16).hexdigest()
     elif isinstance(value, Mapping):
         for name, part in value.items():
             yield str(name)
