@@ -144,13 +144,13 @@ class Dispatch:
     async def _ask(self, call: Call, is_first: bool) -> Response:
         """Return the answer of one replica: whole, or as a stream of which nothing has been read. Raises ReplicaLost."""
         source = self._send(call, is_first)
-        is_handed_on = False
+        parts, is_handed_on = _parts(source), False
         try:
-            head = await self._head(source)
+            head = await self._head(parts)
             if head.is_stream:
                 is_handed_on = True
-                return ReplyStream(head, self._rest(source, call), source.cancel)
-            body = b"".join([part async for part in _parts(source) if isinstance(part, bytes)])
+                return ReplyStream(head, _rest(parts, call), source.cancel)
+            body = b"".join([part async for part in parts if isinstance(part, bytes)])
             response = Response(body, head.status)
             response.raw_headers = [*_kept(head), (b"content-length", str(len(body)).encode())]
             return response
@@ -169,9 +169,8 @@ class Dispatch:
         )
         return handle.remote(call) if is_first and call.prompt else handle.remote(call=call)
 
-    async def _head(self, source: Any) -> Head:
+    async def _head(self, parts: AsyncIterator[Part]) -> Head:
         """Wait until a replica has taken the call, which is soon, and then for the head of its answer, which may take long."""
-        parts = _parts(source)
         try:
             await asyncio.wait_for(anext(parts), self._options.accept_timeout_s)
             head = await anext(parts)
@@ -182,17 +181,18 @@ class Dispatch:
         assert isinstance(head, Head)
         return head
 
-    async def _rest(self, source: Any, call: Call) -> AsyncGenerator[bytes]:
-        """Yield the bytes of a stream; where the replica is lost, its last event says so."""
-        events = 0
-        try:
-            async for part in _parts(source):
-                assert isinstance(part, bytes)
-                events += part.count(b"data: ")
-                yield part
-        except ReplicaLost as error:
-            log.warning("%s %s: %s", call.method, call.path, error)
-            yield last_event(call.path, events)
+
+async def _rest(parts: AsyncIterator[Part], call: Call) -> AsyncGenerator[bytes]:
+    """Yield the bytes of a stream; where the replica is lost, its last event says so."""
+    events = 0
+    try:
+        async for part in parts:
+            assert isinstance(part, bytes)
+            events += part.count(b"data: ")
+            yield part
+    except ReplicaLost as error:
+        log.warning("%s %s: %s", call.method, call.path, error)
+        yield last_event(call.path, events)
 
 
 async def _parts(source: Any) -> AsyncGenerator[Part]:

@@ -15,12 +15,12 @@ from pathlib import Path
 from ray import serve
 
 from gemcutter import api
-from gemcutter.errors import GemcutterError, RankError, RequestError
+from gemcutter.errors import CheckpointError, GemcutterError, RankError, RequestError
 from gemcutter.ray.asgi_call import Part, answer
 from gemcutter.ray.calls import Call, Head
 from gemcutter.ray.options import ReplicaOptions
 from gemcutter.server.app import create_app
-from gemcutter.server.errors import as_api_error, is_anthropic
+from gemcutter.server.errors import ApiError, as_api_error, is_anthropic
 from gemcutter.server.routes.lora import NAME
 
 UNLOAD_S = 600.0  # that requests of an adapter have to end before it is unloaded
@@ -113,5 +113,8 @@ class Replica:
         folder = self._adapter_folder(name)
         if folder is None:
             raise RequestError(f"model: there is no adapter {name!r}")
-        await asyncio.to_thread(self.model.load_adapter, name, folder)
+        try:
+            await asyncio.to_thread(self.model.load_adapter, name, folder)
+        except CheckpointError as error:
+            raise ApiError(400, str(error), param="model") from error
         return LoadedAdapter(self.model, name)
