@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 import gemcutter
+from bench.conversations import hold_all
 from gemcutter.server.options import ServerOptions
 from tests.ray.conftest import MODEL, Deployed, deployed
-from tests.ray.conversations import hold_all
 from tests.server.conftest import Running, running
 
 QUESTION = [{"role": "user", "content": "What is a lantern?"}]

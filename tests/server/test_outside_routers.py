@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.ray.conversations import Counts, hold_all
+from bench.conversations import Counts, hold_all
 from tests.server.test_serve_command import process, url_of
 
 ROUTERS = ("sglang_router", "vllm_router")

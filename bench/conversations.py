@@ -1,4 +1,4 @@
-"""Conversations for tests and the benchmark of replicas: many that go on for a few turns, each after its own beginning.
+"""Conversations for the benchmark of replicas, and for their tests: many of a few turns, each after a beginning of its own.
 
 Owns what is said and how it is counted: tokens of prompts, and those of them that a replica had in its cache. Read
 `bench/ray_replicas.py` for the numbers.
