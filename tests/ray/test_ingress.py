@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -17,13 +18,13 @@ from gemcutter.ray import ingress as module
 from gemcutter.ray.calls import Call, Head
 from gemcutter.ray.ingress import Dispatch, create_ingress, last_event
 from gemcutter.ray.options import ReplicaOptions
-from gemcutter.server.errors import ApiError
 
 JSON = ((b"content-type", b"application/json"), (b"x-should-retry", b"false"), (b"x-request-id", b"theirs"))
 EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"),)
 WHOLE = [b"", Head(200, JSON), b'{"a":', b"1}"]
 FULL = [b"", Head(429, JSON), b"{}"]
 DIED = ActorDiedError()
+NOBODY = ["no replica takes it"]
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -38,6 +39,8 @@ class Source:
         self.is_cancelled = True
 
     async def __aiter__(self) -> AsyncIterator[Any]:
+        if self._parts == NOBODY:
+            await asyncio.sleep(60)
         for part in self._parts:
             if isinstance(part, Exception):
                 raise part
@@ -91,6 +94,13 @@ def test_it_gives_up_with_the_last_answer_or_with_an_error() -> None:
     assert (lost.status_code, lost.json()["error"]["type"]) == (529, "overloaded_error")
 
 
+def test_a_request_that_no_replica_takes_is_refused_in_time() -> None:
+    handle = Handle(*[NOBODY] * module.ATTEMPTS)
+    refused = client(handle, accept_timeout_s=0.05).post("/v1/chat/completions", json=BODY)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert all(source.is_cancelled for source in handle.sources)
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
 def test_a_stream_that_has_begun_ends_with_an_error(path: str) -> None:
     handle = Handle([b"", Head(200, EVENTS), b"data: {}\n\n", DIED])
@@ -139,7 +149,3 @@ def test_keys_and_sizes_are_checked_before_a_replica_is_asked() -> None:
     found = guarded.post("/v1/chat/completions", json=BODY, headers=key)
     assert found.status_code == 200
     assert "x-request-id" not in found.headers  # Ray's proxy adds it
-
-
-def test_errors_have_a_status_of_their_own() -> None:
-    assert ApiError(503, module.LOST).body(anthropic=False)["error"]["type"] == "service_unavailable_error"

@@ -12,8 +12,9 @@ import pytest
 import gemcutter
 from bench.conversations import hold_all
 from gemcutter.server.options import ServerOptions
-from tests.ray.conftest import MODEL, Deployed, deployed
+from tests.ray.conftest import MODEL, Deployed, deployed, until
 from tests.server.conftest import Running, running
+from tests.server.serving import left
 
 QUESTION = [{"role": "user", "content": "What is a lantern?"}]
 CHAT = {"model": "demo", "messages": QUESTION, "temperature": 0, "max_tokens": 16}
@@ -109,6 +110,31 @@ def test_errors_are_those_of_a_server(two: Deployed, plain: Running, path: str, 
 def test_every_route_is_served(two: Deployed, plain: Running, path: str) -> None:
     found, wanted = two.get(path), plain.get(path)
     assert (found.status_code, found.headers.get("content-type")) == (200, wanted.headers.get("content-type"))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_request(two: Deployed, stream: bool) -> None:
+    body = {**CHAT, "max_tokens": 2000, "ignore_eos": True, "stream": stream, "n": 4}
+    before = counted(two, "abort")
+    left(two.url, "/two/v1/chat/completions", body, lambda: requests(two) == 4)
+    until(lambda: requests(two) == 0, most_s=2.0)
+    assert counted(two, "abort") > before
+
+
+def requests(found: Deployed) -> int:
+    """Return how many requests run or wait at all replicas."""
+    lines = [line for line in _lines(found) if line.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{"))]
+    return sum(int(float(line.split()[1])) for line in lines)
+
+
+def counted(found: Deployed, reason: str) -> int:
+    """Return how many requests have ended for a reason."""
+    lines = [line for line in _lines(found) if "request_success_total{" in line and f'"{reason}"' in line]
+    return sum(int(float(line.split()[1])) for line in lines)
+
+
+def _lines(found: Deployed) -> list[str]:
+    return found.get("/metrics").text.splitlines()
 
 
 def test_metrics_are_those_of_all_replicas(two: Deployed) -> None:
