@@ -123,7 +123,7 @@ class Dispatch:
             if attempt:
                 await asyncio.sleep(PAUSE_S * 2 ** (attempt - 1))
             try:
-                last = await self._ask(call, is_first=not attempt)
+                last = await self._ask(call, attempt)
             except ReplicaLost as error:
                 log.warning("%s %s: %s", call.method, call.path, error)
                 continue
@@ -141,12 +141,12 @@ class Dispatch:
             raise ApiError(503, "a replica does not say what it counts; ask again") from error
         return found
 
-    async def _ask(self, call: Call, is_first: bool) -> Response:
+    async def _ask(self, call: Call, attempt: int) -> Response:
         """Return the answer of one replica: whole, or as a stream of which nothing has been read. Raises ReplicaLost."""
-        source = self._send(call, is_first)
+        source = self._send(call, is_first=not attempt)
         parts, is_handed_on = _parts(source), False
         try:
-            head = await self._head(parts)
+            head = await _head(parts, self._patience_s(attempt))
             if head.is_stream:
                 is_handed_on = True
                 return ReplyStream(head, _rest(parts, call), source.cancel)
@@ -169,17 +169,22 @@ class Dispatch:
         )
         return handle.remote(call) if is_first and call.prompt else handle.remote(call=call)
 
-    async def _head(self, parts: AsyncIterator[Part]) -> Head:
-        """Wait until a replica has taken the call, which is soon, and then for the head of its answer, which may take long."""
-        try:
-            await asyncio.wait_for(anext(parts), self._options.accept_timeout_s)
-            head = await anext(parts)
-        except TimeoutError:
-            raise ReplicaLost(f"no replica took it within {self._options.accept_timeout_s:g} s") from None
-        except StopAsyncIteration:
-            raise ReplicaLost("a replica ended without an answer") from None
-        assert isinstance(head, Head)
-        return head
+    def _patience_s(self, attempt: int) -> float:
+        """Return how long an attempt waits to be taken: half of the time, then half of the rest, and all of it in the end."""
+        return self._options.accept_timeout_s / (1 << min(attempt + 1, ATTEMPTS - 1))
+
+
+async def _head(parts: AsyncIterator[Part], patience_s: float) -> Head:
+    """Wait until a replica has taken the call, which is soon, and then for the head of its answer, which may take long."""
+    try:
+        await asyncio.wait_for(anext(parts), patience_s)
+        head = await anext(parts)
+    except TimeoutError:
+        raise ReplicaLost(f"no replica took it within {patience_s:g} s") from None
+    except StopAsyncIteration:
+        raise ReplicaLost("a replica ended without an answer") from None
+    assert isinstance(head, Head)
+    return head
 
 
 async def _rest(parts: AsyncIterator[Part], call: Call) -> AsyncGenerator[bytes]:
