@@ -374,6 +374,14 @@ class Model:
         """Return the names of the adapters that a request may ask for."""
         return self.decoder.adapters
 
+    @property
+    def problem(self) -> str | None:
+        """Return what keeps the model from serving: it is closed, or its engine or a rank of it is gone. None: nothing does."""
+        if "loop" not in vars(self):
+            return CLOSED
+        leader = self.decoder.leader
+        return (None if leader is None else leader.problem) or self.loop.problem
+
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Load a LoRA adapter (a folder or a hub id) while the model serves; requests made from now on may ask for it by name.
 

@@ -17,6 +17,7 @@ import typer
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
 from gemcutter.cli.loading import load_model, spell_how
+from gemcutter.cli.serve_replicas import Scaling, serve_replicas
 from gemcutter.cli.terminal import Volume, say, spell_bytes, volume
 from gemcutter.errors import CapacityError, RankError, RequestError
 from gemcutter.load_options import AUTO_MEDIA
@@ -42,6 +43,7 @@ Examples:
   gemcutter serve demo
   gemcutter serve google/gemma-4-E4B-it --quant q4 --host 0.0.0.0 --api-key "$KEY"
   gemcutter serve ./gemma-4-26B-A4B-it-4bit --served-model-name gemma --served-model-name '*'
+  gemcutter serve ./gemma-4-E4B-it --ray --replicas 2 --max-replicas 8 --threads 16
 """
 KEY = "GEMCUTTER_API_KEY"
 GIVE_UP_S = 2.0  # that requests have to end with an error of their own when the model can't go on
@@ -148,6 +150,7 @@ def serve(
         str | None, typer.Option(metavar="JSON", help="The same as vLLM spells it: method, model, num_speculative_tokens.")
     ] = None,
     kv: options.Kv = None,
+    scaling: Scaling,
 ) -> None:
     """Load a model and serve it until a signal ends the process. Raises UsageError or GemcutterError."""
     most = _read_most(limit_mm_per_prompt)
@@ -177,12 +180,16 @@ def serve(
     prefix_bytes = options.parse_bytes("--prefix-cache-bytes", prefix_cache_bytes)
     drafts = speculating.given if speculative_config is None else _read_speculation(speculative_config, speculating)
     adapters = dict(_read_module(each) for each in lora_modules or ())
+    limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache_bytes": prefix_bytes, "adapters": adapters}
+    limits |= {"media": _read_media(media, language_model_only, chosen), "context": max_model_len, "kv": kv}
+    limits |= {"max_batched_tokens": max_num_batched_tokens, "max_stall_ms": max_stall_ms or None}
+    if scaling.ray:
+        serve_replicas(loading.options(model, **limits, **drafts), chosen, scaling, loading.threads, (host, port))
+        return
+    scaling.check_unused()
     create_app = _find_app()
     with _take_port(host, port) as taken:
-        limits: dict[str, Any] = {"max_num_seqs": max_num_seqs, "prefix_cache_bytes": prefix_bytes, "adapters": adapters}
-        limits["media"] = _read_media(media, language_model_only, chosen)
-        limits |= {"max_batched_tokens": max_num_batched_tokens, "max_stall_ms": max_stall_ms or None}
-        loaded = load_model(model, loading, context=max_model_len, kv=kv, **limits, **drafts)
+        loaded = load_model(model, loading, **limits, **drafts)
         with loaded:
             _run(create_app(loaded, chosen), loaded, taken, chosen)
 

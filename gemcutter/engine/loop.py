@@ -170,6 +170,14 @@ class EngineLoop:
             raise RequestError(CLOSED)
         return engine
 
+    @property
+    def problem(self) -> str | None:
+        """Return why no request can be served any more: it is closed, or its thread is gone; None while all is well."""
+        if self._is_closed:
+            return CLOSED
+        thread = self._owner.thread
+        return None if thread is None or thread.is_alive() else "the engine's thread has ended"
+
     def submit(self, request: Request, sink: Sink, *, is_checked: bool = False) -> int:
         """Queue a request and return its number; its events go to `sink`. Raises RequestError if it can never run."""
         return self.submit_many([(request, sink)], is_checked=is_checked)[0]

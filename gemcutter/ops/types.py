@@ -129,6 +129,10 @@ class Ranks(Protocol):
 class StepLeader(Protocol):
     """Who tells the other ranks of what this one is about to do with them; what goes wrong meanwhile ends them all."""
 
+    @property
+    def problem(self) -> str | None:
+        """Return why the ranks have ended, None while they run."""
+
     def step(self, step: Step, cache: KVCache) -> AbstractContextManager[None]:
         """Let them run a step. Raises RankError if a rank is gone."""
 

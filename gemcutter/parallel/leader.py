@@ -46,6 +46,11 @@ class Leader:
         self._numbers = WeakKeyDictionary[PagedKVCache, int]()  # of caches that the other ranks have, too
         self._new_number, self._dropped, self._telling = count(), deque[int](), threading.Lock()
 
+    @property
+    def problem(self) -> str | None:
+        """Return why the group has ended, None while it runs."""
+        return self.monitor.problem
+
     def tell(self, command: str, **content: Any) -> None:
         """Send a command to all other ranks. Raises RankError if one is gone."""
         if self.monitor.problem is not None:

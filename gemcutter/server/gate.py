@@ -22,9 +22,15 @@ CALLER: ContextVar[str] = ContextVar("caller", default="")  # a digest of the ke
 
 
 class Gate:
-    """Lets requests through that need no key, or have one of `keys` (without keys, all), and have at most `most` bytes."""
+    """Lets requests through that need no key, or have one of `keys` (without keys, all), and have at most `most` bytes.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Sequence[str], most: int = 0) -> None:
+    Without `tells_id` answers get no id: whoever stands before the gate adds it.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str], open_paths: Sequence[str], most: int = 0, tells_id: bool = True
+    ) -> None:
+        self._tells_id = tells_id
         self._app, self._most, self._keys, self._open = app, most, [key.encode() for key in keys], frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,7 +44,7 @@ class Gate:
             scope["headers"] = [*scope["headers"], (REQUEST_ID, given)]
 
         async def tell(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if self._tells_id and message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (REQUEST_ID, given[:200])]
             await send(message)
 

@@ -78,6 +78,7 @@ def test_requests_end_once_with_an_error(fault: signal.Signals) -> None:
     before, draw = shared_files(), random.Random(5)
     for _ in range(ROUNDS if fault == signal.SIGKILL else 1):
         model = load()
+        assert model.problem is None
         (rank,) = followers_of(os.getpid())
         ends, errors = Counter[int](), list[Exception | None]()
 
@@ -100,6 +101,7 @@ def test_requests_end_once_with_an_error(fault: signal.Signals) -> None:
         wait_until_gone([rank])
         with pytest.raises(RankError, match="rank 1"):  # whoever asks now is told, too
             model.generate("A lantern", max_tokens=4)
+        assert "rank 1" in str(model.problem)
         model.close()
     with load() as again:
         assert again.generate("A lantern", max_tokens=4).text

@@ -147,13 +147,16 @@ def test_the_thread_starts_late_sleeps_and_ends() -> None:
     before = threading.active_count()
     loop = open_loop()
     assert threading.active_count() == before
+    assert loop.problem is None
     assert loop.run(lambda engine: torch.is_inference_mode_enabled())
     assert threading.active_count() == before + 1
     spent = time.process_time()
     time.sleep(TICK_S)
     assert time.process_time() - spent < TICK_S / 4
+    assert loop.problem is None
     loop.close()
     loop.close()
+    assert loop.problem == "the model is closed; load it again"
     assert threading.active_count() == before
     with pytest.raises(RequestError, match="the model is closed"):
         loop.run(lambda engine: None)
