@@ -159,8 +159,10 @@ class Model:
         if loop is None:
             return
         loop.close()
+        if (leader := self.decoder.leader) is not None:
+            leader.close()
         vars(self).clear()
-        del loop
+        del loop, leader
         gc.collect()  # layers and the kernels bound to them refer to each other
 
     if not TYPE_CHECKING:

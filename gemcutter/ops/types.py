@@ -136,6 +136,9 @@ class StepLeader(Protocol):
     def step(self, step: Step, cache: KVCache) -> AbstractContextManager[None]:
         """Let them run a step. Raises RankError if a rank is gone."""
 
+    def close(self) -> None:
+        """Let them end, and give this process back what they shared with it."""
+
     def load_adapter(self, name: str, path: str, ignore: Sequence[str]) -> None:
         """Let them load an adapter that this rank found to fit; any thread may ask. Raises RankError if a rank is gone."""
 

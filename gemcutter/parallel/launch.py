@@ -41,7 +41,7 @@ def launch(options: LoadOptions) -> tuple[SharedRanks, Leader]:
     world = options.tensor_parallel
     if reason := native.missing():
         raise KernelError(f"tensor_parallel {world}: ranks of one host sum with the native CPU kernels: {reason}")
-    threads = max(1, torch.get_num_threads() // world)
+    threads, before = max(1, torch.get_num_threads() // world), _Cores()
     torch.set_num_threads(threads)
     file = new_segment(world)
     ranks = SharedRanks(file, Shard(0, world))
@@ -58,11 +58,25 @@ def launch(options: LoadOptions) -> tuple[SharedRanks, Leader]:
         here.sendall(encode("open", {"options": json.dumps(asdict(options)), "cpus": cores_of(rank, world)}))
         connections.append(here)
     os.close(file)
-    leader = Leader(connections, Monitor(processes, connections, ranks.end, ranks.beats))
+    leader = Leader(connections, Monitor(processes, connections, ranks.end, ranks.beats), before.use)
     weakref.finalize(leader, leader.monitor.close)
     if cores := cores_of(0, world):
         os.sched_setaffinity(0, cores)
     return ranks, leader
+
+
+class _Cores:
+    """What this process computed with before it shared its cores with other ranks."""
+
+    def __init__(self) -> None:
+        self._threads = torch.get_num_threads()
+        self._allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+
+    def use(self) -> None:
+        """Compute with it again."""
+        torch.set_num_threads(self._threads)
+        if self._allowed:
+            os.sched_setaffinity(0, self._allowed)
 
 
 def await_ranks(leader: Leader) -> None:

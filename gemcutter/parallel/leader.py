@@ -39,10 +39,15 @@ from gemcutter.quant.packed import dtype_name
 
 
 class Leader:
-    """The way to the other ranks: steps by one thread at a time, adapters by any."""
+    """The way to the other ranks: steps by one thread at a time, adapters by any.
 
-    def __init__(self, connections: Sequence[socket.socket], monitor: Monitor) -> None:
-        self.connections, self.monitor = connections, monitor
+    `give_back` is called once they are gone: this process may use the cores that they had.
+    """
+
+    def __init__(
+        self, connections: Sequence[socket.socket], monitor: Monitor, give_back: Callable[[], None] = lambda: None
+    ) -> None:
+        self.connections, self.monitor, self._give_back = connections, monitor, give_back
         self._numbers = WeakKeyDictionary[PagedKVCache, int]()  # of caches that the other ranks have, too
         self._new_number, self._dropped, self._telling = count(), deque[int](), threading.Lock()
 
@@ -130,5 +135,6 @@ class Leader:
         return number
 
     def close(self) -> None:
-        """Let the other ranks end."""
+        """Let the other ranks end, and use again what was shared with them."""
         self.monitor.close()
+        self._give_back()

@@ -109,11 +109,14 @@ def test_requests_end_once_with_an_error(fault: signal.Signals) -> None:
 
 
 def test_closing_a_model_ends_its_ranks() -> None:
+    threads = torch.get_num_threads()
     model = load()
+    assert torch.get_num_threads() == max(1, threads // 2)
     ranks = followers_of(os.getpid())
     assert len(ranks) == 1
     model.close()
     wait_until_gone(ranks)
+    assert torch.get_num_threads() == threads
 
 
 def test_ranks_outlive_the_thread_that_loaded_the_model() -> None:
