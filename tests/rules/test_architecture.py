@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,12 @@ def test_topology_keys_stand_in_one_place(path: Path) -> None:
 def test_files_are_short_and_named(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 600
     assert path.stem not in VAGUE_NAMES
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports files without a package by their names alone, and refuses the second of two."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

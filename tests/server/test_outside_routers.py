@@ -1,6 +1,6 @@
 """Two plain servers behind a router of somebody else's: its cache-aware policy works with our servers as they are.
 
-Needs the wheels `sglang-router` or `vllm-router`; what is absent is skipped. Read `tests/ray/` for replicas on Ray.
+Needs the wheels `sglang-router` or `vllm-router`; what is absent is skipped. Read `tests/replicas/` for replicas on Ray.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 import gemcutter
 from bench.conversations import hold_all
 from gemcutter.server.options import ServerOptions
-from tests.ray.conftest import MODEL, Deployed, deployed, until
+from tests.replicas.conftest import MODEL, Deployed, deployed, until
 from tests.server.conftest import Running, running
 from tests.server.serving import left
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.ray.conftest import descendants, until
+from tests.replicas.conftest import descendants, until
 
 pytest.importorskip("ray.serve", reason="replicas need Ray: pip install 'gemcutter[ray]'")
 

@@ -10,7 +10,7 @@ import pytest
 
 import gemcutter
 from tests.adapters import draw, places, tensors_of, write_adapter
-from tests.ray.conftest import MODEL, Deployed, deployed, until
+from tests.replicas.conftest import MODEL, Deployed, deployed, until
 
 NAMES = ("poet", "clerk", "sailor")
 PROMPT = {"prompt": "In the beginning", "temperature": 0, "max_tokens": 12}

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from gemcutter import native
-from tests.ray.conftest import MODEL, Deployed, deployed, until
+from tests.replicas.conftest import MODEL, Deployed, deployed, until
 
 LONG = {"model": "demo", "temperature": 0, "max_tokens": 600, "ignore_eos": True}
 STREAMS, WHOLE = 6, 8
@@ -82,7 +82,7 @@ def test_a_replica_that_lost_a_rank_is_replaced(cluster: str) -> None:
 
 def rank_process() -> int:
     """Return the one process of a second rank that belongs to this program."""
-    from tests.ray.conftest import descendants
+    from tests.replicas.conftest import descendants
 
     for pid in descendants(os.getpid()):
         command = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
