@@ -20,7 +20,7 @@ from gemcutter.checkpoint.load.match_towers import MatchedAudio, MatchedVision, 
 from gemcutter.checkpoint.load.memory_needs import quant_notes
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
-from gemcutter.checkpoint.load.slices import UNITS, column_unit
+from gemcutter.checkpoint.load.slices import column_unit
 from gemcutter.checkpoint.remote.hub import locate
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.loop import EngineLoop
@@ -46,7 +46,7 @@ from gemcutter.param_spec import Access
 from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
-from gemcutter.quant.recipes import RECIPES
+from gemcutter.quant.recipes import widest_group
 from gemcutter.shard import Shard
 from gemcutter.tower_plan import TowerPlan, TowerPlans
 
@@ -68,7 +68,6 @@ class OpenModel:
     vision: VisionTower | None = None
     audio: AudioTower | None = None
     turns: Turns = field(default_factory=Turns)  # of towers and engine on the cores
-    leader: Leader | None = None  # the way to other tensor-parallel ranks
 
     def engine(self) -> Engine:
         """Make an engine of the options' limits. Raises CapacityError if there is no memory for its cache."""
@@ -167,7 +166,7 @@ def _open(
         audio = AudioTower(heard[0], weights, dtype, device, options.kernels, turns)
     for name, each in apart.items():
         add_to_towers([tower for tower in (vision, audio) if tower is not None], name, each, device)
-    return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns, leader)
+    return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns)
 
 
 def open_rank(options: LoadOptions, ranks: Ranks) -> Follower:
@@ -176,10 +175,7 @@ def open_rank(options: LoadOptions, ranks: Ranks) -> Follower:
     Raises GemcutterError with everything that is wrong.
     """
     checkpoint = on_rank(open_checkpoint(locate(options.model), options.ignore), ranks.shard, options.quant)
-    own = replace(options, media=())  # towers are the leader's
-    if not drafts_by_assistant(options):
-        own = replace(own, draft_model=None, speculate=None)
-    opened = _open(own, checkpoint, None, ranks)
+    opened = _open(replace(options, media=()), checkpoint, None, ranks)  # towers are the leader's
     decoder = opened.decoder
 
     def read_adapter(name: str, path: str, ignore: Sequence[str]) -> AdapterDeltas:
@@ -188,16 +184,9 @@ def open_rank(options: LoadOptions, ranks: Ranks) -> Follower:
     return Follower(decoder, opened.drafter if isinstance(opened.drafter, Drafter) else None, read_adapter)
 
 
-def drafts_by_assistant(options: LoadOptions) -> bool:
-    """Return whether an assistant is to be loaded, of which each rank holds a slice."""
-    named = options.draft_model if options.drafts_by_model else None
-    return named is not None and open_checkpoint(locate(named), options.ignore).plan.is_drafter
-
-
 def on_rank(checkpoint: Checkpoint, shard: Shard, quant: str | None) -> Checkpoint:
     """Return a checkpoint with the plan of a tensor-parallel rank. Raises ConfigError for a model that can't be shared so."""
-    group = max((getattr(scheme, "group", UNITS[0]) for scheme in RECIPES[quant].usual), default=1) if quant else 1
-    unit = column_unit(checkpoint.matched.pieces, group)
+    unit = column_unit(checkpoint.matched.pieces, widest_group(quant) if quant else 1)
     return replace(checkpoint, plan=checkpoint.plan.shard(shard.rank, shard.world, unit))
 
 
@@ -238,17 +227,20 @@ def tower_params(
     return params
 
 
-def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Drafter | Decoder:
+def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Drafter | Decoder | None:
     """Load the assistant, or smaller model, that the options name for a decoder that is there, and note what is special about it.
 
-    Raises GemcutterError with everything that is wrong, or does not fit the target.
+    None on a tensor-parallel rank that follows, for a smaller model, which runs whole where the ranks are led. Raises
+    GemcutterError with everything that is wrong, or does not fit the target.
     """
     assert options.draft_model is not None
     found = open_checkpoint(locate(options.draft_model), options.ignore)
     if not found.plan.is_drafter and found.plan.vocab != target.plan.vocab:
         vocabs = f"{found.plan.vocab:,} tokens, {options.model} has {target.plan.vocab:,}"
         raise RequestError(f"draft_model: {options.draft_model} knows {vocabs}; name its assistant, or a smaller Gemma 4")
-    ranks = target.ranks if found.plan.is_drafter else None  # a smaller model runs whole, in the process that leads
+    if not found.plan.is_drafter and target.ranks is not None and target.leader is None:
+        return None
+    ranks = target.ranks if found.plan.is_drafter else None
     bound = replace(found, plan=derive(found.config, target.plan.whole or target.plan)) if found.plan.is_drafter else found
     if ranks is not None:
         bound = on_rank(bound, ranks.shard, options.quant)

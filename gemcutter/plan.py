@@ -288,14 +288,16 @@ class ModelPlan:
     @property
     def head_rows(self) -> Slice:
         """Return the rows of the vocabulary whose logits this rank computes; all of them outside a tensor-parallel group."""
-        whole = Slice(-2, 0, self.vocab, self.vocab)
-        return self.rank.cut(-2, self.vocab, HEAD_UNIT, is_even=False) if self.rank and self.cuts_head else whole
+        return self._head_slice(self.rank if self.rank and self.cuts_head else Shard(0, 1))
 
     @property
     def head_widths(self) -> tuple[int, ...]:
         """Return how many rows of the vocabulary each rank computes the logits of."""
         ranks = () if self.rank is None else (Shard(rank, self.rank.world) for rank in range(self.rank.world))
-        return tuple(rank.cut(-2, self.vocab, HEAD_UNIT, is_even=False).size for rank in ranks)
+        return tuple(self._head_slice(rank).size for rank in ranks)
+
+    def _head_slice(self, rank: Shard) -> Slice:
+        return rank.cut(-2, self.vocab, HEAD_UNIT, is_even=False)
 
     def params(self) -> Iterator[ParamSpec]:
         """List every tensor of the decoder under its canonical name; in a rank's plan, what the rank holds of each."""

@@ -7,20 +7,17 @@ it does then.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from typing import Any
 
 from gemcutter.errors import GemcutterError, RankError
-from gemcutter.load_options import LoadOptions
 from gemcutter.loading import open_rank
 from gemcutter.ops.types import Ranks
-from gemcutter.parallel.messages import encode, receive
+from gemcutter.parallel.messages import encode, opened, receive
 from gemcutter.parallel.rendezvous import follow
 from gemcutter.parallel.shared_ranks import SharedRanks
 from gemcutter.shard import Shard
@@ -48,13 +45,11 @@ def serve(way: socket.socket, ranks: Ranks) -> int:
     found = receive(way)
     if found is None:
         return 0
-    content: dict[str, Any] = found[1]
-    if content["cpus"]:
-        os.sched_setaffinity(0, content["cpus"])
-    options = json.loads(content["options"])
-    lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    options, cpus = opened(found[1])
+    if cpus:
+        os.sched_setaffinity(0, cpus)
     try:
-        follower = open_rank(LoadOptions(**options | lists), ranks)
+        follower = open_rank(options, ranks)
     except GemcutterError as error:
         way.sendall(encode("failed", {"error": str(error)}))
         return 1

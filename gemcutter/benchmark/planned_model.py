@@ -21,7 +21,7 @@ from gemcutter.ops.registry import CPU, TRITON
 from gemcutter.param_spec import ParamSpec
 from gemcutter.plan import ModelPlan
 from gemcutter.quant.gguf_blocks import TYPES
-from gemcutter.quant.recipes import RECIPES, BlockScheme, Recipe, Scheme
+from gemcutter.quant.recipes import BlockScheme, Recipe, Scheme, widest_group
 
 DENSE_BYTES = 2  # of an element of a preset's dense matrices, which are bfloat16
 SCALE_BYTES = 4  # of a group of MLX's affine layout: scale and bias
@@ -114,7 +114,7 @@ def _column_unit(parts: Mapping[str, Sequence[StoredPart]], quant: str | None) -
     packed = [part for name, found in parts.items() if name.endswith(".mlp.out") for part in found if part.is_packed]
     groups = {group_of(part.dtype) for part in packed}
     if quant is not None:
-        groups |= {getattr(scheme, "group", UNITS[0]) for scheme in RECIPES[quant].usual}
+        groups.add(widest_group(quant))
     for unit in UNITS:
         if all(unit % group == 0 for group in groups):
             return unit

@@ -54,6 +54,11 @@ class BenchTarget:
         """Return the dtype of keys and values."""
         return cache_dtype(self.how.kv) or self.decoder.dtype
 
+    def close(self) -> None:
+        """End the decoder's other ranks."""
+        if self.decoder.leader is not None:
+            self.decoder.leader.close()
+
 
 def from_preset(preset: str, quant: str, layers: int | None, how: LoadOptions) -> BenchTarget:
     """Make a model of a size's geometry, or of its first layers. Raises ConfigError for names that are none."""

@@ -37,6 +37,7 @@ from gemcutter.cli import (
     verify,
 )
 from gemcutter.cli.failure import UNREAD, discard_output, report
+from gemcutter.cli.loading import closing_at_end
 from gemcutter.cli.terminal import Volume, note, set_volume
 
 INTRO = """
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if COMPLETION in os.environ:
             app(prog_name="gemcutter")  # a shell asks what a word may become; ends with SystemExit
         # The two steps of typer's own `app()`, without its handling of errors, which prints tracebacks and changes by version.
-        with typer.main.get_command(app).make_context("gemcutter", words, obj=list(words)) as context:
+        with closing_at_end(), typer.main.get_command(app).make_context("gemcutter", words, obj=list(words)) as context:
             context.command.invoke(context)
         print(end="", flush=True)
     except typer.Exit as end:

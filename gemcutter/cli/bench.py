@@ -13,7 +13,7 @@ import typer
 
 from gemcutter.cli import options
 from gemcutter.cli.failure import UsageError
-from gemcutter.cli.loading import use_threads
+from gemcutter.cli.loading import close_with_command, use_threads
 from gemcutter.cli.terminal import note, print_json, progress
 from gemcutter.errors import GemcutterError, RequestError
 from gemcutter.quant_names import RECIPE_NAMES, find_quant
@@ -166,6 +166,7 @@ def bench(
         if shares is not None:
             replay = set_up_replay(preset, subject.quant, subject.decoder, how, shares, speculating.draft_tokens)
             subject = replace(subject, drafts=replay)
+    close_with_command(subject.close)
     for line in subject.notes:
         note(line)
     with progress("measuring") as advance:

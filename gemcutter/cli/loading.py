@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from gemcutter.cli.options import Loading
@@ -17,6 +20,8 @@ from gemcutter.gc_pause import collector_paused
 
 if TYPE_CHECKING:
     from gemcutter.api import Model
+
+_opened = ContextVar[ExitStack | None]("opened", default=None)  # by the command that runs
 
 
 @collector_paused()
@@ -32,6 +37,7 @@ def load_model(
 ) -> Model:
     """Load a model as the options say, and tell on stderr what was left out; `more` are other load options.
 
+    It is closed when the command ends: other ranks are processes, and a program that calls commands goes on without them.
     Raises GemcutterError.
     """
     limits = {"context": context, "max_num_seqs": max_num_seqs, "prefix_cache_bytes": prefix_cache_bytes}
@@ -41,6 +47,7 @@ def load_model(
     use_threads(how.threads)
     with progress(f"loading {name}") as advance:
         model = api.load_model(options, advance)
+    close_with_command(model.close)
     gc.freeze()  # what there is now stays: no collection in the token loop need look at it
     for line in model.notes:
         note(line)
@@ -48,6 +55,23 @@ def load_model(
         note(f"the model was made for {model.engine.context} tokens, which bounds --context {context}")
     remark(f"loaded in {model.load_s:.2f} s: {spell_how(model)}")
     return model
+
+
+@contextmanager
+def closing_at_end() -> Iterator[None]:
+    """Close at the block's end, however it ends, what was loaded within it."""
+    with ExitStack() as opened:
+        token = _opened.set(opened)
+        try:
+            yield
+        finally:
+            _opened.reset(token)
+
+
+def close_with_command(close: Callable[[], None]) -> None:
+    """Call something when the command that runs now ends, however it does; outside of a command never."""
+    if (opened := _opened.get()) is not None:
+        opened.callback(close)
 
 
 def use_threads(count: int | None) -> None:

@@ -7,13 +7,11 @@ runs, `monitor.py` for who watches it.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
 import sys
 import weakref
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +20,7 @@ from gemcutter import native
 from gemcutter.errors import KernelError, RankError
 from gemcutter.numa import cpus_of, memory_nodes
 from gemcutter.parallel.leader import Leader
-from gemcutter.parallel.messages import encode, receive
+from gemcutter.parallel.messages import opening, receive
 from gemcutter.parallel.monitor import Monitor
 from gemcutter.parallel.shared_ranks import SharedRanks, new_segment
 from gemcutter.shard import Shard
@@ -55,7 +53,7 @@ def launch(options: LoadOptions) -> tuple[SharedRanks, Leader]:
             subprocess.Popen(command, pass_fds=given, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         )
         there.close()
-        here.sendall(encode("open", {"options": json.dumps(asdict(options)), "cpus": cores_of(rank, world)}))
+        here.sendall(opening(options, cores_of(rank, world)))
         connections.append(here)
     os.close(file)
     leader = Leader(connections, Monitor(processes, connections, ranks.end, ranks.beats), before.use)

@@ -8,15 +8,18 @@ those.
 from __future__ import annotations
 
 import json
+import math
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemcutter.errors import RankError
+from gemcutter.load_options import LoadOptions
 from gemcutter.ops.step import KVRange, MediaRows, Step
 from gemcutter.plan import GroupId
 
@@ -52,6 +55,18 @@ def receive(connection: socket.socket) -> tuple[str, dict[str, Any]] | None:
         raise RankError("what came from another rank is no message; do all ranks run the same version?")
     text, data = _exactly(connection, size), _exactly(connection, more)
     return None if text is None or data is None else decode(bytes(text), data)
+
+
+def opening(options: LoadOptions, cpus: Sequence[int] = ()) -> bytes:
+    """Return the first message to a rank: how the model is loaded, and the processors to keep to, if any."""
+    return encode("open", {"options": json.dumps(asdict(options)), "cpus": cpus})
+
+
+def opened(content: Mapping[str, Any]) -> tuple[LoadOptions, list[int]]:
+    """Return what the first message says."""
+    options = json.loads(content["options"])
+    lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    return LoadOptions(**options | lists), content["cpus"]
 
 
 def step_content(step: Step) -> dict[str, Any]:
@@ -132,9 +147,7 @@ class _Reader:
     def tensor(self, dtype: str, shape: list[int]) -> Tensor:
         """Return the next tensor."""
         kind = DTYPES[dtype]
-        count = 1
-        for size in shape:
-            count *= size
+        count = math.prod(shape)
         if not count:
             return torch.empty(shape, dtype=kind)
         found = torch.frombuffer(self._data, dtype=kind, count=count, offset=self._at).view(shape)

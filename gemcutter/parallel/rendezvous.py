@@ -8,11 +8,9 @@ need no torchrun, `distributed_ranks.py` for the sums.
 from __future__ import annotations
 
 import hmac
-import json
 import os
 import secrets
 import socket
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -20,7 +18,7 @@ import torch.distributed as dist
 from gemcutter.errors import RankError
 from gemcutter.parallel.distributed_ranks import DistributedRanks
 from gemcutter.parallel.leader import Leader
-from gemcutter.parallel.messages import encode, receive
+from gemcutter.parallel.messages import encode, opening, receive
 from gemcutter.parallel.monitor import Monitor
 from gemcutter.shard import Shard
 
@@ -43,11 +41,7 @@ def lead(options: LoadOptions, shard: Shard) -> tuple[DistributedRanks, Leader]:
     """Join the others as rank 0 and connect with each of them. Raises RankError if one does not come."""
     ranks = DistributedRanks("gloo", ENVIRONMENT, shard)
     word = secrets.token_hex(16)
-    with (
-        socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-        if socket.has_dualstack_ipv6()
-        else (socket.create_server(("", 0))) as listener
-    ):
+    with _listen() as listener:
         listener.settimeout(JOIN_S)
         dist.broadcast_object_list([(os.environ["MASTER_ADDR"], listener.getsockname()[1], word)], src=0)
         found: dict[int, socket.socket] = {}
@@ -65,7 +59,7 @@ def lead(options: LoadOptions, shard: Shard) -> tuple[DistributedRanks, Leader]:
     connections = [found[rank] for rank in sorted(found)]
     for connection in connections:
         keep_alive(connection)
-        connection.sendall(encode("open", {"options": json.dumps(asdict(options)), "cpus": []}))
+        connection.sendall(opening(options))
     return ranks, Leader(connections, Monitor([], connections, ranks.end, list))
 
 
@@ -92,6 +86,13 @@ def keep_alive(connection: socket.socket) -> None:
     for name, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _listen() -> socket.socket:
+    """Return a socket that takes connections on a free port of all addresses."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def _greeted(connection: socket.socket, word: str) -> int | None:

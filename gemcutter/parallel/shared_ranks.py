@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_int, c_int64, c_void_p
 from typing import Any
 
@@ -53,6 +53,8 @@ class SharedRanks:
         self._shard = shard
         self._memory = mmap.mmap(file, segment_bytes(shard.world))
         self._tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._sum = _entry("gc_sum_over_ranks", c_void_p, c_int64)
+        self._join = _entry("gc_join_ranks", c_void_p, c_int64, c_void_p, c_void_p)
         self._view = RanksView(segment=self._tensor.data_ptr(), slot=SLOT_FLOATS, rank=shard.rank, world=shard.world)
 
     @property
@@ -87,21 +89,26 @@ class SharedRanks:
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of all ranks' x, in float32 and then in x's dtype. Raises RankError if a rank is gone."""
         found = x.to(torch.float32, copy=True).contiguous()
-        self._call("gc_sum_over_ranks", found.data_ptr(), c_int64(found.numel()))
+        _check(self._sum(self.view, found.data_ptr(), found.numel()))
         return found.to(x.dtype)
 
     def join(self, x_RV: Tensor, widths: Sequence[int]) -> Tensor:
         """Return the rows of all ranks side by side, float32. Raises RankError if a rank is gone."""
         x, all_widths = x_RV.to(torch.float32).contiguous(), torch.tensor(widths)
         out = torch.empty(x.shape[0], sum(widths))
-        self._call("gc_join_ranks", x.data_ptr(), c_int64(x.shape[0]), all_widths.data_ptr(), out.data_ptr())
+        _check(self._join(self.view, x.data_ptr(), x.shape[0], all_widths.data_ptr(), out.data_ptr()))
         return out
 
-    def _call(self, name: str, *arguments: Any) -> None:
-        """Call the library with this rank's description and some addresses. Raises RankError if a rank is gone."""
-        library = native.load_library()
-        assert library is not None
-        function = getattr(library, name)
-        function.restype = c_int
-        if function(c_void_p(self.view), *(c_void_p(each) if isinstance(each, int) else each for each in arguments)):
-            raise RankError("a tensor-parallel rank is gone: the steps of the whole group end with it")
+
+def _entry(name: str, *arguments: Any) -> Callable[..., int]:
+    """Return an entry point of the library, which takes this rank's description first."""
+    function = getattr(native.load_library(), name)
+    function.argtypes, function.restype = (c_void_p, *arguments), c_int
+    found: Callable[..., int] = function
+    return found
+
+
+def _check(code: int) -> None:
+    """Raise RankError for what an entry point returns where a rank is gone."""
+    if code:
+        raise RankError("a tensor-parallel rank is gone: the steps of the whole group end with it")

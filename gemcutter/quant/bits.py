@@ -18,6 +18,11 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 E2M1_DOUBLED = tuple(int(2 * value) for value in E2M1)  # as integers; scales are halved in return
 
 
+def halves(blocks: Tensor, start: int) -> Tensor:
+    """Read the float16 at a byte offset of blocks, uint8 [B, bytes]: [B, 1]."""
+    return blocks[:, start : start + 2].contiguous().view(torch.float16)
+
+
 def in_runs(x: Tensor, width: int) -> Tensor:
     """View the last axis as runs of `width`: [..., n * width] as [..., n, width]."""
     return x.view(*x.shape[:-1], x.shape[-1] // width, width)  # not -1, which is undefined for a tensor without elements

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gemcutter.native import Matrix
 from gemcutter.quant.affine import Affine
-from gemcutter.quant.bits import E2M1_DOUBLED, float8, planes, unpack
+from gemcutter.quant.bits import E2M1_DOUBLED, float8, halves, planes, unpack
 from gemcutter.quant.cpu_layout import (
     BF16,
     BLOCK,
@@ -86,10 +86,13 @@ def source_of(part: Packed) -> RepackSource | None:
         return RepackSource(codes=part.data.data_ptr(), code_stride=part.data.stride(-2), kind=BLOCK_KINDS[part.scheme])
     if isinstance(part, Affine) and part.bits in STREAM_KINDS and _affine_dtype(part) == part.scales.dtype:
         return _stream(part.codes, part.scales, part.biases, part.bits, 128)
-    is_stream = isinstance(part, ScaledInt) and part.kind in ("packed", "int") and part.bits in STREAM_KINDS
-    if isinstance(part, ScaledInt) and is_stream and part.zeros is None and part.group_of is None:
+    if isinstance(part, ScaledInt) and part.zeros is None and part.group_of is None and _is_stream(part):
         return _stream(part.codes, part.scales, None, part.bits, 0 if part.kind == "int" else 128)
     return None
+
+
+def _is_stream(part: ScaledInt) -> bool:
+    return part.kind in ("packed", "int") and part.bits in STREAM_KINDS
 
 
 def _stream(codes: Tensor, scales: Tensor, biases: Tensor | None, bits: int, flip: int) -> RepackSource | None:
@@ -244,10 +247,6 @@ def _micro_scales(part: Micro) -> Tensor:
 # ---- GGUF: uint8 [B, bytes of a block] to codes and arrays, [B, numbers] each ----
 
 
-def _half(blocks: Tensor, start: int) -> Tensor:
-    return blocks[:, start : start + 2].contiguous().view(torch.float16)
-
-
 def _fifth_bits(blocks: Tensor, start: int) -> Tensor:
     return planes(blocks[:, start + 4 :], 4, 16) | unpack(blocks[:, start : start + 4], 1, dtype=torch.uint8) << 4
 
@@ -260,27 +259,27 @@ def _six_bits(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _q4_0(blocks: Tensor) -> tuple[Tensor, ...]:
-    return planes(blocks[:, 2:], 4, 16), _half(blocks, 0)
+    return planes(blocks[:, 2:], 4, 16), halves(blocks, 0)
 
 
 def _q4_1(blocks: Tensor) -> tuple[Tensor, ...]:
-    return planes(blocks[:, 4:], 4, 16), _half(blocks, 0), _half(blocks, 2)
+    return planes(blocks[:, 4:], 4, 16), halves(blocks, 0), halves(blocks, 2)
 
 
 def _q5_0(blocks: Tensor) -> tuple[Tensor, ...]:
-    return _fifth_bits(blocks, 2), _half(blocks, 0)
+    return _fifth_bits(blocks, 2), halves(blocks, 0)
 
 
 def _q5_1(blocks: Tensor) -> tuple[Tensor, ...]:
-    return _fifth_bits(blocks, 4), _half(blocks, 0), _half(blocks, 2)
+    return _fifth_bits(blocks, 4), halves(blocks, 0), halves(blocks, 2)
 
 
 def _q8_0(blocks: Tensor) -> tuple[Tensor, ...]:
-    return blocks[:, 2:], _half(blocks, 0)
+    return blocks[:, 2:], halves(blocks, 0)
 
 
 def _iq4_nl(blocks: Tensor) -> tuple[Tensor, ...]:
-    return planes(blocks[:, 2:], 4, 16), _half(blocks, 0)
+    return planes(blocks[:, 2:], 4, 16), halves(blocks, 0)
 
 
 def _mxfp4(blocks: Tensor) -> tuple[Tensor, ...]:
@@ -298,35 +297,35 @@ def _nvfp4(blocks: Tensor) -> tuple[Tensor, ...]:
 
 def _q2_k(blocks: Tensor) -> tuple[Tensor, ...]:
     """Short runs with minima have no form of their own: scales and biases become float32."""
-    scales = _half(blocks, 80).float() * (blocks[:, :16] & 15)
-    return planes(blocks[:, 16:80], 2, 32), scales, -(_half(blocks, 82).float() * (blocks[:, :16] >> 4))
+    scales = halves(blocks, 80).float() * (blocks[:, :16] & 15)
+    return planes(blocks[:, 16:80], 2, 32), scales, -(halves(blocks, 82).float() * (blocks[:, :16] >> 4))
 
 
 def _q3_k(blocks: Tensor) -> tuple[Tensor, ...]:
     scales = planes(blocks[:, 96:104], 4, 8) | planes(blocks[:, 104:108], 2, 4) << 4
     codes = planes(blocks[:, 32:96], 2, 32) | planes(blocks[:, :32], 1, 32) << 2
-    return codes, _half(blocks, 108), scales.view(torch.int8) - 32
+    return codes, halves(blocks, 108), scales.view(torch.int8) - 32
 
 
 def _q4_k(blocks: Tensor) -> tuple[Tensor, ...]:
-    return planes(blocks[:, 16:], 4, 32), _half(blocks, 0), _half(blocks, 2), *_six_bits(blocks)
+    return planes(blocks[:, 16:], 4, 32), halves(blocks, 0), halves(blocks, 2), *_six_bits(blocks)
 
 
 def _q5_k(blocks: Tensor) -> tuple[Tensor, ...]:
     codes = planes(blocks[:, 48:], 4, 32) | planes(blocks[:, 16:48], 1, 32) << 4
-    return codes, _half(blocks, 0), _half(blocks, 2), *_six_bits(blocks)
+    return codes, halves(blocks, 0), halves(blocks, 2), *_six_bits(blocks)
 
 
 def _q6_k(blocks: Tensor) -> tuple[Tensor, ...]:
     codes = planes(blocks[:, :128], 4, 64) | planes(blocks[:, 128:192], 2, 32) << 4
-    return codes, _half(blocks, 208), blocks[:, 192:208].view(torch.int8)
+    return codes, halves(blocks, 208), blocks[:, 192:208].view(torch.int8)
 
 
 def _iq4_xs(blocks: Tensor) -> tuple[Tensor, ...]:
     """Runs of 32 as two of 16 with one scale."""
     scales = unpack(blocks[:, 4:8], 4, dtype=torch.uint8) | unpack(blocks[:, 2:4], 2, dtype=torch.uint8) << 4
     signed = scales.view(torch.int8).sub(32).repeat_interleave(2, -1)
-    return planes(blocks[:, 8:], 4, 16), _half(blocks, 0), signed
+    return planes(blocks[:, 8:], 4, 16), halves(blocks, 0), signed
 
 
 BLOCK_TYPES: dict[str, tuple[PackedLayout, Callable[[Tensor], tuple[Tensor, ...]]]] = {
@@ -348,8 +347,8 @@ BLOCK_TYPES: dict[str, tuple[PackedLayout, Callable[[Tensor], tuple[Tensor, ...]
         name: (PackedLayout(T4, SUPER16, 16, levels=each.levels, exponent=each.exponent), each.split)
         for name, each in LEVEL_TYPES.items()
     },
-    "TQ1_0": (PackedLayout(U4, F16, 256, offset=-1), lambda blocks: (codes_tq1_0(blocks), _half(blocks, 52))),
-    "TQ2_0": (PackedLayout(U4, F16, 256, offset=-1), lambda blocks: (codes_tq2_0(blocks), _half(blocks, 64))),
+    "TQ1_0": (PackedLayout(U4, F16, 256, offset=-1), lambda blocks: (codes_tq1_0(blocks), halves(blocks, 52))),
+    "TQ2_0": (PackedLayout(U4, F16, 256, offset=-1), lambda blocks: (codes_tq2_0(blocks), halves(blocks, 64))),
 }
 
 

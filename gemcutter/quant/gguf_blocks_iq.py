@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gemcutter.quant.bits import in_runs, look_up, unpack
+from gemcutter.quant.bits import halves, in_runs, look_up, unpack
 from gemcutter.quant.gguf_codebooks import codebook
 
 Split = tuple[Tensor, Tensor, Tensor]  # codes uint8 [B, 256], float16 [B, 1], factors int8 [B, 16]
@@ -44,10 +44,6 @@ def _with_signs(magnitudes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 # ---- what several types share ----
-
-
-def _half(blocks: Tensor) -> Tensor:
-    return blocks[:, :2].contiguous().view(torch.float16)
 
 
 def _words(packed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,7 +90,7 @@ def split_iq1_s(blocks: Tensor) -> Split:
     words = _words(blocks[:, 34:50], torch.int16)
     digits = _patterns("IQ1", blocks[:, 2:34].int() | _fields(words, (0, 3, 6, 9), 7) << 8)
     is_down = (words >> 15 & 1).to(torch.uint8).repeat_interleave(32, -1)
-    return digits + 3 * is_down, _half(blocks), _odd(words >> 12 & 7, 2)
+    return digits + 3 * is_down, halves(blocks, 0), _odd(words >> 12 & 7, 2)
 
 
 def split_iq1_m(blocks: Tensor) -> Split:
@@ -110,34 +106,34 @@ def split_iq2_xxs(blocks: Tensor) -> Split:
     """d, then for 32 values each: four patterns, and a word of their signs and scale."""
     pairs = in_runs(blocks[:, 2:], 8)
     signs, factors = _signs_and_scales(_words(pairs[..., 4:], torch.int32).flatten(1))
-    return _patterns("IQ2_XXS", pairs[..., :4].flatten(1)) | signs << 3, _half(blocks), factors
+    return _patterns("IQ2_XXS", pairs[..., :4].flatten(1)) | signs << 3, halves(blocks, 0), factors
 
 
 def split_iq2_xs(blocks: Tensor) -> Split:
     """d, a word for eight values with nine bits of the pattern and seven of signs, 16 scales of 4 bits."""
     words = _words(blocks[:, 2:66], torch.int16)
     codes = _patterns("IQ2_XS", words & 511) | _signs_of_seven(words >> 9 & 127) << 3
-    return codes, _half(blocks), _odd(unpack(blocks[:, 66:], 4, dtype=torch.uint8))
+    return codes, halves(blocks, 0), _odd(unpack(blocks[:, 66:], 4, dtype=torch.uint8))
 
 
 def split_iq2_s(blocks: Tensor) -> Split:
     """d, low bytes of 32 patterns, all signs, two more bits of each pattern, 16 scales of 4 bits."""
     numbers = blocks[:, 2:34].int() | unpack(blocks[:, 66:74], 2, dtype=torch.int32) << 8
     codes = _patterns("IQ2_S", numbers) | unpack(blocks[:, 34:66], 1, dtype=torch.uint8) << 3
-    return codes, _half(blocks), _odd(unpack(blocks[:, 74:], 4, dtype=torch.uint8))
+    return codes, halves(blocks, 0), _odd(unpack(blocks[:, 74:], 4, dtype=torch.uint8))
 
 
 def split_iq3_xxs(blocks: Tensor) -> Split:
     """d, 64 patterns, then a word of the signs and the scale of 32 values each."""
     signs, factors = _signs_and_scales(_words(blocks[:, 66:], torch.int32))
-    return _patterns("IQ3_XXS", blocks[:, 2:66]) | signs << 3, _half(blocks), factors
+    return _patterns("IQ3_XXS", blocks[:, 2:66]) | signs << 3, halves(blocks, 0), factors
 
 
 def split_iq3_s(blocks: Tensor) -> Split:
     """d, low bytes of 64 patterns, their ninth bits, all signs, 8 scales of 4 bits."""
     numbers = blocks[:, 2:66].int() | unpack(blocks[:, 66:74], 1, dtype=torch.int32) << 8
     codes = _patterns("IQ3_S", numbers) | unpack(blocks[:, 74:106], 1, dtype=torch.uint8) << 3
-    return codes, _half(blocks), _odd(unpack(blocks[:, 106:], 4, dtype=torch.uint8), 2)
+    return codes, halves(blocks, 0), _odd(unpack(blocks[:, 106:], 4, dtype=torch.uint8), 2)
 
 
 _EIGHTHS = (*(8 * digit + 1 for digit in (-1, 0, 1)), *(8 * digit - 1 for digit in (-1, 0, 1)), *(0 for _ in range(10)))

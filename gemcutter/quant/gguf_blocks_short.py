@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemcutter.quant.bits import E2M1_DOUBLED, float8, in_runs, look_up, planes, unpack
+from gemcutter.quant.bits import E2M1_DOUBLED, float8, halves, in_runs, look_up, planes, unpack
 
 # IQ4_NL's sixteen levels, denser around zero.
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -18,7 +18,7 @@ NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89
 
 def half(blocks: Tensor, start: int) -> Tensor:
     """Read the float16 at a byte offset as float32, [B, 1]."""
-    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+    return halves(blocks, start).float()
 
 
 def decode_q4_0(blocks: Tensor) -> Tensor:

@@ -139,3 +139,11 @@ def _arrays(packed: Affine | Blocks) -> dict[str, Any]:
 
 def _room(array: Tensor, rows: int, device: torch.device | str) -> Any:
     return torch.empty((rows, *array.shape[1:]), dtype=array.dtype, device=device)
+
+
+def widest_group(quant: str) -> int:
+    """Return the most columns that a scheme of a recipe keeps together: those of a group, or of a block."""
+    return max(
+        scheme.group if isinstance(scheme, AffineScheme) else gguf_blocks.TYPES[scheme.name].values
+        for scheme in RECIPES[quant].usual
+    )

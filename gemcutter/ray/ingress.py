@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
-from starlette.types import Receive, Scope, Send
 
 from gemcutter.ray.asgi_call import Part
 from gemcutter.ray.calls import Call, Head, prompt_of, read_body, session_of
@@ -43,22 +41,6 @@ log = logging.getLogger(__name__)
 
 class ReplicaLost(Exception):
     """A replica did not take a request, or ended before its answer did."""
-
-
-class ReplyStream(StreamingResponse):
-    """A stream of a replica's bytes; `close` is called when it ends, even if it never began."""
-
-    def __init__(self, head: Head, parts: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(parts, head.status)
-        self.raw_headers = _kept(head)
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all parts, until the client leaves."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._close()
 
 
 class Ingress:
@@ -149,7 +131,9 @@ class Dispatch:
             head = await _head(parts, self._patience_s(attempt))
             if head.is_stream:
                 is_handed_on = True
-                return ReplyStream(head, _rest(parts, call), source.cancel)
+                stream = sse.ClosingStream(_rest(parts, call), source.cancel, status_code=head.status)
+                stream.raw_headers = _kept(head)
+                return stream
             body = b"".join([part async for part in parts if isinstance(part, bytes)])
             response = Response(body, head.status)
             response.raw_headers = [*_kept(head), (b"content-length", str(len(body)).encode())]

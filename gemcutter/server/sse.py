@@ -50,16 +50,21 @@ async def with_pings(frames: AsyncIterator[bytes], every_s: float, ping: bytes =
                 await pending
 
 
-class EventStream(StreamingResponse):
-    """An answer that sends frames as they come; `close` is called when it ends, even if it never began."""
+class ClosingStream(StreamingResponse):
+    """An answer that sends bytes as they come; `close` is called when it ends, even if it never began."""
 
-    def __init__(self, frames: AsyncIterator[bytes], close: Callable[[], None], every_s: float, ping: bytes = COMMENT) -> None:
-        super().__init__(with_pings(frames, every_s, ping), media_type="text/event-stream", headers=HEADERS)
+    def __init__(self, parts: AsyncIterator[bytes], close: Callable[[], None], **more: Any) -> None:
+        super().__init__(parts, **more)
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all frames, until the client leaves."""
+        """Send all parts, until the client leaves."""
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._close()
+
+
+def event_stream(frames: AsyncIterator[bytes], close: Callable[[], None], every_s: float, ping: bytes = COMMENT) -> ClosingStream:
+    """Return an answer that sends frames as they come, and a ping where none has come for a while."""
+    return ClosingStream(with_pings(frames, every_s, ping), close, media_type="text/event-stream", headers=HEADERS)

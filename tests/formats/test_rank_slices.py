@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.load.load_params import load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
-from gemcutter.checkpoint.load.slices import column_unit, cuts_of, taken_bytes
+from gemcutter.checkpoint.load.slices import Cut, column_unit, cuts_of
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.checkpoint.write.synth import SIZES, write_checkpoint
 from gemcutter.ops.registry import select_backend
@@ -88,6 +92,11 @@ def test_weights_are_quantized_in_slices_as_they_are_whole(quant: str) -> None:
 def test_every_size_in_two_ranks(size: str, tmp_path: Path) -> None:
     write_checkpoint(size, tmp_path / "model")
     check(open_checkpoint(tmp_path / "model"), 2, torch.float32, None)
+
+
+def taken_bytes(data: LazyTensor | PackedTensor, cuts: Sequence[Cut]) -> int:
+    """Return how many of a piece's stored bytes some cuts take, each element's share of them."""
+    return data.nbytes * sum(math.prod(cut.shape(data.shape)) for cut in cuts) // math.prod(data.shape)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,9 +18,11 @@ import torch
 
 from gemcutter import native
 from gemcutter.api import Model, load_model
+from gemcutter.cli.app import main
 from gemcutter.engine.request import FinishReason, Request, RequestEvent
 from gemcutter.errors import RankError
 from gemcutter.load_options import LoadOptions
+from tests.processes import descendants, runs
 
 pytestmark = [
     pytest.mark.skipif(native.missing() is not None, reason=str(native.missing())),
@@ -39,18 +41,7 @@ def load(ranks: int = 2) -> Model:
 
 def followers_of(pid: int) -> list[int]:
     """Return the ranks that a process has started and that still run."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            command = (entry / "cmdline").read_text()
-        except OSError:
-            continue
-        if int(parent) == pid and "gemcutter.rank_process" in command and state != "Z":
-            found.append(int(entry.name))
-    return found
+    return [child for child in descendants(pid) if runs(child, "gemcutter.rank_process")]
 
 
 def wait_until_gone(pids: list[int]) -> None:
@@ -136,6 +127,14 @@ def test_a_model_that_nobody_holds_ends_its_ranks() -> None:
 
     gc.collect()
     wait_until_gone(ranks)
+
+
+@pytest.mark.parametrize(
+    "words", ["verify demo --tokens 64", f"score demo {__file__} --window 256", "bench demo -p 16 -n 2 -r 1"]
+)
+def test_a_command_that_a_program_calls_ends_its_ranks(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words.split(), "--tp", "2"]) == 0, capsys.readouterr().err
+    assert followers_of(os.getpid()) == []
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None])

@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.processes import descendants
+
 CPUS = 8  # that Ray is told of: replicas that mostly wait share the real ones
 SOON_S = 60.0
 MODEL = {"model": "demo", "context": 2048, "max_num_seqs": 4}
@@ -55,23 +57,6 @@ def until(holds: Any, most_s: float = SOON_S) -> None:
     while not holds():
         assert time.monotonic() < end, "it never came to be"
         time.sleep(0.1)
-
-
-def descendants(pid: int) -> set[int]:
-    """Return the processes below one."""
-    parents = dict[int, int]()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            except OSError:
-                continue
-            if state != "Z":
-                parents[int(entry.name)] = int(parent)
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
 
 
 @pytest.fixture(scope="session")

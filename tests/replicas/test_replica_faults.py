@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +13,7 @@ import httpx
 import pytest
 
 from gemcutter import native
+from tests.processes import descendants, runs
 from tests.replicas.conftest import MODEL, Deployed, deployed, until
 
 LONG = {"model": "demo", "temperature": 0, "max_tokens": 600, "ignore_eos": True}
@@ -82,11 +82,8 @@ def test_a_replica_that_lost_a_rank_is_replaced(cluster: str) -> None:
 
 def rank_process() -> int:
     """Return the one process of a second rank that belongs to this program."""
-    from tests.replicas.conftest import descendants
-
     for pid in descendants(os.getpid()):
-        command = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-        if "gemcutter.rank_process" in command:
+        if runs(pid, "gemcutter.rank_process"):
             return pid
     raise AssertionError("there is no second rank")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.replicas.conftest import descendants, until
+from tests.processes import descendants
+from tests.replicas.conftest import until
 
 pytest.importorskip("ray.serve", reason="replicas need Ray: pip install 'gemcutter[ray]'")
 

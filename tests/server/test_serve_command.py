@@ -18,6 +18,7 @@ import pytest
 from gemcutter import native
 from gemcutter.cli import main
 from gemcutter.errors import RequestError
+from tests.processes import descendants, runs
 
 ROOT = Path(__file__).parents[2]
 START = [sys.executable, "-m", "gemcutter.cli", "serve", "demo", "--port", "0"]
@@ -186,8 +187,7 @@ def test_without_its_packages_it_says_what_to_install(
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 def test_a_server_whose_rank_dies_ends_its_requests_and_itself() -> None:
     with process("--tensor-parallel", "2") as (server, lines):
-        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-        (rank,) = [int(pid) for pid in children if "rank_process" in Path(f"/proc/{pid}/cmdline").read_text()]
+        (rank,) = [child for child in descendants(server.pid) if runs(child, "gemcutter.rank_process")]
         body = {"model": "demo", "messages": [{"role": "user", "content": "Go on."}], "stream": True}
         body |= {"max_tokens": 30_000, "ignore_eos": True, "temperature": 0}
         with httpx.stream("POST", f"{url_of(lines)}/chat/completions", json=body, timeout=60) as answer:

@@ -29,6 +29,18 @@ from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.packing import CpuPacker
 
 CPU = torch.device("cpu")
+Disk = namedtuple("Disk", "total used free")
+
+
+def give_room(monkeypatch: pytest.MonkeyPatch, free: int = 1 << 40, total: int = 1 << 40) -> None:
+    """Let the disk be of a size and have bytes free, whatever the real one has."""
+    monkeypatch.setattr(packed_weight_files.shutil, "disk_usage", lambda _: Disk(total, total - free, free))
+
+
+@pytest.fixture(autouse=True)
+def _room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test fail on a full disk."""
+    give_room(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -249,8 +261,7 @@ def test_an_unasked_file_is_given_up_when_the_program_ends(model: Path, tmp_path
 
 
 def test_the_folder_is_bounded_and_what_was_used_longest_ago_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Disk = namedtuple("Disk", "total used free")
-    monkeypatch.setattr(packed_weight_files.shutil, "disk_usage", lambda _: Disk(10_000, 0, 10_000))
+    give_room(monkeypatch, 10_000, 10_000)
     monkeypatch.setattr(packed_weight_files, "MOST_SHARE", 0.1)
     own, paths = tmp_path / f"own{module.SUFFIX}", [tmp_path / f"{age}{module.SUFFIX}" for age in (3, 1, 2)]
     for path in paths:
@@ -264,7 +275,7 @@ def test_the_folder_is_bounded_and_what_was_used_longest_ago_goes(tmp_path: Path
     own.write_bytes(bytes(600))
     assert make_room(tmp_path, 700, own)  # in the place of its older self
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["1", "other", "own"]
-    monkeypatch.setattr(packed_weight_files.shutil, "disk_usage", lambda _: Disk(10_000, 9_600, 400))
+    give_room(monkeypatch, 400, 10_000)
     assert not make_room(tmp_path, 600, tmp_path / "new")  # a tenth of the disk stays free
 
 

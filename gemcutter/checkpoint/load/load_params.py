@@ -156,7 +156,7 @@ class _Loader:
         compute = dtype_name(self.dtype)
         if stays_mapped(dense_dtypes, data.dtype, compute, self.device.type):
             return cut.of(data.torch(), data.origin)
-        return _copy(data, self.dtype, self.device) if cut == WHOLE else _copy_cut(data, cut, self.dtype, self.device)
+        return _copy(data, cut, self.dtype, self.device)
 
     def _quantize(self, data: LazyTensor, cut: Cut, scheme: Scheme) -> Part:
         """Quantize a mapped tensor. Raises CheckpointError for values that are not finite."""
@@ -186,10 +186,11 @@ def _view(data: LazyTensor | PackedTensor) -> Part:
     return data.torch() if isinstance(data, LazyTensor) else unpack(data)
 
 
-def _copy(data: LazyTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Convert a mapped tensor into memory of its own, giving its pages back on the way."""
-    mapped = data.torch()
-    if data.arranged is not None:
+def _copy(data: LazyTensor, cut: Cut, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Convert what is taken of a mapped tensor into memory of its own, giving its pages back: a whole one's on the way."""
+    mapped = cut.of(data.torch(), data.origin)
+    assert isinstance(mapped, Tensor)
+    if data.arranged is not None or cut != WHOLE:
         found = mapped.to(device, dtype, copy=True).contiguous()
         data.release()
         return found
@@ -201,12 +202,3 @@ def _copy(data: LazyTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         offset, count = start * mapped.element_size(), min(elements, flat.numel() - start) * mapped.element_size()
         data.mapped.release(data.offset + offset, count)
     return out
-
-
-def _copy_cut(data: LazyTensor, cut: Cut, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Convert what a rank takes of a mapped tensor into memory of its own."""
-    view = cut.of(data.torch(), data.origin)
-    assert isinstance(view, Tensor)
-    found = view.to(device, dtype, copy=True).contiguous()
-    data.release()
-    return found

@@ -6,7 +6,6 @@ of columns that quantized groups keep together. Refuses to know ranks. Read `sha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -142,9 +141,3 @@ def _experts(part: Part, first: int, last: int) -> Part:
     if isinstance(part, Stack | DenseStack):
         return type(part)(part.items[first:last])  # type: ignore[arg-type]  # each takes the items that it has
     return stack([part.expert(index) for index in range(first, last)])
-
-
-def taken_bytes(data: LazyTensor | PackedTensor, cuts: Sequence[Cut]) -> int:
-    """Return how many of a piece's stored bytes some cuts take, each element's share of them."""
-    taken = sum(math.prod(cut.shape(data.shape)) for cut in cuts)
-    return data.nbytes * taken // max(1, math.prod(data.shape))

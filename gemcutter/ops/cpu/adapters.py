@@ -42,6 +42,11 @@ def numbers_of_rows(adapters: AdapterRows, rows: int) -> Tensor | None:
     return found
 
 
+def address_of(wanted: Tensor | None) -> int | None:
+    """Return where such numbers lie."""
+    return None if wanted is None else wanted.data_ptr()
+
+
 def carry_deltas(found: Matrix, deltas: Sequence[Delta]) -> object:
     """Let a matrix carry what adapters add to it; returns what it points to, which is to be kept as long as the matrix."""
     ordered = sorted(deltas, key=lambda delta: number_of(delta.adapter))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.native import AttentionView, ExpertsView, LayerView, Matrix
-from gemcutter.ops.cpu.adapters import carry_deltas, numbers_of_rows
+from gemcutter.ops.cpu.adapters import address_of, carry_deltas, numbers_of_rows
 from gemcutter.ops.cpu.attn_metadata import of_group
 from gemcutter.ops.cpu.bindings import ACTIVATIONS, array_of, bind_kv, entry, rows_of, whole_matrix
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Step
@@ -199,7 +199,7 @@ def build_qkv(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ct
         to = None if kv is None else ctypes.addressof(kv)
         metadata = of_group(step, layer.group, layer.rope)
         wanted = None if kept is None else numbers_of_rows(step.remaining.adapter_rows, rows)
-        call(bound.address, metadata, to, x.data_ptr(), kept, rows, _address(wanted), q_MHE.data_ptr())
+        call(bound.address, metadata, to, x.data_ptr(), kept, rows, address_of(wanted), q_MHE.data_ptr())
         return q_MHE
 
     return qkv
@@ -212,7 +212,7 @@ def build_attn_out(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param
     def attn_out(x_MD: Tensor, o_MHE: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         x, o, wanted = rows_of(x_MD), rows_of(o_MHE), numbers_of_rows(adapters, len(x_MD))
         out = torch.empty_like(x)
-        call(bound.address, x.data_ptr(), o.data_ptr(), x.shape[0], _address(wanted), out.data_ptr())
+        call(bound.address, x.data_ptr(), o.data_ptr(), x.shape[0], address_of(wanted), out.data_ptr())
         return out
 
     return attn_out
@@ -225,7 +225,7 @@ def build_mlp(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ct
     def mlp(x_MD: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         x, wanted = rows_of(x_MD), numbers_of_rows(adapters, len(x_MD))
         out = torch.empty_like(x)
-        call(bound.address, x.data_ptr(), x.shape[0], _address(wanted), out.data_ptr())
+        call(bound.address, x.data_ptr(), x.shape[0], address_of(wanted), out.data_ptr())
         return out
 
     return mlp
@@ -238,14 +238,10 @@ def build_ple_gate(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param
     def ple_gate(x_MD: Tensor, ple_MP: Tensor, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         x, ple, wanted = rows_of(x_MD), _strided(ple_MP), numbers_of_rows(adapters, len(x_MD))
         out = torch.empty_like(x)
-        call(bound.address, x.data_ptr(), ple.data_ptr(), ple.stride(0), x.shape[0], _address(wanted), out.data_ptr())
+        call(bound.address, x.data_ptr(), ple.data_ptr(), ple.stride(0), x.shape[0], address_of(wanted), out.data_ptr())
         return out
 
     return ple_gate
-
-
-def _address(wanted: Tensor | None) -> int | None:
-    return None if wanted is None else wanted.data_ptr()
 
 
 def _strided(ple_MP: Tensor) -> Tensor:

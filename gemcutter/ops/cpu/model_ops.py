@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.native import Matrix, PleView
-from gemcutter.ops.cpu.adapters import carry_deltas, numbers_of_rows
+from gemcutter.ops.cpu.adapters import address_of, carry_deltas, numbers_of_rows
 from gemcutter.ops.cpu.bindings import ACTIVATIONS, entry, matrix_of, rows_of, whole_matrix
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows
 from gemcutter.ops.types import OpContext, Param, matrix, rounded_root, vector
@@ -77,8 +77,7 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
         tokens = None if bound.table.rows else rows_of(some.gather(ple_ids_N, torch.float32))
         out = torch.empty(x.shape[0], last - first, dim)
         given = None if tokens is None else tokens.data_ptr()
-        asked = None if wanted is None else wanted.data_ptr()
-        call(ctypes.addressof(bound), x.data_ptr(), ple_ids_N.data_ptr(), given, x.shape[0], asked, out.data_ptr())
+        call(ctypes.addressof(bound), x.data_ptr(), ple_ids_N.data_ptr(), given, x.shape[0], address_of(wanted), out.data_ptr())
         return out
 
     return ple_embed

@@ -50,7 +50,7 @@ def router(service: Service) -> APIRouter:
             await unless_gone(request, task.prepare())
         service.metrics.read_media(["audio"])
         if asked.is_streamed:
-            return sse.EventStream(stream(task), task.close, service.options.ping_s)
+            return sse.event_stream(stream(task), task.close, service.options.ping_s)
         await unless_gone(request, whole(task))
         if asked.format == "text":
             return PlainTextResponse(task.text)

@@ -36,7 +36,7 @@ def router(service: Service) -> APIRouter:
         prepared = await prepare(service, request, chat, count=body.n or 1, adapter=adapter)
         replies = service.open(copies(prepared, body.n or 1))
         if body.stream:
-            return sse.EventStream(stream(service, body, replies), lambda: service.close(replies), service.options.ping_s)
+            return sse.event_stream(stream(service, body, replies), lambda: service.close(replies), service.options.ping_s)
         return JSONResponse(await unless_gone(request, whole(service, body, replies)))
 
     return routes

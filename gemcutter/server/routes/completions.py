@@ -43,7 +43,7 @@ def router(service: Service) -> APIRouter:
         raws = [replace(raw, prepared=each) for raw in raws for each in copies(raw.prepared, count)]
         replies = service.open([raw.prepared for raw in raws])
         if body.stream:
-            return sse.EventStream(stream(service, body, raws, replies), lambda: service.close(replies), options.ping_s)
+            return sse.event_stream(stream(service, body, raws, replies), lambda: service.close(replies), options.ping_s)
         return JSONResponse(await unless_gone(request, whole(service, body, raws, replies)))
 
     return routes

@@ -44,7 +44,7 @@ def router(service: Service) -> APIRouter:
         replies = service.open([prepared])
         if body.stream:
             frames, ping = stream(replies[0], events), sse.frame(PING[1], PING[0])
-            answer = sse.EventStream(frames, lambda: service.close(replies), service.options.ping_s, ping)
+            answer = sse.event_stream(frames, lambda: service.close(replies), service.options.ping_s, ping)
             answer.headers.update(headers)
             return answer
         return JSONResponse(await unless_gone(request, whole(service, replies[0], events)), headers=headers)

@@ -47,7 +47,7 @@ def router(service: Service) -> APIRouter:
 
         replies, headers = service.open([prepared]), warned(request.url.path, chat.warnings)
         if body.stream:
-            answer = sse.EventStream(stream(replies[0], events, keep), lambda: service.close(replies), service.options.ping_s)
+            answer = sse.event_stream(stream(replies[0], events, keep), lambda: service.close(replies), service.options.ping_s)
             answer.headers.update(headers)
             return answer
         return JSONResponse(await unless_gone(request, whole(service, replies[0], events, keep)), headers=headers)
