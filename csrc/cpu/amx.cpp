@@ -1,138 +1,169 @@
-// GEMM on processors with AMX: packed and bfloat16 matrices times many bfloat16 rows, 16 x 16 float32 accumulators per tile.
+// GEMM on processors with AMX: packed and bfloat16 matrices times many bfloat16 rows, 32 x 32 float32 sums in tiles.
 //
-// Owns the conversion of a panel to AMX tiles: its values become bfloat16 pairs of columns (each is rounded once, by at most 2^-9
-// of itself), activations are bfloat16, and products are accumulated in float32 over all columns. That is nearer to the reference
-// than int8 activations are, so callers that asked for int8 get it too. Few rows, float32 rows and other matrices go to the
-// AVX-512 kernels. Refuses to know threads: a call configures its thread's tiles and releases them before it returns. Read
-// `packed_decode.h` for how panels are decoded, `parallel_gemm.cpp` for the caller.
-#include "matmul_f32.h"
-#include "packed_decode.h"
-
-#if defined(GC_EMULATE)
-#include "../emulate/amx.h"
-#endif
+// Owns the order of loops. A panel's values become bfloat16 pairs of columns once for a chunk of rows, and activations are
+// bfloat16: that is nearer to the reference than int8 activations are, so callers that asked for int8 get it too. (Integer tiles
+// would have to be converted, scaled and added in vector registers behind every 32 columns, which takes longer than a bfloat16
+// product of them.) Tiles are read from the L2 cache: where a chunk of whole rows fits it, two panels at a time meet all of its
+// rows; where rows are longer, runs of columns of many panels do, and sums wait in memory from run to run. Few rows, float32 rows
+// and other matrices go to the AVX-512 kernels. Refuses to know threads: a call configures its thread's tiles and releases them
+// before it returns. Read `amx_tiles.h` for the products, `amx_pairs.h` for the panels, `parallel_gemm.cpp` for the caller.
+#include "amx_pairs.h"
+#include "amx_tiles.h"
 
 namespace gemcutter {
 namespace {
 
 // Up to 16 rows, which would fill one tile, a row's result must not depend on the rows beside it: AVX-512 computes those.
 constexpr int64_t LEAST_ROWS = FEW_ROWS + 1;
-constexpr int TILES = 4;      // tiles of rows that share one load of the matrix
-constexpr int64_t STEP = 32;  // columns of one tile multiplication
-constexpr int TILE_FLOATS = PANEL * PANEL;
+constexpr int64_t CHUNK_OF_TILES = 1 << 19;  // elements of rows that are read again and again: half of an L2 cache of 2 MB
+constexpr int64_t MOST_CHUNK = 2 * CHUNK_ROWS, MOST_ROWS = MOST_CHUNK + FEW_ROWS;
+constexpr int64_t WHOLE_COLUMNS =
+    3072;  // longer rows are multiplied in runs: whole ones would leave a chunk too few to pay for pairs
+constexpr int64_t RUN_COLUMNS = 512;
+constexpr int64_t PAIR = 2;  // panels of one product
+constexpr int64_t PANELS_OF_WHOLE = 2, PANELS_OF_RUNS = 8;
+constexpr int64_t SUMS_LD = PAIR * PANEL;
 
-struct alignas(64) TileShapes {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
+bool is_whole(const gc_matrix &m) { return m.columns <= WHOLE_COLUMNS; }
+
+// [MOST_ROWS, 32] sums of every pair of panels where there are several runs, and of 32 rows where there is one; two panels' pairs.
+struct Scratch {
+    float *sums;
+    uint16_t *pairs;
+
+    Scratch(const gc_matrix &m, void *memory)
+        : sums(static_cast<float *>(memory)), pairs(reinterpret_cast<uint16_t *>(sums + sum_floats(m))) {}
+    static int64_t sum_floats(const gc_matrix &m) {
+        return (is_whole(m) ? PAIR * TILE_HEIGHT : PANELS_OF_RUNS / PAIR * (MOST_ROWS + 2 * TILE_HEIGHT)) * SUMS_LD;
+    }
+    static size_t bytes(const gc_matrix &m) {
+        const int64_t columns = is_whole(m) ? m.columns : RUN_COLUMNS;
+        return sizeof(float) * (size_t)sum_floats(m) + sizeof(uint16_t) * (size_t)(PAIR * PANEL * columns);
+    }
 };
 
-// Compilers may drop or move stores that only a tile instruction reads: the clobber tells them that memory is read.
-inline void memory_is_read(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+// Lines of the panels that are made pairs of next, asked for some at a time.
+struct AheadOfPairs {
+    const char *at;
+    int64_t lines;
 
-void configure() {
-    TileShapes shapes = {};
-    shapes.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = 64, shapes.rows[tile] = 16;
-    memory_is_read(&shapes);
-    _tile_loadconfig(&shapes);
+    GC_INLINE void some(int64_t count) {
+        for (; count > 0 && lines > 0; --count, --lines, at += TILE_LINE) __builtin_prefetch(at, 0, IN_L2);
+    }
+};
+
+// Where 16 rows from `row` on begin, at a column that is a multiple of 32. Rows that do not lie in tiles end with the last one: its
+// tile begins early enough to be whole.
+struct TileRowsOf {
+    const Rows &rows;
+
+    int64_t first_of(int64_t row) const { return rows.tiles || row + TILE_HEIGHT <= rows.count ? row : rows.count - TILE_HEIGHT; }
+    TileSource at(int64_t row, int64_t column) const {
+        const int64_t columns = rows.columns;
+        if (rows.tiles) return {(const char *)rows.tiles + (row * columns + column * TILE_HEIGHT) * 2, TILE_LINE, TILE_BYTES};
+        return {(const char *)(rows.bf16 + first_of(row) * columns + column), columns * 2, TILE_LINE};
+    }
+};
+
+// A run of columns: the first of them, how many, and whether it is the first and the last one.
+struct Run {
+    int64_t start, columns;
+    bool is_first, is_last;
+};
+
+// What one pair of panels adds to rows first..last-1, and where the finished sums go.
+struct PairProduct {
+    const uint16_t *pairs;
+    int64_t width;  // columns of `out`
+    float *sums, *out;
+    int64_t ld;
+};
+
+// 16 * M rows from `row` on, of which those before `last` count, times N panels.
+template <int M, int N>
+void multiply_rows(const PairProduct &p, const TileRowsOf &rows, int64_t row, int64_t first, int64_t last, const Run &run) {
+    float *sums = p.sums + (run.is_first && run.is_last ? 0 : (row - first) * SUMS_LD);
+    const TileSource a = rows.at(row, run.start);
+    const char *b = M > 1 ? rows.at(row + TILE_HEIGHT, run.start).at : nullptr;
+    if (run.is_first) zero_sums<M, N>();
+    else load_sums<M, N>(sums, SUMS_LD);
+    multiply_tiles<M, N>(a, b, (const char *)p.pairs, run.columns * PANEL * 2, run.columns / TILE_STEP);
+    const int64_t final_tile = row + (M - 1) * TILE_HEIGHT;
+    const bool is_direct = run.is_last && p.width == N * PANEL && final_tile + TILE_HEIGHT <= last && rows.first_of(row) == row &&
+                           rows.first_of(final_tile) == final_tile;
+    float *out = p.out + (row - first) * p.ld;
+    if (is_direct) return store_sums<M, N>(out, p.ld);
+    store_sums<M, N>(sums, SUMS_LD);
+    if (!run.is_last) return;
+    for (int64_t m = row; m < last && m < row + M * TILE_HEIGHT; ++m, out += p.ld) {
+        const int64_t tile = row + (m - row) / TILE_HEIGHT * TILE_HEIGHT, at = tile - row + m - rows.first_of(tile);
+        memcpy(out, sums + at * SUMS_LD, sizeof(float) * (size_t)p.width);
+    }
 }
 
-// ---- a panel as pairs: [columns / 2][16 rows][2] in bfloat16 ----
-
-template <int COLUMN>
-inline V codes_of(__m512i quad, bool is_signed) {
-    __m512i top = _mm512_slli_epi32(quad, 24 - 8 * COLUMN);
-    return to_float(is_signed ? _mm512_srai_epi32(top, 24) : _mm512_srli_epi32(top, 24));
+template <int N>
+void multiply_pair(const PairProduct &p, const TileRowsOf &rows, int64_t first, int64_t last, const Run &run,
+                   AheadOfPairs ahead) {
+    const int64_t each = ahead.lines * PAIR * TILE_HEIGHT / (last - first) + 1;
+    memory_is_read(p.pairs);
+    for (int64_t row = first; row < last; row += PAIR * TILE_HEIGHT) {
+        ahead.some(each);
+        if (last - row > TILE_HEIGHT) multiply_rows<2, N>(p, rows, row, first, last, run);
+        else multiply_rows<1, N>(p, rows, row, first, last, run);
+    }
 }
 
-// Rounds to nearest, ties away from zero.
-inline __m512i pair(V even, V odd) {
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_add_epi32(_mm512_castps_si512(odd), half));
-}
+// The panels of a product, run by run: dense ones.
+struct DensePanels {
+    const gc_matrix &m;
+    int64_t panel;
+
+    DensePanels(const gc_matrix &matrix, int64_t first, int64_t) : m(matrix), panel(first) {}
+    void make_pairs(int64_t index, const Run &run, uint16_t *pairs) {
+        pairs_of_dense(m, panel + index, run.start, run.columns, pairs);
+    }
+    // 32 rows of a matrix lie on as many pages: nothing is asked for in one go.
+    AheadOfPairs ahead_of(int64_t, const Run &) const { return {nullptr, 0}; }
+};
 
 template <int PIECES>
-void pairs_of_packed(const gc_matrix &m, int64_t panel, uint16_t *pairs) {
-    alignas(64) uint8_t bytes[QUADS * QUAD_BYTES];
-    PanelDecoder<PIECES> decoder(m, panel);
-    const V offset = set1((float)m.offset);
-    const bool has_signs = is_signed(m);
-    for (int64_t block = 0; block < m.columns / BLOCK; ++block) {
-        unpack_block(m, decoder.next(), bytes);
-        for (int j = 0; j < QUADS; ++j, pairs += 2 * 2 * PANEL) {
-            const int piece = PIECES == 1 ? 0 : j / (QUADS / 2);
-            const V scale = decoder.scales.scale[piece][0];
-            const V base = decoder.is_biased ? fma(scale, offset, decoder.scales.bias[piece][0]) : scale * offset;
-            const __m512i quad = _mm512_load_si512(bytes + j * QUAD_BYTES);
-            const V values[] = {fma(scale, codes_of<0>(quad, has_signs), base), fma(scale, codes_of<1>(quad, has_signs), base),
-                                fma(scale, codes_of<2>(quad, has_signs), base), fma(scale, codes_of<3>(quad, has_signs), base)};
-            _mm512_store_si512(pairs, pair(values[0], values[1]));
-            _mm512_store_si512(pairs + 2 * PANEL, pair(values[2], values[3]));
-        }
+struct PackedPanels {
+    const gc_matrix &m;
+    PanelDecoder<PIECES> decoders[PANELS_OF_RUNS];
+
+    PackedPanels(const gc_matrix &matrix, int64_t first, int64_t count) : m(matrix) {
+        for (int64_t i = 0; i < count; ++i) decoders[i] = PanelDecoder<PIECES>(matrix, first + i);
     }
-}
-
-// Two bfloat16 columns of a row are 32 bits, so making pairs is a 32-bit transpose. Missing rows repeat the last one.
-void pairs_of_dense(const gc_matrix &m, int64_t panel, uint16_t *pairs) {
-    const float *rows[PANEL];
-    for (int64_t r = 0; r < PANEL; ++r) {
-        int64_t row = panel * PANEL + r < m.rows ? panel * PANEL + r : m.rows - 1;
-        rows[r] = reinterpret_cast<const float *>(static_cast<const char *>(m.data) + row * m.stride);
+    void make_pairs(int64_t index, const Run &run, uint16_t *pairs) {
+        pairs_of_packed(m, decoders[index], run.columns / BLOCK, pairs);
     }
-    pack_panel<F32>(rows, m.columns / 2, reinterpret_cast<float *>(pairs));
-}
-
-// ---- multiplication ----
-
-// sums[i] = 16 rows from rows[i] on, times the panel, for COUNT tiles of rows.
-template <int COUNT>
-void gemm_tiles(const uint16_t *const *rows, const uint16_t *pairs, int64_t columns, float *sums) {
-    const int64_t stride = columns * (int64_t)sizeof(uint16_t);
-    _tile_zero(0);
-    if (COUNT > 1) _tile_zero(1);
-    if (COUNT > 2) _tile_zero(2);
-    if (COUNT > 3) _tile_zero(3);
-    for (int64_t k = 0; k < columns; k += STEP) {
-        _tile_loadd(6, pairs + k * PANEL, 64);
-        _tile_loadd(4, rows[0] + k, stride);
-        _tile_dpbf16ps(0, 4, 6);
-        if (COUNT > 1) {
-            _tile_loadd(5, rows[1] + k, stride);
-            _tile_dpbf16ps(1, 5, 6);
-        }
-        if (COUNT > 2) {
-            _tile_loadd(4, rows[2] + k, stride);
-            _tile_dpbf16ps(2, 4, 6);
-        }
-        if (COUNT > 3) {
-            _tile_loadd(5, rows[3] + k, stride);
-            _tile_dpbf16ps(3, 5, 6);
-        }
+    // The same columns of the panels behind this one, or of its own next run.
+    AheadOfPairs ahead_of(int64_t index, const Run &run) const {
+        const int64_t bytes = m.stride * run.columns / m.columns;
+        const char *at = reinterpret_cast<const char *>(decoders[index].at);
+        return run.is_first && run.is_last ? AheadOfPairs{at, PAIR * m.stride / TILE_LINE} : AheadOfPairs{at, bytes / TILE_LINE};
     }
-    _tile_stored(0, sums, 64);
-    if (COUNT > 1) _tile_stored(1, sums + TILE_FLOATS, 64);
-    if (COUNT > 2) _tile_stored(2, sums + 2 * TILE_FLOATS, 64);
-    if (COUNT > 3) _tile_stored(3, sums + 3 * TILE_FLOATS, 64);
-}
+};
 
-// The last tile of rows begins early enough to be whole, so that nothing beyond the rows is read; its first rows are dropped.
-void gemm_pairs(const uint16_t *pairs, int width, const Rows &rows, int64_t first, int64_t last, float *out, int64_t ld,
-                float *sums) {
-    void (*const kernels_by_count[])(const uint16_t *const *, const uint16_t *, int64_t, float *) = {
-        gemm_tiles<1>, gemm_tiles<2>, gemm_tiles<3>, gemm_tiles<4>};
-    for (int64_t row = first; row < last; row += TILES * PANEL) {
-        const uint16_t *starts[TILES];
-        int64_t begins[TILES], count = 0;
-        for (int64_t begin = row; begin < last && count < TILES; begin += PANEL, ++count) {
-            begins[count] = begin + PANEL <= rows.count ? begin : rows.count - PANEL;
-            starts[count] = rows.bf16 + begins[count] * rows.columns;
-        }
-        kernels_by_count[count - 1](starts, pairs, rows.columns, sums);
-        for (int64_t m = row; m < last && m < row + count * PANEL; ++m) {
-            int64_t tile = (m - row) / PANEL;
-            memcpy(out + (m - first) * ld, sums + tile * TILE_FLOATS + (m - begins[tile]) * PANEL, sizeof(float) * (size_t)width);
+// Rows first..last-1, MOST_ROWS at most, times `count` panels.
+template <class MatrixPanels>
+void multiply_panels(const gc_matrix &m, int64_t panel, int64_t count, const Rows &rows, int64_t first, int64_t last, float *out,
+                     int64_t ld, const Scratch &scratch) {
+    MatrixPanels panels(m, panel, count);
+    const int64_t most = is_whole(m) ? m.columns : RUN_COLUMNS;
+    for (int64_t start = 0; start < m.columns; start += most) {
+        const int64_t columns = m.columns - start < most ? m.columns - start : most;
+        const Run run = {start, columns, start == 0, start + columns == m.columns};
+        for (int64_t i = 0; i < count; i += PAIR) {
+            const bool is_pair = i + 1 < count;
+            const int64_t left = m.rows - (panel + i) * PANEL, most_width = is_pair ? PAIR * PANEL : PANEL;
+            for (int64_t own = i; own < i + (is_pair ? PAIR : 1); ++own)
+                panels.make_pairs(own, run, scratch.pairs + (own - i) * columns * PANEL);
+            float *sums = scratch.sums + (run.is_first && run.is_last ? 0 : i / PAIR * (MOST_ROWS + 2 * TILE_HEIGHT) * SUMS_LD);
+            const PairProduct product = {scratch.pairs, left < most_width ? left : most_width, sums, out + i * PANEL, ld};
+            const AheadOfPairs ahead = panels.ahead_of(is_pair ? i + 1 : i, run);
+            if (is_pair) multiply_pair<2>(product, {rows}, first, last, run, ahead);
+            else multiply_pair<1>(product, {rows}, first, last, run, ahead);
         }
     }
 }
@@ -141,35 +172,36 @@ void gemm_pairs(const uint16_t *pairs, int width, const Rows &rows, int64_t firs
 
 bool fits(const gc_matrix &m, int64_t rows, int activations) {
     if (is_dense(m) ? m.codes != GC_BF16 : m.codes == GC_E4M3) return false;
-    return rows >= LEAST_ROWS && activations != GC_FLOAT_ROWS && m.columns % STEP == 0;
+    return rows >= LEAST_ROWS && activations != GC_FLOAT_ROWS && m.columns % TILE_STEP == 0;
 }
 
 template <const MatmulKernels &FALLBACK>
 int formats(const gc_matrix *m, int64_t rows, int activations) {
-    return fits(*m, rows, activations) ? FORMAT_BF16 : FALLBACK.formats(m, rows, activations);
+    return fits(*m, rows, activations) ? FORMAT_TILES : FALLBACK.formats(m, rows, activations);
 }
 
 template <const MatmulKernels &FALLBACK>
 void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *rows, int64_t first, int64_t last, float *out,
                  int64_t ld, void *scratch, const void *next) {
-    if (!fits(*m, rows->count, rows->activations))
-        return FALLBACK.gemm_panels(m, panel, panels, rows, first, last, out, ld, scratch, next);
-    float *sums = static_cast<float *>(scratch);
-    uint16_t *pairs = reinterpret_cast<uint16_t *>(sums + TILES * TILE_FLOATS);
-    if (is_dense(*m)) pairs_of_dense(*m, panel, pairs);
-    else if (pieces_of(*m) == 2) pairs_of_packed<2>(*m, panel, pairs);
-    else pairs_of_packed<1>(*m, panel, pairs);
-    memory_is_read(pairs);
-    int64_t left = m->rows - panel * PANEL;
-    configure();
-    gemm_pairs(pairs, (int)(left < PANEL ? left : PANEL), *rows, first, last, out, ld, sums);
-    _tile_release();
+    if (!fits(*m, rows->count, rows->activations)) {
+        const int64_t most = FALLBACK.blocking(m).panels;
+        for (; panels > 0; panels -= most, panel += most, out += most * PANEL)
+            FALLBACK.gemm_panels(m, panel, panels < most ? panels : most, rows, first, last, out, ld, scratch, next);
+        return;
+    }
+    auto *run = is_dense(*m)         ? multiply_panels<DensePanels>
+                : pieces_of(*m) == 2 ? multiply_panels<PackedPanels<2>>
+                                     : multiply_panels<PackedPanels<1>>;
+    const Tiles configured;
+    for (int64_t end; first < last; out += (end - first) * ld, first = end) {
+        end = last - first <= MOST_ROWS ? last : first + MOST_CHUNK;
+        run(*m, panel, panels, *rows, first, end, out, ld, {*m, scratch});
+    }
 }
 
 template <const MatmulKernels &FALLBACK>
 size_t scratch_bytes(const gc_matrix *m) {
-    size_t own = sizeof(float) * TILES * TILE_FLOATS + sizeof(uint16_t) * PANEL * (size_t)m->columns;
-    size_t other = FALLBACK.scratch_bytes(m);
+    size_t own = Scratch::bytes(*m), other = FALLBACK.scratch_bytes(m);
     return own > other ? own : other;
 }
 
@@ -178,9 +210,13 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
     FALLBACK.gather(m, row, out);
 }
 
+Blocking blocking(const gc_matrix *m) {
+    if (!is_whole(*m)) return {PANELS_OF_RUNS, MOST_CHUNK};
+    return {PANELS_OF_WHOLE, most_rows(CHUNK_OF_TILES, m->columns, MOST_CHUNK)};
+}
+
 template <const MatmulKernels &FALLBACK>
-constexpr MatmulKernels TABLE = {formats<FALLBACK>,  gemm_panels<FALLBACK>, scratch_bytes<FALLBACK>, gather<FALLBACK>, 1,
-                                 8 * CHUNK_ELEMENTS, 2 * CHUNK_ROWS};
+constexpr MatmulKernels TABLE = {formats<FALLBACK>, gemm_panels<FALLBACK>, scratch_bytes<FALLBACK>, gather<FALLBACK>, blocking};
 
 }  // namespace
 

@@ -391,7 +391,7 @@ void update_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
     const auto [first, last] = SeeingRows(b, low, high);
     if (first == last) return;
     score_block<Type>(b, first * b.heads, last * b.heads, keys, low, high);
-    if (b.key_scales) gather_scales(b, first, keys, low, high, b.key_scales, b.value_scales);
+    if (b.key_scales) gather_scales(b, first, keys, low, high, padded_to(high - low, W), b.key_scales, b.value_scales);
     bool shrinks = false;
     for (int64_t row = first; row < last; ++row) {
         int64_t oldest = b.oldest(row) > low ? b.oldest(row) : low;

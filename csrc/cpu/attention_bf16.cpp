@@ -1,25 +1,24 @@
-// Attention of many query rows over a cache of bfloat16 or int8 on processors with AVX512_BF16: bfloat16 products, float32 softmax
-// and sums.
+// Attention of many query rows over a cache of bfloat16 or int8 on processors with AVX512_BF16 or AMX: bfloat16 products, float32
+// softmax and sums.
 //
-// Owns the blocks: the keys of a block become pairs of columns, its values pairs of keys, and 8 query vectors at a time meet two
+// Owns the blocks: the keys of a block become pairs of columns, its values pairs of keys, and some query vectors at a time meet two
 // panels of them. Queries and softmax weights are rounded to bfloat16, as the models' own code rounds them; codes of int8 are exact
 // in it, and their scales are multiplied into float32 scores and into weights before they are rounded. Few keys, and a cache
 // that is float32 or computed with in float32, go to the AVX-512 kernels. A key that no row of a call sees changes nothing,
 // whatever its memory holds. Refuses to know sequences, pages and threads; read `attention.cpp` for the same in float32,
-// `attention_few_bf16.h` for few rows, `attention_split.cpp` for the caller.
+// `attention_products.h` for the products, `attention_few_bf16.h` for few rows, `attention_split.cpp` for the caller.
 #include <math.h>
 
 #include "attention_few_bf16.h"
+#include "attention_products.h"
 
 namespace gemcutter {
 namespace {
 
-constexpr int TILE_M = 8, TILE_PANELS = 2;
 // The first keys, and rows of prompts that see no more, are attended to in float32: that costs little, and short prompts do not
 // depend on how they are cut into steps.
 constexpr int64_t LEAST_KEYS = 256;
-constexpr int64_t KEY_BLOCK = 128;  // keys of one softmax update, aligned to absolute positions
-constexpr int64_t TILE_COLUMNS = TILE_PANELS * PANEL;
+constexpr int64_t KEY_BLOCK = 128;           // keys of one softmax update, aligned to absolute positions
 constexpr int64_t DIM_RUN = 256;             // head dims of keys that are brought into pairs at once: 16 KB for two panels
 constexpr int64_t BLOCK_ELEMENTS = 1 << 16;  // of a block of query rows: 128 KB, and 256 KB of output
 // From one query to the next: no power of two, or rows would compete for a few sets of the L1 cache.
@@ -66,16 +65,12 @@ void pair_keys(const Block &b, const Keys &keys, int64_t t, int64_t high, int64_
 // Scores of query vectors first..last-1 with the keys low..high-1.
 template <typename Element>
 void score_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high) {
-    const uint32_t *q = reinterpret_cast<const uint32_t *>(b.q);
     for (int64_t t = low; t < high; t += TILE_COLUMNS)
         for (int64_t e = 0; e < b.dim; e += DIM_RUN) {
             int64_t dims = b.dim - e < DIM_RUN ? b.dim - e : DIM_RUN;
             pair_keys<Element>(b, keys, t, high, e, dims);
-            for (int64_t m = first; m < last; m += TILE_M) {
-                float *to = b.scores + m * SCORES_LD + t - low;
-                pair_tiles<TILE_M, TILE_PANELS>(q + (m * b.width + e) / 2, b.width / 2, b.pairs, DIM_RUN / 2 * PANEL, dims / 2,
-                                                e ? to : nullptr, SCORES_LD, to, SCORES_LD);
-            }
+            multiply_rows(b.q + first * b.width + e, b.width, last - first, b.pairs, DIM_RUN / 2 * PANEL, dims / 2, e > 0,
+                          b.scores + first * SCORES_LD + t - low, SCORES_LD);
         }
 }
 
@@ -107,12 +102,11 @@ inline __m512i pair_values(const Element *even, const Element *odd) {
 template <typename Element>
 void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, int64_t low, int64_t high, bool shrinks) {
     const Element *rows[KEY_BLOCK + 2] = {};
-    int64_t row = first / b.heads, count = (high - low + 1) / 2;
+    int64_t row = first / b.heads, count = padded_to((high - low + 1) / 2, PAIR_UNIT);
     for (int64_t t = low; t < high; ++t) {
         while (b.newest(row) < t && row < b.rows - 1) ++row;
         if (b.sees(row, t, t + 1)) rows[t - low] = elements_of<Element>(keys.v, keys, t);
     }
-    const uint32_t *weights = reinterpret_cast<const uint32_t *>(b.weights);
     for (int64_t e = 0; e < b.dim; e += TILE_COLUMNS) {
         for (int h = 0; h < TILE_PANELS; ++h) {
             uint32_t *to = b.pairs + h * KEY_BLOCK / 2 * PANEL;
@@ -137,11 +131,8 @@ void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
             for (int64_t c = 0; c < TILE_COLUMNS; c += W)
                 store(out + m * TILE_COLUMNS + c, load(out + m * TILE_COLUMNS + c) * by);
         }
-        for (int64_t m = first; m < last; m += TILE_M) {
-            float *to = out + m * TILE_COLUMNS;
-            pair_tiles<TILE_M, TILE_PANELS>(weights + m * WEIGHTS_LD / 2, WEIGHTS_LD / 2, b.pairs, KEY_BLOCK / 2 * PANEL, count,
-                                            to, TILE_COLUMNS, to, TILE_COLUMNS);
-        }
+        multiply_rows(b.weights + first * WEIGHTS_LD, WEIGHTS_LD, last - first, b.pairs, KEY_BLOCK / 2 * PANEL, count, true,
+                      out + first * TILE_COLUMNS, TILE_COLUMNS);
     }
 }
 
@@ -150,9 +141,10 @@ template <typename Element>
 void update_block(const Block &b, const Keys &keys, int64_t low, int64_t high) {
     const auto [first, last] = SeeingRows(b, low, high);
     if (first == last) return;
-    const int64_t begin = first * b.heads, end = last * b.heads, padded = padded_to(high - low, PANEL);
+    const int64_t begin = first * b.heads, end = last * b.heads;
+    const int64_t padded = padded_to(high - low, PAIR_UNIT > 1 ? 2 * PAIR_UNIT : PANEL);
     score_block<Element>(b, begin, end, keys, low, high);
-    if (b.key_scales) { gather_scales(b, first, keys, low, high, b.key_scales, b.value_scales); }
+    if (b.key_scales) gather_scales(b, first, keys, low, high, padded, b.key_scales, b.value_scales);
     bool shrinks = false;
     for (int64_t row = first; row < last; ++row) {
         int64_t oldest = b.oldest(row) > low ? b.oldest(row) : low, newest = b.newest(row) < high - 1 ? b.newest(row) : high - 1;
@@ -194,13 +186,14 @@ size_t block_bytes(int64_t rows, int64_t heads, int64_t dim) {
 void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t heads, int64_t dim, const int64_t *positions,
              const int64_t *last_visible, int64_t window, const Keys *keys, void *scratch) {
     auto [low, high] = SeenKeys({rows, positions, last_visible, window}, *keys);
-    if (keys->dtype == GC_F32 || keys->exact || dim % 2 || high - low < LEAST_KEYS) {
+    if (keys->dtype == GC_F32 || keys->exact || dim % (2 * PAIR_UNIT) || high - low < LEAST_KEYS) {
         const int64_t most = attention_avx512.prefill_rows(heads, dim);
         for (int64_t row = 0; row < rows; row += most)
             attention_avx512.prefill(q + row * stride, out + row * stride, stride, rows - row < most ? rows - row : most, heads,
                                      dim, positions + row, last_visible ? last_visible + row : nullptr, window, keys, scratch);
         return;
     }
+    const Tiles configured;
     Block b = make_block(scratch, rows, heads, dim, keys->dtype == GC_S8);
     auto *update = keys->dtype == GC_S8 ? update_block<int8_t> : update_block<uint16_t>;
     b.positions = positions, b.last_visible = last_visible, b.window = window;
@@ -251,6 +244,6 @@ void decode(const DecodeRow *rows, int64_t count, int64_t heads, int64_t dim, co
 
 }  // namespace
 
-extern const AttentionKernels attention_avx512_bf16 = {decode, prefill, scratch_bytes, prefill_rows};
+extern const AttentionKernels GC_NAME(attention) = {decode, prefill, scratch_bytes, prefill_rows};
 
 }  // namespace gemcutter

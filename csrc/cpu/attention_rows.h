@@ -54,9 +54,10 @@ struct SeeingRows {
     }
 };
 
-// Scales of the keys and values at positions low..high-1, and zeros up to a whole vector behind them. Those that no row from
+// Scales of the keys and values at positions low..high-1, and zeros behind them, `count` in all. Those that no row from
 // `row` on sees are 0, whatever memory holds.
-inline void gather_scales(const QueryRows &rows, int64_t row, const Keys &keys, int64_t low, int64_t high, float *k, float *v) {
+inline void gather_scales(const QueryRows &rows, int64_t row, const Keys &keys, int64_t low, int64_t high, int64_t count,
+                          float *k, float *v) {
     for (int64_t t = low; t < high; ++t) {
         while (rows.newest(row) < t && row < rows.rows - 1) ++row;
         const bool is_seen = rows.sees(row, t, t + 1);
@@ -64,7 +65,7 @@ inline void gather_scales(const QueryRows &rows, int64_t row, const Keys &keys, 
         k[t - low] = is_seen ? keys.k_scale[at] : 0.0f;
         v[t - low] = is_seen ? keys.v_scale[at] : 0.0f;
     }
-    for (int64_t t = high - low; t < padded_to(high - low, W); ++t) k[t] = v[t] = 0.0f;
+    for (int64_t t = high - low; t < count; ++t) k[t] = v[t] = 0.0f;
 }
 
 // x *= y over `count` elements, and those that fill the last vector.

@@ -107,9 +107,10 @@ size_t scratch_bytes(const gc_matrix *m) {
 
 void gather(const gc_matrix *m, int64_t row, float *out) { dense_avx512.gather(m, row, out); }
 
+Blocking blocking(const gc_matrix *) { return {PANELS_AT_ONCE, 2 * CHUNK_ROWS}; }
+
 }  // namespace
 
-extern const MatmulKernels dense_avx512_bf16 = {formats,        gemm_panels, scratch_bytes, gather,
-                                                PANELS_AT_ONCE, INT64_MAX,   2 * CHUNK_ROWS};
+extern const MatmulKernels dense_avx512_bf16 = {formats, gemm_panels, scratch_bytes, gather, blocking};
 
 }  // namespace gemcutter

@@ -180,8 +180,10 @@ void gather(const gc_matrix *matrix, int64_t row, float *out) {
     run(*matrix, row, out);
 }
 
+Blocking blocking(const gc_matrix *m) { return {1, most_rows(CHUNK_ELEMENTS, m->columns, CHUNK_ROWS)}; }
+
 }  // namespace
 
-extern const MatmulKernels GC_NAME(dense) = {formats, gemm_panels, scratch_bytes, gather, 1, CHUNK_ELEMENTS, CHUNK_ROWS};
+extern const MatmulKernels GC_NAME(dense) = {formats, gemm_panels, scratch_bytes, gather, blocking};
 
 }  // namespace gemcutter

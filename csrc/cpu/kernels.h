@@ -14,10 +14,11 @@
 namespace gemcutter {
 
 // The formats in which a matmul kernel may read activations; `MatmulKernels::formats` returns which ones it needs.
-// FORMAT_HALVES are sums beside FORMAT_INT8, for matrices with scales for 16 columns.
-enum ActivationFormat { FORMAT_FLOAT = 1, FORMAT_INT8 = 2, FORMAT_BF16 = 4, FORMAT_HALVES = 8 };
+// FORMAT_HALVES are sums beside FORMAT_INT8, for matrices with scales for 16 columns; FORMAT_TILES are bfloat16, too, for which
+// FORMAT_BF16 can stand in.
+enum ActivationFormat { FORMAT_FLOAT = 1, FORMAT_INT8 = 2, FORMAT_BF16 = 4, FORMAT_HALVES = 8, FORMAT_TILES = 16 };
 
-// M activation rows [M, columns]; formats that no kernel needs are null. All are contiguous: row m begins at m * columns.
+// M activation rows [M, columns]; formats that no kernel needs are null. All but tiles are contiguous: row m begins at m * columns.
 struct Rows {
     int64_t count, columns;
     int activations;       // enum gc_activations
@@ -27,7 +28,14 @@ struct Rows {
     const float *sum;      // [M, columns / 32]: scale * the sum of the 32 q
     const float *halves;   // [M, 2, columns / 32]: the same of the first 16 q of each block, then of the second
     const uint16_t *bf16;  // bfloat16
+    const uint16_t
+        *tiles;  // bfloat16 [M' / 16, columns / 32, 16, 32], M rounded up to 16 rows; for columns that are a multiple of 32
 };
+
+// Where 32 columns of a row lie in tiles.
+inline int64_t place_in_tiles(int64_t columns, int64_t row, int64_t column) {
+    return row / 16 * 16 * columns + column * 16 + row % 16 * 32;
+}
 
 // Element-wise and reduction ops on single rows.
 struct VectorOps {
@@ -67,11 +75,25 @@ struct VectorOps {
     void (*quantize_vector)(const float *x, int64_t n, int8_t *q, float *scale);
 };
 
+// How much of a product of many rows is computed in one go: neighbouring panels, which share the work on rows, and rows, a multiple
+// of ROW_UNIT, which are multiplied with one group of panels after the other.
+struct Blocking {
+    int64_t panels, rows;
+};
+
+constexpr int64_t ROW_UNIT = 32;  // blocks of rows are multiples of the rows that any micro-kernel takes at once
+
+// As many rows as have so many elements, and `most` at most.
+inline int64_t most_rows(int64_t elements, int64_t columns, int64_t most) {
+    const int64_t fit = elements / columns / ROW_UNIT * ROW_UNIT;
+    return fit < ROW_UNIT ? ROW_UNIT : fit < most ? fit : most;
+}
+
 // Products of activation rows with neighbouring panels of a matrix.
 struct MatmulKernels {
     // The activation formats (a bit set) that `gemm_panels` reads for this matrix and number of rows.
     int (*formats)(const gc_matrix *matrix, int64_t rows, int activations);
-    // Rows first..last-1 times the matrix rows of `panels` panels from `panel` on, panels_at_once at most:
+    // Rows first..last-1 times the matrix rows of `panels` panels from `panel` on, those of `blocking` at most:
     // out[m * ld + r], m counted from `first`, r from the first panel's first row; a ragged last panel writes only the rows that
     // exist. `scratch` has scratch_bytes(), 64-byte aligned, one for each thread. `next` is what the thread reads afterwards,
     // prefetched near the end of the last panel; null means the next panel in memory.
@@ -80,8 +102,7 @@ struct MatmulKernels {
     size_t (*scratch_bytes)(const gc_matrix *matrix);
     // Write one row of a matrix as float32.
     void (*gather)(const gc_matrix *matrix, int64_t row, float *out);
-    int64_t panels_at_once;              // that share the work on rows, where there are many
-    int64_t chunk_elements, chunk_rows;  // largest block of rows that is multiplied with one panel after the other
+    Blocking (*blocking)(const gc_matrix *matrix);
 };
 
 // Keys and values of one key head in one sequence. Slot t of positions start, start + 1, ...: consecutive from `low`, or listed.
@@ -180,7 +201,7 @@ GC_DECLARE(portable)
 GC_DECLARE(avx2)
 GC_DECLARE(avx512)
 extern const MatmulKernels packed_avx_vnni, dense_avx512_bf16, packed_amx, dense_amx;
-extern const AttentionKernels attention_avx512_bf16;
+extern const AttentionKernels attention_avx512_bf16, attention_amx;
 extern const PairAttention pair_attention_avx512_bf16;
 extern const PeakLoop peaks_avx_vnni[], peaks_avx512_bf16[], peaks_amx[];
 #elif defined(__aarch64__)
@@ -197,5 +218,6 @@ inline const void *panel_at(const gc_matrix &m, int64_t panel) {
 }
 
 inline const MatmulKernels &matmul_kernels(const gc_matrix &m) { return is_dense(m) ? *kernels().dense : *kernels().packed; }
+inline Blocking blocking_of(const gc_matrix &m) { return matmul_kernels(m).blocking(&m); }
 
 }  // namespace gemcutter

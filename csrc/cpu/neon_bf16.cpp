@@ -108,8 +108,10 @@ size_t scratch_bytes(const gc_matrix *m) {
 
 void gather(const gc_matrix *m, int64_t row, float *out) { dense_neon.gather(m, row, out); }
 
+Blocking blocking(const gc_matrix *m) { return {1, most_rows(CHUNK_ELEMENTS, m->columns, CHUNK_ROWS)}; }
+
 }  // namespace
 
-extern const MatmulKernels dense_neon_i8mm = {formats, gemm_panels, scratch_bytes, gather, 1, CHUNK_ELEMENTS, CHUNK_ROWS};
+extern const MatmulKernels dense_neon_i8mm = {formats, gemm_panels, scratch_bytes, gather, blocking};
 
 }  // namespace gemcutter

@@ -77,8 +77,10 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
     gather_in_pieces<1>(*m, row, out);
 }
 
+Blocking blocking(const gc_matrix *) { return {PANELS_AT_ONCE, CHUNK_ROWS}; }
+
 }  // namespace
 
-extern const MatmulKernels GC_NAME(packed) = {formats, gemm_panels, scratch_bytes, gather, PANELS_AT_ONCE, INT64_MAX, CHUNK_ROWS};
+extern const MatmulKernels GC_NAME(packed) = {formats, gemm_panels, scratch_bytes, gather, blocking};
 
 }  // namespace gemcutter

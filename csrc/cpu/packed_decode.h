@@ -112,6 +112,7 @@ struct PanelDecoder {
     V unit, super[2][PARTS];  // unit: of super-blocks' float16 scales
     Scales<PIECES> scales = {};
 
+    PanelDecoder() = default;  // one that must be replaced
     GC_INLINE PanelDecoder(const gc_matrix &m, int64_t panel)
         : at(panel_of(m, panel)),
           code_bytes(code_block_bytes(m.codes)),

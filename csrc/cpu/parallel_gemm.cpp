@@ -17,16 +17,13 @@ namespace gemcutter {
 namespace {
 
 constexpr size_t ALIGNMENT = 64, LEAST_CHUNK = (size_t)1 << 20;
-constexpr int64_t ROW_UNIT = 32;  // chunks are multiples of the rows that any micro-kernel takes at once
-constexpr int64_t ITEMS_OF_THREAD = 16;
+constexpr int64_t ITEMS_OF_THREAD = 6;
 
 size_t align(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
 // Rows that are multiplied with one group of panels after the other: what fits the caches, and fewer where threads would else
 // get too little work to share evenly.
-int64_t chunk_rows(const MatmulKernels &level, const Rows &rows, int64_t groups, int threads) {
-    int64_t fit = level.chunk_elements / rows.columns;
-    int64_t most = fit < ROW_UNIT ? ROW_UNIT : fit > level.chunk_rows ? level.chunk_rows : fit;
+int64_t chunk_rows(int64_t most, const Rows &rows, int64_t groups, int threads) {
     int64_t chunks = (rows.count + most - 1) / most, wanted = (ITEMS_OF_THREAD * threads + groups - 1) / groups;
     if (threads > 1 && chunks < wanted) chunks = wanted;
     int64_t each = (rows.count + chunks - 1) / chunks;
@@ -65,20 +62,20 @@ void for_each_panel(ThreadPool &pool, int index, int64_t panels, int counter, It
 void gemm_of_many(ThreadPool &pool, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
                   void *scratch, int counter, const LowRank &changes) {
     int64_t groups = 0;
-    for (int i = 0; i < num_parts; ++i) groups += groups_of(parts[i], matmul_kernels(parts[i]).panels_at_once);
-    int64_t chunk = chunk_rows(matmul_kernels(*parts), rows, groups, pool.size);
+    for (int i = 0; i < num_parts; ++i) groups += groups_of(parts[i], blocking_of(parts[i]).panels);
+    int64_t chunk = chunk_rows(blocking_of(*parts).rows, rows, groups, pool.size);
     for_each_group(pool, groups, rows.count, chunk, counter, [&](int64_t group, int64_t first, int64_t last) {
         const gc_matrix *part = parts;
         float *to = out + first * ld;
-        for (int64_t own; group >= (own = groups_of(*part, matmul_kernels(*part).panels_at_once)); ++part) {
+        for (int64_t own; group >= (own = groups_of(*part, blocking_of(*part).panels)); ++part) {
             group -= own;
             to += part->rows;
         }
-        const MatmulKernels &level = matmul_kernels(*part);
-        Panels some = panels_of_group(*part, group, level.panels_at_once);
+        const int64_t at_once = blocking_of(*part).panels;
+        Panels some = panels_of_group(*part, group, at_once);
         to += some.first * PANEL;
-        level.gemm_panels(part, some.first, some.count, &rows, first, last, to, ld, scratch,
-                          panel_at(*part, some.first + pool.size * level.panels_at_once));
+        matmul_kernels(*part).gemm_panels(part, some.first, some.count, &rows, first, last, to, ld, scratch,
+                                          panel_at(*part, some.first + pool.size * at_once));
         changes.add(part - parts, some.first, some.count, first, last, to, ld);
     });
 }
@@ -88,7 +85,7 @@ void gemm_of_many(ThreadPool &pool, const gc_matrix *parts, int num_parts, const
 int64_t panels_of(const gc_matrix &m) { return (m.rows + PANEL - 1) / PANEL; }
 
 int64_t panels_at_once(const gc_matrix &a, const gc_matrix &b) {
-    int64_t of_a = matmul_kernels(a).panels_at_once, of_b = matmul_kernels(b).panels_at_once;
+    int64_t of_a = blocking_of(a).panels, of_b = blocking_of(b).panels;
     return of_a < of_b ? of_a : of_b;
 }
 
@@ -153,7 +150,8 @@ int formats_of(const gc_matrix *parts, int num_parts, int64_t count, int activat
 
 ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t columns, int activations, const int32_t *order) {
     int64_t all = count + SPARE_ROWS;
-    Rows rows = {count, columns, activations, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Rows rows = {};
+    rows.count = count, rows.columns = columns, rows.activations = activations;
     if (formats & FORMAT_INT8) {
         rows.q = arena.array<int8_t>(all * columns);
         rows.scale = arena.array<float>(all * (columns / BLOCK));
@@ -161,6 +159,7 @@ ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t co
     }
     if (formats & FORMAT_HALVES) rows.halves = arena.array<float>(all * 2 * (columns / BLOCK));
     if (formats & FORMAT_BF16) rows.bf16 = arena.array<uint16_t>(all * columns);
+    if (formats & FORMAT_TILES) rows.tiles = arena.array<uint16_t>((count + 15) / 16 * 16 * columns);
     float *gathered = order ? arena.array<float>(count * columns) : nullptr;
     if (gathered) rows.x = gathered;
     else if (formats & FORMAT_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);
@@ -183,6 +182,8 @@ void convert_row(ConvertedRows &converted, int64_t row, const float *x_row) {
         ops.sum_halves(rows.q + at, rows.scale + block, columns, const_cast<float *>(rows.halves) + 2 * block);
     uint16_t *bf16 = converted.formats & FORMAT_BF16 ? const_cast<uint16_t *>(rows.bf16) + at : nullptr;
     if (bf16) ops.to_bf16(x_row, columns, bf16);
+    for (int64_t column = 0; converted.formats & FORMAT_TILES && column < columns; column += BLOCK)
+        ops.to_bf16(x_row + column, BLOCK, const_cast<uint16_t *>(rows.tiles) + place_in_tiles(columns, row, column));
     if (!(converted.formats & FORMAT_FLOAT) || rows.activations != GC_BF16_ROWS) return;
     float *x = const_cast<float *>(rows.x) + at;
     if (bf16) return ops.from_bf16(bf16, columns, x);
@@ -262,7 +263,7 @@ void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc
         return for_each_panel(pool, index, panels_of(*gate), counter,
                               [&](int64_t panel) { item(panels_of_group(*gate, panel, 1), 0, rows.count); });
     int64_t at_once = panels_at_once(*gate, *up), groups = groups_of(*gate, at_once);
-    int64_t chunk = chunk_rows(matmul_kernels(*gate), rows, groups, pool.size);
+    int64_t chunk = chunk_rows(blocking_of(*gate).rows, rows, groups, pool.size);
     for_each_group(pool, groups, rows.count, chunk, counter, [&](int64_t group, int64_t first, int64_t last) {
         item(panels_of_group(*gate, group, at_once), first, last);
     });
@@ -289,7 +290,7 @@ size_t scratch_bytes(const gc_matrix *parts, int num_parts) {
 }
 
 int64_t most_chunk_rows(const gc_matrix &m, int64_t rows) {
-    int64_t most = matmul_kernels(m).chunk_rows + FEW_ROWS;
+    int64_t most = blocking_of(m).rows + FEW_ROWS;
     return rows < most ? rows : most;
 }
 

@@ -175,6 +175,11 @@ INTRINSIC __m512i _mm512_shuffle_epi8(__m512i a, __m512i b) {  // within 16 byte
     Lanes<uint8_t, __m512i> x(a), places(b);
     return make<uint8_t, __m512i>([&](int i) { return places.at[i] & 0x80 ? 0 : x.at[i / 16 * 16 + places.at[i] % 16]; });
 }
+INTRINSIC __m512 _mm512_permutexvar_ps(__m512i places, __m512 a) {
+    Lanes<uint32_t, __m512i> from(places);
+    Lanes<float, __m512> x(a);
+    return make<float, __m512>([&](int i) { return x.at[from.at[i] % 16]; });
+}
 INTRINSIC int _mm512_reduce_add_epi32(__m512i a) {
     uint32_t sum = 0;
     for (uint32_t lane : Lanes<uint32_t, __m512i>(a).at) sum += lane;
