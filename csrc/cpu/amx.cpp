@@ -21,34 +21,27 @@ constexpr int64_t WHOLE_COLUMNS =
     3072;  // longer rows are multiplied in runs: whole ones would leave a chunk too few to pay for pairs
 constexpr int64_t RUN_COLUMNS = 512;
 constexpr int64_t PAIR = 2;  // panels of one product
-constexpr int64_t PANELS_OF_WHOLE = 2, PANELS_OF_RUNS = 8;
-constexpr int64_t SUMS_LD = PAIR * PANEL;
+constexpr int64_t PANELS_OF_WHOLE = 8, PANELS_OF_RUNS = 8, MOST_PANELS = 8;
+constexpr int64_t SUMS_LD = PAIR * PANEL, SUM_ROWS = MOST_ROWS + 2 * TILE_HEIGHT;
 
 bool is_whole(const gc_matrix &m) { return m.columns <= WHOLE_COLUMNS; }
 
-// [MOST_ROWS, 32] sums of every pair of panels where there are several runs, and of 32 rows where there is one; two panels' pairs.
+// [MOST_ROWS, 32] sums of every pair of panels where there are several runs, and of 32 rows where there is one; the pairs of two
+// panels, twice: those that are multiplied, and those that are made meanwhile.
 struct Scratch {
     float *sums;
-    uint16_t *pairs;
+    uint16_t *pairs[2];
 
-    Scratch(const gc_matrix &m, void *memory)
-        : sums(static_cast<float *>(memory)), pairs(reinterpret_cast<uint16_t *>(sums + sum_floats(m))) {}
+    Scratch(const gc_matrix &m, void *memory) : sums(static_cast<float *>(memory)) {
+        pairs[0] = reinterpret_cast<uint16_t *>(sums + sum_floats(m));
+        pairs[1] = pairs[0] + pair_elements(m);
+    }
     static int64_t sum_floats(const gc_matrix &m) {
-        return (is_whole(m) ? PAIR * TILE_HEIGHT : PANELS_OF_RUNS / PAIR * (MOST_ROWS + 2 * TILE_HEIGHT)) * SUMS_LD;
+        return (is_whole(m) ? PAIR * TILE_HEIGHT : PANELS_OF_RUNS / PAIR * SUM_ROWS) * SUMS_LD;
     }
+    static int64_t pair_elements(const gc_matrix &m) { return PAIR * PANEL * (is_whole(m) ? m.columns : RUN_COLUMNS); }
     static size_t bytes(const gc_matrix &m) {
-        const int64_t columns = is_whole(m) ? m.columns : RUN_COLUMNS;
-        return sizeof(float) * (size_t)sum_floats(m) + sizeof(uint16_t) * (size_t)(PAIR * PANEL * columns);
-    }
-};
-
-// Lines of the panels that are made pairs of next, asked for some at a time.
-struct AheadOfPairs {
-    const char *at;
-    int64_t lines;
-
-    GC_INLINE void some(int64_t count) {
-        for (; count > 0 && lines > 0; --count, --lines, at += TILE_LINE) __builtin_prefetch(at, 0, IN_L2);
+        return sizeof(float) * (size_t)sum_floats(m) + sizeof(uint16_t) * (size_t)(2 * pair_elements(m));
     }
 };
 
@@ -69,6 +62,64 @@ struct TileRowsOf {
 struct Run {
     int64_t start, columns;
     bool is_first, is_last;
+
+    bool is_only() const { return is_first && is_last; }
+};
+
+// The panels of a product, block by block of 32 columns: dense ones.
+struct DensePanels {
+    const gc_matrix &m;
+    int64_t panel;
+
+    DensePanels(const gc_matrix &matrix, int64_t first, int64_t) : m(matrix), panel(first) {}
+    void make_block(int64_t index, int64_t column, uint16_t *pairs) { pairs_of_dense(m, panel + index, column, BLOCK, pairs); }
+    void look_ahead(int64_t) const {}  // rows of a matrix lie on as many pages
+};
+
+template <int PIECES>
+struct PackedPanels {
+    const gc_matrix &m;
+    const V values;
+    const int64_t block_bytes;
+    PanelDecoder<PIECES> decoders[MOST_PANELS];
+
+    PackedPanels(const gc_matrix &matrix, int64_t first, int64_t count)
+        : m(matrix), values(values_of_codes(matrix)), block_bytes(matrix.stride * BLOCK / matrix.columns) {
+        for (int64_t i = 0; i < count; ++i) decoders[i] = PanelDecoder<PIECES>(matrix, first + i);
+    }
+    void make_block(int64_t index, int64_t, uint16_t *pairs) { pairs_of_packed(m, values, decoders[index], pairs); }
+    // Asks for the same block of the panels that are made pairs of next.
+    void look_ahead(int64_t index) const {
+        const uint8_t *at = decoders[index].at + PAIR * m.stride;
+        for (int64_t line = 0; line < block_bytes; line += TILE_LINE) __builtin_prefetch(at + line, 0, IN_L2);
+    }
+};
+
+// The next pair's pairs of columns, made block by block while the tiles of another one are multiplied.
+template <class MatrixPanels>
+struct PairMaker {
+    MatrixPanels *panels = nullptr;
+    int64_t index = 0, count = 0, start = 0, blocks = 0, done = 0;  // panels index.. of a run from column `start` on
+    uint16_t *pairs = nullptr;
+    int64_t credit = 0, rate = 0;  // blocks a step, times ONE
+
+    static constexpr int64_t ONE = 1 << 16;
+
+    int64_t left() const { return count * blocks - done; }
+    void make() {
+        const int64_t panel = done / blocks, block = done % blocks;
+        panels->make_block(index + panel, start + block * BLOCK, pairs + done * BLOCK * PANEL);
+        panels->look_ahead(index + panel);
+        ++done;
+    }
+    GC_INLINE void operator()() {
+        for (credit += rate; credit >= ONE; credit -= ONE)
+            if (left() > 0) make();
+    }
+    void finish() {
+        while (left() > 0) make();
+        memory_is_read(pairs);
+    }
 };
 
 // What one pair of panels adds to rows first..last-1, and where the finished sums go.
@@ -80,14 +131,15 @@ struct PairProduct {
 };
 
 // 16 * M rows from `row` on, of which those before `last` count, times N panels.
-template <int M, int N>
-void multiply_rows(const PairProduct &p, const TileRowsOf &rows, int64_t row, int64_t first, int64_t last, const Run &run) {
-    float *sums = p.sums + (run.is_first && run.is_last ? 0 : (row - first) * SUMS_LD);
+template <int M, int N, typename Work>
+void multiply_rows(const PairProduct &p, const TileRowsOf &rows, int64_t row, int64_t first, int64_t last, const Run &run,
+                   Work &work) {
+    float *sums = p.sums + (run.is_only() ? 0 : (row - first) * SUMS_LD);
     const TileSource a = rows.at(row, run.start);
     const char *b = M > 1 ? rows.at(row + TILE_HEIGHT, run.start).at : nullptr;
     if (run.is_first) zero_sums<M, N>();
     else load_sums<M, N>(sums, SUMS_LD);
-    multiply_tiles<M, N>(a, b, (const char *)p.pairs, run.columns * PANEL * 2, run.columns / TILE_STEP);
+    multiply_tiles<M, N>(a, b, (const char *)p.pairs, run.columns * PANEL * 2, run.columns / TILE_STEP, work);
     const int64_t final_tile = row + (M - 1) * TILE_HEIGHT;
     const bool is_direct = run.is_last && p.width == N * PANEL && final_tile + TILE_HEIGHT <= last && rows.first_of(row) == row &&
                            rows.first_of(final_tile) == final_tile;
@@ -101,47 +153,28 @@ void multiply_rows(const PairProduct &p, const TileRowsOf &rows, int64_t row, in
     }
 }
 
-template <int N>
-void multiply_pair(const PairProduct &p, const TileRowsOf &rows, int64_t first, int64_t last, const Run &run,
-                   AheadOfPairs ahead) {
-    const int64_t each = ahead.lines * PAIR * TILE_HEIGHT / (last - first) + 1;
-    memory_is_read(p.pairs);
-    for (int64_t row = first; row < last; row += PAIR * TILE_HEIGHT) {
-        ahead.some(each);
-        if (last - row > TILE_HEIGHT) multiply_rows<2, N>(p, rows, row, first, last, run);
-        else multiply_rows<1, N>(p, rows, row, first, last, run);
+template <int N, typename Work>
+void multiply_pair(const PairProduct &p, const TileRowsOf &rows, int64_t first, int64_t last, const Run &run, Work &work) {
+    for (int64_t row = first; row < last; row += 2 * TILE_HEIGHT) {
+        if (last - row > TILE_HEIGHT) multiply_rows<2, N>(p, rows, row, first, last, run, work);
+        else multiply_rows<1, N>(p, rows, row, first, last, run, work);
     }
 }
 
-// The panels of a product, run by run: dense ones.
-struct DensePanels {
-    const gc_matrix &m;
-    int64_t panel;
+// The pairs of `count` panels, one run of columns after the other.
+struct PairOrder {
+    int64_t columns, most, count;  // `most` columns of a run
+    int64_t start = 0, index = 0;
 
-    DensePanels(const gc_matrix &matrix, int64_t first, int64_t) : m(matrix), panel(first) {}
-    void make_pairs(int64_t index, const Run &run, uint16_t *pairs) {
-        pairs_of_dense(m, panel + index, run.start, run.columns, pairs);
+    Run run() const {
+        const int64_t here = columns - start < most ? columns - start : most;
+        return {start, here, start == 0, start + here == columns};
     }
-    // 32 rows of a matrix lie on as many pages: nothing is asked for in one go.
-    AheadOfPairs ahead_of(int64_t, const Run &) const { return {nullptr, 0}; }
-};
-
-template <int PIECES>
-struct PackedPanels {
-    const gc_matrix &m;
-    PanelDecoder<PIECES> decoders[PANELS_OF_RUNS];
-
-    PackedPanels(const gc_matrix &matrix, int64_t first, int64_t count) : m(matrix) {
-        for (int64_t i = 0; i < count; ++i) decoders[i] = PanelDecoder<PIECES>(matrix, first + i);
-    }
-    void make_pairs(int64_t index, const Run &run, uint16_t *pairs) {
-        pairs_of_packed(m, decoders[index], run.columns / BLOCK, pairs);
-    }
-    // The same columns of the panels behind this one, or of its own next run.
-    AheadOfPairs ahead_of(int64_t index, const Run &run) const {
-        const int64_t bytes = m.stride * run.columns / m.columns;
-        const char *at = reinterpret_cast<const char *>(decoders[index].at);
-        return run.is_first && run.is_last ? AheadOfPairs{at, PAIR * m.stride / TILE_LINE} : AheadOfPairs{at, bytes / TILE_LINE};
+    int64_t panels() const { return count - index < PAIR ? count - index : PAIR; }
+    bool is_over() const { return start >= columns; }
+    void next() {
+        if ((index += PAIR) < count) return;
+        index = 0, start += most;
     }
 };
 
@@ -150,21 +183,29 @@ template <class MatrixPanels>
 void multiply_panels(const gc_matrix &m, int64_t panel, int64_t count, const Rows &rows, int64_t first, int64_t last, float *out,
                      int64_t ld, const Scratch &scratch) {
     MatrixPanels panels(m, panel, count);
-    const int64_t most = is_whole(m) ? m.columns : RUN_COLUMNS;
-    for (int64_t start = 0; start < m.columns; start += most) {
-        const int64_t columns = m.columns - start < most ? m.columns - start : most;
-        const Run run = {start, columns, start == 0, start + columns == m.columns};
-        for (int64_t i = 0; i < count; i += PAIR) {
-            const bool is_pair = i + 1 < count;
-            const int64_t left = m.rows - (panel + i) * PANEL, most_width = is_pair ? PAIR * PANEL : PANEL;
-            for (int64_t own = i; own < i + (is_pair ? PAIR : 1); ++own)
-                panels.make_pairs(own, run, scratch.pairs + (own - i) * columns * PANEL);
-            float *sums = scratch.sums + (run.is_first && run.is_last ? 0 : i / PAIR * (MOST_ROWS + 2 * TILE_HEIGHT) * SUMS_LD);
-            const PairProduct product = {scratch.pairs, left < most_width ? left : most_width, sums, out + i * PANEL, ld};
-            const AheadOfPairs ahead = panels.ahead_of(is_pair ? i + 1 : i, run);
-            if (is_pair) multiply_pair<2>(product, {rows}, first, last, run, ahead);
-            else multiply_pair<1>(product, {rows}, first, last, run, ahead);
-        }
+    const int64_t row_blocks = (last - first + 2 * TILE_HEIGHT - 1) / (2 * TILE_HEIGHT);
+    const auto maker_of = [&](const PairOrder &order, int buffer, int64_t steps) {
+        PairMaker<MatrixPanels> maker;
+        if (order.is_over()) return maker;
+        const Run run = order.run();
+        maker.panels = &panels, maker.index = order.index, maker.count = order.panels(), maker.start = run.start;
+        maker.blocks = run.columns / BLOCK, maker.pairs = scratch.pairs[buffer];
+        maker.rate = maker.left() * PairMaker<MatrixPanels>::ONE / steps + 1;
+        return maker;
+    };
+    PairOrder order = {m.columns, is_whole(m) ? m.columns : RUN_COLUMNS, count};
+    maker_of(order, 0, 1).finish();
+    for (int buffer = 0; !order.is_over(); buffer ^= 1) {
+        const Run run = order.run();
+        const int64_t index = order.index, here = order.panels(), left = m.rows - (panel + index) * PANEL;
+        float *sums = scratch.sums + (run.is_only() ? 0 : index / PAIR * SUM_ROWS * SUMS_LD);
+        const PairProduct product = {scratch.pairs[buffer], left < here * PANEL ? left : here * PANEL, sums, out + index * PANEL,
+                                     ld};
+        order.next();
+        PairMaker<MatrixPanels> maker = maker_of(order, buffer ^ 1, row_blocks * (run.columns / TILE_STEP));
+        if (here == PAIR) multiply_pair<2>(product, {rows}, first, last, run, maker);
+        else multiply_pair<1>(product, {rows}, first, last, run, maker);
+        maker.finish();
     }
 }
 

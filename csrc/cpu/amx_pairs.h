@@ -48,56 +48,46 @@ GC_INLINE void quad_of_nibbles(V table, __m512i raw, V scale, V bias, uint16_t *
     store_quad(values, pairs);
 }
 
-// The next `blocks` blocks of a panel of 4-bit codes.
+// A block of a panel of 4-bit codes.
 template <int PIECES, bool IS_BIASED>
-void pairs_of_nibbles(const gc_matrix &m, PanelDecoder<PIECES> &decoder, int64_t blocks, uint16_t *pairs) {
-    const V table = values_of_codes(m);
-    for (; blocks > 0; --blocks, pairs += BLOCK * PANEL) {
-        const uint8_t *codes = decoder.next();
-        const Scales<PIECES> &scales = decoder.scales;
+GC_INLINE void pairs_of_nibbles(V table, const uint8_t *codes, const Scales<PIECES> &scales, uint16_t *pairs) {
 #pragma GCC unroll 4
-        for (int j = 0; j < QUADS / 2; ++j) {
-            const __m512i raw = _mm512_loadu_si512(codes + j * QUAD_BYTES);
-            uint16_t *low = pairs + j * 2 * PAIR_ELEMENTS, *high = low + QUADS / 2 * 2 * PAIR_ELEMENTS;
-            quad_of_nibbles<0, IS_BIASED>(table, raw, scales.scale[0][0], scales.bias[0][0], low);
-            quad_of_nibbles<1, IS_BIASED>(table, raw, scales.scale[PIECES - 1][0], scales.bias[PIECES - 1][0], high);
-        }
+    for (int j = 0; j < QUADS / 2; ++j) {
+        const __m512i raw = _mm512_loadu_si512(codes + j * QUAD_BYTES);
+        uint16_t *low = pairs + j * 2 * PAIR_ELEMENTS, *high = low + QUADS / 2 * 2 * PAIR_ELEMENTS;
+        quad_of_nibbles<0, IS_BIASED>(table, raw, scales.scale[0][0], scales.bias[0][0], low);
+        quad_of_nibbles<1, IS_BIASED>(table, raw, scales.scale[PIECES - 1][0], scales.bias[PIECES - 1][0], high);
     }
 }
 
-// The same of bytes and of 6 bits.
+// A block of bytes.
 template <int PIECES, bool IS_SIGNED>
-void pairs_of_bytes(const gc_matrix &m, PanelDecoder<PIECES> &decoder, int64_t blocks, uint16_t *pairs) {
-    alignas(64) uint8_t unpacked[QUADS * QUAD_BYTES];
-    const V offset = set1((float)m.offset);
-    for (; blocks > 0; --blocks) {
-        const uint8_t *bytes = decoder.next();
-        if (m.codes != GC_S8) {
-            unpack_block(m, bytes, unpacked);
-            bytes = unpacked;
-        }
+GC_INLINE void pairs_of_bytes(V offset, const uint8_t *bytes, const Scales<PIECES> &scales, uint16_t *pairs) {
 #pragma GCC unroll 8
-        for (int j = 0; j < QUADS; ++j, pairs += 2 * PAIR_ELEMENTS) {
-            const int piece = j * PIECES / QUADS;
-            const V scale = decoder.scales.scale[piece][0], base = fma(scale, offset, decoder.scales.bias[piece][0]);
-            const uint8_t *quad = bytes + j * QUAD_BYTES;
-            const V values[4] = {
-                fma(scale, column_of<0>(quad, 0, IS_SIGNED), base), fma(scale, column_of<1>(quad, 0, IS_SIGNED), base),
-                fma(scale, column_of<2>(quad, 0, IS_SIGNED), base), fma(scale, column_of<3>(quad, 0, IS_SIGNED), base)};
-            store_quad(values, pairs);
-        }
+    for (int j = 0; j < QUADS; ++j, pairs += 2 * PAIR_ELEMENTS) {
+        const int piece = j * PIECES / QUADS;
+        const V scale = scales.scale[piece][0], base = fma(scale, offset, scales.bias[piece][0]);
+        const uint8_t *quad = bytes + j * QUAD_BYTES;
+        const V values[4] = {
+            fma(scale, column_of<0>(quad, 0, IS_SIGNED), base), fma(scale, column_of<1>(quad, 0, IS_SIGNED), base),
+            fma(scale, column_of<2>(quad, 0, IS_SIGNED), base), fma(scale, column_of<3>(quad, 0, IS_SIGNED), base)};
+        store_quad(values, pairs);
     }
 }
 
-// The next `blocks` blocks of a panel. `bias` of a decoder without biases is 0.
+// The next block of a panel. `values` are those of its codes, if they have 4 bits; biases of a decoder without them are 0.
 template <int PIECES>
-inline void pairs_of_packed(const gc_matrix &m, PanelDecoder<PIECES> &decoder, int64_t blocks, uint16_t *pairs) {
+void pairs_of_packed(const gc_matrix &m, V values, PanelDecoder<PIECES> &decoder, uint16_t *pairs) {
+    const uint8_t *codes = decoder.next();
     if (m.codes == GC_U4 || m.codes == GC_T4) {
-        if (decoder.is_biased) return pairs_of_nibbles<PIECES, true>(m, decoder, blocks, pairs);
-        return pairs_of_nibbles<PIECES, false>(m, decoder, blocks, pairs);
+        if (decoder.is_biased) return pairs_of_nibbles<PIECES, true>(values, codes, decoder.scales, pairs);
+        return pairs_of_nibbles<PIECES, false>(values, codes, decoder.scales, pairs);
     }
-    if (is_signed(m)) return pairs_of_bytes<PIECES, true>(m, decoder, blocks, pairs);
-    pairs_of_bytes<PIECES, false>(m, decoder, blocks, pairs);
+    const V offset = set1((float)m.offset);
+    if (m.codes == GC_S8) return pairs_of_bytes<PIECES, true>(offset, codes, decoder.scales, pairs);
+    alignas(64) uint8_t unpacked[QUADS * QUAD_BYTES];
+    unpack_block(m, codes, unpacked);
+    pairs_of_bytes<PIECES, false>(offset, unpacked, decoder.scales, pairs);
 }
 
 // Columns start.. of a panel of bfloat16. Two columns of a row are 32 bits, so making pairs is a 32-bit transpose. The last row stands

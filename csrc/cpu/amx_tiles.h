@@ -79,9 +79,10 @@ inline void store_sums(float *to, int64_t stride) {
 }
 
 // Adds the products of `steps` times 32 columns: rows from `a` and, with M 2, from `b` (at the same distances), and panels of pairs,
-// [steps][16 pairs][16 columns][2], the second one `panel_bytes` behind the first.
-template <int M, int N>
-inline void multiply_tiles(TileSource a, const char *b, const char *panel, int64_t panel_bytes, int64_t steps) {
+// [steps][16 pairs][16 columns][2], the second one `panel_bytes` behind the first. `work` is called once a step: tiles are
+// multiplied beside the vector units, which have time for something else.
+template <int M, int N, typename Work>
+inline void multiply_tiles(TileSource a, const char *b, const char *panel, int64_t panel_bytes, int64_t steps, Work &work) {
     for (; steps > 0; --steps, a.at += a.step, b += a.step, panel += TILE_BYTES) {
         _tile_loadd(6, panel, TILE_LINE);
         _tile_loadd(4, a.at, a.stride);
@@ -95,6 +96,7 @@ inline void multiply_tiles(TileSource a, const char *b, const char *panel, int64
             _tile_dpbf16ps(1, 4, 7);
             if (M > 1) _tile_dpbf16ps(3, 5, 7);
         }
+        work();
     }
 }
 

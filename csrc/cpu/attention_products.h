@@ -30,7 +30,8 @@ inline void multiply_rows(const uint16_t *rows, int64_t stride, int64_t count, c
         const char *lower = (const char *)(rows + TILE_HEIGHT * stride);
         if (is_added) load_sums<2, 2>(to, to_stride);
         else zero_sums<2, 2>();
-        multiply_tiles<2, 2>(upper, lower, (const char *)panels, panel_bytes, pairs / PAIR_UNIT);
+        auto nothing = [] {};
+        multiply_tiles<2, 2>(upper, lower, (const char *)panels, panel_bytes, pairs / PAIR_UNIT, nothing);
         store_sums<2, 2>(to, to_stride);
     }
 }
