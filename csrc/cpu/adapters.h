@@ -43,6 +43,7 @@ class LowRank {
     // Multiplies rows x [N, columns] with down factors, shared among threads, no barrier at the end; returns whether there are any,
     // the same in all threads. `add` needs all of it complete.
     bool reduce(ThreadPool &pool, int index, const float *x) const;
+    bool is_empty() const { return !stride_; }
     // Adds to a finished tile: rows first..last-1 and some panels of a part; `out` is of row `first` and the first panel.
     void add(int64_t part, int64_t panel, int64_t panels, int64_t first, int64_t last, float *out, int64_t ld) const {
         if (stride_) add_runs(part, panel, panels, first, last, out, ld);

@@ -17,17 +17,17 @@ namespace {
 constexpr int64_t LEAST_ROWS = FEW_ROWS + 1;
 constexpr int64_t CHUNK_OF_TILES = 1 << 19;  // elements of rows that are read again and again: half of an L2 cache of 2 MB
 constexpr int64_t MOST_CHUNK = 2 * CHUNK_ROWS, MOST_ROWS = MOST_CHUNK + FEW_ROWS;
-constexpr int64_t WHOLE_COLUMNS =
-    3072;  // longer rows are multiplied in runs: whole ones would leave a chunk too few to pay for pairs
-constexpr int64_t RUN_COLUMNS = 512;
-constexpr int64_t PAIR = 2;  // panels of one product
-constexpr int64_t PANELS_OF_WHOLE = 8, PANELS_OF_RUNS = 8, MOST_PANELS = 8;
+// Longer rows are multiplied in runs: whole ones would leave a chunk too few rows to pay for its pairs.
+constexpr int64_t WHOLE_COLUMNS = 3072, RUN_COLUMNS = 256;
+constexpr int64_t PAIR = 2, PANELS_AT_ONCE = 8;  // panels of one product, and of one call
+constexpr int64_t BLOCKS_AHEAD = 3;              // whose memory is fetched before they are written
 constexpr int64_t SUMS_LD = PAIR * PANEL, SUM_ROWS = MOST_ROWS + 2 * TILE_HEIGHT;
 
 bool is_whole(const gc_matrix &m) { return m.columns <= WHOLE_COLUMNS; }
+int64_t run_columns(const gc_matrix &m) { return is_whole(m) ? m.columns : RUN_COLUMNS; }
 
-// [MOST_ROWS, 32] sums of every pair of panels where there are several runs, and of 32 rows where there is one; the pairs of two
-// panels, twice: those that are multiplied, and those that are made meanwhile.
+// Sums of 32 rows, or, where rows are long, [MOST_ROWS, 32] of each pair of panels; the pairs of columns of a run, twice: those that
+// are multiplied, and those that are made meanwhile.
 struct Scratch {
     float *sums;
     uint16_t *pairs[2];
@@ -37,9 +37,9 @@ struct Scratch {
         pairs[1] = pairs[0] + pair_elements(m);
     }
     static int64_t sum_floats(const gc_matrix &m) {
-        return (is_whole(m) ? PAIR * TILE_HEIGHT : PANELS_OF_RUNS / PAIR * SUM_ROWS) * SUMS_LD;
+        return (is_whole(m) ? 2 * TILE_HEIGHT : PANELS_AT_ONCE / PAIR * SUM_ROWS) * SUMS_LD;
     }
-    static int64_t pair_elements(const gc_matrix &m) { return PAIR * PANEL * (is_whole(m) ? m.columns : RUN_COLUMNS); }
+    static int64_t pair_elements(const gc_matrix &m) { return PAIR * PANEL * run_columns(m); }
     static size_t bytes(const gc_matrix &m) {
         return sizeof(float) * (size_t)sum_floats(m) + sizeof(uint16_t) * (size_t)(2 * pair_elements(m));
     }
@@ -81,7 +81,7 @@ struct PackedPanels {
     const gc_matrix &m;
     const V values;
     const int64_t block_bytes;
-    PanelDecoder<PIECES> decoders[MOST_PANELS];
+    PanelDecoder<PIECES> decoders[PANELS_AT_ONCE];
 
     PackedPanels(const gc_matrix &matrix, int64_t first, int64_t count)
         : m(matrix), values(values_of_codes(matrix)), block_bytes(matrix.stride * BLOCK / matrix.columns) {
@@ -94,6 +94,14 @@ struct PackedPanels {
         for (int64_t line = 0; line < block_bytes; line += TILE_LINE) __builtin_prefetch(at + line, 0, IN_L2);
     }
 };
+
+// Fetches what is written soon into the L1 cache: `rows` of some bytes. A store that misses it waits, and keeps all later ones waiting,
+// for longer than tiles of 32 columns take to be multiplied.
+inline void will_write(const void *to, int64_t bytes, int64_t stride, int64_t rows) {
+    const char *row = static_cast<const char *>(to);
+    for (; rows > 0; --rows, row += stride)
+        for (int64_t line = 0; line < bytes; line += TILE_LINE) __builtin_prefetch(row + line, 1, 3);
+}
 
 // The next pair's pairs of columns, made block by block while the tiles of another one are multiplied.
 template <class MatrixPanels>
@@ -108,7 +116,9 @@ struct PairMaker {
     int64_t left() const { return count * blocks - done; }
     void make() {
         const int64_t panel = done / blocks, block = done % blocks;
-        panels->make_block(index + panel, start + block * BLOCK, pairs + done * BLOCK * PANEL);
+        uint16_t *to = pairs + done * BLOCK * PANEL;
+        will_write(to + BLOCKS_AHEAD * BLOCK * PANEL, BLOCK * PANEL * 2, 0, 1);
+        panels->make_block(index + panel, start + block * BLOCK, to);
         panels->look_ahead(index + panel);
         ++done;
     }
@@ -139,11 +149,13 @@ void multiply_rows(const PairProduct &p, const TileRowsOf &rows, int64_t row, in
     const char *b = M > 1 ? rows.at(row + TILE_HEIGHT, run.start).at : nullptr;
     if (run.is_first) zero_sums<M, N>();
     else load_sums<M, N>(sums, SUMS_LD);
-    multiply_tiles<M, N>(a, b, (const char *)p.pairs, run.columns * PANEL * 2, run.columns / TILE_STEP, work);
     const int64_t final_tile = row + (M - 1) * TILE_HEIGHT;
     const bool is_direct = run.is_last && p.width == N * PANEL && final_tile + TILE_HEIGHT <= last && rows.first_of(row) == row &&
                            rows.first_of(final_tile) == final_tile;
     float *out = p.out + (row - first) * p.ld;
+    if (is_direct) will_write(out, N * PANEL * 4, p.ld * 4, M * TILE_HEIGHT);
+    else if (run.is_first) will_write(sums, SUMS_LD * 4, SUMS_LD * 4, M * TILE_HEIGHT);
+    multiply_tiles<M, N>(a, b, (const char *)p.pairs, run.columns * PANEL * 2, run.columns / TILE_STEP, work);
     if (is_direct) return store_sums<M, N>(out, p.ld);
     store_sums<M, N>(sums, SUMS_LD);
     if (!run.is_last) return;
@@ -193,7 +205,7 @@ void multiply_panels(const gc_matrix &m, int64_t panel, int64_t count, const Row
         maker.rate = maker.left() * PairMaker<MatrixPanels>::ONE / steps + 1;
         return maker;
     };
-    PairOrder order = {m.columns, is_whole(m) ? m.columns : RUN_COLUMNS, count};
+    PairOrder order = {m.columns, run_columns(m), count};
     maker_of(order, 0, 1).finish();
     for (int buffer = 0; !order.is_over(); buffer ^= 1) {
         const Run run = order.run();
@@ -252,8 +264,7 @@ void gather(const gc_matrix *m, int64_t row, float *out) {
 }
 
 Blocking blocking(const gc_matrix *m) {
-    if (!is_whole(*m)) return {PANELS_OF_RUNS, MOST_CHUNK};
-    return {PANELS_OF_WHOLE, most_rows(CHUNK_OF_TILES, m->columns, MOST_CHUNK)};
+    return {PANELS_AT_ONCE, is_whole(*m) ? most_rows(CHUNK_OF_TILES, m->columns, MOST_CHUNK) : MOST_CHUNK};
 }
 
 template <const MatmulKernels &FALLBACK>

@@ -151,7 +151,7 @@ void Experts::run(ThreadPool &pool, int index) {
     for_each_panels(pool, COUNT_EXPERTS_IN, experts_.gate[0], at_once, [&](const Group &group, const Panels &panels) {
         const gc_matrix &gate = experts_.gate[group.expert], &up = experts_.up[group.expert];
         Rows rows = rows_of(pair_rows_.rows, group);
-        geglu_panels(gate, up, panels, rows, 0, group.count, gated_.row(group.first), experts_.width, scratch);
+        geglu_panels(gate, up, panels, rows, 0, group.count, {experts_.width, gated_.row(group.first), nullptr}, scratch);
     });
     pool.barrier();
     Range pairs = own_rows(placed_, index, pool.size);

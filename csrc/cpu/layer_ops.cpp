@@ -189,13 +189,17 @@ void Mlp::run(ThreadPool &pool, int index, const float *x, float *out, float sca
     else pool.barrier();
     if (in_changes_.reduce(pool, index, normed_.x)) pool.barrier();
     void *scratch = scratch_.of(index);
-    parallel_geglu(pool, index, &layer_.gate, &layer_.up, normed_.converted.rows, gated_.x, layer_.down.columns, scratch,
+    const bool is_direct = gated_.converted.formats == FORMAT_TILES && !gated_.converted.order && out_changes_.is_empty();
+    uint16_t *tiles = is_direct ? const_cast<uint16_t *>(gated_.converted.rows.tiles) : nullptr;
+    parallel_geglu(pool, index, &layer_.gate, &layer_.up, normed_.converted.rows, {layer_.down.columns, gated_.x, tiles}, scratch,
                    COUNT_GATED, in_changes_);
     prefetch_weights(pool, index, &layer_.down, 1, rows_);
     pool.barrier();
-    convert_rows(pool, index, gated_.converted, gated_.x);
-    out_changes_.reduce(pool, index, gated_.x);
-    pool.barrier();
+    if (!is_direct) {
+        convert_rows(pool, index, gated_.converted, gated_.x);
+        out_changes_.reduce(pool, index, gated_.x);
+        pool.barrier();
+    }
     parallel_gemm(pool, index, &layer_.down, 1, gated_.converted.rows, product_, hidden, scratch, COUNT_DOWN, out_changes_);
     if (experts_) experts_->run(pool, index);
     else pool.barrier();

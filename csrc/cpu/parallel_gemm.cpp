@@ -239,7 +239,7 @@ void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_
 }
 
 void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &panels, const Rows &rows, int64_t first, int64_t last,
-                  float *out, int64_t ld, void *scratch, const LowRank &changes) {
+                  const GatedRows &out, void *scratch, const LowRank &changes) {
     int64_t count = last - first, across = panels.count * PANEL, size = count * across;
     float *gates = static_cast<float *>(scratch), *ups = gates + size;
     void *rest = ups + size;
@@ -249,15 +249,21 @@ void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &pane
     matmul_kernels(up).gemm_panels(&up, panels.first, panels.count, &rows, first, last, ups, across, rest, next);
     changes.add(0, panels.first, panels.count, first, last, gates, across);
     changes.add(1, panels.first, panels.count, first, last, ups, across);
-    kernels().vector_ops->gelu_mul(gates, ups, size, gates);
-    float *target = out + panels.first * PANEL;
-    for (int64_t m = 0; m < count; ++m) memcpy(target + m * ld, gates + m * across, sizeof(float) * (size_t)panels.width);
+    const VectorOps &ops = *kernels().vector_ops;
+    ops.gelu_mul(gates, ups, size, gates);
+    const int64_t start = panels.first * PANEL;
+    for (int64_t m = 0; m < count; ++m, gates += across) {
+        const int64_t row = first + m;
+        if (!out.tiles) memcpy(out.x + row * out.columns + start, gates, sizeof(float) * (size_t)panels.width);
+        for (int64_t column = 0; out.tiles && column < panels.width; column += BLOCK)
+            ops.to_bf16(gates + column, BLOCK, out.tiles + place_in_tiles(out.columns, row, start + column));
+    }
 }
 
-void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out,
-                    int64_t ld, void *scratch, int counter, const LowRank &changes) {
+void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows,
+                    const GatedRows &out, void *scratch, int counter, const LowRank &changes) {
     auto item = [&](const Panels &panels, int64_t first, int64_t last) {
-        geglu_panels(*gate, *up, panels, rows, first, last, out + first * ld, ld, scratch, changes);
+        geglu_panels(*gate, *up, panels, rows, first, last, out, scratch, changes);
     };
     if (rows.count <= FEW_ROWS)
         return for_each_panel(pool, index, panels_of(*gate), counter,

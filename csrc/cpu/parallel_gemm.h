@@ -76,14 +76,21 @@ Panels panels_of_group(const gc_matrix &m, int64_t group, int64_t at_once);
 void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
                    void *scratch, int counter, const LowRank &changes = {});
 
-// Rows first..last-1 of the next product for some panels: out[m * ld + f], m counted from `first`, f from the matrices' first row.
-void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &panels, const Rows &rows, int64_t first, int64_t last,
-                  float *out, int64_t ld, void *scratch, const LowRank &changes = {});
+// Where gated rows of `columns` go: to float32, or, where nobody reads that, right to tiles (kernels.h).
+struct GatedRows {
+    int64_t columns;
+    float *x;
+    uint16_t *tiles;
+};
 
-// out[m * ld + f] = gelu_tanh(gate row f) * (up row f), with matrices [gate parts..., up parts...] given as two stacks of equally
+// Rows first..last-1 of the next product for some panels.
+void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &panels, const Rows &rows, int64_t first, int64_t last,
+                  const GatedRows &out, void *scratch, const LowRank &changes = {});
+
+// out [rows, columns] = gelu_tanh(gate row f) * (up row f) in column f, with matrices [gate parts..., up parts...] given as two stacks of equally
 // many rows; no barrier at the end. The two products are never stored as a whole.
-void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows, float *out,
-                    int64_t ld, void *scratch, int counter, const LowRank &changes = {});
+void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows,
+                    const GatedRows &out, void *scratch, int counter, const LowRank &changes = {});
 
 // Prefetches the weights that this thread reads first in a product of `count` rows; does nothing where there are many rows.
 void prefetch_weights(const ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, int64_t count);
