@@ -55,7 +55,7 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) ->
 
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)
-@pytest.mark.parametrize("columns", [1, 7, 16, 37, 64, 256, 300, 1000])
+@pytest.mark.parametrize("columns", [1, 7, 16, 37, 64, 256, 300, 1000, 3104])
 @pytest.mark.usefixtures("level")
 def test_linear(columns: int, dtype: torch.dtype) -> None:
     parts = tuple(randn(rows, columns, seed=rows).to(dtype) for rows in (16, 35, 3))

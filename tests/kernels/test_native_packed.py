@@ -316,6 +316,14 @@ def test_columns_that_fill_no_run(name: str, columns: int, level: str) -> None:
             check(multiply([packed], x, activations), x, packed.values)
 
 
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "offset6-g16", "q4_k", "iq4_nl"])
+def test_long_rows_and_many_panels(name: str, level: str) -> None:
+    packed = make(BY_NAME[name], 150, 3328)
+    for count in (17, 33, 545 if name == "q4_0" else 100):
+        x = exact_rows(count, 3328)
+        check(multiply([packed], x, INT8), x, packed.values)
+
+
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_extreme_codes_and_rows_do_not_overflow(kind: Format, level: str) -> None:
     for code in EXTREMES[kind.codes]:
