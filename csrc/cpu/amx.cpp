@@ -245,11 +245,12 @@ void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *
     auto *run = is_dense(*m)         ? multiply_panels<DensePanels>
                 : pieces_of(*m) == 2 ? multiply_panels<PackedPanels<2>>
                                      : multiply_panels<PackedPanels<1>>;
-    const Tiles configured;
+    configure_tiles();
     for (int64_t end; first < last; out += (end - first) * ld, first = end) {
         end = last - first <= MOST_ROWS ? last : first + MOST_CHUNK;
         run(*m, panel, panels, *rows, first, end, out, ld, {*m, scratch});
     }
+    release_tiles();
 }
 
 template <const MatmulKernels &FALLBACK>

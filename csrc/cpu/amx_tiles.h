@@ -31,18 +31,15 @@ struct alignas(64) TileShapes {
 // Compilers may drop or move stores that only a tile instruction reads: the clobber tells them that memory is read.
 inline void memory_is_read(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
-// A thread's tiles, for as long as this lives.
-class Tiles {
-  public:
-    Tiles() {
-        TileShapes shapes = {};
-        shapes.palette = 1;
-        for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = TILE_LINE, shapes.rows[tile] = TILE_HEIGHT;
-        memory_is_read(&shapes);
-        _tile_loadconfig(&shapes);
-    }
-    ~Tiles() { _tile_release(); }
-};
+// A thread's tiles can be used from one to the other. (No destructor: its clean-up would be code that all levels share.)
+inline void configure_tiles() {
+    TileShapes shapes = {};
+    shapes.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = TILE_LINE, shapes.rows[tile] = TILE_HEIGHT;
+    memory_is_read(&shapes);
+    _tile_loadconfig(&shapes);
+}
+inline void release_tiles() { _tile_release(); }
 
 // Tiles that are read one after the other: 16 rows of each `stride` bytes apart, and so far to the next 32 columns.
 struct TileSource {

@@ -193,7 +193,7 @@ void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t h
                                      dim, positions + row, last_visible ? last_visible + row : nullptr, window, keys, scratch);
         return;
     }
-    const Tiles configured;
+    configure_tiles();
     Block b = make_block(scratch, rows, heads, dim, keys->dtype == GC_S8);
     auto *update = keys->dtype == GC_S8 ? update_block<int8_t> : update_block<uint16_t>;
     b.positions = positions, b.last_visible = last_visible, b.window = window;
@@ -210,6 +210,7 @@ void prefill(const float *q, float *out, int64_t stride, int64_t rows, int64_t h
         update(b, *keys, low, next);
         low = next;
     }
+    release_tiles();
     for (int64_t query = 0; query < count; ++query) {
         const V scale = set1(b.total[query] > 0 ? 1.0f / b.total[query] : 0.0f);
         float *to = out + query / heads * stride + query % heads * dim;

@@ -38,7 +38,8 @@ inline void multiply_rows(const uint16_t *rows, int64_t stride, int64_t count, c
 #else
 constexpr int TILE_M = 8;
 constexpr int64_t PAIR_UNIT = 1;
-struct Tiles {};  // nothing to prepare
+inline void configure_tiles() {}
+inline void release_tiles() {}
 // to [count, 32] = (is_added: itself) + rows of `pairs` pairs of columns times two panels [pairs, 16]; strides in elements.
 inline void multiply_rows(const uint16_t *rows, int64_t stride, int64_t count, const uint32_t *panels, int64_t panel_stride,
                           int64_t pairs, bool is_added, float *to, int64_t to_stride) {
