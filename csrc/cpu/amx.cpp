@@ -95,8 +95,8 @@ struct PackedPanels {
     }
 };
 
-// Fetches what is written soon into the L1 cache: `rows` of some bytes. A store that misses it waits, and keeps all later ones waiting,
-// for longer than tiles of 32 columns take to be multiplied.
+// Fetches what is written soon into the L1 cache: `rows` of some bytes. A store that misses it waits, and keeps all later ones
+// waiting, for longer than tiles of 32 columns take to be multiplied.
 inline void will_write(const void *to, int64_t bytes, int64_t stride, int64_t rows) {
     const char *row = static_cast<const char *>(to);
     for (; rows > 0; --rows, row += stride)

@@ -159,7 +159,7 @@ ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t co
     }
     if (formats & FORMAT_HALVES) rows.halves = arena.array<float>(all * 2 * (columns / BLOCK));
     if (formats & FORMAT_BF16) rows.bf16 = arena.array<uint16_t>(all * columns);
-    if (formats & FORMAT_TILES) rows.tiles = arena.array<uint16_t>((count + 15) / 16 * 16 * columns);
+    if (formats & FORMAT_TILES) rows.tiles = arena.array<uint16_t>(padded_to(count, 16) * columns);
     float *gathered = order ? arena.array<float>(count * columns) : nullptr;
     if (gathered) rows.x = gathered;
     else if (formats & FORMAT_FLOAT && activations == GC_BF16_ROWS) rows.x = arena.array<float>(count * columns);

@@ -87,8 +87,8 @@ struct GatedRows {
 void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &panels, const Rows &rows, int64_t first, int64_t last,
                   const GatedRows &out, void *scratch, const LowRank &changes = {});
 
-// out [rows, columns] = gelu_tanh(gate row f) * (up row f) in column f, with matrices [gate parts..., up parts...] given as two stacks of equally
-// many rows; no barrier at the end. The two products are never stored as a whole.
+// out [rows, columns] = gelu_tanh(gate row f) * (up row f) in column f, with matrices [gate parts..., up parts...] given as two
+// stacks of equally many rows; no barrier at the end. The two products are never stored as a whole.
 void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows,
                     const GatedRows &out, void *scratch, int counter, const LowRank &changes = {});
 
