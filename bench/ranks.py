@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from gemcutter.benchmark.hardware import describe, read_rate
-from gemcutter.parallel.distributed_ranks import DistributedRanks
+from gemcutter.parallel.distributed_ranks import DistributedRanks, join_group
 from gemcutter.parallel.shared_ranks import SharedRanks, new_segment
-from gemcutter.shard import Shard
+from gemcutter.shard import Place, Shard
 
 SIZES = (1536, 12_288, 98_304, 786_432, 6_291_456)  # floats: one row of E2B, and 8, 64, 512, 4096
 LEAST_RUNS, LEAST_S = 20, 0.4
@@ -57,7 +57,8 @@ def both(file: int, rank: int, world: int, port: int) -> dict[str, list[float]]:
     """Measure both ways to sum as one of the ranks."""
     torch.set_num_threads(1)
     shared = measure(SharedRanks(file, Shard(rank, world)))
-    gloo = measure(DistributedRanks("gloo", f"tcp://127.0.0.1:{port}", Shard(rank, world)))
+    join_group("gloo", f"tcp://127.0.0.1:{port}", rank, world)
+    gloo = measure(DistributedRanks(Place(rank, world)))
     return {"shared": shared, "gloo": gloo}
 
 

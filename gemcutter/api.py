@@ -483,6 +483,7 @@ def load(
     media: str | Sequence[str] = (),
     mmproj: str | Path | None = None,
     tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint: a folder, a .safetensors or GGUF file, a hub id, or "demo".
@@ -516,6 +517,7 @@ def load(
         media=tuple(_names(media)) if isinstance(media, str | list) else media,  # type: ignore[arg-type]
         mmproj=_as_name(mmproj),
         tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
     )
     if progress is not None and not callable(progress):
         raise RequestError(f"progress: expected a function of the bytes done and the bytes in all, found {spell_value(progress)}")

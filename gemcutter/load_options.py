@@ -76,7 +76,14 @@ CHECKS: Mapping[str, Callable[[str], str]] = {
 }
 NEEDED = ("model", "device", "kernels", "generation_config")  # texts that can't be None
 TEXTS = (*NEEDED, "dtype", "activations", "quant", "adapter", "ple", "kv", "chat_template", "speculate", "draft_model", "mmproj")
-LEAST = {"tensor_parallel": 1, "context": 1, "max_batched_tokens": 1, "max_num_seqs": 1, "prefix_cache_bytes": 0}
+LEAST = {
+    "tensor_parallel": 1,
+    "pipeline_parallel": 1,
+    "context": 1,
+    "max_batched_tokens": 1,
+    "max_num_seqs": 1,
+    "prefix_cache_bytes": 0,
+}
 MAY_BE_NONE = ("context", "prefix_cache_bytes")
 
 
@@ -119,6 +126,8 @@ class LoadOptions:
 
     `tensor_parallel` is on how many processes of this host the model runs: each holds a slice of every layer, and its heads of
     the cache. Replies are those of one process, but for rounding.
+    `pipeline_parallel` is in how many stages the layers are cut, each of which has `tensor_parallel` processes; rows pass from
+    stage to stage, and replies are those of one stage.
     """
 
     model: str
@@ -146,6 +155,7 @@ class LoadOptions:
     media: tuple[str, ...] = ()
     mmproj: str | None = None
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
 
     def __post_init__(self) -> None:
         self._check_kinds()

@@ -17,7 +17,7 @@ from gemcutter.checkpoint.load.held import changed_pieces, pieces_of
 from gemcutter.checkpoint.load.load_params import Progress, load_params, load_tower
 from gemcutter.checkpoint.load.match import Checkpoint, Matched, open_checkpoint
 from gemcutter.checkpoint.load.match_towers import MatchedAudio, MatchedVision, find_tower_files, match_audio, match_vision
-from gemcutter.checkpoint.load.memory_needs import quant_notes
+from gemcutter.checkpoint.load.memory_needs import Holding, param_memory, quant_notes
 from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
 from gemcutter.checkpoint.load.slices import column_unit
@@ -33,21 +33,23 @@ from gemcutter.load_options import AUTO_MEDIA, DEFAULT_CONTEXT, LoadOptions, che
 from gemcutter.media.budgets import BUDGETS
 from gemcutter.model.audio import AudioTower
 from gemcutter.model.drafter import Drafter, sort_under_centroids
+from gemcutter.model.pipeline import Pipeline
 from gemcutter.model.text import Decoder
 from gemcutter.model.vision import VisionTower
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.ops.turns import Turns
-from gemcutter.ops.types import AdapterDeltas, Param, Ranks, matrix
+from gemcutter.ops.types import AdapterDeltas, Param, Pipe, Ranks, matrix
 from gemcutter.parallel.follower import Follower
 from gemcutter.parallel.launch import await_ranks, launch
 from gemcutter.parallel.leader import Leader
-from gemcutter.parallel.rendezvous import lead, torchrun_shard
+from gemcutter.parallel.rendezvous import lead, torchrun_rank
+from gemcutter.parallel.stages import cut_stages
 from gemcutter.param_spec import Access
 from gemcutter.plan import ModelPlan, derive
 from gemcutter.quant import Weight
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 from gemcutter.quant.recipes import widest_group
-from gemcutter.shard import Shard
+from gemcutter.shard import Place, Shard
 from gemcutter.tower_plan import TowerPlan, TowerPlans
 
 FP8_CAPABILITY = (8, 9)
@@ -99,18 +101,32 @@ class OpenModel:
         return Speculator(ngram, drafting, how.draft_tokens) if ngram or drafting else None
 
 
+@dataclass(frozen=True, slots=True)
+class Others:
+    """The other processes of a model: ranks that share this one's layers, stages that have others, and, in the first, all."""
+
+    ranks: Ranks | None = None
+    pipe: Pipe | None = None
+    stages: int = 1
+    leader: Leader | None = None
+
+
 def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenModel:
     """Load a checkpoint as the options say. Raises GemcutterError with everything that is wrong."""
-    checkpoint, started = open_checkpoint(locate(options.model), options.ignore), torchrun_shard()
+    checkpoint, started = open_checkpoint(locate(options.model), options.ignore), torchrun_rank()
     if started is not None:
-        options = replace(options, tensor_parallel=started.world)
-    if options.tensor_parallel == 1:
+        options = replace(options, tensor_parallel=ranks_of_stage(started[1], options.pipeline_parallel))
+    place = Place(0, options.tensor_parallel, options.pipeline_parallel)
+    if place.count == 1:
         return _open(options, checkpoint, progress)
-    checkpoint = on_rank(checkpoint, Shard(0, options.tensor_parallel), options.quant)
-    check_ranks(options)
-    ranks, leader = launch(options) if started is None else lead(options, started)
+    check_processes(options)
+    stages = stages_of(checkpoint, options)
+    checkpoint = at_place(checkpoint, place, stages, options.quant)
+    ranks, pipe, leader = launch(options, stages) if started is None else lead(options, stages)
+    others = Others(ranks if place.tensor_parallel > 1 else None, pipe, len(stages), leader)
     try:
-        opened = _open(options, checkpoint, progress, ranks, leader)
+        opened = _open(options, checkpoint, progress, others)
+        leader.settle = opened.decoder.finish_all
         await_ranks(leader)
     except BaseException:
         leader.close()
@@ -118,13 +134,7 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     return opened
 
 
-def _open(
-    options: LoadOptions,
-    checkpoint: Checkpoint,
-    progress: Progress | None,
-    ranks: Ranks | None = None,
-    leader: Leader | None = None,
-) -> OpenModel:
+def _open(options: LoadOptions, checkpoint: Checkpoint, progress: Progress | None, others: Others = Others()) -> OpenModel:
     device = find_device(options)
     name, note = own_dtype(checkpoint.config.dtype) if options.dtype is None else (check_dtype(options.dtype), None)
     dtype, notes = getattr(torch, name), [] if note is None else [note]
@@ -142,7 +152,7 @@ def _open(
         cache = PackedWeightCache.of(checkpoint, options.quant, is_asked=keeps is not None)
     changed = frozenset() if merged is None else changed_pieces(merged, checkpoint)
     params = load_params(checkpoint, dtype, device, progress, options.quant, packer, cache, changed)
-    if checkpoint.plan.ple_dim:
+    if "embed.ple" in params:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, device)
     if options.quant is not None:
         notes += quant_notes(checkpoint, options.quant, changed)
@@ -155,8 +165,8 @@ def _open(
     notes += [note for each in filter(None, (merged, *apart.values())) for note in each.notes()]
     if backend is not CPU and device.type == "cpu" and options.kernels == "auto":
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
-    decoder = make_decoder(checkpoint.plan, params, options, dtype, device, tuple(apart), ranks, leader)
-    drafter = open_drafter(options, decoder, notes) if options.drafts_by_model else None
+    decoder = make_decoder(checkpoint.plan, params, options, dtype, device, tuple(apart), others)
+    drafter = open_drafter(options, decoder, notes, others) if options.drafts_by_model else None
     vision, audio, turns = None, None, Turns()
     if seen is not None:
         weights = tower_params(*seen, merged, options, decoder, notes)
@@ -169,13 +179,14 @@ def _open(
     return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns)
 
 
-def open_rank(options: LoadOptions, ranks: Ranks) -> Follower:
-    """Load a rank's slice of a checkpoint that another process leads, and of its assistant.
+def open_rank(options: LoadOptions, stages: Sequence[range], place: Place, ranks: Ranks, pipe: Pipe | None) -> Follower:
+    """Load a place's part of a checkpoint that another process leads, and of its assistant.
 
     Raises GemcutterError with everything that is wrong.
     """
-    checkpoint = on_rank(open_checkpoint(locate(options.model), options.ignore), ranks.shard, options.quant)
-    opened = _open(replace(options, media=()), checkpoint, None, ranks)  # towers are the leader's
+    checkpoint = at_place(open_checkpoint(locate(options.model), options.ignore), place, stages, options.quant)
+    others = Others(ranks if place.tensor_parallel > 1 else None, pipe, len(stages))
+    opened = _open(replace(options, media=()), checkpoint, None, others)  # towers are the leader's
     decoder = opened.decoder
 
     def read_adapter(name: str, path: str, ignore: Sequence[str]) -> AdapterDeltas:
@@ -190,10 +201,37 @@ def on_rank(checkpoint: Checkpoint, shard: Shard, quant: str | None) -> Checkpoi
     return replace(checkpoint, plan=checkpoint.plan.shard(shard.rank, shard.world, unit))
 
 
-def check_ranks(options: LoadOptions) -> None:
-    """Raise KernelError for options that models on several ranks do not have."""
+def at_place(checkpoint: Checkpoint, place: Place, stages: Sequence[range], quant: str | None) -> Checkpoint:
+    """Return a checkpoint with the plan of what a place holds. Raises ConfigError for a model that can't be shared so."""
+    if place.tensor_parallel > 1:
+        checkpoint = on_rank(checkpoint, place.shard, quant)
+    if len(stages) == 1:
+        return checkpoint
+    return replace(checkpoint, plan=checkpoint.plan.on_stage(stages[place.stage]))
+
+
+def stages_of(checkpoint: Checkpoint, options: LoadOptions) -> tuple[range, ...]:
+    """Return the layers of each stage, of which the fullest holds as little as possible. Raises ConfigError for too many."""
+    compute = own_dtype(checkpoint.config.dtype)[0] if options.dtype is None else check_dtype(options.dtype)
+    packing = select_backend("cpu", options.kernels).packing
+    held = param_memory(checkpoint, Holding(compute, "cpu", packing, options.quant))
+    weights = {name: memory.mapped + memory.resident for name, memory in held.items()}
+    return cut_stages(checkpoint.plan, weights, options.pipeline_parallel)
+
+
+def ranks_of_stage(ranks: int, stages: int) -> int:
+    """Return how many of torchrun's ranks each stage has. Raises RequestError where the stages can't have equally many."""
+    if ranks % stages:
+        raise RequestError(f"pipeline_parallel {stages}: torchrun started {ranks} ranks, which so many stages can't share evenly")
+    return ranks // stages
+
+
+def check_processes(options: LoadOptions) -> None:
+    """Raise KernelError for options that models on several processes do not have."""
     if options.device != "cpu":
-        raise KernelError(f"tensor_parallel {options.tensor_parallel}: processes of one host share a CPU's memory, not a GPU's")
+        several = {"tensor_parallel": options.tensor_parallel, "pipeline_parallel": options.pipeline_parallel}
+        named = ", ".join(f"{name} {count}" for name, count in several.items() if count > 1)
+        raise KernelError(f"{named}: several processes run on CPUs; GPUs are not served so")
 
 
 def cache_dtype(kv: str | None) -> torch.dtype | None:
@@ -227,18 +265,22 @@ def tower_params(
     return params
 
 
-def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Drafter | Decoder | None:
+def open_drafter(options: LoadOptions, target: Decoder, notes: list[str], others: Others = Others()) -> Drafter | Decoder | None:
     """Load the assistant, or smaller model, that the options name for a decoder that is there, and note what is special about it.
 
-    None on a tensor-parallel rank that follows, for a smaller model, which runs whole where the ranks are led. Raises
-    GemcutterError with everything that is wrong, or does not fit the target.
+    None for a smaller model on a rank that follows, since it runs whole where the ranks are led, and for an assistant on all
+    stages but the last, which has the keys and values that it reads. Raises GemcutterError with everything that is wrong, or
+    does not fit the target.
     """
     assert options.draft_model is not None
+    if not target.plan.has_ends:
+        return None
     found = open_checkpoint(locate(options.draft_model), options.ignore)
     if not found.plan.is_drafter and found.plan.vocab != target.plan.vocab:
         vocabs = f"{found.plan.vocab:,} tokens, {options.model} has {target.plan.vocab:,}"
         raise RequestError(f"draft_model: {options.draft_model} knows {vocabs}; name its assistant, or a smaller Gemma 4")
-    if not found.plan.is_drafter and target.ranks is not None and target.leader is None:
+    follows = others.leader is None and (others.ranks is not None or others.pipe is not None)
+    if not found.plan.is_drafter and follows:
         return None
     ranks = target.ranks if found.plan.is_drafter else None
     bound = replace(found, plan=derive(found.config, target.plan.whole or target.plan)) if found.plan.is_drafter else found
@@ -253,7 +295,7 @@ def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Dra
     if bound.plan.ple_dim:
         params["embed.ple"] = place_table(matrix(params, "embed.ple"), options.ple, target.device)
     params = sort_under_centroids(bound.plan, params)
-    decoder = make_decoder(bound.plan, params, options, target.dtype, target.device, ranks=ranks)
+    decoder = make_decoder(bound.plan, params, options, target.dtype, target.device, others=Others(ranks))
     return Drafter(decoder, target) if found.plan.is_drafter else decoder
 
 
@@ -280,14 +322,14 @@ def make_decoder(
     dtype: torch.dtype,
     device: torch.device,
     adapters: tuple[str, ...] = (),
-    ranks: Ranks | None = None,
-    leader: Leader | None = None,
+    others: Others = Others(),
 ) -> Decoder:
     """Make a decoder over parameters that are there already; `adapters` may be asked for, though they change only towers.
 
-    Of a rank's plan it takes part with the others, whom `leader` tells of its steps.
+    Of a rank's or a stage's plan it takes part with the others.
     """
-    return Decoder(plan, params, dtype, device, options.kernels, options.activations, adapters, ranks, leader)
+    how = (plan, params, dtype, device, options.kernels, options.activations, adapters, others.ranks, others.leader)
+    return Decoder(*how, None if others.pipe is None else Pipeline(others.pipe, others.stages))
 
 
 def find_device(options: LoadOptions) -> torch.device:

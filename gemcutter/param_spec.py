@@ -1,7 +1,7 @@
 """What a plan says of one tensor: its name, shape and kind, and in a rank's plan which slices of it the rank holds.
 
 Owns `ParamSpec`, the contract between checkpoint, model, memory planner and tests; refuses to know which tensors there are, which
-`plan.py` says. Standard library only.
+`plan.py` and `layer_params.py` say. Standard library only.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ class ParamSpec:
     shard_unit: int = 1  # elements along that axis that stay together: a head, say
     is_even: bool = True  # whether all ranks hold equally much; else some hold one unit more than others
     slices: tuple[Slice, ...] = ()  # in a rank's plan: what it holds of each part, or of the tensor where no part is cut
+
+    @property
+    def layer(self) -> int | None:
+        """Return the index of the layer that the tensor belongs to; None for the others."""
+        return int(self.name.split(".", 2)[1]) if self.name.startswith("layers.") else None
 
     @property
     def integer(self) -> bool:

@@ -15,8 +15,9 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NewType
 
 from gemcutter.errors import ConfigError
+from gemcutter.layer_params import layer_params
 from gemcutter.param_spec import Access, ParamKind, ParamSpec
-from gemcutter.shard import Shard, Slice
+from gemcutter.shard import Shard, Slice, Stage
 
 if TYPE_CHECKING:
     from gemcutter.config import ModelConfig, RopeConfig, TextConfig
@@ -188,7 +189,8 @@ class ModelPlan:
     centroid_top_k: int = 0
     query_offset: int = 0  # a drafter's: where its queries stand, from the position of the last token, which has no key yet
     rank: Shard | None = None  # the tensor-parallel rank whose plan this is, as `shard` makes it
-    whole: ModelPlan | None = None  # and the plan that was cut
+    stage: Stage | None = None  # the pipeline's stage whose plan this is, as `on_stage` makes it
+    whole: ModelPlan | None = None  # and the plan that was cut, where `rank` or `stage` is given
 
     def __post_init__(self) -> None:
         last = self.first_reader - 1
@@ -210,13 +212,28 @@ class ModelPlan:
         return max(self.first_reader - 1, 0)
 
     def attn_kinds(self) -> tuple[tuple[GroupId, RopeSpec], ...]:
-        """List the distinct pairs of block table and rotary embedding among the layers."""
-        return tuple(dict.fromkeys((layer.group, layer.rope) for layer in self.layers))
+        """List the distinct pairs of block table and rotary embedding among the layers that are held here."""
+        return tuple(dict.fromkeys((layer.group, layer.rope) for layer in self.own_layers))
+
+    @cached_property
+    def own_layers(self) -> tuple[LayerPlan, ...]:
+        """List the layers that are held here: all of them, or those of a pipeline's stage."""
+        return self.layers if self.stage is None else self.layers[self.stage.first : self.stage.stop]
+
+    @property
+    def all_stages(self) -> ModelPlan:
+        """Return the plan without the cut into stages; a rank's plan stays one."""
+        return self if self.stage is None else replace(self, stage=None, whole=None if self.rank is None else self.whole)
+
+    @property
+    def has_ends(self) -> bool:
+        """Return whether the token table and the head are held here, as everywhere but in most stages of a pipeline."""
+        return self.stage is None or self.stage.is_last
 
     @cached_property
     def writers(self) -> tuple[LayerPlan, ...]:
-        """List the layers that write keys and values."""
-        return tuple(layer for layer in self.layers if layer.writes)
+        """List the layers held here that write keys and values."""
+        return tuple(layer for layer in self.own_layers if layer.writes)
 
     @cached_property
     def first_reader(self) -> int:
@@ -224,15 +241,18 @@ class ModelPlan:
         return max((layer.index + 1 for layer in self.layers if layer.writes), default=0)
 
     def groups(self) -> tuple[KVGroup, ...]:
-        """List the groups of writers with one window, in the order of their first layer."""
-        windows = dict.fromkeys(layer.window for layer in self.writers)
+        """List the groups of writers with one window, in the order of their first layer.
+
+        In a stage's plan the groups are the whole model's, since all stages share block tables, with the layers held here.
+        """
+        windows = dict.fromkeys(layer.window for layer in self.layers if layer.writes)
         return tuple(
             KVGroup(group_of(window), window, tuple(w.index for w in self.writers if w.window == window)) for window in windows
         )
 
     def last_writer(self, attn: Attn) -> int:
         """Return the layer whose keys a reader of this attention type reads. Raises ConfigError if none writes."""
-        found = [layer.index for layer in self.writers if layer.attn is attn]
+        found = [layer.index for layer in self.layers if layer.writes and layer.attn is attn]
         if not found:
             raise ConfigError(f"no {attn.value} layer writes keys and values")
         return found[-1]
@@ -275,6 +295,15 @@ class ModelPlan:
         layers = tuple(_layer_on_rank(layer, shard) for layer in whole.layers)
         return replace(self, layers=layers, rank=shard, whole=whole)
 
+    def on_stage(self, layers: range) -> ModelPlan:
+        """Return the plan of the stage of a pipeline that holds these layers. Raises ConfigError for cuts that can't be."""
+        stage = Stage(layers.start, layers.stop, len(self.layers))
+        if not {*layers[:1], layers.stop} <= {0, *self.stage_starts, stage.count}:
+            raise ConfigError(
+                f"layers {stage.first} to {stage.stop - 1} can't be a stage: a reader would be apart from its source"
+            )
+        return replace(self, stage=stage, whole=self.whole or self)
+
     @property
     def mlp_unit(self) -> int:
         """Return how many columns of an MLP stay together when ranks share it."""
@@ -300,9 +329,10 @@ class ModelPlan:
         return rank.cut(-2, self.vocab, HEAD_UNIT, is_even=False)
 
     def params(self) -> Iterator[ParamSpec]:
-        """List every tensor of the decoder under its canonical name; in a rank's plan, what the rank holds of each."""
-        if self.whole is not None and self.rank is not None:
-            yield from (spec.on_rank(self.rank) for spec in self.whole.params())
+        """List every tensor of the decoder under its canonical name; in a rank's or stage's plan, what it holds of them."""
+        if self.whole is not None:
+            own = (spec for spec in self.whole.params() if self.stage is None or self.stage.holds(spec.layer))
+            yield from own if self.rank is None else (spec.on_rank(self.rank) for spec in own)
             return
         hidden, ple_width = self.hidden, len(self.layers) * self.ple_dim
         vocabulary: dict[str, Any] = HEAD_CUT if self.cuts_head else {}
@@ -314,7 +344,7 @@ class ModelPlan:
             yield ParamSpec("ple.in", (ple_width, hidden))
             yield ParamSpec("ple.norm", (self.ple_dim,), ParamKind.NORM)
         for layer in self.layers:
-            yield from _layer_params(layer, hidden)
+            yield from layer_params(layer, hidden)
         yield ParamSpec("norm", (hidden,), ParamKind.NORM)
         if self.backbone is not None:
             yield ParamSpec("draft.in", (hidden, 2 * self.backbone))
@@ -344,7 +374,7 @@ class ModelPlan:
         """Count the bytes that decoding one token must read: weights once, its embedding rows, keys and values of `tokens`."""
         # A tied table is read whole as the head, and one row of it as the embedding.
         weights = sum(self._read_elements(spec) for spec in self.params()) + (self.hidden if self.tied_head else 0)
-        read = ((self.layers[layer.kv_layer], layer.visible(tokens)) for layer in self.layers if layer.kv_layer >= 0)
+        read = ((self.layers[layer.kv_layer], layer.visible(tokens)) for layer in self.own_layers if layer.kv_layer >= 0)
         return int(itemsize * weights + sum(own.kv_bytes(kv_itemsize, compact, kv_scale_bytes) * seen for own, seen in read))
 
     def _read_elements(self, spec: ParamSpec) -> int:
@@ -371,7 +401,7 @@ class ModelPlan:
         2 per multiply-accumulate. With `skip_rows`, unwanted rows stop once the last writer has its keys and values;
         without it they pass every layer. The head runs on wanted rows either way. `attention` adds scores and values.
         """
-        layers = sum(self.layer_flops(layer, tokens, wanted, skip_rows, attention) for layer in self.layers)
+        layers = sum(self.layer_flops(layer, tokens, wanted, skip_rows, attention) for layer in self.own_layers)
         return 2 * self.head_rows.size * self.hidden * wanted + layers
 
     def layer_flops(self, layer: LayerPlan, tokens: int, wanted: int = 1, skip_rows: bool = True, attention: bool = True) -> int:
@@ -390,10 +420,14 @@ class ModelPlan:
 
     @property
     def stage_starts(self) -> tuple[int, ...]:
-        """List the layers, the first one apart, that a pipeline's stage may begin with: from there on nothing is read that a
-        layer before has written.
+        """List the layers, the first one apart, that a pipeline's stage may begin with.
+
+        From there on nothing is read that a layer before has written, and the last stage has all that an assistant reads: the
+        last writer of each kind of attention.
         """
-        return tuple(first for first in range(1, len(self.layers)) if all(at.kv_layer >= first for at in self.layers[first:]))
+        last = {layer.attn: layer.index for layer in self.layers if layer.writes}
+        needed = (*last.values(), *(layer.kv_layer for layer in self.layers if not layer.writes))
+        return tuple(range(1, min(needed, default=0) + 1))
 
 
 def _seen(layer: LayerPlan, tokens: int, rows: int) -> int:
@@ -413,46 +447,6 @@ def _row_macs(layer: LayerPlan, hidden: int) -> int:
     if moe is not None:
         experts = hidden * (moe.experts + 3 * moe.width * moe.top_k * moe.num_held // moe.experts)
     return attn + mlp + experts + 3 * hidden * layer.ple_dim
-
-
-def _layer_params(layer: LayerPlan, hidden: int) -> Iterator[ParamSpec]:
-    prefix = f"layers.{layer.index}."
-    parts, width, moe = layer.attn_parts(), layer.mlp_width, layer.moe
-
-    def norm(name: str, size: int, scale: float = 1.0) -> ParamSpec:
-        return ParamSpec(prefix + name, (size,), ParamKind.NORM, scale=scale)
-
-    def spec(name: str, *shape: int, kind: ParamKind = ParamKind.MATRIX, axis: int | None = None, **more: Any) -> ParamSpec:
-        return ParamSpec(prefix + name, shape, kind, shard_axis=axis, **more)
-
-    yield norm("attn.norm", hidden)
-    yield spec("attn.in", sum(rows for _, rows in parts), hidden, parts=parts, axis=-2, shard_unit=layer.head_dim)
-    yield norm("attn.q_norm", layer.head_dim, layer.q_scale)
-    if layer.writes:
-        yield norm("attn.k_norm", layer.head_dim)
-    yield spec("attn.out", hidden, layer.heads * layer.head_dim, axis=-1, shard_unit=layer.head_dim)
-    yield norm("attn.post_norm", hidden)
-    yield norm("mlp.norm", hidden)
-    cut: dict[str, Any] = {"shard_unit": layer.mlp_unit, "is_even": False}
-    yield spec("mlp.in", 2 * width, hidden, parts=(("gate", width), ("up", width)), axis=-2, **cut)
-    yield spec("mlp.out", hidden, width, axis=-1, **cut)
-    yield norm("mlp.post_norm", hidden)
-    if moe:
-        experts, vector = ParamKind.EXPERTS, ParamKind.VECTOR
-        yield norm("mlp.branch_norm", hidden)
-        yield norm("moe.norm", hidden)
-        yield norm("moe.branch_norm", hidden)
-        yield spec("moe.router", moe.experts, hidden)
-        yield spec("moe.router_scale", hidden, kind=vector)
-        yield spec("moe.expert_scale", moe.experts, kind=vector)
-        halves = (("gate", moe.width), ("up", moe.width))
-        yield spec("moe.in", moe.experts, 2 * moe.width, hidden, parts=halves, kind=experts, axis=-3)
-        yield spec("moe.out", moe.experts, hidden, moe.width, kind=experts, axis=-3)
-    if layer.ple_dim:
-        yield spec("ple.gate", layer.ple_dim, hidden)
-        yield spec("ple.out", hidden, layer.ple_dim)
-        yield norm("ple.post_norm", hidden)
-    yield spec("scale", 1, kind=ParamKind.SCALAR, default=1.0, buffer=True)
 
 
 def _layer_on_rank(layer: LayerPlan, shard: Shard) -> LayerPlan:

@@ -1,8 +1,8 @@
-"""The process of a tensor-parallel rank other than the first: `python -m gemcutter.rank_process`, which a leader starts.
+"""The process of a rank other than the first: `python -m gemcutter.rank_process`, which a leader starts.
 
 Owns its life: it dies with the leader, beats while it lives, ignores interrupts, which are the leader's business, and tells the
-leader when its slice is loaded, or why it can't be. Read `parallel/launch.py` for who starts it, `parallel/follower.py` for what
-it does then.
+leader when its weights are loaded, or why they can't be. Read `parallel/launch.py` for who starts it, `parallel/follower.py` for
+what it does then.
 """
 
 from __future__ import annotations
@@ -18,38 +18,41 @@ from gemcutter.errors import GemcutterError, RankError
 from gemcutter.loading import open_rank
 from gemcutter.ops.types import Ranks
 from gemcutter.parallel.messages import encode, opened, receive
+from gemcutter.parallel.pipe import Pipe
 from gemcutter.parallel.rendezvous import follow
 from gemcutter.parallel.shared_ranks import SharedRanks
-from gemcutter.shard import Shard
+from gemcutter.shard import Place
 
 BEAT_S = 0.2
 
 
-def main(connection: int, file: int, rank: int, world: int) -> int:
+def main(connection: int, file: int, number: int, tensor_parallel: int, pipeline_parallel: int, *rows: int) -> int:
     """Run a rank that a leader of this host started until it closes the connection; return the process's exit code."""
-    ranks = SharedRanks(file, Shard(rank, world))
+    place = Place(number, tensor_parallel, pipeline_parallel)
+    ranks = SharedRanks(file, place.shard)
     os.close(file)
     threading.Thread(target=_beat, args=(ranks, os.getppid()), daemon=True).start()
-    return serve(socket.socket(fileno=connection), ranks)
+    inward_outward = [socket.socket(fileno=each) for each in rows]
+    return serve(socket.socket(fileno=connection), place, ranks, Pipe(*inward_outward) if rows else None)
 
 
-def follow_torchrun(shard: Shard) -> int:
-    """Run a rank that torchrun started until its leader closes the connection; return the process's exit code."""
-    ranks, way = follow(shard)
-    return serve(way, ranks)
+def follow_torchrun(number: int, count: int) -> int:
+    """Run one of the ranks that torchrun started until its leader closes the connection; return the process's exit code."""
+    place, ranks, pipe, way = follow(number, count)
+    return serve(way, place, ranks, pipe)
 
 
-def serve(way: socket.socket, ranks: Ranks) -> int:
+def serve(way: socket.socket, place: Place, ranks: Ranks, pipe: Pipe | None) -> int:
     """Load what the leader says, and do what it tells; return the process's exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     found = receive(way)
     if found is None:
         return 0
-    options, cpus = opened(found[1])
+    options, stages, cpus = opened(found[1])
     if cpus:
         os.sched_setaffinity(0, cpus)
     try:
-        follower = open_rank(options, ranks)
+        follower = open_rank(options, stages, place, ranks, pipe)
     except GemcutterError as error:
         way.sendall(encode("failed", {"error": str(error)}))
         return 1

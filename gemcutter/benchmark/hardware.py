@@ -121,7 +121,7 @@ def native_rate(decoder: Decoder) -> float | None:
 
     None where no native kernel multiplies with them.
     """
-    weight = matrix(decoder.params, "layers.0.mlp.in")
+    weight = matrix(decoder.params, f"layers.{decoder.plan.own_layers[0].index}.mlp.in")
     if select_kernel(KernelSite("linear", None, decoder.device.type, "float32", weight.stored)).impl.name != "native":
         return None
     return product_rate(weight.slice(0, CACHED_ELEMENTS // weight.columns), decoder.precision.activations)

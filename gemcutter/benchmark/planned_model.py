@@ -152,8 +152,3 @@ KINDS = (*dict.fromkeys(ROLES.values()), OTHERS)
 def kind_of(spec: ParamSpec) -> str:
     """Return which kind of weight a parameter is, one of KINDS."""
     return ROLES.get(spec.name.split(".", 2)[2] if spec.name.startswith("layers.") else spec.name, OTHERS)
-
-
-def layer_of(spec: ParamSpec) -> int | None:
-    """Return the index of the layer that a parameter belongs to; None for the others."""
-    return int(spec.name.split(".", 2)[1]) if spec.name.startswith("layers.") else None

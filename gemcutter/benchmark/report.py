@@ -54,7 +54,7 @@ def measure(
     native = hardware.native_rate(target.decoder) if target.decoder.backend.name == "cpu" else None
     if native is not None:
         rates["native_flops_per_s"] = native
-    reads = {test.batch: roofline.token_bytes(target.plan, target.decoder.params, test.batch) for test in tests}
+    reads = {test.batch: roofline.token_bytes(target.plan, target.weights, test.batch) for test in tests}
     for row, test in zip(rows, tests, strict=True):
         row |= ceiling(target.plan, reads[test.batch], target.kv_dtype.itemsize, test, rates, scale_bytes(target.kv_dtype))
         row["share"] = row["tok_s"] / row["ceiling_tok_s"]
@@ -178,7 +178,7 @@ def fallbacks(decoder: Decoder) -> list[dict[str, Any]]:
 
 def memory(target: BenchTarget, peak: int) -> dict[str, int]:
     """Put the peak beside what must be held: the weights, but for tables that are only gathered from, and a draft model."""
-    held = roofline.held_bytes(target.plan, target.decoder.params)
+    held = roofline.held_bytes(target.decoder.plan, target.decoder.params)
     drafter = 0 if target.drafts is None else target.drafts.nbytes
     return {"peak_bytes": peak, "weight_bytes": held, "draft_model_bytes": drafter, "over_weights_bytes": peak - held - drafter}
 

@@ -14,7 +14,7 @@ from functools import cache
 
 from gemcutter.benchmark import roofline
 from gemcutter.benchmark.devices import Device
-from gemcutter.benchmark.planned_model import BACKENDS, EXPERTS, PlannedModel, kind_of, layer_of
+from gemcutter.benchmark.planned_model import BACKENDS, EXPERTS, PlannedModel, kind_of
 from gemcutter.checkpoint.load.held import ITEM_BYTES
 from gemcutter.checkpoint.load.memory_needs import (
     MOST_PACKING_BYTES,
@@ -28,6 +28,7 @@ from gemcutter.engine.memory import page_counts, prefix_pages
 from gemcutter.parallel.shared_ranks import SLOT_FLOATS
 from gemcutter.param_spec import ParamKind, ParamSpec
 from gemcutter.plan import LayerPlan, ModelPlan
+from gemcutter.shard import Stage
 
 FLOAT_BYTES = 4  # of what ranks exchange on a CPU, and of logits everywhere
 
@@ -78,13 +79,8 @@ class RankNeeds:
         self.kv, self.prefixes = self._kv_bytes()
 
     def of_stage(self, spec: ParamSpec, layers: range) -> bool:
-        """Return whether the stage of some layers holds a parameter: the first one embeds tokens, the last one has the head."""
-        at, last = layer_of(spec), layers.stop == len(self.plan.layers)
-        if at is not None:
-            return at in layers
-        if spec.name == "embed.tokens":
-            return layers.start == 0 or (last and self.plan.tied_head)
-        return last if spec.name in ("head", "norm") else layers.start == 0
+        """Return whether the stage of some layers holds a parameter."""
+        return Stage(layers.start, layers.stop, len(self.plan.layers)).holds(spec.layer)
 
     # ---- memory ----
 
@@ -141,23 +137,28 @@ class RankNeeds:
         passing = sum(plan.whole_rows(layer, rows, wanted) for layer in own)
         times = sum(plan.whole_rows(layer, rows, wanted) > 0 for layer in own)
         floats = passing * plan.hidden // max(1, times)
-        found = [Exchange("embedding", 1, rows * plan.hidden, width)] if layers.start == 0 else []
+        found = [Exchange("embedding", 1, rows * plan.hidden, width)] if last else []
         found += [Exchange(name, times, floats, width) for name in ("attention", "MLP")]
         found += [Exchange(EXPERTS, times, floats, width)] if any(layer.moe for layer in own) else []
         found += [Exchange("logits", 1, wanted * plan.vocab, FLOAT_BYTES, is_sum=False)] if last and wanted else []
         return [each for each in found if each.times]
 
-    def handed_on(self, layers: range, rows: int) -> int:
-        """Count the bytes that a stage sends to the next one: rows of states, and their per-layer embeddings from there on."""
-        left = len(self.plan.layers) - layers.stop
+    def handed_on(self, layers: range, stages: Sequence[range], rows: int) -> int:
+        """Count the bytes that a stage sends to the next one: rows of states, and per-layer embeddings of others' layers.
+
+        The last stage embeds rows and sends them to the first one; its own per-layer embeddings stay with it.
+        """
+        if len(stages) == 1:
+            return 0
+        first = layers.stop % len(self.plan.layers)  # of the layers that are still to come
         width = ITEM_BYTES[BACKENDS[self.place].row_dtype(self.compute)]
-        return width * rows * (self.plan.hidden + left * self.plan.ple_dim) if left else 0
+        return width * rows * (self.plan.hidden + (stages[-1].start - first) * self.plan.ple_dim)
 
     def weight_reads(self, layers: range, rows: int, wanted: int) -> float:
         """Count the bytes of weights that a step reads, of experts as many as the fullest rank has chosen ones."""
         total, last = 0.0, layers.stop == len(self.plan.layers)
         for spec in self.specs:
-            index = layer_of(spec)
+            index = spec.layer
             if not self.of_stage(spec, layers) or (index is not None and not self._passes(index, rows, wanted)):
                 continue
             nbytes = self.weights[spec.name].nbytes
@@ -242,8 +243,10 @@ class StepTime:
         return max(self.read_s, self.compute_s or 0.0) + self.exchange_s
 
 
-def step_time(rank: RankNeeds, device: Device, layers: range, cases: Sequence[tuple[int, int]], wanted: int) -> StepTime:
-    """Return the time of a step over some layers: of each sequence (depth, rows), of which `wanted` rows in all get logits."""
+def step_time(
+    rank: RankNeeds, device: Device, layers: range, stages: Sequence[range], cases: Sequence[tuple[int, int]], wanted: int
+) -> StepTime:
+    """Return the time of a step in one of some stages: of each sequence (depth, rows), of which `wanted` in all get logits."""
     rows, is_decoding = sum(count for _, count in cases), all(count == 1 for _, count in cases)
     read = rank.weight_reads(layers, rows, wanted)
     if is_decoding:
@@ -252,13 +255,15 @@ def step_time(rank: RankNeeds, device: Device, layers: range, cases: Sequence[tu
     return StepTime(
         None if device.bandwidth is None else read / device.bandwidth,
         None if device.flops is None else flops / device.flops,
-        exchange_time(rank, device, layers, rows, wanted),
+        exchange_time(rank, device, layers, stages, rows, wanted),
     )
 
 
-def exchange_time(rank: RankNeeds, device: Device, layers: range, rows: int, wanted: int) -> float | None:
+def exchange_time(
+    rank: RankNeeds, device: Device, layers: range, stages: Sequence[range], rows: int, wanted: int
+) -> float | None:
     """Return the time of a step's exchanges within a stage and of handing on its rows; None for an unknown link."""
-    found, sent = rank.exchanges(layers, rows, wanted), rank.handed_on(layers, rows)
+    found, sent = rank.exchanges(layers, rows, wanted), rank.handed_on(layers, stages, rows)
     if not found and not sent:
         return 0.0
     if device.link_bandwidth is None or device.link_latency_s is None:

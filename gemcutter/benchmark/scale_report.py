@@ -14,9 +14,9 @@ from typing import Any
 from gemcutter.benchmark.devices import Device
 from gemcutter.benchmark.planned_model import KINDS, TABLE, PlannedModel
 from gemcutter.benchmark.scale import RankNeeds, StepTime, Workload, step_time
-from gemcutter.benchmark.stages import choose_stages
 from gemcutter.checkpoint.load.memory_needs import WeightMemory
 from gemcutter.errors import ConfigError
+from gemcutter.parallel.stages import cut_stages
 
 TABLE_SHARE = 4  # a per-layer table goes to a GPU if this many of its size are free there, as in `ple_placement.py`
 BOUNDS = {"read_s": "memory", "compute_s": "compute", "exchange_s": "link"}
@@ -36,25 +36,8 @@ class ScalePlan:
 def make_plan(model: PlannedModel, device: Device, work: Workload, world: int, stages: int) -> ScalePlan:
     """Cut a model for so many ranks and stages. Raises ConfigError where it can't be shared so."""
     ranks = tuple(RankNeeds(model, rank, world, work) for rank in range(world))
-    count = len(model.plan.layers)
-    layers = [range(index, index + 1) for index in range(count)]
-    inner = [max(_layer_bytes(rank, each) for rank in ranks) for each in layers]
-    first, last = (max(_end_bytes(rank, is_first) for rank in ranks) for is_first in (True, False))
-    return ScalePlan(model, device, work, ranks, choose_stages(model.plan, inner, (first, last), stages))
-
-
-def _layer_bytes(rank: RankNeeds, layer: range) -> int:
-    prefix = f"layers.{layer.start}."
-    weights = sum(memory.nbytes for name, memory in rank.weights.items() if name.startswith(prefix))
-    return weights + sum(rank.kv_bytes(layer))
-
-
-def _end_bytes(rank: RankNeeds, is_first: bool) -> int:
-    """Return the bytes of what belongs to no layer, and lies on the first stage or on the last one."""
-    end = range(1) if is_first else range(len(rank.plan.layers) - 1, len(rank.plan.layers))
-    outside = (spec.name for spec in rank.specs if not spec.name.startswith("layers.") and rank.of_stage(spec, end))
-    found = (rank.weights[name] for name in outside)
-    return sum(memory.mapped + memory.resident for memory in found)
+    weights = {name: memory.mapped + memory.resident for name, memory in model.weights(model.plan).items()}
+    return ScalePlan(model, device, work, ranks, cut_stages(model.plan, weights, stages))
 
 
 def describe(plan: ScalePlan) -> dict[str, Any]:
@@ -109,7 +92,7 @@ def describe_stage(plan: ScalePlan, layers: range) -> dict[str, Any]:
             for each in exchanges
         ],
         "received_bytes_per_token": sum(each.received(rank.world, rank.place) for each in exchanges),
-        "handed_on_bytes_per_token": rank.handed_on(layers, 1),
+        "handed_on_bytes_per_token": rank.handed_on(layers, plan.stages, 1),
     }
 
 
@@ -154,7 +137,7 @@ def decode_speed(plan: ScalePlan, depth: int) -> dict[str, Any]:
 
 def prompt_speed(plan: ScalePlan) -> dict[str, Any]:
     """Return the most tokens a second of one prompt, whose chunks follow each other through the stages."""
-    tokens, most = plan.work.prompt, plan.work.rows
+    tokens, most = plan.work.prompt, max(1, plan.work.rows // len(plan.stages))  # as the scheduler shares a step's rows
     ends = [0.0] * len(plan.stages)
     every = list[StepTime]()
     for start in range(0, tokens, most):
@@ -172,7 +155,7 @@ def prompt_speed(plan: ScalePlan) -> dict[str, Any]:
 
 def _slowest(plan: ScalePlan, layers: range, cases: Sequence[tuple[int, int]], wanted: int) -> StepTime:
     """Return the time of the rank for which the others of its stage wait."""
-    times = [step_time(rank, plan.device, layers, cases, wanted) for rank in plan.ranks]
+    times = [step_time(rank, plan.device, layers, plan.stages, cases, wanted) for rank in plan.ranks]
     return max(times, key=lambda each: each.total_s or 0.0)
 
 

@@ -7,6 +7,7 @@ Refuses to know tests. Read `synthetic.py` for synthetic weights, `drafts.py` fo
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,8 @@ import torch
 from gemcutter.benchmark import synthetic
 from gemcutter.benchmark.drafts import MEASURED, DraftSetup
 from gemcutter.benchmark.memory import forget_peak
+from gemcutter.benchmark.planned_model import from_checkpoint
+from gemcutter.benchmark.roofline import HasBytes
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.engine.speculate.speculator import Speculator
@@ -24,6 +27,7 @@ from gemcutter.model.text import Decoder
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.plan import ModelPlan
 from gemcutter.quant import Weight
+from gemcutter.quant.packed import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,18 @@ class BenchTarget:
 
     @property
     def plan(self) -> ModelPlan:
-        """Return the decoder's plan."""
-        return self.decoder.plan
+        """Return the decoder's plan, of all stages where it is one of several."""
+        return self.decoder.plan.all_stages
+
+    @property
+    def weights(self) -> Mapping[str, HasBytes]:
+        """Return what the plan's parameters take: those that are here, or, where others are in other stages, as planned."""
+        decoder, checkpoint = self.decoder, self.checkpoint
+        if decoder.plan.stage is None or checkpoint is None:
+            return decoder.params
+        whole = replace(checkpoint, plan=decoder.plan.whole or decoder.plan)
+        compute = dtype_name(decoder.dtype)
+        return from_checkpoint(self.name, whole, compute, decoder.device.type, self.how.quant).weights(self.plan)
 
     @property
     def source(self) -> Source | None:

@@ -33,7 +33,7 @@ class BlockTable:
     def __init__(self, cache: PagedKVCache) -> None:
         self.cache = cache
         self.length = 0  # committed positions
-        self.reserved = 0  # rows of the step under way
+        self.reserved = 0  # rows of the steps under way
         self._runs: dict[GroupId, PageRun] = {group: PageRun() for group in cache.allocators}
 
     @classmethod
@@ -48,7 +48,10 @@ class BlockTable:
         return table
 
     def reserve(self, rows: int) -> None:
-        """Take pages for the next `rows` positions. Raises CapacityError, with nothing taken, if they are not to be had."""
+        """Take pages for the next `rows` positions, of which some may be reserved already.
+
+        Raises CapacityError, with nothing taken, if they are not to be had.
+        """
         if (group := self.shortage(rows)) is not None:
             free, needed = self.cache.allocators[group].free, sum(self._missing(group, rows))
             raise CapacityError(f"the cache has {free} free pages, {needed} are needed")
@@ -63,9 +66,9 @@ class BlockTable:
 
     def _missing(self, group: GroupId, rows: int) -> tuple[int, int]:
         """Count the pages to add, and the shared page (0 or 1) to copy because this step writes into it."""
-        book, run = self.cache.allocators[group], self._runs[group]
+        book, run, first = self.cache.allocators[group], self._runs[group], self.length + self.reserved
         pages = -(-(self.length + rows) // book.tokens) - run.first - len(run.pages)
-        writes_into = rows and self.length % book.tokens and book.ref_counts[run.pages[-1]] > 1
+        writes_into = rows > self.reserved and first % book.tokens and book.ref_counts[run.pages[-1]] > 1
         return pages, int(bool(writes_into))
 
     def _grow(self, group: GroupId, pages: int, copies: int) -> None:
@@ -81,7 +84,7 @@ class BlockTable:
     def commit(self, accepted: int, ahead: int = 0) -> None:
         """Keep the first `accepted` reserved rows, and let go of pages that no later query sees.
 
-        The next `ahead` rows stay reserved, for a step that is launched already; all others are forgotten.
+        The next `ahead` rows stay reserved, for steps that are launched already; all others are forgotten.
         """
         assert 0 <= accepted <= accepted + ahead <= self.reserved
         self.length += accepted

@@ -154,11 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _follow() -> int:
     """Take part in the command that rank 0 runs, as one of the ranks that torchrun started; return the exit code."""
-    from gemcutter.parallel.rendezvous import torchrun_shard
+    from gemcutter.parallel.rendezvous import torchrun_rank
     from gemcutter.rank_process import follow_torchrun
 
-    shard = torchrun_shard()
-    return 0 if shard is None else follow_torchrun(shard)
+    found = torchrun_rank()
+    return 0 if found is None else follow_torchrun(*found)
 
 
 def _show_warning(

@@ -139,8 +139,8 @@ def bench(
         loading = replace(loading, quant=None)
         if ignored := [name for name in ("adapter", "repack_cache", "ignore") if getattr(loading, name)]:
             raise UsageError(f"--{ignored[0].replace('_', '-')} is about a MODEL; a --preset has no files")
-        if loading.tensor_parallel > 1:
-            raise UsageError("--tensor-parallel is about a MODEL; a --preset is made in one process")
+        if loading.tensor_parallel * loading.pipeline_parallel > 1:
+            raise UsageError("--tensor-parallel and --pipeline-parallel are about a MODEL; a --preset is made in one process")
         check_replay(speculating, acceptance)
     elif acceptance is not None:
         raise UsageError("--acceptance replays drafts on a --preset; those of a MODEL are its assistant's own: leave it out")

@@ -252,6 +252,16 @@ class Loading:
             help="Run the model on so many processes of this host, each with a slice of every layer.",
         ),
     ] = 1
+    pipeline_parallel: Annotated[
+        int,
+        typer.Option(
+            "--pipeline-parallel",
+            "--pp",
+            metavar="M",
+            min=1,
+            help="Cut the layers into so many stages, each on processes of its own; they work on different steps at a time.",
+        ),
+    ] = 1
 
     mmproj: Mmproj = None
     chat_template: Annotated[

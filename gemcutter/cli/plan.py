@@ -272,9 +272,11 @@ def _exchanges(stages: Sequence[dict[str, Any]]) -> Table | None:
         table.add_row(
             each["name"], _layers(stage), str(each["times"]), spell_bytes(each["bytes"]), spell_bytes(each["received_bytes"])
         )
-    for stage in stages[:-1]:
+    for stage in stages if len(stages) > 1 else ():
         size = spell_bytes(stage["handed_on_bytes_per_token"])
-        table.add_row("rows for the next stage", _layers(stage), "1", size, size)
+        table.add_row(
+            "rows for the first stage" if stage is stages[-1] else "rows for the next stage", _layers(stage), "1", size, size
+        )
     return table
 
 

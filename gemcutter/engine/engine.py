@@ -8,6 +8,7 @@ Ids and arrays only: no strings, no JSON, no files. One thread at a time: `loop.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import count, takewhile
 from traceback import clear_frames
@@ -79,13 +80,14 @@ class Engine:
         self.pool = PagedKVCache(decoder.plan, counts, dtype, decoder.device, compact)
         self.prefix = PrefixCache(self.pool, prefixes)
         sizer = None if max_stall_ms is None else StepSizer(max_stall_ms / 1000)
-        self.scheduler = Scheduler(self.pool, self.context, max_batched_tokens, max_num_seqs, self.prefix, speculator, sizer)
+        limits = (self.context, max_batched_tokens, max_num_seqs)
+        self.scheduler = Scheduler(self.pool, *limits, self.prefix, speculator, sizer, decoder.most_begun)
         is_static = decoder.capture_refusal() is None if graphs is None else graphs
         keeps_states = speculator is not None and speculator.keeps_states
         captured = CapturedSteps(decoder, self.pool, self.context, keeps_states=keeps_states) if is_static else None
         self.runner = ModelRunner(decoder, self.pool, captured, keeps_states=keeps_states)
         self.speculator = speculator
-        self._ahead: PendingStep | None = None  # launched before the tokens of the step before it were known
+        self._launched = deque[PendingStep]()  # the oldest first; before their results are asked for
         self._sequences: dict[int, SequenceState] = {}
         self._timed: dict[int, SequenceState] = {}  # those that have a deadline
         self._numbers = count()
@@ -263,18 +265,20 @@ class Engine:
         """
         expired, started_s = self._expire(), self.clock()
         launched_s = started_s
-        pending, self._ahead = self._ahead, None
-        is_measured = pending is None  # else part of the step's time has passed already
-        chunks: Sequence[ScheduledChunk] = () if pending is None else pending.chunks
-        following: PendingStep | None = None
+        is_measured = not self._launched  # else part of the step's time has passed already
+        chunks: Sequence[ScheduledChunk] = ()
         try:
-            if pending is None:
+            while len(self._launched) < self.decoder.most_begun:
                 chunks = self.scheduler.schedule()
-                launched_s = self.clock()
-                _note_start(chunks, launched_s)
-                pending = self.runner.launch(chunks)
+                if not chunks and self._launched:
+                    break
+                launched_s = launched_s if self._launched else self.clock()
+                _note_start(chunks, self.clock())
+                self._launched.append(self.runner.launch(chunks))
+            pending = self._launched[0]
+            chunks = pending.chunks
             if self.runner.can_run_ahead(pending) and (after := self.scheduler.schedule_after(chunks)):
-                following = self.runner.launch_after(pending, after)
+                self._launched.append(self.runner.launch_after(pending, after))
             results, now = pending.result().chunks, self.clock()
         except Exception as error:
             self._withdraw()
@@ -282,20 +286,20 @@ class Engine:
         except BaseException:
             self._withdraw()
             raise
-        self._ahead = following
+        self._launched.popleft()
         if is_measured:
             self._measured(chunks, now - started_s, now - launched_s)
         events = expired
         for chunk, result in zip(chunks, results, strict=True):
             if chunk.sequence.table is chunk.table:  # else it ended while this row was computed
-                events += self._advance(chunk, result, now, ahead=int(following is not None))
+                events += self._advance(chunk, result, now)
         self._count(chunks)
         return events
 
     def _measured(self, chunks: Sequence[ScheduledChunk], seconds: float, model_s: float) -> None:
         """Take note of what a step took, and of the part that came after its rows were known."""
         rows = sum(chunk.rows for chunk in chunks)
-        decode_rows = sum(chunk.rows for chunk in chunks if chunk.sequence.decodes)
+        decode_rows = sum(chunk.rows for chunk in chunks if chunk.decodes)
         if self.scheduler.sizer is not None:
             self.scheduler.sizer.observe(decode_rows, rows - decode_rows, seconds)
         if self.speculator is not None and rows == decode_rows > 0:
@@ -309,6 +313,7 @@ class Engine:
 
     def _withdraw(self) -> None:
         """Take back all rows whose results are not here."""
+        self._launched.clear()
         self.runner.withdraw()
         self.scheduler.forget_rows()
 
@@ -324,11 +329,10 @@ class Engine:
 
     def fail_all(self, error: Exception) -> list[RequestEvent]:
         """End every request with an error."""
-        self._ahead = None
         self._withdraw()
         return self._fail(list(self._sequences.values()), error)
 
-    def _advance(self, chunk: ScheduledChunk, result: ChunkResult, now: float, ahead: int) -> list[RequestEvent]:
+    def _advance(self, chunk: ScheduledChunk, result: ChunkResult, now: float) -> list[RequestEvent]:
         """Commit a chunk's rows and append the tokens that it brought: one, or more where drafts were right."""
         sequence, table = chunk.sequence, chunk.table
         request, report = sequence.request, sequence.report
@@ -352,6 +356,7 @@ class Engine:
                 is_end=chunk.is_last,
             )
         # The row after which a token that is taken was sampled holds: its own id was taken before it, or is no draft.
+        ahead = table.reserved - chunk.rows  # of steps that are launched already
         table.commit(chunk.rows - max(chunk.num_sampled - max(len(taken), 1), 0), ahead)
         if chunk.reports:
             report.rewind(max(chunk.start - (request.reports_from or 0), 0))

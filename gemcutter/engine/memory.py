@@ -55,8 +55,10 @@ def prefix_pages(
     That is half the contexts that run at once, at least one, in global groups, and as many bytes of windows, but at least
     one for each sequence and MIN_WINDOWS, and no more than these contexts have. Other budgets are shared out alike, above the
     least that is of any use: a page, and one boundary's windows. Keys and values take `itemsize` bytes an element, and each
-    vector of a head `scale_bytes` more. Raises RequestError for a budget between 0 and that.
+    vector of a head `scale_bytes` more. On a pipeline, whose stages share block tables, the budget is that of all stages.
+    Raises RequestError for a budget between 0 and that.
     """
+    plan = plan.all_stages
     groups = plan.groups()
     if nbytes == 0 or not groups:
         return {group.id: 0 for group in groups}

@@ -34,6 +34,9 @@ def locate(decoder: Decoder, step: Step, cache: PagedKVCache) -> NumericError:
     decoder.forward(step, cache, observe)
     if not found:
         return _error("the final norm or the head", [*bad_params(decoder, "norm"), *bad_params(decoder, "head")])
+    stage = decoder.plan.stage
+    if stage is not None and not stage.holds(found[0]):
+        return not_finite(f", from one of the layers 0 to {found[0]} on, which are in another stage of the pipeline")
     return _error(f"layer {found[0]}", [*bad_params(decoder, f"layers.{found[0]}."), *bad_params(decoder, "ple.")])
 
 

@@ -176,9 +176,14 @@ class SequenceState:
         return self.table.length if self.table is not None else 0
 
     @property
+    def scheduled(self) -> int:
+        """Return the number of tokens whose keys and values are in the cache, or about to be: their rows are in some step."""
+        return self.table.length + self.table.reserved if self.table is not None else 0
+
+    @property
     def pending(self) -> int:
-        """Return the number of rows still to compute before the next token can be sampled."""
-        return self.num_tokens - self.computed
+        """Return the number of rows still to schedule before the next token can be sampled; 0 while it is on its way."""
+        return max(self.num_tokens - self.scheduled, 0)
 
     @property
     def in_prompt(self) -> bool:

@@ -25,6 +25,7 @@ from gemcutter.engine.sampling import TokenLogprobs, best_of, logprobs_of, not_f
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.step import build_step
 from gemcutter.errors import NumericError
+from gemcutter.model.pipeline import BegunStep
 from gemcutter.model.text import Decoder
 from gemcutter.ops.step import Step
 
@@ -92,15 +93,15 @@ class StepLauncher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EagerStep:
-    """A step of any kind, which runs when its result is asked for."""
+    """A step of any kind, which was begun; here alone it runs when its result is asked for."""
 
     chunks: Sequence[ScheduledChunk]
-    run: Callable[[Sequence[ScheduledChunk]], StepResult]
+    finish: Callable[[], StepResult]
     is_on_device: bool = False
 
     def result(self) -> StepResult:
-        """Run the step."""
-        return self.run(self.chunks) if self.chunks else StepResult(())
+        """Complete the step."""
+        return self.finish()
 
 
 class ModelRunner:
@@ -116,7 +117,11 @@ class ModelRunner:
         """Launch a step; its rows are reserved, and count as computed only once their result is there."""
         if self.captured is not None and self.captured.accepts(chunks):
             return self.captured.launch(chunks)
-        return EagerStep(chunks, self.run)
+        if not chunks:
+            return EagerStep(chunks, lambda: StepResult(()))
+        step = build_step(self.decoder, chunks)
+        begun = self.decoder.begin(step, self.pool)
+        return EagerStep(chunks, lambda: self._finish(chunks, step, begun))
 
     def can_run_ahead(self, pending: PendingStep) -> bool:
         """Return whether the step after a pending one can be launched before its tokens are known."""
@@ -129,13 +134,13 @@ class ModelRunner:
 
     def withdraw(self) -> None:
         """Wait until no launched step runs any more: their rows are taken back."""
+        self.decoder.finish_all()
         if self.captured is not None:
             self.captured.withdraw()
 
-    def run(self, chunks: Sequence[ScheduledChunk]) -> StepResult:
-        """Run chunks eagerly: report on prompt rows, sample where tokens are wanted."""
-        step = build_step(self.decoder, chunks)
-        states_MD = self.decoder.forward(step, self.pool)
+    def _finish(self, chunks: Sequence[ScheduledChunk], step: Step, begun: BegunStep) -> StepResult:
+        """Complete a step that was begun: report on prompt rows, sample where tokens are wanted."""
+        states_MD = self.decoder.finish(begun)
         results, sampled_rows = list[ChunkResult](), list[range]()
         start = 0
         for chunk in chunks:

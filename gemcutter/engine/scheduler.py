@@ -63,9 +63,11 @@ class ScheduledChunk:
         return self.in_prompt and first is not None and first < self.start + self.rows
 
     @classmethod
-    def of(cls, sequence: SequenceState, table: BlockTable, rows: int, drafts: tuple[int, ...] = ()) -> ScheduledChunk:
-        """Describe the next `rows` pending rows of a sequence; drafts may follow the last of them."""
-        start, request, in_prompt = table.length, sequence.request, sequence.in_prompt
+    def of(
+        cls, sequence: SequenceState, table: BlockTable, rows: int, drafts: tuple[int, ...] = (), ahead: int = 0
+    ) -> ScheduledChunk:
+        """Describe the next `rows` pending rows of a sequence, behind `ahead` rows under way; drafts may follow the last."""
+        start, request, in_prompt = table.length + ahead, sequence.request, sequence.in_prompt
         is_last = start + rows == sequence.num_tokens
         assert is_last or not drafts
         num_sampled = 1 + len(drafts) if is_last and request.max_tokens else 0
@@ -77,6 +79,11 @@ class ScheduledChunk:
             targets = sequence.ids(reported + 1, start + rows + 1) if request.prompt_logprobs is not None else ()
         ids = (*sequence.ids(start, start + rows), *drafts)
         return cls(sequence, table, start, ids, range(first, num_rows), num_sampled, in_prompt, is_last, targets, drafts)
+
+    @property
+    def decodes(self) -> bool:
+        """Return whether it is the row of the token sampled last, alone or with drafts behind it."""
+        return not self.in_prompt and self.is_last and self.rows == 1 + len(self.drafts)
 
     def following(self) -> ScheduledChunk:
         """Return the single row after this one, for the token that this one samples."""
@@ -149,7 +156,10 @@ class Awaited:
 
 
 class Scheduler:
-    """Continuous admission over one pool; a `sizer` makes steps smaller than `max_batched_tokens` rows."""
+    """Continuous admission over one pool; a `sizer` makes steps smaller than `max_batched_tokens` rows.
+
+    Where up to `most_begun` steps are under way at once, as in a pipeline, each of them has its share of the rows.
+    """
 
     def __init__(
         self,
@@ -160,9 +170,10 @@ class Scheduler:
         prefix: PrefixCache,
         proposer: Proposer | None = None,
         sizer: StepSizer | None = None,
+        most_begun: int = 1,
     ) -> None:
         self.pool, self.context, self.prefix, self.proposer, self.sizer = pool, context, prefix, proposer, sizer
-        self.max_batched_tokens, self.max_num_seqs = max_batched_tokens, max_num_seqs
+        self.max_batched_tokens, self.max_num_seqs, self.most_begun = max_batched_tokens, max_num_seqs, most_begun
         self.waiting: deque[SequenceState] = deque()  # the most urgent first
         self.running: list[SequenceState] = []  # the most urgent first
         self.preemptions = self.prefix_queries = self.prefix_hits = 0  # since the start; the latter two in tokens
@@ -180,11 +191,11 @@ class Scheduler:
 
     def schedule(self) -> list[ScheduledChunk]:
         """Reserve the rows of the next step; an empty list means there is nothing to do."""
-        decoding = [sequence for sequence in self.running if sequence.decodes]
+        decoding = self._decoding()
         newcomers = self._newcomers()
         self._has_large_block = False
         plan = self._plan(decoding, newcomers)
-        chunks, everyone = list[ScheduledChunk](), len(self.running)
+        chunks, everyone = list[ScheduledChunk](), len(decoding) + len(self._prompts())
         for sequence in list(self.running):  # in this order, so that nobody younger has pages for the step yet
             if sequence in self.running and (rows := plan.of(sequence)):  # it may have been preempted just now
                 chunks += self._reserve(sequence, rows, plan.drafts.get(sequence.number, ()))
@@ -193,14 +204,25 @@ class Scheduler:
         is_decoding = {sequence.number for sequence in decoding}
         return sorted(chunks, key=lambda chunk: chunk.sequence.number not in is_decoding)
 
+    def _decoding(self) -> list[SequenceState]:
+        """Return who decodes in the next step: all who can, or their share where several steps are under way at once."""
+        replying = sum(not sequence.in_prompt for sequence in self.running)
+        found = [sequence for sequence in self.running if sequence.decodes]
+        return found[: -(-replying // self.most_begun)]
+
+    def _prompts(self) -> list[SequenceState]:
+        """Return who has prompt rows, or those of a preemption, to be scheduled."""
+        return [sequence for sequence in self.running if sequence.pending and not sequence.decodes]
+
     def _plan(self, decoding: Sequence[SequenceState], newcomers: Sequence[SequenceState]) -> RowPlan:
         """Share a step's rows: who decodes comes first, but for a row of the most urgent sequence, which always goes on."""
-        rows = self.max_batched_tokens
+        rows = max(self.max_batched_tokens // self.most_begun, len(decoding), 1)
         if self.sizer is not None:
             rows = min(rows, len(decoding) + self.sizer.prompt_rows(len(decoding), rows))
         plan = RowPlan(rows)
-        prompts = [sequence for sequence in self.running if not sequence.decodes]
-        everyone = [*self.running[:1], *decoding, *prompts, *newcomers]
+        prompts = self._prompts()
+        urgent = [sequence for sequence in self.running[:1] if sequence in decoding or sequence in prompts]
+        everyone = [*urgent, *decoding, *prompts, *newcomers]
         for sequence in everyone:
             if not plan.of(sequence):
                 plan.give(sequence, 1)
@@ -338,16 +360,17 @@ class Scheduler:
         """Reserve rows of a running sequence, taking pages from cached prefixes and less urgent sequences if need be."""
         table = sequence.table
         assert table is not None
+        ahead = table.reserved
         if not (rows := self._uncut(sequence, rows, rows)):
             return []  # another block has the step
         while True:
             try:
-                table.reserve(rows + len(drafts))
-                return [ScheduledChunk.of(sequence, table, rows, drafts)]
+                table.reserve(ahead + rows + len(drafts))
+                return [ScheduledChunk.of(sequence, table, rows, drafts, ahead)]
             except CapacityError:
                 if drafts:
                     drafts = ()  # a guess is worth nobody's pages
-                elif not self.prefix.evict(table.shortage(rows)) and not self._preempt_younger(sequence):
+                elif not self.prefix.evict(table.shortage(ahead + rows)) and not self._preempt_younger(sequence):
                     return []  # more urgent sequences hold the pages; they will finish
 
     def _uncut(self, sequence: SequenceState, rows: int, planned: int) -> int:
@@ -355,7 +378,7 @@ class Scheduler:
 
         A block may be larger than what is `planned`; one of a step's is computed all the same, the others wait: none there.
         """
-        start = sequence.computed
+        start = sequence.scheduled
         found = whole_blocks(sequence.blocks, start, rows)
         if found <= planned:
             return found

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcutter.model.pipeline import BegunStep, LayerInputs, Observer, Pipeline
 from gemcutter.model.rope import Rope
 from gemcutter.ops import KernelSite
 from gemcutter.ops.registry import KernelPlan, select_backend, select_kernel
@@ -25,7 +26,6 @@ from gemcutter.quant import Weight
 from gemcutter.quant.carried import adapters_of, carry, carrying_weights, without_adapter, without_deltas
 from gemcutter.quant.packed import dtype_name
 
-Observer = Callable[[int, Tensor], None]  # layer index and its output rows
 NO_CONTEXT = nullcontext()
 
 
@@ -97,7 +97,8 @@ class Decoder:
     `params` are those without deltas. Steps without adapters run over them, by ops that are bound once and know no adapter;
     `adapted` runs all other steps, and is replaced as a whole when adapters come and go. `adapters` names those that change
     nothing here, but a tower, and that sequences may ask for all the same. Of a rank's plan the decoder holds a slice, and
-    `ranks` are the others; each of them runs the same steps, of which `leader`, in the first, tells them.
+    `ranks` are the others; each of them runs the same steps, of which `leader`, in the first, tells them. Of a stage's plan it
+    holds some layers, and `pipeline` leads to the others.
     """
 
     def __init__(
@@ -111,8 +112,9 @@ class Decoder:
         adapters: Iterable[str] = (),
         ranks: Ranks | None = None,
         leader: StepLeader | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
-        self.ranks, self.leader = ranks, leader
+        self.ranks, self.leader, self.pipeline = ranks, leader, pipeline
         self.plan, self.params, self.dtype, self.device = plan, without_deltas(params), dtype, torch.device(device)
         self._is_on_gpu = self.device.type == "cuda"
         self.backend = select_backend(self.device.type, kernels)
@@ -126,14 +128,13 @@ class Decoder:
         site = KernelSite("linear", None, self.device.type, dtype_name(rows), compute, kernels, ranks=how)
         self.kernel_plan = KernelPlan(plan, site, self._stored)
         self.op_context = ctx = OpContext(bind_linear(self.params.values(), site), self.precision, ranks=ranks)
-        self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
-        self.embed, self.final_norm, self.lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
-        if ranks is not None and plan.cuts_head:
-            self.embed, self.lm_head = _summed_rows(plan, self.embed, ranks), _joined(plan, self.lm_head, ranks)
+        self.kernels: dict[str, str] = {}
+        if plan.has_ends:
+            self._bind_ends(ctx, ranks)
         self._next_norms = self._following_norms()
-        self.layers = tuple(self._bind_layer(layer, self.params, ctx, self.kernel_plan) for layer in plan.layers)
+        self.layers = tuple(self._bind_layer(layer, self.params, ctx, self.kernel_plan) for layer in plan.own_layers)
         self.ple_embed: Callable[..., Tensor] | None = None
-        if plan.ple_dim:
+        if plan.ple_dim and plan.has_ends:
             self.kernels["ple_embed"] = select_kernel(self.kernel_plan.at("ple_embed")).impl.name
             self.ple_embed = self._bind("ple_embed", self.params, ctx, self.kernel_plan)
         self.adapted = self._bind_adapted(params, tuple(sorted({*adapters, *adapters_of(params)})), 0)
@@ -150,7 +151,7 @@ class Decoder:
 
     def capture_refusal(self) -> str | None:
         """Return why the decoder's steps can't be captured as CUDA graphs; None if they can."""
-        table = self.params["embed.ple"] if self.plan.ple_dim else None
+        table = self.params.get("embed.ple")
         assert table is None or isinstance(table, Weight)
         return self.backend.capture_refusal(self.device, self.kernel_names, table)
 
@@ -169,11 +170,37 @@ class Decoder:
 
         `observe` is called with every layer's output.
         """
-        with self._together(lambda leader: leader.step(step, cache)), self.on_device():
-            x_ND = self.embed(step.ids_N)
-            if step.media is not None:
-                x_ND[step.media.rows_K] = step.media.embeds_KD.to(x_ND.dtype)
-            return self.run_layers(x_ND, step, cache, observe)
+        if self.pipeline is not None:
+            return self.pipeline.finish(self, self.pipeline.begin(self, step, cache, observe))
+        with self.together(lambda leader: leader.step(step, cache)), self.on_device():
+            return self.run_layers(self.embed_rows(step), step, cache, observe)
+
+    @property
+    def most_begun(self) -> int:
+        """Return how many steps are worth beginning before the first of them is finished: one a stage."""
+        return 1 if self.pipeline is None else self.pipeline.stages
+
+    def begin(self, step: Step, cache: KVCache) -> BegunStep:
+        """Begin a prepared step: what other stages can do meanwhile is under way then."""
+        return BegunStep(step, cache) if self.pipeline is None else self.pipeline.begin(self, step, cache)
+
+    def finish(self, begun: BegunStep) -> Tensor:
+        """Return what `forward` would of a step that was begun; steps are finished in the order in which they were begun."""
+        if self.pipeline is None:
+            return self.forward(begun.step, begun.cache)
+        return self.pipeline.finish(self, begun)
+
+    def finish_all(self) -> None:
+        """Complete all steps that were begun: from then on nothing writes to a cache but what is begun later."""
+        if self.pipeline is not None:
+            self.pipeline.finish_all(self)
+
+    def embed_rows(self, step: Step) -> Tensor:
+        """Return what enters the first layer: the embeddings of tokens, and what stands in their place."""
+        x_ND = self.embed(step.ids_N)
+        if step.media is not None:
+            x_ND[step.media.rows_K] = step.media.embeds_KD.to(x_ND.dtype)
+        return x_ND
 
     def run_layers(self, x_ND: Tensor, step: Step, cache: KVCache, observe: Observer | None = None) -> Tensor:
         """Run a prepared step from its embedded rows on; these may come from elsewhere than `embed`.
@@ -181,10 +208,26 @@ class Decoder:
         Rows whose states nobody wants stop in the last writer, once their keys and values are written, or, in a drafter, before
         the first layer; no later layer and no head sees them.
         """
+        layers, early, late = self.layer_inputs(x_ND, step)
+        return self.run(layers, x_ND, step, cache, early, late, observe)
+
+    def layer_inputs(self, x_ND: Tensor, step: Step) -> tuple[Sequence[Layer], LayerInputs, LayerInputs]:
+        """Return the layers that run a step, and the per-layer embeddings of those that all rows pass and of the others."""
         body = self.adapted if any(step.adapters) else self
-        layers, ple_embed = body.layers, body.ple_embed
-        first, remaining, normed = self.plan.num_full_layers, step.remaining, None
-        early, late = _embed_ple(self.plan, ple_embed, x_ND, step)
+        return body.layers, *_embed_ple(self.plan, body.ple_embed, x_ND, step)
+
+    def run(
+        self,
+        layers: Sequence[Layer],
+        x_ND: Tensor,
+        step: Step,
+        cache: KVCache,
+        early: LayerInputs,
+        late: LayerInputs,
+        observe: Observer | None = None,
+    ) -> Tensor:
+        """Pass rows through the model's last layers, `early` ones with all rows, `late` ones with those that go on."""
+        first, remaining, normed = len(early), step.remaining, None
         for layer, ple in zip(layers[:first], early, strict=True):
             x_ND, normed = layer.forward(x_ND, step, cache, ple, normed)
             if observe is not None:
@@ -204,10 +247,10 @@ class Decoder:
 
     def logits(self, h_RD: Tensor) -> Tensor:
         """Return the soft-capped logits [R, V] of final-normed states, in float32."""
-        with self._together(lambda leader: leader.head(h_RD)), self.on_device():
+        with self.together(lambda leader: leader.head(h_RD)), self.on_device():
             return self.lm_head(h_RD)
 
-    def _together(self, tell: Callable[[StepLeader], AbstractContextManager[None]]) -> AbstractContextManager[object]:
+    def together(self, tell: Callable[[StepLeader], AbstractContextManager[None]]) -> AbstractContextManager[object]:
         """Let other ranks do what follows, too, where this one leads them."""
         return NO_CONTEXT if self.leader is None else tell(self.leader)
 
@@ -245,15 +288,24 @@ class Decoder:
         bound: Callable[..., Tensor] = select_kernel(kernels.at(op)).impl.load()(self.plan, params, ctx)
         return bound
 
+    def _bind_ends(self, ctx: OpContext, ranks: Ranks | None) -> None:
+        """Bind what comes before the first layer and after the last one."""
+        self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
+        self.embed, self.final_norm, self.lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
+        if ranks is not None and self.plan.cuts_head:
+            self.embed = _summed_rows(self.plan, self.embed, ranks)
+            self.lm_head = _joined(self.plan, self.lm_head, ranks)
+
     def _bind_layer(self, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext, kernels: KernelPlan) -> Layer:
         """Bind a layer; it is given the norm that the next one begins with, which it may fuse into its last pass."""
         return Layer(self.plan, layer, params, ctx, kernels, self._next_norms[layer.index])
 
     def _following_norms(self) -> dict[int, Tensor | None]:
         """Return for each layer, by index, the norm that the one after it begins with."""
-        norms = [self.params[f"layers.{layer.index}.attn.norm"] for layer in self.plan.layers]
+        own = self.plan.own_layers
+        norms = [self.params[f"layers.{layer.index}.attn.norm"] for layer in own]
         following = [norm if isinstance(norm, Tensor) else None for norm in norms[1:]] + [None]
-        return {layer.index: norm for layer, norm in zip(self.plan.layers, following, strict=True)}
+        return {layer.index: norm for layer, norm in zip(own, following, strict=True)}
 
     def _bind_adapted(self, params: Mapping[str, Param], adapters: tuple[str, ...], version: int) -> AdaptedBody:
         """Bind ops of their own to the weights that carry deltas; all others are those of steps without adapters."""
@@ -304,9 +356,7 @@ def _joined(plan: ModelPlan, lm_head: Callable[[Tensor], Tensor], ranks: Ranks) 
     return lambda h_RD: ranks.join(lm_head(h_RD), plan.head_widths)
 
 
-def _embed_ple(
-    plan: ModelPlan, embed: Callable[..., Tensor] | None, x_ND: Tensor, step: Step
-) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+def _embed_ple(plan: ModelPlan, embed: Callable[..., Tensor] | None, x_ND: Tensor, step: Step) -> tuple[LayerInputs, LayerInputs]:
     """Return the per-layer embeddings of the layers that all rows pass, and of the others, which only some pass."""
     first, count = plan.num_full_layers, len(plan.layers)
     if embed is None:

@@ -126,6 +126,16 @@ class Ranks(Protocol):
         """Return the rows of all ranks, [R, widths[rank]] each, side by side. Raises RankError if a rank is gone."""
 
 
+class Pipe(Protocol):
+    """The stages of a pipeline before and after this one. What arrives has the order in which it was sent."""
+
+    def send(self, rows: Sequence[Tensor]) -> None:
+        """Let the next stage have some tensors; returns before they are there."""
+
+    def receive(self) -> list[Tensor]:
+        """Wait for the next tensors of the stage before. Raises RankError once a stage is gone."""
+
+
 class StepLeader(Protocol):
     """Who tells the other ranks of what this one is about to do with them; what goes wrong meanwhile ends them all."""
 
@@ -135,6 +145,9 @@ class StepLeader(Protocol):
 
     def step(self, step: Step, cache: KVCache) -> AbstractContextManager[None]:
         """Let them run a step. Raises RankError if a rank is gone."""
+
+    def finish(self) -> AbstractContextManager[None]:
+        """Let those of this stage finish the oldest step that was begun. Raises RankError if a rank is gone."""
 
     def close(self) -> None:
         """Let them end, and give this process back what they shared with it."""

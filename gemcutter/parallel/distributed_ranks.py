@@ -18,24 +18,34 @@ from torch import Tensor
 from gemcutter import native
 from gemcutter.errors import RankError
 from gemcutter.native import RanksView
-from gemcutter.shard import Shard
+from gemcutter.shard import Place, Shard
 
 LIMIT = timedelta(seconds=30)  # of one exchange, in which the slowest rank computes as much as the others
 SUM = CFUNCTYPE(c_int, c_void_p, c_int64)
 
 
-class DistributedRanks:
-    """This process as a rank of torch's default process group. Raises RankError if the group can't be joined."""
+def join_group(backend: str, init_method: str, number: int, count: int, limit: timedelta = LIMIT) -> None:
+    """Join torch's default process group, in which all ranks are. Raises RankError if that can't be done."""
+    try:
+        dist.init_process_group(backend, init_method=init_method, rank=number, world_size=count, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise RankError(f"rank {number} of {count} can't join the others ({init_method}): {error}") from error
 
-    def __init__(self, backend: str, init_method: str, shard: Shard, limit: timedelta = LIMIT) -> None:
-        self._shard = shard
+
+class DistributedRanks:
+    """This process among the ranks of its stage, once it has joined the default process group. All ranks make one at a time."""
+
+    def __init__(self, place: Place, limit: timedelta = LIMIT) -> None:
+        self._shard = shard = place.shard
         self._call = SUM(self._sum_floats)  # kept alive, as the library keeps its address
         self._view = RanksView(sum=ctypes.cast(self._call, c_void_p), rank=shard.rank, world=shard.world)
-        self._is_native = backend == "gloo" and native.missing() is None
-        try:
-            dist.init_process_group(backend, init_method=init_method, rank=shard.rank, world_size=shard.world, timeout=limit)
-        except (RuntimeError, ValueError) as error:
-            raise RankError(f"rank {shard.rank} of {shard.world} can't join the others ({init_method}): {error}") from error
+        self._is_native = dist.get_backend() == "gloo" and native.missing() is None
+        self._group = None
+        for first in range(0, place.count, shard.world) if place.pipeline_parallel > 1 else ():
+            members = range(first, first + shard.world)
+            group = dist.new_group([*members], timeout=limit)  # every rank takes part in the making of every group
+            if place.number in members:
+                self._group = group
 
     @property
     def shard(self) -> Shard:
@@ -51,7 +61,7 @@ class DistributedRanks:
         """Sum where the library left its rows; return 1 if a rank is gone, since no error passes through the library."""
         found = torch.frombuffer((c_float * count).from_address(address), dtype=torch.float32)
         try:
-            dist.all_reduce(found)
+            dist.all_reduce(found, group=self._group)
         except RuntimeError:
             return 1
         return 0
@@ -64,9 +74,9 @@ class DistributedRanks:
         """Return the sum of all ranks' x, in x's dtype. Raises RankError if a rank is gone."""
         found = x.clone(memory_format=torch.contiguous_format)
         try:
-            dist.all_reduce(found)
+            dist.all_reduce(found, group=self._group)
         except RuntimeError as error:
-            raise RankError(f"a tensor-parallel rank is gone: {error}") from error
+            raise RankError(f"a rank is gone: {error}") from error
         return found
 
     def join(self, x_RV: Tensor, widths: Sequence[int]) -> Tensor:
@@ -75,7 +85,7 @@ class DistributedRanks:
         padded = torch.nn.functional.pad(x_RV, (0, most - x_RV.shape[1])).contiguous()
         found = [torch.empty_like(padded) for _ in widths]
         try:
-            dist.all_gather(found, padded)
+            dist.all_gather(found, padded, group=self._group)
         except RuntimeError as error:
-            raise RankError(f"a tensor-parallel rank is gone: {error}") from error
+            raise RankError(f"a rank is gone: {error}") from error
         return torch.cat([part[:, :width] for part, width in zip(found, widths, strict=True)], dim=1)

@@ -51,10 +51,20 @@ class Follower:
         self.pools[number].copy_page(GroupId(group), source, target)
 
     def do_forward(self, number: int, step: dict[str, Any]) -> None:
-        """Run a step."""
-        plain = step_of(step)
-        prepared = self.decoder.prepare(replace(plain, rope=self.decoder.rope_tables(plain.positions_N)))
-        self.decoder.forward(prepared, self.pools[number])
+        """Run a step, as far as it goes without what other stages make of it."""
+        plain, decoder = step_of(step), self.decoder
+        prepared = decoder.prepare(replace(plain, rope=decoder.rope_tables(plain.positions_N)))
+        if decoder.pipeline is None:
+            decoder.forward(prepared, self.pools[number])
+        elif decoder.plan.has_ends:
+            decoder.begin(prepared, self.pools[number])
+        else:
+            decoder.pipeline.pass_on(decoder, prepared, self.pools[number])
+
+    def do_finish(self) -> None:
+        """Complete the oldest step that was begun."""
+        assert self.decoder.pipeline is not None
+        self.decoder.pipeline.finish_oldest(self.decoder)
 
     def do_draft(self, number: int, ids: torch.Tensor, states: torch.Tensor, step: dict[str, Any], count: int | None) -> None:
         """Draft."""

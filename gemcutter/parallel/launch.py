@@ -1,8 +1,8 @@
 """Starts the ranks of one host: as many processes of this program as the leader needs beside itself.
 
-Owns the processes, what they inherit (the shared memory, a connection to the leader), and how cores are shared among them. A
-process dies with its leader, however that ends. Refuses to know models. Read `gemcutter/rank_process.py` for what such a process
-runs, `monitor.py` for who watches it.
+Owns the processes, what they inherit (the shared memory of their stage, connections to the leader and to the stages beside
+theirs), and how cores are shared among them. A process dies with its leader, however that ends. Refuses to know models. Read
+`gemcutter/rank_process.py` for what such a process runs, `monitor.py` for who watches it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import socket
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +24,9 @@ from gemcutter.numa import cpus_of, memory_nodes
 from gemcutter.parallel.leader import Leader
 from gemcutter.parallel.messages import opening, receive
 from gemcutter.parallel.monitor import Monitor
+from gemcutter.parallel.pipe import Pipe
 from gemcutter.parallel.shared_ranks import SharedRanks, new_segment
-from gemcutter.shard import Shard
+from gemcutter.shard import Place, Shard
 
 if TYPE_CHECKING:
     from gemcutter.load_options import LoadOptions
@@ -31,36 +34,65 @@ if TYPE_CHECKING:
 MOST_RANKS = 64
 
 
-def launch(options: LoadOptions) -> tuple[SharedRanks, Leader]:
-    """Start the other ranks, which begin to load their slices, and return this process's place among them and the way to them.
+def launch(options: LoadOptions, stages: Sequence[range]) -> tuple[SharedRanks, Pipe | None, Leader]:
+    """Start the other ranks, which begin to load what they hold.
 
-    Raises KernelError where this host can't run ranks.
+    Returns this process's place among the ranks of its stage, its way to other stages where there are some, and the way to all
+    ranks. Raises KernelError where this host can't run ranks.
     """
-    world = options.tensor_parallel
+    here = Place(0, options.tensor_parallel, options.pipeline_parallel)
     if reason := native.missing():
-        raise KernelError(f"tensor_parallel {world}: ranks of one host sum with the native CPU kernels: {reason}")
-    threads, before = max(1, torch.get_num_threads() // world), _Cores()
+        raise KernelError(f"{here.count} processes: ranks of one host share memory by the native CPU kernels: {reason}")
+    threads, before = max(1, torch.get_num_threads() // here.count), _Cores()
     torch.set_num_threads(threads)
-    file = new_segment(world)
-    ranks = SharedRanks(file, Shard(0, world))
+    files = [new_segment(here.tensor_parallel) for _ in stages]
+    groups = [SharedRanks(file, Shard(0, here.tensor_parallel)) for file in files]
+    ways = [socket.socketpair() for _ in range(here.count)] if len(stages) > 1 else []  # out of the rank of this number
     processes, connections = list[subprocess.Popen[bytes]](), list[socket.socket]()
-    for rank in range(1, world):
-        here, there = socket.socketpair()
-        command = [sys.executable, "-m", "gemcutter.rank_process", str(there.fileno()), str(file), str(rank), str(world)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        given = (there.fileno(), file)  # in a session of its own: what a terminal interrupts is the leader's business
-        processes.append(
-            subprocess.Popen(command, pass_fds=given, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        )
-        there.close()
-        here.sendall(opening(options, cores_of(rank, world)))
-        connections.append(here)
-    os.close(file)
-    leader = Leader(connections, Monitor(processes, connections, ranks.end, ranks.beats), before.use)
+    for number in range(1, here.count):
+        place = replace(here, number=number)
+        found, there = _start(place, files[number // here.tensor_parallel], ways, threads)
+        processes.append(found)
+        there.sendall(opening(options, stages, cores_of(number, here.count)))
+        connections.append(there)
+    for file in files:
+        os.close(file)
+    pipe = Pipe(ways[here.previous][1], ways[0][0]) if ways else None
+    for number, way in enumerate(ways):  # all other ends are the other processes' alone, so that they end with these
+        for one, holder in zip(way, (number, replace(here, number=number).next), strict=True):
+            if holder:
+                one.close()
+
+    def end() -> None:
+        for group in groups:
+            group.end()
+        if pipe is not None:
+            pipe.end()
+
+    monitor = Monitor(processes, connections, end, lambda: [beat for group in groups for beat in group.beats()])
+    leader = Leader(connections, monitor, here.tensor_parallel - 1, before.use)
     weakref.finalize(leader, leader.monitor.close)
-    if cores := cores_of(0, world):
+    if cores := cores_of(0, here.count):
         os.sched_setaffinity(0, cores)
-    return ranks, leader
+    return groups[0], pipe, leader
+
+
+def _start(
+    place: Place, file: int, ways: Sequence[tuple[socket.socket, socket.socket]], threads: int
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start the process of a place, which inherits its ends of connections; return it and the way to it."""
+    here, there = socket.socketpair()
+    rows = [ways[place.previous][1].fileno(), ways[place.number][0].fileno()] if ways else []
+    numbers = (there.fileno(), file, place.number, place.tensor_parallel, place.pipeline_parallel, *rows)
+    found = subprocess.Popen(
+        [sys.executable, "-m", "gemcutter.rank_process", *map(str, numbers)],
+        pass_fds=(there.fileno(), file, *rows),
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # what a terminal interrupts is the leader's business
+    )
+    there.close()
+    return found, here
 
 
 class _Cores:
@@ -78,12 +110,12 @@ class _Cores:
 
 
 def await_ranks(leader: Leader) -> None:
-    """Wait until all ranks have loaded their slices. Raises RankError with what one of them could not do."""
+    """Wait until all ranks have loaded what they hold. Raises RankError with what one of them could not do."""
     for index, connection in enumerate(leader.connections):
         found = receive(connection)
         if found is None or found[0] != "ready":
             why = "it has ended" if found is None else found[1]["error"]
-            leader.monitor.end(f"tensor-parallel rank {index + 1} can't load its slice: {why}")
+            leader.monitor.end(f"rank {index + 1} can't load what it holds: {why}")
             raise RankError(leader.monitor.problem or why)
 
 

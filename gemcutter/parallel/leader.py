@@ -7,13 +7,15 @@ commands are spelled.
     pool        number, counts [pages, tokens] by group, dtype   make a cache
     drop        number                                           let go of it
     copy_page   number, group, source, target                    copy one of its pages
-    forward     number, step                                     run a step over it
+    forward     number, step                                     run a step over it, or begin it where it comes back
+    finish                                                       finish the oldest step that was begun
     logits      states                                           run the head
     load_adapter     name, path, ignore                          let steps ask for an adapter
     unload_adapter   name                                        forget it
     draft       number, ids, states, step, count                 draft so many tokens, or the logits of one
 
-A connection that is closed ends the others.
+A connection that is closed ends the others. What concerns the head, and rows that have come back through a pipeline, is told to
+the ranks of the leader's own stage alone.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -41,13 +43,19 @@ from gemcutter.quant.packed import dtype_name
 class Leader:
     """The way to the other ranks: steps by one thread at a time, adapters by any.
 
-    `give_back` is called once they are gone: this process may use the cores that they had.
+    The first `own` connections lead to the ranks of the leader's own stage. `give_back` is called once all are gone: this process
+    may use the cores that they had. `settle` is called before pages are copied here: it finishes what was begun.
     """
 
     def __init__(
-        self, connections: Sequence[socket.socket], monitor: Monitor, give_back: Callable[[], None] = lambda: None
+        self,
+        connections: Sequence[socket.socket],
+        monitor: Monitor,
+        own: int,
+        give_back: Callable[[], None] = lambda: None,
     ) -> None:
-        self.connections, self.monitor, self._give_back = connections, monitor, give_back
+        self.connections, self.monitor, self._own, self._give_back = connections, monitor, own, give_back
+        self.settle: Callable[[], None] = lambda: None
         self._numbers = WeakKeyDictionary[PagedKVCache, int]()  # of caches that the other ranks have, too
         self._new_number, self._dropped, self._telling = count(), deque[int](), threading.Lock()
 
@@ -58,15 +66,24 @@ class Leader:
 
     def tell(self, command: str, **content: Any) -> None:
         """Send a command to all other ranks. Raises RankError if one is gone."""
+        self._send(self.connections, command, content)
+
+    def _tell_own(self, command: str, **content: Any) -> None:
+        """Send a command to the other ranks of this stage. Raises RankError if one is gone."""
+        self._send(self.connections[: self._own], command, content)
+
+    def _send(self, connections: Sequence[socket.socket], command: str, content: Mapping[str, Any]) -> None:
         if self.monitor.problem is not None:
             raise RankError(self.monitor.problem)
+        if not connections:
+            return
         message = encode(command, content)
         try:
             with self._telling:
-                for connection in self.connections:
+                for connection in connections:
                     connection.sendall(message)
         except OSError as error:
-            self.monitor.end(f"a tensor-parallel rank is gone: {error}")
+            self.monitor.end(f"a rank is gone: {error}")
             raise RankError(self.monitor.problem or "") from error
 
     @contextmanager
@@ -89,17 +106,24 @@ class Leader:
             yield
 
     @contextmanager
+    def finish(self) -> Iterator[None]:
+        """Let the ranks of this stage finish the oldest step that was begun. Raises RankError if a rank is gone."""
+        self._tell_own("finish")
+        with self._together():
+            yield
+
+    @contextmanager
     def head(self, h_RD: Tensor) -> Iterator[None]:
-        """Let all ranks run the head. Raises RankError if a rank is gone."""
-        self.tell("logits", states=h_RD)
+        """Let the ranks of this stage run the head. Raises RankError if a rank is gone."""
+        self._tell_own("logits", states=h_RD)
         with self._together():
             yield
 
     @contextmanager
     def drafts(self, ids_S: Tensor, states_ST: Tensor, step: Step, cache: KVCache, count: int | None) -> Iterator[None]:
-        """Let all ranks draft. Raises RankError if a rank is gone."""
+        """Let the ranks of this stage draft. Raises RankError if a rank is gone."""
         number = self._number_of(cache)
-        self.tell("draft", number=number, ids=ids_S, states=states_ST, step=step_content(step), count=count)
+        self._tell_own("draft", number=number, ids=ids_S, states=states_ST, step=step_content(step), count=count)
         with self._together():
             yield
 
@@ -116,7 +140,8 @@ class Leader:
         self.monitor.watch(watcher)
 
     def copy_page(self, pool: PagedKVCache, group: GroupId, source: int, target: int) -> None:
-        """Let all ranks copy a page."""
+        """Let all ranks copy a page, and see that no step that was begun writes into either here."""
+        self.settle()
         self.tell("copy_page", number=self._number_of(pool), group=group, source=source, target=target)
 
     def _number_of(self, cache: KVCache) -> int:

@@ -57,16 +57,18 @@ def receive(connection: socket.socket) -> tuple[str, dict[str, Any]] | None:
     return None if text is None or data is None else decode(bytes(text), data)
 
 
-def opening(options: LoadOptions, cpus: Sequence[int] = ()) -> bytes:
-    """Return the first message to a rank: how the model is loaded, and the processors to keep to, if any."""
-    return encode("open", {"options": json.dumps(asdict(options)), "cpus": cpus})
+def opening(options: LoadOptions, stages: Sequence[range], cpus: Sequence[int] = ()) -> bytes:
+    """Return the first message to a rank: how the model is loaded, the layers of each stage, processors to keep to."""
+    layers = [slice(stage.start, stage.stop) for stage in stages]
+    return encode("open", {"options": json.dumps(asdict(options)), "stages": layers, "cpus": cpus})
 
 
-def opened(content: Mapping[str, Any]) -> tuple[LoadOptions, list[int]]:
+def opened(content: Mapping[str, Any]) -> tuple[LoadOptions, tuple[range, ...], list[int]]:
     """Return what the first message says."""
     options = json.loads(content["options"])
     lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
-    return LoadOptions(**options | lists), content["cpus"]
+    stages = tuple(range(layers.start, layers.stop) for layers in content["stages"])
+    return LoadOptions(**options | lists), stages, content["cpus"]
 
 
 def step_content(step: Step) -> dict[str, Any]:

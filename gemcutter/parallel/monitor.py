@@ -92,13 +92,13 @@ class Monitor:
             now, beats = time.monotonic(), self._beats()
             for index, connection in enumerate(self._connections if not self._processes else ()):
                 if _has_ended(connection):
-                    return self.end(f"tensor-parallel rank {index + 1} has ended; the whole group ends with it")
+                    return self.end(f"rank {index + 1} has ended; the whole group ends with it")
             for index, process in enumerate(self._processes):
                 rank = index + 1
                 if (code := process.poll()) is not None:
-                    return self.end(f"tensor-parallel rank {rank} ended with exit code {code}; the whole group ends with it")
+                    return self.end(f"rank {rank} ended with exit code {code}; the whole group ends with it")
                 if beats[rank] != seen[rank][0]:
                     seen[rank] = beats[rank], now
                 elif beats[rank] and now - seen[rank][1] > HANG_S:  # the first one comes once a process has begun
-                    return self.end(f"tensor-parallel rank {rank} has hung for {HANG_S:.0f} s; the whole group ends with it")
+                    return self.end(f"rank {rank} has hung for {HANG_S:.0f} s; the whole group ends with it")
         return None

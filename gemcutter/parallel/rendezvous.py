@@ -1,8 +1,8 @@
 """How ranks that torchrun started, on any number of hosts, find each other.
 
-Owns what torchrun's environment says, and the connections on which rank 0 sends commands: it listens, lets the others know where
-and by what word it will know them, and takes no one else. Refuses to know models. Read `launch.py` for ranks of one host that
-need no torchrun, `distributed_ranks.py` for the sums.
+Owns what torchrun's environment says, and the connections: those on which rank 0 sends commands, and those between the stages of
+a pipeline. Who listens lets the others know where, and by what word it will know them, and takes no one else. Refuses to know
+models. Read `launch.py` for ranks of one host that need no torchrun, `distributed_ranks.py` for the sums.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import hmac
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from gemcutter.errors import RankError
-from gemcutter.parallel.distributed_ranks import DistributedRanks
+from gemcutter.parallel.distributed_ranks import DistributedRanks, join_group
 from gemcutter.parallel.leader import Leader
 from gemcutter.parallel.messages import encode, opening, receive
 from gemcutter.parallel.monitor import Monitor
-from gemcutter.shard import Shard
+from gemcutter.parallel.pipe import Pipe
+from gemcutter.shard import Place
 
 if TYPE_CHECKING:
     from gemcutter.load_options import LoadOptions
@@ -29,54 +31,104 @@ JOIN_S = 60.0  # that the others have to connect
 ENVIRONMENT = "env://"
 
 
-def torchrun_shard() -> Shard | None:
+def torchrun_rank() -> tuple[int, int] | None:
     """Return which of how many ranks torchrun started this process as; None where it did not, or started one alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    return Shard(rank, world) if world > 1 else None
+    number, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    return (number, count) if count > 1 else None
 
 
-def lead(options: LoadOptions, shard: Shard) -> tuple[DistributedRanks, Leader]:
+def lead(options: LoadOptions, stages: Sequence[range]) -> tuple[DistributedRanks, Pipe | None, Leader]:
     """Join the others as rank 0 and connect with each of them. Raises RankError if one does not come."""
-    ranks = DistributedRanks("gloo", ENVIRONMENT, shard)
+    place = Place(0, options.tensor_parallel, options.pipeline_parallel)
+    join_group("gloo", ENVIRONMENT, place.number, place.count)
+    dist.broadcast_object_list([place.pipeline_parallel], src=0)
+    ranks = DistributedRanks(place)
     word = secrets.token_hex(16)
     with _listen() as listener:
         listener.settimeout(JOIN_S)
         dist.broadcast_object_list([(os.environ["MASTER_ADDR"], listener.getsockname()[1], word)], src=0)
         found: dict[int, socket.socket] = {}
-        while len(found) < shard.world - 1:
+        while len(found) < place.count - 1:
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
-                missing = sorted(set(range(1, shard.world)) - found.keys())
+                missing = sorted(set(range(1, place.count)) - found.keys())
                 raise RankError(f"ranks {missing} did not connect to rank 0 within {JOIN_S:.0f} s") from None
             rank = _greeted(connection, word)
-            if rank is not None and 0 < rank < shard.world:
+            if rank is not None and 0 < rank < place.count:
                 found[rank] = connection
             else:
                 connection.close()
     connections = [found[rank] for rank in sorted(found)]
     for connection in connections:
         keep_alive(connection)
-        connection.sendall(opening(options))
-    return ranks, Leader(connections, Monitor([], connections, ranks.end, list))
+        connection.sendall(opening(options, stages))
+    pipe = _join_stages(place)
+
+    def end() -> None:
+        ranks.end()
+        if pipe is not None:
+            pipe.end()
+
+    return ranks, pipe, Leader(connections, Monitor([], connections, end, list), place.tensor_parallel - 1)
 
 
-def follow(shard: Shard) -> tuple[DistributedRanks, socket.socket]:
+def follow(number: int, count: int) -> tuple[Place, DistributedRanks, Pipe | None, socket.socket]:
     """Join the others as a rank that follows, and connect with rank 0. Raises RankError if that can't be done."""
-    ranks = DistributedRanks("gloo", ENVIRONMENT, shard)
-    place: list[tuple[str, int, str]] = [("", 0, "")]
-    dist.broadcast_object_list(place, src=0)
-    host, port, word = place[0]
+    join_group("gloo", ENVIRONMENT, number, count)
+    stages = [1]
+    dist.broadcast_object_list(stages, src=0)
+    place = Place(number, count // stages[0], stages[0])
+    ranks = DistributedRanks(place)
+    where: list[tuple[str, int, str]] = [("", 0, "")]
+    dist.broadcast_object_list(where, src=0)
+    connection = _connect(place.number, 0, *where[0])
+    return place, ranks, _join_stages(place), connection
+
+
+def _connect(number: int, to: int, host: str, port: int, word: str) -> socket.socket:
+    """Connect with another rank and let it know who this is. Raises RankError if it can't be reached."""
     try:
         connection = socket.create_connection((host, port), timeout=JOIN_S)
     except OSError as error:
-        raise RankError(f"rank {shard.rank} can't connect to rank 0 at {host}:{port}: {error.strerror or error}") from error
+        raise RankError(f"rank {number} can't connect to rank {to} at {host}:{port}: {error.strerror or error}") from error
     connection.settimeout(None)
     keep_alive(connection)
-    connection.sendall(encode("join", {"rank": shard.rank, "word": word}))
-    return ranks, connection
+    connection.sendall(encode("join", {"rank": number, "word": word}))
+    return connection
+
+
+def _join_stages(place: Place) -> Pipe | None:
+    """Connect with the ranks whose rows this one gets, and which get its own; None where there is one stage alone.
+
+    All ranks call this at the same time. Raises RankError if one does not come.
+    """
+    if place.pipeline_parallel == 1:
+        return None
+    with _listen() as listener:
+        listener.settimeout(JOIN_S)
+        own, every = (_own_host(), listener.getsockname()[1], secrets.token_hex(16)), [("", 0, "")] * place.count
+        dist.all_gather_object(every, own)
+        outward = _connect(place.number, place.next, *every[place.next])
+        while True:
+            try:
+                inward, _ = listener.accept()
+            except TimeoutError:
+                raise RankError(f"rank {place.previous} did not connect to rank {place.number} within {JOIN_S:.0f} s") from None
+            if _greeted(inward, own[2]) == place.previous:
+                keep_alive(inward)
+                return Pipe(inward, outward)
+            inward.close()
+
+
+def _own_host() -> str:
+    """Return the address by which others reach this host: that from which it reaches the first one."""
+    family, _, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # nothing is sent
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 def keep_alive(connection: socket.socket) -> None:

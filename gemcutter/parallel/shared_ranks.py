@@ -111,4 +111,4 @@ def _entry(name: str, *arguments: Any) -> Callable[..., int]:
 def _check(code: int) -> None:
     """Raise RankError for what an entry point returns where a rank is gone."""
     if code:
-        raise RankError("a tensor-parallel rank is gone: the steps of the whole group end with it")
+        raise RankError("a rank is gone: the steps of the whole group end with it")

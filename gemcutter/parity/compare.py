@@ -67,8 +67,9 @@ class Drift:
 @torch.inference_mode()
 def compare(ours: Trace, theirs: Trace, ids: Sequence[int], kept_K: Tensor, progress: Progress) -> Drift:
     """Measure how far two traces of `ids` lie apart; `progress` is told the rows done and all rows."""
+    pairs = enumerate(zip(ours.layers, theirs.layers, strict=True))
     drift = Drift(
-        layers=[_layer(index, *pair, kept_K) for index, pair in enumerate(zip(ours.layers, theirs.layers, strict=True))]
+        layers=[_layer(at, mine, other, kept_K) for at, (mine, other) in pairs if mine is not None and other is not None]
     )
     targets = torch.tensor([*ids[1:], 0])  # the last row's is not known
     for start in range(0, len(ids), HEAD_ROWS):

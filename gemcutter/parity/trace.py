@@ -29,9 +29,12 @@ LAYER_ROWS = 256  # rows kept of every layer: 330 MB in float32 for the largest 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One side's rows: K of every layer's output [K, D], all N final-normed states [N, D], and the head that reads them."""
+    """One side's rows: K of every layer's output [K, D], all N final-normed states [N, D], and the head that reads them.
 
-    layers: tuple[Tensor, ...]
+    Of layers that are in other stages of a pipeline there is no output, but that of the last one before this stage.
+    """
+
+    layers: tuple[Tensor | None, ...]
     states_ND: Tensor
     head: Callable[[Tensor], Tensor]
 
@@ -63,7 +66,7 @@ def trace(decoder: Decoder, ids: Sequence[int], kept_K: Tensor, progress: Progre
         states.append(decoder.forward(step, pool, _collect(layers, here)))
         table.commit(rows)
         progress(table.length, len(ids))
-    return Trace(tuple(map(torch.cat, layers)), torch.cat(states), decoder.logits)
+    return Trace(tuple(torch.cat(rows) if rows else None for rows in layers), torch.cat(states), decoder.logits)
 
 
 def _chunks(tokens: int) -> Iterator[int]:

@@ -19,7 +19,6 @@ from gemcutter.benchmark.planned_model import from_checkpoint, from_preset
 from gemcutter.benchmark.report import ceiling
 from gemcutter.benchmark.scale import Exchange, RankNeeds, Workload, crowding, step_time
 from gemcutter.benchmark.scale_report import decode_speed, describe, make_plan, prompt_speed
-from gemcutter.benchmark.stages import choose_stages
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.checkpoint.load.load_params import load_params
 from gemcutter.checkpoint.load.match import Checkpoint, open_checkpoint
@@ -33,6 +32,7 @@ from gemcutter.engine.request import Request
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.loading import on_rank
 from gemcutter.model.text import Decoder
+from gemcutter.parallel.stages import choose_stages
 from gemcutter.plan import INT8_SCALE_BYTES
 from gemcutter.quant.cpu_layout import ALIGN_BYTES, PANEL
 from gemcutter.quant.packing import CpuPacker
@@ -233,7 +233,7 @@ def test_ranks_share_the_work(size: str) -> None:
 def test_exchanges_and_reads_follow_each_other() -> None:
     model = from_preset("tiny:31B", "bf16", "bfloat16", "cpu")
     needs, whole = RankNeeds(model, 0, 2, SMALL), range(len(model.plan.layers))
-    found = step_time(needs, replace(RATES, flops=None), whole, [(10, 1)], 1)
+    found = step_time(needs, replace(RATES, flops=None), whole, [whole], [(10, 1)], 1)
     told = needs.exchanges(whole, 1, 1)
     received, times = sum(each.received(2, "cpu") for each in told), sum(each.times for each in told)
     assert times == 2 + 2 * len(whole)
@@ -256,28 +256,27 @@ def test_readers_lie_with_those_they_read(size: str, count: int) -> None:
 
 @pytest.mark.parametrize("size", ["E2B", "26B-A4B"])
 def test_stages_together_hold_the_model(size: str) -> None:
-    """But for the tied table, which the first stage gathers from and the last one multiplies with."""
+    """The last one has the tied table, from which it gathers rows for the first stage, and with which it multiplies."""
     model = from_preset(size, "bf16", "bfloat16", "cpu")
     one, three = (describe(make_plan(model, RATES, SMALL, 1, count))["stages"] for count in (1, 3))
-    table = one[0]["weights"]["embeddings and head"]["mapped"]
-    whole = one[0]["weight_bytes"] + table
-    assert sum(stage["weight_bytes"] for stage in three) == whole
+    assert sum(stage["weight_bytes"] for stage in three) == one[0]["weight_bytes"]
+    assert ["embeddings and head" in stage["weights"] for stage in three] == [False, False, True]
     assert sum(stage["kv_bytes"] for stage in three) == one[0]["kv_bytes"]
-    passed_on = 4 * (model.plan.hidden + (len(model.plan.layers) - three[0]["last_layer"] - 1) * model.plan.ple_dim)
-    assert three[0]["handed_on_bytes_per_token"] == passed_on
-    assert three[-1]["handed_on_bytes_per_token"] == 0
+    others = three[-1]["first_layer"]  # layers whose per-layer embeddings travel with a row
+    for stage, left in zip(three, (others - three[1]["first_layer"], 0, others), strict=True):
+        assert stage["handed_on_bytes_per_token"] == 4 * (model.plan.hidden + left * model.plan.ple_dim)
 
 
 def test_the_costliest_stage_is_as_cheap_as_can_be() -> None:
     plan = from_preset("tiny:31B", "bf16", "bfloat16", "cpu").plan
     costs = [float(3 + index * 7 % 5) for index in range(len(plan.layers))]
-    found = choose_stages(plan, costs, (4.0, 9.0), 3)
+    found = choose_stages(plan, costs, 9.0, 3)
 
     def worst(cuts: tuple[int, ...]) -> float:
         sums = [sum(costs[a:b]) for a, b in itertools.pairwise((0, *cuts, len(costs)))]
-        return max(sums[0] + 4.0, *sums[1:-1], sums[-1] + 9.0)
+        return max(*sums[:-1], sums[-1] + 9.0)
 
-    best = min(worst(cuts) for cuts in itertools.combinations(range(1, len(costs)), 2))
+    best = min(worst(cuts) for cuts in itertools.combinations(plan.stage_starts, 2))
     assert worst(tuple(layers.start for layers in found[1:])) == best
 
 

@@ -100,7 +100,7 @@ except RankError as error:
     assert waiting.poll() is None  # asleep, since nobody else has come
     assert not ranks.has_ended
     ranks.end()
-    assert "a tensor-parallel rank is gone" in waiting.communicate(timeout=10)[0]
+    assert "a rank is gone" in waiting.communicate(timeout=10)[0]
     with pytest.raises(RankError, match="is gone"):
         ranks.sum(torch.ones(5))
     with pytest.raises(RankError, match="is gone"):

@@ -20,7 +20,13 @@ MAY_IMPORT = {
     "errors": set(),
     "shard": set(),
     "param_spec": {"shard"},
-    "plan": {"shard", "param_spec", "config"},  # config for type checking only, see test_plan_is_standard_library_only
+    "layer_params": {"param_spec", "plan"},  # plan for type checking only
+    "plan": {
+        "shard",
+        "param_spec",
+        "layer_params",
+        "config",
+    },  # config for type checking only, see test_plan_is_standard_library_only
     "config_keys": set(),
     "tower_config": {"config_keys"},
     "tower_plan": {"plan", "param_spec", "tower_config", "config"},  # config for type checking only
@@ -258,7 +264,8 @@ def test_headers_and_plans_need_no_torch(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "imported"),
     [
-        ("plan.py", {"gemcutter.errors", "gemcutter.param_spec", "gemcutter.shard"}),
+        ("plan.py", {"gemcutter.errors", "gemcutter.layer_params", "gemcutter.param_spec", "gemcutter.shard"}),
+        ("layer_params.py", {"gemcutter.param_spec"}),
         ("param_spec.py", {"gemcutter.shard"}),
         ("shard.py", {"gemcutter.errors"}),
         ("tower_plan.py", {"gemcutter.errors", "gemcutter.param_spec", "gemcutter.tower_config"}),

@@ -51,8 +51,9 @@ def fold(
     Raises CheckpointError for values that are not finite.
     """
     maker = Maker(dtype, device, quant, packer or PlainPacker(device), model_dtype(checkpoint))
-    folded, cost = fold_factors(params, adapter.factors, checkpoint.matched.pieces, maker, checkpoint.plan.params())
-    return folded, f"adapter {adapter.path.name}: {len(adapter.factors)} changes merged; {cost}"
+    factors = _held(adapter.factors, params)
+    folded, cost = fold_factors(params, factors, checkpoint.matched.pieces, maker, checkpoint.plan.params())
+    return folded, f"adapter {adapter.path.name}: {len(factors)} changes merged; {cost}"
 
 
 def fold_tower(
@@ -126,7 +127,7 @@ def read_deltas(
 ) -> dict[str, list[Delta]]:
     """Read an adapter's changes of the decoder's parameters, by parameter, scaled and in float32, into memory of their own.
 
-    With the `plan` of a tensor-parallel rank, those are read that concern its slices.
+    With the `plan` of a tensor-parallel rank, those are read that concern its slices, on a pipeline's stage those of its layers.
     Raises CheckpointError for changes that can't be told apart by rows: of experts, which see only the rows sent to them, and of
     a head of its own, which sees only the rows that want logits.
     """
@@ -134,7 +135,7 @@ def read_deltas(
     if stuck:
         problems = [f"{each.label}: {each.down.origin}" for each in stuck]
         raise CheckpointError(f"the adapter {adapter.path} can only be merged (adapter=, --adapter): it changes these", problems)
-    return _deltas(params, adapter.factors, name, device, () if plan is None else plan.params())
+    return _deltas(params, _held(adapter.factors, params), name, device, () if plan is None else plan.params())
 
 
 def read_tower_deltas(params: Params, adapter: Adapter, tower: str, name: str, device: torch.device) -> dict[str, list[Delta]]:
@@ -157,6 +158,11 @@ def _changes(name: str, weight: Weight, changes: Sequence[Factors], device: torc
     if spec is None or not spec.slices:
         return [_delta(name, each, _first_row(weight, each), device) for each in changes]
     return deltas_on_rank([_delta(name, each, first_row(spec, each.part), device) for each in changes], spec)
+
+
+def _held(factors: Sequence[Factors], params: Params) -> list[Factors]:
+    """Return the changes of parameters that are held here; on a pipeline's stage others are not."""
+    return [each for each in factors if each.name in params]
 
 
 def _by_parameter(factors: Sequence[Factors]) -> dict[str, list[Factors]]:

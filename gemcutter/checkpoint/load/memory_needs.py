@@ -166,12 +166,17 @@ def weight_memory(
 
     `changed` are the pieces that an adapter is merged into.
     """
-    holding, found = Holding(compute, device, packing, quant), WeightMemory()
+    return sum(param_memory(checkpoint, Holding(compute, device, packing, quant), changed).values(), WeightMemory())
+
+
+def param_memory(checkpoint: Checkpoint, holding: Holding, changed: Collection[Piece] = ()) -> dict[str, WeightMemory]:
+    """Count the bytes that each parameter of a whole model takes."""
+    found = dict[str, WeightMemory]()
     for spec in checkpoint.plan.params():
         pieces = checkpoint.matched.pieces[spec.name]
         parts = [StoredPart.of(piece.data) for piece in pieces]
         whole = [(part.shape,) for part in parts]
-        found += holding.weight(spec, parts, whole, [(spec.name, piece.part) in changed for piece in pieces])
+        found[spec.name] = holding.weight(spec, parts, whole, [(spec.name, piece.part) in changed for piece in pieces])
     return found
 
 

@@ -78,6 +78,7 @@ class PackedWeightCache:
             "version": VERSION,
             "quant": quant,
             "rank": None if checkpoint.plan.rank is None else [*asdict(checkpoint.plan.rank).values(), checkpoint.plan.mlp_unit],
+            "stage": None if checkpoint.plan.stage is None else [*asdict(checkpoint.plan.stage).values()],
             "config": hashlib.sha256(repr(checkpoint.config).encode()).hexdigest(),  # which says how weights are read
             "level": native.level(),
             "files": [list(file_identity(path)) for path in source.files],
@@ -147,9 +148,10 @@ class _Abandoned(Exception):
 
 
 def _rank_name(checkpoint: Checkpoint) -> str:
-    """Return what tells apart the files of tensor-parallel ranks, each of which keeps its own slices."""
-    rank = checkpoint.plan.rank
-    return "" if rank is None else f" {rank.rank} of {rank.world}"
+    """Return what tells apart the files of ranks and stages, each of which keeps its own slices and layers."""
+    rank, stage = checkpoint.plan.rank, checkpoint.plan.stage
+    layers = "" if stage is None else f" layers {stage.first} to {stage.stop}"
+    return layers if rank is None else f" {rank.rank} of {rank.world}{layers}"
 
 
 def sums_of(data: Tensor) -> list[int]:

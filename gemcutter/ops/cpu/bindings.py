@@ -67,7 +67,7 @@ def entry(name: str) -> Callable[..., None]:
         _use_threads(torch.get_num_threads())
         if code := function(*arguments):
             if code == RANKS_ENDED:
-                raise RankError("a tensor-parallel rank is gone: the steps of the whole group end with it")
+                raise RankError("a rank is gone: the steps of the whole group end with it")
             if code == OUT_OF_BOUNDS:
                 raise KernelError(f"{name}: a step names an id, a slot, a position or a row that is not there")
             raise CapacityError(f"no memory for the rows of a step in {name}; lower max_batched_tokens")

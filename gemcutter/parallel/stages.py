@@ -1,22 +1,36 @@
 """Pipeline stages: contiguous layers, cut so that the fullest stage is as small as it can be.
 
 Owns the choice among the cuts that the plan allows, which part no reader from the layer whose keys and values it reads. Refuses
-to know what layers cost.
+to know how weights are held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
 from gemcutter.errors import ConfigError
 from gemcutter.plan import ModelPlan
 
 
-def choose_stages(plan: ModelPlan, costs: Sequence[float], ends: tuple[float, float], count: int) -> tuple[range, ...]:
+def cut_stages(plan: ModelPlan, weights: Mapping[str, int], count: int) -> tuple[range, ...]:
+    """Return the layers of `count` stages of a whole plan, whose weights take so many bytes in memory, by parameter.
+
+    What belongs to no layer lies on the last stage. Raises ConfigError for more stages than there can be.
+    """
+    costs, last = [0.0] * len(plan.layers), 0.0
+    for spec in plan.params():
+        if spec.layer is None:
+            last += weights[spec.name]
+        else:
+            costs[spec.layer] += weights[spec.name]
+    return choose_stages(plan, costs, last, count)
+
+
+def choose_stages(plan: ModelPlan, costs: Sequence[float], last: float, count: int) -> tuple[range, ...]:
     """Return the layers of `count` stages, of which the costliest costs as little as possible.
 
-    `costs` are the layers', `ends` what the first and the last stage hold beside. Raises ConfigError for more than there can be.
+    `costs` are the layers', `last` what the last stage holds beside. Raises ConfigError for more than there can be.
     """
     edges = (0, *plan.stage_starts, len(plan.layers))
     if count > len(edges) - 1:
@@ -24,8 +38,7 @@ def choose_stages(plan: ModelPlan, costs: Sequence[float], ends: tuple[float, fl
     sums = [0.0, *accumulate(costs)]
 
     def cost(start: int, stop: int) -> float:
-        own = sums[stop] - sums[start]
-        return own + (ends[0] if start == 0 else 0.0) + (ends[1] if stop == len(costs) else 0.0)
+        return sums[stop] - sums[start] + (last if stop == len(costs) else 0.0)
 
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}  # of so many stages up to an edge: worst cost, and cuts
     for stage in range(count):
