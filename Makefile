@@ -55,9 +55,10 @@ FUZZ ?= --headers 4000 --texts 300 --values 30 --media 3000
 fuzz: native
 	OMP_NUM_THREADS=1 .venv/bin/python tools/fuzz.py $(FUZZ)
 
-# The server's tests once more, over models on two tensor-parallel ranks.
+# The server's tests once more, over models on two tensor-parallel ranks, and in two stages of a pipeline.
 ranks: native
 	GEMCUTTER_TEST_RANKS=2 $(PYTEST) --dist loadfile tests/server tests/parallel
+	GEMCUTTER_TEST_STAGES=2 $(PYTEST) --dist loadfile tests/server
 
 # Random requests, cancels, interrupts and adapters on a tiny model for so many minutes; pages, handles, threads, memory watched.
 MINUTES ?= 2

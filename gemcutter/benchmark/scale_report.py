@@ -137,7 +137,7 @@ def decode_speed(plan: ScalePlan, depth: int) -> dict[str, Any]:
 
 def prompt_speed(plan: ScalePlan) -> dict[str, Any]:
     """Return the most tokens a second of one prompt, whose chunks follow each other through the stages."""
-    tokens, most = plan.work.prompt, max(1, plan.work.rows // len(plan.stages))  # as the scheduler shares a step's rows
+    tokens, most = plan.work.prompt, -(-plan.work.rows // len(plan.stages))  # as the scheduler shares a step's rows
     ends = [0.0] * len(plan.stages)
     every = list[StepTime]()
     for start in range(0, tokens, most):

@@ -269,6 +269,7 @@ class Engine:
         chunks: Sequence[ScheduledChunk] = ()
         try:
             while len(self._launched) < self.decoder.most_begun:
+                chunks = ()  # nobody is to blame if choosing fails
                 chunks = self.scheduler.schedule()
                 if not chunks and self._launched:
                     break

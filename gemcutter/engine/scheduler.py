@@ -216,7 +216,7 @@ class Scheduler:
 
     def _plan(self, decoding: Sequence[SequenceState], newcomers: Sequence[SequenceState]) -> RowPlan:
         """Share a step's rows: who decodes comes first, but for a row of the most urgent sequence, which always goes on."""
-        rows = max(self.max_batched_tokens // self.most_begun, len(decoding), 1)
+        rows = -(-self.max_batched_tokens // self.most_begun)
         if self.sizer is not None:
             rows = min(rows, len(decoding) + self.sizer.prompt_rows(len(decoding), rows))
         plan = RowPlan(rows)

@@ -21,6 +21,7 @@ from gemcutter.native import RanksView
 from gemcutter.shard import Place, Shard
 
 LIMIT = timedelta(seconds=30)  # of one exchange, in which the slowest rank computes as much as the others
+GATHERED = 1 << 14  # numbers at most that are gathered by every rank and not summed by gloo: 64 KiB of float32
 SUM = CFUNCTYPE(c_int, c_void_p, c_int64)
 
 
@@ -61,10 +62,25 @@ class DistributedRanks:
         """Sum where the library left its rows; return 1 if a rank is gone, since no error passes through the library."""
         found = torch.frombuffer((c_float * count).from_address(address), dtype=torch.float32)
         try:
-            dist.all_reduce(found, group=self._group)
+            self._add(found)
         except RuntimeError:
             return 1
         return 0
+
+    def _add(self, x: Tensor) -> None:
+        """Make x the sum of all ranks' x. Raises RuntimeError if a rank is gone.
+
+        Few numbers are gathered by every rank, which adds them in the order of ranks: gloo's own sum takes as many rounds again,
+        each of which waits for the link.
+        """
+        if x.numel() > GATHERED:
+            dist.all_reduce(x, group=self._group)
+            return
+        parts = [torch.empty_like(x) for _ in range(self._shard.world)]
+        dist.all_gather(parts, x, group=self._group)
+        x.copy_(parts[0])
+        for part in parts[1:]:
+            x.add_(part)
 
     def end(self) -> None:
         """Note that the group has ended; the others find out at their next exchange."""
@@ -74,7 +90,7 @@ class DistributedRanks:
         """Return the sum of all ranks' x, in x's dtype. Raises RankError if a rank is gone."""
         found = x.clone(memory_format=torch.contiguous_format)
         try:
-            dist.all_reduce(found, group=self._group)
+            self._add(found)
         except RuntimeError as error:
             raise RankError(f"a rank is gone: {error}") from error
         return found

@@ -99,7 +99,7 @@ def test_every_size(size: str, tmp_path: Path) -> None:
         requests = requests_of(one.plan.vocab)
         heads = one.plan.layers[0].heads
         wanted = answers(one, requests)
-    for ranks in (2, 4):
+    for ranks in (2, 4, 8):
         if heads % ranks == 0:
             with model(path, ranks) as many:
                 compare(wanted, answers(many, requests))

@@ -267,6 +267,21 @@ def test_stages_together_hold_the_model(size: str) -> None:
         assert stage["handed_on_bytes_per_token"] == 4 * (model.plan.hidden + left * model.plan.ple_dim)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_stages_hold_what_was_told(name: str) -> None:
+    """Weights and caches of every stage, byte for byte; what one of them holds, it alone reads from the file."""
+    checkpoint = opened(name)
+    model = from_checkpoint(name, checkpoint, "bfloat16", "cpu", None)
+    made = make_plan(model, RATES, replace(SMALL, batch=2), 1, 3)
+    kept = prefix_pages(model.plan, SMALL.context, 2, None, 2)
+    counts = page_counts(model.plan, SMALL.context, SMALL.rows, 2, kept)
+    for layers, told in zip(made.stages, describe(made)["stages"], strict=True):
+        mine = replace(checkpoint, plan=checkpoint.plan.on_stage(layers))
+        held = load_params(mine, torch.bfloat16, CPU, packer=CpuPacker())
+        assert sum(param.nbytes for each, param in held.items() if each != "embed.ple") == told["weight_bytes"]
+        assert PagedKVCache(mine.plan, counts, torch.bfloat16).nbytes == told["kv_bytes"] + told["prefix_bytes"]
+
+
 def test_the_costliest_stage_is_as_cheap_as_can_be() -> None:
     plan = from_preset("tiny:31B", "bf16", "bfloat16", "cpu").plan
     costs = [float(3 + index * 7 % 5) for index in range(len(plan.layers))]

@@ -39,11 +39,12 @@ def rank_of(rank: int, world: int, port: int, *command: str) -> subprocess.Popen
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def test_torchrun_starts_a_command_on_two_ranks() -> None:
+@pytest.mark.parametrize(("ranks", "options"), [(2, []), (2, ["--pp", "2"]), (4, ["--pp", "2"]), (3, ["--pp", "3"])])
+def test_torchrun_starts_a_command_on_several_ranks(ranks: int, options: list[str]) -> None:
     plain = subprocess.run([sys.executable, *RUN, "24"], cwd=ROOT, env=PLAIN, capture_output=True, text=True, check=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     both = subprocess.run(
-        [sys.executable, *torchrun, *RUN, "24"], cwd=ROOT, env=PLAIN, capture_output=True, text=True, timeout=120
+        [sys.executable, *torchrun, *RUN, "24", *options], cwd=ROOT, env=PLAIN, capture_output=True, text=True, timeout=120
     )
     assert both.returncode == 0, both.stderr
     assert both.stdout == plain.stdout
@@ -60,10 +61,21 @@ def test_three_ranks_are_too_many_for_four_heads() -> None:
         rank.communicate()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_ends_the_others(victim: int) -> None:
+def test_stages_that_can_not_have_equally_many_ranks_are_refused() -> None:
     port = free_port()
-    ranks = [rank_of(rank, 2, port, *RUN, "30000", "--ignore-eos") for rank in range(2)]
+    ranks = [rank_of(rank, 3, port, *RUN, "8", "--pp", "2") for rank in range(3)]
+    assert "torchrun started 3 ranks, which so many stages can't share evenly" in ranks[0].communicate(timeout=SOON_S)[1]
+    assert ranks[0].returncode == 1
+    for rank in ranks[1:]:
+        rank.kill()
+        rank.communicate()
+
+
+@pytest.mark.parametrize("options", [[], ["--pp", "2"]], ids=["ranks", "stages"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others(victim: int, options: list[str]) -> None:
+    port = free_port()
+    ranks = [rank_of(rank, 2, port, *RUN, "30000", "--ignore-eos", *options) for rank in range(2)]
     assert ranks[0].stdout is not None
     assert ranks[0].stdout.read(20)  # the reply has begun
     os.kill(ranks[victim].pid, signal.SIGKILL)
@@ -75,5 +87,5 @@ def test_a_rank_that_is_killed_ends_the_others(victim: int) -> None:
     else:
         assert ranks[0].returncode == 1
         assert "error:" in said
-        assert "rank" in said
+        assert "rank" in said or "stage" in said
     ranks[victim].communicate()

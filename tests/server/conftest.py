@@ -1,6 +1,7 @@
 """A server over the demo model, on a free port of loopback, for all tests of a module.
 
-With GEMCUTTER_TEST_RANKS=2 every model here runs on two tensor-parallel ranks (`make ranks`): a client must not see it.
+With GEMCUTTER_TEST_RANKS=2 every model here runs on two tensor-parallel ranks, with GEMCUTTER_TEST_STAGES=2 in two stages of a
+pipeline (`make ranks`): a client must not see it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from gemcutter.server.options import ServerOptions
 from gemcutter.server.service import Service
 
 START_S = 20.0
-RANKS = int(os.environ.get("GEMCUTTER_TEST_RANKS", "1"))
-if RANKS > 1:
-    gemcutter.load = functools.partial(gemcutter.load, tensor_parallel=RANKS)
+RANKS, STAGES = (int(os.environ.get(f"GEMCUTTER_TEST_{name}", "1")) for name in ("RANKS", "STAGES"))
+if RANKS * STAGES > 1:
+    gemcutter.load = functools.partial(gemcutter.load, tensor_parallel=RANKS, pipeline_parallel=STAGES)
 
 
 @dataclass(frozen=True)
