@@ -39,7 +39,8 @@ TUN = Path("/dev/net/tun")
 CLONE_NEWNET, TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x4000_0000, 0x4004_54CA, 0x1, 0x1000
 PACKET, MTU, QUEUE = 1 << 16, 9000, 1000
 WAYS = ("tensor", "pipeline")
-QUESTION, TOKENS, BATCH, PROMPT = "What is a lantern?", 24, 4, 1024
+TESTS = ("reply_s", "replies_s", "prompt_s")
+QUESTION, TOKENS, BATCH, PROMPT, CHUNK = "What is a lantern?", 24, 4, 1024, 512
 JOIN_S = 300
 
 
@@ -170,7 +171,11 @@ def lead(model: str, way: str, rounds: int) -> dict[str, Any]:
             "replies_s": _times(loaded, [prompt] * BATCH, TOKENS, rounds),
         }
         times["prompt_s"] = _times(loaded, [long], 1, rounds)
-        return {name: statistics.median(each) for name, each in times.items()} | {"text": text, "layers": len(loaded.plan.layers)}
+        return {name: statistics.median(each) for name, each in times.items()} | {
+            "text": text,
+            "layers": len(loaded.plan.layers),
+            "whole_layers": loaded.plan.num_full_layers,
+        }
 
 
 def _times(loaded: Any, prompts: list[list[int]], tokens: int, rounds: int) -> list[float]:
@@ -186,16 +191,19 @@ def _times(loaded: Any, prompts: list[list[int]], tokens: int, rounds: int) -> l
 
 
 def predicted(alone: dict[str, Any], way: str, delay_s: float, test: str) -> float:
-    """Return how much longer a test takes than without a delay, by the number of waits for the other rank.
+    """Return how much longer a test takes than without a delay, by the number of packets that it waits for, one after the other.
 
-    A sum over gloo waits twice for a packet, one after the other; rows of a pipeline go to the other host and come back. A prompt
-    is one step over gloo; in a pipeline its chunks follow each other, and wait once.
+    Rows of a pipeline go to the other host and come back, for each token, or once for the chunks of a prompt, which follow each
+    other. Ranks wait for each other at two sums a layer, the embedding and the head: for two packets a sum of few numbers, which
+    are gathered, and for four a sum of many, which gloo scatters and gathers. The rows of a prompt but its last one end where the
+    last keys and values are written.
     """
-    steps = 1 if test == "prompt_s" else TOKENS
-    waits = 2 * (2 * alone["layers"] + 2) if way == "tensor" else 2  # embedding and head, too
-    if way == "tensor" and test == "prompt_s":
-        steps = -(-PROMPT // 512)
-    return steps * waits * delay_s
+    if way == "pipeline":
+        return delay_s * 2 * (1 if test == "prompt_s" else TOKENS)
+    layers, whole = alone["layers"], alone["whole_layers"]
+    if test != "prompt_s":
+        return delay_s * TOKENS * 2 * (2 * layers + 2)
+    return delay_s * (-(-PROMPT // CHUNK) * 4 * (2 * whole + 1) + 2 * (2 * (layers - whole) + 1))
 
 
 def measure(model: str, way: str, delay_s: float, loss: float, rounds: int, port: int) -> dict[str, Any]:
@@ -242,9 +250,8 @@ def main() -> int:
     base: dict[str, dict[str, Any]] = {}
     print("| way | delay | loss | reply | as predicted | 4 replies | as predicted | prompt | as predicted | same text |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    print(
-        f"| one process | | | {' | | '.join(f'{alone[name] * 1e3:.0f} ms' for name in ('reply_s', 'replies_s', 'prompt_s'))} | | |"
-    )
+    plain_cells = " | | ".join(f"{alone[name] * 1e3:.0f} ms" for name in TESTS)
+    print(f"| one process | | | {plain_cells} | | |")
     for way in WAYS:
         for loss in given.loss:
             for delay in given.delays:
@@ -257,10 +264,7 @@ def main() -> int:
                     "is_same_text": found["text"] == alone["text"],
                     **found,
                 }
-                row["predicted"] = {
-                    name: base[way][name] + predicted(alone, way, delay / 1e3, name)
-                    for name in ("reply_s", "replies_s", "prompt_s")
-                }
+                row["predicted"] = {name: base[way][name] + predicted(alone, way, delay / 1e3, name) for name in TESTS}
                 rows.append(row)
                 cells = [f"{row[name] * 1e3:.0f} ms | {row['predicted'][name] * 1e3:.0f} ms" for name in row["predicted"]]
                 same = "yes" if row["is_same_text"] else "NO"

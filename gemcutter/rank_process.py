@@ -44,6 +44,14 @@ def follow_torchrun(number: int, count: int) -> int:
 
 def serve(way: socket.socket, place: Place, ranks: Ranks, pipe: Pipe | None) -> int:
     """Load what the leader says, and do what it tells; return the process's exit code."""
+    try:
+        return _obey(way, place, ranks, pipe)
+    finally:
+        if pipe is not None:
+            pipe.end()
+
+
+def _obey(way: socket.socket, place: Place, ranks: Ranks, pipe: Pipe | None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     found = receive(way)
     if found is None:

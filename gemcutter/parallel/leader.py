@@ -24,7 +24,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -160,6 +160,8 @@ class Leader:
         return number
 
     def close(self) -> None:
-        """Let the other ranks end, and use again what was shared with them."""
+        """Let the other ranks end, with what was begun behind them, and use again what was shared with them."""
+        with suppress(RankError):
+            self.settle()
         self.monitor.close()
         self._give_back()

@@ -18,6 +18,7 @@ from torch import Tensor
 from gemcutter.errors import RankError
 from gemcutter.parallel.messages import encode, receive
 
+FAREWELL_S = 2.0  # that threads have to end
 GONE = "the pipeline is broken: a stage is gone, and the steps of the whole group end with it"
 
 
@@ -28,9 +29,12 @@ class Pipe:
         self._connections = (inward, outward)
         self._received, self._leaving = SimpleQueue[list[Tensor] | None](), SimpleQueue[bytes | None]()
         self._is_broken = False
-        for name, work in (("in", _read), ("out", _write)):
-            ends = (inward, self._received) if name == "in" else (outward, self._leaving)
-            threading.Thread(target=work, args=ends, name=f"gemcutter-rows-{name}", daemon=True).start()
+        self._threads = (
+            threading.Thread(target=_read, args=(inward, self._received), name="gemcutter-rows-in", daemon=True),
+            threading.Thread(target=_write, args=(outward, self._leaving), name="gemcutter-rows-out", daemon=True),
+        )
+        for thread in self._threads:
+            thread.start()
 
     def send(self, rows: Sequence[Tensor]) -> None:
         """Let the next stage have some tensors; returns before they are there."""
@@ -45,12 +49,17 @@ class Pipe:
         return found
 
     def end(self) -> None:
-        """Close both ways: whoever waits for rows, here or in another stage, gets an error."""
+        """Close both ways: whoever waits for rows, here or in another stage, gets an error.
+
+        The threads end, too: at the end of the interpreter they would be torn out of torch's code, which ends the process.
+        """
         self._leaving.put(None)
         self._received.put(None)
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(FAREWELL_S)
 
 
 def _read(connection: socket.socket, received: SimpleQueue[list[Tensor] | None]) -> None:

@@ -18,6 +18,7 @@ from tests.replicas.conftest import MODEL, Deployed, deployed, until
 
 LONG = {"model": "demo", "temperature": 0, "max_tokens": 600, "ignore_eos": True}
 STREAMS, WHOLE = 6, 8
+STREAM_TOKENS = 3000  # so many that the first stream still runs once the last one has begun
 
 
 def chat(number: int, **more: object) -> dict[str, object]:
@@ -28,7 +29,9 @@ def chat(number: int, **more: object) -> dict[str, object]:
 def read_stream(url: str, number: int, begun: threading.Semaphore) -> list[dict[str, Any] | str]:
     """Return the events of a stream, and say when it has begun."""
     found: list[dict[str, Any] | str] = []
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=chat(number, stream=True), timeout=120) as reply:
+    with httpx.stream(
+        "POST", f"{url}/v1/chat/completions", json=chat(number, stream=True, max_tokens=STREAM_TOKENS), timeout=120
+    ) as reply:
         for line in reply.iter_lines():
             if line.startswith("data: "):
                 found.append(json.loads(line[6:]) if line != "data: [DONE]" else "[DONE]")
@@ -47,7 +50,8 @@ def lose_one(found: Deployed) -> str:
 
 
 def test_requests_outlive_their_replica_unless_they_have_begun(cluster: str) -> None:
-    with deployed(cluster, "faults", replicas=2) as two, ThreadPoolExecutor(STREAMS + WHOLE) as pool:
+    model = {**MODEL, "context": 2 * STREAM_TOKENS}
+    with deployed(cluster, "faults", replicas=2, load=model) as two, ThreadPoolExecutor(STREAMS + WHOLE) as pool:
         begun = threading.Semaphore(0)
         streams = [pool.submit(read_stream, two.url, number, begun) for number in range(STREAMS)]
         for _ in range(STREAMS):
