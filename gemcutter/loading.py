@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
+from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
+from gemcutter.checkpoint.container.stored_tensor import PackedTensor
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
 from gemcutter.checkpoint.load.adapters import Maker, attach, fold, fold_tower, read_deltas, read_tower_deltas
 from gemcutter.checkpoint.load.held import changed_pieces, pieces_of
@@ -166,6 +169,8 @@ def _open(options: LoadOptions, checkpoint: Checkpoint, progress: Progress | Non
     if backend is not CPU and device.type == "cpu" and options.kernels == "auto":
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
     decoder = make_decoder(checkpoint.plan, params, options, dtype, device, tuple(apart), others)
+    if "embed.ple" in params and (device.type == "cpu" or options.ple == "mmap"):
+        decoder.release_table = partial(_release, [piece.data for piece in checkpoint.matched.pieces["embed.ple"]])
     drafter = open_drafter(options, decoder, notes, others) if options.drafts_by_model else None
     vision, audio, turns = None, None, Turns()
     if seen is not None:
@@ -177,6 +182,12 @@ def _open(options: LoadOptions, checkpoint: Checkpoint, progress: Progress | Non
     for name, each in apart.items():
         add_to_towers([tower for tower in (vision, audio) if tower is not None], name, each, device)
     return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns)
+
+
+def _release(stored: Sequence[LazyTensor | PackedTensor]) -> None:
+    """Give back the mapped pages of stored tensors; they come again, from the page cache, where they are read."""
+    for each in stored:
+        each.release()
 
 
 def open_rank(options: LoadOptions, stages: Sequence[range], place: Place, ranks: Ranks, pipe: Pipe | None) -> Follower:

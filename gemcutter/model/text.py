@@ -27,6 +27,9 @@ from gemcutter.quant.carried import adapters_of, carry, carrying_weights, withou
 from gemcutter.quant.packed import dtype_name
 
 NO_CONTEXT = nullcontext()
+# Of a mapped table until its pages are given back: the kernel maps 16 of them for one that is read, so these are 256 MB at most,
+# which stay in the page cache, but count as this process' memory.
+GATHERED_ROWS = 4096
 
 
 class Layer:
@@ -115,6 +118,8 @@ class Decoder:
         pipeline: Pipeline | None = None,
     ) -> None:
         self.ranks, self.leader, self.pipeline = ranks, leader, pipeline
+        self.release_table: Callable[[], None] | None = None  # gives back the pages of a mapped table of per-layer embeddings
+        self._rows_gathered = 0
         self.plan, self.params, self.dtype, self.device = plan, without_deltas(params), dtype, torch.device(device)
         self._is_on_gpu = self.device.type == "cuda"
         self.backend = select_backend(self.device.type, kernels)
@@ -213,6 +218,10 @@ class Decoder:
 
     def layer_inputs(self, x_ND: Tensor, step: Step) -> tuple[Sequence[Layer], LayerInputs, LayerInputs]:
         """Return the layers that run a step, and the per-layer embeddings of those that all rows pass and of the others."""
+        self._rows_gathered += step.num_rows
+        if self._rows_gathered > GATHERED_ROWS and self.release_table is not None:
+            self.release_table()
+            self._rows_gathered = 0
         body = self.adapted if any(step.adapters) else self
         return body.layers, *_embed_ple(self.plan, body.ple_embed, x_ND, step)
 
