@@ -68,7 +68,7 @@ class KernelError(GemcutterError):
 
 
 class RankError(GemcutterError):
-    """A tensor-parallel rank that died, hangs or can't be reached: the whole group ends with it."""
+    """A rank of a model on several processes that died, hangs or can't be reached: the whole group ends with it."""
 
 
 def spell_value(value: object, limit: int = 80) -> str:
