@@ -185,7 +185,8 @@ class PrefixCache:
         self._clock += 1
         self._use(path)
         for found in path[-(-length // self.page_tokens) - 1].windows.values() if length else ():
-            snapshot = min((each for each in found.holders if each.end >= length), key=lambda each: each.end)
+            beyond = [each for each in found.holders if each.end >= length]  # none where one that went further was evicted
+            snapshot = min(beyond, key=_end) if beyond else max(found.holders, key=_end)
             snapshot.used, snapshot.is_checkpoint = self._clock, False
 
     def _use(self, nodes: Iterable[PageNode]) -> None:
@@ -461,6 +462,10 @@ class PrefixCache:
         for space, root in self._roots.items():
             assert isinstance(space, tuple)
             yield space, root
+
+
+def _end(snapshot: Snapshot) -> int:
+    return snapshot.end
 
 
 def _upwards(node: PageNode | None) -> Iterator[PageNode]:

@@ -262,6 +262,21 @@ def test_the_longest_unused_goes_first_and_leaves_before_what_they_stand_on() ->
     assert [reused(cache, (token,) * 7) for token in (1, 2, 3, 0)] == [2, 2, 4, 3]
 
 
+def test_what_a_page_holds_beyond_the_snapshots_that_are_left_is_reused() -> None:
+    """Of two prompts that end in one page the longer one's windows are let go: its rows of that page are still there."""
+    pool = make_pool(tokens=8, window=6)
+    cache, (_, sliding) = make_cache(pool), pool.allocators
+    ids = tuple(each % 4 for each in range(15))
+    keep(cache, pool, ids[:12])
+    keep(cache, pool, ids)
+    assert reused(cache, ids[:12] + (0,)) == 12  # which is now the more recently used end
+    assert cache.evict(sliding)
+    assert [snapshot.end for snapshot in cache._snapshots] == [12]
+    assert reused(cache, (*ids, 0)) == 15
+    assert reused(cache, ids[:14]) == 13
+    assert_all_goes(cache)
+
+
 def test_nothing_that_a_sequence_holds_is_taken_away() -> None:
     pool = make_pool(tokens=2)
     cache = make_cache(pool, pages=3)
