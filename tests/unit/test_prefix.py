@@ -269,7 +269,7 @@ def test_what_a_page_holds_beyond_the_snapshots_that_are_left_is_reused() -> Non
     ids = tuple(each % 4 for each in range(15))
     keep(cache, pool, ids[:12])
     keep(cache, pool, ids)
-    assert reused(cache, ids[:12] + (0,)) == 12  # which is now the more recently used end
+    assert reused(cache, (*ids[:12], 0)) == 12  # which is now the more recently used end
     assert cache.evict(sliding)
     assert [snapshot.end for snapshot in cache._snapshots] == [12]
     assert reused(cache, (*ids, 0)) == 15
