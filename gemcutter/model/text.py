@@ -27,9 +27,9 @@ from gemcutter.quant.carried import adapters_of, carry, carrying_weights, withou
 from gemcutter.quant.packed import dtype_name
 
 NO_CONTEXT = nullcontext()
-# Of a mapped table until its pages are given back: the kernel maps 16 of them for one that is read, so these are 256 MB at most,
-# which stay in the page cache, but count as this process' memory.
-GATHERED_ROWS = 4096
+# Of a mapped table until its pages are given back: for one page that is read the kernel maps all those around it that lie in the
+# page cache. These cost nothing, but count as this process' memory.
+GATHERED_ROWS = 128
 
 
 class Layer:
@@ -218,12 +218,13 @@ class Decoder:
 
     def layer_inputs(self, x_ND: Tensor, step: Step) -> tuple[Sequence[Layer], LayerInputs, LayerInputs]:
         """Return the layers that run a step, and the per-layer embeddings of those that all rows pass and of the others."""
+        body = self.adapted if any(step.adapters) else self
+        early, late = _embed_ple(self.plan, body.ple_embed, x_ND, step)
         self._rows_gathered += step.num_rows
         if self._rows_gathered > GATHERED_ROWS and self.release_table is not None:
             self.release_table()
             self._rows_gathered = 0
-        body = self.adapted if any(step.adapters) else self
-        return body.layers, *_embed_ple(self.plan, body.ple_embed, x_ND, step)
+        return body.layers, early, late
 
     def run(
         self,
