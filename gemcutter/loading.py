@@ -185,7 +185,7 @@ def _open(options: LoadOptions, checkpoint: Checkpoint, progress: Progress | Non
 
 
 def _release(stored: Sequence[LazyTensor | PackedTensor]) -> None:
-    """Give back the mapped pages of stored tensors; they come again, from the page cache, where they are read."""
+    """Let go of the mapped pages of stored tensors; they come again, from the page cache, where they are read."""
     for each in stored:
         each.release()
 
