@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count, takewhile
 from traceback import clear_frames
 from typing import Any
@@ -34,6 +35,15 @@ from gemcutter.engine.watchdog import TokenClasses
 from gemcutter.errors import RequestError, spell_value
 from gemcutter.model.text import AdaptedBody, Decoder
 from gemcutter.ops.turns import Turns
+
+
+@dataclass(frozen=True, slots=True)
+class _LaunchedStep:
+    """A step under way: when choosing its rows began, and when they were known; None where it was launched ahead of its turn."""
+
+    pending: PendingStep
+    started_s: float = 0.0
+    launched_s: float | None = None
 
 
 class Engine:
@@ -87,7 +97,7 @@ class Engine:
         captured = CapturedSteps(decoder, self.pool, self.context, keeps_states=keeps_states) if is_static else None
         self.runner = ModelRunner(decoder, self.pool, captured, keeps_states=keeps_states)
         self.speculator = speculator
-        self._launched = deque[PendingStep]()  # the oldest first; before their results are asked for
+        self._launched = deque[_LaunchedStep]()  # the oldest first; before their results are asked for
         self._sequences: dict[int, SequenceState] = {}
         self._timed: dict[int, SequenceState] = {}  # those that have a deadline
         self._numbers = count()
@@ -263,23 +273,21 @@ class Engine:
         reservations back, and the rows run again in a later step. If the pass through the model raises an Exception, the requests
         in that step end with it; a request whose own sampling or report fails ends alone.
         """
-        expired, started_s = self._expire(), self.clock()
-        launched_s = started_s
-        is_measured = not self._launched  # else part of the step's time has passed already
+        expired = self._expire()
         chunks: Sequence[ScheduledChunk] = ()
         try:
             while len(self._launched) < self.decoder.most_begun:
-                chunks = ()  # nobody is to blame if choosing fails
+                chunks, started_s = (), self.clock()  # nobody is to blame if choosing fails
                 chunks = self.scheduler.schedule()
                 if not chunks and self._launched:
                     break
-                launched_s = launched_s if self._launched else self.clock()
-                _note_start(chunks, self.clock())
-                self._launched.append(self.runner.launch(chunks))
-            pending = self._launched[0]
-            chunks = pending.chunks
+                launched_s = self.clock()
+                _note_start(chunks, launched_s)
+                self._launched.append(_LaunchedStep(self.runner.launch(chunks), started_s, launched_s))
+            launched = self._launched[0]
+            pending, chunks = launched.pending, launched.pending.chunks
             if self.runner.can_run_ahead(pending) and (after := self.scheduler.schedule_after(chunks)):
-                self._launched.append(self.runner.launch_after(pending, after))
+                self._launched.append(_LaunchedStep(self.runner.launch_after(pending, after)))
             results, now = pending.result().chunks, self.clock()
         except Exception as error:
             self._withdraw()
@@ -288,8 +296,8 @@ class Engine:
             self._withdraw()
             raise
         self._launched.popleft()
-        if is_measured:
-            self._measured(chunks, now - started_s, now - launched_s)
+        if launched.launched_s is not None:
+            self._measured(chunks, now - launched.started_s, now - launched.launched_s)
         events = expired
         for chunk, result in zip(chunks, results, strict=True):
             if chunk.sequence.table is chunk.table:  # else it ended while this row was computed

@@ -31,8 +31,6 @@ from gemcutter.shard import Place, Shard
 if TYPE_CHECKING:
     from gemcutter.load_options import LoadOptions
 
-MOST_RANKS = 64
-
 
 def launch(options: LoadOptions, stages: Sequence[range]) -> tuple[SharedRanks, Pipe | None, Leader]:
     """Start the other ranks, which begin to load what they hold.
@@ -57,11 +55,7 @@ def launch(options: LoadOptions, stages: Sequence[range]) -> tuple[SharedRanks, 
         connections.append(there)
     for file in files:
         os.close(file)
-    pipe = Pipe(ways[here.previous][1], ways[0][0]) if ways else None
-    for number, way in enumerate(ways):  # all other ends are the other processes' alone, so that they end with these
-        for one, holder in zip(way, (number, replace(here, number=number).next), strict=True):
-            if holder:
-                one.close()
+    pipe = _own_pipe(here, ways) if ways else None
 
     def end() -> None:
         for group in groups:
@@ -93,6 +87,15 @@ def _start(
     )
     there.close()
     return found, here
+
+
+def _own_pipe(here: Place, ways: Sequence[tuple[socket.socket, socket.socket]]) -> Pipe:
+    """Return the leader's own pipe; all other ends are the other processes' alone, so that they end with these."""
+    for number, way in enumerate(ways):
+        for end, holder in zip(way, (number, replace(here, number=number).next), strict=True):
+            if holder != here.number:
+                end.close()
+    return Pipe(ways[here.previous][1], ways[here.number][0])
 
 
 class _Cores:
