@@ -49,6 +49,7 @@ LOADING: dict[str, Any] = {
     "generation_config": "none",
     "mmproj": "projector",
     "tensor_parallel": 2,
+    "pipeline_parallel": 2,
 }
 
 
