@@ -220,10 +220,11 @@ class Decoder:
         """Return the layers that run a step, and the per-layer embeddings of those that all rows pass and of the others."""
         body = self.adapted if any(step.adapters) else self
         early, late = _embed_ple(self.plan, body.ple_embed, x_ND, step)
-        self._rows_gathered += step.num_rows
-        if self._rows_gathered > GATHERED_ROWS and self.release_table is not None:
-            self.release_table()
-            self._rows_gathered = 0
+        if self.release_table is not None:
+            self._rows_gathered += step.num_rows
+            if self._rows_gathered > GATHERED_ROWS:
+                self.release_table()
+                self._rows_gathered = 0
         return body.layers, early, late
 
     def run(
