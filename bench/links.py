@@ -19,7 +19,6 @@ import json
 import os
 import random
 import select
-import socket
 import statistics
 import struct
 import subprocess
@@ -42,6 +41,7 @@ WAYS = ("tensor", "pipeline")
 TESTS = ("reply_s", "replies_s", "prompt_s")
 QUESTION, TOKENS, BATCH, PROMPT, CHUNK = "What is a lantern?", 24, 4, 1024, 512
 JOIN_S = 300
+PORT = 29_555  # of the first host: in a namespace of its own every port is free
 
 
 def can_link() -> bool:
@@ -141,16 +141,16 @@ def _inside(name: str) -> Iterator[None]:
             library.setns(before.fileno(), CLONE_NEWNET)
 
 
-def rank_environment(rank: int, host: str, port: int) -> dict[str, str]:
-    """Return what torchrun would tell a rank of two."""
-    given = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+def rank_environment(rank: int, host: str, port: int = PORT, world: int = 2) -> dict[str, str]:
+    """Return what torchrun would tell a rank."""
+    given = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
     return given | {"TORCHELASTIC_RUN_ID": "links"}
 
 
-def run_on(link: Link, leader: Sequence[str], port: int) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+def run_on(link: Link, leader: Sequence[str]) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
     """Start a program as the first rank on one host, and on the other the rank that follows."""
-    first = link.start(0, *leader, environment=rank_environment(0, link.hosts[0], port))
-    other = link.start(1, "-m", "gemcutter", "run", "any", environment=rank_environment(1, link.hosts[0], port))
+    first = link.start(0, *leader, environment=rank_environment(0, link.hosts[0]))
+    other = link.start(1, "-m", "gemcutter", "run", "any", environment=rank_environment(1, link.hosts[0]))
     return first, other
 
 
@@ -206,11 +206,11 @@ def predicted(alone: dict[str, Any], way: str, delay_s: float, test: str) -> flo
     return delay_s * (-(-PROMPT // CHUNK) * 4 * (2 * whole + 1) + 2 * (2 * (layers - whole) + 1))
 
 
-def measure(model: str, way: str, delay_s: float, loss: float, rounds: int, port: int) -> dict[str, Any]:
+def measure(model: str, way: str, delay_s: float, loss: float, rounds: int) -> dict[str, Any]:
     """Measure one way over one link."""
     with Link(delay_s, loss) as link:
         program = [__file__, "--lead", way, "--model", model, "--rounds", str(rounds)]
-        first, other = run_on(link, program, port)
+        first, other = run_on(link, program)
         try:
             said, problem = first.communicate(timeout=JOIN_S)
             other.communicate(timeout=30)
@@ -220,13 +220,6 @@ def measure(model: str, way: str, delay_s: float, loss: float, rounds: int, port
         if first.returncode:
             raise SystemExit(f"{way}, {delay_s * 1e3:g} ms: {problem}")
         return json.loads(said.splitlines()[-1]) | {"packets": link.carried, "lost": link.lost}
-
-
-def free_port() -> int:
-    """Return a port that is free on this machine; in a namespace of its own all are."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
 
 
 def main() -> int:
@@ -255,7 +248,7 @@ def main() -> int:
     for way in WAYS:
         for loss in given.loss:
             for delay in given.delays:
-                found = measure(given.model, way, delay / 1e3, loss / 100, given.rounds, free_port())
+                found = measure(given.model, way, delay / 1e3, loss / 100, given.rounds)
                 base.setdefault(way, found)
                 row = {
                     "way": way,

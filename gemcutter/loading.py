@@ -12,8 +12,7 @@ from functools import partial
 
 import torch
 
-from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
-from gemcutter.checkpoint.container.stored_tensor import PackedTensor
+from gemcutter.checkpoint.container.stored_tensor import release_pages
 from gemcutter.checkpoint.formats.lora import Adapter, open_adapter
 from gemcutter.checkpoint.load.adapters import Maker, attach, fold, fold_tower, read_deltas, read_tower_deltas
 from gemcutter.checkpoint.load.held import changed_pieces, pieces_of
@@ -170,8 +169,8 @@ def _open(options: LoadOptions, checkpoint: Checkpoint, progress: Progress | Non
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
     decoder = make_decoder(checkpoint.plan, params, options, dtype, device, tuple(apart), others)
     if "embed.ple" in params and (device.type == "cpu" or options.ple == "mmap"):
-        decoder.release_table = partial(_release, [piece.data for piece in checkpoint.matched.pieces["embed.ple"]])
-    drafter = open_drafter(options, decoder, notes, others) if options.drafts_by_model else None
+        decoder.release_table = partial(release_pages, checkpoint.matched.pieces["embed.ple"])
+    drafter = open_drafter(options, decoder, notes) if options.drafts_by_model else None
     vision, audio, turns = None, None, Turns()
     if seen is not None:
         weights = tower_params(*seen, merged, options, decoder, notes)
@@ -182,12 +181,6 @@ def _open(options: LoadOptions, checkpoint: Checkpoint, progress: Progress | Non
     for name, each in apart.items():
         add_to_towers([tower for tower in (vision, audio) if tower is not None], name, each, device)
     return OpenModel(options, checkpoint, decoder, notes, drafter, vision, audio, turns)
-
-
-def _release(stored: Sequence[LazyTensor | PackedTensor]) -> None:
-    """Let go of the mapped pages of stored tensors; they come again, from the page cache, where they are read."""
-    for each in stored:
-        each.release()
 
 
 def open_rank(options: LoadOptions, stages: Sequence[range], place: Place, ranks: Ranks, pipe: Pipe | None) -> Follower:
@@ -226,7 +219,7 @@ def stages_of(checkpoint: Checkpoint, options: LoadOptions) -> tuple[range, ...]
     compute = own_dtype(checkpoint.config.dtype)[0] if options.dtype is None else check_dtype(options.dtype)
     packing = select_backend("cpu", options.kernels).packing
     held = param_memory(checkpoint, Holding(compute, "cpu", packing, options.quant))
-    weights = {name: memory.mapped + memory.resident for name, memory in held.items()}
+    weights = {name: memory.held for name, memory in held.items()}
     return cut_stages(checkpoint.plan, weights, options.pipeline_parallel)
 
 
@@ -276,7 +269,7 @@ def tower_params(
     return params
 
 
-def open_drafter(options: LoadOptions, target: Decoder, notes: list[str], others: Others = Others()) -> Drafter | Decoder | None:
+def open_drafter(options: LoadOptions, target: Decoder, notes: list[str]) -> Drafter | Decoder | None:
     """Load the assistant, or smaller model, that the options name for a decoder that is there, and note what is special about it.
 
     None for a smaller model on a rank that follows, since it runs whole where the ranks are led, and for an assistant on all
@@ -290,7 +283,7 @@ def open_drafter(options: LoadOptions, target: Decoder, notes: list[str], others
     if not found.plan.is_drafter and found.plan.vocab != target.plan.vocab:
         vocabs = f"{found.plan.vocab:,} tokens, {options.model} has {target.plan.vocab:,}"
         raise RequestError(f"draft_model: {options.draft_model} knows {vocabs}; name its assistant, or a smaller Gemma 4")
-    follows = others.leader is None and (others.ranks is not None or others.pipe is not None)
+    follows = target.leader is None and (target.ranks is not None or target.pipeline is not None)
     if not found.plan.is_drafter and follows:
         return None
     ranks = target.ranks if found.plan.is_drafter else None

@@ -36,7 +36,7 @@ class ScalePlan:
 def make_plan(model: PlannedModel, device: Device, work: Workload, world: int, stages: int) -> ScalePlan:
     """Cut a model for so many ranks and stages. Raises ConfigError where it can't be shared so."""
     ranks = tuple(RankNeeds(model, rank, world, work) for rank in range(world))
-    weights = {name: memory.mapped + memory.resident for name, memory in model.weights(model.plan).items()}
+    weights = {name: memory.held for name, memory in model.weights(model.plan).items()}
     return ScalePlan(model, device, work, ranks, cut_stages(model.plan, weights, stages))
 
 
@@ -106,7 +106,7 @@ def describe_memory(rank: RankNeeds, layers: range, device: Device) -> dict[str,
     total = sum(kinds.values(), WeightMemory())
     running, kept = rank.kv_bytes(layers)
     others = {"buffer_bytes": rank.buffer_bytes(layers), "process_bytes": rank.process_bytes(total)}
-    held = total.mapped + total.resident
+    held = total.held
     return {
         "weights": {kind: asdict(kinds[kind]) for kind in KINDS if kind in kinds},
         "weight_bytes": held,

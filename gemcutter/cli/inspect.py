@@ -198,7 +198,7 @@ def count_weights(checkpoint: Checkpoint, use: Use, held: WeightMemory) -> tuple
         item_bytes = held_bytes(checkpoint, use.dtype, use.device)
         whole, read = plan.weight_bytes(item_bytes), plan.weight_bytes(item_bytes, rows_access=False)
     else:
-        read = held.mapped + held.resident
+        read = held.held
         whole = read + held.by_rows
         item_bytes = read / plan.weight_bytes(1.0, rows_access=False)
     return {"bytes": whole, "read_whole_bytes": read}, item_bytes
@@ -220,7 +220,7 @@ def describe_memory(
     is_packed = any(isinstance(piece.data, PackedTensor) for found in checkpoint.matched.pieces.values() for piece in found)
     is_packing = use.quant is not None or use.adapter is not None or (is_packed and held.resident > held.mapped)
     other = other_memory(checkpoint, is_packing) if use.place == "cpu" else step_memory(plan)
-    weights = held.mapped + held.resident
+    weights = held.held
     sizes = {tokens: plan.kv_bytes(tokens, use.kv_item_bytes, is_compact, use.kv_scale_bytes) for tokens in contexts}
     return {
         "device": use.device,

@@ -91,7 +91,7 @@ class Pipeline:
 
     def pass_on(self, decoder: Decoder, step: Step, cache: KVCache) -> None:
         """Run a prepared step in a stage other than the last: rows come in, pass its layers, and go out."""
-        layers = (decoder.adapted if any(step.adapters) else decoder).layers
+        layers = decoder.body_of(step).layers
         x_ND, *ple = self._pipe.receive()
         own: LayerInputs = [None] * len(layers)
         if ple:

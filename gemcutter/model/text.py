@@ -216,9 +216,13 @@ class Decoder:
         layers, early, late = self.layer_inputs(x_ND, step)
         return self.run(layers, x_ND, step, cache, early, late, observe)
 
+    def body_of(self, step: Step) -> Decoder | AdaptedBody:
+        """Return what runs a step: the decoder's own ops, or those that know adapters, where some row asks for one."""
+        return self.adapted if any(step.adapters) else self
+
     def layer_inputs(self, x_ND: Tensor, step: Step) -> tuple[Sequence[Layer], LayerInputs, LayerInputs]:
         """Return the layers that run a step, and the per-layer embeddings of those that all rows pass and of the others."""
-        body = self.adapted if any(step.adapters) else self
+        body = self.body_of(step)
         early, late = _embed_ple(self.plan, body.ple_embed, x_ND, step)
         if self.release_table is not None:
             self._rows_gathered += step.num_rows

@@ -28,7 +28,6 @@ class Pipe:
     def __init__(self, inward: socket.socket, outward: socket.socket) -> None:
         self._connections = (inward, outward)
         self._received, self._leaving = SimpleQueue[list[Tensor] | None](), SimpleQueue[bytes | None]()
-        self._is_broken = False
         self._threads = (
             threading.Thread(target=_read, args=(inward, self._received), name="gemcutter-rows-in", daemon=True),
             threading.Thread(target=_write, args=(outward, self._leaving), name="gemcutter-rows-out", daemon=True),
@@ -42,9 +41,9 @@ class Pipe:
 
     def receive(self) -> list[Tensor]:
         """Wait for the next tensors of the stage before. Raises RankError once a stage is gone."""
-        found = None if self._is_broken else self._received.get()
+        found = self._received.get()
         if found is None:
-            self._is_broken = True
+            self._received.put(None)  # for who asks next
             raise RankError(GONE)
         return found
 

@@ -49,21 +49,8 @@ def lead(options: LoadOptions, stages: Sequence[range]) -> tuple[DistributedRank
     with _listen() as listener:
         listener.settimeout(JOIN_S)
         dist.broadcast_object_list([(os.environ["MASTER_ADDR"], listener.getsockname()[1], word)], src=0)
-        found: dict[int, socket.socket] = {}
-        while len(found) < place.count - 1:
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                missing = sorted(set(range(1, place.count)) - found.keys())
-                raise RankError(f"ranks {missing} did not connect to rank 0 within {JOIN_S:.0f} s") from None
-            rank = _greeted(connection, word)
-            if rank is not None and 0 < rank < place.count:
-                found[rank] = connection
-            else:
-                connection.close()
-    connections = [found[rank] for rank in sorted(found)]
+        connections = _await_connections(listener, word, range(1, place.count), place.number)
     for connection in connections:
-        keep_alive(connection)
         connection.sendall(opening(options, stages))
     pipe = _join_stages(place)
 
@@ -112,15 +99,29 @@ def _join_stages(place: Place) -> Pipe | None:
         own, every = (_own_host(), listener.getsockname()[1], secrets.token_hex(16)), [("", 0, "")] * place.count
         dist.all_gather_object(every, own)
         outward = _connect(place.number, place.next, *every[place.next])
-        while True:
-            try:
-                inward, _ = listener.accept()
-            except TimeoutError:
-                raise RankError(f"rank {place.previous} did not connect to rank {place.number} within {JOIN_S:.0f} s") from None
-            if _greeted(inward, own[2]) == place.previous:
-                keep_alive(inward)
-                return Pipe(inward, outward)
-            inward.close()
+        (inward,) = _await_connections(listener, own[2], [place.previous], place.number)
+    return Pipe(inward, outward)
+
+
+def _await_connections(listener: socket.socket, word: str, wanted: Sequence[int], here: int) -> list[socket.socket]:
+    """Return the connections of the wanted ranks, in their order. Raises RankError if one does not come in time.
+
+    Who does not know the word, or is not wanted, is sent away.
+    """
+    found = dict[int, socket.socket]()
+    while len(found) < len(wanted):
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            missing = [rank for rank in wanted if rank not in found]
+            raise RankError(f"ranks {missing} did not connect to rank {here} within {JOIN_S:.0f} s") from None
+        rank = _greeted(connection, word)
+        if rank is None or rank not in wanted:
+            connection.close()
+            continue
+        keep_alive(connection)
+        found[rank] = connection
+    return [found[rank] for rank in wanted]
 
 
 def _own_host() -> str:

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not can_link(), reason="needs Linux, root, `ip` and /dev/net/tun"),
 ]
 
-QUESTION, TOKENS, PORT = "What is a lantern?", 8, 29_555
+QUESTION, TOKENS = "What is a lantern?", 8
 RUN = ["-m", "gemcutter", "run", "demo", QUESTION, "-n", str(TOKENS), "--dtype", "float32", "--ignore-eos"]
 WAYS = [[], ["--pp", "2"]]
 SOON_S = 60.0
@@ -28,7 +28,7 @@ def test_a_slow_link_that_loses_packets_changes_no_text(options: list[str], dela
     with model("demo") as one:
         wanted = one.chat([{"role": "user", "content": QUESTION}], max_tokens=TOKENS, temperature=0.0, ignore_eos=True).text
     with Link(delay_s, loss) as link:
-        first, other = run_on(link, [*RUN, *options], PORT)
+        first, other = run_on(link, [*RUN, *options])
         said, problem = first.communicate(timeout=SOON_S)
         assert first.returncode == 0, problem
         assert other.wait(SOON_S) == 0
@@ -40,7 +40,7 @@ def test_a_slow_link_that_loses_packets_changes_no_text(options: list[str], dela
 def test_a_host_that_is_cut_off_ends_the_others_requests(options: list[str]) -> None:
     """Nothing says that the other host is gone: no packet comes any more."""
     with Link(0.001) as link:
-        first, other = run_on(link, [*RUN[:-4], "100000", "--ignore-eos", *options], PORT)
+        first, other = run_on(link, [*RUN[:-4], "100000", "--ignore-eos", *options])
         assert first.stdout is not None
         assert first.stdout.read(20)  # the reply has begun
         link.loss = 1.0

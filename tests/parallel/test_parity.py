@@ -61,6 +61,13 @@ def answers(loaded: Model, requests: list[Request]) -> list[Answer]:
     return found
 
 
+def asked_of_one(path: str, **how: object) -> tuple[list[Request], list[Answer]]:
+    """Return requests, and what one process answers."""
+    with model(path, **how) as one:
+        requests = requests_of(one.plan.vocab)
+        return requests, answers(one, requests)
+
+
 def compare(wanted: list[Answer], found: list[Answer], tolerance: float = TOLERANCE) -> None:
     for (tokens, logits, logprobs), (other_tokens, other_logits, other_logprobs) in zip(wanted, found, strict=True):
         assert other_tokens == tokens
@@ -75,9 +82,7 @@ def compare(wanted: list[Answer], found: list[Answer], tolerance: float = TOLERA
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_say_what_one_says(name: str) -> None:
     path = path_of(name)
-    with model(path) as one:
-        requests = requests_of(one.plan.vocab)
-        wanted = answers(one, requests)
+    requests, wanted = asked_of_one(path)
     with model(path, 2) as two:
         assert two.plan.rank is not None
         compare(wanted, answers(two, requests))
@@ -110,9 +115,7 @@ def test_every_size(size: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [{"kernels": "reference"}, {"max_batched_tokens": 16, "max_num_seqs": 2}, {"quant": "q4"}])
 def test_other_kernels_chunks_and_weights_quantized_at_load(name: str, how: dict[str, object]) -> None:
     path = path_of(name)
-    with model(path, **how) as one:
-        requests = requests_of(one.plan.vocab)
-        wanted = answers(one, requests)
+    requests, wanted = asked_of_one(path, **how)
     with model(path, 2, **how) as two:
         compare(wanted, answers(two, requests))
 
@@ -120,9 +123,7 @@ def test_other_kernels_chunks_and_weights_quantized_at_load(name: str, how: dict
 def test_the_fast_path_differs_by_rounding_alone() -> None:
     """Rows in int8 and a cache in bfloat16: a rank rounds other sums than one process."""
     path = path_of("tiny-e-Q4_0.gguf")
-    with model(path, dtype="bfloat16") as one:
-        requests = requests_of(one.plan.vocab)
-        wanted = answers(one, requests)
+    requests, wanted = asked_of_one(path, dtype="bfloat16")
     with model(path, 2, dtype="bfloat16") as two:
         for (_, logits, _), (_, others, _) in zip(wanted, answers(two, requests), strict=True):
             values, found = dict(logits), dict(others)

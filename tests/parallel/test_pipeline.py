@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from gemcutter import native
 from gemcutter.benchmark.synthetic import plan_of
@@ -26,10 +25,9 @@ from gemcutter.parallel.stages import cut_stages
 from gemcutter.plan import ModelPlan
 from gemcutter.quant.packing import CpuPacker
 from gemcutter.shard import Place
-from tests.images import drawing
-from tests.parallel.test_parity import MODELS, answers, compare, model, path_of, requests_of
-from tests.parallel.test_together import texts
-from tests.trained import release_folder, trained
+from tests.parallel.test_parity import MODELS, answers, asked_of_one, compare, model, path_of, requests_of
+from tests.parallel.test_together import reply_to_drawing, texts
+from tests.trained import trained
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
@@ -39,9 +37,7 @@ EXACT = 1e-6  # largest difference over largest logit: the same sums, in steps o
 @pytest.mark.parametrize("name", MODELS)
 def test_two_stages_say_what_one_process_says(name: str) -> None:
     path = path_of(name)
-    with model(path) as one:
-        requests = requests_of(one.plan.vocab)
-        wanted = answers(one, requests)
+    requests, wanted = asked_of_one(path)
     with model(path, pipeline_parallel=2) as two:
         assert two.plan.stage is not None
         assert two.plan.stage.first > 0
@@ -67,9 +63,7 @@ def test_every_size_in_every_number_of_stages(size: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["tiny-e", "tiny-a-mlx-4bit"])
 def test_stages_whose_layers_are_shared_by_ranks(name: str) -> None:
     path = path_of(name)
-    with model(path) as one:
-        requests = requests_of(one.plan.vocab)
-        wanted = answers(one, requests)
+    requests, wanted = asked_of_one(path)
     with model(path, 2, pipeline_parallel=2) as four:
         assert four.plan.rank is not None
         assert four.plan.stage is not None
@@ -89,9 +83,7 @@ def test_stages_whose_layers_are_shared_by_ranks(name: str) -> None:
     ],
 )
 def test_ways_to_compute(how: dict[str, object]) -> None:
-    with model("demo", **how) as one:
-        requests = requests_of(one.plan.vocab)
-        wanted = answers(one, requests)
+    requests, wanted = asked_of_one("demo", **how)
     with model("demo", pipeline_parallel=3, **how) as three:
         compare(wanted, answers(three, requests), 5e-3 if how.get("kv") else 2e-5)  # codes may fall to the other side
 
@@ -173,14 +165,7 @@ def test_adapters_merged_apart_and_loaded_while_serving(name: str) -> None:
 
 def test_images(tmp_path: Path) -> None:
     """The tower is the leader's alone; what it makes of an image passes all stages."""
-    file = tmp_path / "drawing.png"
-    Image.fromarray(drawing(96, 64)).save(file)
-    parts = [{"type": "image", "image": str(file)}, {"type": "text", "text": "What is this?"}]
-    found = []
-    for stages in (1, 2):
-        with model(str(release_folder()), media=("image",), pipeline_parallel=stages) as loaded:
-            reply = loaded.chat([{"role": "user", "content": parts}], max_tokens=30, logprobs=0, temperature=0.0)
-            found.append((reply.text, [round(each.logprob, 4) for each in reply.logprobs or ()]))
+    found = [reply_to_drawing(tmp_path, 4, pipeline_parallel=stages) for stages in (1, 2)]
     assert found[0] == found[1]
 
 

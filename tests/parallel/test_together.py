@@ -90,14 +90,17 @@ def test_a_cache_in_eight_bits() -> None:
         compare(answers(one, requests), answers(two, requests), tolerance=5e-3)
 
 
-def test_images(tmp_path: Path) -> None:
-    """The tower is the leader's alone; what it makes of an image enters the layers of all ranks."""
-    file = tmp_path / "drawing.png"
+def reply_to_drawing(folder: Path, digits: int, ranks: int = 1, **how: Any) -> tuple[str, list[float]]:
+    """Return what is said of an image, and the log-probabilities, rounded."""
+    file = folder / "drawing.png"
     Image.fromarray(drawing(96, 64)).save(file)
     parts = [{"type": "image", "image": str(file)}, {"type": "text", "text": "What is this?"}]
-    found = []
-    for ranks in (1, 2):
-        with model(str(release_folder()), ranks, media=("image",)) as loaded:
-            reply = loaded.chat([{"role": "user", "content": parts}], max_tokens=30, logprobs=0, temperature=0.0)
-            found.append((reply.text, [round(each.logprob, 3) for each in reply.logprobs or ()]))
+    with model(str(release_folder()), ranks, media=("image",), **how) as loaded:
+        reply = loaded.chat([{"role": "user", "content": parts}], max_tokens=30, logprobs=0, temperature=0.0)
+        return reply.text, [round(each.logprob, digits) for each in reply.logprobs or ()]
+
+
+def test_images(tmp_path: Path) -> None:
+    """The tower is the leader's alone; what it makes of an image enters the layers of all ranks."""
+    found = [reply_to_drawing(tmp_path, 3, ranks) for ranks in (1, 2)]
     assert found[0] == found[1]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
+from bench.links import rank_environment
 from gemcutter import native
 
 pytestmark = pytest.mark.skipif(
@@ -33,8 +34,7 @@ def free_port() -> int:
 
 def rank_of(rank: int, world: int, port: int, *command: str) -> subprocess.Popen[str]:
     """Start a rank with the environment that torchrun would give it."""
-    given = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment = PLAIN | given | {"TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = PLAIN | rank_environment(rank, "127.0.0.1", port, world) | {"GLOO_SOCKET_IFNAME": "lo"}
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 

@@ -6,7 +6,7 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,12 @@ class StoredTensor:
     def label(self) -> str:
         """Name the parameter and part for a message."""
         return f"{self.name}[{self.part}]" if self.part else str(self.name)
+
+
+def release_pages(pieces: Iterable[StoredTensor]) -> None:
+    """Let the kernel drop the mapped pages of some stored tensors; where they are read again, they come from its page cache."""
+    for piece in pieces:
+        piece.data.release()
 
 
 def rearranged(data: LazyTensor | PackedTensor, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> LazyTensor:

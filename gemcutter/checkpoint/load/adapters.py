@@ -15,8 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gemcutter.checkpoint.container.lazy_tensor import LazyTensor
-from gemcutter.checkpoint.container.stored_tensor import StoredTensor
+from gemcutter.checkpoint.container.stored_tensor import StoredTensor, release_pages
 from gemcutter.checkpoint.formats.lora import Adapter, Factors
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.row_chunks import CHUNK_ROWS, Run, row_chunks
@@ -83,7 +82,7 @@ def fold_factors(
         weight, stored = _weight(params, name), pieces[name]
         is_fused = len(weight.parts) > 1 and any(piece.part is None for piece in stored)  # one tensor, loaded for all its parts
         deltas = _changes("", weight, changes, maker.device, known.get(name))
-        parts, release = list[Part](), partial(_release, stored)
+        parts, release = list[Part](), partial(release_pages, stored)
         for part, (start, stop) in zip(weight.parts, weight.edges(), strict=True):
             found = tuple(cut_deltas(deltas, start, stop))
             made, kind = maker.make(name, part, found, release) if found or is_fused else (part, "")
@@ -248,10 +247,3 @@ def _merged_chunks(part: Part, deltas: Sequence[Delta], device: torch.device, re
             (rows,) = matrix.slice(start, min(start + step, matrix.rows)).parts
             yield _added(rows, own, start, device)
             release()
-
-
-def _release(pieces: Iterable[StoredTensor]) -> None:
-    """Release the mapped pages that were only read to be changed."""
-    for piece in pieces:
-        for tensor in (piece.data,) if isinstance(piece.data, LazyTensor) else piece.data.stored:
-            tensor.release()

@@ -77,6 +77,11 @@ class WeightMemory:
         return WeightMemory(self.mapped + other.mapped, self.resident + other.resident, self.by_rows + other.by_rows)
 
     @property
+    def held(self) -> int:
+        """Count the bytes that are in memory as a whole."""
+        return self.mapped + self.resident
+
+    @property
     def nbytes(self) -> int:
         """Count the bytes, wherever they are."""
         return self.mapped + self.resident + self.by_rows
