@@ -3,7 +3,8 @@
 //
 // Owns register blocking: up to 32 rows times up to 32 columns, whose sums fill four tiles; two more hold rows, two panels, so that
 // every tile that is loaded is multiplied twice. A tile is 16 rows of 64 bytes, at any distance from each other, but each in a cache
-// line of its own: a row that crosses lines costs six times as much. Read `amx.cpp` and `attention_amx.cpp`, which use it.
+// line of its own: a row that crosses lines costs six times as much. Read `amx.cpp`, `attention_products.h`
+// and `attention_few_tiles.h`, which use it.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -31,11 +32,13 @@ struct alignas(64) TileShapes {
 // Compilers may drop or move stores that only a tile instruction reads: the clobber tells them that memory is read.
 inline void memory_is_read(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
-// A thread's tiles can be used from one to the other. (No destructor: its clean-up would be code that all levels share.)
-inline void configure_tiles() {
+// A thread's tiles can be used from one to the other; `height` is that of the first six. (No destructor: its clean-up would be code
+// that all levels share.)
+inline void configure_tiles(int64_t height = TILE_HEIGHT) {
     TileShapes shapes = {};
     shapes.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = TILE_LINE, shapes.rows[tile] = TILE_HEIGHT;
+    for (int tile = 0; tile < 8; ++tile)
+        shapes.row_bytes[tile] = TILE_LINE, shapes.rows[tile] = (uint8_t)(tile < 6 ? height : TILE_HEIGHT);
     memory_is_read(&shapes);
     _tile_loadconfig(&shapes);
 }

@@ -27,9 +27,11 @@ from gemcutter.server.gate import REQUEST_ID, Gate
 from gemcutter.server.options import ServerOptions
 from gemcutter.server.routes.health import OPEN_PATHS
 
-ATTEMPTS = 4  # replicas that a request is sent to before it is given up
-PAUSE_S = 0.25  # before the second of them; each later one doubles it
-ELSEWHERE = (429, 503)  # what one replica says of itself alone
+ATTEMPTS = 4  # replicas that may fail a request, or be full, before it is given up
+PAUSE_S = 0.25  # before the second attempt; each later one doubles it
+MOST_PAUSE_S = 2.0
+FULL = 429
+ELSEWHERE = (FULL, 503)  # what one replica says of itself alone
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"]
 METRICS_S = 5.0  # that replicas have to say what they counted
 RESPONSES = "/v1/responses"  # whose events have names and numbers
@@ -40,7 +42,11 @@ log = logging.getLogger(__name__)
 
 
 class ReplicaLost(Exception):
-    """A replica did not take a request, or ended before its answer did."""
+    """A replica did not take a request, or, having taken it, ended before its answer did."""
+
+    def __init__(self, message: str, *, had_taken: bool) -> None:
+        super().__init__(message)
+        self.had_taken = had_taken
 
 
 class Ingress:
@@ -99,18 +105,26 @@ class Dispatch:
         )
 
     async def forward(self, call: Call) -> Response:
-        """Return the answer of a replica, or of another one where the first is lost or full. Raises ApiError (503)."""
-        last: Response | None = None
-        for attempt in range(ATTEMPTS):
+        """Return the answer of a replica, or of another one where the first is lost or full. Raises ApiError (503).
+
+        Replicas that are gone, or about to end, are asked for as long as nobody need have taken the request: while they are
+        replaced, Ray names them for a while. One that ends while it answers may do so because of the request.
+        """
+        clock, last, attempt, failures = asyncio.get_running_loop().time, None, 0, 0
+        until = clock() + self._options.accept_timeout_s
+        while failures < ATTEMPTS and (attempt < ATTEMPTS or clock() < until):
             if attempt:
-                await asyncio.sleep(PAUSE_S * 2 ** (attempt - 1))
+                await asyncio.sleep(min(PAUSE_S * 2 ** (attempt - 1), MOST_PAUSE_S))
+            attempt += 1
             try:
-                last = await self._ask(call, attempt)
+                last = await self._ask(call, attempt - 1)
             except ReplicaLost as error:
                 log.warning("%s %s: %s", call.method, call.path, error)
+                failures += error.had_taken
                 continue
             if last.status_code not in ELSEWHERE and last.status_code != errors.OVERLOADED:
                 return last
+            failures += last.status_code == FULL
         if last is None:
             raise ApiError(503, "no replica could take the request; ask again later")
         return last
@@ -162,11 +176,14 @@ async def _head(parts: AsyncIterator[Part], patience_s: float) -> Head:
     """Wait until a replica has taken the call, which is soon, and then for the head of its answer, which may take long."""
     try:
         await asyncio.wait_for(anext(parts), patience_s)
-        head = await anext(parts)
     except TimeoutError:
-        raise ReplicaLost(f"no replica took it within {patience_s:g} s") from None
+        raise ReplicaLost(f"no replica took it within {patience_s:g} s", had_taken=False) from None
     except StopAsyncIteration:
-        raise ReplicaLost("a replica ended without an answer") from None
+        raise ReplicaLost("a replica ended without an answer", had_taken=False) from None
+    try:
+        head = await anext(parts)
+    except StopAsyncIteration:
+        raise ReplicaLost("a replica ended without an answer", had_taken=True) from None
     assert isinstance(head, Head)
     return head
 
@@ -186,13 +203,15 @@ async def _rest(parts: AsyncIterator[Part], call: Call) -> AsyncGenerator[bytes]
 
 async def _parts(source: Any) -> AsyncGenerator[Part]:
     """Yield what a replica sends. Raises ReplicaLost."""
+    had_taken = False
     try:
         async for part in source:
+            had_taken = True
             yield part
     except RayTaskError:
         raise  # an error of our own, which another replica would repeat
     except (RayError, RayServeException) as error:
-        raise ReplicaLost(f"{type(error).__name__}: {error}") from error
+        raise ReplicaLost(f"{type(error).__name__}: {error}", had_taken=had_taken) from error
 
 
 def last_event(path: str, events: int) -> bytes:

@@ -22,7 +22,7 @@ from gemcutter.ray.options import ReplicaOptions
 JSON = ((b"content-type", b"application/json"), (b"x-should-retry", b"false"), (b"x-request-id", b"theirs"))
 EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"),)
 WHOLE = [b"", Head(200, JSON), b'{"a":', b"1}"]
-FULL = [b"", Head(429, JSON), b"{}"]
+FULL, ENDING = [b"", Head(429, JSON), b"{}"], [b"", Head(503, JSON), b"{}"]
 DIED = ActorDiedError()
 NOBODY = ["no replica takes it"]
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
@@ -90,8 +90,20 @@ def test_what_has_not_been_sent_is_asked_again(failed: list[Any]) -> None:
 def test_it_gives_up_with_the_last_answer_or_with_an_error() -> None:
     full = client(Handle(*[FULL] * module.ATTEMPTS)).post("/v1/chat/completions", json=BODY)
     assert full.status_code == 429
-    lost = client(Handle(*[[DIED]] * module.ATTEMPTS)).post("/v1/messages", json=BODY)
+    lost = client(Handle(*[[DIED]] * module.ATTEMPTS), accept_timeout_s=0).post("/v1/messages", json=BODY)
     assert (lost.status_code, lost.json()["error"]["type"]) == (529, "overloaded_error")
+
+
+@pytest.mark.parametrize("gone", [[DIED], [], ENDING])
+def test_replicas_that_are_replaced_are_asked_until_the_time_is_over(gone: list[Any]) -> None:
+    handle = Handle(*[gone] * (module.ATTEMPTS + 3), WHOLE)
+    assert client(handle).post("/v1/chat/completions", json=BODY).status_code == 200
+
+
+def test_a_request_that_replicas_die_of_is_not_passed_on_for_ever() -> None:
+    handle = Handle(*[[b"", DIED]] * module.ATTEMPTS)
+    assert client(handle).post("/v1/chat/completions", json=BODY).status_code == 503
+    assert len(handle.calls) == module.ATTEMPTS
 
 
 def test_a_request_that_no_replica_takes_is_refused_in_time() -> None:
