@@ -14,16 +14,15 @@ namespace {
 
 constexpr int64_t COLUMNS = 2 * W;  // of one vector of bfloat16
 
-// Query vectors in whole tiles, and pairs of keys that are scored or weighed at once.
+// Query vectors in whole tiles, and pairs of keys that are scored or weighed at once, which begin at multiples of their number.
 #if defined(GC_LEVEL_AMX)
-constexpr int64_t PAIR_TILE = 16;
 inline int64_t vectors_of(int64_t queries) { return queries > 8 ? padded_to(queries, 16) : 8; }
-inline int64_t pair_tile(int64_t) { return PAIR_TILE; }
+inline int64_t pairs_at_once(int64_t) { return 16; }
 #else
-constexpr int64_t PAIR_TILE = 8;
 inline int64_t vectors_of(int64_t queries) { return queries > 4 ? padded_to(queries, 8) : queries > 2 ? 4 : 2; }
-inline int64_t pair_tile(int64_t vectors) { return vectors < 8 ? 8 / vectors : 1; }
+inline int64_t pairs_at_once(int64_t vectors) { return vectors < 8 ? 8 / vectors : 1; }
 #endif
+constexpr int64_t MOST_PAIRS_AT_ONCE = 16;
 
 struct FewRows {
     int64_t heads, dim, queries, vectors;  // `queries` of V exist

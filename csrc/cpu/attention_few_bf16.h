@@ -87,9 +87,9 @@ inline FewRows make_few(void *scratch, const DecodeRow *rows, int64_t count, int
     FewRows few = {};
     few.heads = heads, few.dim = dim, few.queries = count * heads, few.vectors = vectors_of(few.queries);
     few.first = rows[0].first, few.last = rows[count - 1].last;
-    const int64_t tile = pair_tile(few.vectors), begin = few.first / 2;
-    few.first_pair = PAIR_TILE > 8 ? begin / tile * tile : begin;
-    few.pairs = padded_to((few.last + 1) / 2 - few.first_pair, tile);
+    const int64_t at_once = pairs_at_once(few.vectors);
+    few.first_pair = few.first / 2 / at_once * at_once;
+    few.pairs = padded_to((few.last + 1) / 2 - few.first_pair, at_once);
     few.scores = static_cast<float *>(scratch);
     few.sums = few.scores + (few.pairs * 2 + W) * few.vectors;
     few.weights = reinterpret_cast<uint32_t *>(few.sums + few.vectors * dim);
@@ -103,7 +103,7 @@ inline FewRows make_few(void *scratch, const DecodeRow *rows, int64_t count, int
 
 inline size_t few_bytes(int64_t heads, int64_t dim) {
     const int64_t queries = heads > DECODE_QUERIES ? heads : DECODE_QUERIES, vectors = vectors_of(queries);
-    const int64_t pairs = DECODE_KEYS / 2 + 2 * PAIR_TILE;
+    const int64_t pairs = DECODE_KEYS / 2 + 2 * MOST_PAIRS_AT_ONCE;
     const size_t bytes =
         sizeof(float) * (size_t)((pairs * 2 + W) * vectors + 2 * padded_to(vectors, PANEL) * dim + pairs * vectors);
     return bytes + sizeof(uint16_t) * (size_t)((2 * padded_to(vectors, PANEL) + 1 + PANEL) * dim);
