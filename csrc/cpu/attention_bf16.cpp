@@ -18,9 +18,8 @@ namespace {
 // The first keys, and rows of prompts that see no more, are attended to in float32: that costs little, and short prompts do not
 // depend on how they are cut into steps.
 constexpr int64_t LEAST_KEYS = 256;
-constexpr int64_t KEY_BLOCK = 128;           // keys of one softmax update, aligned to absolute positions
-constexpr int64_t DIM_RUN = 256;             // head dims of keys that are brought into pairs at once: 16 KB for two panels
-constexpr int64_t BLOCK_ELEMENTS = 1 << 16;  // of a block of query rows: 128 KB, and 256 KB of output
+constexpr int64_t DIM_RUN = 256;  // head dims of keys that are brought into pairs at once: 16 KB for two panels
+static_assert(KEY_BLOCK <= DIM_RUN, "pairs of values have the room of those of keys");
 // From one query to the next: no power of two, or rows would compete for a few sets of the L1 cache.
 constexpr int64_t SCORES_LD = KEY_BLOCK + PANEL, WEIGHTS_LD = KEY_BLOCK + 2 * PANEL;
 
@@ -127,6 +126,7 @@ void value_block(const Block &b, int64_t first, int64_t last, const Keys &keys, 
         }
         float *out = b.out + e * b.queries;
         for (int64_t m = first; shrinks && m < last; ++m) {
+            if (b.shrink[m] == 1.0f) continue;
             const V by = set1(b.shrink[m]);
             for (int64_t c = 0; c < TILE_COLUMNS; c += W)
                 store(out + m * TILE_COLUMNS + c, load(out + m * TILE_COLUMNS + c) * by);

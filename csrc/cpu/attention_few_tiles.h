@@ -122,9 +122,9 @@ struct ValueRows {
 
 inline bool are_finite(const int8_t *, int64_t) { return true; }
 inline bool are_finite(const uint16_t *row, int64_t dim) {
-    for (int64_t i = 0; i < dim; ++i)
-        if ((row[i] & 0x7f80) == 0x7f80) return false;
-    return true;
+    int found = 0;
+    for (int64_t i = 0; i < dim; ++i) found |= (row[i] & 0x7f80) == 0x7f80;
+    return !found;
 }
 
 // Adds a block's values by weights [T, 16 vectors, 16 pairs], and fetches those of the next one.

@@ -1,7 +1,7 @@
 // The products of prompts' attention: rows of bfloat16 times two panels of pairs, which lie side by side. Included by
 // attention_bf16.cpp only, for the levels avx512_bf16 and amx.
 //
-// Owns how many rows and pairs a level multiplies at once, which callers round up to. A row is summed in order, whatever other rows
+// Owns how many rows and pairs a level multiplies at once, which callers round up to, and how large its blocks are. A row is summed in order, whatever other rows
 // there are.
 #pragma once
 #if defined(GC_LEVEL_AMX)
@@ -17,7 +17,11 @@ namespace {
 constexpr int TILE_PANELS = 2;
 constexpr int64_t TILE_COLUMNS = TILE_PANELS * PANEL;
 
+// KEY_BLOCK: keys of one softmax update, aligned to absolute positions. BLOCK_ELEMENTS: of a block of query rows, two bytes each, and
+// four of output. Keys and values are made pairs of once for a block of rows, and output comes and goes once for a block of keys: the
+// faster products are, the larger are the blocks that pay for that.
 #if defined(GC_LEVEL_AMX)
+constexpr int64_t KEY_BLOCK = 256, BLOCK_ELEMENTS = 1 << 18;
 constexpr int TILE_M = 2 * TILE_HEIGHT;
 constexpr int64_t PAIR_UNIT = TILE_STEP / 2;
 // Some rows are multiplied along with the last ones: their sums are written, too.
@@ -36,6 +40,7 @@ inline void multiply_rows(const uint16_t *rows, int64_t stride, int64_t count, c
     }
 }
 #else
+constexpr int64_t KEY_BLOCK = 128, BLOCK_ELEMENTS = 1 << 16;
 constexpr int TILE_M = 8;
 constexpr int64_t PAIR_UNIT = 1;
 inline void configure_tiles() {}
