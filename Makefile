@@ -57,7 +57,7 @@ fuzz: native
 
 # The server's tests once more, over models on two tensor-parallel ranks, and in two stages of a pipeline.
 ranks: native
-	GEMCUTTER_TEST_RANKS=2 $(PYTEST) --dist loadfile tests/server tests/parallel
+	GEMCUTTER_TEST_RANKS=2 $(PYTEST) --dist loadfile tests/server
 	GEMCUTTER_TEST_STAGES=2 $(PYTEST) --dist loadfile tests/server
 
 # Random requests, cancels, interrupts and adapters on a tiny model for so many minutes; pages, handles, threads, memory watched.
