@@ -38,6 +38,9 @@ struct FewRows {
     float *spare;                          // of AMX: [V, E]
 };
 
+// A position, or where no row sees it, the nearest that one does.
+inline int64_t nearest_seen(const FewRows &few, int64_t t) { return t < few.first ? few.first : t < few.last ? t : few.last - 1; }
+
 // 32 elements as bfloat16.
 inline __m512i load_bf16_codes(const uint16_t *p) { return _mm512_loadu_si512(p); }
 inline __m512i load_bf16_codes(const int8_t *p) { return (__m512i)_mm512_cvtne2ps_pbh(S8::vector(p + W), S8::vector(p)); }

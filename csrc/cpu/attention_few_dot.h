@@ -82,9 +82,8 @@ void score_pairs(const FewRows &few, const Keys &keys) {
         const Element *rows[BLOCK_KEYS];
         const int64_t count = end - t < block ? end - t : block;
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = t + i < few.first ? few.first : t + i < few.last ? t + i : few.last - 1;
             const int64_t later = t + i + ahead, value = few.first + later - few.last;
-            rows[i] = elements_of<Element>(keys.k, keys, at);
+            rows[i] = elements_of<Element>(keys.k, keys, nearest_seen(few, t + i));
             if (later < few.last) prefetch_row(elements_of<Element>(keys.k, keys, later), few.dim);
             else if (value < few.last) prefetch_row(elements_of<Element>(keys.v, keys, value), few.dim);
         }

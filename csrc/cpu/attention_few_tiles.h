@@ -24,8 +24,7 @@ TileSource keys_at(const FewRows &few, const Keys &keys, int64_t t) {
         is_direct = slot_of(keys, t + i) == slot_of(keys, t) + i;
     if (is_direct) return {(const char *)elements_of<Element>(keys.k, keys, t), keys.stride * 2, TILE_LINE};
     for (int64_t i = 0; i < SCORED_KEYS; ++i) {
-        const int64_t at = t + i < few.first ? few.first : t + i < few.last ? t + i : few.last - 1;
-        const Element *from = elements_of<Element>(keys.k, keys, at);
+        const Element *from = elements_of<Element>(keys.k, keys, nearest_seen(few, t + i));
         for (int64_t e = 0; e < few.dim; e += COLUMNS)
             _mm512_storeu_si512(few.copies + i * few.dim + e, load_bf16_codes(from + e));
     }
@@ -71,10 +70,7 @@ void score_keys(const FewRows &few, const Keys &keys, int64_t first) {
         const int64_t later = t + SCORED_KEYS, value = later < few.last ? later : few.first;
         const void *next = later < few.last ? keys.k : keys.v;
         const char *key = rows.at, *queries = (const char *)few.q_pairs + first * distance;
-        _tile_zero(0);
-        if (T > 1) _tile_zero(1);
-        if (T > 2) _tile_zero(2);
-        if (T > 3) _tile_zero(3);
+        zero_sums<2, 2>();  // those of T tiles, and others that are not used
         for (int64_t e = 0; e < few.dim; e += TILE_STEP, key += TILE_LINE, queries += TILE_BYTES) {
             fetch_line<Element>(few, keys, next, value, SCORED_KEYS, e);
             score_tile<T>(key, rows.stride, queries, distance);

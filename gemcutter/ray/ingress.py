@@ -110,11 +110,12 @@ class Dispatch:
         Replicas that are gone, or about to end, are asked for as long as nobody need have taken the request: while they are
         replaced, Ray names them for a while. One that ends while it answers may do so because of the request.
         """
-        clock, last, attempt, failures = asyncio.get_running_loop().time, None, 0, 0
+        clock, last, attempt, failures, pause_s = asyncio.get_running_loop().time, None, 0, 0, PAUSE_S
         until = clock() + self._options.accept_timeout_s
         while failures < ATTEMPTS and (attempt < ATTEMPTS or clock() < until):
             if attempt:
-                await asyncio.sleep(min(PAUSE_S * 2 ** (attempt - 1), MOST_PAUSE_S))
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, MOST_PAUSE_S)
             attempt += 1
             try:
                 last = await self._ask(call, attempt - 1)

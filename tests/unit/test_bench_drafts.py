@@ -24,6 +24,7 @@ from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import main
 from gemcutter.cli.bench_questions import QUESTIONS, encode_questions
+from gemcutter.engine.speculate.draft_length import StepCosts
 from gemcutter.engine.speculate.tally import MOST_DRAFTS
 from gemcutter.errors import RequestError
 from gemcutter.load_options import LoadOptions
@@ -70,15 +71,14 @@ def test_each_place_is_right_as_often_as_asked_for() -> None:
 
 
 @pytest.mark.parametrize("count", [2, None])
-def test_a_step_gives_a_token_and_those_that_were_right(count: int | None) -> None:
-    """So the counts of a single stream add up; those of the warm-up are not among them.
-
-    Left to itself, a speculator guesses as much as steps' times say is worth it: on a busy machine that may be little.
-    """
+def test_a_step_gives_a_token_and_those_that_were_right(count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the counts of a single stream add up; those of the warm-up are not among them."""
+    observe = StepCosts.observe  # a busy machine's times may say that guesses are not worth it: here all steps take equally long
+    monkeypatch.setattr(StepCosts, "observe", lambda self, rows, seconds, keys=0: observe(self, rows, 1.0, keys))
     (test, repeats), setup = (BenchCase("tg", 24), 2), replay(count)
     found = run(test, setup, repeats).as_object()
     assert found["steps"] + found["accepted"] == test.tokens * repeats
-    assert found["tokens_per_step"] == test.tokens * repeats / found["steps"] >= (1.2 if count else 1.0)
+    assert found["tokens_per_step"] == test.tokens * repeats / found["steps"] > 1.2
     assert found["accepted"] <= found["drafted"]
     assert found["to_plain"] > 0
 
