@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import time
 import weakref
@@ -71,6 +72,26 @@ class EventRouter:
         return True
 
 
+class _Serving:
+    """The one thread that serves an engine, and that it has ended. `Thread.is_alive` and `join` can't tell that last thing.
+
+    Up to Python 3.12 an interrupt inside of either marks a thread that runs as stopped, for good.
+    """
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
+        self._ended = threading.Event()
+
+    def end(self) -> None:
+        """Let those that wait go on."""
+        self._ended.set()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the end, unless this is the thread itself."""
+        if self.thread is not threading.current_thread() and self._ended.wait(timeout):
+            self.thread.join()
+
+
 class _Owner:
     """What the engine's thread holds. It knows no one who holds the loop, so a loop that is dropped ends its thread."""
 
@@ -78,10 +99,35 @@ class _Owner:
         self.engine, self.router = engine, EventRouter()
         self.inbox: SimpleQueue[Message] = SimpleQueue()
         self.is_closing = False
-        self.thread: threading.Thread | None = None
+        self.was_started = False
+        self._servings: dict[int, _Serving] = {}  # by process: a fork leaves the thread behind
 
-    def run(self) -> None:
-        """Serve the inbox and step while there is work; blocks while there is none."""
+    @property
+    def serving(self) -> _Serving | None:
+        """Return the thread that serves the inbox in this process."""
+        return self._servings.get(os.getpid())
+
+    def start(self) -> None:
+        """Start a thread and wait until one serves, this one or another: whoever was interrupted here may call again."""
+        self.was_started, is_served = True, threading.Event()
+        threading.Thread(target=self.run, args=(is_served,), name="gemcutter-engine", daemon=True).start()
+        is_served.wait()
+
+    def run(self, is_served: threading.Event) -> None:
+        """Serve the inbox and step while there is work; blocks while there is none. Returns at once if another thread does."""
+        serving, process = _Serving(), os.getpid()
+        is_first = self._servings.setdefault(process, serving) is serving  # at once, whatever other threads do
+        is_served.set()
+        if not is_first:
+            return
+        try:
+            if not self.is_closing:  # a thread that came late, whose loop another one has served and ended
+                self._serve()
+        finally:
+            del self._servings[process]
+            serving.end()
+
+    def _serve(self) -> None:
         device = self.engine.decoder.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -175,8 +221,8 @@ class EngineLoop:
         """Return why no request can be served any more: it is closed, or its thread is gone; None while all is well."""
         if self._is_closed:
             return CLOSED
-        thread = self._owner.thread
-        return None if thread is None or thread.is_alive() else "the engine's thread has ended"
+        owner = self._owner
+        return "the engine's thread has ended" if owner.was_started and owner.serving is None else None
 
     def submit(self, request: Request, sink: Sink, *, is_checked: bool = False) -> int:
         """Queue a request and return its number; its events go to `sink`. Raises RequestError if it can never run."""
@@ -236,7 +282,8 @@ class EngineLoop:
 
     def run(self, function: Callable[[Engine], Found]) -> Found:
         """Run a function on the engine's thread between two steps, after all messages before it, and return what it returns."""
-        if threading.current_thread() is self._owner.thread:
+        serving = self._owner.serving
+        if serving is not None and serving.thread is threading.current_thread():
             return function(self.engine)
         outcome: Future[Found] = Future()
         threads = thread_count()
@@ -296,10 +343,10 @@ class EngineLoop:
         """End every request, then the thread; later calls raise RequestError. A second call does nothing."""
         with self._lock:
             self._is_closed = True
-            thread = self._owner.thread
+            serving = self._owner.serving
         self._owner.inbox.put(_Owner.close)
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if serving is not None:
+            serving.wait()
         self._engine = None  # streams may outlive the model; its memory should not
 
     def _post(self, message: Message) -> None:
@@ -308,10 +355,9 @@ class EngineLoop:
             owner = self._owner
             if self._is_closed or owner.is_closing:
                 raise RequestError(CLOSED)
-            if owner.thread is None or not owner.thread.is_alive():  # a fork leaves it behind
-                owner.thread = threading.Thread(target=owner.run, name="gemcutter-engine", daemon=True)
+            if owner.serving is None:
                 _owners.add(owner)
-                owner.thread.start()
+                owner.start()
             owner.inbox.put(message)
 
 
@@ -341,6 +387,6 @@ def _close_all() -> None:
     owners = list(_owners)
     for owner in owners:
         owner.inbox.put(_Owner.close)
-    for owner in owners:
-        if owner.thread is not None:
-            owner.thread.join(EXIT_S)
+    for serving in [owner.serving for owner in owners]:
+        if serving is not None:
+            serving.wait(EXIT_S)

@@ -162,6 +162,61 @@ def test_the_thread_starts_late_sleeps_and_ends() -> None:
         loop.run(lambda engine: None)
 
 
+def serving_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "gemcutter-engine"]
+
+
+def wait_for_the_end(threads: set[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_a_thread_that_python_takes_for_ended_is_not_started_again() -> None:
+    """Up to Python 3.12 an interrupt inside of `Thread.is_alive` or `join` marks a running thread as stopped."""
+    before, loop = set(serving_threads()), open_loop()
+    first = loop.run(lambda engine: threading.get_ident())
+    (thread,) = set(serving_threads()) - before
+    thread.is_alive = lambda: False  # type: ignore[method-assign]
+    assert loop.run(lambda engine: threading.get_ident()) == first
+    assert set(serving_threads()) - before == {thread}
+    assert loop.problem is None
+    del thread.is_alive  # type: ignore[method-assign]
+    loop.close()
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_an_interrupt_while_the_thread_starts_leaves_one_thread(is_late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not the thread whose start was interrupted runs by itself, a single one serves, and `close` ends it."""
+    before, loop, start, interrupted = set(serving_threads()), open_loop(), threading.Thread.start, threading.Event()
+
+    def interrupt(thread: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        if is_late:
+            start(thread)
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(lambda engine: None)
+    assert interrupted.is_set()
+    assert len({loop.run(lambda engine: threading.get_ident()) for _ in range(3)}) == 1
+    loop.close()
+    wait_for_the_end(set(serving_threads()) - before)
+
+
+def test_a_second_thread_leaves_an_engine_that_is_served() -> None:
+    before, loop = set(serving_threads()), open_loop()
+    first = loop.run(lambda engine: threading.get_ident())
+    loop._owner.start()
+    assert {loop.run(lambda engine: threading.get_ident()) for _ in range(3)} == {first}
+    loop.close()
+    loop._owner.start()  # late: nothing is left to serve
+    wait_for_the_end(set(serving_threads()) - before)
+
+
 def test_a_loop_that_is_dropped_ends_its_thread() -> None:
     before = threading.active_count()
     loop = open_loop()
