@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 from gemcutter.benchmark.hardware import describe, read_rate
-from gemcutter.parallel.distributed_ranks import DistributedRanks, join_group
+from gemcutter.parallel.distributed_ranks import GLOO, DistributedRanks, join_group
 from gemcutter.parallel.shared_ranks import SharedRanks, new_segment
 from gemcutter.shard import Place, Shard
 
@@ -57,7 +58,7 @@ def both(file: int, rank: int, world: int, port: int) -> dict[str, list[float]]:
     """Measure both ways to sum as one of the ranks."""
     torch.set_num_threads(1)
     shared = measure(SharedRanks(file, Shard(rank, world)))
-    join_group("gloo", f"tcp://127.0.0.1:{port}", rank, world)
+    join_group(GLOO, rank, world, TCPStore("127.0.0.1", port, world, is_master=rank == 0))
     gloo = measure(DistributedRanks(Place(rank, world)))
     return {"shared": shared, "gloo": gloo}
 

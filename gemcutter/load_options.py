@@ -125,7 +125,7 @@ class LoadOptions:
     `mmproj` is a file or folder that holds the towers; None: the model's own files, or else the mmproj file beside a GGUF model.
 
     `tensor_parallel` is on how many processes of this host the model runs: each holds a slice of every layer, and its heads of
-    the cache. Replies are those of one process, but for rounding.
+    the cache, on "cuda" on a GPU of its own. Replies are those of one process, but for rounding.
     `pipeline_parallel` is in how many stages the layers are cut, each of which has `tensor_parallel` processes; rows pass from
     stage to stage, and replies are those of one stage.
     """

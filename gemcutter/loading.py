@@ -24,8 +24,10 @@ from gemcutter.checkpoint.load.packed_weight_cache import PackedWeightCache
 from gemcutter.checkpoint.load.ple_placement import place_table
 from gemcutter.checkpoint.load.slices import column_unit
 from gemcutter.checkpoint.remote.hub import locate
+from gemcutter.engine.cuda_graphs import CapturedSteps
 from gemcutter.engine.engine import Engine
 from gemcutter.engine.loop import EngineLoop
+from gemcutter.engine.memory import make_pool
 from gemcutter.engine.speculate.assistant import AssistantProposer
 from gemcutter.engine.speculate.draft_model import DraftModelProposer
 from gemcutter.engine.speculate.ngram import NgramProposer
@@ -41,10 +43,10 @@ from gemcutter.model.vision import VisionTower
 from gemcutter.ops.registry import CPU, select_backend
 from gemcutter.ops.turns import Turns
 from gemcutter.ops.types import AdapterDeltas, Param, Pipe, Ranks, matrix
-from gemcutter.parallel.follower import Follower
+from gemcutter.parallel.follower import EngineParts, Follower
 from gemcutter.parallel.launch import await_ranks, launch
 from gemcutter.parallel.leader import Leader
-from gemcutter.parallel.rendezvous import lead, torchrun_rank
+from gemcutter.parallel.rendezvous import lead, number_on_host, ranks_on_host, torchrun_rank
 from gemcutter.parallel.stages import cut_stages
 from gemcutter.param_spec import Access
 from gemcutter.plan import ModelPlan, derive
@@ -121,13 +123,13 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     place = Place(0, options.tensor_parallel, options.pipeline_parallel)
     if place.count == 1:
         return _open(options, checkpoint, progress)
-    check_processes(options)
+    check_processes(options, place.count if started is None else ranks_on_host())
     stages = stages_of(checkpoint, options)
     checkpoint = at_place(checkpoint, place, stages, options.quant)
     ranks, pipe, leader = launch(options, stages) if started is None else lead(options, stages)
     others = Others(ranks if place.tensor_parallel > 1 else None, pipe, len(stages), leader)
     try:
-        opened = _open(options, checkpoint, progress, others)
+        opened = _open(on_device_of(options, number_on_host()), checkpoint, progress, others)
         leader.settle = opened.decoder.finish_all
         await_ranks(leader)
     except BaseException:
@@ -196,7 +198,10 @@ def open_rank(options: LoadOptions, stages: Sequence[range], place: Place, ranks
     def read_adapter(name: str, path: str, ignore: Sequence[str]) -> AdapterDeltas:
         return read_deltas(decoder.params, find_adapter(path, checkpoint, None, ignore), name, decoder.device, decoder.plan)
 
-    return Follower(decoder, opened.drafter if isinstance(opened.drafter, Drafter) else None, read_adapter)
+    if decoder.device.type == "cuda":
+        torch.cuda.set_device(decoder.device)
+    drafter = opened.drafter if isinstance(opened.drafter, Drafter) else None
+    return Follower(decoder, drafter, EngineParts(make_pool, CapturedSteps), read_adapter)
 
 
 def on_rank(checkpoint: Checkpoint, shard: Shard, quant: str | None) -> Checkpoint:
@@ -217,8 +222,9 @@ def at_place(checkpoint: Checkpoint, place: Place, stages: Sequence[range], quan
 def stages_of(checkpoint: Checkpoint, options: LoadOptions) -> tuple[range, ...]:
     """Return the layers of each stage, of which the fullest holds as little as possible. Raises ConfigError for too many."""
     compute = own_dtype(checkpoint.config.dtype)[0] if options.dtype is None else check_dtype(options.dtype)
-    packing = select_backend("cpu", options.kernels).packing
-    held = param_memory(checkpoint, Holding(compute, "cpu", packing, options.quant))
+    place = torch.device(options.device).type
+    packing = select_backend(place, options.kernels).packing
+    held = param_memory(checkpoint, Holding(compute, place, packing, options.quant))
     weights = {name: memory.held for name, memory in held.items()}
     return cut_stages(checkpoint.plan, weights, options.pipeline_parallel)
 
@@ -230,12 +236,25 @@ def ranks_of_stage(ranks: int, stages: int) -> int:
     return ranks // stages
 
 
-def check_processes(options: LoadOptions) -> None:
-    """Raise KernelError for options that models on several processes do not have."""
-    if options.device != "cpu":
-        several = {"tensor_parallel": options.tensor_parallel, "pipeline_parallel": options.pipeline_parallel}
-        named = ", ".join(f"{name} {count}" for name, count in several.items() if count > 1)
-        raise KernelError(f"{named}: several processes run on CPUs; GPUs are not served so")
+def check_processes(options: LoadOptions, here: int) -> None:
+    """Raise KernelError for a device that `here` processes of this host can't share."""
+    if options.device == "cpu":
+        return
+    several = f"{here} processes"
+    if ":" in options.device:
+        raise KernelError(
+            f"device {options.device}: {several} take a GPU each; use the device cuda, and CUDA_VISIBLE_DEVICES to choose"
+        )
+    find_device(options)
+    if not torch.distributed.is_nccl_available():
+        raise KernelError(f"device {options.device}: {several} sum by NCCL, which this build of torch lacks")
+    if here > torch.cuda.device_count():
+        raise KernelError(f"device {options.device}: {several} need a GPU each, and this machine has {torch.cuda.device_count()}")
+
+
+def on_device_of(options: LoadOptions, gpu: int) -> LoadOptions:
+    """Return the options of one of several processes, which computes on a GPU of its own where they compute on GPUs."""
+    return options if options.device == "cpu" else replace(options, device=f"cuda:{gpu}")
 
 
 def cache_dtype(kv: str | None) -> torch.dtype | None:

@@ -15,43 +15,62 @@ import threading
 import time
 
 from gemcutter.errors import GemcutterError, RankError
-from gemcutter.loading import open_rank
+from gemcutter.loading import on_device_of, open_rank
 from gemcutter.ops.types import Ranks
+from gemcutter.parallel.distributed_ranks import DistributedRanks, come_to_store, join_group
 from gemcutter.parallel.messages import encode, opened, receive
 from gemcutter.parallel.pipe import Pipe
-from gemcutter.parallel.rendezvous import follow
+from gemcutter.parallel.rendezvous import follow, number_on_host
 from gemcutter.parallel.shared_ranks import SharedRanks
 from gemcutter.shard import Place
 
 BEAT_S = 0.2
 
 
-def main(connection: int, file: int, number: int, tensor_parallel: int, pipeline_parallel: int, *rows: int) -> int:
-    """Run a rank that a leader of this host started until it closes the connection; return the process's exit code."""
+def main(meeting: str, connection: int, file: int, number: int, tensor_parallel: int, pipeline_parallel: int, *rows: int) -> int:
+    """Run a rank that a leader of this host started until it closes the connection; return the process's exit code.
+
+    `meeting` says where ranks join that sum by torch.distributed and not over shared memory: a backend and a port.
+    """
     place = Place(number, tensor_parallel, pipeline_parallel)
     ranks = SharedRanks(file, place.shard)
     os.close(file)
     threading.Thread(target=_beat, args=(ranks, os.getppid()), daemon=True).start()
     inward_outward = [socket.socket(fileno=each) for each in rows]
-    return serve(socket.socket(fileno=connection), place, ranks, Pipe(*inward_outward) if rows else None)
+    try:
+        joined = join(meeting, place) if meeting else ranks
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return serve(socket.socket(fileno=connection), place, joined, Pipe(*inward_outward) if rows else None, number)
+
+
+def join(meeting: str, place: Place) -> DistributedRanks:
+    """Join the others where the leader waits. Raises RankError if that can't be done."""
+    backend, port = meeting.rsplit(":", 1)
+    join_group(backend, place.number, place.count, come_to_store(int(port), place.number, place.count))
+    return DistributedRanks(place)
 
 
 def follow_torchrun(number: int, count: int) -> int:
     """Run one of the ranks that torchrun started until its leader closes the connection; return the process's exit code."""
     place, ranks, pipe, way = follow(number, count)
-    return serve(way, place, ranks, pipe)
+    return serve(way, place, ranks, pipe, number_on_host())
 
 
-def serve(way: socket.socket, place: Place, ranks: Ranks, pipe: Pipe | None) -> int:
-    """Load what the leader says, and do what it tells; return the process's exit code."""
+def serve(way: socket.socket, place: Place, ranks: Ranks, pipe: Pipe | None, gpu: int) -> int:
+    """Load what the leader says, on a GPU of this host if that is where it runs, and do what it tells.
+
+    Returns the process's exit code.
+    """
     try:
-        return _obey(way, place, ranks, pipe)
+        return _obey(way, place, ranks, pipe, gpu)
     finally:
         if pipe is not None:
             pipe.end()
 
 
-def _obey(way: socket.socket, place: Place, ranks: Ranks, pipe: Pipe | None) -> int:
+def _obey(way: socket.socket, place: Place, ranks: Ranks, pipe: Pipe | None, gpu: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     found = receive(way)
     if found is None:
@@ -60,7 +79,7 @@ def _obey(way: socket.socket, place: Place, ranks: Ranks, pipe: Pipe | None) -> 
     if cpus:
         os.sched_setaffinity(0, cpus)
     try:
-        follower = open_rank(options, stages, place, ranks, pipe)
+        follower = open_rank(on_device_of(options, gpu), stages, place, ranks, pipe)
     except GemcutterError as error:
         way.sendall(encode("failed", {"error": str(error)}))
         return 1
@@ -84,4 +103,4 @@ def _beat(ranks: SharedRanks, leader: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))

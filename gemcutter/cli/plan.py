@@ -36,7 +36,7 @@ Memory is that of the fullest rank: weights by kind, as they are held once they 
 of --context tokens, beginnings of prompts that are kept, and buffers. Speeds are bounds, as the ceilings of `gemcutter bench`
 are: the bytes that a token must read over --memory-bandwidth, or operations over --flops, and then what ranks exchange over
 --link-bandwidth, with --link-latency for each exchange. No launch and no wait is counted. --device names what has these figures;
-docs/guide/scale.md says where they come from. On GPUs this is a forecast: gemcutter's own ranks are CPU processes.
+docs/guide/scale.md says where they come from. On GPUs this is a forecast that nobody has measured yet.
 """
 EXAMPLES = """\b
 Examples:

@@ -38,6 +38,7 @@ from gemcutter.engine.scheduler import ON_DEVICE, ScheduledChunk
 from gemcutter.engine.step import slots_of
 from gemcutter.model.text import Decoder
 from gemcutter.ops.step import ALIGNMENT, Step
+from gemcutter.ops.types import StaticShape
 from gemcutter.plan import GroupId
 
 # Sequences of a captured step; fewer are padded. Close together, because a row of padding costs: it chooses experts as others do.
@@ -152,10 +153,10 @@ class GraphBuffers:
             attn_metadata=metadata,
         )
 
-    def fill(self, chunks: Sequence[ScheduledChunk], pinned: PinnedBuffers) -> None:
-        """Write the numbers of some chunks and send them; rows that they lack are padding.
+    def write(self, chunks: Sequence[ScheduledChunk], pinned: PinnedBuffers) -> Tensor:
+        """Write the numbers of some chunks and return those to send, bytes; rows that they lack are padding.
 
-        Ids that only the device knows stay what the step before has put in their place.
+        Ids that only the device knows are not among them: they stay what the step before has put in their place.
         """
         put = pinned.put
         put["positions"][:] = put["rows at"][:] = -1
@@ -174,8 +175,11 @@ class GraphBuffers:
                 put["first", group][index] = first
                 put["slots", group][rows] = slots_of(chunk, group)
         ids_are_there = any(ON_DEVICE in chunk.ids for chunk in chunks)
-        start = self._places["positions"].start if ids_are_there else 0
-        self._numbers[start:].copy_(pinned.numbers[start:], non_blocking=True)
+        return pinned.numbers[self._places["positions"].start if ids_are_there else 0 :]
+
+    def send(self, numbers: Tensor) -> None:
+        """Copy the last bytes of the step's numbers to where the step reads them."""
+        self._numbers[len(self._numbers) - len(numbers) :].copy_(numbers, non_blocking=True)
 
     def _put_sampling(self, put: Mapping[Any, Any], low: int, chunk: ScheduledChunk) -> None:
         """Write how each row's token is sampled; nobody reads that of a row before the sampled ones."""
@@ -192,11 +196,13 @@ class GraphBuffers:
             return
         self._graphs[source].replay()
 
+    def has_captured(self, source: TokenSource) -> bool:
+        """Return whether there is a graph of the step."""
+        return source in self._graphs
+
     def capture(self, source: TokenSource, memory: Any) -> None:
         """Capture the step over padding alone, which writes to no slot; `memory` is shared by all graphs of an engine."""
-        if source in self._graphs:
-            return
-        self.fill((), self._pinned[0])
+        self.send(self.write((), self._pinned[0]))
         side: Any = torch.cuda.Stream(self.decoder.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -211,10 +217,11 @@ class GraphBuffers:
 
     def _compute(self, source: TokenSource) -> None:
         """Run the decoder, and put each row's next token where the next step's ids are read."""
-        step = self.step
-        step.rope.update(self.decoder.rope_tables(step.positions_N))
-        self._states_ND[source] = states_ND = self.decoder.forward(step, self.pool)
-        logits_NV = self.decoder.logits(states_ND)
+        step, decoder = self.step, self.decoder
+        with decoder.on_device():
+            step.rope.update(decoder.rope_tables(step.positions_N))
+            self._states_ND[source] = states_ND = decoder.run_layers(decoder.embed_rows(step), step, self.pool)
+            logits_NV = decoder.lm_head(states_ND)
         if source is TokenSource.SAMPLER:
             self._logits_NV = logits_NV
             return
@@ -254,8 +261,11 @@ class CapturedStep:
 
     @property
     def is_on_device(self) -> bool:
-        """Return whether the graph itself chooses the tokens."""
-        return self.source is not TokenSource.SAMPLER
+        """Return whether the graph itself chooses the tokens, and on all ranks the same.
+
+        The largest of equal logits are equal, but ranks on GPUs of different kinds could round chances differently.
+        """
+        return self.source is TokenSource.GREEDY or (self.source is TokenSource.SAMPLED and self.buffers.decoder.ranks is None)
 
     def result(self) -> StepResult:
         """Wait for the tokens."""
@@ -319,9 +329,22 @@ class CapturedSteps:
         else:
             is_greedy = all(chunk.sequence.request.sampling.temperature == 0 for chunk in chunks)
             source = TokenSource.GREEDY if is_greedy else TokenSource.SAMPLED
-        if self.is_captured:
-            buffers.capture(source, self._memory)
+        if self.is_captured and not buffers.has_captured(source):
+            shape = self._shape_of(buffers, source)
+            with self.decoder.together(lambda leader: leader.capture(shape, self.pool)):
+                buffers.capture(source, self._memory)
         return self._launch(chunks, buffers, source)
+
+    def capture(self, shape: StaticShape) -> None:
+        """Capture a step as the leader of this rank does."""
+        if self.is_captured:
+            self.buffers(shape.sequences, shape.each).capture(TokenSource(shape.source), self._memory)
+
+    def repeat(self, shape: StaticShape, numbers: Tensor) -> None:
+        """Run a step as the leader of this rank does, over the numbers that it sends."""
+        buffers = self.buffers(shape.sequences, shape.each)
+        buffers.send(numbers)
+        buffers.launch(TokenSource(shape.source), self.is_captured)
 
     def launch_after(self, pending: PendingStep, chunks: Sequence[ScheduledChunk]) -> CapturedStep:
         """Launch the step after one whose tokens have not come: the same rows, one position on."""
@@ -336,14 +359,19 @@ class CapturedSteps:
             torch.cuda.synchronize(self.decoder.device)
 
     def _launch(self, chunks: Sequence[ScheduledChunk], buffers: GraphBuffers, source: TokenSource) -> CapturedStep:
-        pinned = buffers.next_pinned()
-        buffers.fill(chunks, pinned)
-        buffers.launch(source, self.is_captured)
+        pinned, shape = buffers.next_pinned(), self._shape_of(buffers, source)
+        numbers = buffers.write(chunks, pinned)
+        with self.decoder.together(lambda leader: leader.static_step(shape, self.pool, numbers)):
+            buffers.send(numbers)
+            buffers.launch(source, self.is_captured)
         if source is not TokenSource.SAMPLER:
             pinned.found_2N.copy_(buffers.found_2N, non_blocking=True)
             if pinned.arrived is not None:
                 pinned.arrived.record()
         return CapturedStep(chunks, buffers, source, pinned, keeps_states=self.keeps_states)
+
+    def _shape_of(self, buffers: GraphBuffers, source: TokenSource) -> StaticShape:
+        return StaticShape(self.context, buffers.sequences, buffers.each, source.value)
 
     def buffers(self, sequences: int, each: int) -> GraphBuffers:
         """Return the static step of a bucket of sequences with up to `each` rows."""

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from gemcutter.cache.kv_cache import PagedKVCache, scale_bytes
+from gemcutter.cache.kv_cache import scale_bytes
 from gemcutter.cache.prefix_cache import PrefixCache
 from gemcutter.engine.cuda_graphs import CapturedSteps
 from gemcutter.engine.media import problems_of
-from gemcutter.engine.memory import compact_weights, page_counts, prefix_pages
+from gemcutter.engine.memory import compact_weights, make_pool, page_counts, prefix_pages
 from gemcutter.engine.request import FinishReason, Request, RequestEvent, SequenceState
 from gemcutter.engine.runner import ChunkResult, ModelRunner, PendingStep
 from gemcutter.engine.sampler import SampledToken
@@ -87,7 +87,7 @@ class Engine:
             scale_bytes=scale_bytes(dtype),
         )
         counts = page_counts(decoder.plan, self.context, self._most_rows, max_num_seqs, prefixes)
-        self.pool = PagedKVCache(decoder.plan, counts, dtype, decoder.device, compact)
+        self.pool = make_pool(decoder, counts, dtype)
         self.prefix = PrefixCache(self.pool, prefixes)
         sizer = None if max_stall_ms is None else StepSizer(max_stall_ms / 1000)
         limits = (self.context, max_batched_tokens, max_num_seqs)
@@ -289,6 +289,7 @@ class Engine:
             if self.runner.can_run_ahead(pending) and (after := self.scheduler.schedule_after(chunks)):
                 self._launched.append(_LaunchedStep(self.runner.launch_after(pending, after)))
             results, now = pending.result().chunks, self.clock()
+            self.decoder.check_ranks()
         except Exception as error:
             self._withdraw()
             return [*expired, *self._fail([chunk.sequence for chunk in chunks] or self._next_up(), error)]

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
-from gemcutter.cache.kv_cache import PoolSize
+from gemcutter.cache.kv_cache import PagedKVCache, PoolSize
 from gemcutter.errors import RequestError
 from gemcutter.model.text import Decoder
 from gemcutter.ops.types import vector
@@ -97,6 +98,11 @@ def most_pages(plan: ModelPlan, context: int, rows: int, page_tokens: int = PAGE
         group.id: whole if group.window is None else min(whole, -(-(group.window - 1 + rows) // page_tokens) + 1)
         for group in plan.groups()
     }
+
+
+def make_pool(decoder: Decoder, counts: Mapping[GroupId, PoolSize], dtype: torch.dtype) -> PagedKVCache:
+    """Make a pool beside a decoder, whose layers it stores as the decoder's kernels read them. Raises CapacityError."""
+    return PagedKVCache(decoder.plan, counts, dtype, decoder.device, compact_weights(decoder))
 
 
 def compact_weights(decoder: Decoder) -> dict[int, Tensor]:

@@ -50,6 +50,10 @@ class Pipeline:
         self.stages, self._pipe = stages, pipe
         self.begun = deque[BegunStep]()  # in the last stage: the oldest first
 
+    def _receive(self, decoder: Decoder) -> list[Tensor]:
+        """Wait for the next tensors, which come through the host's memory."""
+        return [rows.to(decoder.device) for rows in self._pipe.receive()]
+
     def begin(self, decoder: Decoder, step: Step, cache: KVCache, observe: Observer | None = None) -> BegunStep:
         """Embed a prepared step's rows and send them on their way.
 
@@ -76,7 +80,7 @@ class Pipeline:
         """Pass the rows that come back first through the last layers."""
         begun = self.begun.popleft()
         with decoder.together(lambda leader: leader.finish()), decoder.on_device():
-            (x_ND,) = self._pipe.receive()
+            (x_ND,) = self._receive(decoder)
             if begun.observe is not None and decoder.plan.stage is not None:
                 begun.observe(decoder.plan.stage.layer_before, x_ND)
             begun.states_MD = decoder.run(begun.layers, x_ND, begun.step, begun.cache, begun.early, begun.late, begun.observe)
@@ -92,7 +96,7 @@ class Pipeline:
     def pass_on(self, decoder: Decoder, step: Step, cache: KVCache) -> None:
         """Run a prepared step in a stage other than the last: rows come in, pass its layers, and go out."""
         layers = decoder.body_of(step).layers
-        x_ND, *ple = self._pipe.receive()
+        x_ND, *ple = self._receive(decoder)
         own: LayerInputs = [None] * len(layers)
         if ple:
             own, ple = ple[0][:, : len(layers)].unbind(1), [ple[0][:, len(layers) :]]

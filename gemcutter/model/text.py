@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemcutter.errors import RankError
 from gemcutter.model.pipeline import BegunStep, LayerInputs, Observer, Pipeline
 from gemcutter.model.rope import Rope
 from gemcutter.ops import KernelSite
@@ -156,6 +157,8 @@ class Decoder:
 
     def capture_refusal(self) -> str | None:
         """Return why the decoder's steps can't be captured as CUDA graphs; None if they can."""
+        if self.pipeline is not None:
+            return "rows pass from stage to stage through the host"
         table = self.params.get("embed.ple")
         assert table is None or isinstance(table, Weight)
         return self.backend.capture_refusal(self.device, self.kernel_names, table)
@@ -264,6 +267,11 @@ class Decoder:
         """Return the soft-capped logits [R, V] of final-normed states, in float32."""
         with self.together(lambda leader: leader.head(h_RD)), self.on_device():
             return self.lm_head(h_RD)
+
+    def check_ranks(self) -> None:
+        """Raise RankError if the other ranks have ended: what a GPU has computed since then is nothing."""
+        if self.leader is not None and (problem := self.leader.problem) is not None:
+            raise RankError(problem)
 
     def together(self, tell: Callable[[StepLeader], AbstractContextManager[None]]) -> AbstractContextManager[object]:
         """Let other ranks do what follows, too, where this one leads them."""

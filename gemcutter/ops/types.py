@@ -136,6 +136,19 @@ class Pipe(Protocol):
         """Wait for the next tensors of the stage before. Raises RankError once a stage is gone."""
 
 
+@dataclass(frozen=True, slots=True)
+class StaticShape:
+    """A step over memory that never moves: up to `sequences` sequences of `context` tokens, `each` rows of each.
+
+    `source` says what makes its tokens, as `engine/cuda_graphs.py` spells it.
+    """
+
+    context: int
+    sequences: int
+    each: int
+    source: str
+
+
 class StepLeader(Protocol):
     """Who tells the other ranks of what this one is about to do with them; what goes wrong meanwhile ends them all."""
 
@@ -168,6 +181,12 @@ class StepLeader(Protocol):
 
     def head(self, h_RD: Tensor) -> AbstractContextManager[None]:
         """Let them run the head over some states. Raises RankError if a rank is gone."""
+
+    def capture(self, static: StaticShape, cache: KVCache) -> AbstractContextManager[None]:
+        """Let them capture a static step as a graph. Raises RankError if a rank is gone."""
+
+    def static_step(self, static: StaticShape, cache: KVCache, numbers: Tensor) -> AbstractContextManager[None]:
+        """Let them run a static step over these bytes, the last of its numbers. Raises RankError if a rank is gone."""
 
 
 @dataclass(frozen=True, slots=True)

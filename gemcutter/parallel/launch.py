@@ -1,4 +1,5 @@
-"""Starts the ranks of one host: as many processes of this program as the leader needs beside itself.
+"""Starts the ranks of one host: as many processes of this program as the leader needs beside itself, each on a GPU of its own
+where the model runs on GPUs.
 
 Owns the processes, what they inherit (the shared memory of their stage, connections to the leader and to the stages beside
 theirs), and how cores are shared among them. A process dies with its leader, however that ends. Refuses to know models. Read
@@ -11,16 +12,18 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gemcutter import native
 from gemcutter.errors import KernelError, RankError
 from gemcutter.numa import cpus_of, memory_nodes
+from gemcutter.parallel.distributed_ranks import NCCL, DistributedRanks, has_come, is_joined, join_group, leave_group, open_store
 from gemcutter.parallel.leader import Leader
 from gemcutter.parallel.messages import opening, receive
 from gemcutter.parallel.monitor import Monitor
@@ -31,17 +34,20 @@ from gemcutter.shard import Place, Shard
 if TYPE_CHECKING:
     from gemcutter.load_options import LoadOptions
 
+COME_S = 60.0  # that the others have to start
+LOOK_S = 0.02  # between two looks for them
 
-def launch(options: LoadOptions, stages: Sequence[range]) -> tuple[SharedRanks, Pipe | None, Leader]:
+
+def launch(options: LoadOptions, stages: Sequence[range]) -> tuple[SharedRanks | DistributedRanks, Pipe | None, Leader]:
     """Start the other ranks, which begin to load what they hold.
 
     Returns this process's place among the ranks of its stage, its way to other stages where there are some, and the way to all
-    ranks. Raises KernelError where this host can't run ranks.
+    ranks. Raises KernelError where this host can't run ranks, RankError where they can't join each other.
     """
     here = Place(0, options.tensor_parallel, options.pipeline_parallel)
     if reason := native.missing():
         raise KernelError(f"{here.count} processes: ranks of one host share memory by the native CPU kernels: {reason}")
-    threads, before = max(1, torch.get_num_threads() // here.count), _Cores()
+    threads, before, meeting = max(1, torch.get_num_threads() // here.count), _Cores(), _Meeting(group_backend(options), here)
     torch.set_num_threads(threads)
     files = [new_segment(here.tensor_parallel) for _ in stages]
     groups = [SharedRanks(file, Shard(0, here.tensor_parallel)) for file in files]
@@ -49,7 +55,7 @@ def launch(options: LoadOptions, stages: Sequence[range]) -> tuple[SharedRanks, 
     processes, connections = list[subprocess.Popen[bytes]](), list[socket.socket]()
     for number in range(1, here.count):
         place = replace(here, number=number)
-        found, there = _start(place, files[number // here.tensor_parallel], ways, threads)
+        found, there = _start(place, files[number // here.tensor_parallel], meeting.address, ways, threads)
         processes.append(found)
         there.sendall(opening(options, stages, cores_of(number, here.count)))
         connections.append(there)
@@ -60,26 +66,91 @@ def launch(options: LoadOptions, stages: Sequence[range]) -> tuple[SharedRanks, 
     def end() -> None:
         for group in groups:
             group.end()
+        if meeting.ranks is not None:
+            meeting.ranks.end()
         if pipe is not None:
             pipe.end()
 
+    def give_back() -> None:
+        before.use()
+        meeting.leave()
+
     monitor = Monitor(processes, connections, end, lambda: [beat for group in groups for beat in group.beats()])
-    leader = Leader(connections, monitor, here.tensor_parallel - 1, before.use)
-    weakref.finalize(leader, leader.monitor.close)
+
+    def close() -> None:
+        monitor.close()
+        meeting.leave()
+
+    leader = Leader(connections, monitor, here.tensor_parallel - 1, give_back)
+    weakref.finalize(leader, close)
     if cores := cores_of(0, here.count):
         os.sched_setaffinity(0, cores)
-    return groups[0], pipe, leader
+    try:
+        meeting.join(monitor)
+    except RankError:
+        leader.close()
+        raise
+    return meeting.ranks or groups[0], pipe, leader
+
+
+def group_backend(options: LoadOptions) -> str | None:
+    """Return by what part of torch.distributed ranks sum; None where they do over shared memory: on CPUs."""
+    return None if options.device == "cpu" else NCCL
+
+
+@dataclass(slots=True)
+class _Meeting:
+    """Where ranks that sum by torch.distributed meet; nothing where they don't."""
+
+    backend: str | None
+    here: Place
+    ranks: DistributedRanks | None = None
+    _store: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.backend is not None and is_joined():
+            raise RankError("another model is loaded on several GPUs in this process; close it first")
+        self._store = None if self.backend is None else open_store(self.here.count)
+
+    @property
+    def address(self) -> str:
+        """Return what another rank needs to know to come: a backend and a port, or an empty text."""
+        return "" if self._store is None else f"{self.backend}:{self._store.port}"
+
+    def join(self, monitor: Monitor) -> None:
+        """Wait for the others and join them. Raises RankError if one does not come.
+
+        torch waits, too, but can't be used again in this process where it waited for nobody.
+        """
+        if self.backend is None:
+            return
+        until = time.monotonic() + COME_S
+        for number in range(1, self.here.count):
+            while not has_come(self._store, number):
+                if monitor.problem is not None:
+                    raise RankError(monitor.problem)
+                if time.monotonic() > until:
+                    raise RankError(f"rank {number} did not come within {COME_S:.0f} s")
+                time.sleep(LOOK_S)
+        join_group(self.backend, self.here.number, self.here.count, self._store)
+        self.ranks = DistributedRanks(self.here)
+
+    def leave(self) -> None:
+        """Leave, once the others are gone."""
+        if self.ranks is not None:
+            self.ranks = None
+            leave_group()
 
 
 def _start(
-    place: Place, file: int, ways: Sequence[tuple[socket.socket, socket.socket]], threads: int
+    place: Place, file: int, meeting: str, ways: Sequence[tuple[socket.socket, socket.socket]], threads: int
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start the process of a place, which inherits its ends of connections; return it and the way to it."""
     here, there = socket.socketpair()
     rows = [ways[place.previous][1].fileno(), ways[place.number][0].fileno()] if ways else []
     numbers = (there.fileno(), file, place.number, place.tensor_parallel, place.pipeline_parallel, *rows)
     found = subprocess.Popen(
-        [sys.executable, "-m", "gemcutter.rank_process", *map(str, numbers)],
+        [sys.executable, "-m", "gemcutter.rank_process", meeting, *map(str, numbers)],
         pass_fds=(there.fileno(), file, *rows),
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.DEVNULL,

@@ -13,6 +13,8 @@ commands are spelled.
     load_adapter     name, path, ignore                          let steps ask for an adapter
     unload_adapter   name                                        forget it
     draft       number, ids, states, step, count                 draft so many tokens, or the logits of one
+    capture     number, shape                                    capture a static step
+    static_step number, shape, numbers                           run it over these numbers
 
 A connection that is closed ends the others. What concerns the head, and rows that have come back through a pipeline, is told to
 the ranks of the leader's own stage alone.
@@ -25,6 +27,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -34,6 +37,7 @@ from torch import Tensor
 from gemcutter.cache.kv_cache import PagedKVCache
 from gemcutter.errors import RankError
 from gemcutter.ops.step import KVCache, Step
+from gemcutter.ops.types import StaticShape
 from gemcutter.parallel.messages import encode, step_content
 from gemcutter.parallel.monitor import Monitor
 from gemcutter.plan import GroupId
@@ -124,6 +128,20 @@ class Leader:
         """Let the ranks of this stage draft. Raises RankError if a rank is gone."""
         number = self._number_of(cache)
         self._tell_own("draft", number=number, ids=ids_S, states=states_ST, step=step_content(step), count=count)
+        with self._together():
+            yield
+
+    @contextmanager
+    def capture(self, static: StaticShape, cache: KVCache) -> Iterator[None]:
+        """Let all ranks capture a static step as a graph. Raises RankError if a rank is gone."""
+        self.tell("capture", number=self._number_of(cache), shape=asdict(static))
+        with self._together():
+            yield
+
+    @contextmanager
+    def static_step(self, static: StaticShape, cache: KVCache, numbers: Tensor) -> Iterator[None]:
+        """Let all ranks run a static step over these bytes. Raises RankError if a rank is gone."""
+        self.tell("static_step", number=self._number_of(cache), shape=asdict(static), numbers=numbers)
         with self._together():
             yield
 

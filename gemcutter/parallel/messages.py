@@ -27,14 +27,14 @@ HEAD = struct.Struct("<QQ")  # bytes of the JSON text and of everything after it
 ALIGNMENT = 16
 MOST_BYTES = 1 << 32  # of one message: more is no message of ours
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.int64, torch.float32, torch.bfloat16)}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.uint8, torch.int64, torch.float32, torch.bfloat16)}
 
 
 def encode(command: str, content: Mapping[str, Any]) -> bytes:
     """Return a message: values are numbers, texts, None, and lists, mappings, slices and tensors (of DTYPES) of them."""
     tensors = list[Tensor]()
     text = json.dumps([command, _plain(content, tensors)], separators=(",", ":")).encode()
-    blobs = [bytes(each.contiguous().view(torch.uint8).numpy().data) if each.numel() else b"" for each in tensors]
+    blobs = [bytes(each.cpu().contiguous().view(torch.uint8).numpy().data) if each.numel() else b"" for each in tensors]
     padded = [blob + bytes(-len(blob) % ALIGNMENT) for blob in blobs]
     return b"".join((HEAD.pack(len(text), sum(map(len, padded))), text, *padded))
 
@@ -87,20 +87,23 @@ def step_content(step: Step) -> dict[str, Any]:
     }
 
 
-def step_of(content: Mapping[str, Any]) -> Step:
-    """Build a step without rotations and metadata, which the rank's decoder makes."""
+def step_of(content: Mapping[str, Any], device: torch.device) -> Step:
+    """Build a step on a device, without rotations and metadata, which the rank's decoder makes."""
     logit_rows, media = content["logit_rows"], content["media"]
+    ids_N = content["ids"].to(device)
     return Step(
-        ids_N=content["ids"],
-        ple_ids_N=content["ids"] if content["ple_ids"] is None else content["ple_ids"],
-        positions_N=content["positions"],
+        ids_N=ids_N,
+        ple_ids_N=ids_N if content["ple_ids"] is None else content["ple_ids"].to(device),
+        positions_N=content["positions"].to(device),
         query_start=tuple(content["query_start"]),
-        kv_ranges={GroupId(group): tuple(map(_range_of, ranges)) for group, ranges in content["kv_ranges"].items()},
-        slot_mapping={GroupId(group): slots for group, slots in content["slot_mapping"].items()},
+        kv_ranges={
+            GroupId(group): tuple(_range_of(each, device) for each in ranges) for group, ranges in content["kv_ranges"].items()
+        },
+        slot_mapping={GroupId(group): slots.to(device) for group, slots in content["slot_mapping"].items()},
         logit_rows=None if logit_rows is None else tuple(logit_rows),
         rope={},
-        last_visible={GroupId(group): last for group, last in content["last_visible"].items()},
-        media=None if media is None else MediaRows(*media),
+        last_visible={GroupId(group): last.to(device) for group, last in content["last_visible"].items()},
+        media=None if media is None else MediaRows(*(each.to(device) for each in media)),
         adapters=tuple(content["adapters"]),
     )
 
@@ -109,9 +112,9 @@ def _range_content(found: KVRange) -> list[Any]:
     return [found.start, found.where, found.pages, found.page_tokens]
 
 
-def _range_of(content: list[Any]) -> KVRange:
+def _range_of(content: list[Any], device: torch.device) -> KVRange:
     start, where, pages, page_tokens = content
-    return KVRange(start, where, tuple(pages), page_tokens)
+    return KVRange(start, where.to(device) if isinstance(where, Tensor) else where, tuple(pages), page_tokens)
 
 
 def _plain(value: Any, tensors: list[Tensor]) -> Any:

@@ -14,10 +14,11 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from gemcutter.errors import RankError
-from gemcutter.parallel.distributed_ranks import DistributedRanks, join_group
+from gemcutter.parallel.distributed_ranks import BOTH, GLOO, DistributedRanks, join_group
 from gemcutter.parallel.leader import Leader
 from gemcutter.parallel.messages import encode, opening, receive
 from gemcutter.parallel.monitor import Monitor
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from gemcutter.load_options import LoadOptions
 
 JOIN_S = 60.0  # that the others have to connect
-ENVIRONMENT = "env://"
 
 
 def torchrun_rank() -> tuple[int, int] | None:
@@ -39,10 +39,25 @@ def torchrun_rank() -> tuple[int, int] | None:
     return (number, count) if count > 1 else None
 
 
+def number_on_host() -> int:
+    """Return which of its host's ranks torchrun started this process as; 0 where it did not."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def ranks_on_host() -> int:
+    """Return how many ranks torchrun started on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _backend() -> str:
+    """Return what sums: gloo on CPUs, and NCCL on GPUs where torch has it. Only the leader knows where the model runs."""
+    return BOTH if torch.cuda.is_available() and dist.is_nccl_available() else GLOO
+
+
 def lead(options: LoadOptions, stages: Sequence[range]) -> tuple[DistributedRanks, Pipe | None, Leader]:
     """Join the others as rank 0 and connect with each of them. Raises RankError if one does not come."""
     place = Place(0, options.tensor_parallel, options.pipeline_parallel)
-    join_group("gloo", ENVIRONMENT, place.number, place.count)
+    join_group(_backend(), place.number, place.count)
     dist.broadcast_object_list([place.pipeline_parallel], src=0)
     ranks = DistributedRanks(place)
     word = secrets.token_hex(16)
@@ -64,7 +79,7 @@ def lead(options: LoadOptions, stages: Sequence[range]) -> tuple[DistributedRank
 
 def follow(number: int, count: int) -> tuple[Place, DistributedRanks, Pipe | None, socket.socket]:
     """Join the others as a rank that follows, and connect with rank 0. Raises RankError if that can't be done."""
-    join_group("gloo", ENVIRONMENT, number, count)
+    join_group(_backend(), number, count)
     stages = [1]
     dist.broadcast_object_list(stages, src=0)
     place = Place(number, count // stages[0], stages[0])

@@ -66,7 +66,7 @@ def test_a_step_arrives_as_it_was() -> None:
         adapters=(None, "lamp"),
     )
     _, content = sent("forward", {"step": step_content(step)})
-    found = step_of(content["step"])
+    found = step_of(content["step"], torch.device("cpu"))
     assert (found.query_start, found.logit_rows, found.adapters) == (step.query_start, step.logit_rows, step.adapters)
     for name in ("ids_N", "ple_ids_N", "positions_N"):
         assert torch.equal(getattr(found, name), getattr(step, name))
@@ -81,7 +81,10 @@ def test_a_step_arrives_as_it_was() -> None:
     assert found.media is not None
     assert step.media is not None
     assert torch.equal(found.media.embeds_KD, step.media.embeds_KD)
-    plain = step_of(sent("forward", {"step": step_content(Step(ids, ids, positions, (0, 3), {}, {}, None, {}))})[1]["step"])
+    plain = step_of(
+        sent("forward", {"step": step_content(Step(ids, ids, positions, (0, 3), {}, {}, None, {}))})[1]["step"],
+        torch.device("cpu"),
+    )
     assert plain.logit_rows is None
     assert plain.ple_ids_N is plain.ids_N
 

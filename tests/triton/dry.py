@@ -83,7 +83,7 @@ def static_step(decoder: Decoder, pool: PagedKVCache, sequences: int, each: int)
     """Fill the static step of some sequences at different depths."""
     buffers = CapturedSteps(decoder, pool, CONTEXT).buffers(sequences, each)
     works = works_of(pool, [100 + 300 * number % (CONTEXT // 2) for number in range(sequences)], each)
-    buffers.fill(works, buffers.next_pinned())
+    buffers.send(buffers.write(works, buffers.next_pinned()))
     for work in works:
         work.table.release()
     return buffers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -133,3 +135,20 @@ def test_blocks_hold_every_pair_once_beside_its_expert(
 
 def test_blocks_grow_with_the_rows_of_an_expert() -> None:
     assert [block_rows(pairs, 128) for pairs in (8, 16 * 128, 17 * 128, 64 * 128, 65 * 128)] == [16, 16, 32, 32, 64]
+
+
+@pytest.mark.parametrize("count", [1, PAIR_ROWS, PAIR_ROWS + 1, SCAN_ROWS, SCAN_ROWS + 1, 33])
+def test_no_expert_adds_nothing(count: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that another tensor-parallel rank holds are -1; what memory held before does not come through."""
+    x_MD, weights_MT, chosen_MT = choose(count, device)
+    gates, outs = (dense_stack(*shape, torch.float32, device) for shape in ((2 * WIDTH, HIDDEN, 1), (HIDDEN, WIDTH, 2)))
+    is_held_MT = chosen_MT % 2 == 0
+    wanted = expected(x_MD, torch.where(is_held_MT, weights_MT, 0.0), chosen_MT, gates, outs)
+
+    def spoilt(like: Tensor, *shape: int, **how: Any) -> Tensor:  # Triton's interpreter asks, too, for a device
+        value = torch.nan if like.is_floating_point() else 0
+        return torch.full(shape, value, **{"dtype": like.dtype, "device": like.device} | how)
+
+    monkeypatch.setattr(Tensor, "new_empty", spoilt)
+    found = experts(x_MD, weights_MT, torch.where(is_held_MT, chosen_MT, -1), Weight((gates,)), Weight((outs,)))
+    check(found, wanted)

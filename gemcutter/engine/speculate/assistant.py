@@ -30,8 +30,9 @@ class AssistantProposer:
 
     def __init__(self, drafter: Drafter) -> None:
         self._drafter, self._offset = drafter, drafter.decoder.plan.query_offset
-        refusals = (each.capture_refusal() for each in (drafter.decoder, drafter.target))
-        self._captured = CapturedBursts(drafter) if not any(refusals) else None
+        refusals = [each.capture_refusal() for each in (drafter.decoder, drafter.target)]
+        is_led = drafter.target.leader is not None  # the other ranks draft op by op
+        self._captured = None if is_led or any(refusals) else CapturedBursts(drafter)
 
     needs_states = True
 

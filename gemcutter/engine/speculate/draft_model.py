@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from gemcutter.cache.block_table import BlockTable
-from gemcutter.cache.kv_cache import PagedKVCache
-from gemcutter.engine.memory import compact_weights, page_counts
+from gemcutter.engine.memory import make_pool, page_counts
 from gemcutter.engine.request import Request, SequenceState
 from gemcutter.engine.scheduler import ScheduledChunk
 from gemcutter.engine.speculate.assistant import Wanted, choose_drafts
@@ -43,7 +42,7 @@ class DraftModelProposer:
     def __init__(self, decoder: Decoder, context: int, max_num_seqs: int) -> None:
         self._decoder = decoder
         counts = page_counts(decoder.plan, context, CATCH_UP_ROWS + MOST_DRAFTS, max_num_seqs)
-        self._cache = PagedKVCache(decoder.plan, counts, decoder.dtype, decoder.device, compact_weights(decoder))
+        self._cache = make_pool(decoder, counts, decoder.dtype)
         self._context = min(context, decoder.plan.context)
         self._shadows: dict[int, Shadow] = {}
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from gemcutter.ops import LAYER_OPS, MODEL_OPS, SUMMED_OPS, KernelSite, devices
+from gemcutter.ops import LAYER_OPS, MODEL_OPS, KernelSite, devices
 from gemcutter.ops.backend import DENSE, NEIGHBOURS, NO_GPU, AttnKinds, KernelImpl
 
 if TYPE_CHECKING:  # what follows imports torch
@@ -107,8 +107,6 @@ class TritonBackend:
         return None
 
     def _accepts_matrices(self, site: KernelSite) -> str | None:
-        if site.ranks and site.op in SUMMED_OPS:
-            return "ranks sum in the middle of it"
         known = (*DENSE, "mixed")  # whose parts the product takes one by one; they are listed apart where an op is selected
         foreign = [kind for kind in site.stored.split("+") if kind not in known and not kind.startswith(PACKED)]
         if reason := self.refusal(site.device, site.kernels):

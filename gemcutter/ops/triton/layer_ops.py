@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from gemcutter.ops.step import NO_ADAPTERS, AdapterRows, KVCache, Step
@@ -17,7 +18,7 @@ from gemcutter.ops.triton import elementwise, fused_norm, moe
 from gemcutter.ops.triton import linear as linear_kernels
 from gemcutter.ops.triton.attn_metadata import of_group
 from gemcutter.ops.types import Attention, LayerOutput, OpContext, Param, closing_scale, matrix, vector
-from gemcutter.plan import LayerPlan, ModelPlan
+from gemcutter.plan import LayerPlan, ModelPlan, MoEPlan
 
 Norms = tuple[Tensor, ...]  # the weights under which rows are normed, or these rows
 
@@ -104,7 +105,7 @@ def _build_attn_out(
     weight, post_norm = matrix(params, "attn.out"), vector(params, "attn.post_norm")
 
     def attn_out(x_MD: Tensor, o_MHE: Tensor, norms: Norms, adapters: AdapterRows) -> Norms:
-        product = ctx.linear_lora(o_MHE.flatten(1), weight, adapters)
+        product = ctx.summed(ctx.linear_lora(o_MHE.flatten(1), weight, adapters))
         return fused_norm.add_multi_norm(x_MD, product, post_norm, plan.eps, 1.0, norms)
 
     return attn_out
@@ -134,7 +135,7 @@ def _build_mlp(
             hidden = elementwise.gelu_mul(ctx.linear_lora(normed_MD, w_in, adapters))
         else:
             hidden = linear_kernels.gated(normed_MD, w_in)
-        return ctx.linear_lora(hidden, w_out, adapters)
+        return ctx.summed(ctx.linear_lora(hidden, w_out, adapters))
 
     def mlp(x_MD: Tensor, normed: Norms, norms: Norms, adapters: AdapterRows) -> Norms:
         (normed_MD,) = normed
@@ -146,15 +147,24 @@ def _build_mlp(
     router_scale = vector(params, "moe.router_scale") * plan.hidden**-0.5
     experts_in, experts_out = matrix(params, "moe.in"), matrix(params, "moe.out")
     dense_norm, expert_norm = vector(params, "mlp.branch_norm"), vector(params, "moe.branch_norm")
+    held = _held_experts(plan_moe)
 
     def moe_mlp(x_MD: Tensor, normed: Norms, norms: Norms, adapters: AdapterRows) -> Norms:
         for_dense, for_experts, for_router = normed
         weights, chosen = elementwise.route(ctx.linear_lora(for_router, router, adapters), top_k, expert_scale)
-        found = moe.experts(for_experts, weights, chosen, experts_in, experts_out)
+        found = ctx.summed(moe.experts(for_experts, weights, held(chosen), experts_in, experts_out))
         branches, weights_of = (dense(for_dense, adapters), found), (dense_norm, expert_norm, post_norm)
         return fused_norm.join_multi_norm(x_MD, *branches, *weights_of, plan.eps, scale, norms)
 
     return (norm, vector(params, "moe.norm"), router_scale), moe_mlp
+
+
+def _held_experts(plan: MoEPlan) -> Callable[[Tensor], Tensor]:
+    """Return what numbers chosen experts as they are held: a tensor-parallel rank's from its first one on, others -1."""
+    first, count = plan.first, plan.num_held
+    if count == plan.experts:
+        return lambda chosen_MT: chosen_MT
+    return lambda chosen_MT: torch.where((chosen_MT >= first) & (chosen_MT < first + count), chosen_MT - first, -1)
 
 
 def build_ple_gate(plan: ModelPlan, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext) -> Callable[..., Tensor]:

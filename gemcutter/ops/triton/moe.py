@@ -47,13 +47,14 @@ def _pair_in_kernel(
     """Write gelu(gate) * up of one pair, F features, to `hidden` [P, num_out]."""
     matrix = (words, high, scale, bias, fine, fine_bias, word_stride, scale_stride, fine_stride)
     pair, feature = tl.program_id(1), tl.program_id(0) * F + tl.arange(0, F)
-    first = tl.load(chosen + pair).to(tl.int64) * step
-    w_row, w_mask = first + feature.to(tl.int64)[:, None], feature[:, None] < num_out
-    row = x + (pair // T).to(tl.int64) * x_stride
-    gate = multiply_few(row, 0, 1, w_row, w_mask, matrix, width, 1, F, BLOCK, CODES, SCALES, GROUP, OFFSET, HAS_BIAS)
-    w_row += num_out
-    up = multiply_few(row, 0, 1, w_row, w_mask, matrix, width, 1, F, BLOCK, CODES, SCALES, GROUP, OFFSET, HAS_BIAS)
-    tl.store(hidden + pair.to(tl.int64) * num_out + feature[None, :], gelu(gate) * up, feature[None, :] < num_out)
+    expert = tl.load(chosen + pair)
+    if expert >= 0:
+        w_row, w_mask = expert.to(tl.int64) * step + feature.to(tl.int64)[:, None], feature[:, None] < num_out
+        row = x + (pair // T).to(tl.int64) * x_stride
+        gate = multiply_few(row, 0, 1, w_row, w_mask, matrix, width, 1, F, BLOCK, CODES, SCALES, GROUP, OFFSET, HAS_BIAS)
+        w_row += num_out
+        up = multiply_few(row, 0, 1, w_row, w_mask, matrix, width, 1, F, BLOCK, CODES, SCALES, GROUP, OFFSET, HAS_BIAS)
+        tl.store(hidden + pair.to(tl.int64) * num_out + feature[None, :], gelu(gate) * up, feature[None, :] < num_out)
 
 
 @triton.jit
@@ -70,12 +71,14 @@ def _pair_out_kernel(
     total = tl.zeros([1, F], tl.float32)
     for choice in range(T):
         pair = row * T + choice
-        w_row = tl.load(chosen + pair).to(tl.int64) * step + feature.to(tl.int64)[:, None]
-        found = multiply_few(
-            hidden + pair.to(tl.int64) * num_in, 0, 1, w_row, w_mask, matrix, width,
-            1, F, BLOCK, CODES, SCALES, GROUP, OFFSET, HAS_BIAS,
-        )  # fmt: skip
-        total += found * tl.load(weights + pair).to(tl.float32)
+        expert = tl.load(chosen + pair)
+        if expert >= 0:
+            w_row = expert.to(tl.int64) * step + feature.to(tl.int64)[:, None]
+            found = multiply_few(
+                hidden + pair.to(tl.int64) * num_in, 0, 1, w_row, w_mask, matrix, width,
+                1, F, BLOCK, CODES, SCALES, GROUP, OFFSET, HAS_BIAS,
+            )  # fmt: skip
+            total += found * tl.load(weights + pair).to(tl.float32)
     tl.store(out + row.to(tl.int64) * num_out + feature[None, :], total, feature[None, :] < num_out)
 
 
@@ -124,7 +127,7 @@ def _sort_kernel(chosen, pairs, owners, members, SIZE: tl.constexpr, CHUNK: tl.c
     """List one expert's pairs, block by block.
 
     Its first block is number (pairs of all experts before) // SIZE + (number of experts before), whatever each of them has: no
-    expert fills more blocks than that leaves room for.
+    expert fills more blocks than that leaves room for. Pairs without an expert, -1, come before all and are in no block.
     """
     expert, lane = tl.program_id(0), tl.arange(0, CHUNK)
     before = 0
@@ -141,12 +144,13 @@ def _sort_kernel(chosen, pairs, owners, members, SIZE: tl.constexpr, CHUNK: tl.c
 
 
 @triton.jit
-def _sum_kernel(found, weights, out, size, T: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the weighted products of a row's pairs up."""
+def _sum_kernel(found, chosen, weights, out, size, T: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the weighted products of a row's pairs up; nothing was computed of those without an expert."""
     row, lane = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for choice in range(T):
-        part = tl.load(found + (row * T + choice) * size + lane, lane < size, 0.0).to(tl.float32)
+        there = tl.where(tl.load(chosen + row * T + choice) >= 0, size, 0)
+        part = tl.load(found + (row * T + choice) * size + lane, lane < there, 0.0).to(tl.float32)
         total += part * tl.load(weights + row * T + choice).to(tl.float32)
     tl.store(out + row * size + lane, total, lane < size)
 
@@ -157,8 +161,8 @@ def _sum_kernel(found, weights, out, size, T: tl.constexpr, BLOCK: tl.constexpr)
 def experts(x_MD: Tensor, weights_MT: Tensor, chosen_MT: Tensor, w_in: Weight, w_out: Weight) -> Tensor:
     """Return each row's sum of its chosen experts' outputs, weighted: [M, D].
 
-    An expert multiplies with its gate and up matrices, [2 F, D] of `w_in`, and with its [D, F] of `w_out`. Raises KernelError
-    where the parts of a stack don't lie side by side, dense or packed.
+    An expert multiplies with its gate and up matrices, [2 F, D] of `w_in`, and with its [D, F] of `w_out`; -1 is no expert, and
+    adds nothing. Raises KernelError where the parts of a stack don't lie side by side, dense or packed.
     """
     gates, outs = _stack("gate and up", w_in), _stack("out", w_out)
     if not x_MD.shape[0]:
@@ -212,7 +216,7 @@ def _by_expert(
             R=block, T_PADDED=triton.next_power_of_2(choices), IS_IN=is_in, **_constants(tile, choices, matrix),
         )  # fmt: skip
     out = torch.empty_like(x_MD, memory_format=torch.contiguous_format)
-    _sum_kernel[(rows, triton.cdiv(outs.rows, COLUMNS))](found, weights_MT, out, outs.rows, T=choices, BLOCK=COLUMNS)
+    _sum_kernel[(rows, triton.cdiv(outs.rows, COLUMNS))](found, chosen_MT, weights_MT, out, outs.rows, T=choices, BLOCK=COLUMNS)
     return out
 
 
