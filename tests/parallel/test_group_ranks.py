@@ -60,7 +60,7 @@ def test_a_rank_that_is_killed_ends_the_request(stages: int) -> None:
         next(stream)
         os.kill(followers_of(os.getpid())[-1], signal.SIGKILL)
         killed = time.monotonic()
-        with pytest.raises(RankError, match="rank|stage"):
+        with pytest.raises(RankError, match=r"rank|stage"):
             list(stream)
         assert time.monotonic() - killed < SOON_S
         with pytest.raises(RankError):
