@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -40,6 +40,13 @@ def read_stream(url: str, number: int, begun: threading.Semaphore) -> list[dict[
     return found
 
 
+def ongoing(found: Deployed) -> dict[str, int]:
+    """Return how many requests each replica has."""
+    import ray
+
+    return {name: ray.get(actor.get_num_ongoing_requests.remote()) for name, actor in found.replicas().items()}
+
+
 def lose_one(found: Deployed) -> str:
     """Kill a replica, as a machine that fails would, and return its name."""
     import ray
@@ -51,11 +58,15 @@ def lose_one(found: Deployed) -> str:
 
 def test_requests_outlive_their_replica_unless_they_have_begun(cluster: str) -> None:
     model = {**MODEL, "context": 2 * STREAM_TOKENS}
-    with deployed(cluster, "faults", replicas=2, load=model) as two, ThreadPoolExecutor(STREAMS + WHOLE) as pool:
-        begun = threading.Semaphore(0)
-        streams = [pool.submit(read_stream, two.url, number, begun) for number in range(STREAMS)]
-        for _ in range(STREAMS):
+    with (
+        deployed(cluster, "faults", replicas=2, load=model, routing="balanced") as two,
+        ThreadPoolExecutor(STREAMS + WHOLE) as pool,
+    ):
+        begun, streams = threading.Semaphore(0), list[Future[list[dict[str, Any] | str]]]()
+        for number in range(STREAMS):  # one after the other, so that each goes to the shorter queue
+            streams.append(pool.submit(read_stream, two.url, number, begun))
             assert begun.acquire(timeout=60)
+        assert min(ongoing(two).values()) > 0
         whole = [pool.submit(two.post, "/v1/chat/completions", chat(100 + number)) for number in range(WHOLE)]
         lost = lose_one(two)
         ends = [each.result() for each in streams]
