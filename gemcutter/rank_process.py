@@ -17,7 +17,7 @@ import time
 from gemcutter.errors import GemcutterError, RankError
 from gemcutter.loading import on_device_of, open_rank
 from gemcutter.ops.types import Ranks
-from gemcutter.parallel.distributed_ranks import DistributedRanks, come_to_store, join_group
+from gemcutter.parallel.distributed_ranks import DistributedRanks, come_to_store, join_group, leave_group
 from gemcutter.parallel.messages import encode, opened, receive
 from gemcutter.parallel.pipe import Pipe
 from gemcutter.parallel.rendezvous import follow, number_on_host
@@ -88,6 +88,7 @@ def _obey(way: socket.socket, place: Place, ranks: Ranks, pipe: Pipe | None, gpu
         follower.serve(way)
     except RankError:  # the leader says which
         return 1
+    leave_group()
     return 0
 
 
