@@ -26,7 +26,7 @@ from gemcutter.numa import cpus_of, memory_nodes
 from gemcutter.parallel.distributed_ranks import NCCL, DistributedRanks, has_come, is_joined, join_group, leave_group, open_store
 from gemcutter.parallel.leader import Leader
 from gemcutter.parallel.messages import opening, receive
-from gemcutter.parallel.monitor import Monitor
+from gemcutter.parallel.monitor import Monitor, end_all
 from gemcutter.parallel.pipe import Pipe
 from gemcutter.parallel.shared_ranks import SharedRanks, new_segment
 from gemcutter.shard import Place, Shard
@@ -47,50 +47,34 @@ def launch(options: LoadOptions, stages: Sequence[range]) -> tuple[SharedRanks |
     here = Place(0, options.tensor_parallel, options.pipeline_parallel)
     if reason := native.missing():
         raise KernelError(f"{here.count} processes: ranks of one host share memory by the native CPU kernels: {reason}")
-    threads, before, meeting = max(1, torch.get_num_threads() // here.count), _Cores(), _Meeting(group_backend(options), here)
-    torch.set_num_threads(threads)
-    files = [new_segment(here.tensor_parallel) for _ in stages]
-    groups = [SharedRanks(file, Shard(0, here.tensor_parallel)) for file in files]
-    ways = [socket.socketpair() for _ in range(here.count)] if len(stages) > 1 else []  # out of the rank of this number
-    processes, connections = list[subprocess.Popen[bytes]](), list[socket.socket]()
-    for number in range(1, here.count):
-        place = replace(here, number=number)
-        found, there = _start(place, files[number // here.tensor_parallel], meeting.address, ways, threads)
-        processes.append(found)
-        there.sendall(opening(options, stages, cores_of(number, here.count)))
-        connections.append(there)
-    for file in files:
-        os.close(file)
-    pipe = _own_pipe(here, ways) if ways else None
-
-    def end() -> None:
-        for group in groups:
-            group.end()
-        if meeting.ranks is not None:
-            meeting.ranks.end()
-        if pipe is not None:
-            pipe.end()
+    before, meeting = _Cores(), _Meeting(group_backend(options), here)
+    torch.set_num_threads(max(1, torch.get_num_threads() // here.count))
+    started = _start_others(options, stages, here, meeting)
+    monitor = Monitor(
+        started.processes,
+        started.connections,
+        lambda: end_all(*started.groups, meeting.ranks, started.pipe),
+        lambda: [beat for group in started.groups for beat in group.beats()],
+    )
 
     def give_back() -> None:
         before.use()
         meeting.leave()
 
-    monitor = Monitor(processes, connections, end, lambda: [beat for group in groups for beat in group.beats()])
-
     def close() -> None:
         monitor.close()
         meeting.leave()
 
-    leader = Leader(connections, monitor, here.tensor_parallel - 1, give_back)
+    leader = Leader(started.connections, monitor, here.tensor_parallel - 1, give_back)
     weakref.finalize(leader, close)
-    if cores := cores_of(0, here.count):
+    if cores := meeting.cores_of(0):
         os.sched_setaffinity(0, cores)
     try:
         meeting.join(monitor)
     except RankError:
         leader.close()
         raise
-    return meeting.ranks or groups[0], pipe, leader
+    return meeting.ranks or started.groups[0], started.pipe, leader
 
 
 def group_backend(options: LoadOptions) -> str | None:
@@ -111,6 +95,10 @@ class _Meeting:
         if self.backend is not None and is_joined():
             raise RankError("another model is loaded on several GPUs in this process; close it first")
         self._store = None if self.backend is None else open_store(self.here.count)
+
+    def cores_of(self, number: int) -> list[int]:
+        """Return the cores that a rank keeps to; none, which means all, where GPUs compute."""
+        return [] if self.backend == NCCL else cores_of(number, self.here.count)
 
     @property
     def address(self) -> str:
@@ -140,6 +128,33 @@ class _Meeting:
         if self.ranks is not None:
             self.ranks = None
             leave_group()
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """The other ranks, connections with them, and this process's place in each stage's memory and between the stages."""
+
+    processes: list[subprocess.Popen[bytes]]
+    connections: list[socket.socket]
+    groups: list[SharedRanks]
+    pipe: Pipe | None
+
+
+def _start_others(options: LoadOptions, stages: Sequence[range], here: Place, meeting: _Meeting) -> _Started:
+    """Start the processes of all ranks but the first, and tell them what to load."""
+    files = [new_segment(here.tensor_parallel) for _ in stages]
+    groups = [SharedRanks(file, Shard(0, here.tensor_parallel)) for file in files]
+    ways = [socket.socketpair() for _ in range(here.count)] if len(stages) > 1 else []  # out of the rank of this number
+    processes, connections = list[subprocess.Popen[bytes]](), list[socket.socket]()
+    for number in range(1, here.count):
+        place = replace(here, number=number)
+        found, there = _start(place, files[number // here.tensor_parallel], meeting.address, ways, torch.get_num_threads())
+        processes.append(found)
+        there.sendall(opening(options, stages, meeting.cores_of(number)))
+        connections.append(there)
+    for file in files:
+        os.close(file)
+    return _Started(processes, connections, groups, _own_pipe(here, ways) if ways else None)
 
 
 def _start(

@@ -12,10 +12,25 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 LOOK_S = 0.25  # between two looks
 HANG_S = 6.0  # without a beat, after which a process counts as hung: it is stopped, or its machine is beyond help
 FAREWELL_S = 3.0  # that processes have to end by themselves
+
+
+class Ended(Protocol):
+    """What others may wait for."""
+
+    def end(self) -> None:
+        """Let every wait end, now and later, with an error."""
+
+
+def end_all(*parts: Ended | None) -> None:
+    """End those that there are."""
+    for part in parts:
+        if part is not None:
+            part.end()
 
 
 def _has_ended(connection: socket.socket) -> bool:

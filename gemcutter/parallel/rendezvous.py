@@ -21,7 +21,7 @@ from gemcutter.errors import RankError
 from gemcutter.parallel.distributed_ranks import BOTH, GLOO, DistributedRanks, join_group
 from gemcutter.parallel.leader import Leader
 from gemcutter.parallel.messages import encode, opening, receive
-from gemcutter.parallel.monitor import Monitor
+from gemcutter.parallel.monitor import Monitor, end_all
 from gemcutter.parallel.pipe import Pipe
 from gemcutter.shard import Place
 
@@ -68,13 +68,8 @@ def lead(options: LoadOptions, stages: Sequence[range]) -> tuple[DistributedRank
     for connection in connections:
         connection.sendall(opening(options, stages))
     pipe = _join_stages(place)
-
-    def end() -> None:
-        ranks.end()
-        if pipe is not None:
-            pipe.end()
-
-    return ranks, pipe, Leader(connections, Monitor([], connections, end, list), place.tensor_parallel - 1)
+    monitor = Monitor([], connections, lambda: end_all(ranks, pipe), list)
+    return ranks, pipe, Leader(connections, monitor, place.tensor_parallel - 1)
 
 
 def follow(number: int, count: int) -> tuple[Place, DistributedRanks, Pipe | None, socket.socket]:
