@@ -100,6 +100,18 @@ def test_rows_rounded_to_bfloat16() -> None:
         assert_close(linear(x_ND, parts, BF16_ROWS), reference.linear(x_ND.bfloat16().float(), Weight(parts)))
 
 
+@pytest.mark.parametrize("columns", [32, 96, 1536, 3104])
+def test_one_or_two_tiles_of_rows(columns: int, level: str) -> None:
+    """Panels that are whole and not; by tiles a row's result is that beside more rows, bit for bit."""
+    parts = tuple(randn(rows, columns, seed=rows).bfloat16() for rows in (16, 35, 3))
+    x_ND = randn(48, columns, seed=7).bfloat16().float()
+    wanted, all_48 = reference.linear(x_ND, Weight(parts)), linear(x_ND, parts, BF16_ROWS)
+    for rows in (17, 23, 31, 32, 33):
+        found = linear(x_ND[:rows], parts, BF16_ROWS)
+        assert_close(found, wanted[:rows])
+        assert level != "amx" or found.equal(all_48[:rows])
+
+
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 @pytest.mark.usefixtures("level")
 def test_gather(dtype: torch.dtype) -> None:
