@@ -330,8 +330,7 @@ class CapturedSteps:
             is_greedy = all(chunk.sequence.request.sampling.temperature == 0 for chunk in chunks)
             source = TokenSource.GREEDY if is_greedy else TokenSource.SAMPLED
         if self.is_captured and not buffers.has_captured(source):
-            shape = self._shape_of(buffers, source)
-            with self.decoder.together(lambda leader: leader.capture(shape, self.pool)):
+            with self.decoder.together(lambda leader: leader.capture(self._shape_of(buffers, source), self.pool)):
                 buffers.capture(source, self._memory)
         return self._launch(chunks, buffers, source)
 
@@ -359,9 +358,9 @@ class CapturedSteps:
             torch.cuda.synchronize(self.decoder.device)
 
     def _launch(self, chunks: Sequence[ScheduledChunk], buffers: GraphBuffers, source: TokenSource) -> CapturedStep:
-        pinned, shape = buffers.next_pinned(), self._shape_of(buffers, source)
+        pinned = buffers.next_pinned()
         numbers = buffers.write(chunks, pinned)
-        with self.decoder.together(lambda leader: leader.static_step(shape, self.pool, numbers)):
+        with self.decoder.together(lambda leader: leader.static_step(self._shape_of(buffers, source), self.pool, numbers)):
             buffers.send(numbers)
             buffers.launch(source, self.is_captured)
         if source is not TokenSource.SAMPLER:

@@ -26,7 +26,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
 from typing import Any
@@ -72,9 +72,10 @@ class Leader:
         """Send a command to all other ranks. Raises RankError if one is gone."""
         self._send(self.connections, command, content)
 
-    def _tell_own(self, command: str, **content: Any) -> None:
-        """Send a command to the other ranks of this stage. Raises RankError if one is gone."""
-        self._send(self.connections[: self._own], command, content)
+    @property
+    def _own_connections(self) -> Sequence[socket.socket]:
+        """Return the ways to the other ranks of this stage."""
+        return self.connections[: self._own]
 
     def _send(self, connections: Sequence[socket.socket], command: str, content: Mapping[str, Any]) -> None:
         if self.monitor.problem is not None:
@@ -103,47 +104,39 @@ class Leader:
             raise
 
     @contextmanager
-    def step(self, step: Step, cache: KVCache) -> Iterator[None]:
+    def _lead(self, connections: Sequence[socket.socket], command: str, **content: Any) -> Iterator[None]:
+        """Tell other ranks of a command, and take part. Raises RankError if a rank is gone."""
+        self._send(connections, command, content)
+        with self._together():
+            yield
+
+    def step(self, step: Step, cache: KVCache) -> AbstractContextManager[None]:
         """Let all ranks run a step over their part of a cache. Raises RankError if a rank is gone."""
-        self.tell("forward", number=self._number_of(cache), step=step_content(step))
-        with self._together():
-            yield
+        return self._lead(self.connections, "forward", number=self._number_of(cache), step=step_content(step))
 
-    @contextmanager
-    def finish(self) -> Iterator[None]:
+    def finish(self) -> AbstractContextManager[None]:
         """Let the ranks of this stage finish the oldest step that was begun. Raises RankError if a rank is gone."""
-        self._tell_own("finish")
-        with self._together():
-            yield
+        return self._lead(self._own_connections, "finish")
 
-    @contextmanager
-    def head(self, h_RD: Tensor) -> Iterator[None]:
+    def head(self, h_RD: Tensor) -> AbstractContextManager[None]:
         """Let the ranks of this stage run the head. Raises RankError if a rank is gone."""
-        self._tell_own("logits", states=h_RD)
-        with self._together():
-            yield
+        return self._lead(self._own_connections, "logits", states=h_RD)
 
-    @contextmanager
-    def drafts(self, ids_S: Tensor, states_ST: Tensor, step: Step, cache: KVCache, count: int | None) -> Iterator[None]:
+    def drafts(
+        self, ids_S: Tensor, states_ST: Tensor, step: Step, cache: KVCache, count: int | None
+    ) -> AbstractContextManager[None]:
         """Let the ranks of this stage draft. Raises RankError if a rank is gone."""
-        number = self._number_of(cache)
-        self._tell_own("draft", number=number, ids=ids_S, states=states_ST, step=step_content(step), count=count)
-        with self._together():
-            yield
+        content = {"ids": ids_S, "states": states_ST, "step": step_content(step), "count": count}
+        return self._lead(self._own_connections, "draft", number=self._number_of(cache), **content)
 
-    @contextmanager
-    def capture(self, static: StaticShape, cache: KVCache) -> Iterator[None]:
+    def capture(self, static: StaticShape, cache: KVCache) -> AbstractContextManager[None]:
         """Let all ranks capture a static step as a graph. Raises RankError if a rank is gone."""
-        self.tell("capture", number=self._number_of(cache), shape=asdict(static))
-        with self._together():
-            yield
+        return self._lead(self.connections, "capture", number=self._number_of(cache), shape=asdict(static))
 
-    @contextmanager
-    def static_step(self, static: StaticShape, cache: KVCache, numbers: Tensor) -> Iterator[None]:
+    def static_step(self, static: StaticShape, cache: KVCache, numbers: Tensor) -> AbstractContextManager[None]:
         """Let all ranks run a static step over these bytes. Raises RankError if a rank is gone."""
-        self.tell("static_step", number=self._number_of(cache), shape=asdict(static), numbers=numbers)
-        with self._together():
-            yield
+        content = {"shape": asdict(static), "numbers": numbers}
+        return self._lead(self.connections, "static_step", number=self._number_of(cache), **content)
 
     def load_adapter(self, name: str, path: str, ignore: Sequence[str]) -> None:
         """Let all ranks load an adapter. Raises RankError if a rank is gone."""
