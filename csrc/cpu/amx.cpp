@@ -54,11 +54,7 @@ struct TileRowsOf {
     const Rows &rows;
 
     int64_t first_of(int64_t row) const { return rows.tiles || row + TILE_HEIGHT <= rows.count ? row : rows.count - TILE_HEIGHT; }
-    TileSource at(int64_t row, int64_t column) const {
-        const int64_t columns = rows.columns;
-        if (rows.tiles) return {(const char *)rows.tiles + (row * columns + column * TILE_HEIGHT) * 2, TILE_LINE, TILE_BYTES};
-        return {(const char *)(rows.bf16 + first_of(row) * columns + column), columns * 2, TILE_LINE};
-    }
+    TileSource at(int64_t row, int64_t column) const { return tile_of_rows(rows, first_of(row), column); }
 };
 
 // A run of columns: the first of them, how many, and whether it is the first and the last one.

@@ -20,55 +20,45 @@ constexpr int64_t PAIR_BUFFERS = 4;  // stores into one are done before it is re
 // where the hardware does not look ahead.
 class DenseBlocks {
   public:
-    DenseBlocks(const gc_matrix &m, int64_t panel) : lines_(m.columns * 2 / TILE_LINE), stride_(m.stride) {
-        for (int64_t r = 0; r < PANEL; ++r) rows_[r] = reinterpret_cast<const float *>(row_of(m, panel * PANEL + r));
+    DenseBlocks(const gc_matrix &m, int64_t panel) {
+        for (int64_t r = 0; r < PANEL; ++r) rows_[r] = reinterpret_cast<const float *>(row_or_last(m, panel * PANEL + r));
         const int64_t later = (panel + PANELS_AHEAD) * PANEL, left = m.rows - later;
-        ahead_ = row_of(m, later);
-        ahead_rows_ = left < 0 ? 0 : left < PANEL ? left : PANEL;
+        ahead_ = {row_or_last(m, later), m.columns * 2, m.stride, left < PANEL ? left : PANEL};
     }
     GC_INLINE void make(uint16_t *pairs) {
         pack_panel<F32>(rows_, BLOCK / 2, reinterpret_cast<float *>(pairs));
         for (int64_t r = 0; r < PANEL; ++r) rows_[r] += BLOCK / 2;
-        for (int64_t i = 0; i < PANEL && ahead_rows_ > 0; ++i) {
-            __builtin_prefetch(ahead_ + line_ * TILE_LINE, 0, IN_L2);
-            if (++line_ == lines_) line_ = 0, ahead_ += stride_, --ahead_rows_;
-        }
+        ahead_.some(PANEL);
     }
 
   private:
     const float *rows_[PANEL];  // two columns as one element
-    const char *ahead_;
-    int64_t lines_, stride_, ahead_rows_, line_ = 0;
-
-    // The last row stands for those that are missing.
-    static const char *row_of(const gc_matrix &m, int64_t row) {
-        return static_cast<const char *>(m.data) + (row < m.rows ? row : m.rows - 1) * m.stride;
-    }
+    LinesAhead ahead_;
 };
 
+// Where 16 rows begin at a column that is a multiple of 32; of those that lie in tiles, `row` is a multiple of 16.
+inline TileSource tile_of_rows(const Rows &rows, int64_t row, int64_t column) {
+    const int64_t columns = rows.columns;
+    if (rows.tiles) return {(const char *)(rows.tiles + row * columns + column * TILE_HEIGHT), TILE_LINE, TILE_BYTES};
+    return {(const char *)(rows.bf16 + row * columns + column), columns * 2, TILE_LINE};
+}
+
 // Up to 32 rows: one tile of them, or two, which overlap where rows do not lie in tiles.
-struct FewRows {
+struct RowTiles {
     TileSource tiles[2];
     int64_t count, second;  // second: the row that the second tile begins with
 
-    FewRows(const Rows &rows, int64_t first, int64_t last) : count(last - first) {
+    RowTiles(const Rows &rows, int64_t first, int64_t last) : count(last - first) {
         second = rows.tiles || count <= TILE_HEIGHT ? TILE_HEIGHT : count - TILE_HEIGHT;
-        for (int64_t i = 0; i < 2; ++i) tiles[i] = tile_at(rows, first + i * second);
+        for (int64_t i = 0; i < 2; ++i) tiles[i] = tile_of_rows(rows, first + i * second, 0);
     }
     // Where row i of the sums of both tiles is.
     int64_t place(int64_t i) const { return i < TILE_HEIGHT ? i : TILE_HEIGHT + i - second; }
-
-  private:
-    static TileSource tile_at(const Rows &rows, int64_t row) {
-        const int64_t columns = rows.columns;
-        if (rows.tiles) return {(const char *)(rows.tiles + row * columns), TILE_LINE, TILE_BYTES};
-        return {(const char *)(rows.bf16 + row * columns), columns * 2, TILE_LINE};
-    }
 };
 
 // out [count, panels * 16], rows `ld` floats apart; T tiles of rows.
 template <int T>
-void multiply_few(const gc_matrix &m, int64_t panel, int64_t panels, const FewRows &rows, float *out, int64_t ld) {
+void multiply_few(const gc_matrix &m, int64_t panel, int64_t panels, const RowTiles &rows, float *out, int64_t ld) {
     alignas(64) uint16_t pairs[PAIR_BUFFERS][BLOCK * PANEL];
     alignas(64) float sums[T * TILE_FLOATS];
     configure_tiles(T == 1 ? rows.count : TILE_HEIGHT);

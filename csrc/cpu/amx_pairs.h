@@ -90,13 +90,17 @@ void pairs_of_packed(const gc_matrix &m, V values, PanelDecoder<PIECES> &decoder
     pairs_of_bytes<PIECES, false>(offset, unpacked, decoder.scales, pairs);
 }
 
+// A row of a dense matrix; the last one stands for those that are missing.
+inline const char *row_or_last(const gc_matrix &m, int64_t row) {
+    return static_cast<const char *>(m.data) + (row < m.rows ? row : m.rows - 1) * m.stride;
+}
+
 // Columns start.. of a panel of bfloat16. Two columns of a row are 32 bits, so making pairs is a 32-bit transpose. The last row stands
 // for those that are missing.
 inline void pairs_of_dense(const gc_matrix &m, int64_t panel, int64_t start, int64_t columns, uint16_t *pairs) {
     const float *rows[PANEL];
     for (int64_t r = 0; r < PANEL; ++r) {
-        int64_t row = panel * PANEL + r < m.rows ? panel * PANEL + r : m.rows - 1;
-        rows[r] = reinterpret_cast<const float *>(static_cast<const char *>(m.data) + row * m.stride) + start / 2;
+        rows[r] = reinterpret_cast<const float *>(row_or_last(m, panel * PANEL + r)) + start / 2;
     }
     pack_panel<F32>(rows, columns / 2, reinterpret_cast<float *>(pairs));
 }

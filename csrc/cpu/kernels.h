@@ -32,9 +32,9 @@ struct Rows {
         *tiles;  // bfloat16 [M' / 16, columns / 32, 16, 32], M rounded up to 16 rows; for columns that are a multiple of 32
 };
 
-// Where a column of a row lies in tiles, and those after it up to the next multiple of 32.
+// Where 32 columns of a row lie in tiles.
 inline int64_t place_in_tiles(int64_t columns, int64_t row, int64_t column) {
-    return row / 16 * 16 * columns + column / 32 * 512 + row % 16 * 32 + column % 32;
+    return row / 16 * 16 * columns + column * 16 + row % 16 * 32;
 }
 
 // Element-wise and reduction ops on single rows.

@@ -131,22 +131,6 @@ GC_INLINE void unpack_run(const gc_matrix &m, PanelDecoder<PIECES> &decoder, int
     }
 }
 
-// Lines that are asked for, some at a time, while rows are multiplied: the codes that are unpacked next.
-struct AheadOfPanels {
-    const char *at;
-    int64_t bytes, stride;  // of each panel; from panel to panel
-    int panels;
-    int64_t done = 0;
-
-    GC_INLINE void some(int64_t lines) {
-        for (; lines > 0 && panels > 0; --lines) {
-            __builtin_prefetch(at + done, 0, IN_L2);
-            done += 64;
-            if (done >= bytes) done = 0, at += stride, --panels;
-        }
-    }
-};
-
 // Rows first..last-1, TILE_ROWS at most, times H panels. Up to TILE_M - 1 rows beyond the last are read, and what follows from them
 // is dropped.
 template <class Code, int PIECES, bool IS_BIASED, int H>
@@ -168,7 +152,7 @@ void multiply_panels(const gc_matrix &m, int64_t panel, const Rows &rows, int64_
         const bool is_last = start + blocks == all;
         const char *ahead_at = reinterpret_cast<const char *>(decoders[0].at);
         if (is_last) ahead_at = next ? static_cast<const char *>(next) : ahead_at + (H - 1) * m.stride;
-        AheadOfPanels ahead = {ahead_at, m.stride * blocks / all, m.stride, H};
+        LinesAhead ahead = {ahead_at, m.stride * blocks / all, m.stride, H};
         const int64_t lines = (ahead.bytes / 64 + 1) * H / tiles + 1;
         auto shift_tile = [&](int64_t row) {
             shift_rows<PIECES>(rows, row, row + TILE_M, start, blocks, offset, scratch.shift + (row - first));

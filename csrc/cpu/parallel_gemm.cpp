@@ -255,12 +255,8 @@ void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &pane
     for (int64_t m = 0; m < count; ++m, gates += across) {
         const int64_t row = first + m;
         if (!out.tiles) memcpy(out.x + row * out.columns + start, gates, sizeof(float) * (size_t)panels.width);
-        for (int64_t column = 0, wide; out.tiles && column < panels.width;
-             column += wide) {  // a single panel is half a tile wide
-            const int64_t at = start + column, room = BLOCK - at % BLOCK, left = panels.width - column;
-            wide = left < room ? left : room;
-            ops.to_bf16(gates + column, wide, out.tiles + place_in_tiles(out.columns, row, at));
-        }
+        for (int64_t column = 0; out.tiles && column < panels.width; column += BLOCK)
+            ops.to_bf16(gates + column, BLOCK, out.tiles + place_in_tiles(out.columns, row, start + column));
     }
 }
 
