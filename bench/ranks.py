@@ -25,7 +25,7 @@ import torch
 from torch.distributed import TCPStore
 
 from gemcutter.benchmark.hardware import describe, read_rate
-from gemcutter.parallel.distributed_ranks import GLOO, DistributedRanks, join_group
+from gemcutter.parallel.distributed_ranks import GLOO, DistributedRanks, come_to_store, join_group, open_store
 from gemcutter.parallel.shared_ranks import SharedRanks, new_segment
 from gemcutter.shard import Place, Shard
 
@@ -54,11 +54,11 @@ def measure(ranks: SharedRanks | DistributedRanks) -> list[float]:
     return found
 
 
-def both(file: int, rank: int, world: int, port: int) -> dict[str, list[float]]:
-    """Measure both ways to sum as one of the ranks."""
+def both(file: int, rank: int, world: int, store: TCPStore) -> dict[str, list[float]]:
+    """Measure both ways to sum as one of the ranks, which meet at a store."""
     torch.set_num_threads(1)
     shared = measure(SharedRanks(file, Shard(rank, world)))
-    join_group(GLOO, rank, world, TCPStore("127.0.0.1", port, world, is_master=rank == 0))
+    join_group(GLOO, rank, world, store)
     gloo = measure(DistributedRanks(Place(rank, world)))
     return {"shared": shared, "gloo": gloo}
 
@@ -67,18 +67,18 @@ def main() -> int:
     """Start the other ranks, measure, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--port", type=int, default=29_731)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank:
-        both(given.file, given.rank, given.world, given.port)
+        both(given.file, given.rank, given.world, come_to_store(given.port, given.rank, given.world))
         return 0
-    rate, file = read_rate(), new_segment(given.world)
-    command = [sys.executable, __file__, "--world", str(given.world), "--port", str(given.port), "--file", str(file), "--rank"]
+    rate, file, store = read_rate(), new_segment(given.world), open_store(given.world)
+    command = [sys.executable, __file__, "--world", str(given.world), "--port", str(store.port), "--file", str(file), "--rank"]
     others = [subprocess.Popen([*command, str(rank)], pass_fds=(file,)) for rank in range(1, given.world)]
-    found = both(file, 0, given.world, given.port)
+    found = both(file, 0, given.world, store)
     os.close(file)
     for other in others:
         other.wait(60)

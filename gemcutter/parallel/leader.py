@@ -105,7 +105,7 @@ class Leader:
 
     @contextmanager
     def _lead(self, connections: Sequence[socket.socket], command: str, **content: Any) -> Iterator[None]:
-        """Tell other ranks of a command, and take part. Raises RankError if a rank is gone."""
+        """Send the other ranks a command and take part in it. Raises RankError if a rank is gone."""
         self._send(connections, command, content)
         with self._together():
             yield
