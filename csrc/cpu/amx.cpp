@@ -5,8 +5,8 @@
 // would have to be converted, scaled and added in vector registers behind every 32 columns, which takes longer than a bfloat16
 // product of them.) Tiles are read from the L2 cache: where a chunk of whole rows fits it, two panels at a time meet all of its
 // rows; where rows are longer, runs of columns of many panels do, and sums wait in memory from run to run. Steps of few rows,
-// float32 rows and other matrices go to the AVX-512 kernels, one or two tiles of rows with a dense matrix to `amx_few.h`. Refuses to
-// know threads: a call configures its thread's tiles and releases them before it returns. Read `amx_tiles.h` for the products,
+// float32 rows and other matrices go to the AVX-512 kernels, up to 96 rows with a dense matrix to `amx_few.h`. Refuses to know
+// threads: a call configures its thread's tiles and releases them before it returns. Read `amx_tiles.h` for the products,
 // `amx_pairs.h` for the panels, `parallel_gemm.cpp` for the caller.
 #include "amx_few.h"
 #include "amx_pairs.h"
@@ -15,8 +15,8 @@
 namespace gemcutter {
 namespace {
 
-// Up to 16 rows, which would fill one tile, a row's result must not depend on the rows beside it: AVX-512 computes those. (One
-// row by tiles reads a dense matrix with short rows 10 to 15 % slower than by vectors, which wait for memory alone.)
+// Of packed matrices: making pairs takes as long as what AVX-512 does with up to 16 rows, all of which it computes, since a row's
+// result must not depend on the rows beside it.
 constexpr int64_t LEAST_ROWS = FEW_ROWS + 1;
 constexpr int64_t CHUNK_OF_TILES = 1 << 19;  // elements of rows that are read again and again: half of an L2 cache of 2 MB
 constexpr int64_t MOST_CHUNK = 2 * CHUNK_ROWS, MOST_ROWS = MOST_CHUNK + FEW_ROWS;
@@ -54,7 +54,11 @@ struct TileRowsOf {
     const Rows &rows;
 
     int64_t first_of(int64_t row) const { return rows.tiles || row + TILE_HEIGHT <= rows.count ? row : rows.count - TILE_HEIGHT; }
-    TileSource at(int64_t row, int64_t column) const { return tile_of_rows(rows, first_of(row), column); }
+    TileSource at(int64_t row, int64_t column) const {
+        const int64_t columns = rows.columns, first = first_of(row);
+        if (rows.tiles) return {(const char *)(rows.tiles + first * columns + column * TILE_HEIGHT), TILE_LINE, TILE_BYTES};
+        return {(const char *)(rows.bf16 + first * columns + column), columns * 2, TILE_LINE};
+    }
 };
 
 // A run of columns: the first of them, how many, and whether it is the first and the last one.
@@ -223,13 +227,23 @@ void multiply_panels(const gc_matrix &m, int64_t panel, int64_t count, const Row
 // ---- the kernel tables ----
 
 bool fits(const gc_matrix &m, int64_t rows, int activations) {
-    if (is_dense(m) ? m.codes != GC_BF16 : m.codes == GC_E4M3) return false;
-    return rows >= LEAST_ROWS && activations != GC_FLOAT_ROWS && m.columns % TILE_STEP == 0;
+    if (is_dense(m) ? m.codes != GC_BF16 : m.codes == GC_E4M3 || rows < LEAST_ROWS) return false;
+    return activations != GC_FLOAT_ROWS && m.columns % TILE_STEP == 0;
 }
 
 template <const MatmulKernels &FALLBACK>
 int formats(const gc_matrix *m, int64_t rows, int activations) {
-    return fits(*m, rows, activations) ? FORMAT_TILES : FALLBACK.formats(m, rows, activations);
+    if (!fits(*m, rows, activations)) return FALLBACK.formats(m, rows, activations);
+    return is_dense(*m) && rows <= most_few_rows(m->columns) ? FORMAT_BF16 | FORMAT_PAIRS : FORMAT_TILES;
+}
+
+// Rows first..last-1 as pairs; those that nobody has laid out go through scratch memory.
+RowPairs pairs_of_rows(const Rows &rows, int64_t first, int64_t last, void *scratch) {
+    RowPairs pairs = {(const char *)(rows.bf16 + first * rows.columns), last - first, rows.columns};
+    if (pairs.is_one()) return pairs;
+    if (!rows.pairs) pair_rows_amx(rows.bf16 + first * rows.columns, pairs.count, rows.columns, static_cast<uint32_t *>(scratch));
+    pairs.at = rows.pairs ? (const char *)rows.pairs + first / TILE_HEIGHT * pairs.block() : static_cast<const char *>(scratch);
+    return pairs;
 }
 
 template <const MatmulKernels &FALLBACK>
@@ -241,10 +255,8 @@ void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *
             FALLBACK.gemm_panels(m, panel, panels < most ? panels : most, rows, first, last, out, ld, scratch, next);
         return;
     }
-    if (is_dense(*m) && last - first <= MOST_FEW_ROWS) {
-        auto *few = last - first <= TILE_HEIGHT ? multiply_few<1> : multiply_few<2>;
-        return few(*m, panel, panels, {*rows, first, last}, out, ld);
-    }
+    if (is_dense(*m) && !rows->tiles && last - first <= most_few_rows(m->columns))
+        return multiply_few_rows(*m, panel, panels, pairs_of_rows(*rows, first, last, scratch), out, ld, next);
     auto *run = is_dense(*m)         ? multiply_panels<DensePanels>
                 : pieces_of(*m) == 2 ? multiply_panels<PackedPanels<2>>
                                      : multiply_panels<PackedPanels<1>>;
@@ -258,7 +270,8 @@ void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *
 
 template <const MatmulKernels &FALLBACK>
 size_t scratch_bytes(const gc_matrix *m) {
-    size_t own = Scratch::bytes(*m), other = FALLBACK.scratch_bytes(m);
+    const size_t many = Scratch::bytes(*m), few = sizeof(uint16_t) * (size_t)(most_few_rows(m->columns) * m->columns);
+    const size_t own = many > few ? many : few, other = FALLBACK.scratch_bytes(m);
     return own > other ? own : other;
 }
 
@@ -278,5 +291,14 @@ constexpr MatmulKernels TABLE = {formats<FALLBACK>, gemm_panels<FALLBACK>, scrat
 
 extern const MatmulKernels packed_amx = TABLE<packed_avx512>;
 extern const MatmulKernels dense_amx = TABLE<dense_avx512_bf16>;
+
+void pair_rows_amx(const uint16_t *x, int64_t rows, int64_t columns, uint32_t *out) {
+    for (int64_t first = 0; first < rows; first += PANEL, out += PANEL * columns / 2) {
+        const float *some[PANEL];  // two columns as one element; the last row stands for those that are missing
+        for (int64_t r = 0; r < PANEL; ++r)
+            some[r] = reinterpret_cast<const float *>(x + (first + r < rows ? first + r : rows - 1) * columns);
+        pack_panel<F32>(some, columns / 2, reinterpret_cast<float *>(out));
+    }
+}
 
 }  // namespace gemcutter

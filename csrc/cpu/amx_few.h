@@ -1,10 +1,10 @@
-// Products of dense matrices with one or two tiles of rows by AMX: some tokens of many sequences, a short prompt, an expert's rows.
+// Products of dense matrices with up to 96 rows by AMX: replies, tokens of many sequences, a short prompt, an expert's rows.
 // Included by sources of the level amx only.
 //
-// Owns the order of loops: a panel's 32 columns become pairs in one of some buffers of a kilobyte and are multiplied right away, so
-// that all that moves is the matrix, once, whatever the number of rows. A row is a row of a tile, which no other row touches, and is
-// summed in the order of columns as `amx.cpp` sums it: its result is the same beside any others. Read `amx_pairs.h` for the pairs,
-// `amx.cpp` for more rows.
+// Owns the order of loops: 16 rows of the matrix are a tile where they lie, and the activation rows are the pairs of columns that
+// such a tile is multiplied with, so all that moves is the matrix, once and as it is, whatever the number of rows. An activation
+// row is a column of tiles, which no other row touches: its result is the same beside any others. Tile rows that cross cache lines
+// (files begin a matrix anywhere) do not matter here, where memory takes ten times as long as a tile. Read `amx.cpp` for more rows.
 #pragma once
 #include "amx_pairs.h"
 #include "amx_tiles.h"
@@ -12,81 +12,146 @@
 namespace gemcutter {
 namespace {
 
-constexpr int64_t MOST_FEW_ROWS = 2 * TILE_HEIGHT;
-constexpr int64_t PANELS_AHEAD = 2;  // from the one that is multiplied to the one whose memory is fetched
-constexpr int64_t PAIR_BUFFERS = 4;  // stores into one are done before it is read as a tile, while the others are filled
+constexpr int64_t SHORT_ROW = 8192;  // bytes: the next panel is fetched meanwhile; of longer rows, what follows in each
+constexpr int64_t STEPS_AHEAD = 8;
+constexpr int MOST_BLOCKS = 6;  // of 16 rows, whose sums fill as many tiles
 
-// The blocks of a panel, one after the other. Memory of a later one is asked for row after row: each row lies on a page of its own,
-// where the hardware does not look ahead.
-class DenseBlocks {
+// As many rows as are multiplied here no slower than in `amx.cpp`, whose sums of long rows come and go.
+inline int64_t most_few_rows(int64_t columns) { return columns * 2 > SHORT_ROW ? MOST_BLOCKS * TILE_HEIGHT : 3 * TILE_HEIGHT; }
+
+// Activation rows as pairs: blocks of 16 rows, [columns / 2, 16, 2] each, or a single row as it is.
+struct RowPairs {
+    const char *at;
+    int64_t count, columns;
+
+    bool is_one() const { return count == 1; }
+    int64_t line() const { return is_one() ? 4 : TILE_LINE; }  // bytes of a pair of columns
+    int64_t block() const { return columns / 2 * TILE_LINE; }
+};
+
+// Asks for what is read next, a tile's worth at a time.
+class MatrixAhead {
   public:
-    DenseBlocks(const gc_matrix &m, int64_t panel) {
-        for (int64_t r = 0; r < PANEL; ++r) rows_[r] = reinterpret_cast<const float *>(row_or_last(m, panel * PANEL + r));
-        const int64_t later = (panel + PANELS_AHEAD) * PANEL, left = m.rows - later;
-        ahead_ = {row_or_last(m, later), m.columns * 2, m.stride, left < PANEL ? left : PANEL};
+    MatrixAhead(const gc_matrix &m, int64_t panel, const void *next) : stride_(m.stride), steps_(m.columns / TILE_STEP) {
+        const int64_t row = panel * PANEL, left = m.rows - row - PANEL;
+        here_ = static_cast<const char *>(m.data) + row * m.stride;
+        then_ = next ? static_cast<const char *>(next) : here_ + PANEL * m.stride;
+        runs_ = next || left > PANEL ? PANEL : left;
+        is_short_ = m.columns * 2 <= SHORT_ROW;
+        lines_ = {then_, m.columns * 2, m.stride, runs_};
     }
-    GC_INLINE void make(uint16_t *pairs) {
-        pack_panel<F32>(rows_, BLOCK / 2, reinterpret_cast<float *>(pairs));
-        for (int64_t r = 0; r < PANEL; ++r) rows_[r] += BLOCK / 2;
-        ahead_.some(PANEL);
+    GC_INLINE void look(int64_t step) {
+        if (is_short_) return lines_.some(TILE_HEIGHT);
+        const int64_t ahead = step + STEPS_AHEAD;
+        const char *at = ahead < steps_ ? here_ + ahead * TILE_LINE : then_ + (ahead - steps_) * TILE_LINE;
+        const int64_t rows = ahead < steps_ ? TILE_HEIGHT : runs_;
+        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(at + r * stride_, 0, IN_L2);
     }
 
   private:
-    const float *rows_[PANEL];  // two columns as one element
-    LinesAhead ahead_;
+    const char *here_, *then_;
+    int64_t stride_, steps_, runs_;
+    bool is_short_;
+    LinesAhead lines_;
 };
 
-// Where 16 rows begin at a column that is a multiple of 32; of those that lie in tiles, `row` is a multiple of 16.
-inline TileSource tile_of_rows(const Rows &rows, int64_t row, int64_t column) {
-    const int64_t columns = rows.columns;
-    if (rows.tiles) return {(const char *)(rows.tiles + row * columns + column * TILE_HEIGHT), TILE_LINE, TILE_BYTES};
-    return {(const char *)(rows.bf16 + row * columns + column), columns * 2, TILE_LINE};
+// Tiles 0 to 5: sums, a matrix row in each row; 6: the matrix; 7: pairs.
+inline void configure_few(int64_t matrix_rows, int64_t line) {
+    TileShapes shapes;
+    for (int tile = 0; tile < MOST_BLOCKS; ++tile) shapes.set(tile, matrix_rows, line);
+    shapes.set(6, matrix_rows, TILE_LINE);
+    shapes.set(7, TILE_HEIGHT, line);
+    shapes.configure();
 }
 
-// Up to 32 rows: one tile of them, or two, which overlap where rows do not lie in tiles.
-struct RowTiles {
-    TileSource tiles[2];
-    int64_t count, second;  // second: the row that the second tile begins with
-
-    RowTiles(const Rows &rows, int64_t first, int64_t last) : count(last - first) {
-        second = rows.tiles || count <= TILE_HEIGHT ? TILE_HEIGHT : count - TILE_HEIGHT;
-        for (int64_t i = 0; i < 2; ++i) tiles[i] = tile_of_rows(rows, first + i * second, 0);
-    }
-    // Where row i of the sums of both tiles is.
-    int64_t place(int64_t i) const { return i < TILE_HEIGHT ? i : TILE_HEIGHT + i - second; }
-};
-
-// out [count, panels * 16], rows `ld` floats apart; T tiles of rows.
 template <int T>
-void multiply_few(const gc_matrix &m, int64_t panel, int64_t panels, const RowTiles &rows, float *out, int64_t ld) {
-    alignas(64) uint16_t pairs[PAIR_BUFFERS][BLOCK * PANEL];
-    alignas(64) float sums[T * TILE_FLOATS];
-    configure_tiles(T == 1 ? rows.count : TILE_HEIGHT);
+inline void zero_blocks() {
+    _tile_zero(0);
+    if (T > 1) _tile_zero(1);
+    if (T > 2) _tile_zero(2);
+    if (T > 3) _tile_zero(3);
+    if (T > 4) _tile_zero(4);
+    if (T > 5) _tile_zero(5);
+}
+
+// Adds the products of tile 6 with T blocks of pairs.
+#define GC_ADD_BLOCK(INDEX)                                \
+    if (T > INDEX) {                                       \
+        _tile_loadd(7, pairs + INDEX * block_bytes, line); \
+        _tile_dpbf16ps(INDEX, 6, 7);                       \
+    }
+template <int T>
+GC_INLINE void add_blocks(const char *pairs, int64_t line, int64_t block_bytes) {
+    GC_ADD_BLOCK(0)
+    GC_ADD_BLOCK(1)
+    GC_ADD_BLOCK(2)
+    GC_ADD_BLOCK(3)
+    GC_ADD_BLOCK(4)
+    GC_ADD_BLOCK(5)
+}
+#undef GC_ADD_BLOCK
+
+template <int T>
+inline void store_sums_of_blocks(float (*sums)[TILE_FLOATS]) {
+    _tile_stored(0, sums[0], TILE_LINE);
+    if (T > 1) _tile_stored(1, sums[1], TILE_LINE);
+    if (T > 2) _tile_stored(2, sums[2], TILE_LINE);
+    if (T > 3) _tile_stored(3, sums[3], TILE_LINE);
+    if (T > 4) _tile_stored(4, sums[4], TILE_LINE);
+    if (T > 5) _tile_stored(5, sums[5], TILE_LINE);
+}
+
+// Sums [matrix rows, 16 activation rows] into rows of `out`.
+inline void store_turned(const float *sums, int64_t width, int64_t count, float *out, int64_t ld) {
+    alignas(64) float turned[TILE_FLOATS];
+    const float *rows[PANEL];
+    for (int64_t r = 0; r < PANEL; ++r) rows[r] = sums + r * TILE_HEIGHT;
+    pack_panel<F32>(rows, TILE_HEIGHT, turned);
+    for (int64_t i = 0; i < count; ++i) memcpy(out + i * ld, turned + i * PANEL, sizeof(float) * (size_t)width);
+}
+
+template <int T>
+inline void store_blocks(const RowPairs &rows, int64_t width, float *out, int64_t ld) {
+    if (rows.is_one()) {
+        _tile_stored(0, out, sizeof(float));
+        return;
+    }
+    alignas(64) float sums[T][TILE_FLOATS] = {};
+    store_sums_of_blocks<T>(sums);
+    for (int64_t block = 0; block < T; ++block, out += TILE_HEIGHT * ld) {
+        const int64_t left = rows.count - block * TILE_HEIGHT;
+        store_turned(sums[block], width, left < TILE_HEIGHT ? left : TILE_HEIGHT, out, ld);
+    }
+}
+
+// out [count, panels * 16], rows `ld` floats apart; T blocks of 16 rows.
+template <int T>
+void multiply_few(const gc_matrix &m, int64_t panel, int64_t panels, const RowPairs &rows, float *out, int64_t ld,
+                  const void *next) {
+    const int64_t line = rows.line(), block = rows.block();
     for (; panels > 0; --panels, ++panel, out += PANEL) {
-        DenseBlocks blocks(m, panel);
-        TileSource a = rows.tiles[0], b = rows.tiles[1];
-        zero_sums<T, 1>();
-        for (int64_t step = 0; step < m.columns / TILE_STEP; ++step, a.at += a.step, b.at += b.step) {
-            uint16_t *block = pairs[step % PAIR_BUFFERS];
-            blocks.make(block);
-            memory_is_read(block);
-            _tile_loadd(6, block, TILE_LINE);
-            _tile_loadd(4, a.at, a.stride);
-            _tile_dpbf16ps(0, 4, 6);
-            if (T == 1) continue;
-            _tile_loadd(5, b.at, b.stride);
-            _tile_dpbf16ps(2, 5, 6);
-        }
         const int64_t left = m.rows - panel * PANEL, width = left < PANEL ? left : PANEL;
-        if (T == 1 && width == PANEL) {
-            store_sums<1, 1>(out, ld);
-            continue;
+        const char *w = static_cast<const char *>(m.data) + panel * PANEL * m.stride, *pairs = rows.at;
+        MatrixAhead ahead(m, panel, panels == 1 ? next : nullptr);
+        configure_few(width, line);
+        zero_blocks<T>();
+        for (int64_t step = 0; step < m.columns / TILE_STEP; ++step, w += TILE_LINE, pairs += TILE_HEIGHT * line) {
+            _tile_loadd(6, w, m.stride);
+            add_blocks<T>(pairs, line, block);
+            ahead.look(step);
         }
-        store_sums<T, 1>(sums, PANEL);
-        for (int64_t i = 0; i < rows.count; ++i)
-            memcpy(out + i * ld, sums + rows.place(i) * PANEL, sizeof(float) * (size_t)width);
+        store_blocks<T>(rows, width, out, ld);
     }
     release_tiles();
+}
+
+// The same for any number of rows up to `most_few_rows`.
+template <int T = MOST_BLOCKS>
+void multiply_few_rows(const gc_matrix &m, int64_t panel, int64_t panels, const RowPairs &rows, float *out, int64_t ld,
+                       const void *next) {
+    if constexpr (T > 1)
+        if (rows.count <= (T - 1) * TILE_HEIGHT) return multiply_few_rows<T - 1>(m, panel, panels, rows, out, ld, next);
+    multiply_few<T>(m, panel, panels, rows, out, ld, next);
 }
 
 }  // namespace

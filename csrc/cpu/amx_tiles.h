@@ -23,24 +23,27 @@ constexpr int64_t TILE_HEIGHT = 16, TILE_LINE = 64, TILE_BYTES = TILE_HEIGHT * T
 constexpr int64_t TILE_STEP = 32;  // columns of one multiplication
 constexpr int64_t TILE_FLOATS = TILE_HEIGHT * 16;
 
-struct alignas(64) TileShapes {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
 // Compilers may drop or move stores that only a tile instruction reads: the clobber tells them that memory is read.
 inline void memory_is_read(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(int tile, int64_t height, int64_t bytes) { rows[tile] = (uint8_t)height, row_bytes[tile] = (uint16_t)bytes; }
+    void configure() const {
+        memory_is_read(this);
+        _tile_loadconfig(this);
+    }
+};
 
 // A thread's tiles can be used from one to the other; `height` is that of the first six. (No destructor: its clean-up would be code
 // that all levels share.)
 inline void configure_tiles(int64_t height = TILE_HEIGHT) {
-    TileShapes shapes = {};
-    shapes.palette = 1;
-    for (int tile = 0; tile < 8; ++tile)
-        shapes.row_bytes[tile] = TILE_LINE, shapes.rows[tile] = (uint8_t)(tile < 6 ? height : TILE_HEIGHT);
-    memory_is_read(&shapes);
-    _tile_loadconfig(&shapes);
+    TileShapes shapes;
+    for (int tile = 0; tile < 8; ++tile) shapes.set(tile, tile < 6 ? height : TILE_HEIGHT, TILE_LINE);
+    shapes.configure();
 }
 inline void release_tiles() { _tile_release(); }
 

@@ -2,17 +2,13 @@
 //
 // Owns the order of loops: a run of columns of three panels is brought into pairs, 16 matrix rows side by side, two neighbouring
 // columns in each lane as one instruction multiplies them; 8 rows at a time meet all three, and their sums wait in scratch memory
-// from run to run. Few rows, rows that stay float32 and other matrices go to the AVX-512 kernels. Refuses to know threads. Read
-// `matmul_f32.h` for how panels are transposed, `parallel_gemm.cpp` for the caller.
-#include "kernels.h"
-#include "matmul_bf16.h"
-#include "matmul_f32.h"
+// from run to run. Few rows go to `bf16_few.h`, rows that stay float32 and other matrices to the AVX-512 kernels. Refuses to know
+// threads. Read `matmul_f32.h` for how panels are transposed, `parallel_gemm.cpp` for the caller.
+#include "bf16_few.h"
 
 namespace gemcutter {
 namespace {
 
-// Up to 16 rows a row's result must not depend on the rows beside it: AVX-512 computes those, from rows that are rounded alike.
-constexpr int64_t LEAST_ROWS = FEW_ROWS + 1;
 constexpr int PANELS_AT_ONCE = 3, TILE_M = 8;
 constexpr int64_t RUN_PAIRS = 128;  // of columns: 24 KB for three panels, half of an L1 cache
 constexpr int64_t MOST_ROWS = 2 * CHUNK_ROWS + FEW_ROWS;
@@ -88,9 +84,14 @@ int formats(const gc_matrix *m, int64_t rows, int activations) {
 
 void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *rows, int64_t first, int64_t last, float *out,
                  int64_t ld, void *scratch, const void *next) {
-    if (last - first < LEAST_ROWS || !fits(*m, rows->activations)) {
+    if (!fits(*m, rows->activations)) {
         for (; panels > 0; --panels, ++panel, out += PANEL)
             dense_avx512.gemm_panels(m, panel, 1, rows, first, last, out, ld, scratch, next);
+        return;
+    }
+    if (last - first <= FEW_ROWS) {
+        const uint16_t *x = rows->bf16 + first * rows->columns;
+        for (; panels > 0; --panels, ++panel, out += PANEL) multiply_few(*m, panel, x, last - first, out, ld);
         return;
     }
     auto *run = panels == 3 ? multiply_panels<3> : panels == 2 ? multiply_panels<2> : multiply_panels<1>;

@@ -34,7 +34,7 @@ const Kernels LEVELS[] = {
     {"avx512_bf16", &vector_ops_avx512, &packed_avx512, &dense_avx512_bf16, &attention_avx512_bf16, &pair_attention_avx512_bf16,
      peaks_avx512_bf16, add_low_rank_avx512},
     {"amx", &vector_ops_avx512, &packed_amx, &dense_amx, &attention_amx, &pair_attention_avx512_bf16, peaks_amx,
-     add_low_rank_avx512},
+     add_low_rank_avx512, pair_rows_amx},
 #elif defined(__aarch64__)
     {"neon", &vector_ops_neon, &packed_neon, &dense_neon, &attention_neon, nullptr, peaks_neon, add_low_rank_neon},
     {"neon_i8mm", &vector_ops_neon, &packed_neon_i8mm, &dense_neon_i8mm, &attention_neon, nullptr, peaks_neon_i8mm,

@@ -15,10 +15,17 @@ namespace gemcutter {
 
 // The formats in which a matmul kernel may read activations; `MatmulKernels::formats` returns which ones it needs.
 // FORMAT_HALVES are sums beside FORMAT_INT8, for matrices with scales for 16 columns; FORMAT_TILES are bfloat16, too, for which
-// FORMAT_BF16 can stand in.
-enum ActivationFormat { FORMAT_FLOAT = 1, FORMAT_INT8 = 2, FORMAT_BF16 = 4, FORMAT_HALVES = 8, FORMAT_TILES = 16 };
+// FORMAT_BF16 can stand in. FORMAT_PAIRS are few rows of FORMAT_BF16, which every thread lays out once more for itself.
+enum ActivationFormat {
+    FORMAT_FLOAT = 1,
+    FORMAT_INT8 = 2,
+    FORMAT_BF16 = 4,
+    FORMAT_HALVES = 8,
+    FORMAT_TILES = 16,
+    FORMAT_PAIRS = 32
+};
 
-// M activation rows [M, columns]; formats that no kernel needs are null. All but tiles are contiguous: row m begins at m * columns.
+// M activation rows [M, columns]; formats that no kernel needs are null. All but tiles and pairs are contiguous: row m begins at m * columns.
 struct Rows {
     int64_t count, columns;
     int activations;       // enum gc_activations
@@ -28,8 +35,9 @@ struct Rows {
     const float *sum;      // [M, columns / 32]: scale * the sum of the 32 q
     const float *halves;   // [M, 2, columns / 32]: the same of the first 16 q of each block, then of the second
     const uint16_t *bf16;  // bfloat16
-    const uint16_t
-        *tiles;  // bfloat16 [M' / 16, columns / 32, 16, 32], M rounded up to 16 rows; for columns that are a multiple of 32
+    // Two more layouts of bfloat16, M rounded up to 16 rows.
+    const uint16_t *tiles;  // [M' / 16, columns / 32, 16, 32], for columns that are a multiple of 32
+    const uint32_t *pairs;  // [M' / 16, columns / 2, 16], two columns in each, for even columns; null for a single row
 };
 
 // Where 32 columns of a row lie in tiles.
@@ -179,6 +187,9 @@ struct PeakLoop {
     void (*run)(int64_t rounds);
 };
 
+// Lays out rows of bfloat16 as pairs (struct Rows).
+typedef void PairRows(const uint16_t *x, int64_t rows, int64_t columns, uint32_t *out);
+
 struct Kernels {
     const char *name;  // "portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon", "neon_i8mm"
     const VectorOps *vector_ops;
@@ -187,6 +198,7 @@ struct Kernels {
     const PairAttention *pair_attention;  // null where there are no such products
     const PeakLoop *peaks;
     AddLowRank *add_low_rank;
+    PairRows *pair_rows = nullptr;  // of a level whose kernels read pairs
 };
 
 #define GC_DECLARE(level)                            \
@@ -204,6 +216,7 @@ extern const MatmulKernels packed_avx_vnni, dense_avx512_bf16, packed_amx, dense
 extern const AttentionKernels attention_avx512_bf16, attention_amx;
 extern const PairAttention pair_attention_avx512_bf16;
 extern const PeakLoop peaks_avx_vnni[], peaks_avx512_bf16[], peaks_amx[];
+PairRows pair_rows_amx;
 #elif defined(__aarch64__)
 GC_DECLARE(neon)
 extern const MatmulKernels packed_neon_i8mm, dense_neon_i8mm;

@@ -58,6 +58,17 @@ void for_each_panel(ThreadPool &pool, int index, int64_t panels, int counter, It
         for (int64_t panel = start; panel < start + piece && panel < panels; ++panel) item(panel);
 }
 
+int64_t pair_elements(const Rows &rows) { return padded_to(rows.count, PANEL) * rows.columns / 2; }
+
+// Rows as kernels on this thread read them: pairs, where they are wanted, lie in the thread's own part of their memory.
+Rows with_own_pairs(const Rows &rows, int index) {
+    if (!rows.pairs) return rows;
+    Rows own = rows;
+    own.pairs += index * pair_elements(rows);
+    kernels().pair_rows(rows.bf16, rows.count, rows.columns, const_cast<uint32_t *>(own.pairs));
+    return own;
+}
+
 // parallel_gemm for many rows.
 void gemm_of_many(ThreadPool &pool, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
                   void *scratch, int counter, const LowRank &changes) {
@@ -159,6 +170,7 @@ ConvertedRows allocate_rows(Arena &arena, int formats, int64_t count, int64_t co
     }
     if (formats & FORMAT_HALVES) rows.halves = arena.array<float>(all * 2 * (columns / BLOCK));
     if (formats & FORMAT_BF16) rows.bf16 = arena.array<uint16_t>(all * columns);
+    if (formats & FORMAT_PAIRS && count > 1) rows.pairs = arena.array<uint32_t>(threads() * pair_elements(rows));
     if (formats & FORMAT_TILES) rows.tiles = arena.array<uint16_t>(padded_to(count, 16) * columns);
     float *gathered = order ? arena.array<float>(count * columns) : nullptr;
     if (gathered) rows.x = gathered;
@@ -218,8 +230,9 @@ void convert_rows(ThreadPool &pool, int index, ConvertedRows &converted, const f
     for (int64_t row = own.first; row < own.last; ++row) convert_row(converted, row, x + row * converted.rows.columns);
 }
 
-void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &rows, float *out, int64_t ld,
-                   void *scratch, int counter, const LowRank &changes) {
+void parallel_gemm(ThreadPool &pool, int index, const gc_matrix *parts, int num_parts, const Rows &all_rows, float *out,
+                   int64_t ld, void *scratch, int counter, const LowRank &changes) {
+    const Rows rows = with_own_pairs(all_rows, index);
     if (rows.count > FEW_ROWS) return gemm_of_many(pool, parts, num_parts, rows, out, ld, scratch, counter, changes);
     int64_t panels = 0;
     for (int i = 0; i < num_parts; ++i) panels += panels_of(parts[i]);
@@ -260,8 +273,9 @@ void geglu_panels(const gc_matrix &gate, const gc_matrix &up, const Panels &pane
     }
 }
 
-void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &rows,
+void parallel_geglu(ThreadPool &pool, int index, const gc_matrix *gate, const gc_matrix *up, const Rows &all_rows,
                     const GatedRows &out, void *scratch, int counter, const LowRank &changes) {
+    const Rows rows = with_own_pairs(all_rows, index);
     auto item = [&](const Panels &panels, int64_t first, int64_t last) {
         geglu_panels(*gate, *up, panels, rows, first, last, out, scratch, changes);
     };

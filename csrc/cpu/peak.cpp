@@ -8,8 +8,8 @@
 #if defined(GC_LEVEL_AVX512_BF16)
 #include "matmul_bf16.h"
 #endif
-#if defined(GC_LEVEL_AMX) && defined(GC_EMULATE)
-#include "../emulate/amx.h"
+#if defined(GC_LEVEL_AMX)
+#include "amx_tiles.h"
 #endif
 
 namespace gemcutter {
@@ -121,19 +121,8 @@ constexpr double BF16_OPERATIONS = SUMS * W * 4.0;
 #elif defined(GC_LEVEL_AMX)
 void bfloat16(int64_t rounds) {  // four tiles of sums, of two tiles of rows and two of columns
     alignas(64) uint16_t values[16 * 32] = {};
-    struct alignas(64) {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } shapes = {};
-    shapes.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = 64, shapes.rows[tile] = 16;
-    __asm__ volatile("" : : "r"(&shapes) : "memory");  // only a tile instruction reads it
-    _tile_loadconfig(&shapes);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    configure_tiles();
+    zero_sums<2, 2>();
     _tile_loadd(4, values, 64);
     _tile_loadd(5, values, 64);
     _tile_loadd(6, values, 64);
@@ -144,7 +133,7 @@ void bfloat16(int64_t rounds) {  // four tiles of sums, of two tiles of rows and
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_release();
+    release_tiles();
 }
 constexpr double BF16_OPERATIONS = 4.0 * 16 * 16 * 32 * 2;
 #elif defined(GC_LEVEL_NEON_I8MM)

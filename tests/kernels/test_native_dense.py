@@ -80,15 +80,16 @@ def test_threads(threads: int) -> None:
         library.gc_set_threads(before)
 
 
+@pytest.mark.parametrize("columns", [101, 64])
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 @pytest.mark.usefixtures("level")
-def test_views_read_nothing_else(dtype: torch.dtype) -> None:
+def test_views_read_nothing_else(dtype: torch.dtype, columns: int) -> None:
     """A matrix may be some rows and columns of a larger tensor, at any offset; what lies around it is poison."""
     around = torch.full((60, 120), torch.nan).to(dtype)
-    part = around[11:44, 3:104]
+    part = around[11:44, 3 : 3 + columns]
     part.copy_(randn(*part.shape))
-    for rows in (1, 6, 20):
-        x_ND = randn(rows, 101, seed=rows)
+    for rows in (1, 6, 20, 40):
+        x_ND = randn(rows, columns, seed=rows)
         assert_close(linear(x_ND, (part,)), reference.linear(x_ND, Weight((part.contiguous(),))))
 
 
@@ -100,16 +101,32 @@ def test_rows_rounded_to_bfloat16() -> None:
         assert_close(linear(x_ND, parts, BF16_ROWS), reference.linear(x_ND.bfloat16().float(), Weight(parts)))
 
 
-@pytest.mark.parametrize("columns", [32, 96, 1536, 3104])
-def test_one_or_two_tiles_of_rows(columns: int, level: str) -> None:
-    """Panels that are whole and not; by tiles a row's result is that beside more rows, bit for bit."""
+@pytest.mark.parametrize("columns", [32, 96, 1536, 4352])
+def test_tiles_where_the_matrix_lies(columns: int, level: str) -> None:
+    """Panels that are whole and not, one to six blocks of rows; by tiles a row's result is that beside others, bit for bit."""
     parts = tuple(randn(rows, columns, seed=rows).bfloat16() for rows in (16, 35, 3))
-    x_ND = randn(48, columns, seed=7).bfloat16().float()
-    wanted, all_48 = reference.linear(x_ND, Weight(parts)), linear(x_ND, parts, BF16_ROWS)
-    for rows in (17, 23, 31, 32, 33):
+    most = 96 if columns > 4096 else 48  # in one go; more rows are multiplied otherwise
+    x_ND = randn(most + 1, columns, seed=7).bfloat16().float()
+    wanted, together = reference.linear(x_ND, Weight(parts)), linear(x_ND[:most], parts, BF16_ROWS)
+    for rows in (1, 2, 15, 16, 17, 32, 33, most - 1, most + 1):
         found = linear(x_ND[:rows], parts, BF16_ROWS)
         assert_close(found, wanted[:rows])
-        assert level != "amx" or found.equal(all_48[:rows])
+        assert level != "amx" or rows > most or found.equal(together[:rows])
+
+
+@pytest.mark.usefixtures("level")
+def test_no_number_stays_in_its_row() -> None:
+    """What is no number in one row of either side is not met by other rows."""
+    part, x_ND = randn(40, 96, seed=1).bfloat16(), randn(20, 96, seed=2)
+    whole = linear(x_ND, (part,), BF16_ROWS)
+    x_ND[3, 5], x_ND[19, 95], part[17, 0] = torch.nan, torch.inf, torch.nan
+    for rows in (4, 16, 20):
+        found = linear(x_ND[:rows], (part,), BF16_ROWS)
+        assert found[:, 17].isnan().all()
+        clean = [row for row in range(rows) if row not in (3, 19)]
+        others = [column for column in range(40) if column != 17]
+        assert_close(found[clean][:, others], whole[clean][:, others])
+        assert not found[[row for row in (3, 19) if row < rows]].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)

@@ -50,7 +50,7 @@ def test_packed_products(kind: packed.Format, columns: int, level: str) -> None:
             assert np.array_equal(found, alone[-count:]), f"{count} rows, activations {activations}"
 
 
-@pytest.mark.parametrize("columns", [37, 256, 1000])
+@pytest.mark.parametrize("columns", [37, 256, 1000, 4128])
 @pytest.mark.parametrize("dtype", dense.CODES, ids=str)
 @pytest.mark.usefixtures("level")
 def test_dense_products(dtype: torch.dtype, columns: int) -> None:
