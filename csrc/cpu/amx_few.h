@@ -12,7 +12,6 @@
 namespace gemcutter {
 namespace {
 
-constexpr int64_t SHORT_ROW = 8192;  // bytes: the next panel is fetched meanwhile; of longer rows, what follows in each
 constexpr int64_t STEPS_AHEAD = 8;
 constexpr int MOST_BLOCKS = 6;  // of 16 rows, whose sums fill as many tiles
 
@@ -33,12 +32,11 @@ struct RowPairs {
 class MatrixAhead {
   public:
     MatrixAhead(const gc_matrix &m, int64_t panel, const void *next) : stride_(m.stride), steps_(m.columns / TILE_STEP) {
-        const int64_t row = panel * PANEL, left = m.rows - row - PANEL;
-        here_ = static_cast<const char *>(m.data) + row * m.stride;
-        then_ = next ? static_cast<const char *>(next) : here_ + PANEL * m.stride;
-        runs_ = next || left > PANEL ? PANEL : left;
+        here_ = row_of(m, panel * PANEL);
+        lines_ = lines_of_rows(m, (panel + 1) * PANEL, PANEL, 0, m.columns * 2);
+        if (next) lines_.at = static_cast<const char *>(next), lines_.runs = PANEL;
+        then_ = lines_.at, runs_ = lines_.runs;
         is_short_ = m.columns * 2 <= SHORT_ROW;
-        lines_ = {then_, m.columns * 2, m.stride, runs_};
     }
     GC_INLINE void look(int64_t step) {
         if (is_short_) return lines_.some(TILE_HEIGHT);
@@ -52,7 +50,7 @@ class MatrixAhead {
     const char *here_, *then_;
     int64_t stride_, steps_, runs_;
     bool is_short_;
-    LinesAhead lines_;
+    LinesAhead<> lines_;
 };
 
 // Tiles 0 to 5: sums, a matrix row in each row; 6: the matrix; 7: pairs.
@@ -131,7 +129,7 @@ void multiply_few(const gc_matrix &m, int64_t panel, int64_t panels, const RowPa
     const int64_t line = rows.line(), block = rows.block();
     for (; panels > 0; --panels, ++panel, out += PANEL) {
         const int64_t left = m.rows - panel * PANEL, width = left < PANEL ? left : PANEL;
-        const char *w = static_cast<const char *>(m.data) + panel * PANEL * m.stride, *pairs = rows.at;
+        const char *w = row_of(m, panel * PANEL), *pairs = rows.at;
         MatrixAhead ahead(m, panel, panels == 1 ? next : nullptr);
         configure_few(width, line);
         zero_blocks<T>();

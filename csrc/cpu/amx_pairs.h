@@ -90,11 +90,6 @@ void pairs_of_packed(const gc_matrix &m, V values, PanelDecoder<PIECES> &decoder
     pairs_of_bytes<PIECES, false>(offset, unpacked, decoder.scales, pairs);
 }
 
-// A row of a dense matrix; the last one stands for those that are missing.
-inline const char *row_or_last(const gc_matrix &m, int64_t row) {
-    return static_cast<const char *>(m.data) + (row < m.rows ? row : m.rows - 1) * m.stride;
-}
-
 // Columns start.. of a panel of bfloat16. Two columns of a row are 32 bits, so making pairs is a 32-bit transpose. The last row stands
 // for those that are missing.
 inline void pairs_of_dense(const gc_matrix &m, int64_t panel, int64_t start, int64_t columns, uint16_t *pairs) {

@@ -19,29 +19,6 @@ struct BfloatScratch {
     alignas(64) float sums[(MOST_ROWS + TILE_M) * PANELS_AT_ONCE * PANEL];
 };
 
-// Matrix rows of some panels from a column on, two columns as one element; the last row stands for those that are missing.
-struct MatrixRows {
-    const gc_matrix &m;
-    int64_t first;
-
-    const float *at(int64_t r, int64_t pair) const {
-        int64_t row = first + r < m.rows ? first + r : m.rows - 1;
-        return reinterpret_cast<const float *>(static_cast<const char *>(m.data) + row * m.stride) + pair;
-    }
-};
-
-// Asks for the lines of the next run, some rows at a time: each row's is on another page, where the hardware does not look.
-struct AheadOfRows {
-    MatrixRows rows;
-    int64_t pair, pairs, count;
-    int64_t next = 0;
-
-    void some(int64_t rows_at_once) {
-        for (; rows_at_once > 0 && next < count; --rows_at_once, ++next)
-            for (int64_t i = 0; i < pairs; i += 16) __builtin_prefetch(rows.at(next, pair + i), 0, IN_L2);
-    }
-};
-
 // Rows first..last-1, MOST_ROWS at most, times H panels. Up to TILE_M - 1 rows beyond the last are read, and what follows from
 // them is dropped.
 template <int H>
@@ -50,19 +27,20 @@ void multiply_panels(const gc_matrix &m, int64_t panel, const Rows &rows, int64_
     const int64_t all = m.columns / 2, left = m.rows - panel * PANEL, width = left < H * PANEL ? left : H * PANEL;
     const int64_t tiles = (last - first + TILE_M - 1) / TILE_M;
     const uint32_t *a = reinterpret_cast<const uint32_t *>(rows.bf16 + first * rows.columns);
-    const MatrixRows matrix = {m, panel * PANEL}, next = {m, (panel + H) * PANEL};
     for (int64_t start = 0; start < all; start += RUN_PAIRS) {
         const int64_t count = all - start < RUN_PAIRS ? all - start : RUN_PAIRS;
         for (int h = 0; h < H; ++h) {
             const float *some[PANEL];
-            for (int r = 0; r < PANEL; ++r) some[r] = matrix.at(h * PANEL + r, start);
+            for (int r = 0; r < PANEL; ++r)
+                some[r] = reinterpret_cast<const float *>(row_or_last(m, (panel + h) * PANEL + r)) + start;  // two columns each
             pack_panel<F32>(some, count, reinterpret_cast<float *>(scratch.pairs[h]));
         }
         const bool is_last = start + count == all;
-        const int64_t then = is_last ? 0 : start + count;
-        AheadOfRows ahead = {is_last ? next : matrix, then, all - then < RUN_PAIRS ? all - then : RUN_PAIRS, H * PANEL};
+        const int64_t then = is_last ? 0 : start + count, pairs = all - then < RUN_PAIRS ? all - then : RUN_PAIRS;
+        LinesAhead<> ahead = lines_of_rows(m, (is_last ? panel + H : panel) * PANEL, H * PANEL, then * 4, pairs * 4);
+        const int64_t lines = (H * PANEL / tiles + 1) * ((pairs * 4 + 63) / 64);
         for (int64_t tile = 0, row = 0; tile < tiles; ++tile, row += TILE_M) {
-            ahead.some(H * PANEL / tiles + 1);
+            ahead.some(lines);
             float *sums = scratch.sums + row * H * PANEL;
             const bool is_whole = is_last && first + row + TILE_M <= last && width == H * PANEL;
             pair_tiles<TILE_M, H>(a + row * all + start, all, scratch.pairs[0], RUN_PAIRS * PANEL, count, start ? sums : nullptr,

@@ -7,21 +7,20 @@
 #include "kernels.h"
 #include "matmul_bf16.h"
 #include "matmul_f32.h"
+#include "matrix_rows.h"
 
 namespace gemcutter {
 namespace {
 
 constexpr int64_t FEW_COLUMNS = 32;  // of one product
 constexpr int MATRIX_ROWS = 4;
-constexpr int MOST_AT_ONCE = 6;      // activation rows; their sums and four matrix rows fill the registers
-constexpr int64_t SHORT_ROW = 8192;  // bytes: prefetched by hand, since the hardware prefetcher stops at every row's end
+constexpr int MOST_AT_ONCE = 6;  // activation rows; their sums and four matrix rows fill the registers
 
 // out[i * ld + r] = products of M activation rows with R matrix rows.
 template <int M, int R>
 void few_tile(const gc_matrix &m, int64_t row, const uint16_t *x, float *out, int64_t ld) {
     const uint16_t *w[R];
-    for (int r = 0; r < R; ++r)
-        w[r] = reinterpret_cast<const uint16_t *>(static_cast<const char *>(m.data) + (row + r) * m.stride);
+    for (int r = 0; r < R; ++r) w[r] = reinterpret_cast<const uint16_t *>(row_of(m, row + r));
     V total[M][R];
     for (int i = 0; i < M; ++i)
         for (int r = 0; r < R; ++r) total[i][r] = set1(0.0f);

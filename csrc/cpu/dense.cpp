@@ -5,6 +5,7 @@
 // matrices and threads; read `matmul_f32.h` for the micro-kernel, `parallel_gemm.cpp` for how panels are shared among threads.
 #include "kernels.h"
 #include "matmul_f32.h"
+#include "matrix_rows.h"
 
 namespace gemcutter {
 namespace {
@@ -12,14 +13,13 @@ namespace {
 constexpr int64_t K_CHUNK = 256;  // columns of one converted chunk: 16 KB, half of an L1 cache
 // Up to here a row's result must not depend on the rows beside it, and converting a panel costs about what it saves.
 constexpr int64_t GEMV_ROWS = FEW_ROWS;
-constexpr int TILE_GEMV = 4;         // activation rows of one pass over a panel
-constexpr int64_t SHORT_ROW = 8192;  // bytes: prefetched by hand, since the hardware prefetcher stops at every row's end
+constexpr int TILE_GEMV = 4;                                     // activation rows of one pass over a panel
 constexpr int64_t AHEAD_ROWS = 2 * TILE_ROWS, AHEAD_LINES = 16;  // rows between which some lines of the next chunk are asked for
 constexpr int64_t SPARE_ROWS = 64;                               // activation rows at a time of a panel that lacks rows
 
 template <typename Type>
-const typename Type::Element *row_of(const gc_matrix &m, int64_t row) {
-    return reinterpret_cast<const typename Type::Element *>(static_cast<const char *>(m.data) + row * m.stride);
+const typename Type::Element *elements_of(const gc_matrix &m, int64_t row) {
+    return reinterpret_cast<const typename Type::Element *>(row_of(m, row));
 }
 
 // Activations are float32, or bfloat16 where the level rounds them.
@@ -33,7 +33,7 @@ template <typename Type, int M, int R, typename X>
 void gemv_tile(const gc_matrix &matrix, int64_t row, const X *x, float *out, int64_t ld) {
     constexpr int64_t LINE = 64 / sizeof(typename Type::Element);
     const typename Type::Element *w[R];
-    for (int r = 0; r < R; ++r) w[r] = row_of<Type>(matrix, row + r);
+    for (int r = 0; r < R; ++r) w[r] = elements_of<Type>(matrix, row + r);
     V acc[M][R];
     for (int m = 0; m < M; ++m)
         for (int r = 0; r < R; ++r) acc[m][r] = set1(0.0f);
@@ -83,34 +83,14 @@ void gemv(const gc_matrix &matrix, int64_t first, int64_t last, const X *x, int6
     }
 }
 
-// Asks for the lines of a chunk of 16 rows, some at a time: a row's next chunk is on another page, where the hardware looks no
-// further, and waiting for it costs up to a third of the products of 64 rows.
+// What is read after the columns before k: the columns from there on, or the first ones of the next panel. A row's next chunk is on
+// another page, where the hardware looks no further, and waiting for it costs up to a third of the products of 64 rows.
 template <typename Type>
-struct Ahead {
-    static constexpr int64_t LINE = 64 / sizeof(typename Type::Element);
-    const typename Type::Element *rows[PANEL];
-    int64_t columns, row = 0, column = 0;
-
-    void some(int64_t lines) {
-        for (; lines > 0 && row < PANEL; --lines) {
-            __builtin_prefetch(rows[row] + column);
-            column += LINE;
-            if (column >= columns) column = 0, ++row;
-        }
-    }
-};
-
-// What is read after the columns before k: the columns from there on, or the first ones of the next panel.
-template <typename Type>
-Ahead<Type> next_chunk(const gc_matrix &matrix, int64_t first, int64_t last, int64_t k) {
-    Ahead<Type> ahead;
-    if (k >= matrix.columns) first += PANEL, last += PANEL, k = 0;
-    ahead.columns = matrix.columns - k < K_CHUNK ? matrix.columns - k : K_CHUNK;
-    if (last > matrix.rows) last = matrix.rows;
-    if (first >= last) ahead.row = PANEL;
-    for (int64_t r = 0; first < last && r < PANEL; ++r)
-        ahead.rows[r] = row_of<Type>(matrix, first + r < last ? first + r : last - 1) + k;
-    return ahead;
+LinesAhead<IN_L1> next_chunk(const gc_matrix &matrix, int64_t first, int64_t k) {
+    constexpr int64_t SIZE = sizeof(typename Type::Element);
+    if (k >= matrix.columns) first += PANEL, k = 0;
+    const int64_t columns = matrix.columns - k < K_CHUNK ? matrix.columns - k : K_CHUNK;
+    return lines_of_rows<IN_L1>(matrix, first, PANEL, k * SIZE, columns * SIZE);
 }
 
 // out [count, 16] = activation rows times matrix rows first..first+15; those from `last` on repeat the one before.
@@ -119,10 +99,10 @@ void gemm(const gc_matrix &matrix, int64_t first, int64_t last, const float *x, 
           float *scratch) {
     for (int64_t k = 0; k < matrix.columns; k += K_CHUNK) {
         const typename Type::Element *rows[PANEL];
-        for (int64_t r = 0; r < PANEL; ++r) rows[r] = row_of<Type>(matrix, first + r < last ? first + r : last - 1) + k;
+        for (int64_t r = 0; r < PANEL; ++r) rows[r] = elements_of<Type>(matrix, first + r < last ? first + r : last - 1) + k;
         int64_t columns = matrix.columns - k < K_CHUNK ? matrix.columns - k : K_CHUNK;
         pack_panel<Type>(rows, columns, scratch);
-        Ahead<Type> ahead = next_chunk<Type>(matrix, first, last, k + columns);
+        LinesAhead<IN_L1> ahead = next_chunk<Type>(matrix, first, k + columns);
         for (int64_t m = 0; m < count; m += AHEAD_ROWS) {
             int64_t some = count - m < AHEAD_ROWS ? count - m : AHEAD_ROWS;
             ahead.some(AHEAD_LINES);
@@ -169,7 +149,7 @@ size_t scratch_bytes(const gc_matrix *) { return sizeof(float) * (K_CHUNK + SPAR
 
 template <typename Type>
 void gather_type(const gc_matrix &matrix, int64_t row, float *out) {
-    const typename Type::Element *from = row_of<Type>(matrix, row);
+    const typename Type::Element *from = elements_of<Type>(matrix, row);
     int64_t k = 0;
     for (; k + W <= matrix.columns; k += W) store(out + k, Type::vector(from + k));
     for (; k < matrix.columns; ++k) out[k] = Type::one(from + k);

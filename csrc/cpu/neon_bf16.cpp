@@ -5,6 +5,7 @@
 // in scratch memory from run to run. Few rows, rows that stay float32 and other matrices go to the level neon. Refuses to know
 // threads. Read `dense.cpp` for those, `parallel_gemm.cpp` for the caller.
 #include "kernels.h"
+#include "matrix_rows.h"
 #include "vec.h"
 
 namespace gemcutter {
@@ -31,9 +32,7 @@ inline void pack_squares(const gc_matrix &m, int64_t panel, int64_t start, int64
     for (int64_t pair = 0; pair < MATRIX_PAIRS; ++pair) {
         const uint16_t *from[2];
         for (int64_t i = 0; i < 2; ++i) {
-            const int64_t row = panel * PANEL + 2 * pair + i, last = m.rows - 1;
-            const char *at = static_cast<const char *>(m.data) + (row < last ? row : last) * m.stride;
-            from[i] = reinterpret_cast<const uint16_t *>(at) + start;
+            from[i] = reinterpret_cast<const uint16_t *>(row_or_last(m, panel * PANEL + 2 * pair + i)) + start;
         }
         for (int64_t k = 0; k < count; ++k) vst1q_u16(scratch.panel[k][pair], square(from[0] + k * SQUARE, from[1] + k * SQUARE));
     }

@@ -5,32 +5,15 @@
 // activations and products. Read `packed_dot.h` next.
 #pragma once
 #include "kernels.h"
+#include "matrix_rows.h"
 #include "vec.h"
 
 namespace gemcutter {
 namespace {
 
-#define GC_INLINE inline __attribute__((always_inline))
-
 constexpr int PARTS = PANEL / W;  // vectors that hold one value for each row of a panel
 constexpr int QUADS = BLOCK / 4;  // quads of a code block
 constexpr int QUAD_BYTES = PANEL * 4;
-
-// Lines that are asked for, some at a time, while something else is multiplied: of runs of memory, panels or rows of a matrix.
-struct LinesAhead {
-    const char *at;
-    int64_t bytes, stride;  // of each run; from run to run
-    int64_t runs;
-    int64_t done = 0;
-
-    GC_INLINE void some(int64_t lines) {
-        for (; lines > 0 && runs > 0; --lines) {
-            __builtin_prefetch(at + done, 0, IN_L2);
-            done += 64;
-            if (done >= bytes) done = 0, at += stride, --runs;
-        }
-    }
-};
 
 // W bytes as floats; integer vectors N of W lanes.
 #if defined(GC_LEVEL_AVX512)

@@ -152,7 +152,7 @@ void multiply_panels(const gc_matrix &m, int64_t panel, const Rows &rows, int64_
         const bool is_last = start + blocks == all;
         const char *ahead_at = reinterpret_cast<const char *>(decoders[0].at);
         if (is_last) ahead_at = next ? static_cast<const char *>(next) : ahead_at + (H - 1) * m.stride;
-        LinesAhead ahead = {ahead_at, m.stride * blocks / all, m.stride, H};
+        LinesAhead<> ahead = {ahead_at, m.stride * blocks / all, m.stride, H};
         const int64_t lines = (ahead.bytes / 64 + 1) * H / tiles + 1;
         auto shift_tile = [&](int64_t row) {
             shift_rows<PIECES>(rows, row, row + TILE_M, start, blocks, offset, scratch.shift + (row - first));
