@@ -18,7 +18,6 @@ namespace {
 // Of packed matrices: making pairs takes as long as what AVX-512 does with up to 16 rows, all of which it computes, since a row's
 // result must not depend on the rows beside it.
 constexpr int64_t LEAST_ROWS = FEW_ROWS + 1;
-constexpr int64_t CHUNK_OF_TILES = 1 << 19;  // elements of rows that are read again and again: half of an L2 cache of 2 MB
 constexpr int64_t MOST_CHUNK = 2 * CHUNK_ROWS, MOST_ROWS = MOST_CHUNK + FEW_ROWS;
 // Longer rows are multiplied in runs: whole ones would leave a chunk too few rows to pay for its pairs.
 constexpr int64_t WHOLE_COLUMNS = 3072, RUN_COLUMNS = 256;

@@ -15,8 +15,12 @@ namespace {
 constexpr int64_t STEPS_AHEAD = 8;
 constexpr int MOST_BLOCKS = 6;  // of 16 rows, whose sums fill as many tiles
 
-// As many rows as are multiplied here no slower than in `amx.cpp`, whose sums of long rows come and go.
-inline int64_t most_few_rows(int64_t columns) { return columns * 2 > SHORT_ROW ? MOST_BLOCKS * TILE_HEIGHT : 3 * TILE_HEIGHT; }
+// As many rows as are multiplied here no slower than in `amx.cpp`, whose sums of long rows come and go; and no more than the L2 cache
+// holds, since every thread has them for itself.
+inline int64_t most_few_rows(int64_t columns) {
+    const int64_t most = columns * 2 > SHORT_ROW ? MOST_BLOCKS : 3, fit = CHUNK_OF_TILES / columns / TILE_HEIGHT;
+    return TILE_HEIGHT * (fit < 1 ? 1 : fit < most ? fit : most);
+}
 
 // Activation rows as pairs: blocks of 16 rows, [columns / 2, 16, 2] each, or a single row as it is.
 struct RowPairs {

@@ -20,7 +20,8 @@ namespace gemcutter {
 namespace {
 
 constexpr int64_t TILE_HEIGHT = 16, TILE_LINE = 64, TILE_BYTES = TILE_HEIGHT * TILE_LINE;
-constexpr int64_t TILE_STEP = 32;  // columns of one multiplication
+constexpr int64_t TILE_STEP = 32;            // columns of one multiplication
+constexpr int64_t CHUNK_OF_TILES = 1 << 19;  // elements of rows that are read again and again: half of an L2 cache of 2 MB
 constexpr int64_t TILE_FLOATS = TILE_HEIGHT * 16;
 
 // Compilers may drop or move stores that only a tile instruction reads: the clobber tells them that memory is read.

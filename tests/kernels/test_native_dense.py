@@ -101,16 +101,16 @@ def test_rows_rounded_to_bfloat16() -> None:
         assert_close(linear(x_ND, parts, BF16_ROWS), reference.linear(x_ND.bfloat16().float(), Weight(parts)))
 
 
-@pytest.mark.parametrize("columns", [32, 96, 1536, 4352])
+@pytest.mark.parametrize("columns", [32, 96, 1536, 4352, 12_288])
 def test_tiles_where_the_matrix_lies(columns: int, level: str) -> None:
     """Panels that are whole and not, one to six blocks of rows; by tiles a row's result is that beside others, bit for bit."""
     parts = tuple(randn(rows, columns, seed=rows).bfloat16() for rows in (16, 35, 3))
-    most = 96 if columns > 4096 else 48  # in one go; more rows are multiplied otherwise
+    most = {4352: 96, 12_288: 32}.get(columns, 48)  # in one go; more rows are multiplied otherwise
     x_ND = randn(most + 1, columns, seed=7).bfloat16().float()
     wanted, together = reference.linear(x_ND, Weight(parts)), linear(x_ND[:most], parts, BF16_ROWS)
-    for rows in (1, 2, 15, 16, 17, 32, 33, most - 1, most + 1):
+    for rows in (1, 2, 15, 16, 17, 31, most - 1, most, most + 1):
         found = linear(x_ND[:rows], parts, BF16_ROWS)
-        assert_close(found, wanted[:rows])
+        assert_close(found, wanted[:rows], TOLERANCE * max(1, columns / 4096))  # sums of 12,288 columns round more often
         assert level != "amx" or rows > most or found.equal(together[:rows])
 
 
