@@ -25,7 +25,8 @@ enum ActivationFormat {
     FORMAT_PAIRS = 32
 };
 
-// M activation rows [M, columns]; formats that no kernel needs are null. All but tiles and pairs are contiguous: row m begins at m * columns.
+// M activation rows [M, columns]; formats that no kernel needs are null. All but tiles and pairs are contiguous: row m begins at
+// m * columns.
 struct Rows {
     int64_t count, columns;
     int activations;       // enum gc_activations

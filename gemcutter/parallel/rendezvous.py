@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gemcutter.errors import RankError
-from gemcutter.parallel.distributed_ranks import BOTH, GLOO, DistributedRanks, join_group
+from gemcutter.parallel.distributed_ranks import BOTH, GLOO, DistributedRanks, join_group, leave_group
 from gemcutter.parallel.leader import Leader
 from gemcutter.parallel.messages import encode, opening, receive
 from gemcutter.parallel.monitor import Monitor, end_all
@@ -69,7 +69,8 @@ def lead(options: LoadOptions, stages: Sequence[range]) -> tuple[DistributedRank
         connection.sendall(opening(options, stages))
     pipe = _join_stages(place)
     monitor = Monitor([], connections, lambda: end_all(ranks, pipe), list)
-    return ranks, pipe, Leader(connections, monitor, place.tensor_parallel - 1)
+    # torch's threads, were they still there as the interpreter ends, could take the process with them.
+    return ranks, pipe, Leader(connections, monitor, place.tensor_parallel - 1, leave_group)
 
 
 def follow(number: int, count: int) -> tuple[Place, DistributedRanks, Pipe | None, socket.socket]:

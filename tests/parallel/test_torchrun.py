@@ -89,3 +89,19 @@ def test_a_rank_that_is_killed_ends_the_others(victim: int, options: list[str]) 
         assert "error:" in said
         assert "rank" in said or "stage" in said
     ranks[victim].communicate()
+
+
+def test_ranks_leave_the_group_before_the_interpreter_ends() -> None:
+    """torch's threads would still be there otherwise, and have ended processes by SIGABRT after their text was printed."""
+    script = (
+        "import runpy, sys, torch.distributed\n"
+        "sys.argv = ['gemcutter', *sys.argv[1:]]\n"
+        "try: runpy.run_module('gemcutter', run_name='__main__')\n"
+        "except SystemExit: print('joined:', torch.distributed.is_initialized())\n"
+    )
+    port = free_port()
+    ranks = [rank_of(rank, 2, port, "-c", script, *RUN[2:], "4") for rank in range(2)]
+    for rank in ranks:
+        said, problem = rank.communicate(timeout=SOON_S)
+        assert said.splitlines()[-1:] == ["joined: False"], problem
+        assert rank.returncode == 0
