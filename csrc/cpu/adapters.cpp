@@ -29,7 +29,8 @@ void reduce_unit(const gc_delta &delta, int64_t first_rank, const float *x, int6
     gc_matrix some = delta.down;
     some.data = static_cast<const char *>(some.data) + first_rank * some.stride;
     some.rows = std::min(UNIT_RANKS, some.rows - first_rank);
-    const Rows all = {rows, some.columns, GC_FLOAT_ROWS, x, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Rows all = {};
+    all.count = rows, all.columns = some.columns, all.activations = GC_FLOAT_ROWS, all.x = x;
     matmul_kernels(some).gemm_panels(&some, 0, 1, &all, 0, rows, low + first_rank, stride, nullptr, nullptr);
 }
 

@@ -292,12 +292,10 @@ extern const MatmulKernels packed_amx = TABLE<packed_avx512>;
 extern const MatmulKernels dense_amx = TABLE<dense_avx512_bf16>;
 
 void pair_rows_amx(const uint16_t *x, int64_t rows, int64_t columns, uint32_t *out) {
-    for (int64_t first = 0; first < rows; first += PANEL, out += PANEL * columns / 2) {
-        const float *some[PANEL];  // two columns as one element; the last row stands for those that are missing
-        for (int64_t r = 0; r < PANEL; ++r)
-            some[r] = reinterpret_cast<const float *>(x + (first + r < rows ? first + r : rows - 1) * columns);
-        pack_panel<F32>(some, columns / 2, reinterpret_cast<float *>(out));
-    }
+    gc_matrix all = {};
+    all.data = x, all.rows = rows, all.columns = columns, all.stride = columns * (int64_t)sizeof *x;
+    for (int64_t block = 0; block * PANEL < rows; ++block, out += PANEL * columns / 2)
+        pairs_of_dense(all, block, 0, columns, reinterpret_cast<uint16_t *>(out));
 }
 
 }  // namespace gemcutter

@@ -35,26 +35,24 @@ struct RowPairs {
 // Asks for what is read next, a tile's worth at a time.
 class MatrixAhead {
   public:
-    MatrixAhead(const gc_matrix &m, int64_t panel, const void *next) : stride_(m.stride), steps_(m.columns / TILE_STEP) {
-        here_ = row_of(m, panel * PANEL);
-        lines_ = lines_of_rows(m, (panel + 1) * PANEL, PANEL, 0, m.columns * 2);
+    MatrixAhead(const gc_matrix &m, int64_t panel, const void *next)
+        : here_(row_of(m, panel * PANEL)),
+          steps_(m.columns / TILE_STEP),
+          lines_(lines_of_rows(m, (panel + 1) * PANEL, PANEL, 0, m.columns * 2)) {
         if (next) lines_.at = static_cast<const char *>(next), lines_.runs = PANEL;
-        then_ = lines_.at, runs_ = lines_.runs;
-        is_short_ = m.columns * 2 <= SHORT_ROW;
     }
     GC_INLINE void look(int64_t step) {
-        if (is_short_) return lines_.some(TILE_HEIGHT);
+        if (lines_.bytes <= SHORT_ROW) return lines_.some(TILE_HEIGHT);
         const int64_t ahead = step + STEPS_AHEAD;
-        const char *at = ahead < steps_ ? here_ + ahead * TILE_LINE : then_ + (ahead - steps_) * TILE_LINE;
-        const int64_t rows = ahead < steps_ ? TILE_HEIGHT : runs_;
-        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(at + r * stride_, 0, IN_L2);
+        const char *at = ahead < steps_ ? here_ + ahead * TILE_LINE : lines_.at + (ahead - steps_) * TILE_LINE;
+        const int64_t rows = ahead < steps_ ? TILE_HEIGHT : lines_.runs;
+        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(at + r * lines_.stride, 0, IN_L2);
     }
 
   private:
-    const char *here_, *then_;
-    int64_t stride_, steps_, runs_;
-    bool is_short_;
-    LinesAhead<> lines_;
+    const char *here_;
+    int64_t steps_;
+    LinesAhead<> lines_;  // of the next panel
 };
 
 // Tiles 0 to 5: sums, a matrix row in each row; 6: the matrix; 7: pairs.

@@ -44,7 +44,8 @@ int Experts::formats_at_any_count(const gc_matrix *parts, int num_parts) const {
     int formats = 0;
     for (int64_t count = 1; count <= rows_; ++count) formats |= formats_of(parts, num_parts, count, layer_.activations);
     // An expert's rows begin anywhere among those of all, which blocks of 16 rows do not.
-    return formats & FORMAT_TILES ? (formats | FORMAT_BF16) & ~(FORMAT_TILES | FORMAT_PAIRS) : formats & ~FORMAT_PAIRS;
+    if (formats & FORMAT_TILES) formats |= FORMAT_BF16;
+    return formats & ~(FORMAT_TILES | FORMAT_PAIRS);
 }
 
 void Experts::route(ThreadPool &pool, int index, const float *x) {
