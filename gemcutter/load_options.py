@@ -18,7 +18,7 @@ from gemcutter.quant_names import RECIPE_NAMES, find_quant
 DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 HALVES = ("float16", "f16", "fp16", "half")
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
-PLE_PLACES = ("gpu", "host", "mmap")
+PLE_PLACES = ("gpu", "split", "host", "mmap")
 KV_DTYPES = ("fp8", "int8")
 SPECULATORS = ("auto", "mtp", "ngram", "off")
 MEDIA = ("image", "audio", "video")  # what requests may bring beside text, where the model was loaded for it
@@ -101,8 +101,9 @@ class LoadOptions:
     `adapters`, by name, stay apart, and a request with `adapter="name"` gets that one's changes. `repack_cache` keeps what the
     CPU kernels repack in the user's cache folder, for later loads to map; None: where that is more than 256 MiB and the disk has
     room, of which the folder takes a tenth at most. `ple` says where the table of per-layer embeddings is
-    kept for a GPU: "gpu", "host" (pinned memory) or "mmap"; None: on the GPU if there is room. `kv` keeps keys and values in 8
-    bits: "fp8" on a GPU that has them (compute capability 8.9), "int8" with a scale for each vector on a CPU; None: in the
+    kept for a GPU: "gpu", "host" (pinned memory) or "mmap", whole for each process, or "split": tensor-parallel processes share
+    its rows, on CPUs too; None: mapped on a CPU, on the GPU if there is room, shared by several GPUs. `kv` keeps keys and values
+    in 8 bits: "fp8" on a GPU that has them (compute capability 8.9), "int8" with a scale for each vector on a CPU; None: in the
     compute dtype. `chat_template` is "own" (the checkpoint's), "canonical" (Google's
     of July 2026) or a Jinja file; None: the checkpoint's own, unless that is an older generation of Google's.
     `generation_config` says where the defaults of sampling come from: "auto" (the checkpoint), "none" (greedy) or a
@@ -171,13 +172,18 @@ class LoadOptions:
         if self.activations is not None and (reason := CPU.refusal(place, self.kernels)):
             found = f"activations {self.activations}"
             raise KernelError(f"{found}: a choice of the native CPU kernels, which are not used here: {reason}")
-        if self.ple not in (None, "mmap") and place != "cuda":
+        if self.ple in ("gpu", "host") and place != "cuda":
             raise KernelError(f"ple {self.ple}: a choice for models on a GPU; on a CPU the table stays mapped")
         if self.kv == "int8" and place != "cpu":
             raise KernelError("kv int8: a choice for models on a CPU; on a GPU use kv fp8")
         if self.kv == "fp8" and (reason := TRITON.refusal(place, self.kernels)):
             remedy = "; on a CPU use kv int8" if place == "cpu" else ""
             raise KernelError(f"kv fp8: a choice of the Triton kernels, which are not used here: {reason}{remedy}")
+
+    @property
+    def splits_ple(self) -> bool:
+        """Return whether tensor-parallel processes share the rows of the table of per-layer embeddings."""
+        return self.ple == "split" or (self.ple is None and self.device != "cpu")
 
     @property
     def drafts_by_model(self) -> bool:

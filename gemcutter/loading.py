@@ -121,11 +121,15 @@ def open_model(options: LoadOptions, progress: Progress | None = None) -> OpenMo
     if started is not None:
         options = replace(options, tensor_parallel=ranks_of_stage(started[1], options.pipeline_parallel))
     place = Place(0, options.tensor_parallel, options.pipeline_parallel)
+    if options.ple == "split" and place.tensor_parallel == 1:
+        raise RequestError(
+            "ple split: tensor-parallel processes share the table, and there is one; use tensor_parallel 2 or more"
+        )
     if place.count == 1:
         return _open(options, checkpoint, progress)
     check_processes(options, place.count if started is None else ranks_on_host())
     stages = stages_of(checkpoint, options)
-    checkpoint = at_place(checkpoint, place, stages, options.quant)
+    checkpoint = at_place(checkpoint, place, stages, options)
     ranks, pipe, leader = launch(options, stages) if started is None else lead(options, stages)
     others = Others(ranks if place.tensor_parallel > 1 else None, pipe, len(stages), leader)
     try:
@@ -171,7 +175,7 @@ def _open(options: LoadOptions, checkpoint: Checkpoint, progress: Progress | Non
         notes.append(f"several times slower than it could be: {CPU.refusal('cpu', options.kernels)}")
     decoder = make_decoder(checkpoint.plan, params, options, dtype, device, tuple(apart), others)
     if "embed.ple" in params and (device.type == "cpu" or options.ple == "mmap"):
-        decoder.release_table = partial(release_pages, checkpoint.matched.pieces["embed.ple"])
+        decoder.op_context.table_pages.release = partial(release_pages, checkpoint.matched.pieces["embed.ple"])
     drafter = open_drafter(options, decoder, notes) if options.drafts_by_model else None
     vision, audio, turns = None, None, Turns()
     if seen is not None:
@@ -190,7 +194,7 @@ def open_rank(options: LoadOptions, stages: Sequence[range], place: Place, ranks
 
     Raises GemcutterError with everything that is wrong.
     """
-    checkpoint = at_place(open_checkpoint(locate(options.model), options.ignore), place, stages, options.quant)
+    checkpoint = at_place(open_checkpoint(locate(options.model), options.ignore), place, stages, options)
     others = Others(ranks if place.tensor_parallel > 1 else None, pipe, len(stages))
     opened = _open(replace(options, media=()), checkpoint, None, others)  # towers are the leader's
     decoder = opened.decoder
@@ -204,16 +208,16 @@ def open_rank(options: LoadOptions, stages: Sequence[range], place: Place, ranks
     return Follower(decoder, drafter, EngineParts(make_pool, CapturedSteps), read_adapter)
 
 
-def on_rank(checkpoint: Checkpoint, shard: Shard, quant: str | None) -> Checkpoint:
+def on_rank(checkpoint: Checkpoint, shard: Shard, quant: str | None, splits_ple: bool = False) -> Checkpoint:
     """Return a checkpoint with the plan of a tensor-parallel rank. Raises ConfigError for a model that can't be shared so."""
     unit = column_unit(checkpoint.matched.pieces, widest_group(quant) if quant else 1)
-    return replace(checkpoint, plan=checkpoint.plan.shard(shard.rank, shard.world, unit))
+    return replace(checkpoint, plan=checkpoint.plan.shard(shard.rank, shard.world, unit, splits_ple))
 
 
-def at_place(checkpoint: Checkpoint, place: Place, stages: Sequence[range], quant: str | None) -> Checkpoint:
+def at_place(checkpoint: Checkpoint, place: Place, stages: Sequence[range], options: LoadOptions) -> Checkpoint:
     """Return a checkpoint with the plan of what a place holds. Raises ConfigError for a model that can't be shared so."""
     if place.tensor_parallel > 1:
-        checkpoint = on_rank(checkpoint, place.shard, quant)
+        checkpoint = on_rank(checkpoint, place.shard, options.quant, options.splits_ple)
     if len(stages) == 1:
         return checkpoint
     return replace(checkpoint, plan=checkpoint.plan.on_stage(stages[place.stage]))

@@ -29,8 +29,8 @@ QUERY_OFFSET = 0
 UNBOUND = -1  # kv_layer of a drafter's layer that is not bound to its target yet
 INT8_SCALE_BYTES = 4  # of the float32 scale that each key and value vector of a head has in an int8 cache
 
-HEAD_UNIT = 16  # rows of the head that tensor parallelism keeps together: a panel of the CPU kernels
-HEAD_CUT: dict[str, Any] = {"shard_axis": -2, "shard_unit": HEAD_UNIT, "is_even": False}
+VOCAB_UNIT = 16  # rows of a table of tokens that tensor parallelism keeps together: a panel of the CPU kernels
+VOCAB_CUT: dict[str, Any] = {"shard_axis": -2, "shard_unit": VOCAB_UNIT, "is_even": False}
 
 GroupId = NewType("GroupId", str)  # of layers whose keys and values share one block table
 GLOBAL_GROUP = GroupId("global")
@@ -187,6 +187,7 @@ class ModelPlan:
     backbone: int | None = None  # a drafter's: the target's hidden size
     centroids: int = 0
     centroid_top_k: int = 0
+    cuts_ple: bool = False  # whether tensor-parallel ranks share the rows of the table of per-layer embeddings
     query_offset: int = 0  # a drafter's: where its queries stand, from the position of the last token, which has no key yet
     rank: Shard | None = None  # the tensor-parallel rank whose plan this is, as `shard` makes it
     stage: Stage | None = None  # the pipeline's stage whose plan this is, as `on_stage` makes it
@@ -270,11 +271,12 @@ class ModelPlan:
             found += [] if layer.writes else [(f"{name}.k_norm", None)]
         return frozenset(found)
 
-    def shard(self, rank: int, world: int, mlp_unit: int = 1) -> ModelPlan:
+    def shard(self, rank: int, world: int, mlp_unit: int = 1, cuts_ple: bool = False) -> ModelPlan:
         """Return the plan of one tensor-parallel rank: its heads, MLP columns, experts and rows of the vocabulary.
 
         Key heads fewer than ranks are held by several; `mlp_unit` columns of an MLP stay together. A drafter's head stays whole,
-        since candidates come from all of it. Raises ConfigError for a model that so many ranks can't share.
+        since candidates come from all of it, and so does the table of per-layer embeddings, but where `cuts_ple` says that ranks
+        share its rows, too. Raises ConfigError for a model that so many ranks can't share.
         """
         shard = Shard(rank, world)
         if not 0 <= rank < world:
@@ -284,16 +286,16 @@ class ModelPlan:
             heads = uneven.pop()
             why = f"{heads} query heads can't be shared evenly by them; take a number of ranks that divides {heads}"
             raise ConfigError(f"tensor parallelism over {world} ranks: {why}")
-        whole = self
+        whole = replace(self, cuts_ple=True) if cuts_ple else self
         if mlp_unit > 1:
-            whole = replace(self, layers=tuple(replace(layer, mlp_unit=mlp_unit) for layer in self.layers))
+            whole = replace(whole, layers=tuple(replace(layer, mlp_unit=mlp_unit) for layer in self.layers))
         for spec in whole.params():
             try:
                 spec.on_rank(shard)
             except ConfigError as error:
                 raise ConfigError(f"tensor parallelism over {world} ranks: {spec.name}: {error}") from None
         layers = tuple(_layer_on_rank(layer, shard) for layer in whole.layers)
-        return replace(self, layers=layers, rank=shard, whole=whole)
+        return replace(whole, layers=layers, rank=shard, whole=whole)
 
     def on_stage(self, layers: range) -> ModelPlan:
         """Return the plan of the stage of a pipeline that holds these layers. Raises ConfigError for cuts that can't be."""
@@ -317,16 +319,18 @@ class ModelPlan:
     @property
     def head_rows(self) -> Slice:
         """Return the rows of the vocabulary whose logits this rank computes; all of them outside a tensor-parallel group."""
-        return self._head_slice(self.rank if self.rank and self.cuts_head else Shard(0, 1))
+        return _vocab_slice(self.rank if self.rank and self.cuts_head else Shard(0, 1), self.vocab)
+
+    @property
+    def ple_rows(self) -> Slice:
+        """Return the rows of the table of per-layer embeddings that this rank holds: all, where ranks do not share them."""
+        return _vocab_slice(self.rank if self.rank and self.cuts_ple else Shard(0, 1), self.ple_vocab)
 
     @property
     def head_widths(self) -> tuple[int, ...]:
         """Return how many rows of the vocabulary each rank computes the logits of."""
         ranks = () if self.rank is None else (Shard(rank, self.rank.world) for rank in range(self.rank.world))
-        return tuple(self._head_slice(rank).size for rank in ranks)
-
-    def _head_slice(self, rank: Shard) -> Slice:
-        return rank.cut(-2, self.vocab, HEAD_UNIT, is_even=False)
+        return tuple(_vocab_slice(rank, self.vocab).size for rank in ranks)
 
     def params(self) -> Iterator[ParamSpec]:
         """List every tensor of the decoder under its canonical name; in a rank's or stage's plan, what it holds of them."""
@@ -335,12 +339,13 @@ class ModelPlan:
             yield from own if self.rank is None else (spec.on_rank(self.rank) for spec in own)
             return
         hidden, ple_width = self.hidden, len(self.layers) * self.ple_dim
-        vocabulary: dict[str, Any] = HEAD_CUT if self.cuts_head else {}
+        vocabulary: dict[str, Any] = VOCAB_CUT if self.cuts_head else {}
         yield ParamSpec("embed.tokens", (self.vocab, hidden), **vocabulary)
         if not self.tied_head:
             yield ParamSpec("head", (self.vocab, hidden), **vocabulary)
         if self.ple_dim:
-            yield ParamSpec("embed.ple", (self.ple_vocab, ple_width), access=Access.ROWS)
+            shared: dict[str, Any] = VOCAB_CUT if self.cuts_ple else {}
+            yield ParamSpec("embed.ple", (self.ple_vocab, ple_width), access=Access.ROWS, **shared)
             yield ParamSpec("ple.in", (ple_width, hidden))
             yield ParamSpec("ple.norm", (self.ple_dim,), ParamKind.NORM)
         for layer in self.layers:
@@ -447,6 +452,10 @@ def _row_macs(layer: LayerPlan, hidden: int) -> int:
     if moe is not None:
         experts = hidden * (moe.experts + 3 * moe.width * moe.top_k * moe.num_held // moe.experts)
     return attn + mlp + experts + 3 * hidden * layer.ple_dim
+
+
+def _vocab_slice(rank: Shard, rows: int) -> Slice:
+    return rank.cut(-2, rows, VOCAB_UNIT, is_even=False)
 
 
 def _layer_on_rank(layer: LayerPlan, shard: Shard) -> LayerPlan:

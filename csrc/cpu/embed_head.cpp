@@ -39,6 +39,21 @@ GC_EXPORT int gc_embed(const gc_matrix *table, const int64_t *ids, int64_t count
     return 0;
 }
 
+// out [count, layers, P] = the table's rows that `ids` name: to be given to `gc_ple_embed` as `tokens`, which may be its `out`.
+GC_EXPORT int gc_gather_ple(const gc_ple *ple, const int64_t *ids, int64_t count, float *out) {
+    using namespace gemcutter;
+    if (!are_inside(ids, count, ple->vocab)) return OUT_OF_BOUNDS;
+    return in_arena([&](Arena &arena) {
+        Scratch panels;
+        panels.allocate(arena, ple->source ? (size_t)ple->table.stride : 0);
+        parallel_region([&](ThreadPool &pool, int index) {
+            Range own = own_rows(count, index, pool.size);
+            for (int64_t n = own.first; n < own.last; ++n)
+                gather_row(*ple, ids[n], panels.of(index), out + n * ple->projection.rows);
+        });
+    });
+}
+
 // out [rows, layers, P] = (table rows * token_scale + norm(x [rows, D] projected * context_scale)) / sqrt(2). Table rows are
 // gathered by `ids`, or given as `tokens` [rows, layers, P]. `adapters` [rows], or null, are those that rows ask for.
 GC_EXPORT int gc_ple_embed(const gc_ple *ple, const float *x, const int64_t *ids, const float *tokens, int64_t rows,

@@ -45,7 +45,7 @@ class PlannedModel:
         """Return the plan of one rank, the whole plan where there is one. Raises ConfigError for ranks that can't share it."""
         if world == 1:
             return self.plan
-        plan = self.plan.shard(rank, world, self.unit)
+        plan = self.plan.shard(rank, world, self.unit, cuts_ple=self.holding.device == "cuda")
         for spec in plan.params():
             groups = [group_of(part.dtype) for part in self.parts.get(spec.name, ()) if part.is_packed]
             for taken in spec.slices if spec.shard_axis == -1 else ():

@@ -138,6 +138,10 @@ class RankNeeds:
         times = sum(plan.whole_rows(layer, rows, wanted) > 0 for layer in own)
         floats = passing * plan.hidden // max(1, times)
         found = [Exchange("embedding", 1, rows * plan.hidden, width)] if last else []
+        if last and plan.cuts_ple and plan.ple_dim:
+            spans = 2 if 0 < wanted < rows else 1  # layers that all rows pass, and those that only wanted ones do
+            passed = sum(plan.whole_rows(layer, rows, wanted) for layer in plan.layers)
+            found.append(Exchange("per-layer rows", spans, passed * plan.ple_dim // spans, width))
         found += [Exchange(name, times, floats, width) for name in ("attention", "MLP")]
         found += [Exchange(EXPERTS, times, floats, width)] if any(layer.moe for layer in own) else []
         found += [Exchange("logits", 1, wanted * plan.vocab, FLOAT_BYTES, is_sum=False)] if last and wanted else []

@@ -237,8 +237,9 @@ class Loading:
     ple: Annotated[
         str | None,
         typer.Option(
-            metavar="gpu|host|mmap",
-            help="Where the per-layer embeddings are kept for a GPU.  [default: gpu if there is room]",
+            metavar="gpu|split|host|mmap",
+            help="Where the per-layer embeddings are kept for a GPU; split: --tp processes share them.  [default: gpu if there "
+            "is room, split over several GPUs]",
             callback=_checked("ple"),
         ),
     ] = None

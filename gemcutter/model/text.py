@@ -28,9 +28,6 @@ from gemcutter.quant.carried import adapters_of, carry, carrying_weights, withou
 from gemcutter.quant.packed import dtype_name
 
 NO_CONTEXT = nullcontext()
-# Of a mapped table until its pages are given back: for one page that is read the kernel maps all those around it that lie in the
-# page cache. These cost nothing, but count as this process' memory.
-GATHERED_ROWS = 128
 
 
 class Layer:
@@ -119,8 +116,6 @@ class Decoder:
         pipeline: Pipeline | None = None,
     ) -> None:
         self.ranks, self.leader, self.pipeline = ranks, leader, pipeline
-        self.release_table: Callable[[], None] | None = None  # gives back the pages of a mapped table of per-layer embeddings
-        self._rows_gathered = 0
         self.plan, self.params, self.dtype, self.device = plan, without_deltas(params), dtype, torch.device(device)
         self._is_on_gpu = self.device.type == "cuda"
         self.backend = select_backend(self.device.type, kernels)
@@ -227,11 +222,6 @@ class Decoder:
         """Return the layers that run a step, and the per-layer embeddings of those that all rows pass and of the others."""
         body = self.body_of(step)
         early, late = _embed_ple(self.plan, body.ple_embed, x_ND, step)
-        if self.release_table is not None:
-            self._rows_gathered += step.num_rows
-            if self._rows_gathered > GATHERED_ROWS:
-                self.release_table()
-                self._rows_gathered = 0
         return body.layers, early, late
 
     def run(
@@ -316,7 +306,7 @@ class Decoder:
         self.kernels = {op: select_kernel(self.kernel_plan.at(op)).impl.name for op in ("embed", "final_norm", "lm_head")}
         self.embed, self.final_norm, self.lm_head = (self._bind(op, self.params, ctx, self.kernel_plan) for op in self.kernels)
         if ranks is not None and self.plan.cuts_head:
-            self.embed = _summed_rows(self.plan, self.embed, ranks)
+            self.embed = ctx.gatherer(self.embed, self.plan.head_rows)
             self.lm_head = _joined(self.plan, self.lm_head, ranks)
 
     def _bind_layer(self, layer: LayerPlan, params: Mapping[str, Param], ctx: OpContext, kernels: KernelPlan) -> Layer:
@@ -361,17 +351,6 @@ def bind_linear(params: Iterable[Param], site: KernelSite) -> Linear:
         (only,) = table.values()
         return only
     return lambda x_ND, weight: table[weight.stored](x_ND, weight)
-
-
-def _summed_rows(plan: ModelPlan, embed: Callable[[Tensor], Tensor], ranks: Ranks) -> Callable[[Tensor], Tensor]:
-    """Return the embedding of tokens to which each rank brings the rows that it holds."""
-    own = plan.head_rows
-
-    def rows(ids_N: Tensor) -> Tensor:
-        is_own_N = (ids_N >= own.start) & (ids_N < own.stop)
-        return ranks.sum(embed((ids_N - own.start).clamp(0, own.size - 1)) * is_own_N[:, None])
-
-    return rows
 
 
 def _joined(plan: ModelPlan, lm_head: Callable[[Tensor], Tensor], ranks: Ranks) -> Callable[[Tensor], Tensor]:

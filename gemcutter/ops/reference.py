@@ -172,7 +172,8 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
     token_scale, dim, dtype = rounded_root(plan.ple_dim, ctx), plan.ple_dim, ctx.precision.rows
 
     def ple_embed(x_ND: Tensor, ple_ids_N: Tensor, first: int, last: int, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
-        tokens = table.span(first * dim, last * dim).gather(ple_ids_N, dtype) * token_scale
+        span = table.span(first * dim, last * dim)
+        tokens = ctx.table_gatherer(lambda ids_N: span.gather(ids_N, dtype), plan.ple_rows)(ple_ids_N) * token_scale
         context = ctx.linear_lora(x_ND, projection.slice(first * dim, last * dim), adapters) * plan.hidden**-0.5
         context = rms_norm(context.view(-1, last - first, dim), norm, plan.eps)
         return (context + tokens.view_as(context)) * 2**-0.5

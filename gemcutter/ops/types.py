@@ -21,8 +21,9 @@ from gemcutter.ops.turns import Turns
 from gemcutter.plan import LayerPlan
 from gemcutter.quant import Weight, dequantize
 from gemcutter.quant.lora import Delta
-from gemcutter.shard import Shard
+from gemcutter.shard import Shard, Slice
 
+TABLE_ROWS = 64  # of a mapped table that are gathered until its pages are given back
 CHUNK_ELEMENTS = 1 << 22  # of a weight that is dequantized at a time
 
 Param = Weight | Tensor
@@ -189,23 +190,78 @@ class StepLeader(Protocol):
         """Let them run a static step over these bytes, the last of its numbers. Raises RankError if a rank is gone."""
 
 
+class TablePages:
+    """The pages of a mapped table from which rows are gathered. `release` gives them back; None: they need not be.
+
+    For one page that is read the kernel maps all those around it that lie in the page cache, a megabyte or more. These cost
+    nothing, but count as this process' memory.
+    """
+
+    def __init__(self) -> None:
+        self.release: Callable[[], None] | None = None
+        self._rows = 0
+
+    def pieces(self, rows: int) -> list[slice]:
+        """Return which of a step's rows are gathered at a time; `count` each."""
+        step = max(1, rows if self.release is None else TABLE_ROWS)
+        return [slice(start, start + step) for start in range(0, rows, step)]
+
+    def count(self, rows: int) -> None:
+        """Count rows that were gathered, and give pages back once they are many."""
+        self._rows += rows
+        if self.release is not None and self._rows >= TABLE_ROWS:
+            self.release()
+            self._rows = 0
+
+
 @dataclass(frozen=True, slots=True)
 class OpContext:
     """The primitive ops that a layer op or model op is built from, and the precision.
 
     `low_rank` multiplies with adapters' factors; None where no adapter is loaded, or
     where steps with adapters use another set of ops. `ranks` are those that share the
-    model, None where one process holds all of it.
+    model, None where one process holds all of it. `table_pages` are those of the table of
+    per-layer embeddings.
     """
 
     linear: Linear
     precision: Precision = Precision()
     low_rank: Linear | None = None
     ranks: Ranks | None = None
+    table_pages: TablePages = field(default_factory=TablePages)
 
     def summed(self, x: Tensor) -> Tensor:
         """Return a product of this rank's columns as that of all columns: itself where there is one rank."""
         return x if self.ranks is None else self.ranks.sum(x)
+
+    def gatherer(self, gather: Callable[[Tensor], Tensor], held: Slice) -> Callable[[Tensor], Tensor]:
+        """Return what gathers rows [N, D] of a whole table by their numbers [N], given what does so of the rows that are held.
+
+        Where ranks share a table, each brings the rows that it holds, and the others zeros.
+        """
+        ranks = self.ranks
+        if ranks is None or held.size == held.of:
+            return gather
+
+        def rows(ids_N: Tensor) -> Tensor:
+            is_missing_N = (ids_N < held.start) | (ids_N >= held.stop)
+            found = gather((ids_N - held.start).clamp(0, held.size - 1))
+            return ranks.sum(found.masked_fill(is_missing_N[:, None], 0))
+
+        return rows
+
+    def table_gatherer(self, gather: Callable[[Tensor], Tensor], held: Slice) -> Callable[[Tensor], Tensor]:
+        """Return what `gatherer` does for the table of per-layer embeddings, whose pages are given back on the way."""
+        pages = self.table_pages
+
+        def rows(ids_N: Tensor) -> Tensor:
+            found = list[Tensor]()
+            for piece in pages.pieces(len(ids_N)):
+                found.append(gather(ids_N[piece]))
+                pages.count(len(found[-1]))
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+        return self.gatherer(rows, held)
 
     @property
     def is_adapted(self) -> bool:

@@ -38,9 +38,9 @@ def opened(name: str) -> Checkpoint:
 
 
 def on_rank(checkpoint: Checkpoint, rank: int, world: int) -> Checkpoint:
-    """Give a rank its plan."""
+    """Give a rank its plan, by which the table of per-layer embeddings is shared, too."""
     unit = column_unit(checkpoint.matched.pieces)
-    return replace(checkpoint, plan=checkpoint.plan.shard(rank, world, unit))
+    return replace(checkpoint, plan=checkpoint.plan.shard(rank, world, unit, cuts_ple=True))
 
 
 def values(param: Param) -> Tensor:

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from gemcutter import native
-from gemcutter.ops import reference
+from gemcutter.errors import KernelError
+from gemcutter.ops import reference, types
 from gemcutter.ops.cpu import layer_ops, model_ops
 from gemcutter.ops.types import OpContext, Precision
 from gemcutter.quant import Weight, affine
 from gemcutter.quant.cpu_packing import row_source
 from gemcutter.quant.gguf_blocks import TYPES, Blocks
 from gemcutter.quant.packed import Packed
+from gemcutter.shard import Slice
 from tests.unit.test_quant_gguf_blocks import random_blocks
 
 pytestmark = pytest.mark.skipif(native.load_library() is None, reason=str(native.missing()))
@@ -37,23 +39,31 @@ TABLES: dict[str, Callable[[], Packed]] = {
     **{name: lambda name=name: block_rows(name) for name in BLOCK_TYPES},
     **{f"affine{bits}": lambda bits=bits: affine.quantize(VALUES.bfloat16(), bits, 64) for bits in (4, 8)},
 }
-PLAN: Any = SimpleNamespace(ple_dim=DIM, ple_vocab=ROWS, hidden=HIDDEN, eps=1e-6)
+PLAN: Any = SimpleNamespace(ple_dim=DIM, ple_vocab=ROWS, ple_rows=Slice(-2, 0, ROWS, ROWS), hidden=HIDDEN, eps=1e-6)
 
 
 @pytest.mark.parametrize("span", [(0, LAYERS), (1, 3)])
 @pytest.mark.parametrize("name", TABLES)
-def test_rows_of_packed_tables(name: str, span: tuple[int, int]) -> None:
+def test_rows_of_packed_tables(name: str, span: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     params = {
         "embed.ple": Weight((TABLES[name](),)),
         "ple.in": Weight((torch.randn(LAYERS * DIM, HIDDEN, generator=torch.Generator().manual_seed(1)),)),
         "ple.norm": torch.linspace(0.5, 1.5, DIM),
     }
     x, ids = torch.randn(9, HIDDEN), torch.tensor([20, 39, 17, 17, 16, 15, 31, 32, 38])  # the first rows have infinite scales
-    fast = model_ops.build_ple_embed(PLAN, params, OpContext(layer_ops.linear, Precision()))
+    monkeypatch.setattr(types, "TABLE_ROWS", 4)
+    ctx = OpContext(layer_ops.linear, Precision())
+    fast = model_ops.build_ple_embed(PLAN, params, ctx)
     wanted = reference.build_ple_embed(PLAN, params, OpContext(reference.linear))(x, ids, *span)
     for rows in (9, 1):
         found = fast(x[:rows], ids[:rows], *span)
         assert torch.allclose(found, wanted[:rows], rtol=1e-5, atol=1e-4, equal_nan=True)
+    given = list[int]()
+    ctx.table_pages.release = lambda: given.append(1)  # rows are gathered piece by piece then, apart from the projection
+    assert torch.allclose(fast(x, ids, *span), wanted, rtol=1e-5, atol=1e-4, equal_nan=True)
+    assert len(given) >= 2
+    with pytest.raises((KernelError, IndexError), match="an id|out of range"):
+        fast(x, ids + 8, *span)
 
 
 def test_which_tables_the_library_lays_out() -> None:

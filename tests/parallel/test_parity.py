@@ -14,6 +14,7 @@ from gemcutter.api import Model, load_model
 from gemcutter.checkpoint.write.synth import SIZES, write_checkpoint
 from gemcutter.engine.request import Request
 from gemcutter.load_options import LoadOptions
+from gemcutter.ops.types import matrix
 from tests.trained import GOLDENS, golden, trained
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -109,6 +110,24 @@ def test_every_size(size: str, tmp_path: Path) -> None:
         if layer.heads % ranks == 0 and layer.mlp_width >= ranks * UNIT:
             with model(path, ranks) as many:
                 compare(wanted, answers(many, requests))
+
+
+@pytest.mark.parametrize("how", [{}, {"kernels": "reference"}, {"max_batched_tokens": 16, "max_num_seqs": 2}])
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("tiny-e")])
+def test_ranks_that_share_the_table_of_per_layer_embeddings(name: str, how: dict[str, object]) -> None:
+    path = path_of(name)
+    requests, wanted = asked_of_one(path, **how)
+    with model(path, 2, ple="split", **how) as two:
+        rows = matrix(two.decoder.params, "embed.ple").parts[0].shape[0]
+        assert rows == two.plan.ple_rows.size < two.plan.ple_vocab
+        compare(wanted, answers(two, requests))
+
+
+def test_ranks_of_the_last_stage_share_the_table_of_per_layer_embeddings() -> None:
+    path = path_of("tiny-e")
+    requests, wanted = asked_of_one(path)
+    with model(path, 2, pipeline_parallel=2, ple="split") as four:
+        compare(wanted, answers(four, requests))
 
 
 @pytest.mark.parametrize("name", ["tiny-e", "tiny-a"])

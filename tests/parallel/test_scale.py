@@ -84,6 +84,16 @@ def test_ranks_of_every_size_hold_the_bytes_that_were_told(size: str, tmp_path: 
         check_weights(open_checkpoint(tmp_path / "model"), world, dtype)
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("tiny-e")])
+def test_gpus_that_share_the_per_layer_table_hold_the_rows_that_were_told(name: str) -> None:
+    checkpoint = opened(name)
+    model = from_checkpoint("model", checkpoint, "bfloat16", "cuda", None)
+    for rank in range(2):
+        mine = on_rank(checkpoint, Shard(rank, 2), None, splits_ple=True)
+        held = load_params(mine, torch.bfloat16, CPU)
+        assert model.weights(model.of_rank(rank, 2))["embed.ple"].nbytes == held["embed.ple"].nbytes
+
+
 def test_ranks_that_would_cut_a_group_are_refused() -> None:
     """As a load refuses them: super-blocks of 256 columns over heads of 64."""
     checkpoint = opened("tiny-e-Q4_K_M.gguf")
@@ -160,12 +170,15 @@ class CountingRanks:
         return torch.zeros(x_RV.shape[0], sum(widths))
 
 
-@pytest.mark.parametrize("name", ["tiny-e", "tiny-a"])
-def test_a_rank_exchanges_what_was_told(name: str) -> None:
-    """A prompt in one step, of which only the last row goes on to the end, and a step of one token."""
-    model = from_checkpoint(name, opened(name), "float32", "cpu", None)
+@pytest.mark.parametrize(("name", "place"), [("tiny-e", "cpu"), ("tiny-a", "cpu"), ("tiny-e", "cuda")])
+def test_a_rank_exchanges_what_was_told(name: str, place: str) -> None:
+    """A prompt in one step, of which only the last row goes on to the end, and a step of one token.
+
+    GPUs share the table of per-layer embeddings, which a CPU can do, too.
+    """
+    model = from_checkpoint(name, opened(name), "float32", place, None)
     needs, ranks = RankNeeds(model, 1, 2, SMALL), CountingRanks(Shard(1, 2))
-    mine = on_rank(opened(name), Shard(1, 2), None)
+    mine = on_rank(opened(name), Shard(1, 2), None, splits_ple=place == "cuda")
     decoder = Decoder(mine.plan, load_params(mine, torch.float32, CPU), ranks=ranks)
     engine = Engine(decoder, context=64, max_batched_tokens=32, prefix_cache_bytes=0)
     engine.submit(Request(tuple(range(3, 23)), max_tokens=2))

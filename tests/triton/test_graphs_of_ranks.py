@@ -103,7 +103,7 @@ def share_of(spec: ParamSpec, param: Param) -> Param:
 
 def rank_of(name: str, ranks: ThreadRanks, leader: Leader | None = None) -> Decoder:
     """Build a rank's decoder over its slices of a small model."""
-    whole, plan = plan_of(name), plan_of(name).shard(ranks.shard.rank, WORLD)
+    whole, plan = plan_of(name), plan_of(name).shard(ranks.shard.rank, WORLD, cuts_ple=True)
     params = draw_params(whole, torch.float32, CPU)
     mine = {spec.name: share_of(spec, params[spec.name]) for spec in plan.params()}
     return Decoder(plan, mine, torch.float32, CPU, "triton", ranks=ranks, leader=leader)

@@ -9,8 +9,9 @@ import torch
 
 from gemcutter import api
 from gemcutter.checkpoint.load.ple_placement import place_table
-from gemcutter.errors import KernelError
+from gemcutter.errors import KernelError, RequestError
 from gemcutter.load_options import PLE_PLACES, LoadOptions
+from gemcutter.loading import open_model
 from gemcutter.quant import Weight
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -20,6 +21,7 @@ def test_a_table_stays_mapped_on_a_cpu_and_where_that_is_asked_for() -> None:
     table = Weight((torch.zeros(4, 8),))
     assert place_table(table, None, CPU) is table
     assert place_table(table, "mmap", GPU) is table
+    assert place_table(table, "split", CPU) is table
 
 
 def options(where: str | None, device: str) -> LoadOptions:
@@ -34,11 +36,24 @@ def test_every_place_serves_a_gpu(where: str) -> None:
 def test_places_that_would_be_ignored_are_refused() -> None:
     assert options(None, "cpu").ple is None
     assert options("mmap", "cpu").ple == "mmap"
+    assert options("split", "cpu").ple == "split"  # by tensor-parallel processes
     for where in ("gpu", "host"):
         with pytest.raises(KernelError, match="on a CPU the table stays mapped"):
             options(where, "cpu")
-    with pytest.raises(KernelError, match="expected gpu, host or mmap, found 'disk'"):
+    with pytest.raises(KernelError, match="expected gpu, split, host or mmap, found 'disk'"):
         options("disk", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("where", "device", "is_split"), [(None, "cpu", False), (None, "cuda", True), ("gpu", "cuda", False), ("split", "cpu", True)]
+)
+def test_several_gpus_share_the_table_unless_something_else_is_asked_for(where: str | None, device: str, is_split: bool) -> None:
+    assert options(where, device).splits_ple == is_split
+
+
+def test_one_process_has_nobody_to_share_with() -> None:
+    with pytest.raises(RequestError, match="ple split: tensor-parallel processes share the table, and there is one"):
+        open_model(options("split", "cpu"))
 
 
 class Runtime:

@@ -98,6 +98,24 @@ def test_the_whole_plan_counts_once() -> None:
     assert ranks[0].read_bytes(1000) < plan.read_bytes(1000)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_ranks_share_the_table_of_per_layer_embeddings_where_that_is_asked_for(size: str) -> None:
+    plan = plan_of(size)
+    whole = {spec.name: spec for spec in plan.params()}
+    for cuts in (False, True):
+        ranks = [plan.shard(rank, 4, cuts_ple=cuts) for rank in range(4)]
+        held = [{spec.name: spec for spec in rank.params()} for rank in ranks]
+        for name, spec in whole.items() if cuts else ():
+            assert [each[name].shard_axis for each in held] == [-2 if name == "embed.ple" else spec.shard_axis] * 4
+        if not plan.ple_dim:
+            continue
+        edges = [(rank.ple_rows.start, rank.ple_rows.stop) for rank in ranks]
+        assert [each["embed.ple"].shape[0] for each in held] == [stop - start for start, stop in edges]
+        if cuts:
+            assert [start for start, _ in edges] == [0, *(stop for _, stop in edges[:-1])]
+        assert edges[-1] == (edges[-1][0] if cuts else 0, plan.ple_vocab)
+
+
 @pytest.mark.parametrize(
     ("rank", "world", "message"),
     [

@@ -127,7 +127,8 @@ class _Loader:
 
     def _matrix(self, spec: ParamSpec, pieces: tuple[StoredTensor, ...]) -> Weight:
         if spec.access is Access.ROWS:
-            return _table(pieces[0].data)
+            (cut,) = cuts_of(spec, pieces)[0]
+            return _table(pieces[0].data, cut)
         dense_dtypes = [piece.data.dtype for piece in pieces if isinstance(piece.data, LazyTensor)]
         scheme = None if self.recipe is None else self.recipe.scheme(spec.name, spec.stored_shape[-1])
         waiting = [(spec.name, piece.part) in self.as_stored for piece in pieces]
@@ -174,9 +175,9 @@ def _packed(part: Part) -> Packed:
     return part
 
 
-def _table(data: LazyTensor | PackedTensor) -> Weight:
-    """Map a table that is only gathered from, and tell the kernel that reads will be scattered."""
-    table = Weight((_view(data),))
+def _table(data: LazyTensor | PackedTensor, cut: Cut) -> Weight:
+    """Map what is taken of a table that is only gathered from, and tell the kernel that reads will be scattered."""
+    table = Weight((cut.of(_view(data), data.origin),))
     for tensor in (data,) if isinstance(data, LazyTensor) else data.stored:  # mapped by now, as the advice needs
         tensor.mapped.expect_scattered_reads(tensor.offset, tensor.nbytes)
     return table

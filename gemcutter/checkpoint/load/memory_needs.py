@@ -101,6 +101,10 @@ class StoredPart:
         """Return what headers tell of a stored tensor."""
         return StoredPart(data.dtype, data.shape, data.nbytes, isinstance(data, PackedTensor))
 
+    def share(self, shape: Shape) -> int:
+        """Count the bytes of what is taken of it, rows or columns that make such a shape."""
+        return self.nbytes * math.prod(shape) // max(1, math.prod(self.shape))
+
 
 @dataclass(frozen=True, slots=True)
 class Holding:
@@ -124,7 +128,8 @@ class Holding:
         if len(spec.shape) < 2:
             return WeightMemory(resident=4 * spec.elements)
         if spec.access is Access.ROWS and self.device == "cpu":
-            return WeightMemory(by_rows=sum(part.nbytes for part in parts))
+            held = zip(parts, shapes, strict=True)
+            return WeightMemory(by_rows=sum(part.share(shape) for part, taken in held for shape in taken))
         dense = [part.dtype for part in parts if not part.is_packed]
         scheme = None if self.quant is None or spec.access is Access.ROWS else recipe_scheme(self.quant, spec)
         found = {"mapped": 0, "resident": 0}
@@ -137,7 +142,7 @@ class Holding:
     def _part(self, part: StoredPart, shape: Shape, dense: list[str], scheme: str | None, is_changed: bool) -> tuple[str, int]:
         """Return how what is taken of a stored part is held, and in how many bytes."""
         elements = math.prod(shape)
-        stored, computed = part.nbytes * elements // max(1, math.prod(part.shape)), elements * ITEM_BYTES[self.compute]
+        stored, computed = part.share(shape), elements * ITEM_BYTES[self.compute]
         if scheme is not None and (is_changed or not part.is_packed):
             return "resident", self._packed_bytes(scheme, shape, computed)
         if is_changed:

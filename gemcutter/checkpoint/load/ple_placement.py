@@ -1,7 +1,8 @@
 """Where the per-layer-embedding table lives beside a GPU: in its memory, in pinned memory of the host, or mapped as on a CPU.
 
 A token reads one row of it, some 20 KB, so it need not take the GPU's memory: kernels read pinned memory over the bus. A mapped
-table costs nothing, but its rows are gathered by the host, which has to know each token first. Refuses to know files.
+table costs nothing, but its rows are gathered by the host, which has to know each token first. Where several GPUs share the
+table, this places the rows that one of them holds. Refuses to know files.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ SHARE = 4  # a table goes to the GPU by itself if this many of its size are free
 
 
 def place_table(table: Weight, where: str | None, device: torch.device) -> Weight:
-    """Bring a mapped table to its place on behalf of `device`; None chooses by the memory that is free there."""
+    """Bring a mapped table to its place on behalf of `device`, which "split" puts there, too; None chooses by the free memory."""
     if device.type != "cuda" or where == "mmap":
         return table
     (part,) = table.parts
     if where is None:
         free, _ = torch.cuda.mem_get_info(device)
         where = "gpu" if part.nbytes * SHARE <= free else "host"
-    return Weight((_moved(part, device if where == "gpu" else torch.device("cpu")),), table.names)
+    return Weight((_moved(part, torch.device("cpu") if where == "host" else device),), table.names)
 
 
 def _moved(part: Part, place: torch.device) -> Part:

@@ -35,6 +35,7 @@ _ENTRIES: dict[str, tuple[Any, ...]] = {
     "gc_linear": (c_void_p, c_int, c_void_p, c_int64, c_int, c_void_p),
     "gc_attention_forward": (c_void_p,) * 5,
     "gc_embed": (c_void_p, c_void_p, c_int64, c_float, c_void_p),
+    "gc_gather_ple": (c_void_p, c_void_p, c_int64, c_void_p),
     "gc_ple_embed": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
     "gc_qkv": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
     "gc_attn_out": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),

@@ -42,10 +42,16 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
     """Build the per-layer embeddings of a range of layers.
 
     Rows of a table that stays as its file packs it are laid out one by one, or dequantized here where the library does not
-    know the scheme.
+    know the scheme, or other ranks have some.
     """
     table, projection, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), rows_of(vector(params, "ple.norm"))
-    token_scale, dim, call = rounded_root(plan.ple_dim, ctx), plan.ple_dim, entry("gc_ple_embed")
+    token_scale, dim, call, gather_call = (
+        rounded_root(plan.ple_dim, ctx),
+        plan.ple_dim,
+        entry("gc_ple_embed"),
+        entry("gc_gather_ple"),
+    )
+    is_shared = plan.ple_rows.size < plan.ple_rows.of
     ranges: dict[tuple[int, int], tuple[PleView, Weight, Weight]] = {}
     alive: list[Any] = []
 
@@ -63,6 +69,8 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
         )
         alive.append(carry_deltas(bound.projection, rows.deltas))
         (held,) = some.parts
+        if is_shared:
+            return bound, some, rows
         if isinstance(held, Tensor | CpuPackedWeight):
             bound.table = matrix_of(held)
         elif source := row_source(held):
@@ -74,10 +82,20 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
         found = ranges.get((first, last)) or ranges.setdefault((first, last), bind(first, last))
         bound, some, _ = found
         x, wanted = rows_of(x_ND), numbers_of_rows(adapters, len(x_ND))
-        tokens = None if bound.table.rows else rows_of(some.gather(ple_ids_N, torch.float32))
-        out = torch.empty(x.shape[0], last - first, dim)
+        out, tokens, address = torch.empty(x.shape[0], last - first, dim), None, ctypes.addressof(bound)
+        if not bound.table.rows:
+            gather = ctx.table_gatherer(lambda ids_N: some.gather(ids_N, torch.float32), plan.ple_rows)
+            tokens = rows_of(gather(ple_ids_N))
+        elif len(pieces := ctx.table_pages.pieces(x.shape[0])) > 1:
+            tokens = out
+            for piece in pieces:
+                ids_N = ple_ids_N[piece]
+                gather_call(address, ids_N.data_ptr(), len(ids_N), out[piece].data_ptr())
+                ctx.table_pages.count(len(ids_N))
         given = None if tokens is None else tokens.data_ptr()
-        call(ctypes.addressof(bound), x.data_ptr(), ple_ids_N.data_ptr(), given, x.shape[0], address_of(wanted), out.data_ptr())
+        call(address, x.data_ptr(), ple_ids_N.data_ptr(), given, x.shape[0], address_of(wanted), out.data_ptr())
+        if tokens is None:
+            ctx.table_pages.count(x.shape[0])
         return out
 
     return ple_embed

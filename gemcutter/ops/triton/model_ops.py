@@ -34,18 +34,21 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
     """Build the per-layer embeddings of a range of layers; of a table that the device can't read, the host gathers the rows."""
     table, projection, norm = matrix(params, "embed.ple"), matrix(params, "ple.in"), vector(params, "ple.norm")
     token_scale, context_scale, dim = rounded_root(plan.ple_dim, ctx), plan.hidden**-0.5, plan.ple_dim
-    near, dtype = is_near(table, norm.device), ctx.precision.rows
+    near, dtype, held = is_near(table, norm.device), ctx.precision.rows, plan.ple_rows
 
     def ple_embed(x_ND: Tensor, ple_ids_N: Tensor, first: int, last: int, adapters: AdapterRows = NO_ADAPTERS) -> Tensor:
         context = ctx.linear_lora(x_ND, projection.slice(first * dim, last * dim), adapters)
         span = table.span(first * dim, last * dim)
         (part,) = span.parts
-        if near and isinstance(part, Tensor):
+        if near and isinstance(part, Tensor) and held.size == held.of:
             return elementwise.ple_rows(context, part, ple_ids_N, norm, plan.eps, token_scale, context_scale)
-        if near and isinstance(part, GpuPackedWeight):
-            tokens = linear_kernels.gather_rows(part, ple_ids_N, dtype)
-        else:
-            tokens = span.gather(ple_ids_N, dtype)
+
+        def gather(ids_N: Tensor) -> Tensor:
+            if near and isinstance(part, GpuPackedWeight):
+                return linear_kernels.gather_rows(part, ids_N, dtype)
+            return span.gather(ids_N, dtype)
+
+        tokens = ctx.table_gatherer(gather, held)(ple_ids_N)
         return elementwise.ple_rows(context, tokens, None, norm, plan.eps, token_scale, context_scale)
 
     return ple_embed
