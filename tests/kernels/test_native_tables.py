@@ -62,7 +62,7 @@ def test_rows_of_packed_tables(name: str, span: tuple[int, int], monkeypatch: py
     ctx.table_pages.release = lambda: given.append(1)  # rows are gathered piece by piece then, apart from the projection
     assert torch.allclose(fast(x, ids, *span), wanted, rtol=1e-5, atol=1e-4, equal_nan=True)
     assert len(given) >= 2
-    with pytest.raises((KernelError, IndexError), match="an id|out of range"):
+    with pytest.raises((KernelError, IndexError), match=r"an id|out of range"):
         fast(x, ids + 8, *span)
 
 
