@@ -1,7 +1,7 @@
-"""Keeps what `peers.py` measured, one file a day and machine, and makes the README's tables of each kind's newest.
+"""Keeps what `peers.py` measured, one file a day and machine, and makes the README's tables of each model's newest run.
 
 Owns the files' names and the table; refuses to measure. `python bench/ratios.py --write` puts the tables into the README,
-without `--write` they are printed. A test holds that the README shows what the newest files say.
+without `--write` they are printed. A test holds that the README shows what the files say.
 """
 
 from __future__ import annotations
@@ -44,31 +44,34 @@ def _key(run: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def newest(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Read the file of the latest day of each kind of machine, the latest first."""
+    """Read the newest run of each model on each kind of machine, with its day; the machine that was measured last comes first."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in sorted((path for path in folder.glob("*.json") if NAME.fullmatch(path.name)), reverse=True):
         day = json.loads(path.read_text())
         here = day["machine"]
-        found.setdefault((here["cpu"], here["cores"], *here["features"]), day)
+        runs = found.setdefault((here["cpu"], here["cores"], *here["features"]), {"machine": here, "runs": []})["runs"]
+        known = {_key(run) for run in runs}
+        runs += [run | {"date": day["date"]} for run in day["runs"] if _key(run) not in known]
     return list(found.values())
 
 
-def blocks(days: Sequence[Mapping[str, Any]]) -> str:
+def blocks(machines: Sequence[Mapping[str, Any]]) -> str:
     """Lay the runs on several machines out for the README."""
-    return "\n\n".join(map(block, days))
+    return "\n\n".join(map(block, machines))
 
 
 def block(found: Mapping[str, Any]) -> str:
-    """Lay a day's runs on one machine out for the README."""
+    """Lay the runs on one machine out for the README."""
     here = found["machine"]
     features = f" ({', '.join(here['features'])})" if here["features"] else ""
     heading = (
-        f"Measured on {found['date']} by `bench/peers.py` on {here['cpu']}, {here['cores']} cores{features}: all engines in one "
-        "run, taking turns, with as many threads each; tokens a second, medians. Behind a peer's number stands how many times as "
+        f"Measured by `bench/peers.py` on {here['cpu']}, {here['cores']} cores{features}: all engines in one run, taking turns, "
+        "with as many threads each; tokens a second, medians. Behind a peer's number stands how many times as "
         "fast gemcutter is. *Ceiling* is what this machine allows: its measured read bandwidth over the bytes that a token must "
         f"read, or {_spell_products(found['runs'])} over the operations of a prompt."
     )
-    return "\n\n".join([wrapped(heading), *(wrapped(table(run)) for run in found["runs"])])
+    runs = sorted(found["runs"], key=lambda run: run["model"].endswith(".gguf"))  # files after released sizes
+    return "\n\n".join([wrapped(heading), *(wrapped(table(run)) for run in runs)])
 
 
 def _spell_products(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -83,7 +86,7 @@ def table(run: Mapping[str, Any]) -> str:
     peers = [name for name, engine in engines.items() if name != OURS and engine["rows"]]
     ours = {row["test"]: row for row in engines[OURS]["rows"]}
     theirs = {name: {row["test"]: row for row in engines[name]["rows"]} for name in peers}
-    lines = [f"**{run['model']}, {run['quant']}, {run['threads']} threads**", ""]
+    lines = [f"**{run['model']}, {run['quant']}, {run['threads']} threads** ({run['date']})", ""]
     lines.append("| | " + " | ".join([OURS, "ceiling", "share", *peers]) + " |")
     lines.append("|---|" + "---|" * (3 + len(peers)))
     for test, row in ours.items():

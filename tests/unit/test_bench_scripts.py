@@ -69,13 +69,18 @@ def test_a_result_joins_those_of_its_day_and_machine_and_replaces_its_like(tmp_p
     (tmp_path / "contexts-2027-01-01-x.json").write_text("{}")
     ratios.keep(comparison("31B"), MACHINE | {"features": ["avx2", "amx_int8"]}, "2025-11-30", tmp_path)  # of another kind
     newest, other = ratios.newest(tmp_path)
-    assert [(run["model"], run["rates"]["read_bytes_per_s"]) for run in newest["runs"]] == [("E4B", 32e9), ("E2B", 1.0)]
+    assert [(run["model"], run["date"], run["rates"]["read_bytes_per_s"]) for run in newest["runs"]] == [
+        ("E4B", "2026-01-05", 32e9),
+        ("E2B", "2026-01-05", 1.0),
+        ("12B", "2025-12-31", 32e9),
+    ]
     assert [run["model"] for run in other["runs"]] == ["31B"]
     assert ratios.newest(tmp_path / "nowhere") == []
 
 
 def test_the_table_has_a_row_a_test_and_a_column_an_engine() -> None:
-    lines = ratios.table(comparison()).splitlines()
+    lines = ratios.table(comparison() | {"date": "2026-01-05"}).splitlines()
+    assert lines[0] == "**E2B, q4_0, 2 threads** (2026-01-05)"
     assert lines[2:] == [
         "| | gemcutter | ceiling | share | llama.cpp | transformers bfloat16 |",
         "|---|---|---|---|---|---|",
