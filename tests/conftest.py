@@ -29,7 +29,10 @@ LONG = (
 )
 # Of these folders' parametrized tests, GEMCUTTER_PART=2/3 runs the second third: all kinds of cases, in a third of the time.
 # Continuous integration takes another part with each commit (`.ci/run`); `make check` runs all of them.
-MANY_CASES = ("tests/kernels", "tests/triton", "tests/parity", "tests/formats", "tests/unit/test_memory_needs.py")
+MANY_CASES = (
+    *("tests/kernels", "tests/triton", "tests/parity", "tests/formats", "tests/parallel"),
+    "tests/unit/test_memory_needs.py",
+)
 RUNS_OTHERS = "tests/kernels/test_levels.py"  # in processes of their own, which take the part
 PART, PARTS = map(int, os.environ.get("GEMCUTTER_PART", "1/1").split("/"))
 
