@@ -86,7 +86,8 @@ def table(run: Mapping[str, Any]) -> str:
     peers = [name for name, engine in engines.items() if name != OURS and engine["rows"]]
     ours = {row["test"]: row for row in engines[OURS]["rows"]}
     theirs = {name: {row["test"]: row for row in engines[name]["rows"]} for name in peers}
-    lines = [f"**{run['model']}, {run['quant']}, {run['threads']} threads** ({run['date']})", ""]
+    day = f" ({run['date']})" if "date" in run else ""  # none right after it was measured
+    lines = [f"**{run['model']}, {run['quant']}, {run['threads']} threads**{day}", ""]
     lines.append("| | " + " | ".join([OURS, "ceiling", "share", *peers]) + " |")
     lines.append("|---|" + "---|" * (3 + len(peers)))
     for test, row in ours.items():

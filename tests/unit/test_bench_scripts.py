@@ -81,6 +81,7 @@ def test_a_result_joins_those_of_its_day_and_machine_and_replaces_its_like(tmp_p
 def test_the_table_has_a_row_a_test_and_a_column_an_engine() -> None:
     lines = ratios.table(comparison() | {"date": "2026-01-05"}).splitlines()
     assert lines[0] == "**E2B, q4_0, 2 threads** (2026-01-05)"
+    assert ratios.table(comparison()).splitlines() == ["**E2B, q4_0, 2 threads**", *lines[1:]]
     assert lines[2:] == [
         "| | gemcutter | ceiling | share | llama.cpp | transformers bfloat16 |",
         "|---|---|---|---|---|---|",
