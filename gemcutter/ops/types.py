@@ -202,9 +202,9 @@ class TablePages:
         self._rows = 0
 
     def pieces(self, rows: int) -> list[slice]:
-        """Return which of a step's rows are gathered at a time; `count` each."""
+        """Return which of a step's rows are gathered at a time, one piece at least; `count` each."""
         step = max(1, rows if self.release is None else TABLE_ROWS)
-        return [slice(start, start + step) for start in range(0, rows, step)]
+        return [slice(start, start + step) for start in range(0, max(1, rows), step)]
 
     def count(self, rows: int) -> None:
         """Count rows that were gathered, and give pages back once they are many."""

@@ -50,6 +50,7 @@ def test_a_step_of_many_rows_gives_pages_back_on_its_way(name: str, kernels: str
     decoder.op_context.table_pages.release = lambda: given.append(1)
     assert torch.equal(decoder.ple_embed(x_ND, ids_N, 0, 2), wanted)
     assert len(given) == 3  # behind 16 rows each
+    assert decoder.ple_embed(x_ND[:0], ids_N[:0], 0, 2).shape == wanted[:0].shape
 
 
 def test_a_model_without_such_a_table_has_nothing_to_give_back() -> None:
