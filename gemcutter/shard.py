@@ -28,6 +28,11 @@ class Slice:
         """Count the elements held along the axis."""
         return self.stop - self.start
 
+    @property
+    def is_whole(self) -> bool:
+        """Return whether nothing is left to other ranks."""
+        return self.size == self.of
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:

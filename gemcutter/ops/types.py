@@ -240,7 +240,7 @@ class OpContext:
         Where ranks share a table, each brings the rows that it holds, and the others zeros.
         """
         ranks = self.ranks
-        if ranks is None or held.size == held.of:
+        if ranks is None or held.is_whole:
             return gather
 
         def rows(ids_N: Tensor) -> Tensor:

@@ -51,7 +51,6 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
         entry("gc_ple_embed"),
         entry("gc_gather_ple"),
     )
-    is_shared = plan.ple_rows.size < plan.ple_rows.of
     ranges: dict[tuple[int, int], tuple[PleView, Weight, Weight]] = {}
     alive: list[Any] = []
 
@@ -69,7 +68,7 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
         )
         alive.append(carry_deltas(bound.projection, rows.deltas))
         (held,) = some.parts
-        if is_shared:
+        if not plan.ple_rows.is_whole:
             return bound, some, rows
         if isinstance(held, Tensor | CpuPackedWeight):
             bound.table = matrix_of(held)

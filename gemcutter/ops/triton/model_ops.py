@@ -40,7 +40,7 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
         context = ctx.linear_lora(x_ND, projection.slice(first * dim, last * dim), adapters)
         span = table.span(first * dim, last * dim)
         (part,) = span.parts
-        if near and isinstance(part, Tensor) and held.size == held.of:
+        if near and isinstance(part, Tensor) and held.is_whole:
             return elementwise.ple_rows(context, part, ple_ids_N, norm, plan.eps, token_scale, context_scale)
 
         def gather(ids_N: Tensor) -> Tensor:
