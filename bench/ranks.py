@@ -25,7 +25,7 @@ import torch
 from torch.distributed import TCPStore
 
 from gemcutter.benchmark.hardware import describe, read_rate
-from gemcutter.parallel.distributed_ranks import GLOO, DistributedRanks, come_to_store, join_group, open_store
+from gemcutter.parallel.distributed_ranks import GLOO, DistributedRanks, come_to_store, join_group, leave_group, open_store
 from gemcutter.parallel.shared_ranks import SharedRanks, new_segment
 from gemcutter.shard import Place, Shard
 
@@ -60,6 +60,7 @@ def both(file: int, rank: int, world: int, store: TCPStore) -> dict[str, list[fl
     shared = measure(SharedRanks(file, Shard(rank, world)))
     join_group(GLOO, rank, world, store)
     gloo = measure(DistributedRanks(Place(rank, world)))
+    leave_group()  # its threads may not outlive the process's own
     return {"shared": shared, "gloo": gloo}
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import typer
 
 from gemcutter.cli import bench
-from gemcutter.cli.app import app, main
+from gemcutter.cli.app import main, make_app
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -107,7 +107,7 @@ def run(command: str, folder: Path) -> tuple[int, str]:
 
 def parse(command: str) -> None:
     """Parse every call of gemcutter in a command line without running it. Raises click's UsageError for what does not exist."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(make_app())
     for part in re.split(r"\s\|\s|\s&&\s", command):
         words = [word for word in shlex.split(part.split(" > ")[0].split(" < ")[0]) if not re.match(r"[A-Z_]+=", word)]
         words = words[next((index for index, word in enumerate(words) if word.endswith("gemcutter")), len(words)) + 1 :]

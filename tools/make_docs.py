@@ -32,9 +32,9 @@ def cli_page() -> str:
     os.environ |= {"COLUMNS": str(WIDTH), "TERM": "dumb", "NO_COLOR": "1"}
     import typer
 
-    from gemcutter.cli.app import app
+    from gemcutter.cli.app import make_app
 
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(make_app())
     top = group.make_context("gemcutter", [], resilient_parsing=True)
     parts = ["# The command line", f"{HINT}\n<!-- typer {minor_version(typer.__version__)} -->"]
     parts.append("What `gemcutter --help` and `gemcutter COMMAND --help` print, one by one. [guide/](guide) shows them at work.")

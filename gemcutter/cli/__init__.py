@@ -7,6 +7,18 @@ the exit codes.
 
 from __future__ import annotations
 
-from gemcutter.cli.app import main
+import sys
+from collections.abc import Sequence
+
+from gemcutter.cli.torch_libraries import load_ahead
+from gemcutter.gc_pause import collector_paused
 
 __all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and give its exit code; whatever happens is told in a message."""
+    load_ahead(sys.argv[1:] if arguments is None else arguments)
+    with collector_paused():
+        from gemcutter.cli import app
+    return app.main(arguments)

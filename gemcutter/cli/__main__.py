@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from gemcutter.cli.app import main
+from gemcutter.cli import main
 
 sys.exit(main())

@@ -7,6 +7,7 @@ command does. Read `run.py` for a whole command, `options.py` for what commands 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
@@ -16,26 +17,7 @@ from typing import Annotated
 import typer
 
 import gemcutter
-from gemcutter.cli import (
-    bench,
-    bench_serve,
-    cache,
-    chat,
-    convert,
-    doctor,
-    eval,
-    inspect,
-    lm_eval,
-    models,
-    options,
-    parse,
-    plan,
-    run,
-    score,
-    serve,
-    tiny,
-    verify,
-)
+from gemcutter.cli import options
 from gemcutter.cli.failure import UNREAD, discard_output, report
 from gemcutter.cli.loading import closing_at_end
 from gemcutter.cli.terminal import Volume, note, set_volume
@@ -56,13 +38,9 @@ Start here:
 `gemcutter COMMAND --help`, or `gemcutter help COMMAND`, explains a command's options, with examples.
 """
 
-app = typer.Typer(
-    name="gemcutter",
-    help=INTRO,
-    epilog=START,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+COMMANDS = (  # in the order of `gemcutter --help`; each is a module of this package
+    *("run", "chat", "serve", "inspect", "plan", "doctor", "models", "convert", "score", "eval", "verify", "bench"),
+    *("bench-serve", "tiny", "parse", "cache", "lm-eval"),
 )
 SHORT = {  # of what does not fit beside the others on a terminal of 80 columns
     "doctor": "Say what is in a checkpoint, and what is wrong with it.",
@@ -73,34 +51,33 @@ SHORT = {  # of what does not fit beside the others on a terminal of 80 columns
     "bench": "Measure speed and memory beside this machine's limits.",
 }
 VERDICTS = ("doctor", "verify")  # whose exit code says something: it is not 0 where nobody has read the rest
-for _module in (
-    run,
-    chat,
-    serve,
-    inspect,
-    plan,
-    doctor,
-    models,
-    convert,
-    score,
-    eval,
-    verify,
-    bench,
-    bench_serve,
-    tiny,
-    parse,
-    cache,
-):
-    _function = _module.__name__.rpartition(".")[2]
-    _name = _function.replace("_", "-")
-    app.command(_name, help=_module.HELP, short_help=SHORT.get(_name), epilog=_module.EXAMPLES)(
-        options.with_volume(getattr(_module, _function))
-    )
 # All that follows is another program's, its options among it: none of ours is looked for behind the first argument.
-HANDED_OVER = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-app.command("lm-eval", help=lm_eval.HELP, short_help=SHORT["lm-eval"], epilog=lm_eval.EXAMPLES, context_settings=HANDED_OVER)(
-    lm_eval.lm_eval
-)
+HANDED_OVER = {"lm-eval": {"ignore_unknown_options": True, "allow_interspersed_args": False}}
+
+
+def make_app(names: Sequence[str] = COMMANDS) -> typer.Typer:
+    """Make the command line of these commands, whose modules alone are imported: all of them take as long as half of torch."""
+    app = typer.Typer(
+        name="gemcutter",
+        help=INTRO,
+        epilog=START,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    )
+    app.callback(invoke_without_command=True)(_top)
+    for name in names:
+        function = name.replace("-", "_")
+        module = importlib.import_module(f"gemcutter.cli.{function}")
+        command = getattr(module, function)
+        app.command(
+            name,
+            help=module.HELP,
+            short_help=SHORT.get(name),
+            epilog=module.EXAMPLES,
+            context_settings=HANDED_OVER.get(name),
+        )(command if name in HANDED_OVER else options.with_volume(command))
+    return app
 
 
 def _show_version(wanted: bool) -> None:
@@ -109,7 +86,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def _top(
     context: typer.Context,
     version: Annotated[
@@ -130,15 +106,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     if words[:1] == ["bench"]:
-        words = bench.join_values(words)
+        from gemcutter.cli.bench import join_values
+
+        words = join_values(words)
     set_volume(Volume.NORMAL)
     warnings.showwarning = _show_warning
     try:
         if arguments is None and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
             return _follow()
         if COMPLETION in os.environ:
-            app(prog_name="gemcutter")  # a shell asks what a word may become; ends with SystemExit
+            make_app()(prog_name="gemcutter")  # a shell asks what a word may become; ends with SystemExit
         # The two steps of typer's own `app()`, without its handling of errors, which prints tracebacks and changes by version.
+        app = make_app(words[:1] if words and words[0] in COMMANDS else COMMANDS)
         with closing_at_end(), typer.main.get_command(app).make_context("gemcutter", words, obj=list(words)) as context:
             context.command.invoke(context)
         print(end="", flush=True)

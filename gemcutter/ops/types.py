@@ -6,7 +6,7 @@ Owns the signatures of primitive ops and `OpContext`; refuses arithmetic. Read `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -201,13 +201,14 @@ class TablePages:
         self.release: Callable[[], None] | None = None
         self._rows = 0
 
-    def pieces(self, rows: int) -> list[slice]:
-        """Return which of a step's rows are gathered at a time, one piece at least; `count` each."""
+    def pieces(self, rows: int) -> Iterator[slice]:
+        """Yield which of a step's rows to gather next, one piece at least; pages are given back once many rows were gathered."""
         step = max(1, rows if self.release is None else TABLE_ROWS)
-        return [slice(start, start + step) for start in range(0, max(1, rows), step)]
+        for start in range(0, max(1, rows), step):
+            yield slice(start, start + step)
+            self._count(min(step, rows - start))
 
-    def count(self, rows: int) -> None:
-        """Count rows that were gathered, and give pages back once they are many."""
+    def _count(self, rows: int) -> None:
         self._rows += rows
         if self.release is not None and self._rows >= TABLE_ROWS:
             self.release()
@@ -252,13 +253,9 @@ class OpContext:
 
     def table_gatherer(self, gather: Callable[[Tensor], Tensor], held: Slice) -> Callable[[Tensor], Tensor]:
         """Return what `gatherer` does for the table of per-layer embeddings, whose pages are given back on the way."""
-        pages = self.table_pages
 
         def rows(ids_N: Tensor) -> Tensor:
-            found = list[Tensor]()
-            for piece in pages.pieces(len(ids_N)):
-                found.append(gather(ids_N[piece]))
-                pages.count(len(found[-1]))
+            found = [gather(ids_N[piece]) for piece in self.table_pages.pieces(len(ids_N))]
             return found[0] if len(found) == 1 else torch.cat(found)
 
         return self.gatherer(rows, held)

@@ -21,7 +21,7 @@ import typer
 import gemcutter
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.cli import failure, main, run
-from gemcutter.cli.app import app
+from gemcutter.cli.app import make_app
 from gemcutter.cli.loading import load_model
 from gemcutter.cli.options import Choosing, Loading
 from gemcutter.cli.terminal import Volume, note, remark, set_volume, spell_left
@@ -214,7 +214,7 @@ def test_help_and_inspect_import_no_torch(words: list[str]) -> None:
 
 def parameters_of(command: str) -> dict[str, Any]:
     """Return the parameters of a command as the command line knows them, by name."""
-    return {parameter.name: parameter for parameter in typer.main.get_command(app).commands[command].params}  # type: ignore[attr-defined]
+    return {parameter.name: parameter for parameter in typer.main.get_command(make_app()).commands[command].params}  # type: ignore[attr-defined]
 
 
 def words_of(options: dict[str, Any]) -> list[str]:
@@ -228,7 +228,7 @@ def words_of(options: dict[str, Any]) -> list[str]:
 
 
 def test_verbs_that_load_a_model_are_known() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(make_app()).commands  # type: ignore[attr-defined]
     assert {
         command for command in commands if hasattr(import_module(f"gemcutter.cli.{command.replace('-', '_')}"), "load_model")
     } == set(LOADERS)

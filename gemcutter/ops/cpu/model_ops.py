@@ -85,16 +85,13 @@ def build_ple_embed(plan: ModelPlan, params: Mapping[str, Param], ctx: OpContext
         if not bound.table.rows:
             gather = ctx.table_gatherer(lambda ids_N: some.gather(ids_N, torch.float32), plan.ple_rows)
             tokens = rows_of(gather(ple_ids_N))
-        elif len(pieces := ctx.table_pages.pieces(x.shape[0])) > 1:
+        elif ctx.table_pages.release is not None:
             tokens = out
-            for piece in pieces:
+            for piece in ctx.table_pages.pieces(x.shape[0]):
                 ids_N = ple_ids_N[piece]
                 gather_call(address, ids_N.data_ptr(), len(ids_N), out[piece].data_ptr())
-                ctx.table_pages.count(len(ids_N))
         given = None if tokens is None else tokens.data_ptr()
         call(address, x.data_ptr(), ple_ids_N.data_ptr(), given, x.shape[0], address_of(wanted), out.data_ptr())
-        if tokens is None:
-            ctx.table_pages.count(x.shape[0])
         return out
 
     return ple_embed
