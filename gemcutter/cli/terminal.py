@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
     from rich.table import Table
 
 PATIENCE_S = 1.0  # shorter work shows no bar
@@ -139,23 +140,34 @@ class Answer:
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Return a function of (done, all) that draws a bar on stderr, once the work has lasted a while and only on a terminal."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
-    is_shown = aside().is_interactive and volume() is not Volume.QUIET
-    bar = Progress(*columns, console=aside(), transient=True, disable=not is_shown)
-    task, started = bar.add_task(title, left=""), time.monotonic()
+    is_shown = volume() is not Volume.QUIET and sys.stderr.isatty() and aside().is_interactive
+    bar: Progress | None = None
+    started = time.monotonic()
 
     def advance(done: int, total: int) -> None:
+        nonlocal bar
         spent = time.monotonic() - started
-        if spent > PATIENCE_S:
-            bar.start()
-        bar.update(task, completed=done, total=total, left=spell_left(spent, done, total))
+        if not is_shown or spent <= PATIENCE_S:
+            return
+        if bar is None:
+            bar = _new_bar(title)
+        bar.update(bar.task_ids[0], completed=done, total=total, left=spell_left(spent, done, total))
 
     try:
         yield advance
     finally:
-        bar.stop()
+        if bar is not None:
+            bar.stop()
+
+
+def _new_bar(title: str) -> Progress:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
+    bar = Progress(*columns, console=aside(), transient=True)
+    bar.add_task(title, left="")
+    bar.start()
+    return bar
 
 
 def spell_left(spent_s: float, done: int, total: int) -> str:

@@ -90,7 +90,7 @@ class Bpe:
 
 def by_merges(merges: Sequence[str]) -> RankOf:
     """Rank by a list of merges, "left right" each, best first. No piece of a text holds a space."""
-    ranks = {merge: rank for rank, merge in enumerate(merges)}
+    ranks = dict(zip(merges, range(len(merges)), strict=True))
     return lambda left, right: ranks.get(f"{left} {right}")
 
 
@@ -141,7 +141,7 @@ def read_bpe(raw: Mapping[str, Any], markers: Iterable[str] = ()) -> tuple[Bpe, 
 def fits(ids: Mapping[str, Any], merges: Sequence[Any]) -> bool:
     """Return whether ids are numbers and merges spell pieces, "left right" each, all of them in the vocabulary."""
     try:
-        return all(type(id) is int for id in ids.values()) and all(
+        return set(map(type, ids.values())) <= {int} and all(
             left in ids and right in ids and left + right in ids for left, right in (merge.split(" ") for merge in merges)
         )
     except (AttributeError, ValueError):

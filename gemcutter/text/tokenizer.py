@@ -138,7 +138,7 @@ class Tokenizer:
         stand for no text; `literals` are found whole in a text before anything is merged; `unused` and `num_ids` are those of a
         tokenizer. Raises CheckpointError, naming `origin`, for parts that make no tokenizer.
         """
-        vocabulary = {piece: id for id, piece in enumerate(pieces)}
+        vocabulary = dict(zip(pieces, range(len(pieces)), strict=True))
         if len(vocabulary) != len(pieces):
             raise CheckpointError(f"{origin}: {len(pieces) - len(vocabulary)} pieces of the vocabulary are there twice")
         texts, special = [pieces[id] for id in literals], [pieces[id] for id in markers]
@@ -147,7 +147,7 @@ class Tokenizer:
             import tokenizers
             from tokenizers import models, normalizers
 
-            pairs = merges_of(merges) if isinstance(merges, Mapping) else [_pair(merge) for merge in merges]
+            pairs = merges_of(merges) if isinstance(merges, Mapping) else [_pair(merge, origin) for merge in merges]
             try:
                 model = models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
                 made = tokenizers.Tokenizer(model)
@@ -331,6 +331,8 @@ class _Library:
         self.markerless.add_tokens(_added(own, special=False))
 
 
-def _pair(merge: str) -> tuple[str, str]:
+def _pair(merge: str, origin: str) -> tuple[str, str]:
     left, _, right = merge.partition(" ")
+    if not left or not right:
+        raise CheckpointError(f"{origin}: the list of merges holds {shown(merge)}, expected two pieces and a space")
     return left, right

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from gemcutter.cli import torch_libraries
+from gemcutter.cli import terminal, torch_libraries
 from gemcutter.cli.app import COMMANDS
 from gemcutter.cli.torch_libraries import RUNNING, load_ahead
 
@@ -57,3 +58,25 @@ def test_a_command_that_ends_while_libraries_are_loading_ends_as_always() -> Non
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(("patience_s", "is_terminal"), [(-1.0, True), (-1.0, False), (60.0, True)])
+def test_a_bar_is_drawn_on_a_terminal_once_work_lasts(
+    patience_s: float, is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(terminal, "PATIENCE_S", patience_s)
+    monkeypatch.setenv("TERM", "xterm")
+    terminal.aside.cache_clear()
+    terminal.set_volume(terminal.Volume.NORMAL)
+    try:
+        with terminal.progress("loading demo") as advance:
+            advance(1, 4)
+            advance(4, 4)
+    finally:
+        terminal.aside.cache_clear()
+    is_drawn = is_terminal and patience_s < 0
+    assert ("loading demo" in shown.getvalue()) == is_drawn
+    assert bool(shown.getvalue()) == is_drawn

@@ -109,7 +109,7 @@ class Array:
             for _ in range(self.count):
                 start = at + 8
                 at = start + length(data, at)[0]
-                texts.append(str(data[start:at], "utf-8"))
+                texts.append(data[start:at].decode())
         except struct.error:
             raise ValueError("the file has changed; open it again") from None
         return texts

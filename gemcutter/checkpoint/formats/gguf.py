@@ -398,7 +398,7 @@ def _decode(array: Array, key: str) -> list[Any]:
 
 # ---- what else the metadata brings: vocabulary, chat template, sampling ----
 
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(2, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token", "mask": "mask_token"}
 SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
 
@@ -429,30 +429,22 @@ def vocabulary(source: Source) -> Vocabulary | None:
         return None
     pieces: list[str] = _list(source, "tokens", tokens, str)
     kinds: list[int] = _list(source, "token_type", types, int, len(pieces))
+    others = [i for i, kind in enumerate(kinds) if kind != NORMAL]  # a few thousand
     pairs: list[str] | None = None if merges is None else _list(source, "merges", merges, str)
-    for merge in pairs or ():
-        if not 0 < merge.find(" ") < len(merge) - 1:
-            raise CheckpointError(
-                f"{source.files[0]}: tokenizer.ggml.merges holds {shown(merge)}, expected two pieces and a space"
-            )
     plain = dict[str, float]()
     if pairs is None:
         ranks: list[float] = _list(source, "scores", scores, float, len(pieces))
-        special = {i for i, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED, BYTE, UNKNOWN)}
         plain = dict(zip(pieces, ranks, strict=True))
-        for i in special:
-            plain.pop(pieces[i], None)
-    markers = [
-        i
-        for i, (kind, piece) in enumerate(zip(kinds, pieces, strict=True))
-        if kind in (CONTROL, UNKNOWN) or (piece.startswith("<") and MARKER.fullmatch(piece))
-    ]
-    hidden = set(markers)
-    literals = [i for i, kind in enumerate(kinds) if kind == USER_DEFINED and i not in hidden]
-    unused = [i for i, kind in enumerate(kinds) if kind == UNUSED]
+        for i in others:
+            if kinds[i] in (CONTROL, USER_DEFINED, BYTE, UNKNOWN):
+                plain.pop(pieces[i], None)
+    hidden = {i for i in others if kinds[i] in (CONTROL, UNKNOWN)}
+    hidden |= {i for i, piece in enumerate(pieces) if piece[:1] == "<" and MARKER.fullmatch(piece)}
+    literals = [i for i in others if kinds[i] == USER_DEFINED and i not in hidden]
+    unused = [i for i in others if kinds[i] == UNUSED]
     ids = {name: source.metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in SPECIAL.items()}
     named = {name: pieces[i] for name, i in ids.items() if isinstance(i, int) and i < len(pieces)}
-    return Vocabulary(pieces, pairs, plain, markers, literals, unused, named)
+    return Vocabulary(pieces, pairs, plain, sorted(hidden), literals, unused, named)
 
 
 def _list(source: Source, name: str, value: object, kind: type, count: int | None = None) -> list[Any]:
