@@ -6,6 +6,8 @@ CPP_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp tests/kernels/*.cpp)
 
 # What catches most mistakes in least time: import rules, the plan, configs, block tables, the scheduler, sampling.
 QUICK := tests/rules $(addprefix tests/unit/test_,plan.py config.py table.py prefix.py scheduler.py sampling.py sampler.py shard.py registry.py step.py)
+# Tests start hundreds of processes, which would compile each module anew where bytecode may not be written.
+export PYTHONDONTWRITEBYTECODE :=
 # One thread a process: two test processes share two cores, and threads of both would get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 

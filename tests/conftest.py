@@ -27,7 +27,7 @@ LONG = (
     "tests/formats/test_convert.py",
     "tests/parity/test_golden.py",
 )
-# Of these folders' parametrized tests, GEMCUTTER_PART=2/3 runs the second third: all kinds of cases, in a third of the time.
+# Of these folders' parametrized tests, GEMCUTTER_PART=2/5 runs the second fifth: all kinds of cases, in a fifth of the time.
 # Continuous integration takes another part with each commit (`.ci/run`); `make check` runs all of them.
 MANY_CASES = (
     *("tests/kernels", "tests/triton", "tests/parity", "tests/formats", "tests/parallel"),
