@@ -147,7 +147,7 @@ class Tokenizer:
             import tokenizers
             from tokenizers import models, normalizers
 
-            pairs = merges_of(merges) if isinstance(merges, Mapping) else [_pair(merge, origin) for merge in merges]
+            pairs = merges_of(merges) if isinstance(merges, Mapping) else [_pair(merge) for merge in merges]
             try:
                 model = models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
                 made = tokenizers.Tokenizer(model)
@@ -331,8 +331,6 @@ class _Library:
         self.markerless.add_tokens(_added(own, special=False))
 
 
-def _pair(merge: str, origin: str) -> tuple[str, str]:
+def _pair(merge: str) -> tuple[str, str]:
     left, _, right = merge.partition(" ")
-    if not left or not right:
-        raise CheckpointError(f"{origin}: the list of merges holds {shown(merge)}, expected two pieces and a space")
     return left, right

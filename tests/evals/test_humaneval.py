@@ -25,7 +25,6 @@ CASES = json.loads((GOLDENS / "human_eval_cases.json").read_text())
 PASSED = json.loads((GOLDENS / "human_eval.json").read_text())["passed"]
 RUN = Asked(options={"run": "yes", "timeout": "3"})
 QUICK = 2.0  # seconds
-SLOW = 60.0  # enough for any machine to stop what would never end by itself
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def test_how_programs_end(limits: Limits, source: str, told: str | None) -> None
 def test_an_endless_loop_ends_in_time(limits: Limits) -> None:
     started = time.monotonic()
     assert run_program("while True: pass", limits).error in ("it ran longer than 2 s", "it ended before its tests had passed")
-    assert time.monotonic() - started < SLOW
+    assert time.monotonic() - started < QUICK + program.GRACE
 
 
 def test_output_without_end_is_lost(limits: Limits) -> None:
@@ -152,7 +151,7 @@ def test_a_fork_bomb_is_stopped_and_leaves_nothing(limits: Limits) -> None:
     source = f"import os\nname = {mark!r}\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
     started = time.monotonic()
     assert run_program(source, limits).error is not None
-    assert time.monotonic() - started < SLOW
+    assert time.monotonic() - started < QUICK + program.GRACE + 2
     assert not _children()
 
 

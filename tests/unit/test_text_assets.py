@@ -229,7 +229,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tokens": "all of them"}, "tokenizer.ggml.tokens is 'all of them', expected an array of str"),
     ({"tokens": [1, 2, 3]}, "tokenizer.ggml.tokens"),
     ({"merges": None}, "tokenizer.ggml.scores is None"),
-    ({"merges": ["▁t"]}, "the list of merges holds '▁t', expected two pieces and a space"),
+    ({"merges": ["▁t"]}, "tokenizer.ggml.merges holds '▁t', expected two pieces and a space"),
     ({"merges": ["nothing known"]}, "makes no tokenizer"),
     ({"merges": 7}, "tokenizer.ggml.merges is 7, expected an array of str"),
     ({"tokens": [*PIECES[:-1], PIECES[-2]]}, "1 pieces of the vocabulary are there twice"),

@@ -431,6 +431,11 @@ def vocabulary(source: Source) -> Vocabulary | None:
     kinds: list[int] = _list(source, "token_type", types, int, len(pieces))
     others = [i for i, kind in enumerate(kinds) if kind != NORMAL]  # a few thousand
     pairs: list[str] | None = None if merges is None else _list(source, "merges", merges, str)
+    for merge in pairs or ():
+        if not 0 < merge.find(" ") < len(merge) - 1:
+            raise CheckpointError(
+                f"{source.files[0]}: tokenizer.ggml.merges holds {shown(merge)}, expected two pieces and a space"
+            )
     plain = dict[str, float]()
     if pairs is None:
         ranks: list[float] = _list(source, "scores", scores, float, len(pieces))
