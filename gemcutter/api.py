@@ -61,8 +61,9 @@ from gemcutter.text.grammar_compiler import GrammarCompiler
 from gemcutter.text.reply import CHANNEL_CLOSE, ReplyParser
 from gemcutter.text.splice import ReplyStore
 from gemcutter.text.token_classes import blank_and_data_ids
-from gemcutter.text_assets import read_text_assets
+from gemcutter.text_assets import TextAssets, read_text_assets
 from gemcutter.tools import check_tools
+from gemcutter.vocabulary_cache import VocabularyCache
 
 __all__ = [
     "Chunk",
@@ -115,9 +116,8 @@ class Model:
         decoder: Decoder,
         engine: Engine,
         load_s: float,
+        text: TextAssets,
         ignore: tuple[str, ...] = (),
-        chat_template: str | None = None,
-        generation_config: str = "auto",
         vision: VisionTower | None = None,
         audio: AudioTower | None = None,
     ) -> None:
@@ -126,7 +126,6 @@ class Model:
         self.plan = checkpoint.plan
         towers = {"vision tower": vision, "audio tower": audio}
         self.notes = checkpoint.notes([name for name, tower in towers.items() if tower is not None])
-        text = read_text_assets(checkpoint, chat_template, generation_config)
         self.tokenizer, self.template, self.defaults = text.tokenizer, text.template, text.defaults
         self.notes += text.notes
         self.media = None if vision is None and audio is None else MediaReader(self.tokenizer, vision, audio)
@@ -546,8 +545,10 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Model:
     """Load a checkpoint as the options say. Raises GemcutterError with everything that is wrong."""
     started = time.perf_counter()
     opened = open_model(options, progress)
-    texts = (options.chat_template, options.generation_config)
-    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, options.ignore, *texts, opened.vision, opened.audio)
+    source, keeps = opened.checkpoint.source, options.repack_cache
+    cache = None if keeps is False else VocabularyCache.of(source, is_asked=keeps is not None)
+    text = read_text_assets(opened.checkpoint, options.chat_template, options.generation_config, cache)
+    built = Model(opened.checkpoint, opened.decoder, opened.engine(), 0.0, text, options.ignore, opened.vision, opened.audio)
     built.notes += opened.notes
     built.load_s = time.perf_counter() - started
     for note in built.notes:

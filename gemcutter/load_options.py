@@ -99,12 +99,12 @@ class LoadOptions:
     `quant` ("q4", "q8", "mlx4", "mlx8", "Q4_0", "Q8_0") quantizes dense matrices while they are loaded; packed ones stay as
     they are. `adapter` is a LoRA adapter (a folder or a hub id) that is merged into the weights, before they are quantized;
     `adapters`, by name, stay apart, and a request with `adapter="name"` gets that one's changes. `repack_cache` keeps what the
-    CPU kernels repack in the user's cache folder, for later loads to map; None: where that is more than 256 MiB and the disk has
-    room, of which the folder takes a tenth at most. `ple` says where the table of per-layer embeddings is
-    kept for a GPU: "gpu", "host" (pinned memory) or "mmap", whole for each process, or "split": tensor-parallel processes share
-    its rows, on CPUs too; None: mapped on a CPU, on the GPU if there is room, shared by several GPUs. `kv` keeps keys and values
-    in 8 bits: "fp8" on a GPU that has them (compute capability 8.9), "int8" with a scale for each vector on a CPU; None: in the
-    compute dtype. `chat_template` is "own" (the checkpoint's), "canonical" (Google's
+    CPU kernels repack, and a large vocabulary, in the user's cache folder, for later loads to map; None: weights of more than
+    256 MiB, where the disk has room, of which the folder takes a tenth at most. `ple` says where the table of per-layer
+    embeddings is kept for a GPU: "gpu", "host" (pinned memory) or "mmap", whole for each process, or "split": tensor-parallel
+    processes share its rows, on CPUs too; None: mapped on a CPU, on the GPU if there is room, shared by several GPUs. `kv` keeps
+    keys and values in 8 bits: "fp8" on a GPU that has them (compute capability 8.9), "int8" with a scale for each vector on a
+    CPU; None: in the compute dtype. `chat_template` is "own" (the checkpoint's), "canonical" (Google's
     of July 2026) or a Jinja file; None: the checkpoint's own, unless that is an older generation of Google's.
     `generation_config` says where the defaults of sampling come from: "auto" (the checkpoint), "none" (greedy) or a
     generation_config.json, or the folder of one.

@@ -8,7 +8,7 @@ model and the doctor both ask here, so that they agree. Refuses to know either's
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,17 @@ from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.generation_config import Defaults
 from gemcutter.sidecar.small_file import read_object, read_small
 from gemcutter.text.tokenizer import Tokenizer
+from gemcutter.text.tokenizer_parts import TokenizerParts, parts_of, read_parts
+from gemcutter.vocabulary_cache import VocabularyCache
 
 JINJA = "chat_template.jinja"
 OWN, CANONICAL = "own", "canonical"  # chat templates by name
 GENERATION = "generation_config.json"
 AUTO, NO_DEFAULTS = "auto", ("none", "vllm")  # sources of defaults by name; the last one is how vLLM spells none
 
-if TYPE_CHECKING:  # the template engine is imported where there is a template
+if TYPE_CHECKING:  # the library is imported where it is needed, the template engine where there is a template
+    import tokenizers
+
     from gemcutter.text.chat import ChatTemplate
 
 
@@ -39,12 +43,18 @@ class TextAssets:
     notes: tuple[str, ...] = ()
 
 
-def read_text_assets(checkpoint: Checkpoint, chat_template: str | None = None, generation_config: str = AUTO) -> TextAssets:
+def read_text_assets(
+    checkpoint: Checkpoint,
+    chat_template: str | None = None,
+    generation_config: str = AUTO,
+    cache: VocabularyCache | None = None,
+) -> TextAssets:
     """Return the text side of a checkpoint; `chat_template` and `generation_config` are the load options.
 
-    Raises CheckpointError or ConfigError for what is damaged or absent.
+    The vocabulary that `cache` keeps is taken as it is, and if it keeps none it is kept there. Raises CheckpointError or
+    ConfigError for what is damaged or absent.
     """
-    tokenizer = read_tokenizer(checkpoint.source, checkpoint.plan.vocab)
+    tokenizer = read_tokenizer(checkpoint.source, checkpoint.plan.vocab, cache)
     template, note = choose_template(checkpoint, tokenizer, chat_template)
     defaults = read_defaults(checkpoint, tokenizer, template, generation_config)
     notes = [] if note is None else [note]
@@ -63,15 +73,26 @@ def _notes(checkpoint: Checkpoint, tokenizer: Tokenizer, template: ChatTemplate 
         yield f"the GGUF file has no chat template, and {JINJA} beside it is not used; convert the model again to put it in"
 
 
-def read_tokenizer(source: Source, vocab: int = 0) -> Tokenizer:
+def read_tokenizer(source: Source, vocab: int = 0, cache: VocabularyCache | None = None) -> Tokenizer:
     """Return a checkpoint's tokenizer; a GGUF file without a vocabulary may have tokenizer.json beside it.
 
     `vocab` is how many ids the model has. Raises CheckpointError for a damaged one, and where there is none.
     """
+    if cache is None:
+        return Tokenizer(_read_parts(source), vocab)
+    if (kept := cache.read()) is not None:
+        return Tokenizer(replace(kept, backend=lambda: _backend(source)), vocab)
+    parts = _read_parts(source)
+    tokenizer = Tokenizer(parts, vocab)
+    cache.write(parts)
+    return tokenizer
+
+
+def _read_parts(source: Source) -> TokenizerParts:
     found = gguf.vocabulary(source) if gguf.sniff(source) else None
     if found is None:
-        return Tokenizer.load(source.folder, vocab)
-    return Tokenizer.build(
+        return read_parts(source.folder)
+    return parts_of(
         found.pieces,
         found.scores if found.merges is None else found.merges,
         markers=found.markers,
@@ -79,8 +100,13 @@ def read_tokenizer(source: Source, vocab: int = 0) -> Tokenizer:
         unused=found.unused,
         special_tokens=found.special_tokens,
         origin=str(source.files[0]),
-        num_ids=vocab,
     )
+
+
+def _backend(source: Source) -> tokenizers.Tokenizer:
+    """Make the library's tokenizer, for which a kept vocabulary does not suffice."""
+    made = _read_parts(source).backend
+    return made() if callable(made) else made
 
 
 def read_template(source: Source, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -21,7 +21,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from gemcutter.sidecar.small_file import read_object
 from gemcutter.text.chat import ChatTemplate
-from gemcutter.text.tokenizer import Tokenizer, special_tokens_of
+from gemcutter.text.tokenizer import Tokenizer
+from gemcutter.text.tokenizer_parts import TokenizerParts, special_tokens_of
 
 
 def fixtures() -> Path:
@@ -65,6 +66,5 @@ def _build(folder: Path) -> Tokenizer:
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     markers = json.loads((folder / "special_tokens.json").read_text(encoding="utf-8"))
     backend.add_special_tokens([AddedToken(marker["piece"], normalized=False, special=True) for marker in markers.values()])
-    return Tokenizer(
-        backend, special_tokens_of(read_object(folder, "tokenizer_config.31B-derivative.real.json") or {}), origin=folder.name
-    )
+    named = special_tokens_of(read_object(folder, "tokenizer_config.31B-derivative.real.json") or {})
+    return Tokenizer(TokenizerParts(backend, named, folder.name))

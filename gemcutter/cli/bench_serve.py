@@ -337,7 +337,8 @@ def _read_tokenizer(model: str) -> Tokenizer:
     """
     from gemcutter.checkpoint.container.source import Source
     from gemcutter.checkpoint.remote.hub import parse
-    from gemcutter.text.tokenizer import TOKENIZER, Tokenizer
+    from gemcutter.text.tokenizer import Tokenizer
+    from gemcutter.text.tokenizer_parts import TOKENIZER
     from gemcutter.text_assets import read_tokenizer
 
     path = parse(model)

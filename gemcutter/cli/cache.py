@@ -1,4 +1,4 @@
-"""`gemcutter cache`: which repacked weights are on disk, and how to get rid of it.
+"""`gemcutter cache`: which repacked weights and vocabularies are on disk, and how to get rid of them.
 
 Owns the two actions and what a reader sees of them; imports no torch. Refuses to know what is in the files; read
 `gemcutter/checkpoint/load/packed_weight_files.py` for that.
@@ -16,7 +16,7 @@ from gemcutter.cli.failure import UsageError
 from gemcutter.cli.terminal import print_json, spell_bytes
 
 HELP = """
-List or clear the repacked weights that loads have kept.
+List or clear the repacked weights and vocabularies that loads have kept.
 
 They are in ~/.cache/gemcutter, or in XDG_CACHE_HOME, and may go at any time: the next load makes them again. "list" shows each
 file's size and the checkpoint that it was made of; "clear" removes all of them, with --stale only those whose checkpoint has
@@ -55,6 +55,7 @@ def cache(action: Action = LIST, stale: Stale = False, as_json: options.Json = F
 def as_object(file: PackedFile) -> dict[str, Any]:
     """Return a file as an object of --json."""
     made_of = {"checkpoint": list(file.files), "quant": file.quant, "is_current": file.is_current}
+    made_of["holds"] = "vocabulary" if file.is_vocabulary else "weights"
     return {"path": str(file.path), "bytes": file.nbytes} | made_of
 
 
@@ -63,5 +64,5 @@ def spell_origin(file: PackedFile) -> str:
     if not file.files:
         return f"{file.path.name} (unfinished or damaged)"
     more = f" and {len(file.files) - 1} more" if len(file.files) > 1 else ""
-    quant = f", quantized to {file.quant}" if file.quant else ""
-    return f"{file.files[0]}{more}{quant}{'' if file.is_current else ' (changed or gone since)'}"
+    what = ", its vocabulary" if file.is_vocabulary else f", quantized to {file.quant}" if file.quant else ""
+    return f"{file.files[0]}{more}{what}{'' if file.is_current else ' (changed or gone since)'}"

@@ -229,8 +229,8 @@ class Loading:
         bool | None,
         typer.Option(
             "--repack-cache/--no-repack-cache",
-            help="Keep repacked weights in the user's cache folder, so that later starts only map them.  [default: more than "
-            "256 MiB of them, where the disk has room]",
+            help="Keep repacked weights and large vocabularies in the user's cache folder, so that later starts only map them.  "
+            "[default: more than 256 MiB of weights, and vocabularies, where the disk has room]",
             show_default=False,
         ),
     ] = None

@@ -114,7 +114,8 @@ def _stretch(where: str, piece: Any) -> tuple[str, bool]:
 def open_tokenizer(model: str) -> Tokenizer:
     """Return a checkpoint's tokenizer; a folder may hold no more than that. Raises GemcutterError."""
     from gemcutter.checkpoint.remote.remote_source import open_source
-    from gemcutter.text.tokenizer import TOKENIZER, Tokenizer
+    from gemcutter.text.tokenizer import Tokenizer
+    from gemcutter.text.tokenizer_parts import TOKENIZER
     from gemcutter.text_assets import read_tokenizer
 
     folder = Path(model)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any
 
 from gemcutter.sidecar.tokenizer_json import MARKER, NORMALIZER, PRE_TOKENIZERS
+from gemcutter.text.merge_order import MergeOrder
 
 Rank = Any  # numbers or tuples of them, all of one kind; the smallest is merged first
 RankOf = Callable[[str, str], Rank | None]
@@ -23,12 +25,33 @@ AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
-class Bpe:
-    """Pieces with ids, the rank of every merge, and the added tokens: all of them, and those that are plain text too."""
+@dataclass(frozen=True, slots=True)
+class BpeParts:
+    """What an encoder is made of: pieces with ids, merges, and added tokens.
 
-    def __init__(self, ids: Mapping[str, int], rank: RankOf, added: Iterable[str], literals: Iterable[str] = ()) -> None:
-        self.ids, self._rank = ids, rank
-        self._added, self._literals = PieceFinder(added), PieceFinder(literals)
+    `merges` are "left right" each, best first, or each piece's score, or the order of merges that are not there themselves.
+    `literals` are the added tokens that are plain text, `special` the ids that the vocabulary marks as no text.
+    """
+
+    ids: Mapping[str, int]
+    merges: Sequence[str] | Mapping[str, float] | MergeOrder
+    added: Sequence[str]
+    literals: Sequence[str] = ()
+    special: frozenset[int] = frozenset()
+
+    def ranker(self) -> RankOf:
+        """Return the function that ranks two neighbours, None where they are no merge."""
+        if isinstance(self.merges, MergeOrder):
+            return self.merges.ranker(self.ids)
+        return by_scores(self.merges, self.ids) if isinstance(self.merges, Mapping) else by_merges(self.merges)
+
+
+class Bpe:
+    """An encoder. The added tokens are cut out of a text: all of them, or those that are plain text."""
+
+    def __init__(self, parts: BpeParts) -> None:
+        self.ids, self._rank = parts.ids, parts.ranker()
+        self._added, self._literals = PieceFinder(parts.added), PieceFinder(parts.literals)
 
     @property
     def markers(self) -> frozenset[str]:
@@ -106,8 +129,8 @@ def by_scores(scores: Mapping[str, float], ids: Mapping[str, int]) -> RankOf:
     return rank
 
 
-def read_bpe(raw: Mapping[str, Any], markers: Iterable[str] = ()) -> tuple[Bpe, frozenset[int]] | None:
-    """Take a tokenizer.json for its encoding, and the ids of its special tokens; None unless all of it is as Gemma has it.
+def read_bpe(raw: Mapping[str, Any], markers: Iterable[str] = ()) -> BpeParts | None:
+    """Take a tokenizer.json for its encoding; None unless all of it is as Gemma has it.
 
     `markers` are added tokens that are no text, whatever their flag in the file says.
     """
@@ -135,7 +158,7 @@ def read_bpe(raw: Mapping[str, Any], markers: Iterable[str] = ()) -> tuple[Bpe, 
     special = frozenset(token["id"] for token in added if token.get("special"))
     known = {*markers, *(token["content"] for token in added if token.get("special"))}
     literals = [piece for piece in contents if piece not in known and not MARKER.fullmatch(piece)]
-    return Bpe(ids, by_merges(spelled), contents, literals), special
+    return BpeParts(ids, spelled, list(contents), literals, special)
 
 
 def fits(ids: Mapping[str, Any], merges: Sequence[Any]) -> bool:

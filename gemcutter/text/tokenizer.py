@@ -1,7 +1,7 @@
 """Text to token ids and back, for the vocabulary that a checkpoint brings.
 
-Owns the reading of `tokenizer.json` and `tokenizer_config.json`, tokenizers made of a vocabulary's parts, the single BOS, and
-the bytes that each id stands for. Refuses to know special ids by number: a marker is looked up by its piece, because small
+Owns the single BOS, what is a marker and what is text, and the bytes that each id stands for. Refuses to know files
+(`tokenizer_parts.py`), and special ids by number: a marker is looked up by its piece, because small
 models number them differently.
 Decoding is done here rather than by the `tokenizers` library, so that one text and its stream are the same: the library turns a
 whole run of byte pieces into U+FFFD when one of them is wrong, which nobody can do before the run has ended.
@@ -10,23 +10,20 @@ Read `reply.py` next (ids to text while they arrive), or `chat.py` (conversation
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemcutter.errors import CheckpointError, RequestError
-from gemcutter.sidecar.small_file import read_object, shown
-from gemcutter.sidecar.tokenizer_json import MARKER, add_config_tokens, check_kind
-from gemcutter.text.bpe import BYTES, Bpe, PieceFinder, by_merges, by_scores, fits, read_bpe
+from gemcutter.sidecar.tokenizer_json import MARKER
+from gemcutter.text.bpe import Bpe, PieceFinder
+from gemcutter.text.tokenizer_parts import BOS, TokenizerParts, added_tokens, read_parts
 
 if TYPE_CHECKING:  # the library is imported where it is needed
     import tokenizers
 
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-BOS = "<bos>"
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # A Gemma tokenizer gives these back unchanged: leading spaces, a capital, an accent, an emoji (bytes, in small vocabularies).
 PROBE = "  Probe é🙂\n"
@@ -40,40 +37,27 @@ class Tokenizer:
     holds every id that is a marker and not text.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer | Callable[[], tokenizers.Tokenizer],
-        special_tokens: Mapping[str, str],
-        *,
-        origin: str = "tokenizer.json",
-        literals: Sequence[str] | None = None,
-        unused: Iterable[int] = (),
-        quick: tuple[Bpe, frozenset[int]] | None = None,
-        num_ids: int = 0,
-        notes: Sequence[str] = (),
-    ) -> None:
-        """Take over `backend`; its truncation and padding are switched off. `literals` are the added tokens that are
-        text (None: those that nothing marks as more), `unused` the ids of pieces that stand for nothing.
+    def __init__(self, parts: TokenizerParts, num_ids: int = 0) -> None:
+        """Take over parts; a library's tokenizer loses its truncation and padding.
 
-        With `quick`, an encoder of the same vocabulary and its special ids, `backend` may be a function and is called when a text
-        is long. `num_ids` is how many ids the model has: those without a piece add no text. `notes` say what the files disagree
-        on. Raises CheckpointError, naming `origin`, when the vocabulary has no BOS or is not of Gemma's kind.
+        `num_ids` is how many ids the model has: those without a piece add no text. Raises CheckpointError, naming the parts'
+        origin, when the vocabulary has no BOS or is not of Gemma's kind.
         """
-        self._make, self._literals = backend, literals
-        self.special_tokens: dict[str, str] = {"bos_token": BOS, **special_tokens}
-        self._bpe: Bpe | None = None if quick is None else quick[0]
-        flagged = self._library.special_ids if quick is None else quick[1]
+        self._make, self._literals = parts.backend, parts.literals
+        self.special_tokens: dict[str, str] = {"bos_token": BOS, **parts.special_tokens}
+        self._bpe: Bpe | None = None if parts.bpe is None else Bpe(parts.bpe)
+        flagged = self._library.special_ids if parts.bpe is None else parts.bpe.special
         self._ids: Mapping[str, int] = self._library.backend.get_vocab() if self._bpe is None else self._bpe.ids
         self._pieces = {id: piece for piece, id in self._ids.items()}
         named = (self.id_of(piece) for piece in self.special_tokens.values())
-        self.special_ids: frozenset[int] = flagged | {id for id in named if id is not None} | frozenset(unused)
+        self.special_ids: frozenset[int] = flagged | {id for id in named if id is not None} | frozenset(parts.unused)
         self.markers: frozenset[str] = self._library.markers if self._bpe is None else self._bpe.markers
         self._marker_finder = PieceFinder(self.markers)
         self.vocab_size: int = len(self._ids)
         self.num_ids: int = max(num_ids, max(self._pieces, default=-1) + 1)
-        self.notes: tuple[str, ...] = tuple(notes)
-        self.bos_id: int = self._find_bos(origin)
-        self._check_round_trip(origin)
+        self.notes: tuple[str, ...] = tuple(parts.notes)
+        self.bos_id: int = self._find_bos(parts.origin)
+        self._check_round_trip(parts.origin)
 
     @cached_property
     def _library(self) -> _Library:
@@ -81,92 +65,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, num_ids: int = 0) -> Tokenizer:
-        """Read tokenizer.json, and tokenizer_config.json if there is one, from a checkpoint's folder.
-
-        Tokens that only tokenizer_config.json lists are added, as transformers does. Raises CheckpointError, naming the file and
-        the remedy, when a file is missing, damaged or of another kind.
-        """
-        path = folder / TOKENIZER
-        options = read_object(folder, TOKENIZER_CONFIG) or {}
-
-        def read() -> tuple[dict[str, Any], list[str]]:
-            raw = read_object(folder, TOKENIZER)
-            if raw is None:
-                raise CheckpointError(f"{path} is missing: copy tokenizer.json from the original checkpoint into this folder")
-            check_kind(raw, str(path))
-            return add_config_tokens(raw, options)
-
-        def backend() -> tokenizers.Tokenizer:
-            import tokenizers
-
-            raw, _ = read()
-            for setting in ("truncation", "padding", "post_processor", "decoder"):  # which are this module's business
-                raw[setting] = None
-            try:
-                made = tokenizers.Tokenizer.from_str(json.dumps(raw))
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # hostile files make the library panic, and its panic is no Exception
-                raise CheckpointError(f"{path} can't be read ({error}): download the file again") from error
-            moved = [token["content"] for token in raw["added_tokens"] if made.token_to_id(token["content"]) != token["id"]]
-            if moved:
-                raise CheckpointError(f"{path}: {shown(moved)} can't have the ids that the files give them; download them again")
-            return made
-
-        raw, notes = read()
-        named = special_tokens_of(options)
-        quick = read_bpe(raw, [BOS, *named.values()])
-        del raw
-        return cls(backend if quick else backend(), named, origin=str(path), quick=quick, num_ids=num_ids, notes=notes)
-
-    @classmethod
-    def build(
-        cls,
-        pieces: Sequence[str],
-        merges: Sequence[str] | Mapping[str, float],
-        *,
-        markers: Iterable[int],
-        literals: Iterable[int] = (),
-        unused: Iterable[int] = (),
-        special_tokens: Mapping[str, str] | None = None,
-        origin: str = "vocabulary",
-        num_ids: int = 0,
-    ) -> Tokenizer:
-        """Make a tokenizer of Gemma's kind from its parts: pieces by id, and merges in the order of their rank.
-
-        Merges are spelled "left right"; a vocabulary that has none gives the scores of its plain pieces. `markers` are ids that
-        stand for no text; `literals` are found whole in a text before anything is merged; `unused` and `num_ids` are those of a
-        tokenizer. Raises CheckpointError, naming `origin`, for parts that make no tokenizer.
-        """
-        vocabulary = dict(zip(pieces, range(len(pieces)), strict=True))
-        if len(vocabulary) != len(pieces):
-            raise CheckpointError(f"{origin}: {len(pieces) - len(vocabulary)} pieces of the vocabulary are there twice")
-        texts, special = [pieces[id] for id in literals], [pieces[id] for id in markers]
-
-        def backend() -> tokenizers.Tokenizer:
-            import tokenizers
-            from tokenizers import models, normalizers
-
-            pairs = merges_of(merges) if isinstance(merges, Mapping) else [_pair(merge) for merge in merges]
-            try:
-                model = models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-                made = tokenizers.Tokenizer(model)
-                made.normalizer = normalizers.Replace(" ", "▁")
-                made.add_tokens(_added(texts, special=False))
-                made.add_special_tokens(_added(special, special=True))
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # a panic, as in `load`
-                raise CheckpointError(f"{origin} makes no tokenizer ({error}): download the file again") from error
-            return made
-
-        quick = None
-        if set(BYTES) <= vocabulary.keys() and (isinstance(merges, Mapping) or fits(vocabulary, merges)):
-            rank = by_scores(merges, vocabulary) if isinstance(merges, Mapping) else by_merges(merges)
-            quick = Bpe(vocabulary, rank, [*texts, *special], texts), frozenset(vocabulary[piece] for piece in special)
-        made = backend if quick else backend()
-        named = special_tokens or {}
-        return cls(made, named, origin=origin, literals=texts, unused=unused, quick=quick, num_ids=num_ids)
+        """Read the tokenizer of a checkpoint's folder. Raises CheckpointError, as `read_parts` and a tokenizer do."""
+        return cls(read_parts(folder), num_ids)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Return the ids of `text`; markers in it (`<|turn>`) become their ids, as prompts from a template need.
@@ -277,37 +177,6 @@ class Tokenizer:
             )
 
 
-def special_tokens_of(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens that a tokenizer_config.json names, by attribute.
-
-    A token is a string or a serialised object with its text in `content`; named extra tokens count as attributes too.
-    """
-    extra = options.get("extra_special_tokens")
-    entries = {**(extra if isinstance(extra, dict) else {}), **options}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
-    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
-
-
-def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Derive the merges of a vocabulary that has a score for each piece instead, best first.
-
-    Of two neighbours, those are merged whose joint piece has the highest score: every way to put a piece together of two others
-    is a merge of that piece's rank. Source: SentencePiece's BPE.
-    """
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(scores, key=scores.__getitem__, reverse=True)
-        for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
-
-
-def _added(pieces: Iterable[str], *, special: bool) -> list[tokenizers.AddedToken]:
-    import tokenizers
-
-    return [tokenizers.AddedToken(piece, normalized=False, special=special) for piece in pieces]
-
-
 class _Library:
     """The library's tokenizer, and one over the same vocabulary (shared, not copied) that finds no added tokens but literals."""
 
@@ -328,9 +197,4 @@ class _Library:
             literals = [piece for piece in contents if piece not in known and not MARKER.fullmatch(piece)]
         self.markers = frozenset(token.content for token in added.values()) - frozenset(literals)
         own = [piece for piece in literals if backend.model.token_to_id(piece) is not None]  # a new piece would get another id
-        self.markerless.add_tokens(_added(own, special=False))
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
+        self.markerless.add_tokens(added_tokens(own, special=False))

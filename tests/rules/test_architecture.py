@@ -91,6 +91,7 @@ MAY_IMPORT = {
         "model",
         "text",
         "text_assets",
+        "vocabulary_cache",
         "completion",
         "constrained",
         "gc_pause",
@@ -99,7 +100,8 @@ MAY_IMPORT = {
         "tools",
     },
     "tools": {"text", "completion"},  # completion for type checking only
-    "text_assets": {"checkpoint", "text", "generation_config", "sidecar"},
+    "vocabulary_cache": {"checkpoint", "text"},
+    "text_assets": {"checkpoint", "text", "generation_config", "sidecar", "vocabulary_cache"},
     "evals": {"api", "completion", "engine", "generate_options", "load_options", "parity", "scoring", "text", "tools"},
     "parity": {"plan", "param_spec", "checkpoint", "quant", "ops", "cache", "engine", "model", "api", "native"},
     "benchmark": {

@@ -16,6 +16,7 @@ from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.text import tokenizer as module
 from gemcutter.text.bpe import BYTES, read_bpe
 from gemcutter.text.tokenizer import Tokenizer
+from gemcutter.text.tokenizer_parts import parts_of
 
 RAW: dict[str, Any] = json.loads((DEMO_FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
 DEMO = Tokenizer.load(DEMO_FOLDER)
@@ -57,7 +58,7 @@ SCORED = ["<pad>", "<bos>", "<unk>", *BYTES, "▁", *"abcde", "ab", "bc", "abc",
 )
 def test_equal_scores_are_merged_in_the_library_s_order(scores: list[int], text: str) -> None:
     plain = {piece: float(score) for piece, score in zip(SCORED, scores, strict=True) if not piece.startswith(("<", "  "))}
-    tokenizer = Tokenizer.build(SCORED, plain, markers=[0, 1, 2], literals=[SCORED.index("  x")])
+    tokenizer = Tokenizer(parts_of(SCORED, plain, markers=[0, 1, 2], literals=[SCORED.index("  x")]))
     quick, library = both(tokenizer, text + "  x" + text, pytest.MonkeyPatch())
     assert quick == library
 

@@ -29,6 +29,7 @@ from gemcutter.text.grammar import Constraint, build_grammar
 from gemcutter.text.grammar_compiler import CompiledGrammar, GrammarCompiler
 from gemcutter.text.reply import ReplyParser
 from gemcutter.text.tokenizer import Tokenizer
+from gemcutter.text.tokenizer_parts import parts_of
 
 pytest.importorskip("llguidance")
 ABC = Constraint("choice", ("abc", "abd", "xyz", "x"))
@@ -293,7 +294,7 @@ def test_a_vocabulary_without_files_gives_the_same_masks(model: gemcutter.Model)
     raw = json.loads((DEMO_FOLDER / "tokenizer.json").read_text())
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]]
     pieces = [files.piece(id) for id in range(files.vocab_size)]
-    made = Tokenizer.build(pieces, merges, markers=sorted(files.special_ids), num_ids=files.num_ids + 64)
+    made = Tokenizer(parts_of(pieces, merges, markers=sorted(files.special_ids)), files.num_ids + 64)
     grammar = build_grammar(ABC, [])
     assert grammar is not None
     here, there = (GrammarCompiler(each, model.defaults.stop_ids).compile(grammar).first for each in (files, made))

@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_warning(model: Path, tmp_path: Path, monkeypatch: py
         return os.write(file, data[: len(data) // 2 + 1])
 
     made = load(model, tmp_path / "good")
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(packed_weight_files, "_write", write)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert same(load(model, tmp_path / "full"), made)
@@ -185,7 +185,7 @@ def test_a_folder_that_can_t_be_is_one_warning(model: Path, tmp_path: Path) -> N
 
 
 def test_partial_writes_are_continued(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_write", lambda file, data: os.write(file, data[: max(1, len(data) // 3)]))
+    monkeypatch.setattr(packed_weight_files, "_write", lambda file, data: os.write(file, data[: max(1, len(data) // 3)]))
     made = load(model, tmp_path)
     assert same(load(model, tmp_path), made)
     assert len(kept(model, tmp_path)) == len(made)
@@ -205,10 +205,10 @@ def test_writers_and_readers_at_once_never_meet(model: Path, tmp_path: Path) -> 
 
 
 def test_what_a_killed_writer_left_is_removed_after_a_day(model: Path, tmp_path: Path) -> None:
-    old, new = (tmp_path / f"{name}{module.UNFINISHED}" for name in ("old", "new"))
+    old, new = (tmp_path / f"{name}{packed_weight_files.UNFINISHED}" for name in ("old", "new"))
     for path in (old, new):
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - module.STALE_S - 9,) * 2)
+    os.utime(old, (time.time() - packed_weight_files.STALE_S - 9,) * 2)
     load(model, tmp_path)
     assert not old.exists()
     assert new.exists()
@@ -253,7 +253,7 @@ def test_an_unasked_file_is_given_up_when_the_program_ends(model: Path, tmp_path
     load(model, tmp_path / "first")
     weights = kept(model, tmp_path / "first")
     monkeypatch.setattr(module, "LEAST_BYTES", 1)
-    monkeypatch.setattr(module.threading, "main_thread", lambda: threading.Thread())  # one that does not run
+    monkeypatch.setattr(packed_weight_files.threading, "main_thread", lambda: threading.Thread())  # one that does not run
     assert finished(unasked(model, tmp_path / "second").write(weights))
     assert not list(tmp_path.glob("second/*"))
     assert finished(PackedWeightCache.of(open_checkpoint(model), folder=tmp_path / "second").write(weights))
@@ -267,7 +267,7 @@ def test_the_folder_is_bounded_and_what_was_used_longest_ago_goes(tmp_path: Path
     for path in paths:
         path.write_bytes(bytes(300))
         os.utime(path, (time.time() - 1000 * int(path.stem),) * 2)
-    (tmp_path / f"other{module.UNFINISHED}").write_bytes(bytes(300))
+    (tmp_path / f"other{packed_weight_files.UNFINISHED}").write_bytes(bytes(300))
     assert not make_room(tmp_path, 1001, own)
     assert len(list(tmp_path.iterdir())) == 4
     assert make_room(tmp_path, 500, own)

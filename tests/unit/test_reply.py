@@ -19,6 +19,7 @@ from gemcutter.text import reply as module
 from gemcutter.text.quoted_text import SPACE
 from gemcutter.text.reply import ReplyParser, ReplyPiece, ends_at_turn_start, ends_in_reasoning
 from gemcutter.text.tokenizer import Tokenizer
+from gemcutter.text.tokenizer_parts import TokenizerParts
 from tests.real_tokenizer import golden_chats, real_template, real_tokenizer
 
 DEMO = Path(module.__file__).resolve().parents[1] / "demo"
@@ -245,7 +246,7 @@ def test_markers_are_printed_on_demand() -> None:
 def test_a_tokenizer_without_channels_has_one_text() -> None:
     content = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
     text = json.dumps(content).replace(OPEN, "<unused98>").replace(CLOSE, "<unused99>")
-    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(text), {})
+    tokenizer = Tokenizer(TokenizerParts(tokenizers.Tokenizer.from_str(text), {}))
     stream = ReplyParser(tokenizer)
     for id in tokenizer.encode(f"{OPEN}thought\nHm.{CLOSE}", bos=False):
         stream.push(id)

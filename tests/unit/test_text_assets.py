@@ -21,7 +21,8 @@ from gemcutter.checkpoint.load.match import open_checkpoint
 from gemcutter.checkpoint.remote.hub import DEMO_FOLDER
 from gemcutter.errors import CheckpointError, ConfigError
 from gemcutter.text.chat import ChatTemplate
-from gemcutter.text.tokenizer import Tokenizer, merges_of
+from gemcutter.text.tokenizer import Tokenizer
+from gemcutter.text.tokenizer_parts import merges_of, parts_of
 from gemcutter.text_assets import read_defaults, read_template, read_tokenizer
 from tests.real_tokenizer import fixtures
 from tests.trained import golden, trained
@@ -95,7 +96,7 @@ MARKED = st.one_of(st.text(max_size=12), st.sampled_from(["<|turn>", "<bos>", "<
 @given(pieces=st.lists(MARKED, max_size=6))
 def test_texts_are_encoded_alike(pieces: list[str]) -> None:
     found = "".join(pieces)
-    mine = Tokenizer.build(PIECES, [" ".join(merge) for merge in MODEL["merges"]], markers=DEMO.special_ids)
+    mine = Tokenizer(parts_of(PIECES, [" ".join(merge) for merge in MODEL["merges"]], markers=DEMO.special_ids))
     assert mine.encode(found, bos=True) == DEMO.encode(found, bos=True)
     assert mine.encode_plain(found) == DEMO.encode_plain(found)
 

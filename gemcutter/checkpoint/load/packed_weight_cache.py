@@ -2,11 +2,9 @@
 
 Owns one file a checkpoint in the user's cache folder: a header that names the checkpoint's files as they were (paths, sizes,
 times, a digest of their headers), how they were read, and sums of every block, then the weights. Nothing depends on it. A file
-that is damaged, foreign, of another version or of an older checkpoint counts as none and is replaced; it is written under
-another name and renamed when whole, so that readers and several writers never meet. A cache that was asked for keeps all it can,
-and where the disk is full or the folder is not to be written to, one warning is all; one that was not asked for keeps only what
-is worth it and has room, gives up when the program ends, and never says a word. Read `load_params.py` for who asks,
-`packed_weight_files.py` for the folder.
+that is damaged, foreign, of another version or of an older checkpoint counts as none and is replaced. What was not asked for is
+kept only where it is worth it. Read `load_params.py` for who asks, `packed_weight_files.py` for the folder and for how files
+are written.
 """
 
 from __future__ import annotations
@@ -17,11 +15,9 @@ import json
 import mmap
 import os
 import struct
-import tempfile
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,26 +29,23 @@ from gemcutter import native
 from gemcutter.checkpoint.load.match import Checkpoint
 from gemcutter.checkpoint.load.packed_weight_files import (
     HEAD,
-    MAGIC,
     SUFFIX,
-    UNFINISHED,
     file_identity,
-    make_room,
     mark_used,
+    pack_header,
     read_header,
     user_folder,
+    write_kept,
 )
 from gemcutter.quant.cpu_layout import PANEL, PackedLayout
 from gemcutter.quant.cpu_packed import CpuPackedWeight
 
 VERSION = 4  # of this file's layout and of csrc/cpu/layout.h
 SUM_BYTES = 16 << 20  # of one sum
-STALE_S = 24 * 3600  # after which an unfinished file has no writer any more
 LEAST_BYTES = 256 << 20  # that are kept without being asked for: less is repacked in no time
 
 _PAGE_BYTES = 4096  # weights begin on one
 _ALIGN_BYTES = 64
-_WRITE_BYTES = 16 << 20
 _POPULATE_READ = 22  # MADV_POPULATE_READ: map all pages at once instead of one fault for each few
 
 
@@ -112,39 +105,11 @@ class PackedWeightCache:
         nbytes = sum(each.nbytes for each in weights.values())
         if not self.is_asked and nbytes < LEAST_BYTES:
             return None
-        thread = threading.Thread(target=self._write, args=(dict(weights), nbytes), name="packed weight cache")
+        pieces = _pieces(self.key, dict(weights))
+        file = ("repacked weights are", self.path, nbytes, pieces, self.is_asked)
+        thread = threading.Thread(target=write_kept, args=file, name="packed weight cache")
         thread.start()
         return thread
-
-    def _write(self, weights: Mapping[str, CpuPackedWeight], nbytes: int) -> None:
-        try:
-            if not make_room(self.path.parent, nbytes, self.path) and not self.is_asked:
-                return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(self.path.parent)
-            file, name = tempfile.mkstemp(UNFINISHED, self.path.stem, self.path.parent)
-            try:
-                with os.fdopen(file, "wb", buffering=0) as target:
-                    _write_in_blocks(target.fileno(), _pieces(self.key, weights), self._check_wanted)
-                    os.fsync(target.fileno())
-                os.replace(name, self.path)
-            except BaseException:
-                os.unlink(name)
-                raise
-        except _Abandoned:
-            return
-        except OSError as error:
-            if self.is_asked:
-                warnings.warn(f"repacked weights are not kept in {self.path.parent}: {error.strerror or error}", stacklevel=2)
-
-    def _check_wanted(self) -> None:
-        """Raise _Abandoned where the program is about to end: it waits for what was asked for only."""
-        if not self.is_asked and not threading.main_thread().is_alive():
-            raise _Abandoned
-
-
-class _Abandoned(Exception):
-    """A file that nobody waits for is not finished."""
 
 
 def _rank_name(checkpoint: Checkpoint) -> str:
@@ -200,43 +165,5 @@ def _header(key: Mapping[str, Any], entries: Mapping[str, dict[str, Any]], nbyte
         placed = {name: entry | {"offset": start + entry["offset"]} for name, entry in entries.items()}
         header = json.dumps({"key": key, "bytes": start + nbytes, "weights": placed}).encode()
         if HEAD.size + len(header) <= start:
-            digest = hashlib.sha256(header).digest()
-            return (HEAD.pack(MAGIC, digest, len(header)) + header).ljust(start, b"\0")
+            return pack_header(header).ljust(start, b"\0")
         start = -(-(HEAD.size + len(header)) // _PAGE_BYTES) * _PAGE_BYTES + _PAGE_BYTES
-
-
-def _write_in_blocks(file: int, pieces: Iterator[memoryview], check: Callable[[], None]) -> None:
-    """Write in large blocks at multiples of their size: some file systems then keep, and map, them in huge pages.
-
-    `check` is called before each, and may raise.
-    """
-    block, used = memoryview(bytearray(_WRITE_BYTES)), 0
-    for piece in pieces:
-        while piece:
-            count = min(len(piece), _WRITE_BYTES - used)
-            block[used : used + count] = piece[:count]
-            used, piece = used + count, piece[count:]
-            if used == _WRITE_BYTES:
-                check()
-                _write_all(file, block)
-                used = 0
-    check()
-    _write_all(file, block[:used])
-
-
-def _write_all(file: int, data: memoryview) -> None:
-    while data:
-        data = data[_write(file, data) :]
-
-
-_write = os.write  # which may write less than it is given, and fails where the disk is full
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove what writers have left that were killed."""
-    for path in folder.glob(f"*{UNFINISHED}"):
-        try:
-            if time.time() - path.stat().st_mtime > STALE_S:
-                path.unlink()
-        except OSError:
-            continue  # somebody else was quicker
