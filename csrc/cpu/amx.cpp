@@ -1,22 +1,23 @@
 // GEMM on processors with AMX: packed and bfloat16 matrices times many bfloat16 rows, 32 x 32 float32 sums in tiles.
 //
 // Owns the order of loops. A panel's values become bfloat16 pairs of columns once for a chunk of rows, and activations are
-// bfloat16: that is nearer to the reference than int8 activations are, so callers that asked for int8 get it too. (Integer tiles
-// would have to be converted, scaled and added in vector registers behind every 32 columns, which takes longer than a bfloat16
-// product of them.) Tiles are read from the L2 cache: where a chunk of whole rows fits it, two panels at a time meet all of its
+// bfloat16: that is nearer to the reference than int8 activations are, so callers that asked for int8 get it too. (Sums of integer
+// tiles have to be converted, scaled and added in vector registers behind every 32 columns, which takes longer than a bfloat16
+// product of them; it pays for up to 16 rows, where nothing else is nearly as fast as the memory: `amx_int8.h`.) Tiles are read from the L2 cache: where a chunk of whole rows fits it, two panels at a time meet all of its
 // rows; where rows are longer, runs of columns of many panels do, and sums wait in memory from run to run. Steps of few rows,
 // float32 rows and other matrices go to the AVX-512 kernels, up to 96 rows with a dense matrix to `amx_few.h`. Refuses to know
 // threads: a call configures its thread's tiles and releases them before it returns. Read `amx_tiles.h` for the products,
 // `amx_pairs.h` for the panels, `parallel_gemm.cpp` for the caller.
 #include "amx_few.h"
+#include "amx_int8.h"
 #include "amx_pairs.h"
 #include "amx_tiles.h"
 
 namespace gemcutter {
 namespace {
 
-// Of packed matrices: making pairs takes as long as what AVX-512 does with up to 16 rows, all of which it computes, since a row's
-// result must not depend on the rows beside it.
+// Of packed matrices: making pairs takes as long as what int8 rows take up to here, and a row's result must not depend on the rows
+// beside it.
 constexpr int64_t LEAST_ROWS = FEW_ROWS + 1;
 constexpr int64_t MOST_CHUNK = 2 * CHUNK_ROWS, MOST_ROWS = MOST_CHUNK + FEW_ROWS;
 // Longer rows are multiplied in runs: whole ones would leave a chunk too few rows to pay for its pairs.
@@ -230,6 +231,11 @@ bool fits(const gc_matrix &m, int64_t rows, int activations) {
     return activations != GC_FLOAT_ROWS && m.columns % TILE_STEP == 0;
 }
 
+bool takes_integer_tiles(const gc_matrix &m, const Rows &rows, int64_t count) {
+    if (is_dense(m) || m.codes == GC_E4M3 || !rows.q || rows.activations != GC_INT8) return false;
+    return count >= least_int8_rows(pieces_of(m)) && count <= FEW_ROWS;
+}
+
 template <const MatmulKernels &FALLBACK>
 int formats(const gc_matrix *m, int64_t rows, int activations) {
     if (!fits(*m, rows, activations)) return FALLBACK.formats(m, rows, activations);
@@ -249,6 +255,10 @@ template <const MatmulKernels &FALLBACK>
 void gemm_panels(const gc_matrix *m, int64_t panel, int64_t panels, const Rows *rows, int64_t first, int64_t last, float *out,
                  int64_t ld, void *scratch, const void *next) {
     if (!fits(*m, rows->count, rows->activations)) {
+        if (takes_integer_tiles(*m, *rows, last - first)) {
+            auto *few = pieces_of(*m) == 2 ? multiply_int8_rows<2> : multiply_int8_rows<1>;
+            return few(*m, panel, panels, *rows, first, last, out, ld, next);
+        }
         const int64_t most = FALLBACK.blocking(m).panels;
         for (; panels > 0; panels -= most, panel += most, out += most * PANEL)
             FALLBACK.gemm_panels(m, panel, panels < most ? panels : most, rows, first, last, out, ld, scratch, next);

@@ -70,7 +70,7 @@ int supported_levels() {
     if (!(has_avx && has_fma && has_f16c && (b >> 5 & 1) && (b >> 8 & 1))) return PORTABLE;            // AVX2, BMI2
     bool has_512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) && (c >> 11 & 1);  // F DQ BW VL VNNI
     has_512 = has_512 && (xcr0() & 0xe6) == 0xe6;
-    bool has_tiles = (d >> 22 & 1) && (d >> 24 & 1) && (xcr0() >> 17 & 3) == 3;  // BF16, TILE
+    bool has_tiles = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1) && (xcr0() >> 17 & 3) == 3;  // BF16, TILE, INT8
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) a = 0;
     int levels = PORTABLE | AVX2;
     if (a >> 4 & 1) levels |= AVX_VNNI;

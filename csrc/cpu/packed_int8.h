@@ -38,9 +38,9 @@ GC_INLINE void scale_run(const float *from, float by, int64_t count, float *to) 
 template <int PIECES, int M>
 struct RowRun {
     const int8_t *q;
-    int64_t columns;                             // stride of q
-    float scale[M][RUN], shift[M][PIECES][RUN];  // shift: `sum` times the offset of the matrix' codes
-    float sum[M][PIECES][RUN];                   // of the columns of each of the matrix' scales; unless it has no biases
+    int64_t columns;                                         // stride of q
+    alignas(64) float scale[M][RUN], shift[M][PIECES][RUN];  // shift: `sum` times the offset of the matrix' codes
+    float sum[M][PIECES][RUN];  // of the columns of each of the matrix' scales; unless it has no biases
 
     GC_INLINE RowRun(const Rows &rows, int64_t row, int64_t first, int64_t count, float offset, bool is_biased)
         : q(rows.q + row * rows.columns + first * BLOCK), columns(rows.columns) {

@@ -9,6 +9,7 @@
 
 // Names that are macros in some compilers, or at some levels of optimization.
 #undef _tile_dpbf16ps
+#undef _tile_dpbsud
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_stream_loadd
@@ -101,6 +102,21 @@ inline void _tile_dpbf16ps(int out_index, int a_index, int b_index) {
             memcpy(&before, &out.at[m][4 * n], 4);
             float after = without_subnormal(without_subnormal(before) + without_subnormal(sums[0] + sums[1]));
             memcpy(&out.at[m][4 * n], &after, 4);
+        }
+}
+
+// out[m][n] += sum over quads k of four signed bytes of a[m] times four unsigned ones of b[k].
+inline void _tile_dpbsud(int out_index, int a_index, int b_index) {
+    Tile &out = tile(out_index), &a = tile(a_index), &b = tile(b_index);
+    require(out_index != a_index && out_index != b_index && a_index != b_index);
+    require(out.rows == a.rows && a.row_bytes == 4 * b.rows && out.row_bytes == b.row_bytes && out.row_bytes % 4 == 0);
+    for (int m = 0; m < out.rows; ++m)
+        for (int n = 0; n < out.row_bytes / 4; ++n) {
+            int32_t sum;
+            memcpy(&sum, &out.at[m][4 * n], 4);
+            for (int k = 0; k < b.rows; ++k)
+                for (int i = 0; i < 4; ++i) sum += (int8_t)a.at[m][4 * k + i] * b.at[k][4 * n + i];
+            memcpy(&out.at[m][4 * n], &sum, 4);
         }
 }
 
