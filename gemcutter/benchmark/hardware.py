@@ -62,14 +62,19 @@ def describe(device: torch.device = CPU) -> dict[str, Any]:
     }
 
 
+CPU_INFO = Path("/proc/cpuinfo")
+
+
 def cpu_name() -> str:
-    """Name the processor."""
+    """Name the processor, by its model's number, too, where its name has none: virtual machines call many of them the same."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPU_INFO.read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = found.get("model name") or platform.processor() or platform.machine()
+    number = found.get("model", "")
+    return name if any(map(str.isdecimal, name)) or not number.isdecimal() else f"{name}, model {number}"
 
 
 def peak_bytes(device: torch.device) -> int:

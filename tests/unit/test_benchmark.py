@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -326,3 +327,20 @@ def test_the_reference_has_no_native_rate() -> None:
 def test_a_fresh_process_gives_a_first_token() -> None:
     chosen, written = first_token_s(LoadOptions(model="demo"), 1)
     assert 0 < chosen <= written < 600
+
+
+NAMES = {
+    "Intel(R) Xeon(R) Processor": "Intel(R) Xeon(R) Processor, model 173",
+    "AMD EPYC 9B45 128-Core Processor": "AMD EPYC 9B45 128-Core Processor",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_processors_that_share_a_name_are_told_apart(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text(
+        2 * f"processor\t: 0\ncpu family\t: 6\nmodel\t\t: 173\nmodel name\t: {name}\nflags\t\t: fpu\n\n"
+    )
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
+    assert hardware.cpu_name() == NAMES[name]
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "none")
+    assert hardware.cpu_name()
