@@ -8,7 +8,7 @@ model and the doctor both ask here, so that they agree. Refuses to know either's
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,8 @@ def read_tokenizer(source: Source, vocab: int = 0, cache: VocabularyCache | None
     """
     if cache is None:
         return Tokenizer(_read_parts(source), vocab)
-    if (kept := cache.read()) is not None:
-        return Tokenizer(replace(kept, backend=lambda: _backend(source)), vocab)
+    if (kept := cache.read(lambda: _backend(source))) is not None:
+        return Tokenizer(kept, vocab)
     parts = _read_parts(source)
     tokenizer = Tokenizer(parts, vocab)
     cache.write(parts)

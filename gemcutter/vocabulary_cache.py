@@ -9,16 +9,15 @@ to keep a vocabulary that is small, or whose merges have no such order. Read `te
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from gemcutter.checkpoint.container.source import Source
 from gemcutter.checkpoint.formats import gguf
@@ -27,15 +26,18 @@ from gemcutter.checkpoint.load.packed_weight_files import (
     Abandoned,
     check_running,
     file_identity,
+    kept_path,
     mark_used,
     pack_header,
     read_header,
-    user_folder,
     write_kept,
 )
 from gemcutter.text.bpe import BpeParts
 from gemcutter.text.merge_order import MergeOrder, find_order
 from gemcutter.text.tokenizer_parts import TOKENIZER, TOKENIZER_CONFIG, TokenizerParts
+
+if TYPE_CHECKING:  # the library is imported where it is needed
+    import tokenizers
 
 VERSION = 1  # of what the file holds and of how it was read
 LEAST_MERGES = 100_000  # of a vocabulary that is kept: smaller ones are read in no time
@@ -61,18 +63,17 @@ class VocabularyCache:
             return None
         if not there:
             return None
-        place = hashlib.sha256(str(source.path.resolve()).encode()).hexdigest()[:24]
         key = {"version": VERSION, "quant": None, "files": there}
-        return cls((folder or user_folder()) / f"{source.path.stem}-{place}{VOCABULARY_SUFFIX}", key, is_asked)
+        return cls(kept_path(source.path, VOCABULARY_SUFFIX, folder), key, is_asked)
 
-    def read(self) -> TokenizerParts | None:
-        """Return what is kept, without a `backend`; None where nothing is, or not of the files as they are now."""
+    def read(self, backend: Callable[[], tokenizers.Tokenizer]) -> TokenizerParts | None:
+        """Return what is kept, and `backend` with it; None where nothing is, or not of the files as they are now."""
         try:
             with open(self.path, "rb") as file:
                 content = read_header(file)
             if content["key"] != self.key:
                 return None
-            parts = _parts(content)
+            parts = _parts(content, backend)
         except (OSError, struct.error, ValueError, KeyError, TypeError):  # whatever it is, it is not ours
             return None
         mark_used(self.path)
@@ -124,7 +125,7 @@ def _content(parts: TokenizerParts, bpe: BpeParts, order: MergeOrder) -> dict[st
     }
 
 
-def _parts(content: Mapping[str, Any]) -> TokenizerParts:
+def _parts(content: Mapping[str, Any], backend: Callable[[], tokenizers.Tokenizer]) -> TokenizerParts:
     pieces = content["pieces"]
     ids = dict(zip(pieces, range(len(pieces)), strict=True))
     ids.pop(None, None)
@@ -132,7 +133,7 @@ def _parts(content: Mapping[str, Any]) -> TokenizerParts:
     order = MergeOrder(frozenset(content["irregular"]), keys)
     bpe = BpeParts(ids, order, content["added"], content["texts"], frozenset(content["special"]))
     return TokenizerParts(
-        _no_backend,
+        backend,
         content["special_tokens"],
         content["origin"],
         bpe,
@@ -140,7 +141,3 @@ def _parts(content: Mapping[str, Any]) -> TokenizerParts:
         content["unused"],
         content["notes"],
     )
-
-
-def _no_backend() -> NoReturn:
-    raise AssertionError("a kept vocabulary has no backend of its own: its reader gives one")

@@ -3,11 +3,12 @@
 // Owns the order of loops. A panel's values become bfloat16 pairs of columns once for a chunk of rows, and activations are
 // bfloat16: that is nearer to the reference than int8 activations are, so callers that asked for int8 get it too. (Sums of integer
 // tiles have to be converted, scaled and added in vector registers behind every 32 columns, which takes longer than a bfloat16
-// product of them; it pays for up to 16 rows, where nothing else is nearly as fast as the memory: `amx_int8.h`.) Tiles are read from the L2 cache: where a chunk of whole rows fits it, two panels at a time meet all of its
-// rows; where rows are longer, runs of columns of many panels do, and sums wait in memory from run to run. Steps of few rows,
-// float32 rows and other matrices go to the AVX-512 kernels, up to 96 rows with a dense matrix to `amx_few.h`. Refuses to know
-// threads: a call configures its thread's tiles and releases them before it returns. Read `amx_tiles.h` for the products,
-// `amx_pairs.h` for the panels, `parallel_gemm.cpp` for the caller.
+// product of them; it pays for up to 16 rows, where nothing else is nearly as fast as the memory: `amx_int8.h`.) Tiles are read
+// from the L2 cache: where a chunk of whole rows fits it, two panels at a time meet all of its rows; where rows are longer, runs of
+// columns of many panels do, and sums wait in memory from run to run. Steps of few rows, float32 rows and other matrices go to the
+// AVX-512 kernels, up to 96 rows with a dense matrix to `amx_few.h`. Refuses to know threads: a call configures its thread's tiles
+// and releases them before it returns. Read `amx_tiles.h` for the products, `amx_pairs.h` for the panels, `parallel_gemm.cpp` for
+// the caller.
 #include "amx_few.h"
 #include "amx_int8.h"
 #include "amx_pairs.h"

@@ -42,15 +42,15 @@ struct Int8Ring {
 };
 
 // Makes bytes of a block's codes, and keeps its scales.
-template <class Code, int PIECES>
-GC_INLINE void unpack_block(const CodeReader<Code> &reader, const uint8_t *from, const Scales<PIECES> &scales,
-                            Int8Ring<PIECES> &ring, int64_t block) {
+template <bool IS_BIASED, class Code, int PIECES>
+GC_INLINE void unpack_to_ring(const CodeReader<Code> &reader, const uint8_t *from, const Scales<PIECES> &scales,
+                              Int8Ring<PIECES> &ring, int64_t block) {
     uint8_t *codes = ring.codes[block % RING];
 #pragma GCC unroll 8
     for (int j = 0; j < QUADS; ++j) _mm512_storeu_si512(codes + j * QUAD_BYTES, reader.quad(from, 0, j));
     for (int piece = 0; piece < PIECES; ++piece) {
         ring.scale[block % RING][piece] = scales.scale[piece][0];
-        ring.bias[block % RING][piece] = scales.bias[piece][0];
+        if (IS_BIASED) ring.bias[block % RING][piece] = scales.bias[piece][0];
     }
 }
 
@@ -102,8 +102,8 @@ void int8_tile(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row,
     PanelDecoder<PIECES> decoder(m, panel);
     const CodeReader<Code> reader(m);
     Int8Ring<PIECES> ring;
-    const uint8_t *end = panel_of(m, panel) + m.stride;
-    const int64_t jump = next ? static_cast<const uint8_t *>(next) - end : 0, all = rows.columns / BLOCK;
+    const CodesAhead codes_ahead(m, panel, next);
+    const int64_t all = rows.columns / BLOCK;
     const int8_t *q = rows.q + row * rows.columns;
     V total[TILE_HEIGHT];
 #pragma GCC unroll 16
@@ -117,10 +117,8 @@ void int8_tile(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row,
             for (; step <= start + b + MULTIPLIED_AHEAD; ++step) {  // once, but for the first block
                 if (step + UNPACKED_AHEAD < all) {
                     const uint8_t *codes = decoder.next();
-                    const uint8_t *ahead = codes + PREFETCH_BYTES < end ? codes + PREFETCH_BYTES : codes + PREFETCH_BYTES + jump;
-#pragma GCC unroll 9
-                    for (int line = 0; line <= CODE_BYTES; line += 64) __builtin_prefetch(ahead + line, 0, IN_L2);
-                    unpack_block(reader, codes, decoder.scales, ring, step + UNPACKED_AHEAD);
+                    codes_ahead.look<CODE_BYTES>(codes);
+                    unpack_to_ring<IS_BIASED>(reader, codes, decoder.scales, ring, step + UNPACKED_AHEAD);
                 }
                 if (step >= 0 && step < all) multiply_block(ring, step, q + step * BLOCK, rows.columns);
             }

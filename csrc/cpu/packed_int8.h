@@ -99,6 +99,24 @@ inline int width_of(const gc_matrix &m, int64_t panel) {
     return left < PANEL ? (int)left : PANEL;
 }
 
+// Asks for the codes that are read PREFETCH_BYTES later: of this panel, or of what the thread reads after it.
+class CodesAhead {
+  public:
+    GC_INLINE CodesAhead(const gc_matrix &m, int64_t panel, const void *next)
+        : end_(panel_of(m, panel) + m.stride), jump_(next ? static_cast<const uint8_t *>(next) - end_ : 0) {}
+    // A block of BYTES, and the scales before it.
+    template <int BYTES>
+    GC_INLINE void look(const uint8_t *codes) const {
+        const uint8_t *ahead = codes + PREFETCH_BYTES < end_ ? codes + PREFETCH_BYTES : codes + PREFETCH_BYTES + jump_;
+#pragma GCC unroll 9
+        for (int i = 0; i <= BYTES; i += 64) __builtin_prefetch(ahead + i, 0, IN_L2);
+    }
+
+  private:
+    const uint8_t *end_;
+    int64_t jump_;
+};
+
 // GEMV-like: M rows times a panel in one pass over its packed codes.
 template <class Code, int PIECES, int M>
 void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row, float *out, int64_t ld, const void *next) {
@@ -110,16 +128,13 @@ void int8_gemv(const gc_matrix &m, int64_t panel, const Rows &rows, int64_t row,
     constexpr int CODE_BYTES = (int)code_block_bytes(Code::KIND);
     const float offset = (float)(m.offset - CodeReader<Code>::SHIFT);
     const int64_t all = rows.columns / BLOCK;
-    const uint8_t *end = panel_of(m, panel) + m.stride;
-    const int64_t jump = next ? static_cast<const uint8_t *>(next) - end : 0;
+    const CodesAhead codes_ahead(m, panel, next);
     for (int64_t start = 0; start < all; start += RUN) {
         const int64_t blocks = all - start < RUN ? all - start : RUN;
         const RowRun<PIECES, M> own(rows, row, start, blocks, offset, decoder.is_biased);
         for (int64_t b = 0; b < blocks; ++b) {
             const uint8_t *codes = decoder.next();
-            const uint8_t *ahead = codes + PREFETCH_BYTES < end ? codes + PREFETCH_BYTES : codes + PREFETCH_BYTES + jump;
-#pragma GCC unroll 9
-            for (int i = 0; i <= CODE_BYTES; i += 64) __builtin_prefetch(ahead + i, 0, IN_L2);
+            codes_ahead.look<CODE_BYTES>(codes);
 #pragma GCC unroll 2
             for (int part = 0; part < PARTS; part += PARTS_AT_ONCE)
                 add_block<Code, PIECES, M, PARTS_AT_ONCE>(reader, codes, part, decoder.scales, decoder.is_biased, own, b, total);

@@ -86,11 +86,17 @@ inline float tile_bf16(const unsigned char *row, int index) {
     return without_subnormal(value);
 }
 
-// out[m][n] += sum over pairs k of a[m][2k] * b[k][2n] + a[m][2k + 1] * b[k][2n + 1]; the two halves of pairs are summed apart.
-inline void _tile_dpbf16ps(int out_index, int a_index, int b_index) {
-    Tile &out = tile(out_index), &a = tile(a_index), &b = tile(b_index);
+// Three tiles, whose shapes are those of a product.
+inline void require_product(int out_index, int a_index, int b_index) {
+    const Tile &out = tile(out_index), &a = tile(a_index), &b = tile(b_index);
     require(out_index != a_index && out_index != b_index && a_index != b_index);
     require(out.rows == a.rows && a.row_bytes == 4 * b.rows && out.row_bytes == b.row_bytes && out.row_bytes % 4 == 0);
+}
+
+// out[m][n] += sum over pairs k of a[m][2k] * b[k][2n] + a[m][2k + 1] * b[k][2n + 1]; the two halves of pairs are summed apart.
+inline void _tile_dpbf16ps(int out_index, int a_index, int b_index) {
+    require_product(out_index, a_index, b_index);
+    Tile &out = tile(out_index), &a = tile(a_index), &b = tile(b_index);
     for (int m = 0; m < out.rows; ++m)
         for (int n = 0; n < out.row_bytes / 4; ++n) {
             float sums[2] = {0.0f, 0.0f}, before;
@@ -107,9 +113,8 @@ inline void _tile_dpbf16ps(int out_index, int a_index, int b_index) {
 
 // out[m][n] += sum over quads k of four signed bytes of a[m] times four unsigned ones of b[k].
 inline void _tile_dpbsud(int out_index, int a_index, int b_index) {
+    require_product(out_index, a_index, b_index);
     Tile &out = tile(out_index), &a = tile(a_index), &b = tile(b_index);
-    require(out_index != a_index && out_index != b_index && a_index != b_index);
-    require(out.rows == a.rows && a.row_bytes == 4 * b.rows && out.row_bytes == b.row_bytes && out.row_bytes % 4 == 0);
     for (int m = 0; m < out.rows; ++m)
         for (int n = 0; n < out.row_bytes / 4; ++n) {
             int32_t sum;

@@ -62,7 +62,7 @@ def find_order(ids: Mapping[str, int], merges: Sequence[str], pause: Callable[[]
         elif len(keys) + len(irregular) > MOST_EXCEPTIONS:
             return None
         else:
-            keys.update({_pair(merges[place]): (last, 1, place) for place in range(start, stop)})
+            keys.update({pair_of(merges[place]): (last, 1, place) for place in range(start, stop)})
     return MergeOrder(irregular, keys)
 
 
@@ -115,9 +115,10 @@ def _in_order(runs: Runs, whole: set[int]) -> set[int]:
         if stop == len(joints) or joints[stop] < joints[stop - 1]:
             best, start = max(best, range(start, stop), key=len), stop
     rising = set(joints[best.start : best.stop])
-    return {id for id in whole if id in rising} | (whole - set(joints))
+    return rising | (whole - set(joints))
 
 
-def _pair(merge: str) -> Pair:
+def pair_of(merge: str) -> Pair:
+    """Return the halves of a merge, "left right"."""
     left, _, right = merge.partition(" ")
     return left, right

@@ -16,6 +16,7 @@ from gemcutter.errors import CheckpointError
 from gemcutter.sidecar.small_file import read_object, shown
 from gemcutter.sidecar.tokenizer_json import add_config_tokens, check_kind
 from gemcutter.text.bpe import BYTES, BpeParts, fits, read_bpe
+from gemcutter.text.merge_order import pair_of
 
 if TYPE_CHECKING:  # the library is imported where it is needed
     import tokenizers
@@ -115,7 +116,7 @@ def parts_of(
         import tokenizers
         from tokenizers import models, normalizers
 
-        pairs = merges_of(merges) if isinstance(merges, Mapping) else [_pair(merge) for merge in merges]
+        pairs = merges_of(merges) if isinstance(merges, Mapping) else [pair_of(merge) for merge in merges]
         try:
             model = models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
             made = tokenizers.Tokenizer(model)
@@ -166,8 +167,3 @@ def added_tokens(pieces: Iterable[str], *, special: bool) -> list[tokenizers.Add
     import tokenizers
 
     return [tokenizers.AddedToken(piece, normalized=False, special=special) for piece in pieces]
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right

@@ -289,7 +289,7 @@ def test_a_load_marks_what_it_maps_as_used(model: Path, tmp_path: Path) -> None:
 
 def test_the_folder_is_the_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert module.user_folder() == tmp_path / "gemcutter" / "packed-weights"
+    assert packed_weight_files.user_folder() == tmp_path / "gemcutter" / "packed-weights"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert module.user_folder() == tmp_path / "home" / ".cache" / "gemcutter" / "packed-weights"
+    assert packed_weight_files.user_folder() == tmp_path / "home" / ".cache" / "gemcutter" / "packed-weights"

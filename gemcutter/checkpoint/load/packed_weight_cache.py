@@ -31,10 +31,10 @@ from gemcutter.checkpoint.load.packed_weight_files import (
     HEAD,
     SUFFIX,
     file_identity,
+    kept_path,
     mark_used,
     pack_header,
     read_header,
-    user_folder,
     write_kept,
 )
 from gemcutter.quant.cpu_layout import PANEL, PackedLayout
@@ -77,8 +77,7 @@ class PackedWeightCache:
             "files": [list(file_identity(path)) for path in source.files],
             "tensors": hashlib.sha256(json.dumps(tensors).encode()).hexdigest(),
         }
-        place = hashlib.sha256(f"{source.path.resolve()} {quant}{_rank_name(checkpoint)}".encode()).hexdigest()[:24]
-        return cls((folder or user_folder()) / f"{source.path.stem}-{place}{SUFFIX}", key, is_asked)
+        return cls(kept_path(source.path, SUFFIX, folder, f" {quant}{_rank_name(checkpoint)}"), key, is_asked)
 
     def read(self) -> dict[str, CpuPackedWeight]:
         """Map the weights that are kept, by name; none where there is no such file, or not of this checkpoint as it is now."""

@@ -39,6 +39,12 @@ def user_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemcutter" / "packed-weights"
 
 
+def kept_path(source: Path, suffix: str, folder: Path | None = None, how: str = "") -> Path:
+    """Return where something of a checkpoint is kept, in `folder` or in the user's; `how` tells apart what it was made into."""
+    place = hashlib.sha256(f"{source.resolve()}{how}".encode()).hexdigest()[:24]
+    return (folder or user_folder()) / f"{source.stem}-{place}{suffix}"
+
+
 def read_header(file: BinaryIO) -> Any:
     """Return what the header of an open file says. Raises OSError, struct.error or ValueError for a file that is not ours."""
     magic, digest, length = HEAD.unpack(file.read(HEAD.size))
